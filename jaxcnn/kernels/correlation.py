@@ -1,0 +1,340 @@
+"""Pictures against patches: the three products of a convolution layer, each linear in both of its arguments.
+
+    correlate   y[o] = Σ_k x[o·s + k·d − lo] · w[k]          picture and patch
+    spread      x[i] = Σ_{o·s + k·d − lo = i} y[o] · w[k]ᵀ    its adjoint in x: δ and the flipped patch
+    match       w[k] = Σ_o x[o·s + k·d − lo]ᵀ · y[o]          its adjoint in w: picture and δ
+
+summed over the batch where it is contracted; ⟨correlate(x, w), y⟩ = ⟨x, spread(y, w)⟩ = ⟨w, match(x, y)⟩.
+
+Each product has its *lowerings*, functions of one signature in the table beneath it, and one `choose_…` that picks by
+static shape on CPU.  Other platforms run "xla": one `lax.conv_general_dilated`, never with negative padding, which
+XLA:CPU computes wrongly (openxla/xla#48713).
+"""
+
+import dataclasses
+import functools
+import math
+import operator
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jaxcnn.geometry import Correlation, Window
+from jaxcnn.kernels.windows import accumulator, at_tap, tap_slices, unpad
+
+Lowering = Callable[[Correlation, Array, Array], Array]
+
+#: Target for the temporaries of one batch block, in bytes: a core's share of the cache.
+BLOCK_BYTES = 1 << 20
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def correlate(c: Correlation, x: Array, w: Array) -> Array:
+    """``(N, *out, O)``, in ``c.dtype``."""
+    return _run(CORRELATE, choose_correlate(c, x, w), c, x, w, c.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def spread(c: Correlation, y: Array, w: Array) -> Array:
+    """``(N, *shape, I)``, in the wider dtype of the two."""
+    return _run(SPREAD, choose_spread(c, y, w), c, y, w, jnp.promote_types(y.dtype, w.dtype))
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def match(c: Correlation, x: Array, y: Array) -> Array:
+    """``(*size, I/groups, O)``, in the wider dtype of the two."""
+    return _run(MATCH, choose_match(c, x, y), c, x, y, jnp.promote_types(x.dtype, y.dtype))
+
+
+def _run(table: dict[str, Lowering], cpu: str, c: Correlation, a: Array, b: Array, dtype: np.dtype) -> Array:
+    """One lowering on CPU, "xla" elsewhere.
+
+    16-bit floats accumulate in float32; on other platforms the units do so by themselves.
+    """
+    wide = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), dtype)
+    wider = jnp.promote_types(wide, accumulator(wide))
+
+    def on_cpu(a: Array, b: Array) -> Array:
+        return table[cpu](c, a.astype(wider), b.astype(wider)).astype(dtype)
+
+    def elsewhere(a: Array, b: Array) -> Array:
+        return table["xla"](c, a.astype(wide), b.astype(wide)).astype(dtype)
+
+    if cpu == "xla" and wide == wider:
+        return elsewhere(a, b)
+    return lax.platform_dependent(a, b, cpu=on_cpu, default=elsewhere)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# correlate
+
+
+def choose_correlate(c: Correlation, x: Array, w: Array) -> str:
+    """What runs on CPU."""
+    if c.groups == 1:
+        return "pointwise" if c.window.entries == 1 and not c.window.padded else "xla"
+    return "depthwise" if w.shape[-2] == 1 else "by_group"
+
+
+def _correlate_xla(c: Correlation, x: Array, w: Array) -> Array:
+    win = c.window
+    return _conv(c, x, w, stride=win.stride, padding=win.padding, w_dilation=win.dilation, groups=c.groups)
+
+
+def _correlate_pointwise(c: Correlation, x: Array, w: Array) -> Array:
+    """A patch of one entry is a matrix."""
+    (entries,) = tap_slices(c.window, x, 0)
+    return _dot(entries, w.reshape(w.shape[-2:]), entries.ndim - 1, 0, c)
+
+
+def _correlate_depthwise(c: Correlation, x: Array, w: Array) -> Array:
+    """Shift, multiply, add: every tap is one number a channel."""
+    win, multiplier = c.window, w.shape[-1] // c.groups
+    x = jnp.repeat(x, multiplier, -1) if multiplier > 1 else x
+    return _sum(entry * w[(*tap, 0)] for tap, entry in zip(win.taps(), tap_slices(win, x, 0), strict=True))
+
+
+def _correlate_by_group(c: Correlation, x: Array, w: Array) -> Array:
+    one = dataclasses.replace(c, groups=1)
+    parts = zip(_split(x, c.groups), _split(w, c.groups), strict=True)
+    return jnp.concatenate([CORRELATE[choose_correlate(one, a, b)](one, a, b) for a, b in parts], -1)
+
+
+CORRELATE: dict[str, Lowering] = {
+    "xla": _correlate_xla,
+    "pointwise": _correlate_pointwise,
+    "depthwise": _correlate_depthwise,
+    "by_group": _correlate_by_group,
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# spread
+
+
+def choose_spread(c: Correlation, y: Array, w: Array) -> str:
+    """What runs on CPU."""
+    if c.groups == 1:
+        return "pointwise" if c.window.entries == 1 and not c.window.padded else "xla"
+    return "depthwise" if w.shape[-2] == 1 else "by_group"
+
+
+def _spread_xla(c: Correlation, y: Array, w: Array) -> Array:
+    """The full correlation of δ, spaced by the stride, with the patch turned by 180° and its channels swapped."""
+    win = c.window
+    starts, ends, pads = zip(*(_reached(win, dim) for dim in range(win.ndim)), strict=True)
+    if any(end <= start for start, end in zip(starts, ends, strict=True)):  # every window lies in padding
+        return jnp.zeros((y.shape[0], *win.shape, w.shape[-2] * c.groups), y.dtype)
+    y = lax.slice(y, (0, *starts, 0), (y.shape[0], *ends, y.shape[-1]))
+    flipped = lax.rev(w, range(win.ndim))
+    grouped = flipped.reshape(*w.shape[:-1], c.groups, w.shape[-1] // c.groups)
+    swapped = jnp.swapaxes(grouped, -3, -1).reshape(*w.shape[:-2], w.shape[-1] // c.groups, -1)
+    return _conv(c, y, swapped, padding=pads, y_dilation=win.stride, w_dilation=win.dilation, groups=c.groups)
+
+
+def _reached(win: Window, dim: int) -> tuple[int, int, tuple[int, int]]:
+    """Which outputs see the picture at all, ``start … end``, and how to pad those (never below zero).
+
+    Outputs that lie wholly in padding are dropped; with them gone, what remains needs less padding than a patch.
+    """
+    n, s, (lo, _) = win.shape[dim], win.stride[dim], win.padding[dim]
+    reach = win.extent[dim] - 1
+    start = max(-(-(lo - reach) // s), 0)
+    end = min(win.out[dim], -(-(lo + n) // s))
+    before = reach - lo + start * s
+    after = n + lo - 1 - (end - 1) * s
+    return start, end, (before, after)
+
+
+def _spread_pointwise(c: Correlation, y: Array, w: Array) -> Array:
+    x = _dot(y, w.reshape(w.shape[-2:]), y.ndim - 1, 1, c)
+    (tap,) = c.window.taps()
+    return at_tap(c.window, tap, x)
+
+
+def _spread_depthwise(c: Correlation, y: Array, w: Array) -> Array:
+    win, multiplier = c.window, w.shape[-1] // c.groups
+    x = unpad(win, _sum(at_tap(win, tap, y * w[(*tap, 0)]) for tap in win.taps()))
+    return x.reshape(*x.shape[:-1], c.groups, multiplier).sum(-1) if multiplier > 1 else x
+
+
+def _spread_by_group(c: Correlation, y: Array, w: Array) -> Array:
+    one = dataclasses.replace(c, groups=1)
+    parts = zip(_split(y, c.groups), _split(w, c.groups), strict=True)
+    return jnp.concatenate([SPREAD[choose_spread(one, a, b)](one, a, b) for a, b in parts], -1)
+
+
+SPREAD: dict[str, Lowering] = {
+    "xla": _spread_xla,
+    "pointwise": _spread_pointwise,
+    "depthwise": _spread_depthwise,
+    "by_group": _spread_by_group,
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# match
+
+
+def choose_match(c: Correlation, x: Array, y: Array) -> str:
+    """What runs on CPU."""
+    if c.groups == 1:
+        return "pointwise" if c.window.entries == 1 and not c.window.padded else "rows"
+    return "depthwise" if c.groups == x.shape[-1] else "by_group"
+
+
+def _match_xla(c: Correlation, x: Array, y: Array) -> Array:
+    """A valid correlation of the picture with δ: batch and channels change places, stride and dilation too."""
+    win = c.window
+    x = fit(win, x)
+    spatial = tuple(range(1, win.ndim + 1))
+    roles = lax.ConvDimensionNumbers(  # (batch, feature, *spatial) of x, of y as the patch, and of w
+        (x.ndim - 1, 0, *spatial), (x.ndim - 1, 0, *spatial), (win.ndim, win.ndim + 1, *range(win.ndim))
+    )
+    return lax.conv_general_dilated(
+        x,
+        y,
+        window_strides=win.dilation,
+        padding=[(0, 0)] * win.ndim,
+        rhs_dilation=win.stride,
+        dimension_numbers=roles,
+        batch_group_count=c.groups,
+        precision=c.precision,
+    )
+
+
+def _match_pointwise(c: Correlation, x: Array, y: Array) -> Array:
+    (entries,) = tap_slices(c.window, x, 0)
+    pixels = tuple(range(x.ndim - 1))
+    w = lax.dot_general(entries, y, ((pixels, pixels), ((), ())), precision=c.precision)
+    return w.reshape(*c.window.size, *w.shape)
+
+
+def _match_rows(c: Correlation, x: Array, y: Array) -> Array:
+    """Patches of one kernel row, entry by entry (K-major), times δ: a GEMM a kernel row, a block of pictures at a time.
+
+    The blocks keep the patches in cache; the K-major form is the GEMM that runs fastest on CPU.
+    """
+    win, channels = c.window, x.shape[-1]
+    x = fit(win, x)
+    *rows, width = win.size
+    row_bytes = 4 * width * channels * math.prod(win.span[:-1]) * win.out[-1]
+    block = _divisor(x.shape[0], BLOCK_BYTES // max(row_bytes, 1))
+
+    def one_block(x: Array, y: Array) -> Array:
+        x = jnp.moveaxis(jnp.moveaxis(x, 0, -2), -1, 0)  # (I, *span, N)
+        y = jnp.moveaxis(y, 0, -2).reshape(-1, y.shape[-1])  # (*out·N, O)
+        axis, s, d = win.ndim, win.stride[-1], win.dilation[-1]
+        last = (win.out[-1] - 1) * s + 1
+        patches = jnp.stack([lax.slice_in_dim(x, k * d, k * d + last, s, axis) for k in range(width)])
+        found = []
+        for tap in np.ndindex(*rows):
+            starts = [k * d for k, d in zip(tap, win.dilation, strict=False)]
+            ends = [at + (o - 1) * s + 1 for at, o, s in zip(starts, win.out, win.stride, strict=False)]
+            row = lax.slice(
+                patches,
+                (0, 0, *starts, 0, 0),
+                (*patches.shape[:2], *ends, *patches.shape[-2:]),
+                (1, 1, *win.stride[:-1], 1, 1),
+            )
+            found.append(_dot(row.reshape(width * channels, -1), y, 1, 0, c))
+        return jnp.stack(found)
+
+    def add_block(i: int, w: Array) -> Array:
+        part = functools.partial(lax.dynamic_slice_in_dim, start_index=i * block, slice_size=block)
+        return w + one_block(part(x), part(y))
+
+    shape = (math.prod(rows), width * channels, y.shape[-1])
+    zero = jnp.zeros(shape, y.dtype)
+    blocks = x.shape[0] // block if block else 0
+    w = one_block(x, y) if blocks == 1 else lax.fori_loop(0, blocks, add_block, zero)
+    return w.reshape(*win.size, channels, y.shape[-1])
+
+
+def _match_depthwise(c: Correlation, x: Array, y: Array) -> Array:
+    win, multiplier = c.window, y.shape[-1] // c.groups
+    x = jnp.repeat(x, multiplier, -1) if multiplier > 1 else x
+    entries = tap_slices(win, x, 0)
+    return jnp.stack([_sum_pixels(entry * y) for entry in entries]).reshape(*win.size, 1, -1)
+
+
+def _match_by_group(c: Correlation, x: Array, y: Array) -> Array:
+    one = dataclasses.replace(c, groups=1)
+    parts = zip(_split(x, c.groups), _split(y, c.groups), strict=True)
+    return jnp.concatenate([MATCH[choose_match(one, a, b)](one, a, b) for a, b in parts], -1)
+
+
+MATCH: dict[str, Lowering] = {
+    "xla": _match_xla,
+    "pointwise": _match_pointwise,
+    "rows": _match_rows,
+    "depthwise": _match_depthwise,
+    "by_group": _match_by_group,
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts
+
+
+def _conv(
+    c: Correlation,
+    x: Array,
+    w: Array,
+    *,
+    padding: Sequence[tuple[int, int]],
+    groups: int,
+    w_dilation: Sequence[int],
+    stride: Sequence[int] | None = None,
+    y_dilation: Sequence[int] | None = None,
+) -> Array:
+    channels = c.window.ndim + 1
+    spatial = tuple(range(1, channels))
+    picture = (0, channels, *spatial)
+    return lax.conv_general_dilated(
+        x,
+        w,
+        window_strides=stride or (1,) * c.window.ndim,
+        padding=padding,
+        lhs_dilation=y_dilation,
+        rhs_dilation=w_dilation,
+        dimension_numbers=lax.ConvDimensionNumbers(picture, (channels, channels - 1, *range(c.window.ndim)), picture),
+        feature_group_count=groups,
+        precision=c.precision,
+    )
+
+
+def fit(win: Window, x: Array) -> Array:
+    """The part of the padded picture that the windows cover, ``(N, *win.span, C)``: padded first, then cut."""
+    ends = [max(span - lo - n, 0) for span, n, (lo, _) in zip(win.span, win.shape, win.padding, strict=True)]
+    pads = [(lo, end, 0) for (lo, _), end in zip(win.padding, ends, strict=True)]
+    x = lax.pad(x, np.zeros((), x.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
+    return lax.slice(x, (0,) * x.ndim, (x.shape[0], *win.span, x.shape[-1]))
+
+
+def _dot(a: Array, b: Array, over_a: int, over_b: int, c: Correlation) -> Array:
+    return lax.dot_general(a, b, (((over_a,), (over_b,)), ((), ())), precision=c.precision)
+
+
+def _split(a: Array, groups: int) -> list[Array]:
+    return jnp.split(a, groups, axis=-1)
+
+
+def _sum(terms: "Sequence[Array] | object") -> Array:
+    return functools.reduce(operator.add, terms)  # type: ignore[arg-type]
+
+
+def _sum_pixels(x: Array) -> Array:
+    """Σ over all but channels, as a tree of halvings: XLA:CPU reduces leading dims on one thread."""
+    x = x.reshape(-1, x.shape[-1])
+    while x.shape[0] > 1:
+        half = x.shape[0] // 2
+        rest = x[2 * half :]
+        x = x[:half] + x[half : 2 * half]
+        x = jnp.concatenate([x, rest]) if rest.shape[0] else x
+    return x.sum(0)
+
+
+def _divisor(n: int, most: int) -> int:
+    """The largest divisor of ``n`` that is at most ``most``, and at least 1."""
+    return next((k for k in range(min(n, max(most, 1)), 0, -1) if n % k == 0), 0)

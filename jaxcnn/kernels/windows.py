@@ -1,0 +1,260 @@
+"""Windows over pictures: the largest entry and where it stands, sums, and their adjoints.
+
+Shapes: a picture is ``(N, *win.shape, C)``, one value a window is ``(N, *win.out, C)``.  The *winner* of a window is
+the row-major number of its largest entry: one byte where the window has at most 255 entries.
+
+Every function is a handful of strided slices (or their adjoint, interior-padded adds), which XLA fuses into one loop;
+``reduce_window`` and ``select_and_scatter`` are tens of times slower on CPU.  Windows of more than `UNROLLED` taps
+would make the program long instead: they take the forms named ``_long``.
+"""
+
+import functools
+import math
+import operator
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jaxcnn.geometry import Window
+
+#: Windows of up to this many taps are written out tap by tap.
+UNROLLED = 64
+
+
+def winner_dtype(win: Window) -> np.dtype:
+    """The smallest integer that numbers a window's entries and has its largest value to spare (see `nothing`)."""
+    return np.dtype(np.uint8 if win.entries <= 255 else np.uint16 if win.entries <= 65535 else np.uint32)
+
+
+def nothing(win: Window) -> np.generic:
+    """The code that names no entry: `place` sends nothing there, `take` reads zero."""
+    dtype = winner_dtype(win)
+    return dtype.type(np.iinfo(dtype).max)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Maxima
+
+
+def largest(win: Window, x: Array) -> tuple[Array, Array]:
+    """The largest entry of every window and its winner.
+
+    Ties go to the first in row-major order, NaN wins over numbers, and padding never wins.
+    """
+    return _largest(win, x) if win.entries <= UNROLLED else _largest_long(win, x)
+
+
+def _largest(win: Window, x: Array) -> tuple[Array, Array]:
+    entries = list(tap_slices(win, x, -np.inf))
+    y = functools.reduce(jnp.maximum, entries)
+    dtype = winner_dtype(win)
+    # From the last tap to the first, so that the first of equals stays.  The last needs no test: some entry won.
+    winner = jnp.full(y.shape, win.entries - 1, dtype)
+    for number, (tap, entry) in reversed(list(enumerate(zip(win.taps(), entries, strict=True)))):
+        wins = (entry == y) | (entry != entry)
+        if not (real := _inside(win, tap)).all():
+            wins &= real[..., None]
+        winner = jnp.where(wins, dtype.type(number), winner)
+    return y, winner
+
+
+def _largest_long(win: Window, x: Array) -> tuple[Array, Array]:
+    """One dim after the other, the last first: the best of a row, then the best row, is row-major order."""
+    y = _pad(win, x, -np.inf)
+    winner = jnp.zeros(y.shape, jnp.int32)
+    number = 1  # how many entries the dims behind this one have
+    for dim in reversed(range(win.ndim)):
+        axis = dim + 1
+        at = np.arange(win.out[dim])[:, None] * win.stride[dim] + np.arange(win.size[dim]) * win.dilation[dim]
+        rows = jnp.take(y, at, axis=axis)  # (…, out, size, …)
+        y = rows.max(axis + 1)
+        wins = (rows == jnp.expand_dims(y, axis + 1)) | (rows != rows)
+        inside = win.inside(dim).reshape(win.out[dim], win.size[dim], *(1,) * (rows.ndim - axis - 2))
+        first = jnp.expand_dims(jnp.argmax(wins & inside, axis + 1), axis + 1)
+        behind = jnp.take_along_axis(jnp.take(winner, at, axis=axis), first, axis + 1)
+        winner = jnp.squeeze(first * number + behind, axis + 1)
+        number *= win.size[dim]
+    return y, winner.astype(winner_dtype(win))
+
+
+def take(win: Window, x: Array, winner: Array) -> Array:
+    """What stands at the winner of every window: ``y[o] = x[o·stride + winner[o]]``."""
+    if win.entries > UNROLLED:
+        return _take_long(win, x, winner)
+    picks = (
+        jnp.where(winner == winner.dtype.type(number), entry, 0) for number, entry in enumerate(tap_slices(win, x, 0))
+    )
+    return functools.reduce(operator.add, picks)
+
+
+def place(win: Window, y: Array, winner: Array) -> Array:
+    """The adjoint of `take`: every ``y[o]`` is added to the entry that won, all others get zero."""
+    if win.tiles:
+        return _place_tiles(win, y, winner)
+    if win.entries > UNROLLED:
+        return _place_long(win, y, winner)
+    sent = (jnp.where(winner == winner.dtype.type(number), y, 0) for number in range(win.entries))
+    return unpad(
+        win, functools.reduce(operator.add, (at_tap(win, tap, s) for tap, s in zip(win.taps(), sent, strict=True)))
+    )
+
+
+def _place_tiles(win: Window, y: Array, winner: Array) -> Array:
+    """Side by side, every entry belongs to one window: up(y), masked to where its own number is the winner's."""
+    number = np.arange(win.entries, dtype=winner.dtype).reshape(*(n for k in win.size for n in (1, k)), 1)
+    return _untile(win, jnp.where(_tile(win, winner) == number, _tile(win, y), 0))
+
+
+def _take_long(win: Window, x: Array, winner: Array) -> Array:
+    flat = x.reshape(x.shape[0], math.prod(win.shape), x.shape[-1])
+    at = _flat_index(win, winner).reshape(x.shape[0], math.prod(win.out), x.shape[-1])
+    found = jnp.take_along_axis(flat, at, axis=1, mode="clip").reshape(winner.shape)
+    return jnp.where(winner == nothing(win), 0, found)
+
+
+def _place_long(win: Window, y: Array, winner: Array) -> Array:
+    batch, channels = y.shape[0], y.shape[-1]
+    at = _flat_index(win, winner).reshape(batch, math.prod(win.out), channels)
+    sent = jnp.where(winner == nothing(win), 0, y).reshape(at.shape)
+    flat = jnp.zeros((batch, math.prod(win.shape), channels), y.dtype)
+    flat = flat.at[np.arange(batch)[:, None, None], at, np.arange(channels)].add(sent, mode="clip")
+    return flat.reshape(batch, *win.shape, channels)
+
+
+def _flat_index(win: Window, winner: Array) -> Array:
+    """Where every winner stands in the flattened spatial dims."""
+    index = jnp.zeros(winner.shape, jnp.int32)
+    number = winner.astype(jnp.int32)
+    for dim in range(win.ndim):
+        tap = number // math.prod(win.size[dim + 1 :]) % win.size[dim]
+        start = np.arange(win.out[dim], dtype=np.int32) * win.stride[dim] - win.padding[dim][0]
+        at = start.reshape(-1, *(1,) * (win.ndim - dim)) + tap * win.dilation[dim]
+        index = index * win.shape[dim] + at
+    return index
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sums
+
+
+def window_sum(win: Window, x: Array) -> Array:
+    """The sum of every window, ``y[o] = Σ_k x[o·stride + k·dilation]``; 16-bit floats are summed in float32."""
+    total = _pad(win, x.astype(accumulator(x.dtype)), 0)
+    for dim in range(win.ndim):
+        total = _sum_dim(win, dim, total)
+    return total.astype(x.dtype)
+
+
+def window_spread(win: Window, y: Array) -> Array:
+    """The adjoint of `window_sum`: every entry gets the sum of the ``y[o]`` whose windows hold it.
+
+    With stride = size this is ⊗ 1, the lecture's *up*.
+    """
+    if win.tiles:
+        return _untile(win, _tile(win, y))
+    total = y.astype(accumulator(y.dtype))
+    for dim in range(win.ndim):
+        total = _spread_dim(win, dim, total)
+    return unpad(win, total).astype(y.dtype)
+
+
+def _sum_dim(win: Window, dim: int, x: Array) -> Array:
+    k, s, d, out, axis = win.size[dim], win.stride[dim], win.dilation[dim], win.out[dim], dim + 1
+    if k <= UNROLLED:
+        starts = (i * d for i in range(k))
+        return functools.reduce(operator.add, (lax.slice_in_dim(x, i, i + (out - 1) * s + 1, s, axis) for i in starts))
+    if out == 1 and d == 1:
+        return lax.slice_in_dim(x, 0, k, axis=axis).sum(axis, keepdims=True)
+    return _reduce_dim(x, axis, k, s, d)
+
+
+def _spread_dim(win: Window, dim: int, y: Array) -> Array:
+    k, s, d, out, axis = win.size[dim], win.stride[dim], win.dilation[dim], win.out[dim], dim + 1
+    length = sum(win.padding[dim]) + win.shape[dim]
+    if out == 1 and d == 1:
+        return _pad_axis(jnp.repeat(y, k, axis), axis, 0, length - k)
+    if k <= UNROLLED:
+        rest = length - ((out - 1) * s + 1)
+        return functools.reduce(operator.add, (_pad_axis(y, axis, i * d, rest - i * d, s - 1) for i in range(k)))
+    reach = (k - 1) * d
+    spaced = _pad_axis(y, axis, reach, reach, s - 1)
+    full = _reduce_dim(spaced, axis, k, 1, d)
+    return _pad_axis(full, axis, 0, length - full.shape[axis])
+
+
+def _reduce_dim(x: Array, axis: int, k: int, stride: int, dilation: int) -> Array:
+    def along(n: int) -> tuple[int, ...]:
+        return (1,) * axis + (n,) + (1,) * (x.ndim - axis - 1)
+
+    zero = np.zeros((), x.dtype)
+    return lax.reduce_window(x, zero, lax.add, along(k), along(stride), "VALID", window_dilation=along(dilation))
+
+
+def accumulator(dtype: np.dtype) -> np.dtype:
+    """What sums of this dtype are taken in: float32 for 16-bit floats, otherwise itself."""
+    return np.dtype(np.float32) if dtype.itemsize < 4 else np.dtype(dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Slices, and their adjoints
+
+
+def _pad(win: Window, x: Array, fill: float) -> Array:
+    if not win.padded:
+        return x
+    return lax.pad(x, np.asarray(fill, x.dtype), [(0, 0, 0), *((lo, hi, 0) for lo, hi in win.padding), (0, 0, 0)])
+
+
+def unpad(win: Window, canvas: Array) -> Array:
+    """The picture within its padding."""
+    starts = [0, *(lo for lo, _ in win.padding), 0]
+    ends = [canvas.shape[0], *(lo + n for n, (lo, _) in zip(win.shape, win.padding, strict=True)), canvas.shape[-1]]
+    return lax.slice(canvas, starts, ends)
+
+
+def tap_slices(win: Window, x: Array, fill: float) -> Iterator[Array]:
+    """For every tap the entries it meets, one a window: strided slices ``(N, *out, C)``."""
+    canvas = _pad(win, x, fill)
+    steps = (1, *win.stride, 1)
+    for tap in win.taps():
+        start = (0, *win.offset(tap), 0)
+        ends = (o + (n - 1) * s + 1 for o, n, s in zip(win.offset(tap), win.out, win.stride, strict=True))
+        yield lax.slice(canvas, start, (x.shape[0], *ends, x.shape[-1]), steps)
+
+
+def at_tap(win: Window, tap: tuple[int, ...], y: Array) -> Array:
+    """The adjoint of one tap's slice: ``y`` spread by the stride over a padded picture of zeros."""
+    widths = (
+        (start, lo + n + hi - start - ((out - 1) * s + 1), s - 1)
+        for start, n, s, out, (lo, hi) in zip(win.offset(tap), win.shape, win.stride, win.out, win.padding, strict=True)
+    )
+    return lax.pad(y, np.zeros((), y.dtype), [(0, 0, 0), *widths, (0, 0, 0)])
+
+
+def _pad_axis(x: Array, axis: int, lo: int, hi: int, interior: int = 0) -> Array:
+    config = [(0, 0, 0)] * x.ndim
+    config[axis] = (lo, hi, interior)
+    return lax.pad(x, np.zeros((), x.dtype), config)
+
+
+def _tile(win: Window, y: Array) -> Array:
+    """``(N, out₁, size₁, out₂, size₂, …, C)``: every value repeated over its own window (a broadcast, not a copy)."""
+    pairs = [n for pair in zip(win.out, win.size, strict=True) for n in pair]
+    kept = [0, *range(1, 2 * win.ndim + 1, 2), 2 * win.ndim + 1]
+    return lax.broadcast_in_dim(y, (y.shape[0], *pairs, y.shape[-1]), kept)
+
+
+def _untile(win: Window, tiles: Array) -> Array:
+    """Back to a picture; what the last windows left over is zero."""
+    covered = [o * k for o, k in zip(win.out, win.size, strict=True)]
+    x = tiles.reshape(tiles.shape[0], *covered, tiles.shape[-1])
+    rest = [(0, n - c, 0) for n, c in zip(win.shape, covered, strict=True)]
+    return lax.pad(x, np.zeros((), x.dtype), [(0, 0, 0), *rest, (0, 0, 0)]) if any(h for _, h, _ in rest) else x
+
+
+def _inside(win: Window, tap: tuple[int, ...]) -> np.ndarray:
+    """``out``: in which windows this tap meets the picture, not padding."""
+    per_dim = (win.inside(dim)[:, k] for dim, k in enumerate(tap))
+    return functools.reduce(np.multiply.outer, per_dim)

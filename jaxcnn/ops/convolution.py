@@ -1,0 +1,312 @@
+"""Convolution layers: a patch slides over a picture.
+
+The family is closed under differentiation: the rule of each of its three products is the other two.
+
+    _conv     x, w → y          δ_x = spread(δ, w)      ∂E/∂w = match(x, δ)     ∂E/∂b = Σ δ
+    spread   δ, w → x          its rule:  conv, match
+    match    x, δ → w          its rule:  spread, conv
+
+As everywhere in deep learning "convolution" here does not turn the patch: it is cross-correlation (lecture §11, with
+erratum 4).  The patch *is* turned on the way back (lecture §15).
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxcnn.geometry import PADDING_MODES, Correlation, Padding, PerDim, Window, fail, pad_widths, static_int, window
+from jaxcnn.kernels import correlation as kernels
+from jaxcnn.ops.rule import Rule, arrays, picture, with_rule
+
+
+def conv(
+    x: ArrayLike,
+    w: ArrayLike,
+    b: ArrayLike | None = None,
+    *,
+    stride: PerDim = 1,
+    padding: Padding = "VALID",
+    dilation: PerDim = 1,
+    groups: int = 1,
+    dimension_numbers: Sequence[str] | None = None,
+    preferred_element_type: DTypeLike | None = None,
+    precision: Any = None,
+    rule: Rule | None = None,
+) -> Array:
+    """Convolution layer: ``y[n, o, f] = b[f] + Σ_{k, i} x[n, o·stride + k·dilation − lo, i] · w[k, i, f]``.
+
+    Backward (lecture §6, §9, §15): δ_x = w ∗ δ, the full correlation of δ with the patch turned by 180°;
+    ∂E/∂w = x ⋆ δ, a valid correlation summed over the batch; ∂E/∂b = Σ δ over batch and space.
+
+    Args:
+        x: pictures ``(N, *spatial, I)``, one to three spatial dims, any float dtype.
+        w: patches ``(*K, I/groups, O)``, of the same dtype.
+        b: one number for each output channel, ``(O,)``.
+        stride: how far the patch moves, an int or one for each dim.
+        padding: "VALID", "SAME" (extra at the end), "SAME_LOWER", "CAUSAL" (1-D), an int, an int or a pair for each
+            dim; or, same-size, "REFLECT", "REPLICATE", "CIRCULAR", which repeat the picture instead of adding zeros.
+        dilation: the distance between a patch's entries.
+        groups: output channels ``g·O/groups …`` see input channels ``g·I/groups …`` alone.
+        dimension_numbers: the layouts of x, w and y, such as ``("NCHW", "OIHW", "NCHW")``; default channels last.
+        preferred_element_type: dtype of the result, if not that of x.  16-bit inputs accumulate in float32 anyway.
+        precision: as in `jax.lax`.
+        rule: another backward half, over channels-last arrays; see `jaxcnn.rules`.
+
+    Returns: ``(N, *out, O)``.
+
+    Raises: ValueError for shapes or options that do not fit, TypeError for dtypes; both name argument, got, expected.
+
+    >>> x = jnp.ones((1, 28, 28, 1))
+    >>> conv(x, jnp.ones((5, 5, 1, 32))).shape
+    (1, 24, 24, 32)
+    """
+    x, w = arrays("conv", x=x, w=w)
+    x, w, back = _channels_last(x, w, dimension_numbers)
+    x, c = geometry("conv", x, w, stride, padding, dilation, groups, preferred_element_type, precision)
+    if b is not None:
+        _, b = arrays("conv", w=w, b=b)
+        if b.shape != w.shape[-1:]:
+            fail("conv", f"b expected shape {w.shape[-1:]}, one number for each output channel, got {b.shape}")
+    y = with_rule(_conv, rule, conv_plain)(c, x, w, b)
+    return y if back is None else jnp.transpose(y, back)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _conv(c: Correlation, x: Array, w: Array, b: Array | None) -> Array:
+    return _with_bias(kernels.correlate(c, x, w), b)
+
+
+def _conv_fwd(c: Correlation, x: Array, w: Array, b: Array | None) -> Any:
+    return _conv(c, x, w, b), (x, w, b)
+
+
+def _conv_bwd(c: Correlation, saved: Any, delta: Array) -> Any:
+    """δ_x = w ∗ δ (full, the patch turned); ∂E/∂w = x ⋆ δ; ∂E/∂b = Σ δ.  Lecture §9 and §15."""
+    x, w, b = saved
+    delta_x = spread(c, delta, w).astype(x.dtype)
+    grad_w = match(c, x, delta).astype(w.dtype)
+    grad_b = None if b is None else sum_pixels(delta).astype(b.dtype)
+    return delta_x, grad_w, grad_b
+
+
+_conv.defvjp(_conv_fwd, _conv_bwd)
+
+
+def conv_plain(c: Correlation, x: Array, w: Array, b: Array | None) -> Array:
+    """`conv` in stock JAX."""
+    win = c.window
+    channels = x.ndim - 1
+    layout = (0, channels, *range(1, channels))
+    y = lax.conv_general_dilated(
+        x.astype(c.dtype),
+        w.astype(c.dtype),
+        win.stride,
+        win.padding,
+        rhs_dilation=win.dilation,
+        dimension_numbers=lax.ConvDimensionNumbers(layout, (channels, channels - 1, *range(win.ndim)), layout),
+        feature_group_count=c.groups,
+        precision=c.precision,
+    )
+    return _with_bias(y, b)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def spread(c: Correlation, delta: Array, w: Array) -> Array:
+    """w ∗ δ: the full correlation of δ with the patch turned by 180°."""
+    return kernels.spread(c, delta, w)
+
+
+def _spread_fwd(c: Correlation, delta: Array, w: Array) -> Any:
+    return spread(c, delta, w), (delta, w)
+
+
+def _spread_bwd(c: Correlation, saved: Any, xi: Array) -> Any:
+    """⟨spread(δ, w), ξ⟩ = ⟨δ, conv(ξ, w)⟩ = ⟨w, match(ξ, δ)⟩."""
+    delta, w = saved
+    return _conv(c, xi, w, None).astype(delta.dtype), match(c, xi, delta).astype(w.dtype)
+
+
+spread.defvjp(_spread_fwd, _spread_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def match(c: Correlation, x: Array, delta: Array) -> Array:
+    """x ⋆ δ: the valid correlation of the picture with δ, summed over the batch."""
+    return kernels.match(c, x, delta)
+
+
+def _match_fwd(c: Correlation, x: Array, delta: Array) -> Any:
+    return match(c, x, delta), (x, delta)
+
+
+def _match_bwd(c: Correlation, saved: Any, omega: Array) -> Any:
+    """⟨match(x, δ), ω⟩ = ⟨x, spread(δ, ω)⟩ = ⟨δ, conv(x, ω)⟩."""
+    x, delta = saved
+    return spread(c, delta, omega).astype(x.dtype), _conv(c, x, omega, None).astype(delta.dtype)
+
+
+match.defvjp(_match_fwd, _match_bwd)
+
+
+def sum_pixels(delta: Array) -> Array:
+    """Σ over batch and space, one number for each channel; 16-bit floats are summed in float32."""
+    return jnp.sum(delta, range(delta.ndim - 1))
+
+
+def _with_bias(y: Array, b: Array | None) -> Array:
+    return y if b is None else y + b.astype(y.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The picture repeated instead of zeros
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _extend(mode: str, widths: tuple[tuple[int, int], ...], x: Array) -> Array:
+    """The picture continued past its borders, by its mirror image, its last entry or itself."""
+    modes = {"REFLECT": "reflect", "REPLICATE": "edge", "CIRCULAR": "wrap"}
+    return jnp.pad(x, ((0, 0), *widths, (0, 0)), mode=modes[mode])
+
+
+def _extend_fwd(mode: str, widths: tuple[tuple[int, int], ...], x: Array) -> Any:
+    return _extend(mode, widths, x), None
+
+
+def _extend_bwd(mode: str, widths: tuple[tuple[int, int], ...], saved: None, delta: Array) -> Any:
+    """δ_x[i] = Σ δ over every place that shows entry i."""
+    return (_fold(mode, widths, delta),)
+
+
+_extend.defvjp(_extend_fwd, _extend_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _fold(mode: str, widths: tuple[tuple[int, int], ...], delta: Array) -> Array:
+    """The adjoint of `_extend`: what lies past the borders is added to the entries it shows."""
+    for axis, (lo, hi) in enumerate(widths, start=1):
+        n = delta.shape[axis] - lo - hi
+        part = functools.partial(lax.slice_in_dim, delta, axis=axis)
+        before, inner, after = part(0, lo), part(lo, lo + n), part(lo + n, lo + n + hi)
+        if mode == "REFLECT":
+            ends = (_put(lax.rev(before, (axis,)), axis, 1, n), _put(lax.rev(after, (axis,)), axis, n - 1 - hi, n))
+        elif mode == "CIRCULAR":
+            ends = (_put(before, axis, n - lo, n), _put(after, axis, 0, n))
+        else:
+            ends = (
+                _put(before.sum(axis, keepdims=True), axis, 0, n),
+                _put(after.sum(axis, keepdims=True), axis, n - 1, n),
+            )
+        delta = inner + ends[0] + ends[1]
+    return delta
+
+
+def _fold_fwd(mode: str, widths: tuple[tuple[int, int], ...], delta: Array) -> Any:
+    return _fold(mode, widths, delta), None
+
+
+def _fold_bwd(mode: str, widths: tuple[tuple[int, int], ...], saved: None, xi: Array) -> Any:
+    return (_extend(mode, widths, xi),)
+
+
+_fold.defvjp(_fold_fwd, _fold_bwd)
+
+
+def _put(x: Array, axis: int, at: int, n: int) -> Array:
+    """``x`` at ``at`` along an axis of ``n`` zeros."""
+    if not x.shape[axis]:
+        return jnp.zeros((*x.shape[:axis], n, *x.shape[axis + 1 :]), x.dtype)
+    config = [(0, 0, 0)] * x.ndim
+    config[axis] = (at, n - at - x.shape[axis], 0)
+    return lax.pad(x, np.zeros((), x.dtype), config)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks
+
+
+def geometry(
+    op: str,
+    x: Array,
+    w: Array,
+    stride: PerDim,
+    padding: Padding,
+    dilation: PerDim,
+    groups: int,
+    dtype: DTypeLike | None,
+    precision: Any,
+) -> tuple[Array, Correlation]:
+    """The static half of a call, and the picture extended if the padding repeats it."""
+    spatial = picture(op, x)
+    shapes = f"x {x.shape}, w {w.shape}"
+    if w.ndim != x.ndim:
+        fail(op, f"w expected (*K, I/groups, O) with {len(spatial)} spatial dims, like x; {shapes}")
+    groups = static_int(op, "groups", groups, groups)
+    if groups < 1:
+        fail(op, f"groups expected an int >= 1, got {groups}")
+    inputs, outputs = x.shape[-1], w.shape[-1]
+    if inputs % groups or outputs % groups:
+        fail(op, f"groups={groups} must divide {inputs} input and {outputs} output channels; {shapes}")
+    if w.shape[-2] * groups != inputs:
+        fail(op, f"x has {inputs} channels but w expects {w.shape[-2] * groups} (groups={groups}); {shapes}")
+    if isinstance(padding, str) and padding.upper() in PADDING_MODES:
+        mode = padding.upper()
+        widths = _extension(
+            op,
+            mode,
+            spatial,
+            window(op, spatial, w.shape[:-2], stride=stride, padding="SAME", dilation=dilation, noun="patch"),
+        )
+        x, padding = _extend(mode, widths, x), "VALID"
+    win = window(op, x.shape[1:-1], w.shape[:-2], stride=stride, padding=padding, dilation=dilation, noun="patch")
+    result = np.dtype(x.dtype if dtype is None else dtype)
+    if not jnp.issubdtype(result, jnp.floating):
+        raise TypeError(f"{op}: preferred_element_type expected a floating dtype, got {result}")
+    return x, Correlation(win, groups, result, _precision(op, precision))
+
+
+def _extension(op: str, mode: str, spatial: tuple[int, ...], win: Window) -> tuple[tuple[int, int], ...]:
+    widths = pad_widths(op, "SAME", win)
+    most = [n if mode != "REFLECT" else n - 1 for n in spatial]
+    if mode != "REPLICATE" and any(max(pair) > m for pair, m in zip(widths, most, strict=True)):
+        fail(
+            op, f"padding {mode!r} needs {widths} but the picture allows at most {tuple(most)}; spatial dims {spatial}"
+        )
+    return widths
+
+
+def _precision(op: str, precision: Any) -> Any:
+    """As a hashable value that `jax.lax` takes."""
+    try:
+        if precision is None or isinstance(precision, lax.Precision | lax.DotAlgorithm | lax.DotAlgorithmPreset):
+            return precision
+        if isinstance(precision, str):
+            return lax.Precision(precision)
+        return tuple(lax.Precision(p) for p in precision)
+    except (TypeError, ValueError):
+        fail(op, f"precision expected None, 'default', 'high', 'highest' or a jax.lax.Precision, got {precision!r}")
+
+
+def _channels_last(x: Array, w: Array, layouts: Sequence[str] | None) -> tuple[Array, Array, tuple[int, ...] | None]:
+    """X and w in the house layout, and how to transpose y back into the caller's."""
+    if layouts is None:
+        return x, w, None
+    if isinstance(layouts, str) or len(layouts) != 3 or not all(isinstance(layout, str) for layout in layouts):
+        fail("conv", f"dimension_numbers expected three strings such as ('NCHW', 'OIHW', 'NCHW'), got {layouts!r}")
+    of_x, of_w, of_y = layouts
+    space = "".join(d for d in of_w if d not in "OI")
+    for name, layout, array, letters in (("x", of_x, x, "NC"), ("w", of_w, w, "OI"), ("y", of_y, x, "NC")):
+        if sorted(layout) != sorted(letters + space) or len(set(layout)) != len(layout) or len(layout) != array.ndim:
+            fail(
+                "conv",
+                f"dimension_numbers expected the {array.ndim} letters {letters + space!r} for {name}, "
+                f"got {layout!r} of {tuple(layouts)!r}",
+            )
+    x = jnp.transpose(x, [of_x.index(d) for d in f"N{space}C"])
+    w = jnp.transpose(w, [of_w.index(d) for d in f"{space}IO"])
+    return x, w, tuple(f"N{space}C".index(d) for d in of_y)

@@ -1,0 +1,67 @@
+"""Dropout at the output layer while training (lecture §2)."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxcnn.geometry import fail
+from jaxcnn.ops.rule import Rule, arrays, with_rule
+
+
+def dropout(x: ArrayLike, rate: float, key: Array, *, rule: Rule | None = None) -> Array:
+    """Dropout: each entry is zero with probability ``rate``, the others are scaled by ``1 / (1 − rate)``.
+
+    Backward: ``δ_x = δ ∘ mask / (1 − rate)``.  The residual is the key: the mask is drawn again.
+
+    Args:
+        x: any shape and float dtype.
+        rate: the probability in [0, 1) that an entry is dropped; static.
+        key: from `jax.random.key`.
+        rule: another backward half; see `jaxcnn.rules`.  Its cotangents are ``(delta_x, None)``.
+
+    Returns: the shape and dtype of x.
+
+    Raises: ValueError for a rate outside [0, 1), TypeError for a key that is none, and for dtypes.
+
+    Source: Srivastava et al. 2014, in the inverted form that leaves evaluation alone.
+
+    >>> sorted({float(v) for v in dropout(jnp.ones(100), 0.75, jax.random.key(0))})
+    [0.0, 4.0]
+    """
+    (x,) = arrays("dropout", x=x)
+    if isinstance(rate, bool | jax.core.Tracer) or not isinstance(rate, int | float):
+        raise TypeError(f"dropout: rate expected a Python float, got {type(rate).__name__}")
+    if not 0 <= rate < 1:
+        fail("dropout", f"rate expected a number in [0, 1), got {rate}")
+    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape:
+        got = f"{key.dtype}{list(key.shape)}" if hasattr(key, "dtype") else repr(key)
+        raise TypeError(f"dropout: key expected one typed key from jax.random.key(seed), got {got}")
+    if rate == 0:
+        return x
+    return with_rule(_dropout, rule, _dropout_plain)(float(rate), x, key)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dropout(rate: float, x: Array, key: Array) -> Array:
+    return _dropout_plain(rate, x, key)
+
+
+def _dropout_fwd(rate: float, x: Array, key: Array) -> Any:
+    return _dropout(rate, x, key), key
+
+
+def _dropout_bwd(rate: float, key: Array, delta: Array) -> Any:
+    """δ_x = δ ∘ mask / (1 − rate): the op is its own adjoint."""
+    return _dropout(rate, delta, key), None
+
+
+_dropout.defvjp(_dropout_fwd, _dropout_bwd)
+
+
+def _dropout_plain(rate: float, x: Array, key: Array) -> Array:
+    mask = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(mask, x / (1 - rate), 0)

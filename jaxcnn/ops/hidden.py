@@ -1,0 +1,137 @@
+"""The lecture's hidden layer as one op: "ReLU and pooling are one hidden layer" (§2), after a convolution.
+
+The composed rule of §9, as it is true (erratum 2):
+
+    δ_l = up(δ) ∘ g'(x)        δ here is w ∗ δ_{l+1}, what the next layer's rule sends back
+    ∂E/∂w = a ⋆ δ_l            ∂E/∂b = Σ δ_l            δ_a = w ∗ δ_l, for the layer before
+
+up and g' become one look-up: a byte for each pooled entry says which entry of its window won, or that none passed the
+ReLU.  The picture before pooling is never kept.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxcnn.geometry import Correlation, Padding, PerDim, Window, fail
+from jaxcnn.kernels import correlation, windows
+from jaxcnn.ops import activation, convolution, pooling
+from jaxcnn.ops.rule import Rule, arrays, with_rule
+
+
+def hidden_layer(
+    x: ArrayLike,
+    w: ArrayLike,
+    b: ArrayLike,
+    *,
+    window: PerDim = 2,
+    pool_stride: PerDim | None = None,
+    pool_padding: Padding = "VALID",
+    stride: PerDim = 1,
+    padding: Padding = "VALID",
+    dilation: PerDim = 1,
+    groups: int = 1,
+    precision: Any = None,
+    rule: Rule | None = None,
+) -> Array:
+    """Hidden layer: ``max_pool(relu(conv(x, w, b)), window)`` as one op with one rule.
+
+    Backward (lecture §9, erratum 2): ``δ_l = up(δ) ∘ g'(x)``, where up sends δ to the winner of each window and
+    g' is 0 where none was positive; ``∂E/∂w = x ⋆ δ_l``; ``∂E/∂b = Σ δ_l``; ``δ_x = w ∗ δ_l``.  The same numbers as the
+    three ops in turn, except that the winner is found before the bias is added: entries of a window that only rounding
+    makes equal are told apart.
+
+    Args:
+        x: pictures ``(N, *spatial, I)``, one to three spatial dims, any float dtype.
+        w: patches ``(*K, I/groups, O)``, of the same dtype.
+        b: ``(O,)``.
+        window: entries of a pooling window, an int or one for each dim.
+        pool_stride: how far the window moves; default ``window``.
+        pool_padding: padding of the pooling, as in `max_pool`.
+        stride: how far the patch moves.
+        padding: padding of the convolution, as in `conv`.
+        dilation: the distance between a patch's entries.
+        groups: as in `conv`.
+        precision: as in `jax.lax`.
+        rule: another backward half; see `jaxcnn.rules`.
+
+    Returns: ``(N, *out, O)``.
+
+    Raises: ValueError for shapes or options that do not fit, TypeError for dtypes.
+
+    >>> hidden_layer(jnp.ones((1, 28, 28, 1)), jnp.ones((5, 5, 1, 32)), jnp.zeros(32)).shape
+    (1, 12, 12, 32)
+    """
+    x, w, b = arrays("hidden_layer", x=x, w=w, b=b)
+    if b.shape != w.shape[-1:]:
+        fail("hidden_layer", f"b expected shape {w.shape[-1:]}, one number for each output channel, got {b.shape}")
+    x, c = convolution.geometry("hidden_layer", x, w, stride, padding, dilation, groups, None, precision)
+    win = pooling.pool_window("hidden_layer", c.window.out, window, pool_stride, pool_padding, 1, False)
+    return with_rule(_hidden, rule, _hidden_plain)(Hidden(c, win), x, w, b)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hidden:
+    """How the patch slides over the picture, and the window over the result."""
+
+    correlation: Correlation
+    window: Window
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _hidden(geometry: Hidden, x: Array, w: Array, b: Array) -> Array:
+    return _forward(geometry, x, w, b)[0]
+
+
+def _hidden_fwd(geometry: Hidden, x: Array, w: Array, b: Array) -> Any:
+    y, passed = _hidden_with_code(geometry, x, w, b)
+    return y, (x, w, passed)
+
+
+def _hidden_bwd(geometry: Hidden, saved: Any, delta: Array) -> Any:
+    """δ_l = up(δ) ∘ g'(x);  δ_x = w ∗ δ_l,  ∂E/∂w = x ⋆ δ_l,  ∂E/∂b = Σ δ_l.  Lecture §9, erratum 2."""
+    x, w, passed = saved
+    c = geometry.correlation
+    delta_l = pooling.place(geometry.window, delta, passed)
+    # Σ δ_l over the larger picture is Σ δ over what passed.
+    grad_b = convolution.sum_pixels(jnp.where(passed == windows.nothing(geometry.window), 0, delta))
+    return convolution.spread(c, delta_l, w), convolution.match(c, x, delta_l), grad_b
+
+
+_hidden.defvjp(_hidden_fwd, _hidden_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _hidden_with_code(geometry: Hidden, x: Array, w: Array, b: Array) -> tuple[Array, Array]:
+    return _forward(geometry, x, w, b)
+
+
+def _hidden_with_code_fwd(geometry: Hidden, x: Array, w: Array, b: Array) -> Any:
+    y, passed = _hidden_with_code(geometry, x, w, b)
+    return (y, passed), (x, w, passed)
+
+
+def _hidden_with_code_bwd(geometry: Hidden, saved: Any, deltas: Any) -> Any:
+    """The rule of the layer; the code is a number, and has no δ."""
+    return _hidden_bwd(geometry, saved, deltas[0])
+
+
+_hidden_with_code.defvjp(_hidden_with_code_fwd, _hidden_with_code_bwd)
+
+
+def _forward(geometry: Hidden, x: Array, w: Array, b: Array) -> tuple[Array, Array]:
+    """``y``, and for each entry the winner of its window, or `nothing` where the ReLU let none pass."""
+    # The bias is one number for a channel: the largest entry is the same before and after it.
+    best, winner = windows.largest(geometry.window, correlation.correlate(geometry.correlation, x, w))
+    y = jnp.maximum(best + b, 0)
+    return y, jnp.where(y > 0, winner, jnp.asarray(windows.nothing(geometry.window)))
+
+
+def _hidden_plain(geometry: Hidden, x: Array, w: Array, b: Array) -> Array:
+    y = activation.relu_plain(None, convolution.conv_plain(geometry.correlation, x, w, b))
+    return pooling.max_pool_plain(geometry.window, y)

@@ -1,0 +1,177 @@
+"""The Kronecker product and *up* (lecture §7–8): how δ regains the size that pooling took.
+
+``kron_up`` and ``block_sum`` are adjoint: the rule of each is the other.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxcnn.geometry import PerDim, Window, fail, positive
+from jaxcnn.ops.pooling import window_spread, window_sum
+from jaxcnn.ops.rule import Rule, arrays, picture, with_rule
+
+
+def kron(a: ArrayLike, b: ArrayLike, *, rule: Rule | None = None) -> Array:
+    """Kronecker product, as `numpy.kron`: block ``(i, j)`` of the result is ``a[i, j]·b``.
+
+    Backward: ``δ_a[i] = Σ_j δ[i·q + j]·b[j]`` (every block against b) and ``δ_b[j] = Σ_i δ[i·q + j]·a[i]``.
+    The lecture's §7 example prints ``kron(b, a)``; its §8 example is the standard order (erratum 1).
+
+    Args:
+        a: ``(p₁, p₂, …)``, any float dtype.
+        b: ``(q₁, q₂, …)``, of the same rank and dtype.
+        rule: another backward half; see `jaxcnn.rules`.
+
+    Returns: ``(p₁·q₁, p₂·q₂, …)``.
+
+    Raises: ValueError if the ranks differ, TypeError for dtypes.
+
+    >>> kron(jnp.array([[4.0, 5.0], [6.0, 7.0]]), jnp.array([[1.0, 2.0], [3.0, 4.0]]))
+    Array([[ 4.,  8.,  5., 10.],
+           [12., 16., 15., 20.],
+           [ 6., 12.,  7., 14.],
+           [18., 24., 21., 28.]], dtype=float32)
+    """
+    a, b = arrays("kron", a=a, b=b)
+    if a.ndim != b.ndim:
+        fail("kron", f"a and b expected the same rank, got a {a.shape}, b {b.shape}")
+    return with_rule(_kron, rule, _kron_plain)(None, a, b)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _kron(geometry: None, a: Array, b: Array) -> Array:
+    return _kron_plain(None, a, b)
+
+
+def _kron_fwd(geometry: None, a: Array, b: Array) -> Any:
+    return _kron(None, a, b), (a, b)
+
+
+def _kron_bwd(geometry: None, saved: Any, delta: Array) -> Any:
+    """δ_a[i] = Σ_j δ[i, j]·b[j];  δ_b[j] = Σ_i δ[i, j]·a[i], with δ cut into blocks: entry j of block i."""
+    a, b = saved
+    blocks = delta.reshape([n for pair in zip(a.shape, b.shape, strict=True) for n in pair])
+    i, j = tuple(range(0, 2 * a.ndim, 2)), tuple(range(1, 2 * a.ndim, 2))
+    return jnp.einsum(blocks, [*range(2 * a.ndim)], b, j, i), jnp.einsum(blocks, [*range(2 * a.ndim)], a, i, j)
+
+
+_kron.defvjp(_kron_fwd, _kron_bwd)
+
+
+def _kron_plain(geometry: None, a: Array, b: Array) -> Array:
+    outer = jnp.expand_dims(a, tuple(range(1, 2 * a.ndim, 2))) * jnp.expand_dims(b, tuple(range(0, 2 * b.ndim, 2)))
+    return outer.reshape([p * q for p, q in zip(a.shape, b.shape, strict=True)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def kron_up(x: ArrayLike, factor: PerDim, *, rule: Rule | None = None) -> Array:
+    """The lecture's *up*: the spatial dims of ``x`` ⊗ 1, every entry repeated over a block (§8).
+
+    Backward: ``δ_x = block_sum(δ, factor)``.  Up itself undoes sum pooling; for average pooling divide by the block's
+    size, for max pooling keep the winner (erratum 3).
+
+    Args:
+        x: pictures ``(N, *spatial, C)``, one to three spatial dims, any float dtype.
+        factor: the size of a block, an int or one for each dim.
+        rule: another backward half; see `jaxcnn.rules`.
+
+    Returns: ``(N, *(spatial · factor), C)``.
+
+    Raises: ValueError for a rank or factor that does not fit, TypeError for dtypes.
+
+    >>> kron_up(jnp.array([[1.0, 2.0], [3.0, 4.0]])[None, :, :, None], 2)[0, :, :, 0]
+    Array([[1., 1., 2., 2.],
+           [1., 1., 2., 2.],
+           [3., 3., 4., 4.],
+           [3., 3., 4., 4.]], dtype=float32)
+    """
+    (x,) = arrays("kron_up", x=x)
+    spatial = picture("kron_up", x)
+    k = positive("kron_up", "factor", factor, len(spatial))
+    return with_rule(_kron_up, rule, _kron_up_plain)(
+        _blocks(tuple(n * f for n, f in zip(spatial, k, strict=True)), k), x
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _kron_up(blocks: Window, x: Array) -> Array:
+    return window_spread(blocks, x)
+
+
+def _kron_up_fwd(blocks: Window, x: Array) -> Any:
+    return _kron_up(blocks, x), None
+
+
+def _kron_up_bwd(blocks: Window, saved: None, delta: Array) -> Any:
+    """δ_x = block_sum(δ)."""
+    return (_block_sum(blocks, delta),)
+
+
+_kron_up.defvjp(_kron_up_fwd, _kron_up_bwd)
+
+
+def _kron_up_plain(blocks: Window, x: Array) -> Array:
+    for dim, factor in enumerate(blocks.size):
+        x = jnp.repeat(x, factor, dim + 1)
+    return x
+
+
+def block_sum(x: ArrayLike, factor: PerDim, *, rule: Rule | None = None) -> Array:
+    """The sum of every block of ``factor`` entries, the adjoint of `kron_up`.
+
+    Backward: ``δ_x = kron_up(δ, factor)``, up(δ) (lecture §8).
+
+    Args:
+        x: pictures ``(N, *spatial, C)``, one to three spatial dims, any float dtype.
+        factor: the size of a block, an int or one for each dim; it divides the spatial dims.
+        rule: another backward half; see `jaxcnn.rules`.
+
+    Returns: ``(N, *(spatial / factor), C)``.
+
+    Raises: ValueError for a rank or factor that does not fit, TypeError for dtypes.
+
+    >>> block_sum(jnp.ones((1, 4, 4, 1)), 2)[0, :, :, 0]
+    Array([[4., 4.],
+           [4., 4.]], dtype=float32)
+    """
+    (x,) = arrays("block_sum", x=x)
+    spatial = picture("block_sum", x)
+    k = positive("block_sum", "factor", factor, len(spatial))
+    if any(n % f for n, f in zip(spatial, k, strict=True)):
+        fail("block_sum", f"factor {k} does not divide the spatial dims {spatial}")
+    return with_rule(_block_sum, rule, _block_sum_plain)(_blocks(spatial, k), x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _block_sum(blocks: Window, x: Array) -> Array:
+    return window_sum(blocks, x)
+
+
+def _block_sum_fwd(blocks: Window, x: Array) -> Any:
+    return _block_sum(blocks, x), None
+
+
+def _block_sum_bwd(blocks: Window, saved: None, delta: Array) -> Any:
+    """δ_x = up(δ)."""
+    return (_kron_up(blocks, delta),)
+
+
+_block_sum.defvjp(_block_sum_fwd, _block_sum_bwd)
+
+
+def _block_sum_plain(blocks: Window, x: Array) -> Array:
+    pairs = [n for pair in zip(blocks.out, blocks.size, strict=True) for n in pair]
+    tiles = x.reshape(x.shape[0], *pairs, x.shape[-1])
+    return tiles.sum(tuple(range(2, 2 * blocks.ndim + 1, 2)))
+
+
+def _blocks(spatial: tuple[int, ...], factor: tuple[int, ...]) -> Window:
+    ndim = len(spatial)
+    return Window(spatial, factor, factor, ((0, 0),) * ndim, (1,) * ndim)

@@ -1,0 +1,67 @@
+"""The fully connected layer: δ_l = w δ_{l+1}, and ∂E/∂w the product of δ with the layer's input (lecture §3)."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxcnn.geometry import fail
+from jaxcnn.ops.rule import Rule, arrays, with_rule
+
+
+def dense(x: ArrayLike, w: ArrayLike, b: ArrayLike | None = None, *, rule: Rule | None = None) -> Array:
+    """Fully connected layer: ``y = x·w + b``.
+
+    Backward: ``δ_x = δ·wᵀ``, ``∂E/∂w = xᵀ·δ``, ``∂E/∂b = Σ δ`` (lecture §3).
+
+    Args:
+        x: ``(…, I)``, any float dtype.
+        w: ``(I, O)``, of the same dtype.
+        b: ``(O,)``.
+        rule: another backward half; see `jaxcnn.rules`.
+
+    Returns: ``(…, O)``.
+
+    Raises: ValueError for shapes that do not fit, TypeError for dtypes.
+
+    >>> dense(jnp.ones((2, 3)), jnp.ones((3, 4)), jnp.zeros(4)).shape
+    (2, 4)
+    """
+    x, w = arrays("dense", x=x, w=w)
+    if x.ndim < 1 or w.ndim != 2 or x.shape[-1] != w.shape[0]:
+        fail("dense", f"expected x (…, I) and w (I, O), got x {x.shape}, w {w.shape}")
+    if b is not None:
+        _, b = arrays("dense", w=w, b=b)
+        if b.shape != w.shape[1:]:
+            fail("dense", f"b expected shape {w.shape[1:]}, one number for each output, got {b.shape}")
+    return with_rule(_dense, rule, _dense_plain)(None, x, w, b)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dense(geometry: None, x: Array, w: Array, b: Array | None) -> Array:
+    return _dense_plain(None, x, w, b)
+
+
+def _dense_fwd(geometry: None, x: Array, w: Array, b: Array | None) -> Any:
+    return _dense(None, x, w, b), (x, w, b)
+
+
+def _dense_bwd(geometry: None, saved: Any, delta: Array) -> Any:
+    """δ_x = δ·wᵀ;  ∂E/∂w = xᵀ·δ;  ∂E/∂b = Σ δ."""
+    x, w, b = saved
+    rows = delta.reshape(-1, delta.shape[-1])
+    delta_x = delta @ w.T
+    grad_w = x.reshape(-1, x.shape[-1]).T @ rows
+    grad_b = None if b is None else rows.sum(0)
+    return delta_x, grad_w, grad_b
+
+
+_dense.defvjp(_dense_fwd, _dense_bwd)
+
+
+def _dense_plain(geometry: None, x: Array, w: Array, b: Array | None) -> Array:
+    y = jnp.matmul(x, w)
+    return y if b is None else y + b

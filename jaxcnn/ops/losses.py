@@ -1,0 +1,169 @@
+"""Errors at the output layer, where δ begins: per example, unreduced, as in optax, whose other losses fit as well."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxcnn.geometry import fail
+from jaxcnn.ops.rule import arrays
+
+
+def squared_error(y: ArrayLike, target: ArrayLike) -> Array:
+    """Squared error, entry by entry: ``E = (y − target)²``.
+
+    Backward: ``δ_y = 2δ(y − target)``, ``δ_target = −δ_y``.
+
+    Args:
+        y: any shape and float dtype.
+        target: of the same shape and dtype.
+
+    Returns: the same shape.
+
+    Raises: ValueError if the shapes differ, TypeError for dtypes.
+
+    >>> squared_error(jnp.array([1.0, 2.0]), jnp.array([0.0, 4.0]))
+    Array([1., 4.], dtype=float32)
+    """
+    y, target = arrays("squared_error", y=y, target=target)
+    if y.shape != target.shape:
+        fail("squared_error", f"y and target expected the same shape, got y {y.shape}, target {target.shape}")
+    return _squared_error(y, target)
+
+
+@jax.custom_vjp
+def _squared_error(y: Array, target: Array) -> Array:
+    return jnp.square(y - target)
+
+
+def _squared_error_fwd(y: Array, target: Array) -> Any:
+    return _squared_error(y, target), y - target
+
+
+def _squared_error_bwd(difference: Array, delta: Array) -> Any:
+    """δ_y = 2δ(y − target), δ_target = −δ_y."""
+    delta_y = 2 * delta * difference
+    return delta_y, -delta_y
+
+
+_squared_error.defvjp(_squared_error_fwd, _squared_error_bwd)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def softmax_cross_entropy(logits: ArrayLike, targets: ArrayLike) -> Array:
+    """Cross entropy between ``targets`` and p = softmax(logits): ``E = −Σ_c targets_c·log p_c``.
+
+    Backward: ``δ_logits = δ(p·Σ targets − targets)``, ``δ_targets = −δ·log p``.
+
+    Args:
+        logits: ``(…, C)``, any float dtype.
+        targets: probabilities ``(…, C)``, of the same dtype; they need not sum to 1.
+
+    Returns: ``(…)``.
+
+    Raises: ValueError if the shapes differ, TypeError for dtypes.
+
+    >>> softmax_cross_entropy(jnp.zeros((1, 2)), jnp.array([[1.0, 0.0]]))
+    Array([0.6931472], dtype=float32)
+    """
+    logits, targets = arrays("softmax_cross_entropy", logits=logits, targets=targets)
+    if logits.shape != targets.shape or logits.ndim < 1:
+        fail(
+            "softmax_cross_entropy",
+            f"logits and targets expected the same shape (…, C), got logits {logits.shape}, targets {targets.shape}",
+        )
+    return _softmax_cross_entropy(logits, targets)
+
+
+@jax.custom_vjp
+def _softmax_cross_entropy(logits: Array, targets: Array) -> Array:
+    return -_times(targets, jax.nn.log_softmax(logits)).sum(-1)
+
+
+def _softmax_cross_entropy_fwd(logits: Array, targets: Array) -> Any:
+    return _softmax_cross_entropy(logits, targets), (jax.nn.log_softmax(logits), targets)
+
+
+def _softmax_cross_entropy_bwd(saved: Any, delta: Array) -> Any:
+    """δ_logits = δ(p·Σ targets − targets);  δ_targets = −δ·log p."""
+    log_p, targets = saved
+    delta = delta[..., None]
+    delta_logits = delta * (jnp.exp(log_p) * targets.sum(-1, keepdims=True) - targets)
+    return delta_logits, -delta * log_p
+
+
+_softmax_cross_entropy.defvjp(_softmax_cross_entropy_fwd, _softmax_cross_entropy_bwd)
+
+
+def _times(targets: Array, log_p: Array) -> Array:
+    """``targets·log p``, where a target of 0 asks for nothing even if log p = −∞."""
+    return jnp.where(targets == 0, 0, targets * log_p)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def softmax_cross_entropy_with_integer_labels(logits: ArrayLike, labels: ArrayLike) -> Array:
+    """Cross entropy of the true class, p = softmax(logits): ``E = −log p[label]``.
+
+    Backward: ``δ_logits = δ(p − onehot(label))``.
+
+    Args:
+        logits: ``(…, C)``, any float dtype.
+        labels: integers ``(…)`` in 0 … C − 1.
+
+    Returns: ``(…)``.
+
+    Raises: ValueError for shapes that do not fit and for labels out of range; TypeError for dtypes.  Under jit labels
+        cannot be looked at: one that is out of range gives NaN, in the error and in δ.
+
+    >>> softmax_cross_entropy_with_integer_labels(jnp.zeros((1, 2)), jnp.array([1]))
+    Array([0.6931472], dtype=float32)
+    """
+    op = "softmax_cross_entropy_with_integer_labels"
+    (logits,) = arrays(op, logits=logits)
+    labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"{op}: labels expected an integer dtype, got {labels.dtype}")
+    if logits.ndim < 1 or labels.shape != logits.shape[:-1]:
+        fail(op, f"expected logits (…, C) and labels (…), got logits {logits.shape}, labels {labels.shape}")
+    classes = logits.shape[-1]
+    if not isinstance(labels, jax.core.Tracer) and labels.size:
+        lowest, highest = int(np.min(labels)), int(np.max(labels))
+        if lowest < 0 or highest >= classes:
+            fail(op, f"labels expected 0 … {classes - 1}, got {lowest} … {highest}")
+    return _cross_entropy_of_labels(logits, jnp.asarray(labels))
+
+
+@jax.custom_vjp
+def _cross_entropy_of_labels(logits: Array, labels: Array) -> Array:
+    return -_picked(jax.nn.log_softmax(logits), labels)
+
+
+def _cross_entropy_of_labels_fwd(logits: Array, labels: Array) -> Any:
+    return _cross_entropy_of_labels(logits, labels), (jax.nn.log_softmax(logits), labels)
+
+
+def _cross_entropy_of_labels_bwd(saved: Any, delta: Array) -> Any:
+    """δ_logits = δ(p − onehot(label))."""
+    log_p, labels = saved
+    onehot = jax.nn.one_hot(labels, log_p.shape[-1], dtype=log_p.dtype)
+    p_less_onehot = jnp.where(_known(labels, log_p), jnp.exp(log_p) - onehot, jnp.nan)
+    return delta[..., None] * p_less_onehot, None
+
+
+_cross_entropy_of_labels.defvjp(_cross_entropy_of_labels_fwd, _cross_entropy_of_labels_bwd)
+
+
+def _picked(log_p: Array, labels: Array) -> Array:
+    found = jnp.take_along_axis(log_p, labels[..., None], -1, mode="clip")
+    return jnp.where(_known(labels, log_p), found, jnp.nan)[..., 0]
+
+
+def _known(labels: Array, log_p: Array) -> Array:
+    return ((labels >= 0) & (labels < log_p.shape[-1]))[..., None]

@@ -1,0 +1,127 @@
+"""A rule is a value: how an op takes another backward half.
+
+Every op takes ``rule=``.  None is the exact rule, written under the op.  `autodiff` drops the hand-written half.  Any
+other value is a function ``rule(call, delta)`` that returns one cotangent for each of the op's inputs; `Call` is what
+the backward half may read.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of an op, as its backward half sees it.
+
+    Under jit nothing is kept that the rule does not read.
+    """
+
+    #: The arrays that went in, in the op's order; None where an optional one was left out.
+    inputs: tuple[Any, ...]
+    #: What came out.
+    output: Any
+    #: The static half: a `Correlation`, a `Window`, ….  None where the op has none.
+    geometry: Any
+    #: The exact rule: δ → one cotangent for each input.
+    exact: Callable[[Any], tuple[Any, ...]]
+    #: The op itself, with its exact rule and this geometry, for other inputs.
+    op: Callable[..., Any]
+
+
+Rule = Callable[[Call, Any], tuple[Any, ...]]
+
+
+def autodiff(call: Call, delta: Any) -> tuple[Any, ...]:
+    """As ``rule=``: no hand-written half at all, the op in plain JAX.
+
+    Forward mode (`jax.jvp`, `jax.jacfwd`, `jax.hessian`) works through it, and it is what the exact rules are compared
+    with.  A marker: it is never called.
+
+    >>> import jax, jaxcnn
+    >>> jax.jacfwd(lambda x: jaxcnn.relu(x, rule=jaxcnn.rules.autodiff))(2.0)
+    Array(1., dtype=float32, weak_type=True)
+    """
+    raise TypeError("autodiff: expected as rule= of an op; it is not a function of (call, delta)")
+
+
+@functools.cache
+def with_rule(core: Any, rule: Rule | None, plain: Callable[..., Any]) -> Callable[..., Any]:
+    """The op ``core(geometry, *inputs)`` with another backward half; `plain` is the same function in stock JAX."""
+    if rule is None:
+        return core
+    if rule is autodiff:
+        return plain
+    if not callable(rule):
+        raise TypeError(f"rule expected None, autodiff or a function (call, delta), got {rule!r}")
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def other(geometry: Any, *inputs: Any) -> Any:
+        return core(geometry, *inputs)
+
+    def fwd(geometry: Any, *inputs: Any) -> Any:
+        y, saved = core.fwd(geometry, *inputs)
+        return y, (inputs, y, saved)
+
+    def bwd(geometry: Any, kept: Any, delta: Any) -> tuple[Any, ...]:
+        inputs, y, saved = kept
+        exact = functools.partial(core.bwd, geometry, saved)
+        call = Call(inputs, y, geometry, exact, functools.partial(core, geometry))
+        return _checked(rule, call, rule(call, delta))
+
+    other.defvjp(fwd, bwd)
+    return other
+
+
+def _checked(rule: Rule, call: Call, found: Any) -> tuple[Any, ...]:
+    """One cotangent for each input, of its shape, in its dtype."""
+    name = getattr(rule, "__name__", repr(rule))
+    if not isinstance(found, tuple) or len(found) != len(call.inputs):
+        got = f"{len(found)}" if isinstance(found, tuple) else type(found).__name__
+        raise ValueError(
+            f"rule {name}: expected a tuple of {len(call.inputs)} cotangents, one for each input; got {got}"
+        )
+    return tuple(_fitted(name, i, x, ct) for i, (x, ct) in enumerate(zip(call.inputs, found, strict=True)))
+
+
+def _fitted(name: str, i: int, x: Any, cotangent: Any) -> Any:
+    if x is None or cotangent is None or not jnp.issubdtype(x.dtype, jnp.floating):
+        return None
+    if jnp.shape(cotangent) != x.shape:
+        raise ValueError(f"rule {name}: cotangent {i} expected shape {x.shape}, got {jnp.shape(cotangent)}")
+    return jnp.asarray(cotangent, x.dtype)
+
+
+def arrays(op: str, **named: Any) -> tuple[Array, ...]:
+    """The arguments as floating arrays of one dtype.
+
+    Raises: TypeError for anything that is not an array of a real floating dtype, and for mixed dtypes.
+    """
+    found = {}
+    for name, value in named.items():
+        if isinstance(value, str) or value is None:
+            raise TypeError(f"{op}: {name} expected an array, got {value!r}")
+        try:
+            found[name] = jnp.asarray(value)
+        except (TypeError, ValueError):
+            raise TypeError(f"{op}: {name} expected an array, got {type(value).__name__}") from None
+        if not jnp.issubdtype(found[name].dtype, jnp.floating):
+            raise TypeError(f"{op}: {name} expected a floating dtype, got {found[name].dtype}")
+    if len({a.dtype for a in found.values()}) > 1:
+        got = ", ".join(f"{name} {a.dtype}" for name, a in found.items())
+        raise TypeError(f"{op}: expected one dtype for all arrays, got {got}")
+    return tuple(found.values())
+
+
+def picture(op: str, x: Array) -> tuple[int, ...]:
+    """The spatial dims of a picture ``(N, *spatial, C)``; ValueError unless there are one, two or three."""
+    if not 3 <= x.ndim <= 5:
+        raise ValueError(f"{op}: x expected (N, *spatial, C) with 1, 2 or 3 spatial dims, got shape {x.shape}")
+    return x.shape[1:-1]

@@ -1,0 +1,127 @@
+"""Training: one jitted step, and evaluation.  Rooms: imports `jaxcnn.net`."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from jaxcnn.net import Params, Rules, Serial
+
+#: Error of each example: (outputs, targets) → (N, …).
+Loss = Callable[[Any, Any], Array]
+Batch = tuple[Any, Any]
+Metrics = dict[str, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a training step reads and writes."""
+
+    #: How many steps were taken.
+    step: Array
+    params: Params
+    opt_state: Any
+    #: Each step's own key is this one folded with its number.
+    key: Array
+
+    @classmethod
+    def create(
+        cls, net: Serial, optimizer: optax.GradientTransformation, key: Array, input_shape: tuple[int, ...]
+    ) -> "TrainState":
+        """The state before the first step; ``input_shape`` is one example's."""
+        init_key, train_key = jax.random.split(key)
+        params = net.init(init_key, tuple(input_shape))
+        return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params), train_key)
+
+
+def make_train_step(
+    net: Serial, loss: Loss, optimizer: optax.GradientTransformation, *, rules: Rules | None = None
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """A jitted training step: ``state, metrics = step(state, (x, targets))``.
+
+    The state is donated: use the one that comes back.  ``metrics`` holds the mean "loss" of the batch, and "accuracy"
+    where targets are integer labels; both before the update, with dropout on.
+
+    Args:
+        net: from `serial`.
+        loss: error of each example, such as `softmax_cross_entropy_with_integer_labels`; its mean is minimised.
+        optimizer: from optax.
+        rules: other backward halves, as in `Serial.apply`.
+
+    >>> import jaxcnn
+    >>> net = jaxcnn.serial(jaxcnn.Flatten(), jaxcnn.Dense(10))
+    >>> optimizer = optax.sgd(0.1)
+    >>> state = TrainState.create(net, optimizer, jax.random.key(0), (28, 28, 1))
+    >>> step = make_train_step(net, jaxcnn.softmax_cross_entropy_with_integer_labels, optimizer)
+    >>> state, metrics = step(state, (jnp.ones((8, 28, 28, 1)), jnp.zeros(8, jnp.int32)))
+    >>> int(state.step), sorted(metrics)
+    (1, ['accuracy', 'loss'])
+    """
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        x, targets = batch
+        key = jax.random.fold_in(state.key, state.step)
+
+        def error(params: Params) -> tuple[Array, Array]:
+            outputs = net.apply(params, x, key=key, rules=rules)
+            return loss(outputs, targets).mean(), outputs
+
+        (value, outputs), gradients = jax.value_and_grad(error, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": value}
+        if _are_labels(outputs, targets):
+            metrics["accuracy"] = _correct(outputs, targets).mean()
+        return TrainState(state.step + 1, params, opt_state, state.key), metrics
+
+    return step
+
+
+def evaluate(net: Serial, loss: Loss, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
+    """Mean loss, and accuracy where targets are integer labels, over all examples of ``batches``; dropout is off.
+
+    Raises: ValueError if there are no examples.
+    """
+    run = _evaluator(net, loss)
+    totals: dict[str, float] = {}
+    examples = 0
+    for x, targets in batches:
+        for name, total in run(params, (x, targets)).items():
+            totals[name] = totals.get(name, 0.0) + float(total)
+        examples += np.shape(x)[0]
+    if not examples:
+        raise ValueError("evaluate: batches expected at least one example, got none")
+    return {name: total / examples for name, total in totals.items()}
+
+
+@functools.lru_cache(maxsize=16)
+def _evaluator(net: Serial, loss: Loss) -> Callable[[Params, Batch], Metrics]:
+    """Jitted once for a net and a loss: totals over a batch."""
+
+    @jax.jit
+    def run(params: Params, batch: Batch) -> Metrics:
+        x, targets = batch
+        outputs = net.apply(params, x)
+        errors = loss(outputs, targets)
+        totals = {"loss": errors.reshape(errors.shape[0], -1).mean(1).sum()}
+        if _are_labels(outputs, targets):
+            totals["accuracy"] = _correct(outputs, targets).sum()
+        return totals
+
+    return run
+
+
+def _are_labels(outputs: Array, targets: Any) -> bool:
+    return jnp.issubdtype(targets.dtype, jnp.integer) and targets.shape == outputs.shape[:-1]
+
+
+def _correct(outputs: Array, targets: Any) -> Array:
+    return (jnp.argmax(outputs, -1) == targets).astype(jnp.float32)
