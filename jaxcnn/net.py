@@ -487,7 +487,10 @@ def serial(*layers: Layer, name: str | None = None) -> Serial:
 
     Raises: TypeError for what is no layer, ValueError for a name that is used twice or holds a "/".
 
-    >>> net = serial(Conv(32, 5), Relu(), MaxPool(2), Flatten(), Dense(10))
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> net = jaxcnn.serial(jaxcnn.Conv(32, 5), jaxcnn.Relu(), jaxcnn.MaxPool(2), jaxcnn.Flatten(), jaxcnn.Dense(10))
     >>> params = net.init(jax.random.key(0), (28, 28, 1))
     >>> net.apply(params, jnp.ones((2, 28, 28, 1))).shape
     (2, 10)
@@ -507,7 +510,10 @@ def serial(*layers: Layer, name: str | None = None) -> Serial:
 def residual(*layers: Layer, name: str | None = None) -> Residual:
     """``x + serial(*layers)(x)``, a layer; the layers keep the shape (He et al. 2015).
 
-    >>> net = serial(residual(Conv(3, 3, padding="SAME"), Relu()))
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> net = jaxcnn.serial(jaxcnn.residual(jaxcnn.Conv(3, 3, padding="SAME"), jaxcnn.Relu()))
     >>> net.apply(net.init(jax.random.key(0), (8, 8, 3)), jnp.ones((2, 8, 8, 3))).shape
     (2, 8, 8, 3)
     """

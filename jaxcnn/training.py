@@ -55,11 +55,14 @@ def make_train_step(
         optimizer: from optax.
         rules: other backward halves, as in `Serial.apply`.
 
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import optax
     >>> import jaxcnn
     >>> net = jaxcnn.serial(jaxcnn.Flatten(), jaxcnn.Dense(10))
     >>> optimizer = optax.sgd(0.1)
-    >>> state = TrainState.create(net, optimizer, jax.random.key(0), (28, 28, 1))
-    >>> step = make_train_step(net, jaxcnn.softmax_cross_entropy_with_integer_labels, optimizer)
+    >>> state = jaxcnn.TrainState.create(net, optimizer, jax.random.key(0), (28, 28, 1))
+    >>> step = jaxcnn.make_train_step(net, jaxcnn.softmax_cross_entropy_with_integer_labels, optimizer)
     >>> state, metrics = step(state, (jnp.ones((8, 28, 28, 1)), jnp.zeros(8, jnp.int32)))
     >>> int(state.step), sorted(metrics)
     (1, ['accuracy', 'loss'])

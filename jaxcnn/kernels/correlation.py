@@ -68,20 +68,49 @@ def _run(table: dict[str, Lowering], cpu: str, c: Correlation, a: Array, b: Arra
     return lax.platform_dependent(a, b, cpu=on_cpu, default=elsewhere)
 
 
+def applies(lowering: str, c: Correlation, inputs: int) -> bool:
+    """Whether a lowering can compute its product for ``inputs`` channels at all; `choose_…` picks among those."""
+    can = {
+        "pointwise": c.groups == 1 and c.window.entries == 1 and not c.window.padded,
+        "spare_row": all(s == 1 for s in c.window.stride),
+        "rows": c.groups == 1,
+        "depthwise": c.groups == inputs,
+    }
+    return can.get(lowering, True)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # correlate
 
 
 def choose_correlate(c: Correlation, x: Array, w: Array) -> str:
     """What runs on CPU."""
-    if c.groups == 1:
-        return "pointwise" if c.window.entries == 1 and not c.window.padded else "xla"
-    return "depthwise" if w.shape[-2] == 1 else "by_group"
+    inputs = x.shape[-1]
+    if c.groups > 1:
+        return "depthwise" if applies("depthwise", c, inputs) else "by_group"
+    if applies("pointwise", c, inputs):
+        return "pointwise"
+    even = all(lo == hi for lo, hi in c.window.padding)
+    if applies("spare_row", c, inputs) and even and c.window.ndim == 2 and inputs >= 8:
+        return "spare_row"
+    return "xla"
 
 
 def _correlate_xla(c: Correlation, x: Array, w: Array) -> Array:
     win = c.window
     return _conv(c, x, w, stride=win.stride, padding=win.padding, w_dilation=win.dilation, groups=c.groups)
+
+
+def _correlate_spare_row(c: Correlation, x: Array, w: Array) -> Array:
+    """One row more than was asked for, then dropped (stride 1).
+
+    XLA:CPU sends convolutions without padding, or with equal padding, to a library that takes two to three times as
+    long as Eigen; the spare row's padding keeps them with Eigen, and dropping it fuses into what follows.
+    """
+    win = c.window
+    (lo, hi), *others = win.padding
+    spare = dataclasses.replace(win, padding=((lo, hi + 1), *others))
+    return lax.slice_in_dim(_correlate_xla(dataclasses.replace(c, window=spare), x, w), 0, win.out[0], axis=1)
 
 
 def _correlate_pointwise(c: Correlation, x: Array, w: Array) -> Array:
@@ -105,6 +134,7 @@ def _correlate_by_group(c: Correlation, x: Array, w: Array) -> Array:
 
 CORRELATE: dict[str, Lowering] = {
     "xla": _correlate_xla,
+    "spare_row": _correlate_spare_row,
     "pointwise": _correlate_pointwise,
     "depthwise": _correlate_depthwise,
     "by_group": _correlate_by_group,
@@ -116,9 +146,10 @@ CORRELATE: dict[str, Lowering] = {
 
 def choose_spread(c: Correlation, y: Array, w: Array) -> str:
     """What runs on CPU."""
-    if c.groups == 1:
-        return "pointwise" if c.window.entries == 1 and not c.window.padded else "xla"
-    return "depthwise" if w.shape[-2] == 1 else "by_group"
+    inputs = w.shape[-2] * c.groups
+    if c.groups > 1:
+        return "depthwise" if applies("depthwise", c, inputs) else "by_group"
+    return "pointwise" if applies("pointwise", c, inputs) else "xla"
 
 
 def _spread_xla(c: Correlation, y: Array, w: Array) -> Array:
@@ -179,9 +210,12 @@ SPREAD: dict[str, Lowering] = {
 
 def choose_match(c: Correlation, x: Array, y: Array) -> str:
     """What runs on CPU."""
-    if c.groups == 1:
-        return "pointwise" if c.window.entries == 1 and not c.window.padded else "rows"
-    return "depthwise" if c.groups == x.shape[-1] else "by_group"
+    inputs = x.shape[-1]
+    if c.groups > 1:
+        return "depthwise" if applies("depthwise", c, inputs) else "by_group"
+    if applies("pointwise", c, inputs):
+        return "pointwise"
+    return "rows" if c.window.ndim > 1 else "xla"
 
 
 def _match_xla(c: Correlation, x: Array, y: Array) -> Array:

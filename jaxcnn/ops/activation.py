@@ -30,7 +30,9 @@ def relu(x: ArrayLike, *, rule: Rule | None = None) -> Array:
 
     Raises: TypeError for dtypes.
 
-    >>> relu(jnp.array([-1.0, 0.0, 2.0]))
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.relu(jnp.array([-1.0, 0.0, 2.0]))
     Array([0., 0., 2.], dtype=float32)
     """
     (x,) = arrays("relu", x=x)
@@ -142,7 +144,9 @@ def leaky_relu(x: ArrayLike, *, negative_slope: float = 0.01, rule: Rule | None 
 
     x: any shape and float dtype → same.  Raises: TypeError for dtypes, ValueError for a slope that is not finite.
 
-    >>> leaky_relu(jnp.array([-1.0, 2.0]), negative_slope=0.5)
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.leaky_relu(jnp.array([-1.0, 2.0]), negative_slope=0.5)
     Array([-0.5,  2. ], dtype=float32)
     """
     return _activate("leaky_relu", x, rule, _constant("leaky_relu", "negative_slope", negative_slope))
@@ -154,7 +158,9 @@ def elu(x: ArrayLike, *, alpha: float = 1.0, rule: Rule | None = None) -> Array:
     x: any shape and float dtype → same.  Raises: TypeError for dtypes, ValueError for an alpha that is not finite.
     Source: Clevert et al. 2015.
 
-    >>> elu(jnp.array([0.0, 2.0]))
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.elu(jnp.array([0.0, 2.0]))
     Array([0., 2.], dtype=float32)
     """
     return _activate("elu", x, rule, _constant("elu", "alpha", alpha))
@@ -165,7 +171,9 @@ def gelu(x: ArrayLike, *, rule: Rule | None = None) -> Array:
 
     x: any shape and float dtype → same.  Raises: TypeError for dtypes.  Source: Hendrycks & Gimpel 2016.
 
-    >>> gelu(jnp.array([0.0]))
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.gelu(jnp.array([0.0]))
     Array([0.], dtype=float32)
     """
     return _activate("gelu", x, rule)
@@ -176,7 +184,9 @@ def silu(x: ArrayLike, *, rule: Rule | None = None) -> Array:
 
     x: any shape and float dtype → same.  Raises: TypeError for dtypes.  Source: Elfwing et al. 2017.
 
-    >>> silu(jnp.array([0.0]))
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.silu(jnp.array([0.0]))
     Array([0.], dtype=float32)
     """
     return _activate("silu", x, rule)
@@ -187,7 +197,9 @@ def softplus(x: ArrayLike, *, rule: Rule | None = None) -> Array:
 
     x: any shape and float dtype → same.  Raises: TypeError for dtypes.
 
-    >>> softplus(jnp.array([100.0]))
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.softplus(jnp.array([100.0]))
     Array([100.], dtype=float32)
     """
     return _activate("softplus", x, rule)
@@ -198,7 +210,9 @@ def sigmoid(x: ArrayLike, *, rule: Rule | None = None) -> Array:
 
     x: any shape and float dtype → same.  Raises: TypeError for dtypes.
 
-    >>> sigmoid(jnp.array([0.0]))
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.sigmoid(jnp.array([0.0]))
     Array([0.5], dtype=float32)
     """
     return _activate("sigmoid", x, rule)
@@ -209,7 +223,9 @@ def tanh(x: ArrayLike, *, rule: Rule | None = None) -> Array:
 
     x: any shape and float dtype → same.  Raises: TypeError for dtypes.
 
-    >>> tanh(jnp.array([0.0]))
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.tanh(jnp.array([0.0]))
     Array([0.], dtype=float32)
     """
     return _activate("tanh", x, rule)

@@ -62,8 +62,10 @@ def conv(
 
     Raises: ValueError for shapes or options that do not fit, TypeError for dtypes; both name argument, got, expected.
 
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
     >>> x = jnp.ones((1, 28, 28, 1))
-    >>> conv(x, jnp.ones((5, 5, 1, 32))).shape
+    >>> jaxcnn.conv(x, jnp.ones((5, 5, 1, 32))).shape
     (1, 24, 24, 32)
     """
     x, w = arrays("conv", x=x, w=w)
@@ -118,7 +120,7 @@ def conv_plain(c: Correlation, x: Array, w: Array, b: Array | None) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def spread(c: Correlation, delta: Array, w: Array) -> Array:
-    """w ∗ δ: the full correlation of δ with the patch turned by 180°."""
+    """W ∗ δ: the full correlation of δ with the patch turned by 180°."""
     return kernels.spread(c, delta, w)
 
 
@@ -137,7 +139,7 @@ spread.defvjp(_spread_fwd, _spread_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def match(c: Correlation, x: Array, delta: Array) -> Array:
-    """x ⋆ δ: the valid correlation of the picture with δ, summed over the batch."""
+    """X ⋆ δ: the valid correlation of the picture with δ, summed over the batch."""
     return kernels.match(c, x, delta)
 
 

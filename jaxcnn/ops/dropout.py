@@ -29,7 +29,10 @@ def dropout(x: ArrayLike, rate: float, key: Array, *, rule: Rule | None = None) 
 
     Source: Srivastava et al. 2014, in the inverted form that leaves evaluation alone.
 
-    >>> sorted({float(v) for v in dropout(jnp.ones(100), 0.75, jax.random.key(0))})
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> sorted({float(v) for v in jaxcnn.dropout(jnp.ones(100), 0.75, jax.random.key(0))})
     [0.0, 4.0]
     """
     (x,) = arrays("dropout", x=x)

@@ -64,7 +64,9 @@ def hidden_layer(
 
     Raises: ValueError for shapes or options that do not fit, TypeError for dtypes.
 
-    >>> hidden_layer(jnp.ones((1, 28, 28, 1)), jnp.ones((5, 5, 1, 32)), jnp.zeros(32)).shape
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.hidden_layer(jnp.ones((1, 28, 28, 1)), jnp.ones((5, 5, 1, 32)), jnp.zeros(32)).shape
     (1, 12, 12, 32)
     """
     x, w, b = arrays("hidden_layer", x=x, w=w, b=b)

@@ -31,7 +31,9 @@ def kron(a: ArrayLike, b: ArrayLike, *, rule: Rule | None = None) -> Array:
 
     Raises: ValueError if the ranks differ, TypeError for dtypes.
 
-    >>> kron(jnp.array([[4.0, 5.0], [6.0, 7.0]]), jnp.array([[1.0, 2.0], [3.0, 4.0]]))
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.kron(jnp.array([[4.0, 5.0], [6.0, 7.0]]), jnp.array([[1.0, 2.0], [3.0, 4.0]]))
     Array([[ 4.,  8.,  5., 10.],
            [12., 16., 15., 20.],
            [ 6., 12.,  7., 14.],
@@ -86,7 +88,9 @@ def kron_up(x: ArrayLike, factor: PerDim, *, rule: Rule | None = None) -> Array:
 
     Raises: ValueError for a rank or factor that does not fit, TypeError for dtypes.
 
-    >>> kron_up(jnp.array([[1.0, 2.0], [3.0, 4.0]])[None, :, :, None], 2)[0, :, :, 0]
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.kron_up(jnp.array([[1.0, 2.0], [3.0, 4.0]])[None, :, :, None], 2)[0, :, :, 0]
     Array([[1., 1., 2., 2.],
            [1., 1., 2., 2.],
            [3., 3., 4., 4.],
@@ -137,7 +141,9 @@ def block_sum(x: ArrayLike, factor: PerDim, *, rule: Rule | None = None) -> Arra
 
     Raises: ValueError for a rank or factor that does not fit, TypeError for dtypes.
 
-    >>> block_sum(jnp.ones((1, 4, 4, 1)), 2)[0, :, :, 0]
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.block_sum(jnp.ones((1, 4, 4, 1)), 2)[0, :, :, 0]
     Array([[4., 4.],
            [4., 4.]], dtype=float32)
     """

@@ -27,7 +27,9 @@ def dense(x: ArrayLike, w: ArrayLike, b: ArrayLike | None = None, *, rule: Rule 
 
     Raises: ValueError for shapes that do not fit, TypeError for dtypes.
 
-    >>> dense(jnp.ones((2, 3)), jnp.ones((3, 4)), jnp.zeros(4)).shape
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.dense(jnp.ones((2, 3)), jnp.ones((3, 4)), jnp.zeros(4)).shape
     (2, 4)
     """
     x, w = arrays("dense", x=x, w=w)

@@ -25,7 +25,9 @@ def squared_error(y: ArrayLike, target: ArrayLike) -> Array:
 
     Raises: ValueError if the shapes differ, TypeError for dtypes.
 
-    >>> squared_error(jnp.array([1.0, 2.0]), jnp.array([0.0, 4.0]))
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.squared_error(jnp.array([1.0, 2.0]), jnp.array([0.0, 4.0]))
     Array([1., 4.], dtype=float32)
     """
     y, target = arrays("squared_error", y=y, target=target)
@@ -68,7 +70,9 @@ def softmax_cross_entropy(logits: ArrayLike, targets: ArrayLike) -> Array:
 
     Raises: ValueError if the shapes differ, TypeError for dtypes.
 
-    >>> softmax_cross_entropy(jnp.zeros((1, 2)), jnp.array([[1.0, 0.0]]))
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.softmax_cross_entropy(jnp.zeros((1, 2)), jnp.array([[1.0, 0.0]]))
     Array([0.6931472], dtype=float32)
     """
     logits, targets = arrays("softmax_cross_entropy", logits=logits, targets=targets)
@@ -122,7 +126,9 @@ def softmax_cross_entropy_with_integer_labels(logits: ArrayLike, labels: ArrayLi
     Raises: ValueError for shapes that do not fit and for labels out of range; TypeError for dtypes.  Under jit labels
         cannot be looked at: one that is out of range gives NaN, in the error and in δ.
 
-    >>> softmax_cross_entropy_with_integer_labels(jnp.zeros((1, 2)), jnp.array([1]))
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.softmax_cross_entropy_with_integer_labels(jnp.zeros((1, 2)), jnp.array([1]))
     Array([0.6931472], dtype=float32)
     """
     op = "softmax_cross_entropy_with_integer_labels"

@@ -51,7 +51,9 @@ def max_pool(
 
     Raises: ValueError for options that do not fit and for windows that lie wholly in padding; TypeError for dtypes.
 
-    >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1), 2)[0, :, :, 0]
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1), 2)[0, :, :, 0]
     Array([[ 5.,  7.],
            [13., 15.]], dtype=float32)
     """
@@ -178,7 +180,9 @@ def avg_pool(
 
     Raises: ValueError for options that do not fit and for windows that lie wholly in padding; TypeError for dtypes.
 
-    >>> avg_pool(jnp.arange(16.0).reshape(1, 4, 4, 1), 2)[0, :, :, 0]
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.avg_pool(jnp.arange(16.0).reshape(1, 4, 4, 1), 2)[0, :, :, 0]
     Array([[ 2.5,  4.5],
            [10.5, 12.5]], dtype=float32)
     """

@@ -1,0 +1,45 @@
+# make train · make test · make check.  Each sets up what it needs in .venv first; PYTHON chooses the interpreter.
+
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+PY     := $(VENV)/bin/python
+
+.PHONY: train lecture test lint types smoke bench check clean
+
+train: $(VENV)/experiments  ## train on the embedded images; ARGS="--data fashion-mnist --epochs 10"
+	$(PY) -m experiments.train $(ARGS)
+
+lecture: $(VENV)/experiments  ## every statement of the lecture, with pictures
+	$(PY) -m experiments.lecture $(ARGS)
+
+test: $(VENV)/experiments,test  ## all tests and doctests
+	$(PY) -m pytest $(ARGS)
+
+lint: $(VENV)/all
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/all
+	$(VENV)/bin/mypy
+
+smoke: $(VENV)/all  ## a short run of every experiment
+	rm -rf runs/smoke
+	$(PY) -m experiments.train --max-steps 3 --check-grads --out runs/smoke/train
+	$(PY) -m experiments.train --model mlp --max-steps 3 --out runs/smoke/mlp
+	$(PY) -m experiments.train --model lenet5 --max-steps 3 --out runs/smoke/lenet5
+	$(PY) -m experiments.benchmarks.step --rounds 1 --batch-size 8 --out runs/smoke/step.json
+
+bench: $(VENV)/all  ## training steps side by side with flax
+	$(PY) -m experiments.benchmarks.step $(ARGS)
+
+check: lint types test smoke  ## all that CI runs
+
+clean:
+	rm -rf $(VENV) runs dist .pytest_cache .mypy_cache .ruff_cache
+
+# One stamp for each set of extras, newer than pyproject.toml when it is installed.
+$(VENV)/%: pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	@touch "$@"

@@ -1,0 +1,85 @@
+"""How a benchmark times: the contenders take turns in one process, and the machine is measured in the same run."""
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """Seconds of every round of one contender."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Of all rounds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def minimum(self) -> float:
+        """Of all rounds."""
+        return min(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Distance between the quartiles, as a share of the median."""
+        if len(self.seconds) < 2:
+            return 0.0
+        first, _, third = statistics.quantiles(self.seconds, n=4)
+        return (third - first) / self.median
+
+
+def interleaved(contenders: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 3) -> dict[str, Times]:
+    """Seconds for each call, the contenders in turn, so that what disturbs the machine disturbs all alike.
+
+    A call returns arrays, which are waited for. Each round begins with another contender.
+    """
+    names = list(contenders)
+    for name in names:
+        for _ in range(warmup):
+            jax.block_until_ready(contenders[name]())
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(rounds):
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            start = time.perf_counter()
+            jax.block_until_ready(contenders[name]())
+            seconds[name].append(time.perf_counter() - start)
+    return {name: Times(tuple(s)) for name, s in seconds.items()}
+
+
+def machine(packages: tuple[str, ...]) -> dict[str, Any]:
+    """What ran, on what, how busy it was, and how fast it multiplies and copies at this moment."""
+    a = jax.random.normal(jax.random.key(0), (2048, 2048))
+    multiply, copy = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1)
+    block = jnp.ones(1 << 25)
+    rates = interleaved({"gemm": lambda: multiply(a, a), "copy": lambda: copy(block)}, rounds=7)
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2),
+        "device": jax.devices()[0].device_kind,
+        "gemm_gflops": round(2 * 2048**3 / rates["gemm"].minimum / 1e9, 1),
+        "copy_gb_per_s": round(2 * block.nbytes / rates["copy"].minimum / 1e9, 1),
+        "allocator": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in packages},
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor()
+    names = (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name"))
+    return next(names, platform.processor())
