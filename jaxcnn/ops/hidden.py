@@ -74,7 +74,7 @@ def hidden_layer(
         fail("hidden_layer", f"b expected shape {w.shape[-1:]}, one number for each output channel, got {b.shape}")
     x, c = convolution.geometry("hidden_layer", x, w, stride, padding, dilation, groups, None, precision)
     win = pooling.pool_window("hidden_layer", c.window.out, window, pool_stride, pool_padding, 1, False)
-    return with_rule(_hidden, rule, _hidden_plain)(Hidden(c, win), x, w, b)
+    return with_rule(_hidden_layer, rule, _hidden_layer_plain)(Hidden(c, win), x, w, b)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,16 +86,16 @@ class Hidden:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _hidden(geometry: Hidden, x: Array, w: Array, b: Array) -> Array:
+def _hidden_layer(geometry: Hidden, x: Array, w: Array, b: Array) -> Array:
     return _forward(geometry, x, w, b)[0]
 
 
-def _hidden_fwd(geometry: Hidden, x: Array, w: Array, b: Array) -> Any:
+def _hidden_layer_fwd(geometry: Hidden, x: Array, w: Array, b: Array) -> Any:
     y, passed = _hidden_with_code(geometry, x, w, b)
     return y, (x, w, passed)
 
 
-def _hidden_bwd(geometry: Hidden, saved: Any, delta: Array) -> Any:
+def _hidden_layer_bwd(geometry: Hidden, saved: Any, delta: Array) -> Any:
     """δ_l = up(δ) ∘ g'(x);  δ_x = w ∗ δ_l,  ∂E/∂w = x ⋆ δ_l,  ∂E/∂b = Σ δ_l.  Lecture §9, erratum 2."""
     x, w, passed = saved
     c = geometry.correlation
@@ -105,7 +105,7 @@ def _hidden_bwd(geometry: Hidden, saved: Any, delta: Array) -> Any:
     return convolution.spread(c, delta_l, w), convolution.match(c, x, delta_l), grad_b
 
 
-_hidden.defvjp(_hidden_fwd, _hidden_bwd)
+_hidden_layer.defvjp(_hidden_layer_fwd, _hidden_layer_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -120,7 +120,7 @@ def _hidden_with_code_fwd(geometry: Hidden, x: Array, w: Array, b: Array) -> Any
 
 def _hidden_with_code_bwd(geometry: Hidden, saved: Any, deltas: Any) -> Any:
     """The rule of the layer; the code is a number, and has no δ."""
-    return _hidden_bwd(geometry, saved, deltas[0])
+    return _hidden_layer_bwd(geometry, saved, deltas[0])
 
 
 _hidden_with_code.defvjp(_hidden_with_code_fwd, _hidden_with_code_bwd)
@@ -134,6 +134,6 @@ def _forward(geometry: Hidden, x: Array, w: Array, b: Array) -> tuple[Array, Arr
     return y, jnp.where(y > 0, winner, jnp.asarray(windows.nothing(geometry.window)))
 
 
-def _hidden_plain(geometry: Hidden, x: Array, w: Array, b: Array) -> Array:
+def _hidden_layer_plain(geometry: Hidden, x: Array, w: Array, b: Array) -> Array:
     y = activation.relu_plain(None, convolution.conv_plain(geometry.correlation, x, w, b))
     return pooling.max_pool_plain(geometry.window, y)

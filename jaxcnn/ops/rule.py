@@ -7,12 +7,12 @@ the backward half may read.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -52,15 +52,20 @@ def autodiff(call: Call, delta: Any) -> tuple[Any, ...]:
     raise TypeError("autodiff: expected as rule= of an op; it is not a function of (call, delta)")
 
 
-@functools.cache
 def with_rule(core: Any, rule: Rule | None, plain: Callable[..., Any]) -> Callable[..., Any]:
     """The op ``core(geometry, *inputs)`` with another backward half; `plain` is the same function in stock JAX."""
-    if rule is None:
-        return core
     if rule is autodiff:
         return plain
-    if not callable(rule):
-        raise TypeError(f"rule expected None, autodiff or a function (call, delta), got {rule!r}")
+    if not (rule is None or (callable(rule) and isinstance(rule, Hashable))):
+        op = core.__name__.lstrip("_")
+        raise TypeError(f"{op}: rule expected None, autodiff or a hashable function (call, delta), got {rule!r}")
+    chosen = core if rule is None else _replaced(core, rule)
+    return lambda geometry, *inputs: chosen(geometry, *_varying_alike(inputs))
+
+
+@functools.lru_cache(maxsize=256)
+def _replaced(core: Any, rule: Rule) -> Any:
+    """A `custom_vjp` of the same forward half."""
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
     def other(geometry: Any, *inputs: Any) -> Any:
@@ -78,6 +83,19 @@ def with_rule(core: Any, rule: Rule | None, plain: Callable[..., Any]) -> Callab
 
     other.defvjp(fwd, bwd)
     return other
+
+
+def _varying_alike(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Inside `jax.shard_map`, inputs that every device shares are marked as varying like the others.
+
+    The mark's own backward half is the sum over devices, which a shared patch needs and a rule cannot know of.
+    """
+    varying = [frozenset() if a is None else jax.typeof(a).manual_axis_type.varying for a in inputs]
+    axes = frozenset().union(*varying)
+    return tuple(
+        a if a is None or own == axes else lax.pcast(a, tuple(axes - own), to="varying")
+        for a, own in zip(inputs, varying, strict=True)
+    )
 
 
 def _checked(rule: Rule, call: Call, found: Any) -> tuple[Any, ...]:
