@@ -27,8 +27,8 @@ from jaxcnn.kernels.windows import accumulator, at_tap, tap_slices, unpad
 
 Lowering = Callable[[Correlation, Array, Array], Array]
 
-#: Target for the temporaries of one batch block, in bytes: a core's share of the cache.
-BLOCK_BYTES = 1 << 20
+#: Target for one kernel row of patches in a batch block, in bytes: a part of a core's cache.
+BLOCK_BYTES = 1 << 18
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)

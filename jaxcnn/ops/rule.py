@@ -52,7 +52,7 @@ def autodiff(call: Call, delta: Any) -> tuple[Any, ...]:
     raise TypeError("autodiff: expected as rule= of an op; it is not a function of (call, delta)")
 
 
-def with_rule(core: Any, rule: Rule | None, plain: Callable[..., Any]) -> Callable[..., Any]:
+def with_rule(core: Any, rule: Any, plain: Callable[..., Any]) -> Callable[..., Any]:
     """The op ``core(geometry, *inputs)`` with another backward half; `plain` is the same function in stock JAX."""
     if rule is autodiff:
         return plain
