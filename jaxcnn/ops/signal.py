@@ -16,19 +16,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxcnn.geometry import Window, fail
 from jaxcnn.kernels import fourier, moments
+from jaxcnn.kernels.windows import accumulator
 from jaxcnn.ops import pooling
 from jaxcnn.ops.rule import Rule, arrays, with_rule
 
 MODES = ("full", "same", "valid")
 
 
-def convolve(a: ArrayLike, v: ArrayLike, mode: str = "full", *, method: str = "auto", rule: Rule | None = None) -> Array:
+def convolve(
+    a: ArrayLike, v: ArrayLike, mode: str = "full", *, method: str = "auto", rule: Rule | None = None
+) -> Array:
     """Convolution of two signals: ``y[o] = Σ_k a[o + first − k]·v[k]``, with a and v zero outside of their entries.
 
     Equal to `scipy.signal.convolve`, and in one dim to `numpy.convolve`; ``convolve(a, v)`` is ``correlate(a, v turned
@@ -36,11 +38,10 @@ def convolve(a: ArrayLike, v: ArrayLike, mode: str = "full", *, method: str = "a
 
     - "full": every shift at which they meet, ``a.shape + v.shape − 1``.
     - "valid": the shifts at which the smaller lies inside the larger, ``|a.shape − v.shape| + 1``.
-    - "same": the middle of "full", with the shape of a.  In one dim, as in NumPy, with that of the longer one: where v is
-      longer `scipy.signal` differs.
+    - "same": the middle of "full", with the shape of a; in one dim with that of the longer one, as in NumPy (where v is
+      the longer one, `scipy.signal` keeps the shape of a).
 
-    Backward: ``δ_a = δ ⋆ v`` and ``δ_v = δ ⋆ a``, two correlations (lecture §15: turned once more, the patch stands as it
-    was).
+    Backward: ``δ_a = δ ⋆ v`` and ``δ_v = δ ⋆ a``, two correlations: turned twice, the patch stands as it was.
 
     Args:
         a: one to three dims, any float dtype, at least one entry.
@@ -58,16 +59,18 @@ def convolve(a: ArrayLike, v: ArrayLike, mode: str = "full", *, method: str = "a
     >>> convolve(jnp.array([1.0, 2.0, 3.0]), jnp.array([0.0, 1.0, 0.5]))
     Array([0. , 1. , 2.5, 4. , 1.5], dtype=float32)
     """
-    a, v = _signals("convolve", a, v)
+    a, v = _signals("convolve", a=a, v=v)
     lags = _lags("convolve", a.shape, v.shape, mode, method)
     return with_rule(_convolve, rule, _convolve_plain)(lags, a, v)
 
 
-def correlate(a: ArrayLike, v: ArrayLike, mode: str = "full", *, method: str = "auto", rule: Rule | None = None) -> Array:
+def correlate(
+    a: ArrayLike, v: ArrayLike, mode: str = "full", *, method: str = "auto", rule: Rule | None = None
+) -> Array:
     """Cross-correlation of two signals: ``y[o] = Σ_k a[o + first + k]·v[k]``, zero outside of their entries.
 
-    Equal to `scipy.signal.correlate`, and in one dim to `numpy.correlate`, whose "full" this is not by default.
-    Modes are those of `convolve`.  Exchanging a and v reverses "full" and "valid".
+    Equal to `scipy.signal.correlate`, and in one dim to `numpy.correlate` (whose default mode is "valid").  Modes are
+    those of `convolve`; in "full" and "valid", exchanging a and v reverses the result.
 
     Backward: ``δ_a = δ ∗ v``, a convolution: the patch is turned on the way back (lecture §15); ``δ_v = a ⋆ δ``.
 
@@ -85,7 +88,7 @@ def correlate(a: ArrayLike, v: ArrayLike, mode: str = "full", *, method: str = "
     >>> correlate(jnp.array([1.0, 2.0, 3.0]), jnp.array([0.0, 1.0, 0.5]))
     Array([0.5, 2. , 3.5, 3. , 0. ], dtype=float32)
     """
-    a, v = _signals("correlate", a, v)
+    a, v = _signals("correlate", a=a, v=v)
     lags = _lags("correlate", a.shape, v.shape, mode, method)
     return with_rule(_correlate, rule, _correlate_plain)(lags, a, v)
 
@@ -111,7 +114,7 @@ def autocorrelate(a: ArrayLike, mode: str = "full", *, method: str = "auto", rul
     >>> autocorrelate(jnp.array([1.0, 2.0, 3.0]))
     Array([ 3.,  8., 14.,  8.,  3.], dtype=float32)
     """
-    (a,) = _signals("autocorrelate", a)
+    (a,) = _signals("autocorrelate", a=a)
     lags = _lags("autocorrelate", a.shape, a.shape, mode, method)
     return with_rule(_autocorrelate, rule, _autocorrelate_plain)(lags, a)
 
@@ -218,8 +221,8 @@ def match_template(image: ArrayLike, template: ArrayLike, *, rule: Rule | None =
         y[o] = Σ_k (x[o + k] − m[o])·t[k] / √(s[o]·T)      s[o] = Σ_k (x[o + k] − m[o])²      T = Σ_k t[k]²
 
     with m[o] the mean of the window at o, and t the template less its mean.  Between −1 and 1; 1 where the window is
-    the template up to brightness and contrast.  Equal to `skimage.feature.match_template` (``pad_input=False``).  0 where
-    the window or the template is flat: where its entries differ by no more than a few roundings of the largest one.
+    the template up to brightness and contrast.  Equal to `skimage.feature.match_template` (``pad_input=False``).  0
+    where the window or the template is flat: its entries differ by no more than a few roundings of the largest one.
 
     Backward, with D = √(s·T): ``δ_x = (δ/D) ∗ t − Σ over windows of (δ·y/s)(x − m)``;
     ``δ_t = Σ_o (δ/D)(x − m) − t·Σ_o δ·y / T``.  At a flat window δ is 0.
@@ -248,3 +251,125 @@ def match_template(image: ArrayLike, template: ArrayLike, *, rule: Rule | None =
     ones, zeros = (1,) * image.ndim, ((0, 0),) * image.ndim
     win = Window(image.shape, template.shape, ones, zeros, ones)
     return with_rule(_match_template, rule, _match_template_plain)(win, image, template)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _match_template(win: Window, image: Array, template: Array) -> Array:
+    x, t, _, inv_s, inv_t = _standardised(win, image, template, _moments)
+    return (_correlate(_inside(win), x, t) * inv_s * inv_t).astype(image.dtype)
+
+
+def _match_template_fwd(win: Window, image: Array, template: Array) -> Any:
+    y = _match_template(win, image, template)
+    return y, (image, template, y)
+
+
+def _match_template_bwd(win: Window, saved: Any, delta: Array) -> Any:
+    """δ_x = (δ/D) ∗ t − spread(δy/s)∘x + spread(δy/s ∘ m);  δ_t = x ⋆ (δ/D) − Σ (δ/D)m − t·Σ δy / T;  D = √(s·T)."""
+    image, template, y = saved
+    x, t, m, inv_s, inv_t = _standardised(win, image, template, _moments)
+    delta, delta_y = delta.astype(x.dtype), (delta * y).astype(x.dtype)
+    delta_d = delta * inv_s * inv_t
+    along = delta_y * inv_s**2
+    delta_x = _convolve(_inside(win).back(x), delta_d, t) - _spread(win, along) * x + _spread(win, along * m)
+    delta_t = _correlate(_inside(win).over(t), x, delta_d) - jnp.sum(delta_d * m) - t * inv_t**2 * delta_y.sum()
+    return delta_x.astype(image.dtype), delta_t.astype(template.dtype)
+
+
+_match_template.defvjp(_match_template_fwd, _match_template_bwd)
+
+
+def _match_template_plain(win: Window, image: Array, template: Array) -> Array:
+    x, t, _, inv_s, inv_t = _standardised(win, image, template, moments.window_moments)
+    return (_correlate_plain(_inside(win), x, t) * inv_s * inv_t).astype(image.dtype)
+
+
+def _standardised(win: Window, image: Array, template: Array, moments_of: Any) -> tuple[Array, ...]:
+    """``x, t, m, 1/√s, 1/√T``; the inverses are 0 where flat.
+
+    x is the image less its mean, which changes no y but saves digits.  16-bit floats become float32.
+    """
+    image, template = (p.astype(accumulator(p.dtype)) for p in (image, template))
+    x, t = image - image.mean(), template - template.mean()
+    m, s = moments_of(win, x)
+    return x, t, m, _inverse_root(s, image, win.entries), _inverse_root(jnp.sum(t * t), template, win.entries)
+
+
+def _inverse_root(s: Array, of: Array, entries: int) -> Array:
+    """``1/√s``, and 0 where s is that of ``entries`` numbers which only rounding tells apart."""
+    rounding = 8 * jnp.finfo(of.dtype).eps * jnp.max(jnp.abs(of))
+    flat = s <= entries * rounding**2
+    return jnp.where(flat, 0, 1 / jnp.sqrt(jnp.where(flat, 1, s)))  # the inner where keeps NaN out of the gradient
+
+
+def _inside(win: Window) -> Lags:
+    return Lags((0,) * win.ndim, win.out)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _moments(win: Window, x: Array) -> tuple[Array, Array]:
+    """Of every window the mean m, and s = Σ (x − m)²."""
+    return moments.window_moments(win, x)
+
+
+def _moments_fwd(win: Window, x: Array) -> Any:
+    m, s = _moments(win, x)
+    return (m, s), (x, m)
+
+
+def _moments_bwd(win: Window, saved: Any, deltas: Any) -> Any:
+    """Over the windows that hold an entry: δ_x = Σ δ_m/n + 2·Σ δ_s·(x − m)."""
+    x, m = saved
+    delta_m, delta_s = deltas
+    return (_spread(win, delta_m / win.entries - 2 * delta_s * m) + 2 * _spread(win, delta_s) * x,)
+
+
+_moments.defvjp(_moments_fwd, _moments_bwd)
+
+
+def _spread(win: Window, y: Array) -> Array:
+    """To every entry the sum of the values of the windows that hold it."""
+    return pooling.window_spread(win, y[None, ..., None])[0, ..., 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks
+
+
+def _signals(op: str, **named: ArrayLike) -> tuple[Array, ...]:
+    """The arguments as floating arrays of one dtype and one rank, 1 to 3, none of them empty."""
+    found = arrays(op, **named)
+    shapes = ", ".join(f"{name} {array.shape}" for name, array in zip(named, found, strict=True))
+    if not 1 <= found[0].ndim <= 3:
+        fail(op, f"{next(iter(named))} expected 1, 2 or 3 dims, got {shapes}")
+    if any(array.ndim != found[0].ndim for array in found):
+        fail(op, f"{' and '.join(named)} expected the same number of dims, got {shapes}")
+    if any(array.size == 0 for array in found):
+        fail(op, f"{' and '.join(named)} expected at least one entry, got {shapes}")
+    return found
+
+
+def _lags(op: str, a: tuple[int, ...], v: tuple[int, ...], mode: str, method: str) -> Lags:
+    """The shifts of a mode."""
+    if method not in fourier.METHODS:
+        fail(op, f"method expected one of {', '.join(fourier.METHODS)}, got {method!r}")
+    if mode not in MODES:
+        fail(op, f"mode expected one of {', '.join(MODES)}, got {mode!r}")
+    dims = list(zip(a, v, strict=True))
+    if mode == "valid" and not (all(n >= k for n, k in dims) or all(n <= k for n, k in dims)):
+        fail(op, f"mode 'valid' expected one of a and v to fit inside the other, got a {a}, v {v}")
+    start, size = zip(*(_stretch(op, n, k, mode, len(dims)) for n, k in dims), strict=True)
+    # "full" begins at shift 0 of a convolution, and where the last entry of v meets the first of a in a correlation.
+    first = start if op == "convolve" else tuple(s - (k - 1) for s, k in zip(start, v, strict=True))
+    return Lags(first, size, method)
+
+
+def _stretch(op: str, n: int, k: int, mode: str, ndim: int) -> tuple[int, int]:
+    """Where the mode begins in "full", and how many shifts it holds, in a dim where a has n entries and v has k."""
+    if mode == "full":
+        return 0, n + k - 1
+    if mode == "valid":
+        return min(n, k) - 1, abs(n - k) + 1
+    if ndim == 1 and k > n:  # NumPy exchanges them, and reverses what comes out if it is a correlation
+        return n // 2 if op == "correlate" else (n - 1) // 2, k
+    return (k - 1) // 2, n

@@ -1,0 +1,95 @@
+"""The command line of a script: a frozen dataclass in, and one clear line out when it does not fit."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar, get_args, get_type_hints
+
+import tyro
+
+from experiments.errors import ExperimentError, UsageError
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C: 128 + SIGINT, as shells have it."""
+
+Config = TypeVar("Config")
+
+
+def run(config_type: type[Config], body: Callable[[Config], int], argv: Sequence[str] | None, *, prog: str) -> int:
+    """Parse `argv` (None: the process's own) into `config_type`, call `body` with it, return the exit status.
+
+    Errors that the reader can mend end here as one line on stderr and status 1 or 2; only programming errors keep
+    their traceback. `--help` raises SystemExit(0), as argparse does.
+    """
+    try:
+        return body(parse(config_type, argv, prog=prog))
+    except ExperimentError as error:
+        return _complain(prog, error, error.status)
+    except BrokenPipeError:
+        # The reader of our output (`| head`) has left: let the interpreter's own last flush go nowhere, silently.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        return _complain(prog, error, 1)
+    except KeyboardInterrupt:
+        return _complain(prog, "interrupted", INTERRUPTED)
+
+
+def parse(config_type: type[Config], argv: Sequence[str] | None, *, prog: str) -> Config:
+    """Turn `argv` into a `config_type`; raises UsageError, in one line, where tyro would draw a box and exit."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(config_type, prog=prog, args=argv)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        raise UsageError(_one_line(box.getvalue(), _options(config_type))) from None
+
+
+def did_you_mean(got: str, names: Iterable[str]) -> str:
+    """Return "; did you mean X?" for the name nearest to `got`, or "" when none is near."""
+    near = difflib.get_close_matches(got, list(names), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _options(config_type: type) -> dict[str, str]:
+    """Return {"--learning-rate": "a number", …}: the flags of a dataclass and what each expects."""
+    expected = {int: "a whole number", float: "a number"}
+    hints = get_type_hints(config_type)
+    options = {}
+    for field in dataclasses.fields(config_type):
+        kinds = {hints[field.name], *get_args(hints[field.name])}
+        options["--" + field.name.replace("_", "-")] = next((expected[k] for k in expected if k in kinds), "a value")
+    return options
+
+
+def _one_line(box: str, options: Mapping[str, str]) -> str:
+    """Return the first paragraph of tyro's message, which is drawn as a box, in the words of our other errors."""
+    words: list[str] = []
+    for line in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()[1:]:  # without its colours and its title
+        text = line.strip("│╰─╯ ")
+        if text.strip("-"):
+            words += text.split()
+        elif words:  # a rule after text: help and suggestions follow
+            break
+    said = " ".join(words)
+    # What tyro says is not part of its interface: what is not recognised here is passed on as it stands.
+    if found := re.fullmatch(r"Unrecognized options: (.*)", said):
+        unknown = found[1].split(", ")[0].split("=")[0]
+        return f"unknown option {found[1]}" + (did_you_mean(unknown, options) if unknown.startswith("-") else "")
+    if found := re.fullmatch(r"Missing value for argument '(--[\w-]+)'.*", said):
+        return f"{found[1]}: expected {options[found[1]]}, got nothing"
+    if found := re.fullmatch(r"Error parsing (--[\w-]+): .*('.*')\]?\.?", said):
+        return f"{found[1]}: expected {options[found[1]]}, got {found[2]}"
+    return said or "cannot read the command line"
+
+
+def _complain(prog: str, error: object, status: int) -> int:
+    print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
+    return status

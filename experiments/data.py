@@ -1,0 +1,339 @@
+"""Image sets for the experiments: found, read, checked, and given a name and a hash.
+
+    load("fashion-mnist-sample")    the 12,000 images that lie beside this file
+    load("fashion-mnist")           all 70,000: a given folder, the system's, the cache, or a checked download
+    load("digits")                  scikit-learn's 8×8 digits
+
+Every set arrives as float32 images in [0, 1] and int32 labels. Both Fashion-MNIST sets go through one reader of idx
+files, which believes nothing that it has not counted.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import math
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal, cast
+
+import numpy as np
+
+from experiments.errors import DataError
+from experiments.files import replacing
+
+Batch = tuple[np.ndarray, np.ndarray]
+"""Images (B, H, W, C) float32 and labels (B,) int32."""
+
+Kind = Literal["images", "labels"]
+Part = Literal["train_images", "train_labels", "test_images", "test_labels"]
+
+SAMPLE_DIR = Path(__file__).parent / "data" / "fashion-mnist-sample"
+SYSTEM_DIR = Path("/usr/share/datasets/fashion-mnist")
+CACHE_VARIABLE = "JAXCNN_CACHE"
+FASHION_MNIST_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+FASHION_MNIST_CLASSES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+
+
+@dataclass(frozen=True)
+class IdxFile:
+    """One file of Fashion-MNIST: its name without ".gz", and the SHA-256 of its decompressed bytes."""
+
+    name: str
+    kind: Kind
+    sha256: str
+
+
+# The hashes are of what is inside: recompressing a file does not make it another data set.
+FASHION_MNIST_FILES: Mapping[Part, IdxFile] = {
+    "train_images": IdxFile(
+        "train-images-idx3-ubyte", "images", "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"
+    ),
+    "train_labels": IdxFile(
+        "train-labels-idx1-ubyte", "labels", "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"
+    ),
+    "test_images": IdxFile(
+        "t10k-images-idx3-ubyte", "images", "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"
+    ),
+    "test_labels": IdxFile(
+        "t10k-labels-idx1-ubyte", "labels", "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"
+    ),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Labelled images, split into training and test.
+
+    train_images (N, H, W, C) and test_images (M, H, W, C) are float32 in [0, 1]; train_labels (N,) and test_labels
+    (M,) are int32 indices into class_names. `source` says where the files lay; `sha256` is of shapes and pixels as
+    stored, so that it is the same whatever file format, compression or folder they came from.
+    """
+
+    name: str
+    source: str
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    class_names: tuple[str, ...]
+    sha256: str
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(H, W, C)."""
+        return self.train_images.shape[1:]
+
+
+def load(name: str, folder: Path | None = None) -> Dataset:
+    """Load the set called `name`, one of SOURCES.
+
+    `folder`, for "fashion-mnist" only, is then the one place looked into. Raises DataError: a file is missing,
+    truncated, corrupt or of the wrong kind, a package or the network is missing. KeyError: no such name.
+    """
+    return SOURCES[name](folder)
+
+
+def batches(images: np.ndarray, labels: np.ndarray, size: int) -> Iterator[Batch]:
+    """Yield all examples in order, `size` at a time; the last batch may be smaller."""
+    for start in range(0, len(images), size):
+        yield images[start : start + size], labels[start : start + size]
+
+
+def shuffled_batches(images: np.ndarray, labels: np.ndarray, size: int, *, seed: int, epoch: int) -> Iterator[Batch]:
+    """Yield one epoch in an order that (seed, epoch) alone decides; the rest that fills no batch is left out.
+
+    Left out, so that every step has one shape and is compiled once; the next epoch leaves out other examples.
+    """
+    order = np.random.default_rng([seed, epoch]).permutation(len(images))
+    for start in range(0, len(images) - size + 1, size):
+        chosen = order[start : start + size]
+        yield images[chosen], labels[chosen]
+
+
+# ---- idx files --------------------------------------------------------------------------------------------------
+
+_MAGIC: Mapping[Kind, int] = {"images": 0x00000803, "labels": 0x00000801}  # 00 00, 08 = uint8, rank 3 or 1
+_LARGEST = 1 << 30  # bytes; no image set of this kind is near it
+_CHUNK = 1 << 20
+
+
+def read_idx(path: Path, kind: Kind) -> np.ndarray:
+    """Read an idx file, gzipped or not: uint8 images (N, H, W) or labels (N,).
+
+    Reads at most one byte more than its header promises, so a small file cannot fill the memory. Raises DataError.
+    """
+    with _opened(path, f"an idx file of {kind}") as stream:
+        return _parse_idx(stream, path, kind)
+
+
+def _parse_idx(stream: BinaryIO, path: Path, kind: Kind) -> np.ndarray:
+    magic, wanted = stream.read(4), _MAGIC[kind]
+    if magic != wanted.to_bytes(4):
+        got = f"0x{magic.hex()}" if magic else "nothing"
+        other = next((f", which is {k}" for k, m in _MAGIC.items() if magic == m.to_bytes(4)), "")
+        raise DataError(f"{path}: expected idx {kind}, magic 0x{wanted:08x}, got {got}{other}")
+    rank = magic[3]
+    sizes = stream.read(4 * rank)
+    if len(sizes) < 4 * rank:
+        raise DataError(f"{path}: expected a header of {4 + 4 * rank} bytes, got {4 + len(sizes)}")
+    shape = tuple(int.from_bytes(sizes[4 * i : 4 * i + 4]) for i in range(rank))
+    promise, expected = " × ".join(map(str, shape)), math.prod(shape)
+    if not 0 < expected <= _LARGEST:
+        raise DataError(f"{path}: expected 1 to {_LARGEST} bytes of {kind}, got a header that promises {promise}")
+    payload = bytearray()
+    while len(payload) <= expected and (chunk := stream.read(min(_CHUNK, expected + 1 - len(payload)))):
+        payload += chunk
+    if len(payload) != expected:
+        got = "more" if len(payload) > expected else f"{len(payload)}"
+        raise DataError(f"{path}: expected {expected} bytes of {kind} ({promise}, says the header), got {got}")
+    return np.frombuffer(payload, np.uint8).reshape(shape)
+
+
+@contextlib.contextmanager
+def _opened(path: Path, expected: str, name: object = None) -> Iterator[BinaryIO]:
+    """Yield the decompressed bytes of `path`; what goes wrong while reading becomes a DataError about `name`."""
+    name = path if name is None else name
+    try:
+        with path.open("rb") as raw:
+            gzipped = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            # GzipFile reads as a BinaryIO does, but is not declared as one.
+            yield cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if gzipped else raw
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{name}: expected {expected}, got a truncated or corrupt gzip file ({error})") from None
+    except FileNotFoundError:
+        raise DataError(f"{name}: expected {expected}, got no such file") from None
+    except OSError as error:
+        raise DataError(f"{name}: expected {expected}, got {error.strerror or error}") from None
+
+
+def _read_pair(images_path: Path, labels_path: Path, classes: int) -> Batch:
+    """Read images (N, H, W) and labels (N,), uint8, that belong together. Raises DataError where they do not."""
+    images, labels = read_idx(images_path, "images"), read_idx(labels_path, "labels")
+    if len(labels) != len(images):
+        raise DataError(
+            f"{labels_path}: expected {len(images)} labels, as many as {images_path} has, got {len(labels)}"
+        )
+    if labels.max() >= classes:
+        first = int(np.argmax(labels >= classes))
+        raise DataError(f"{labels_path}: expected labels 0 to {classes - 1}, got {labels[first]} for image {first}")
+    return images, labels
+
+
+def _dataset(name: str, source: str, train: Batch, test: Batch, largest: int, class_names: tuple[str, ...]) -> Dataset:
+    """Build a Dataset of uint8 images (N, H, W), whose pixels go from 0 to `largest`, and uint8 labels (N,)."""
+    digest = hashlib.sha256()
+    for array in (*train, *test):
+        digest.update(f"{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array))
+
+    def scale(images: np.ndarray) -> np.ndarray:
+        return images[..., None] * np.float32(1 / largest)
+
+    return Dataset(
+        name=name,
+        source=source,
+        train_images=scale(train[0]),
+        train_labels=train[1].astype(np.int32),
+        test_images=scale(test[0]),
+        test_labels=test[1].astype(np.int32),
+        class_names=class_names,
+        sha256=digest.hexdigest(),
+    )
+
+
+# ---- where the sets lie -----------------------------------------------------------------------------------------
+
+
+def fashion_mnist_sample(folder: Path | None = None) -> Dataset:
+    """Load the first 10,000 training and 2,000 test images of Fashion-MNIST, which this repository holds."""
+    return _fashion_mnist("fashion-mnist-sample", SAMPLE_DIR if folder is None else folder)
+
+
+def fashion_mnist(folder: Path | None = None) -> Dataset:
+    """Load Fashion-MNIST (60,000 and 10,000 images) from `folder`, else the system's copy, the cache, the network."""
+    if folder is None:
+        folder = SYSTEM_DIR if _holds_all(SYSTEM_DIR) else _cached()
+    return _fashion_mnist("fashion-mnist", folder)
+
+
+def digits(folder: Path | None = None) -> Dataset:
+    """Load scikit-learn's 1,797 handwritten digits, 8×8: the first 1,437 to train, the last 360 to test.
+
+    `folder` is not used: the package holds the images.
+    """
+    del folder
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError:
+        raise DataError("digits: expected the package scikit-learn, which holds them, got no such package") from None
+    bunch = load_digits()
+    images, labels = bunch.images.astype(np.uint8), bunch.target.astype(np.uint8)
+    split = 1437
+    return _dataset(
+        "digits",
+        "scikit-learn",
+        (images[:split], labels[:split]),
+        (images[split:], labels[split:]),
+        largest=16,
+        class_names=tuple(map(str, range(10))),
+    )
+
+
+SOURCES: Mapping[str, Callable[[Path | None], Dataset]] = {
+    "fashion-mnist-sample": fashion_mnist_sample,
+    "fashion-mnist": fashion_mnist,
+    "digits": digits,
+}
+
+
+def cache_dir() -> Path:
+    """Return the folder that downloads are kept in: $JAXCNN_CACHE, else the operating system's cache for jaxcnn."""
+    import pooch
+
+    return Path(os.environ.get(CACHE_VARIABLE) or pooch.os_cache("jaxcnn")) / "fashion-mnist"
+
+
+def download(url: str, path: Path, sha256: str) -> None:
+    """Fetch `url` to `path`, which appears only if its decompressed bytes have this SHA-256. Raises DataError."""
+    import pooch
+
+    with replacing(path) as temporary:
+        try:
+            pooch.HTTPDownloader(timeout=30)(url, str(temporary), None)
+        except OSError as error:  # requests' exceptions are OSErrors, and may hold an open connection
+            if (response := getattr(error, "response", None)) is not None:
+                response.close()
+            raise DataError(
+                f"{url}: download failed ({error}); give the folder that holds the files as --data-dir, "
+                "or use the embedded --data fashion-mnist-sample"
+            ) from None
+        got = _sha256_inside(temporary, url)
+        if got != sha256:
+            raise DataError(f"{url}: expected decompressed bytes of SHA-256 {sha256}, got {got}")
+
+
+def _sha256_inside(path: Path, name: str) -> str:
+    digest, seen = hashlib.sha256(), 0
+    with _opened(path, "an intact idx file", name) as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+            seen += len(chunk)
+            if seen > _LARGEST:
+                raise DataError(f"{name}: expected at most {_LARGEST} decompressed bytes, got more")
+    return digest.hexdigest()
+
+
+def _cached() -> Path:
+    folder = cache_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{folder}: expected a folder to keep downloads in, got {error.strerror}") from None
+    for file in FASHION_MNIST_FILES.values():
+        if _locate(folder, file) is None:
+            download(f"{FASHION_MNIST_URL}{file.name}.gz", folder / f"{file.name}.gz", file.sha256)
+    return folder
+
+
+def _locate(folder: Path, file: IdxFile) -> Path | None:
+    paths = (folder / f"{file.name}.gz", folder / file.name)
+    return next((path for path in paths if path.exists()), None)
+
+
+def _holds_all(folder: Path) -> bool:
+    return all(_locate(folder, file) for file in FASHION_MNIST_FILES.values())
+
+
+def _fashion_mnist(name: str, folder: Path) -> Dataset:
+    if not folder.is_dir():
+        raise DataError(f"{folder}: expected a folder with {name}, got {'a file' if folder.exists() else 'nothing'}")
+    paths: dict[Part, Path] = {}
+    for part, file in FASHION_MNIST_FILES.items():
+        path = _locate(folder, file)
+        if path is None:
+            raise DataError(f"{folder}: expected {file.name}.gz (or without .gz) in it, got no such file")
+        paths[part] = path
+    classes = len(FASHION_MNIST_CLASSES)
+    train = _read_pair(paths["train_images"], paths["train_labels"], classes)
+    test = _read_pair(paths["test_images"], paths["test_labels"], classes)
+    if test[0].shape[1:] != train[0].shape[1:]:
+        raise DataError(
+            f"{paths['test_images']}: expected images of {train[0].shape[1:]} as in {paths['train_images']}, "
+            f"got {test[0].shape[1:]}"
+        )
+    return _dataset(name, str(folder), train, test, largest=255, class_names=FASHION_MNIST_CLASSES)

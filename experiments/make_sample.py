@@ -1,0 +1,52 @@
+"""Make the embedded sample again from the full Fashion-MNIST, or check that it is what this script makes.
+
+python -m experiments.make_sample            check; exit status 1 if the files differ
+python -m experiments.make_sample --write    write the files
+
+Source: the idx.gz files in experiments.data.SYSTEM_DIR (Debian: dataset-fashion-mnist). The bytes written depend on
+nothing else but the zlib that compresses them, so the check compares what is inside.
+"""
+
+import argparse
+import gzip
+import sys
+from pathlib import Path
+
+from experiments.data import FASHION_MNIST_FILES, SAMPLE_DIR, SYSTEM_DIR, IdxFile, Part, read_idx
+from experiments.files import replacing
+
+SIZES: dict[Part, int] = {"train_images": 10_000, "train_labels": 10_000, "test_images": 2_000, "test_labels": 2_000}
+
+
+def first(file: IdxFile, count: int) -> bytes:
+    """Return, as an idx file, the first `count` entries of `file` of the full set."""
+    array = read_idx(SYSTEM_DIR / f"{file.name}.gz", file.kind)[:count]
+    header = bytes([0, 0, 0x08, array.ndim]) + b"".join(size.to_bytes(4) for size in array.shape)
+    return header + array.tobytes()
+
+
+def same(path: Path, content: bytes) -> bool:
+    """Whether the gzip file `path` holds exactly `content`."""
+    return path.exists() and gzip.decompress(path.read_bytes()) == content
+
+
+def main() -> int:
+    """Write or check the four files; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.make_sample", description=__doc__.split("\n")[0])
+    parser.add_argument("--write", action="store_true", help="write the files instead of checking them")
+    write = parser.parse_args().write
+    differ = False
+    for part, count in SIZES.items():
+        file = FASHION_MNIST_FILES[part]
+        path, content = SAMPLE_DIR / f"{file.name}.gz", first(file, count)
+        if write:
+            with replacing(path) as temporary:
+                temporary.write_bytes(gzip.compress(content, compresslevel=9, mtime=0))
+        equal = same(path, content)
+        differ |= not equal
+        print(f"{path.name}: {count} entries, {'as' if equal else 'NOT as'} in {SYSTEM_DIR}")
+    return int(differ)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

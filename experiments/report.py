@@ -1,0 +1,138 @@
+"""What a run shows while it goes: a banner, a line an epoch, and in between a bar, or plain lines where none fits."""
+
+import importlib.metadata
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol, TextIO
+
+from experiments.data import Dataset
+from experiments.runs import Epoch
+
+PACKAGES = ("jaxcnn", "jax", "jaxlib", "optax", "numpy")
+PLAIN_INTERVAL = 10.0
+"""Seconds between two lines within an epoch where there is no bar."""
+
+
+def versions() -> dict[str, str]:
+    """Return the version of Python and of each package that a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # run from a source tree that is not installed
+            found[package] = "(not installed)"
+    return found
+
+
+def describe_device() -> str:
+    """Return the first device and how many there are, e.g. "cpu × 1 (2 cores)"."""
+    import jax
+
+    devices = jax.devices()
+    cores = f" ({os.cpu_count()} cores)" if devices[0].platform == "cpu" else ""
+    return f"{devices[0].device_kind} × {len(devices)}{cores}"
+
+
+def describe_data(dataset: Dataset) -> str:
+    """Return the name, sizes and hash of a data set in one line."""
+    shape = "×".join(map(str, dataset.image_shape))
+    return (
+        f"{dataset.name}: {len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images {shape}, "
+        f"{len(dataset.class_names)} classes, sha256 {dataset.sha256[:12]}, from {dataset.source}"
+    )
+
+
+def banner(facts: Mapping[str, str]) -> str:
+    """Return `facts` as lines of two columns."""
+    width = max(map(len, facts))
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in facts.items())
+
+
+def describe_epoch(row: Epoch, epochs: int) -> str:
+    """Return one epoch in one line."""
+    tested = f"test loss {row.test_loss:.4f} accuracy {row.test_accuracy:.4f}"
+    test = "not evaluated" if math.isnan(row.test_loss) else tested
+    return (
+        f"epoch {row.epoch:>{len(str(epochs))}}/{epochs}   "
+        f"train loss {row.train_loss:.4f} accuracy {row.train_accuracy:.4f}   {test}   "
+        f"{row.seconds:.1f} s, {row.images_per_second:,.0f} images/s"
+    )
+
+
+class Progress(Protocol):
+    """Where a running training tells how it stands."""
+
+    def update(self, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
+        """Show the state after `step` steps; call as often as convenient."""
+
+    def line(self, text: str) -> None:
+        """Write a line that stays."""
+
+
+@contextmanager
+def progress(total_steps: int, stream: TextIO | None = None) -> Iterator[Progress]:
+    """Yield a bar with ETA on a terminal, plain lines otherwise; `stream` None is stdout."""
+    stream = sys.stdout if stream is None else stream
+    if stream.isatty():
+        with _bar(total_steps, stream) as bar:
+            yield bar
+    else:
+        yield PlainLines(total_steps, stream)
+
+
+class PlainLines:
+    """Progress for logs and pipes: a line at most every PLAIN_INTERVAL seconds between the lines that stay."""
+
+    def __init__(self, total_steps: int, stream: TextIO) -> None:
+        self._total, self._stream = total_steps, stream
+        self._start = self._last = time.monotonic()
+
+    def update(self, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
+        """Write a line if the last one is long ago."""
+        now = time.monotonic()
+        if now - self._last >= PLAIN_INTERVAL and step < self._total:
+            eta = (now - self._start) / step * (self._total - step)
+            self.line(
+                f"step {step}/{self._total}   loss {loss:.4f} accuracy {accuracy:.4f}   "
+                f"{images_per_second:,.0f} images/s, {eta:.0f} s to go"
+            )
+
+    def line(self, text: str) -> None:
+        """Write a line, now: a log that is read while it grows should not wait for a full buffer."""
+        print(text, file=self._stream, flush=True)
+        self._last = time.monotonic()
+
+
+@contextmanager
+def _bar(total_steps: int, stream: TextIO) -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+
+    console = Console(file=stream, highlight=False)
+    columns = (
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=None),
+        TextColumn("{task.fields[state]}"),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
+
+    class Bar:
+        def update(self, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
+            state = f"loss {loss:.3f} accuracy {accuracy:.3f}  {images_per_second:,.0f} images/s"
+            display.update(task, completed=step, state=state)
+
+        def line(self, text: str) -> None:
+            display.console.print(text, markup=False, soft_wrap=True)
+
+    # Transient: the lines that stay tell it all once the bar is gone.
+    with RichProgress(*columns, console=console, transient=True, expand=True) as display:
+        task = display.add_task("", total=total_steps, state="")
+        yield Bar()

@@ -1,0 +1,251 @@
+"""Train a net through explicit rules: python -m experiments.train --help."""
+
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+from tyro.conf import FlagCreatePairsOff, arg
+
+from experiments import cli, report
+from experiments.data import SOURCES, Batch, Dataset, batches, load, shuffled_batches
+from experiments.errors import RunError, UsageError
+from experiments.runs import Epoch, Run, choose_folder
+
+if TYPE_CHECKING:  # jax takes a second to import, and --help needs none of it
+    import optax
+
+    from experiments.loop import Step
+    from jaxcnn import Serial, TrainState
+
+PROG = "python -m experiments.train"
+LEARNING_RATES = {"adam": 2e-3, "sgd": 5e-2}
+EVALUATION_BATCH = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Train a net on labelled images, its backward pass by the rules written out in jaxcnn.
+
+    The run's folder gets config.json, metrics.csv, curves.png and weights.safetensors.
+    """
+
+    model: str = "lecture"
+    """The net: lecture, mlp or lenet5."""
+    data: str = "fashion-mnist-sample"
+    """The images: fashion-mnist-sample (10,000, embedded), fashion-mnist (60,000) or digits (8×8)."""
+    data_dir: Annotated[Path | None, arg(metavar="PATH")] = None
+    """Folder of the idx files of --data fashion-mnist; without it, the system's, the cache, a download."""
+    epochs: int = 10
+    """Passes over the training images."""
+    batch_size: int = 64
+    """Images a step."""
+    optimizer: str = "adam"
+    """adam, or sgd (with momentum 0.9); the learning rate falls to 0 along a cosine."""
+    learning_rate: Annotated[float | None, arg(metavar="FLOAT")] = None
+    """At the first step; without it, 0.002 for adam and 0.05 for sgd."""
+    seed: int = 0
+    """Decides the first weights, the order of the images and the dropout."""
+    max_steps: Annotated[int | None, arg(metavar="INT")] = None
+    """Stop after so many steps."""
+    check_grads: FlagCreatePairsOff[bool] = False
+    """First compare the rules with autodiff on this net and its first batch; stop if they differ."""
+    out: Annotated[Path | None, arg(metavar="PATH")] = None
+    """The run's folder, new or empty; without it, runs/<time>-<model>."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (None: the process's own) and return the exit status."""
+    return cli.run(Config, train, argv, prog=PROG)
+
+
+def train(config: Config) -> int:
+    """Check everything, then train. Returns 0, or 130 after Ctrl-C; raises UsageError, DataError or RunError."""
+    check(config)
+    folder = choose_folder(config.out, config.model)
+    dataset = load(config.data, config.data_dir)
+    examples = len(dataset.train_labels)
+    if config.batch_size > examples:
+        raise UsageError(f"--batch-size: expected at most {examples}, all of {dataset.name}, got {config.batch_size}")
+    net, table = build(config, dataset)
+
+    import jax
+
+    import jaxcnn
+    from experiments.loop import fit
+
+    steps = min(config.epochs * (examples // config.batch_size), config.max_steps or sys.maxsize)
+    rate = config.learning_rate or LEARNING_RATES[config.optimizer]
+    optimizer = make_optimizer(config.optimizer, rate, steps)
+    facts = {
+        "versions": ", ".join(f"{name} {version}" for name, version in report.versions().items()),
+        "device": report.describe_device(),
+        "data": report.describe_data(dataset),
+        "training": f"{config.model}, {steps:,} steps of {config.batch_size} images, {config.optimizer} at {rate:g}",
+        "seed": str(config.seed),
+    }
+    print(report.banner(facts), table, sep="\n\n", end="\n\n", flush=True)
+
+    loss = jaxcnn.softmax_cross_entropy_with_integer_labels
+    state = jaxcnn.TrainState.create(net, optimizer, jax.random.key(config.seed), dataset.image_shape)
+
+    def epoch(number: int) -> Iterator[Batch]:
+        images, labels = dataset.train_images, dataset.train_labels
+        return shuffled_batches(images, labels, config.batch_size, seed=config.seed, epoch=number)
+
+    def evaluate(params: Any) -> dict[str, float]:
+        return jaxcnn.evaluate(net, loss, params, batches(dataset.test_images, dataset.test_labels, EVALUATION_BATCH))
+
+    if config.check_grads:
+        check_gradients(net, state, next(epoch(1)))
+    step = compiled(jaxcnn.make_train_step(net, loss, optimizer), state, next(epoch(1)))
+
+    run = Run.start(folder, record(config, facts, dataset, rate))
+    began = time.perf_counter()
+    with report.progress(steps) as progress:
+        outcome = fit(
+            step,
+            state,
+            epoch,
+            evaluate,
+            count=config.epochs,
+            batch_size=config.batch_size,
+            max_steps=steps,
+            progress=progress,
+            on_epoch=run.save,
+            describe=lambda row: report.describe_epoch(row, config.epochs),
+        )
+    wall = time.perf_counter() - began
+    run.save(outcome.rows, outcome.params, outcome.step)
+    run.plot(outcome.rows, f"{config.model} on {config.data}, seed {config.seed}")
+    print(summarise(outcome.rows, wall), f"results in {run.folder}", sep="\n", flush=True)
+
+    if outcome.end == "diverged":
+        raise RunError(
+            f"step {outcome.bad_step}: expected a finite loss, got {outcome.bad_loss}; try a smaller --learning-rate "
+            f"(it was {rate:g}); the weights after step {outcome.step} are kept"
+        )
+    if outcome.end == "interrupted":
+        print(f"{PROG}: interrupted after step {outcome.step}; its weights are kept", file=sys.stderr)
+        return cli.INTERRUPTED
+    return 0
+
+
+def check(config: Config) -> None:
+    """Raise UsageError for whatever can be known to be wrong before anything is read or made."""
+    from experiments.models import MODELS
+
+    _one_of("--data", config.data, SOURCES)
+    _one_of("--optimizer", config.optimizer, LEARNING_RATES)
+    _one_of("--model", config.model, MODELS)
+    for flag, number in {
+        "--epochs": config.epochs,
+        "--batch-size": config.batch_size,
+        "--max-steps": config.max_steps,
+    }.items():
+        if number is not None and number < 1:
+            raise UsageError(f"{flag}: expected 1 or more, got {number}")
+    if not 0 <= config.seed < 2**32:
+        raise UsageError(f"--seed: expected 0 to {2**32 - 1}, got {config.seed}")
+    rate = config.learning_rate
+    if rate is not None and not (math.isfinite(rate) and rate > 0):
+        raise UsageError(f"--learning-rate: expected a finite number above 0, got {rate}")
+    if config.data_dir is not None and config.data != "fashion-mnist":
+        raise UsageError(f"--data-dir: expected with --data fashion-mnist only, got --data {config.data}")
+
+
+def _one_of(flag: str, got: str, names: Iterable[str]) -> None:
+    if got not in names:
+        raise UsageError(f"{flag}: expected one of {', '.join(names)}, got {got!r}{cli.did_you_mean(got, names)}")
+
+
+def build(config: Config, dataset: Dataset) -> "tuple[Serial, str]":
+    """Return the net and its table of layers; raise UsageError if the images are too small for it."""
+    from experiments.models import MODELS
+
+    classes = len(dataset.class_names)
+    net = MODELS[config.model](classes)
+    try:
+        return net, str(net.summary(dataset.image_shape))
+    except ValueError as error:
+        fitting = [name for name, make in MODELS.items() if _fits(make(classes), dataset.image_shape)]
+        raise UsageError(
+            f"--model: {config.model} does not fit {dataset.name} ({error}); these fit: {', '.join(fitting) or 'none'}"
+        ) from None
+
+
+def _fits(net: "Serial", shape: tuple[int, ...]) -> bool:
+    try:
+        net.summary(shape)
+    except ValueError:
+        return False
+    return True
+
+
+def make_optimizer(name: str, rate: float, steps: int) -> "optax.GradientTransformation":
+    """Return the optimiser called `name`, one of LEARNING_RATES, whose rate falls to 0 within `steps`."""
+    import optax
+
+    schedule = optax.cosine_decay_schedule(rate, steps)
+    return optax.adam(schedule) if name == "adam" else optax.sgd(schedule, momentum=0.9)
+
+
+def check_gradients(net: "Serial", state: "TrainState", batch: Batch) -> None:
+    """Print how far the rules are from autodiff, parameter by parameter; raise RunError if any is too far."""
+    import jaxcnn
+    from experiments import gradients
+
+    loss = jaxcnn.softmax_cross_entropy_with_integer_labels
+    differences = gradients.compare(net, loss, state.params, batch, state.key)
+    print("rules against autodiff, largest relative difference")
+    print("\n".join(f"  {name:<12} {difference:.1e}" for name, difference in differences.items()), end="\n\n")
+    wrong = [name for name, difference in differences.items() if not difference <= gradients.TOLERANCE]
+    if wrong:
+        raise RunError(
+            f"--check-grads: expected differences up to {gradients.TOLERANCE:g}, "
+            f"got {max(differences[name] for name in wrong):.1e} for {', '.join(wrong)}"
+        )
+
+
+def compiled(jitted: "Step", state: "TrainState", batch: Batch) -> "Step":
+    """Compile a jitted step ahead of its first call, so that the time it takes is told apart from the training's."""
+    import jax
+
+    print("compiling … ", end="", flush=True)
+    began = time.perf_counter()
+    step = cast(jax.stages.Wrapped, jitted).lower(state, batch).compile()
+    print(f"{time.perf_counter() - began:.1f} s", flush=True)
+    return step
+
+
+def record(config: Config, facts: dict[str, str], dataset: Dataset, rate: float) -> dict[str, Any]:
+    """Return what config.json holds: the options (`rate` filled in), and what else the result depends on."""
+    return {
+        **dataclasses.asdict(config),
+        "learning_rate": rate,
+        "data_source": dataset.source,
+        "data_sha256": dataset.sha256,
+        "device": facts["device"],
+        "versions": report.versions(),
+    }
+
+
+def summarise(rows: Sequence[Epoch], wall: float) -> str:
+    """Return the end of the run in a line or two; `wall` is the seconds from first step to last evaluation."""
+    if not rows:
+        return "no epoch was finished"
+    seconds = sum(row.seconds for row in rows)
+    images = sum(row.seconds * row.images_per_second for row in rows)
+    last = rows[-1]
+    return (
+        f"\ntrained {last.step:,} steps in {seconds:.1f} s, {images / seconds:,.0f} images/s; "
+        f"{wall - seconds:.1f} s more for evaluating and saving\n"
+        f"test accuracy {last.test_accuracy:.4f}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

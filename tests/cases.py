@@ -1,0 +1,439 @@
+"""The one table: every differentiable op, with arguments and options that reach every branch of its rule.
+
+`CASES` has a row for each way of calling an op: its name, the shapes of the arrays that have a δ, its options.  What
+is true of all rows of an op stands in `OPS`.  `tests/checks.py` says what every row is put through.
+"""
+
+import dataclasses
+import functools
+import math
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+import jaxcnn
+from tests import oracles
+
+Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How numbers are drawn
+
+
+def normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return rng.standard_normal(shape)
+
+
+def apart(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """From −3 to 3 in equal steps, shuffled: no two alike, none zero, so that a small step crosses no kink."""
+    n = math.prod(shape)
+    return rng.permutation(6 * (np.arange(n) + 0.25) / n - 3).reshape(shape)
+
+
+def ties(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Small whole numbers, many of them alike and many zero: what finite differences cannot tell."""
+    return rng.integers(-2, 3, shape).astype(float)
+
+
+def positive(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return rng.uniform(0.1, 1, shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ops as functions of the arrays that have a δ
+
+
+def dropout(x: Array, *, rate: float, rule: Any = None) -> Array:
+    return jaxcnn.dropout(x, rate, jax.random.key(3), rule=rule)
+
+
+def kept(shape: tuple[int, ...], rate: float) -> np.ndarray:
+    return np.asarray(jax.random.bernoulli(jax.random.key(3), 1 - rate, shape))
+
+
+def of_labels(logits: Array) -> Array:
+    return jaxcnn.softmax_cross_entropy_with_integer_labels(logits, labels(logits.shape))
+
+
+def labels(shape: tuple[int, ...]) -> np.ndarray:
+    *rows, classes = shape
+    return (3 * np.arange(math.prod(rows), dtype=np.int32) % classes).reshape(rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """What is true of all rows of an op."""
+
+    #: The op, of the arrays that have a δ and of its options.
+    function: Callable[..., Array]
+    #: The same in PyTorch, of tensors and the same options.
+    oracle: Callable[..., Any]
+    #: The arguments in which it is linear, or linear plus a constant.
+    linear: tuple[int, ...] = ()
+    #: How each argument is drawn; the last entry serves for the rest.
+    draw: tuple[Draw, ...] = (normal,)
+    #: The arguments whose first dimension is the batch, as the result's is.
+    batched: tuple[int, ...] = (0,)
+    #: What autodiff differentiates in its stead; None for the op itself with ``rule=jaxcnn.rules.autodiff``.
+    plain: Callable[..., Array] | None = None
+
+
+OPS = {
+    "conv": Op(jaxcnn.conv, oracles.conv, linear=(0, 1, 2)),
+    "relu": Op(jaxcnn.relu, oracles.relu, draw=(apart,)),
+    "leaky_relu": Op(jaxcnn.leaky_relu, oracles.leaky_relu, draw=(apart,)),
+    "elu": Op(jaxcnn.elu, oracles.elu, draw=(apart,)),
+    "gelu": Op(jaxcnn.gelu, oracles.gelu),
+    "silu": Op(jaxcnn.silu, oracles.silu),
+    "softplus": Op(jaxcnn.softplus, oracles.softplus),
+    "sigmoid": Op(jaxcnn.sigmoid, oracles.sigmoid),
+    "tanh": Op(jaxcnn.tanh, oracles.tanh),
+    "max_pool": Op(jaxcnn.max_pool, oracles.max_pool, draw=(apart,)),
+    "avg_pool": Op(jaxcnn.avg_pool, oracles.avg_pool, linear=(0,)),
+    "kron": Op(jaxcnn.kron, oracles.kron, linear=(0, 1), batched=()),
+    "kron_up": Op(jaxcnn.kron_up, oracles.kron_up, linear=(0,)),
+    "block_sum": Op(jaxcnn.block_sum, oracles.block_sum, linear=(0,)),
+    "dense": Op(jaxcnn.dense, oracles.dense, linear=(0, 1, 2)),
+    "dropout": Op(dropout, lambda x, rate: oracles.dropout(x, rate=rate, mask=lambda s: kept(s, rate)), linear=(0,)),
+    "hidden_layer": Op(jaxcnn.hidden_layer, oracles.hidden_layer),
+    "squared_error": Op(jaxcnn.squared_error, oracles.squared_error, batched=(0, 1), plain=optax.squared_error),
+    "softmax_cross_entropy": Op(
+        jaxcnn.softmax_cross_entropy, oracles.softmax_cross_entropy, linear=(1,), draw=(normal, positive),
+        batched=(0, 1), plain=optax.softmax_cross_entropy,
+    ),
+    "softmax_cross_entropy_with_integer_labels": Op(
+        of_labels, functools.partial(oracles.softmax_cross_entropy_with_integer_labels, labels=labels),
+        plain=lambda x: optax.softmax_cross_entropy_with_integer_labels(x, labels(x.shape)),
+    ),
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
+    """One row.  `dataclasses.replace(case, function=…)` is the same row of another op, such as a wrong one."""
+
+    op: str
+    shapes: tuple[tuple[int, ...], ...]
+    options: Mapping[str, Any]
+    function: Callable[..., Array]
+    #: The undecorated forward, for autodiff; None where stock JAX differentiates it wrongly or not at all.
+    plain: Callable[..., Array] | None
+    oracle: Callable[..., Any]
+    draw: tuple[Draw, ...]
+
+    def __str__(self) -> str:
+        shapes = ("x".join(map(str, shape)) for shape in self.shapes)
+        options = (f"{name}={value}".replace(" ", "") for name, value in self.options.items())
+        return "-".join([self.op, *shapes, *options, *("ties" for d in self.draw if d is ties)])
+
+    @property
+    def linear(self) -> tuple[int, ...]:
+        return tuple(i for i in OPS[self.op].linear if i < len(self.shapes))
+
+    @property
+    def batched(self) -> tuple[int, ...]:
+        """The arguments split with the batch; none if the first dimension is another (``x`` without a batch, NCHW's kin)."""
+        layouts = self.options.get("dimension_numbers", ("N", "", "N"))
+        has_batch = len(self.shapes[0]) > 1 and layouts[0][0] == layouts[2][0] == "N"
+        return OPS[self.op].batched if has_batch else ()
+
+    @property
+    def takes_rule(self) -> bool:
+        return OPS[self.op].plain is None
+
+    def arrays(self, dtype: Any = np.float64, seed: int = 0) -> tuple[np.ndarray, ...]:
+        """The arguments: the same numbers, to the precision of float32, in every dtype."""
+        rng = np.random.default_rng([seed, zlib.crc32(str(self).encode())])
+        draws = [self.draw[min(i, len(self.draw) - 1)] for i in range(len(self.shapes))]
+        return tuple(f(rng, s).astype(np.float32).astype(dtype) for f, s in zip(draws, self.shapes, strict=True))
+
+    # The two functions that every check is made of, compiled once a row and dtype.
+
+    @functools.cached_property
+    def run(self) -> Callable[..., Any]:
+        """``run(args, δ)`` → y, the cotangents of args."""
+        return compiled(with_cotangents(self.function))
+
+    @functools.cached_property
+    def run_plain(self) -> Callable[..., Any]:
+        return compiled(with_cotangents(self.plain))
+
+    @functools.cached_property
+    def twice(self) -> Callable[..., Any]:
+        """``twice(args, δ, ξ)`` → the cotangents of (args, δ), for ξ at the cotangents of args."""
+        return compiled(cotangents_twice(self.function))
+
+    @functools.cached_property
+    def twice_plain(self) -> Callable[..., Any]:
+        return compiled(cotangents_twice(self.plain))
+
+
+def with_cotangents(f: Callable[..., Array]) -> Callable[..., Any]:
+    def run(args: tuple[Array, ...], delta: Array) -> tuple[Array, tuple[Array, ...]]:
+        y, vjp = jax.vjp(f, *args)
+        return y, vjp(delta)
+
+    return run
+
+
+def cotangents_twice(f: Callable[..., Array]) -> Callable[..., Any]:
+    def twice(args: tuple[Array, ...], delta: Array, xis: tuple[Array, ...]) -> tuple[Array, ...]:
+        _, vjp = jax.vjp(lambda args, delta: with_cotangents(f)(args, delta)[1], args, delta)
+        cotangents, of_delta = vjp(xis)
+        return *cotangents, of_delta
+
+    return twice
+
+
+def compiled(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Jitted without LLVM's optimisations, which take most of a compilation's time; XLA's own all run."""
+    return jax.jit(f, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def row(op: str, *shapes: tuple[int, ...], draw: Draw | None = None, stock: bool = True, **options: Any) -> Case:
+    """``stock=False``: stock JAX's autodiff is wrong or missing here, PyTorch is the only oracle."""
+    of_op = OPS[op]
+    plain = of_op.plain or functools.partial(of_op.function, rule=jaxcnn.rules.autodiff)
+    return Case(
+        op,
+        shapes,
+        options,
+        functools.partial(of_op.function, **options),
+        functools.partial(plain, **options) if stock else None,
+        functools.partial(of_op.oracle, **options),
+        of_op.draw if draw is None else (draw,),
+    )
+
+
+CASES = [
+    # conv: x (N, *spatial, I), w (*K, I/groups, O), b (O,)
+    row("conv", (2, 5, 6, 3), (3, 2, 3, 4)),
+    row("conv", (2, 5, 6, 3), (3, 2, 3, 4), (4,)),
+    row("conv", (2, 6, 6, 1), (5, 5, 1, 3), (3,)),  # the lecture's first layer
+    row("conv", (2, 5, 6, 3), (5, 6, 3, 4)),  # a patch as large as the picture
+    row("conv", (2, 5, 6, 2), (1, 4, 2, 1)),
+    row("conv", (2, 7, 3), (3, 3, 4)),
+    row("conv", (2, 7, 3), (3, 3, 4), (4,), stride=2, padding="SAME"),
+    row("conv", (2, 4, 3, 5, 2), (2, 2, 3, 2, 3)),
+    row("conv", (2, 5, 4, 5, 2), (3, 2, 3, 2, 3), (3,), stride=2, padding=1, dilation=(1, 2, 1)),
+    # stride: exact, with a remainder, larger than the patch
+    row("conv", (2, 7, 6, 3), (3, 2, 3, 4), stride=2),
+    row("conv", (2, 8, 9, 3), (3, 2, 3, 4), stride=2),
+    row("conv", (2, 8, 7, 3), (3, 2, 3, 4), (4,), stride=(2, 3)),
+    row("conv", (2, 9, 9, 2), (2, 2, 2, 3), stride=3),
+    row("conv", (2, 9, 10, 2), (1, 2, 2, 3), stride=(4, 3)),
+    row("conv", (2, 11, 2), (2, 2, 3), stride=4, padding=1),
+    row("conv", (2, 6, 5, 7, 1), (2, 1, 2, 1, 2), stride=(3, 2, 4)),
+    # padding
+    row("conv", (2, 5, 6, 3), (3, 3, 3, 4), padding="SAME"),
+    row("conv", (2, 5, 6, 3), (2, 4, 3, 4), padding="SAME"),
+    row("conv", (2, 5, 6, 3), (2, 4, 3, 4), padding="SAME_LOWER"),
+    row("conv", (2, 6, 7, 3), (3, 4, 3, 4), stride=2, padding="SAME_LOWER"),
+    row("conv", (2, 7, 8, 3), (4, 3, 3, 4), stride=(3, 2), padding="SAME"),
+    row("conv", (2, 4, 3, 5, 2), (2, 3, 2, 2, 3), padding="SAME"),
+    row("conv", (2, 6, 2), (3, 2, 3), padding="CAUSAL"),
+    row("conv", (2, 6, 2), (2, 2, 3), (3,), padding="CAUSAL", dilation=3),
+    row("conv", (2, 7, 2), (3, 2, 3), padding="CAUSAL", stride=2),
+    row("conv", (2, 5, 6, 3), (3, 2, 3, 4), padding=1),
+    row("conv", (2, 5, 6, 3), (3, 2, 3, 4), padding=(1, 0)),
+    row("conv", (2, 5, 6, 3), (3, 2, 3, 4), padding=((0, 2), (1, 0))),
+    row("conv", (2, 5, 6, 3), (3, 2, 3, 4), stride=(2, 3), padding=((1, 2), (0, 3))),
+    row("conv", (2, 3, 4, 2), (5, 6, 2, 3), padding=2),  # a patch larger than the picture
+    # padding larger than the patch reaches: openxla/xla#48713 gets δ_x wrong on CPU
+    row("conv", (2, 4, 6, 8), (1, 2, 8, 8), padding=((0, 0), (4, 0)), stock=False),
+    row("conv", (2, 5, 6, 3), (3, 2, 3, 4), padding=((4, 0), (3, 1)), stock=False),
+    row("conv", (2, 5, 6, 3), (3, 2, 3, 4), padding=((0, 4), (0, 3)), stock=False),
+    row("conv", (2, 5, 6, 3), (2, 2, 3, 4), (4,), padding=5, stock=False),
+    row("conv", (2, 5, 6, 3), (2, 2, 3, 4), padding=((5, 4), (3, 6)), stride=(3, 2), stock=False),
+    row("conv", (2, 4, 3), (2, 3, 4), padding=((7, 0),), dilation=2, stock=False),
+    row("conv", (2, 3, 2, 3, 2), (2, 1, 2, 2, 3), padding=((3, 0), (1, 2), (0, 3)), stock=False),
+    row("conv", (2, 5, 4, 3), (1, 1, 3, 4), padding=1, stock=False),
+    # the picture repeated
+    row("conv", (2, 5, 6, 3), (3, 4, 3, 4), padding="REFLECT"),
+    row("conv", (2, 5, 6, 3), (3, 4, 3, 4), padding="REPLICATE"),
+    row("conv", (2, 5, 6, 3), (3, 4, 3, 4), padding="CIRCULAR"),
+    row("conv", (2, 6, 7, 2), (3, 2, 2, 3), (3,), padding="REFLECT", dilation=2),
+    row("conv", (2, 3, 4, 2), (5, 7, 2, 3), padding="REPLICATE"),
+    row("conv", (2, 6, 7, 2), (4, 3, 2, 3), padding="CIRCULAR", stride=2),
+    row("conv", (2, 5, 2), (4, 2, 3), padding="REFLECT"),
+    row("conv", (2, 3, 4, 3, 2), (3, 2, 3, 2, 2), padding="CIRCULAR"),
+    # dilation
+    row("conv", (2, 7, 6, 3), (3, 2, 3, 4), dilation=2),
+    row("conv", (2, 7, 8, 3), (3, 2, 3, 4), dilation=(1, 3), padding="SAME"),
+    row("conv", (2, 9, 8, 3), (2, 3, 3, 4), dilation=(3, 2), stride=(2, 3), padding=1),
+    # groups; one input channel a group is depthwise, more outputs than inputs its multiplier
+    row("conv", (2, 5, 6, 4), (3, 2, 2, 6), groups=2),
+    row("conv", (2, 6, 7, 6), (3, 2, 2, 3), (3,), groups=3, stride=2, padding="SAME"),
+    row("conv", (2, 6, 5, 4), (2, 3, 2, 4), groups=2, padding=((0, 3), (2, 1)), dilation=2),
+    row("conv", (2, 5, 6, 4), (1, 1, 2, 6), groups=2),
+    row("conv", (2, 5, 6, 3), (3, 2, 1, 3), groups=3),
+    row("conv", (2, 5, 6, 3), (3, 3, 1, 6), (6,), groups=3, padding="SAME"),
+    row("conv", (2, 7, 8, 3), (3, 2, 1, 6), groups=3, stride=(2, 3), padding=1),
+    row("conv", (2, 7, 8, 3), (3, 2, 1, 3), groups=3, dilation=2, padding=((3, 0), (0, 2))),
+    row("conv", (2, 5, 6, 3), (2, 2, 1, 3), groups=3, padding=3, stock=False),
+    row("conv", (2, 6, 4), (3, 1, 4), groups=4, padding="REFLECT"),
+    row("conv", (2, 7, 4), (3, 2, 4), groups=2, stride=2),
+    row("conv", (2, 3, 4, 3, 2), (2, 2, 2, 1, 4), groups=2, padding="SAME"),
+    # a patch of one entry is a matrix
+    row("conv", (2, 5, 4, 3), (1, 1, 3, 4)),
+    row("conv", (2, 5, 4, 3), (1, 1, 3, 4), (4,), stride=(2, 3)),
+    row("conv", (2, 5, 3), (1, 3, 4), stride=2),
+    # layouts, dtypes
+    row("conv", (2, 3, 5, 6), (4, 3, 3, 2), (4,), dimension_numbers=("NCHW", "OIHW", "NCHW")),
+    row("conv", (2, 5, 6, 4), (6, 2, 2, 3), groups=2, stride=2, dimension_numbers=("NHWC", "OIHW", "NCHW")),
+    row("conv", (6, 2, 5, 3), (2, 4, 3, 3), padding="SAME", dimension_numbers=("WNHC", "WOIH", "CHWN")),
+    row("conv", (2, 3, 7), (4, 3, 3), padding="CAUSAL", dimension_numbers=("NCW", "OIW", "NCW")),
+    row("conv", (2, 2, 4, 3, 4), (3, 2, 2, 2, 2), dimension_numbers=("NCDHW", "OIDHW", "NCDHW")),
+    row("conv", (2, 5, 6, 3), (3, 2, 3, 4), (4,), preferred_element_type="float64"),
+    row("conv", (2, 5, 6, 3), (3, 2, 3, 4), (4,), preferred_element_type="float32"),
+    row("conv", (2, 5, 6, 4), (3, 2, 2, 4), groups=2, preferred_element_type="float64"),
+    row("conv", (2, 5, 6, 3), (3, 2, 3, 4), precision="highest"),
+    # activations
+    row("relu", (4, 3)),
+    row("relu", (2, 3, 4, 2)),
+    row("relu", (4, 6), draw=ties),
+    row("leaky_relu", (4, 3)),
+    row("leaky_relu", (4, 3), negative_slope=0.3),
+    row("leaky_relu", (4, 6), draw=ties),
+    row("elu", (4, 3)),
+    row("elu", (4, 3), alpha=0.7),
+    row("gelu", (4, 3)),
+    row("silu", (4, 3)),
+    row("softplus", (4, 3)),
+    row("sigmoid", (4, 3)),
+    row("tanh", (4, 3)),
+    # max_pool: x (N, *spatial, C)
+    row("max_pool", (2, 6, 3), window=2),
+    row("max_pool", (2, 4, 6, 3), window=2),
+    row("max_pool", (2, 4, 6, 4, 2), window=2),
+    row("max_pool", (2, 5, 7, 3), window=(2, 3)),  # a remainder
+    row("max_pool", (2, 4, 6, 3), window=(4, 6)),
+    row("max_pool", (2, 7, 7, 3), window=3, stride=2),
+    row("max_pool", (2, 6, 5, 3), window=(3, 2), stride=1),
+    row("max_pool", (2, 9, 9, 2), window=2, stride=(3, 4)),
+    row("max_pool", (2, 5, 4, 5, 2), window=(3, 2, 3), stride=2, padding=1),
+    row("max_pool", (2, 5, 7, 3), window=2, padding="SAME"),
+    row("max_pool", (2, 5, 6, 3), window=(2, 3), stride=(1, 2), padding="SAME_LOWER"),
+    row("max_pool", (2, 6, 3), window=3, stride=1, padding="CAUSAL"),
+    row("max_pool", (2, 5, 6, 3), window=3, stride=2, padding=1),
+    row("max_pool", (2, 5, 6, 3), window=(3, 2), stride=2, padding=((2, 0), (0, 1))),
+    row("max_pool", (2, 5, 7, 3), window=2, ceil_mode=True),
+    row("max_pool", (2, 6, 7, 3), window=3, stride=2, padding=1, ceil_mode=True),
+    row("max_pool", (2, 5, 3), window=2, stride=3, ceil_mode=True),
+    # stock JAX does not differentiate dilated windows
+    row("max_pool", (2, 6, 7, 3), window=2, stride=1, dilation=2, stock=False),
+    row("max_pool", (2, 7, 8, 3), window=(3, 2), stride=(1, 2), dilation=(2, 3), padding=((1, 0), (0, 2)), stock=False),
+    row("max_pool", (2, 7, 8, 3), window=2, stride=2, dilation=3, ceil_mode=True, stock=False),
+    row("max_pool", (2, 20, 2), window=70, stride=5, padding=60, stock=False),  # a window that is mostly padding
+    # more entries than are written out one by one (64), than one byte numbers (255)
+    row("max_pool", (2, 16, 9, 2), window=(8, 9)),
+    row("max_pool", (2, 13, 11, 2), window=(9, 8), stride=(2, 3), padding=((4, 0), (1, 3))),
+    row("max_pool", (2, 20, 17, 1), window=(9, 8), stride=2, dilation=2, stock=False),
+    row("max_pool", (2, 18, 19, 1), window=(17, 16), stride=1),
+    row("max_pool", (2, 34, 16, 1), window=(17, 16)),
+    row("max_pool", (2, 6, 6, 6, 1), window=5, stride=1),
+    row("max_pool", (2, 6, 6, 3), window=3, stride=2, draw=ties),
+    row("max_pool", (2, 6, 6, 3), window=2, draw=ties),
+    row("max_pool", (2, 10, 10, 2), window=9, stride=1, draw=ties),
+    # avg_pool
+    row("avg_pool", (2, 6, 3), window=2),
+    row("avg_pool", (2, 4, 6, 3), window=2),
+    row("avg_pool", (2, 4, 6, 4, 2), window=2),
+    row("avg_pool", (2, 5, 7, 3), window=(2, 3)),
+    row("avg_pool", (2, 4, 6, 3), window=(4, 6)),
+    row("avg_pool", (2, 7, 7, 3), window=3, stride=2),
+    row("avg_pool", (2, 6, 5, 3), window=(3, 2), stride=1),
+    row("avg_pool", (2, 9, 9, 2), window=2, stride=(3, 4)),
+    row("avg_pool", (2, 5, 4, 5, 2), window=(3, 2, 3), stride=2, padding=1, count_include_pad=False),
+    row("avg_pool", (2, 5, 7, 3), window=2, padding="SAME"),
+    row("avg_pool", (2, 5, 6, 3), window=(2, 3), stride=(1, 2), padding="SAME_LOWER", count_include_pad=False),
+    row("avg_pool", (2, 6, 3), window=3, stride=1, padding="CAUSAL"),
+    row("avg_pool", (2, 5, 6, 3), window=3, stride=2, padding=1),
+    row("avg_pool", (2, 5, 6, 3), window=(3, 2), stride=2, padding=((2, 0), (0, 1)), count_include_pad=False),
+    row("avg_pool", (2, 5, 7, 3), window=2, ceil_mode=True),
+    row("avg_pool", (2, 6, 7, 3), window=3, stride=2, padding=1, ceil_mode=True),
+    row("avg_pool", (2, 6, 7, 3), window=3, stride=2, padding=1, ceil_mode=True, count_include_pad=False),
+    row("avg_pool", (2, 6, 7, 3), window=2, stride=1, dilation=2),
+    row("avg_pool", (2, 7, 8, 3), window=(3, 2), stride=(1, 2), dilation=(2, 3), padding=1, count_include_pad=False),
+    row("avg_pool", (2, 20, 2), window=70, stride=5, padding=60),
+    row("avg_pool", (2, 70, 2), window=66),
+    row("avg_pool", (2, 80, 2), window=66, stride=3, padding=((5, 2),)),
+    row("avg_pool", (2, 140, 2), window=66, stride=1, dilation=2, padding=1, count_include_pad=False),
+    row("avg_pool", (2, 68, 70, 1), window=(66, 67), stride=1),
+    # kron, kron_up, block_sum
+    row("kron", (2, 3), (4, 2)),
+    row("kron", (3,), (4,)),
+    row("kron", (2, 3, 2), (1, 2, 3)),
+    row("kron_up", (2, 3, 2), factor=2),
+    row("kron_up", (2, 3, 2, 3), factor=2),
+    row("kron_up", (2, 3, 2, 3), factor=(1, 3)),
+    row("kron_up", (2, 3, 2, 2, 2), factor=(2, 1, 3)),
+    row("block_sum", (2, 6, 2), factor=2),
+    row("block_sum", (2, 4, 6, 3), factor=2),
+    row("block_sum", (2, 4, 6, 3), factor=(1, 3)),
+    row("block_sum", (2, 4, 3, 6, 2), factor=(2, 1, 3)),
+    row("block_sum", (2, 70, 2), factor=70),
+    # dense, dropout
+    row("dense", (4, 3), (3, 5)),
+    row("dense", (4, 3), (3, 5), (5,)),
+    row("dense", (2, 3, 2, 4), (4, 5), (5,)),
+    row("dense", (3,), (3, 5), (5,)),
+    row("dropout", (4, 6), rate=0.5),
+    row("dropout", (2, 3, 4, 2), rate=0.2),
+    row("dropout", (4, 6), rate=0.0),
+    # hidden_layer: conv, relu and max_pool in one
+    row("hidden_layer", (2, 6, 6, 2), (3, 3, 2, 4), (4,)),
+    row("hidden_layer", (2, 7, 2), (3, 2, 3), (3,), window=2, pool_stride=1),
+    row("hidden_layer", (2, 4, 5, 4, 2), (2, 2, 2, 2, 3), (3,), window=(3, 2, 2)),
+    row("hidden_layer", (2, 9, 8, 2), (3, 2, 2, 4), (4,), window=3, pool_stride=2),
+    row("hidden_layer", (2, 9, 8, 2), (3, 2, 2, 4), (4,), window=(2, 3), pool_stride=(2, 1), pool_padding=((1, 0), (1, 1))),
+    row("hidden_layer", (2, 8, 9, 2), (3, 2, 2, 4), (4,), window=2, pool_padding="SAME", stride=(2, 1), padding="SAME"),
+    row("hidden_layer", (2, 9, 8, 2), (3, 2, 2, 4), (4,), dilation=2, padding=((2, 1), (0, 1))),
+    row("hidden_layer", (2, 6, 7, 4), (3, 2, 2, 6), (6,), groups=2),
+    row("hidden_layer", (2, 6, 7, 3), (3, 2, 1, 6), (6,), groups=3, padding="REFLECT"),
+    row("hidden_layer", (2, 11, 12, 1), (3, 3, 1, 2), (2,), window=9, pool_stride=1, precision="highest"),
+    # errors
+    row("squared_error", (4, 3), (4, 3)),
+    row("squared_error", (2, 3, 2), (2, 3, 2)),
+    row("softmax_cross_entropy", (4, 5), (4, 5)),
+    row("softmax_cross_entropy", (2, 3, 5), (2, 3, 5)),
+    row("softmax_cross_entropy_with_integer_labels", (4, 5)),
+    row("softmax_cross_entropy_with_integer_labels", (2, 3, 5)),
+]  # fmt: skip
+
+
+def covering(cases: Sequence[Case]) -> Iterator[Case]:
+    """Few rows that together show each op, rank, option and named value of an option: what costly checks run on."""
+    unseen = set().union(*map(shows, cases))
+    while unseen:
+        case = max(cases, key=lambda case: len(shows(case) & unseen))
+        unseen -= shows(case)
+        yield case
+
+
+def shows(case: Case) -> set[Any]:
+    x, *rest = case.shapes
+    found = {("rank", len(x)), ("arrays", len(case.shapes))}
+    found |= {(name, value if isinstance(value, str | bool) else "") for name, value in case.options.items()}
+    # The kinds of patch and window that have kernels of their own.
+    if case.op == "conv":
+        found |= {("depthwise", rest[0][-2] == 1), ("one entry", math.prod(rest[0][:-2]) == 1)}
+    if "window" in case.options:
+        found.add(("long", math.prod(oracles.per_dim(case.options["window"], len(x) - 2)) > 64))
+    return {(case.op, *entry) for entry in found}
+
+
+def find(name: str) -> Case:
+    """The row of this name."""
+    (found,) = (case for case in CASES if str(case) == name)
+    return found

@@ -1,0 +1,249 @@
+"""What every row of `tests/cases.py` is put through.
+
+Each check is a function of a case that raises AssertionError.  `tests/test_rules.py` runs them over the table;
+`tests/test_planted_errors.py` runs the same functions over wrong rules, and asserts that they are caught.
+
+δ and ξ, the cotangents of the result and of the cotangents, are always drawn at random: a sum, or a cotangent of ones, is
+blind to every error that moves entries about.
+"""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.test_util import check_vjp
+
+from tests import oracles
+from tests.cases import Case, compiled, with_cotangents
+
+Arrays = Sequence[Any]
+
+#: Relative L2, by the coarsest dtype that takes part; for 16 bits, two roundings.
+TOLERANCE = {jnp.dtype(d): t for d, t in ((np.float64, 1e-10), (np.float32, 1e-5))}
+TOLERANCE |= {jnp.dtype(d): float(jnp.finfo(d).eps) for d in (jnp.bfloat16, jnp.float16)}
+
+
+def within(case: Case, dtype: Any = np.float64) -> float:
+    """What rounding may cost a case in this dtype: by the coarsest that takes part."""
+    return max(TOLERANCE[jnp.dtype(d)] for d in (dtype, case.options.get("preferred_element_type", dtype)))
+
+
+def assert_close(found: Arrays, expected: Arrays, tolerance: float) -> None:
+    """Pair by pair: equal shapes, and ‖found − expected‖ ≤ tolerance·‖expected‖."""
+    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert np.shape(a) == np.shape(b), f"array {i} has shape {np.shape(a)}, expected {np.shape(b)}"
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        error, norm = np.linalg.norm(a - b), np.linalg.norm(b)
+        # Where zero is expected, what rounding leaves of numbers near one is zero.
+        assert error <= tolerance * max(norm, 1e-3), f"array {i} is off by {error:.3g}, of {norm:.3g}"
+
+
+def cotangent(case: Case, args: Arrays, seed: int = 1) -> np.ndarray:
+    """A random δ for the result of a case, the same numbers in every dtype."""
+    y = jax.eval_shape(case.function, *args)
+    return np.random.default_rng(seed).standard_normal(y.shape).astype(np.float32).astype(y.dtype)
+
+
+def cotangents(args: Arrays, seed: int = 2) -> tuple[np.ndarray, ...]:
+    """A random ξ for the cotangents of a case."""
+    rng = np.random.default_rng(seed)
+    return tuple(rng.standard_normal(a.shape).astype(np.float32).astype(a.dtype) for a in args)
+
+
+def drawn(case: Case, dtype: Any = np.float64) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+    args = case.arrays(dtype)
+    return args, cotangent(case, args)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shapes and dtypes
+
+
+def shapes_and_dtypes(case: Case) -> None:
+    """In every dtype, a cotangent has the shape and dtype of its primal, and the result those of PyTorch's and x."""
+    import torch
+
+    shape = tuple(case.oracle(*map(torch.tensor, case.arrays())).shape)
+    for dtype in (np.float64, np.float32, jnp.bfloat16, np.float16):
+        args, delta = drawn(case, dtype)
+        y, found = jax.eval_shape(with_cotangents(case.function), args, delta)
+        assert (y.shape, y.dtype) == (shape, case.options.get("preferred_element_type", dtype))
+        assert [(c.shape, c.dtype) for c in found] == [(a.shape, dtype) for a in args]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rule against three others: autodiff, PyTorch, finite differences
+
+
+def rule_against_autodiff(case: Case) -> None:
+    """Value and δ rule against stock JAX of the undecorated forward, in float64."""
+    assert_close(flat(case.run(*drawn(case))), flat(case.run_plain(*drawn(case))), within(case))
+
+
+def rule_against_pytorch(case: Case) -> None:
+    """Value and δ rule against an implementation nobody here wrote, in float64 and float32."""
+    args, delta = drawn(case)
+    y, expected, _ = oracles.gradients(case.oracle, args, delta.astype(np.float64), cotangents(args))
+    assert_close(flat(case.run(args, delta)), [y, *expected], within(case))
+    assert_close(flat(case.run(*drawn(case, np.float32))), [y, *expected], within(case, np.float32))
+
+
+def rule_of_rule_against_autodiff(case: Case) -> None:
+    """Grad of grad, with respect to the arguments and to δ, in float64."""
+    args, delta = drawn(case)
+    xis = cotangents(args)
+    assert_close(case.twice(args, delta, xis), case.twice_plain(args, delta, xis), within(case))
+
+
+def rule_of_rule_against_pytorch(case: Case) -> None:
+    args, delta = drawn(case)
+    xis = cotangents(args)
+    *_, expected = oracles.gradients(case.oracle, args, delta.astype(np.float64), xis)
+    assert_close(case.twice(args, delta, xis), expected, within(case))
+
+
+def rules_by_differences(case: Case) -> None:
+    """`jax.test_util.check_grads` of order 2 in reverse mode, by its own step, on the halves that are compiled already.
+
+    Where it puts the op's own output in as δ for the second order, this puts a random one.
+    """
+    args, delta = drawn(case)
+
+    def once(*args: Any) -> Any:
+        return case.run(args, delta)[0]
+
+    def vjp(*args: Any) -> Any:
+        return once(*args), lambda delta: case.run(args, delta)[1]
+
+    def rule(*args_and_delta: Any) -> Any:
+        *args, delta = args_and_delta
+        return case.run(tuple(args), delta)[1]
+
+    def vjp_of_rule(*args_and_delta: Any) -> Any:
+        *args, delta = args_and_delta
+        return rule(*args, delta), lambda xis: case.twice(tuple(args), delta, xis)
+
+    check_vjp(once, vjp, args)
+    check_vjp(rule, vjp_of_rule, (*args, delta))
+
+
+def adjoint(case: Case) -> None:
+    """⟨f(x), δ⟩ = ⟨x, fᵀ(δ)⟩, in each argument in which the op is linear; what is left at x = 0 is a constant."""
+    args, delta = drawn(case)
+    y, found = case.run(args, delta)
+    for i in case.linear:
+        without = tuple(np.zeros_like(a) if i == j else a for j, a in enumerate(args))
+        constant, _ = case.run(without, delta)
+        left, right = inner(np.asarray(y) - np.asarray(constant), delta), inner(args[i], found[i])
+        scale = np.linalg.norm(args[i]) * np.linalg.norm(found[i])
+        assert abs(left - right) <= within(case) * scale, f"argument {i}: ⟨f(x), δ⟩ = {left}, ⟨x, fᵀ(δ)⟩ = {right}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Under JAX's transformations
+
+
+def jit_equals_eager(case: Case) -> None:
+    args, delta = drawn(case)
+    found = with_cotangents(case.function)(tuple(map(jnp.asarray, args)), jnp.asarray(delta))
+    assert_close(flat(found), flat(case.run(args, delta)), within(case))
+
+
+def vmap_equals_a_loop(case: Case) -> None:
+    """Over each argument alone, and over all together."""
+    one, other = case.arrays(seed=0), case.arrays(seed=1)
+    stacked = tuple(map(np.stack, zip(one, other, strict=True)))
+    deltas = np.stack([cotangent(case, one, seed) for seed in (1, 2)])
+    alone = [tuple(j == i for j in range(len(one))) for i in range(len(one))]
+    for over in {*alone, (True,) * len(one)}:
+        args = tuple(s if mapped else a for s, a, mapped in zip(stacked, one, over, strict=True))
+        axes = tuple(0 if mapped else None for mapped in over)
+        found = compiled(jax.vmap(with_cotangents(case.function), (axes, 0)))(args, deltas)
+        turns = (tuple(a[i] if mapped else a for a, mapped in zip(args, over, strict=True)) for i in range(2))
+        expected = [flat(case.run(turn, delta)) for turn, delta in zip(turns, deltas, strict=True)]
+        assert_close(flat(found), [np.stack(pair) for pair in zip(*expected, strict=True)], within(case))
+
+
+def mesh_equals_one_device(case: Case) -> None:
+    """The batch split over two devices; what has no batch is on both."""
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
+    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("batch",), ()))
+    args, delta = drawn(case)
+    shardings = tuple(split if i in case.batched else whole for i in range(len(args)))
+    y, found = case.run(jax.device_put(args, shardings), jax.device_put(delta, split))
+    assert len(y.sharding.device_set) == 2
+    assert_close(flat((y, found)), flat(case.run(args, delta)), within(case))
+
+
+def scan_and_checkpoint_equal_a_loop(case: Case) -> None:
+    """`lax.scan` over the first argument, its steps made again on the way back; the others' cotangents are summed."""
+    first, *rest = case.arrays(seed=0)
+    xs = np.stack([first, case.arrays(seed=1)[0]])
+    deltas = np.stack([cotangent(case, (first, *rest), seed) for seed in (1, 2)])
+    step = jax.checkpoint(case.function)
+
+    def scanned(xs: Any, *rest: Any) -> Any:
+        return lax.scan(lambda carry, x: (carry, step(x, *rest)), None, xs)[1]
+
+    y, found = compiled(with_cotangents(scanned))((xs, *rest), deltas)
+    (y0, (x0, *rest0)), (y1, (x1, *rest1)) = (case.run((x, *rest), delta) for x, delta in zip(xs, deltas, strict=True))
+    expected = [np.stack([y0, y1]), np.stack([x0, x1]), *(a + b for a, b in zip(rest0, rest1, strict=True))]
+    assert_close(flat((y, found)), expected, within(case))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 16 bits, no pictures, another rule
+
+
+def sixteen_bits_are_float32_rounded(case: Case) -> None:
+    """From the same numbers, bfloat16 gives what float32 gives, to its own rounding."""
+    args, delta = drawn(case, jnp.bfloat16)
+    wide = tuple(a.astype(np.float32) for a in args)
+    y, found = case.run(args, delta)
+    expected_y, expected = case.run(wide, delta.astype(jax.eval_shape(case.function, *wide).dtype))
+    assert_close([y], [expected_y], within(case, jnp.bfloat16))
+    if case.op != "hidden_layer":  # rounded before its pooling, entries become alike, and another of them wins
+        assert_close(found, expected, within(case, jnp.bfloat16))
+
+
+def no_pictures_no_gradient(case: Case) -> None:
+    """A batch of 0 gives results of batch 0, and gradients of zero."""
+    args = tuple(a[:0] if i in case.batched else a for i, a in enumerate(case.arrays()))
+    y, found = case.run(args, cotangent(case, args))
+    assert y.shape[0] == 0
+    for i, (a, c) in enumerate(zip(args, found, strict=True)):
+        assert c.shape == a.shape
+        np.testing.assert_array_equal(c, np.zeros(a.shape), err_msg=f"argument {i}")
+
+
+def doubled(call: Any, delta: Any) -> Any:
+    """As ``rule=``: twice the exact rule."""
+    return jax.tree.map(lambda c: 2 * c, call.exact(delta))
+
+
+def rule_is_used(case: Case) -> None:
+    """Under grad, jit and vmap, for the cotangents and not for the value."""
+    args, delta = drawn(case)
+    y, exact = case.run(args, delta)
+    expected = flat((y, [2 * c for c in exact]))
+    run = with_cotangents(functools.partial(case.function, rule=doubled))
+    many = tuple(a[None] for a in args), delta[None]
+    assert_close(flat(run(tuple(map(jnp.asarray, args)), jnp.asarray(delta))), expected, within(case))
+    assert_close(flat(compiled(run)(args, delta)), expected, within(case))
+    assert_close([a[0] for a in flat(compiled(jax.vmap(run))(*many))], expected, within(case))
+
+
+def flat(result: tuple[Any, Arrays]) -> list[Any]:
+    """``(y, cotangents)`` in one row."""
+    y, found = result
+    return list(itertools.chain([y], found))
+
+
+def inner(a: Any, b: Any) -> float:
+    return float(np.vdot(np.asarray(a, np.float64), np.asarray(b, np.float64)))

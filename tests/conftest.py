@@ -1,0 +1,24 @@
+"""How the tests run: in float64, on two CPU devices, with strict dtypes."""
+
+import hypothesis
+import jax
+import pytest
+import torch
+
+# Two devices, so that a batch can be split.  Takes effect only before JAX first looks for devices.
+jax.config.update("jax_num_cpu_devices", 2)
+# PyTorch's threads would only contend with XLA's for pictures this small.
+torch.set_num_threads(1)
+# The same examples each time, and no time limit: what is slow is the first compilation.
+hypothesis.settings.register_profile("jaxcnn", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("jaxcnn")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def strict():
+    """float64 stays float64, dtypes never mix by themselves, keys are typed.
+
+    For the modules of this folder alone: doctests of the library run as its users do, in JAX's default configuration.
+    """
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"), jax.legacy_prng_key("error"):
+        yield

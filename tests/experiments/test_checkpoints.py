@@ -1,0 +1,69 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from experiments import checkpoints
+from experiments.errors import CheckpointError
+
+PARAMS = {
+    "conv1": {"b": jnp.arange(3.0), "w": jnp.arange(24.0).reshape(2, 2, 2, 3)},
+    "dense1": {"w": jnp.ones((4, 2)) / 3},
+}
+
+
+def test_names_are_paths_in_the_tree(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    checkpoints.save(path, PARAMS)
+    arrays = load_file(path)
+    assert set(arrays) == {"conv1/b", "conv1/w", "dense1/w"}
+    np.testing.assert_array_equal(arrays["conv1/w"], PARAMS["conv1"]["w"])
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    checkpoints.save(path, PARAMS)
+    loaded = checkpoints.load(path, like=jax.eval_shape(lambda: PARAMS))
+    assert jax.tree.structure(loaded) == jax.tree.structure(PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, loaded, PARAMS)
+
+
+def test_a_transposed_view_is_written_in_the_order_of_its_indices(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    view = {"w": np.arange(6.0, dtype=np.float32).reshape(2, 3).T}
+    checkpoints.save(path, view)
+    np.testing.assert_array_equal(checkpoints.load(path, view)["w"], view["w"])
+
+
+@pytest.mark.parametrize(
+    ("like", "expected"),
+    [
+        ({"w": jnp.zeros((2, 3))}, r"w: expected float32 \(2, 3\), got float32 \(3, 2\)"),
+        ({"w": jnp.zeros((3, 2), jnp.int32)}, r"w: expected int32 \(3, 2\), got float32 \(3, 2\)"),
+        ({"w": jnp.zeros((3, 2)), "b": jnp.zeros(2)}, r"b: expected float32 \(2,\), got no such parameter"),
+        ({}, r"w: expected no such parameter, got float32 \(3, 2\)"),
+    ],
+)
+def test_weights_of_another_net(tmp_path, like, expected):
+    path = tmp_path / "weights.safetensors"
+    checkpoints.save(path, {"w": jnp.zeros((3, 2))})
+    with pytest.raises(CheckpointError, match=expected):
+        checkpoints.load(path, like)
+
+
+def test_files_that_are_no_checkpoints(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    with pytest.raises(CheckpointError, match="expected a safetensors file, got no such file"):
+        checkpoints.load(path, PARAMS)
+    with pytest.raises(CheckpointError, match="got Is a directory"):
+        checkpoints.load(tmp_path, PARAMS)
+    path.write_bytes(b"not a checkpoint at all")
+    with pytest.raises(CheckpointError, match="expected an intact safetensors file"):
+        checkpoints.load(path, PARAMS)
+    checkpoints.save(path, PARAMS)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="expected an intact safetensors file") as caught:
+        checkpoints.load(path, PARAMS)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,416 @@
+import gzip
+import http.server
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import data
+from experiments.errors import DataError
+from experiments.make_sample import SIZES, first, same
+
+needs_full_set = pytest.mark.skipif(not data._holds_all(data.SYSTEM_DIR), reason="no Fashion-MNIST on this system")
+
+IMAGES = np.arange(5 * 4 * 3, dtype=np.uint8).reshape(5, 4, 3)
+LABELS = np.array([0, 1, 2, 9, 4], np.uint8)
+
+
+def idx(array: np.ndarray) -> bytes:
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    return header + array.tobytes()
+
+
+def write_set(folder: Path, *, pack: Callable[[bytes], bytes] = gzip.compress, suffix: str = ".gz") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in data.FASHION_MNIST_FILES.values():
+        array = IMAGES if file.kind == "images" else LABELS
+        (folder / f"{file.name}{suffix}").write_bytes(pack(idx(array)))
+    return folder
+
+
+def message(caught: pytest.ExceptionInfo[DataError]) -> str:
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+# ---- the embedded sample ----
+
+
+def test_the_module_wins_over_the_folder_of_the_same_name():
+    assert Path(data.__file__).name == "data.py"
+    assert data.SAMPLE_DIR.parent == Path(data.__file__).with_suffix("")
+
+
+def test_the_sample_is_ten_thousand_and_two_thousand_real_images():
+    sample = data.load("fashion-mnist-sample")
+    assert sample.train_images.shape == (10_000, 28, 28, 1)
+    assert sample.test_images.shape == (2_000, 28, 28, 1)
+    assert sample.image_shape == (28, 28, 1)
+    assert sample.train_images.dtype == np.float32
+    assert sample.train_labels.dtype == np.int32
+    assert sample.train_images.min() == 0
+    assert sample.train_images.max() == 1
+    assert len(sample.class_names) == 10
+    # All ten classes, near a tenth each.
+    np.testing.assert_allclose(np.bincount(sample.train_labels) / 10_000, 0.1, atol=0.01)
+    assert sample.sha256 == "0e03de1643cd" + sample.sha256[12:]
+
+
+@needs_full_set
+def test_the_sample_is_what_its_script_makes_of_the_full_set():
+    for part, count in SIZES.items():
+        file = data.FASHION_MNIST_FILES[part]
+        path = data.SAMPLE_DIR / f"{file.name}.gz"
+        content = first(file, count)
+        assert same(path, content)
+        assert not same(path, content[:-1])
+
+
+def test_the_licence_lies_beside_the_sample():
+    text = (data.SAMPLE_DIR / "LICENSE").read_text()
+    assert "MIT" in text
+    assert "Copyright (c) 2017 Zalando SE" in text
+
+
+@needs_full_set
+def test_the_system_copy_has_the_hashes_that_downloads_are_held_to():
+    for file in data.FASHION_MNIST_FILES.values():
+        path = data.SYSTEM_DIR / f"{file.name}.gz"
+        assert data._sha256_inside(path, str(path)) == file.sha256
+
+
+def test_digits_are_grey_8_by_8():
+    pytest.importorskip("sklearn")
+    digits = data.load("digits")
+    assert digits.image_shape == (8, 8, 1)
+    assert len(digits.train_images) == len(digits.train_labels) == 1437
+    assert len(digits.test_images) == len(digits.test_labels) == 360
+    assert digits.train_images.max() == 1
+    assert set(digits.test_labels) == set(range(10))
+
+
+def test_digits_without_scikit_learn(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
+    with pytest.raises(DataError, match="digits: expected the package scikit-learn") as caught:
+        data.load("digits")
+    message(caught)
+
+
+def test_the_hash_sees_one_pixel_and_one_label(tmp_path):
+    def sha(images: np.ndarray, labels: np.ndarray) -> str:
+        return data._dataset("x", "x", (images, labels), (IMAGES, LABELS), 255, ("a",) * 10).sha256
+
+    other_images, other_labels = IMAGES.copy(), LABELS.copy()
+    other_images[0, 0, 0] += 1
+    other_labels[0] += 1
+    assert len({sha(IMAGES, LABELS), sha(other_images, LABELS), sha(IMAGES, other_labels)}) == 3
+    assert sha(IMAGES, LABELS) == sha(IMAGES.copy(), LABELS.copy())
+
+
+# ---- the idx reader ----
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+@pytest.mark.parametrize(("array", "kind"), [(IMAGES, "images"), (LABELS, "labels")])
+def test_reads_what_was_written(tmp_path, pack, array, kind):
+    path = tmp_path / "file"
+    path.write_bytes(pack(idx(array)))
+    got = data.read_idx(path, kind)
+    assert got.dtype == np.uint8
+    np.testing.assert_array_equal(got, array)
+
+
+def _header(*sizes: int, magic: int = 0x803) -> bytes:
+    return magic.to_bytes(4) + b"".join(size.to_bytes(4) for size in sizes)
+
+
+GOOD = idx(IMAGES)
+BAD_FILES = {
+    "empty": (b"", r"expected idx images, magic 0x00000803, got nothing"),
+    "not idx": (b"<html>", r"magic 0x00000803, got 0x3c68746d"),
+    "labels as images": (idx(LABELS), r"expected idx images, magic 0x00000803, got 0x00000801, which is labels"),
+    "rank 2": (_header(2, 3, magic=0x802) + bytes(6), r"magic 0x00000803, got 0x00000802"),
+    "float32": (_header(1, 1, 1, magic=0xD03) + bytes(4), r"magic 0x00000803, got 0x00000d03"),
+    "header cut": (GOOD[:10], r"expected a header of 16 bytes, got 10"),
+    "payload cut": (GOOD[:-1], r"expected 60 bytes of images \(5 × 4 × 3, says the header\), got 59"),
+    "payload missing": (GOOD[:16], r"expected 60 bytes .*, got 0"),
+    "payload longer": (GOOD + b"\0", r"expected 60 bytes .*, got more"),
+    "no images": (_header(0, 28, 28), r"promises 0 × 28 × 28"),
+    "absurd header": (
+        _header(2**32 - 1, 2**32 - 1, 2**32 - 1),
+        r"expected 1 to 1073741824 bytes .* promises 4294967295",
+    ),
+}
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_file_is_told_in_one_line(tmp_path, name, pack):
+    content, expected = BAD_FILES[name]
+    path = tmp_path / "bad"
+    path.write_bytes(pack(content))
+    with pytest.raises(DataError, match=expected) as caught:
+        data.read_idx(path, "images")
+    assert message(caught).startswith(f"{path}: expected ")
+
+
+def test_images_given_as_labels(tmp_path):
+    path = tmp_path / "images"
+    path.write_bytes(GOOD)
+    with pytest.raises(DataError, match="expected idx labels, magic 0x00000801, got 0x00000803, which is images"):
+        data.read_idx(path, "labels")
+
+
+def _flip(content: bytes, position: int) -> bytes:
+    return content[:position] + bytes([content[position] ^ 0xFF]) + content[position + 1 :]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda gz: gz[:-9],  # cut in the stream
+        lambda gz: gz[:-4],  # cut in the checksum
+        lambda gz: gz[:5],  # cut in the gzip header
+        lambda gz: _flip(gz, len(gz) // 2),
+        lambda gz: _flip(gz, len(gz) - 8),  # wrong CRC
+        lambda gz: gz + b"garbage",
+    ],
+)
+def test_a_corrupt_gzip_file(tmp_path, spoil):
+    noise = np.random.default_rng(0).integers(0, 256, (10, 8, 8), np.uint8)
+    path = tmp_path / "x.gz"
+    path.write_bytes(spoil(gzip.compress(idx(noise))))
+    with pytest.raises(DataError, match="got a truncated or corrupt gzip file") as caught:
+        data.read_idx(path, "images")
+    message(caught)
+
+
+def test_a_decompression_bomb_is_read_no_further_than_its_header(tmp_path, monkeypatch):
+    path = tmp_path / "bomb.gz"
+    path.write_bytes(gzip.compress(_header(1, 2, 2) + bytes(1 << 25), compresslevel=1))
+    taken = 0
+    read = gzip.GzipFile.read
+
+    def counting(self: gzip.GzipFile, size: int = -1) -> bytes:
+        nonlocal taken
+        chunk = read(self, size)
+        taken += len(chunk)
+        return chunk
+
+    monkeypatch.setattr(gzip.GzipFile, "read", counting)
+    with pytest.raises(DataError, match=r"expected 4 bytes of images .* got more"):
+        data.read_idx(path, "images")
+    assert taken == 16 + 4 + 1
+
+
+def test_a_missing_file_and_a_folder(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        data.read_idx(tmp_path / "nothing", "images")
+    with pytest.raises(DataError, match="got Is a directory"):
+        data.read_idx(tmp_path, "images")
+
+
+# ---- sets of files ----
+
+
+@pytest.mark.parametrize(("pack", "suffix"), [(gzip.compress, ".gz"), (bytes, "")])
+def test_a_given_folder_is_read_with_or_without_gz(tmp_path, pack, suffix):
+    loaded = data.load("fashion-mnist", write_set(tmp_path, pack=pack, suffix=suffix))
+    assert loaded.source == str(tmp_path)
+    np.testing.assert_array_equal(loaded.test_labels, LABELS)
+    np.testing.assert_allclose(loaded.train_images[..., 0], IMAGES / 255, rtol=1e-6)
+
+
+def test_fewer_labels_than_images(tmp_path):
+    write_set(tmp_path)
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(idx(LABELS[:-1]))
+    with pytest.raises(
+        DataError, match=r"train-labels.*: expected 5 labels, as many as .*train-images.*, got 4"
+    ) as caught:
+        data.load("fashion-mnist", tmp_path)
+    message(caught)
+
+
+def test_a_label_out_of_range(tmp_path):
+    write_set(tmp_path)
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(idx(np.array([0, 1, 10, 200, 3], np.uint8)))
+    with pytest.raises(DataError, match=r"t10k-labels.*: expected labels 0 to 9, got 10 for image 2"):
+        data.load("fashion-mnist", tmp_path)
+
+
+def test_test_images_of_another_size(tmp_path):
+    write_set(tmp_path)
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(idx(IMAGES.reshape(5, 3, 4)))
+    with pytest.raises(DataError, match=r"t10k-images.*: expected images of \(4, 3\).*got \(3, 4\)"):
+        data.load("fashion-mnist", tmp_path)
+
+
+def test_a_given_folder_is_the_only_one_looked_into(tmp_path):
+    write_set(tmp_path)
+    (tmp_path / "t10k-images-idx3-ubyte.gz").unlink()
+    with pytest.raises(DataError, match=r"expected t10k-images-idx3-ubyte\.gz .* got no such file"):
+        data.load("fashion-mnist", tmp_path)
+    with pytest.raises(DataError, match="expected a folder with fashion-mnist, got nothing"):
+        data.load("fashion-mnist", tmp_path / "nowhere")
+    with pytest.raises(DataError, match="expected a folder with fashion-mnist, got a file"):
+        data.load("fashion-mnist", tmp_path / "t10k-labels-idx1-ubyte.gz")
+
+
+# ---- the download, from a server on this machine ----
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch) -> Iterator[Path]:
+    """A folder that a server on loopback serves as the upstream, and an empty cache; no system copy."""
+    folder = tmp_path / "upstream"
+    folder.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args, directory=str(folder))  # type: ignore[arg-type]
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+        def end_headers(self) -> None:
+            if self.path.startswith("/cut"):  # promise more than is sent
+                self.send_header("Content-Length", "1000000")
+            super().end_headers()
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv(data.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(data, "SYSTEM_DIR", tmp_path / "no-system-copy")
+    monkeypatch.setattr(data, "FASHION_MNIST_URL", f"http://127.0.0.1:{server.server_port}/")
+    yield folder
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def small_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    import hashlib
+
+    files = {
+        part: data.IdxFile(
+            file.name, file.kind, hashlib.sha256(idx(IMAGES if file.kind == "images" else LABELS)).hexdigest()
+        )
+        for part, file in data.FASHION_MNIST_FILES.items()
+    }
+    monkeypatch.setattr(data, "FASHION_MNIST_FILES", files)
+
+
+def test_downloads_land_in_the_cache_and_are_used_from_there(served, monkeypatch):
+    small_hashes(monkeypatch)
+    write_set(served)
+    downloaded = data.load("fashion-mnist")
+    assert downloaded.source == str(data.cache_dir())
+    np.testing.assert_array_equal(downloaded.train_labels, LABELS)
+    names = sorted(path.name for path in data.cache_dir().iterdir())
+    assert names == sorted(f"{file.name}.gz" for file in data.FASHION_MNIST_FILES.values())
+
+    for path in served.iterdir():
+        path.unlink()  # a second load asks the server for nothing
+    assert data.load("fashion-mnist").sha256 == downloaded.sha256
+
+
+def test_another_compression_of_the_same_bytes_is_the_same_data(served, monkeypatch):
+    small_hashes(monkeypatch)
+    write_set(served, pack=lambda content: gzip.compress(content, compresslevel=1, mtime=1))
+    np.testing.assert_array_equal(data.load("fashion-mnist").test_labels, LABELS)
+
+
+def test_the_wrong_bytes_never_land(served):
+    write_set(served)  # good idx files, but not Fashion-MNIST
+    with pytest.raises(
+        DataError, match=r"expected decompressed bytes of SHA-256 c59f468a.*, got [0-9a-f]{64}"
+    ) as caught:
+        data.load("fashion-mnist")
+    message(caught)
+    assert list(data.cache_dir().iterdir()) == []
+
+
+def test_a_file_that_the_server_does_not_have(served):
+    with pytest.raises(DataError, match=r"download failed .*404.*--data-dir") as caught:
+        data.load("fashion-mnist")
+    message(caught)
+    assert list(data.cache_dir().iterdir()) == []
+
+
+def test_a_server_that_is_not_there(served, monkeypatch):
+    monkeypatch.setattr(data, "FASHION_MNIST_URL", "http://127.0.0.1:1/")
+    with pytest.raises(DataError, match="download failed"):
+        data.load("fashion-mnist")
+    assert list(data.cache_dir().iterdir()) == []
+
+
+def test_a_corrupt_file_from_the_server(served):
+    write_set(served, pack=lambda content: gzip.compress(content)[:-6])
+    with pytest.raises(DataError, match=r"http://.*: .*got a truncated or corrupt gzip file") as caught:
+        data.load("fashion-mnist")
+    message(caught)
+    assert list(data.cache_dir().iterdir()) == []
+
+
+def test_a_connection_that_ends_early(served, tmp_path):
+    (served / "cut").write_bytes(b"x" * 100)
+    url = f"{data.FASHION_MNIST_URL}cut"
+    with pytest.raises(DataError, match="download failed"):
+        data.download(url, tmp_path / "landed", "0" * 64)
+    assert not (tmp_path / "landed").exists()
+
+
+def test_a_good_file_in_the_cache_survives_a_bad_download(served, tmp_path):
+    write_set(served)
+    target = tmp_path / "kept"
+    target.write_bytes(b"before")
+    with pytest.raises(DataError):
+        data.download(f"{data.FASHION_MNIST_URL}train-labels-idx1-ubyte.gz", target, "0" * 64)
+    assert target.read_bytes() == b"before"
+
+
+def test_a_cache_that_is_a_file(served, tmp_path):
+    (tmp_path / "cache").write_text("in the way")
+    with pytest.raises(DataError, match="expected a folder to keep downloads in"):
+        data.load("fashion-mnist")
+
+
+# ---- batches ----
+
+
+def test_batches_cover_everything_in_order():
+    sizes, seen = [], []
+    for images, labels in data.batches(IMAGES, LABELS, 2):
+        sizes.append(len(images))
+        seen += list(labels)
+    assert sizes == [2, 2, 1]
+    assert seen == list(LABELS)
+
+
+def test_shuffled_batches_keep_pairs_and_drop_the_rest():
+    numbers = np.arange(103)
+    got = list(data.shuffled_batches(numbers * 2, numbers, 10, seed=1, epoch=1))
+    assert [len(labels) for _, labels in got] == [10] * 10
+    labels = np.concatenate([labels for _, labels in got])
+    np.testing.assert_array_equal(np.concatenate([images for images, _ in got]), labels * 2)
+    assert len(set(labels)) == 100
+    assert list(labels) != sorted(labels)
+
+
+def test_the_order_is_a_function_of_seed_and_epoch():
+    numbers = np.arange(64)
+
+    def order(seed: int, epoch: int) -> tuple[int, ...]:
+        return tuple(np.concatenate([b for b, _ in data.shuffled_batches(numbers, numbers, 8, seed=seed, epoch=epoch)]))
+
+    assert order(0, 1) == order(0, 1)
+    assert len({order(0, 1), order(0, 2), order(1, 1), order(1, 2)}) == 4
+
+
+def test_a_batch_larger_than_the_set_gives_no_training_batch():
+    assert list(data.shuffled_batches(IMAGES, LABELS, 6, seed=0, epoch=1)) == []

@@ -1,0 +1,57 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxcnn
+from experiments import gradients
+from experiments.models import MODELS
+
+LOSS = jaxcnn.softmax_cross_entropy_with_integer_labels
+BATCH = (
+    np.random.default_rng(0).uniform(size=(4, 28, 28, 1)).astype(np.float32),
+    np.array([0, 3, 9, 1], np.int32),
+)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_rules_of_every_model_agree_with_autodiff(name):
+    net = MODELS[name](10)
+    params = net.init(jax.random.key(0), (28, 28, 1))
+    differences = gradients.compare(net, LOSS, params, BATCH, jax.random.key(1))
+    assert set(differences) == set(gradients.flatten(params))
+    assert max(differences.values()) <= gradients.TOLERANCE
+
+
+class Spoiled:
+    """A net whose rules give gradients for one parameter that are too large by `error`."""
+
+    def __init__(self, error: float) -> None:
+        self.error = error
+
+    def apply(self, params, x, *, key, rules):
+        w, error = params["w"], 0.0 if rules is jaxcnn.rules.autodiff else self.error
+        # The value is w either way; the gradient is 1 + error.
+        return x @ (w + error * (w - jax.lax.stop_gradient(w))) + params["b"]
+
+
+@pytest.mark.parametrize("error", [1e-3, 0.5, -2.0])
+def test_a_wrong_rule_is_seen_and_named(error):
+    params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
+    batch = (np.eye(3, dtype=np.float32), np.array([0, 1, 0]))
+    differences = gradients.compare(Spoiled(error), LOSS, params, batch, jax.random.key(0))
+    assert differences["w"] == pytest.approx(abs(error), rel=1e-2)
+    assert differences["b"] == 0
+
+
+def test_a_gradient_that_is_no_number_is_not_small():
+    params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
+    batch = (np.eye(3, dtype=np.float32), np.array([0, 1, 0]))
+    difference = gradients.compare(Spoiled(np.nan), LOSS, params, batch, jax.random.key(0))["w"]
+    assert not difference <= gradients.TOLERANCE
+
+
+def test_gradients_that_vanish():
+    zero, one = np.zeros(2, np.float32), np.ones(2, np.float32)
+    assert gradients._relative(zero, zero) == 0
+    assert gradients._relative(one, zero) == 1

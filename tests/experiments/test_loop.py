@@ -1,0 +1,223 @@
+import dataclasses
+import math
+import os
+import signal
+import threading
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import loop
+from experiments.loop import LOOK_EVERY, fit
+from experiments.runs import Epoch
+
+BATCHES_PER_EPOCH = 20
+BATCH_SIZE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """A training whose one parameter counts its steps."""
+
+    params: dict
+
+
+class Silent:
+    def __init__(self) -> None:
+        self.updates: list[int] = []
+        self.lines: list[str] = []
+
+    def update(self, step, loss, accuracy, images_per_second):
+        self.updates.append(step)
+
+    def line(self, text):
+        self.lines.append(text)
+
+
+def one_step(state, batch):
+    """Count; the loss is that of the parameters before the step: finite unless they are not."""
+    before = state.params["w"]
+    return State({"w": before + batch}), {"loss": 1.0 / (1.0 + abs(before)), "accuracy": jnp.float32(0.5)}
+
+
+@dataclasses.dataclass
+class Saved:
+    calls: list = dataclasses.field(default_factory=list)
+
+    def __call__(self, rows: list[Epoch], params: dict, step: int) -> None:
+        self.calls.append((len(rows), float(params["w"]), step))
+
+
+def run(step=one_step, *, count=3, max_steps=1000, evaluate=None, batches=None, per_epoch=BATCHES_PER_EPOCH):
+    progress, saved = Silent(), Saved()
+    outcome = fit(
+        step,
+        State({"w": jnp.float32(0)}),
+        lambda epoch: batches(epoch) if batches else [jnp.float32(1)] * per_epoch,
+        evaluate or (lambda params: {"loss": 0.25, "accuracy": float(params["w"]) / 100}),
+        count=count,
+        batch_size=BATCH_SIZE,
+        max_steps=max_steps,
+        progress=progress,
+        on_epoch=saved,
+        describe=lambda row: f"epoch {row.epoch}",
+    )
+    return outcome, progress, saved
+
+
+@pytest.fixture
+def default_signals(monkeypatch):
+    """Ctrl-C as in a process that was just started from a terminal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "the loop must put back what it found"
+    signal.signal(signal.SIGINT, before)
+
+
+def test_every_epoch_is_trained_evaluated_and_saved():
+    outcome, progress, saved = run()
+    assert outcome.end == "finished"
+    assert outcome.step == 60
+    assert outcome.params["w"] == 60
+    assert saved.calls == [(1, 20.0, 20), (2, 40.0, 40), (3, 60.0, 60)]
+    assert [row.epoch for row in outcome.rows] == [1, 2, 3]
+    assert [row.test_accuracy for row in outcome.rows] == pytest.approx([0.2, 0.4, 0.6])
+    assert progress.lines == ["epoch 1", "epoch 2", "epoch 3"]
+    assert progress.updates == [16, 20, 36, 40, 56, 60]
+
+
+def test_training_numbers_are_means_over_the_epoch():
+    outcome, _, _ = run()
+    for row in outcome.rows:
+        steps = range(row.step - BATCHES_PER_EPOCH, row.step)
+        assert row.train_loss == pytest.approx(np.mean([1 / (1 + n) for n in steps]), rel=1e-5)
+        assert row.train_accuracy == 0.5
+        assert row.images_per_second == pytest.approx(BATCHES_PER_EPOCH * BATCH_SIZE / row.seconds)
+
+
+@pytest.mark.parametrize("max_steps", [1, 19, 20, 21, 59])
+def test_max_steps_ends_within_an_epoch_and_still_evaluates(max_steps):
+    outcome, _, saved = run(max_steps=max_steps)
+    assert outcome.end == "finished"
+    assert outcome.step == max_steps == outcome.params["w"]
+    assert len(outcome.rows) == math.ceil(max_steps / BATCHES_PER_EPOCH)
+    assert outcome.rows[-1].step == max_steps
+    assert outcome.rows[-1].test_loss == 0.25
+    assert saved.calls[-1] == (len(outcome.rows), max_steps, max_steps)
+
+
+def diverging(bad_step):
+    """Steps of which number `bad_step` makes the parameters infinite, so that the next loss is not finite."""
+
+    def step(state, batch):
+        before = float(state.params["w"])
+        after = jnp.float32(math.inf if before + 1 == bad_step else before + 1)
+        return State({"w": after}), {"loss": before * 0 + 1.0, "accuracy": jnp.float32(0)}
+
+    return step
+
+
+@pytest.mark.parametrize("bad", [1, 2, 15, 16, 17, 30, 33, 40, 41, 58])
+def test_a_loss_that_is_not_finite_is_named_and_good_parameters_survive(bad):
+    outcome, _, saved = run(diverging(bad), evaluate=lambda params: {"loss": 1.0, "accuracy": 0.0})
+    assert outcome.end == "diverged"
+    assert outcome.bad_step == bad + 1
+    assert math.isnan(outcome.bad_loss)
+    assert math.isfinite(outcome.params["w"])
+    assert outcome.params["w"] == outcome.step < bad
+    assert outcome.step >= bad - 2 * LOOK_EVERY  # little is lost
+    assert len(outcome.rows) == len(saved.calls) == bad // BATCHES_PER_EPOCH
+
+
+def test_parameters_spoiled_by_an_epochs_last_step_are_seen_in_its_evaluation():
+    outcome, _, _ = run(diverging(20), evaluate=lambda params: {"loss": float(params["w"]), "accuracy": 0.0})
+    assert outcome.end == "diverged"
+    assert outcome.bad_step == 20
+    assert math.isfinite(outcome.params["w"])
+    assert outcome.rows == []
+
+
+def ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def interrupted_at(*steps):
+    def step(state, batch):
+        if int(state.params["w"]) + 1 in steps:
+            ctrl_c()
+        return one_step(state, batch)
+
+    return step
+
+
+@pytest.mark.usefixtures("default_signals")
+@pytest.mark.parametrize("at", [1, 16, 20, 27, 60])
+def test_ctrl_c_ends_after_the_step_in_hand(at):
+    outcome, _, saved = run(interrupted_at(at))
+    assert outcome.end == "interrupted"
+    assert outcome.step == at == outcome.params["w"]
+    assert outcome.rows[-1].step == at
+    assert math.isnan(outcome.rows[-1].test_loss)  # one who wants to leave does not wait for an evaluation
+    assert len(saved.calls) == (at - 1) // BATCHES_PER_EPOCH
+
+
+@pytest.mark.usefixtures("default_signals")
+def test_ctrl_c_while_evaluating_keeps_the_evaluation():
+    def evaluate(params):
+        ctrl_c()
+        return {"loss": 0.5, "accuracy": 0.5}
+
+    outcome, _, saved = run(evaluate=evaluate)
+    assert outcome.end == "interrupted"
+    assert outcome.step == BATCHES_PER_EPOCH
+    assert [row.test_loss for row in outcome.rows] == [0.5]
+    assert len(saved.calls) == 1
+
+
+@pytest.mark.usefixtures("default_signals")
+def test_a_second_ctrl_c_does_not_wait():
+    def step(state, batch):
+        ctrl_c()
+        ctrl_c()
+        raise AssertionError("not reached")
+
+    with pytest.raises(KeyboardInterrupt):
+        run(step)
+
+
+def test_a_process_told_to_ignore_ctrl_c_ignores_it():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        outcome, _, _ = run(interrupted_at(3))
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert outcome.end == "finished"
+
+
+def test_runs_in_another_thread_too():
+    outcomes = []
+    thread = threading.Thread(target=lambda: outcomes.append(run()[0]))
+    thread.start()
+    thread.join()
+    assert outcomes[0].end == "finished"
+
+
+def test_the_order_of_batches_is_asked_for_by_epoch():
+    asked = []
+
+    def batches(epoch):
+        asked.append(epoch)
+        return [jnp.float32(1)] * 2
+
+    run(batches=batches, count=4)
+    assert asked == [1, 2, 3, 4]
+
+
+def test_steps_are_not_waited_for_one_by_one(monkeypatch):
+    looks = []
+    device_get = loop.jax.device_get
+    monkeypatch.setattr(loop.jax, "device_get", lambda tree: looks.append(len(tree)) or device_get(tree))
+    run(count=1, per_epoch=40)
+    assert looks == [16, 16, 8]

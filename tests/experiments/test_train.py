@@ -1,0 +1,290 @@
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import jaxcnn
+from experiments import checkpoints, data, gradients, report, train
+from experiments.models import MODELS
+
+ROOT = Path(train.__file__).parent.parent
+LOSS = jaxcnn.softmax_cross_entropy_with_integer_labels
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    return tmp_path / "run"
+
+
+def main(*argv: object) -> int:
+    return train.main([str(arg) for arg in argv])
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---- the main job ----
+
+
+def test_the_main_job_from_banner_to_weights(out, capsys):
+    assert main("--max-steps", 3, "--check-grads", "--seed", 5, "--out", out) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    text = captured.out
+    for said in (
+        f"jax {jax.__version__}",
+        "device ",
+        "fashion-mnist-sample: 10,000 training and 2,000 test images 28×28×1",
+        "sha256 0e03de1643cd",
+        "lecture, 3 steps of 64 images, adam at 0.002",
+        "24×24×32",
+        "12×12×32",
+        "62,346",
+        "rules against autodiff",
+        "conv2/w",
+        f"results in {out}",
+    ):
+        assert said in text
+    assert re.search(r"^seed +5$", text, re.MULTILINE)
+    assert re.search(r"^compiling … \d+\.\d s$", text, re.MULTILINE)
+    assert re.search(r"^test accuracy 0\.\d{4}$", text, re.MULTILINE)
+    differences = [float(line.split()[1]) for line in text.splitlines() if re.match(r"  \w+/[wb] ", line)]
+    assert len(differences) == 6
+    assert max(differences) <= 1e-5
+    assert "\x1b" not in text  # no terminal, no colours
+    assert "\r" not in text
+
+    assert sorted(path.name for path in out.iterdir()) == [
+        "config.json",
+        "curves.png",
+        "metrics.csv",
+        "weights.safetensors",
+    ]
+    config = json.loads((out / "config.json").read_text())
+    assert config["model"] == "lecture"
+    assert config["seed"] == 5
+    assert config["learning_rate"] == 0.002
+    assert config["data_sha256"].startswith("0e03de1643cd")
+    assert config["versions"]["jax"] == jax.__version__
+    assert [row["step"] for row in rows(out)] == ["3"]
+
+
+def test_it_learns_and_its_weights_give_the_accuracy_it_reports(out):
+    assert main("--model", "mlp", "--epochs", 2, "--out", out) == 0
+    first, last = rows(out)
+    assert float(last["train_loss"]) < float(first["train_loss"])
+    assert float(last["test_accuracy"]) > 0.7
+    assert last["step"] == "312"
+
+    net, sample = MODELS["mlp"](10), data.load("fashion-mnist-sample")
+    like = jax.eval_shape(lambda: net.init(jax.random.key(0), sample.image_shape))
+    params = checkpoints.load(out / "weights.safetensors", like)
+    again = jaxcnn.evaluate(net, LOSS, params, data.batches(sample.test_images, sample.test_labels, 500))
+    assert again["accuracy"] == pytest.approx(float(last["test_accuracy"]), abs=1e-6)
+    assert again["loss"] == pytest.approx(float(last["test_loss"]), rel=1e-4)
+
+
+def test_the_seed_decides_everything(tmp_path):
+    def weights(name: str, *argv: object) -> dict[str, np.ndarray]:
+        assert main("--model", "mlp", "--max-steps", 5, "--out", tmp_path / name, *argv) == 0
+        return load_file(tmp_path / name / "weights.safetensors")
+
+    one, same, other = weights("one"), weights("same"), weights("other", "--seed", 1)
+    for name in one:
+        np.testing.assert_array_equal(one[name], same[name])
+    assert not np.array_equal(one["dense1/w"], other["dense1/w"])
+
+
+def test_the_lectures_update_learns_too(out):
+    assert main("--model", "mlp", "--optimizer", "sgd", "--max-steps", 200, "--out", out) == 0
+    assert json.loads((out / "config.json").read_text())["learning_rate"] == 0.05
+    first, last = rows(out)
+    assert float(last["test_loss"]) < float(first["test_loss"])
+
+
+def test_digits(out, capsys):
+    pytest.importorskip("sklearn")
+    assert main("--data", "digits", "--model", "mlp", "--max-steps", 2, "--out", out) == 0
+    assert "8×8×1" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not data._holds_all(data.SYSTEM_DIR), reason="no Fashion-MNIST on this system")
+def test_the_full_set(out, capsys):
+    assert main("--data", "fashion-mnist", "--model", "mlp", "--max-steps", 2, "--out", out) == 0
+    assert "fashion-mnist: 60,000 training and 10,000 test images" in capsys.readouterr().out
+
+
+def test_the_default_folder_lies_in_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main("--model", "mlp", "--max-steps", 1) == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"\d{8}-\d{6}-mlp", folder.name)
+    assert capsys.readouterr().out.splitlines()[-1] == f"results in {folder}"
+
+
+# ---- how it ends otherwise ----
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_keeps_good_weights(out, capsys):
+    # One step of this size makes the weights so large that the next loss overflows.
+    argv = ("--model", "mlp", "--optimizer", "sgd", "--learning-rate", 3e38, "--max-steps", 40, "--out", out)
+    assert main(*argv) == 1
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert re.search(r"step \d+: expected a finite loss, got (nan|inf); try a smaller --learning-rate", line)
+    assert f"results in {out}" in captured.out
+    for array in load_file(out / "weights.safetensors").values():
+        assert np.isfinite(array).all()
+
+
+def test_ctrl_c_keeps_what_was_learnt(out, capsys, monkeypatch):
+    def update(self, step, *numbers):
+        if step == 32:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(report.PlainLines, "update", update)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main("--model", "mlp", "--out", out) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    captured = capsys.readouterr()
+    assert captured.err == "python -m experiments.train: interrupted after step 32; its weights are kept\n"
+    (row,) = rows(out)
+    assert row["step"] == "32"
+    assert row["test_accuracy"] == ""
+    assert set(load_file(out / "weights.safetensors")) == {f"dense{n}/{p}" for n in (1, 2, 3) for p in "wb"}
+    assert (out / "curves.png").exists()
+
+
+def test_rules_that_differ_from_autodiff_stop_the_run_before_it_begins(out, capsys, monkeypatch):
+    monkeypatch.setattr(gradients, "compare", lambda *args: {"conv1/w": 2e-5, "conv1/b": 1e-7, "conv2/w": float("nan")})
+    assert main("--model", "mlp", "--check-grads", "--out", out) == 1
+    captured = capsys.readouterr()
+    assert "conv1/b      1.0e-07" in captured.out
+    assert captured.err.startswith("python -m experiments.train: --check-grads: expected differences up to 1e-05, got ")
+    assert captured.err.endswith("for conv1/w, conv2/w\n")
+    assert not out.exists()
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "expected"),
+    [
+        (
+            ["--model", "lectur"],
+            2,
+            "--model: expected one of lecture, mlp, lenet5, got 'lectur'; did you mean lecture?",
+        ),
+        (
+            ["--data", "fashion-minst"],
+            2,
+            "--data: expected one of fashion-mnist-sample, fashion-mnist, digits, got 'fashion-minst'; "
+            "did you mean fashion-mnist?",
+        ),
+        (["--optimizer", "adamw"], 2, "--optimizer: expected one of adam, sgd, got 'adamw'; did you mean adam?"),
+        (["--epochs", "0"], 2, "--epochs: expected 1 or more, got 0"),
+        (["--epochs", "-3"], 2, "--epochs: expected 1 or more, got -3"),
+        (["--epochs", "many"], 2, "--epochs: expected a whole number, got 'many'"),
+        (["--batch-size", "0"], 2, "--batch-size: expected 1 or more, got 0"),
+        (["--max-steps", "0"], 2, "--max-steps: expected 1 or more, got 0"),
+        (["--seed", "-1"], 2, "--seed: expected 0 to 4294967295, got -1"),
+        (["--seed", "4294967296"], 2, "--seed: expected 0 to 4294967295, got 4294967296"),
+        (["--learning-rate", "0"], 2, "--learning-rate: expected a finite number above 0, got 0.0"),
+        (["--learning-rate", "nan"], 2, "--learning-rate: expected a finite number above 0, got nan"),
+        (["--learning-rate", "inf"], 2, "--learning-rate: expected a finite number above 0, got inf"),
+        (["--learning-rate", "fast"], 2, "--learning-rate: expected a number, got 'fast'"),
+        (
+            ["--data-dir", "x"],
+            2,
+            "--data-dir: expected with --data fashion-mnist only, got --data fashion-mnist-sample",
+        ),
+        (["--epoch", "3"], 2, "unknown option --epoch, 3; did you mean --epochs?"),
+        (["lecture"], 2, "unknown option lecture"),
+    ],
+)
+def test_a_wrong_command_line_is_refused_before_anything_is_read_or_made(
+    argv, status, expected, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "load", lambda *args: pytest.fail("the data were read before the check"))
+    assert main(*argv) == status
+    captured = capsys.readouterr()
+    assert captured.err == f"python -m experiments.train: {expected}\n"
+    assert captured.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_net_that_does_not_fit_the_images(out, capsys):
+    pytest.importorskip("sklearn")
+    assert main("--data", "digits", "--out", out) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("python -m experiments.train: --model: lecture does not fit digits (conv2: ")
+    assert line.endswith("these fit: mlp")
+    assert not out.exists()
+
+
+def test_a_batch_larger_than_the_data(out, capsys):
+    assert main("--batch-size", 10_001, "--out", out) == 2
+    expected = "--batch-size: expected at most 10000, all of fashion-mnist-sample, got 10001\n"
+    assert capsys.readouterr().err.endswith(expected)
+    assert not out.exists()
+
+
+def test_an_output_folder_that_is_a_file(out, capsys, monkeypatch):
+    out.write_text("mine")
+    monkeypatch.setattr(train, "load", lambda *args: pytest.fail("the data were read before the check"))
+    assert main("--out", out) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"--out {out}: expected a folder or nothing, but {out} is a file")
+    assert out.read_text() == "mine"
+
+
+def test_data_that_cannot_be_read(tmp_path, out, capsys):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for file in data.FASHION_MNIST_FILES.values():
+        (folder / f"{file.name}.gz").write_bytes((data.SAMPLE_DIR / f"{file.name}.gz").read_bytes()[:-100])
+    assert main("--data", "fashion-mnist", "--data-dir", folder, "--out", out) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "train-images-idx3-ubyte.gz: expected an idx file of images, got a truncated or corrupt gzip file" in line
+    assert not out.exists()
+
+
+# ---- as a process ----
+
+
+def python(*argv: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *argv], cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_help_names_every_choice_and_needs_no_jax():
+    ran = python("-X", "importtime", "-m", "experiments.train", "--help")
+    assert ran.returncode == 0
+    for name in (*MODELS, *data.SOURCES, *train.LEARNING_RATES, *map(str, train.LEARNING_RATES.values())):
+        assert name in ran.stdout
+    imported = {line.rpartition("|")[2].strip() for line in ran.stderr.splitlines()}
+    assert "tyro" in imported
+    assert not imported & {"jax", "matplotlib", "optax", "sklearn"}
+
+
+def test_a_process_that_fails_says_one_line_and_no_traceback(tmp_path):
+    ran = python("-m", "experiments.train", "--model", "mlpp", cwd=tmp_path)
+    assert ran.returncode == 2
+    assert ran.stdout == ""
+    assert len(ran.stderr.splitlines()) == 1
+    assert "did you mean mlp?" in ran.stderr

@@ -1,0 +1,126 @@
+"""The errors against optax, whose other losses are used beside them: values, δ, and where numbers end."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxcnn
+from tests.agreement import CLOSE, pulled, random_delta
+
+INF = np.inf
+
+
+def assert_as_optax(ours, theirs, *arrays, **tolerance):
+    """The same value and, for a random δ, the same δ of every array."""
+    delta = random_delta(jax.eval_shape(ours, *arrays))
+    (y, found), (expected_y, expected) = (pulled(f, arrays, delta) for f in (ours, theirs))
+    np.testing.assert_allclose(y, expected_y, **(tolerance or CLOSE))
+    for got, want in zip(found, expected, strict=True):
+        np.testing.assert_allclose(got, want, **(tolerance or CLOSE))
+    return y, found
+
+
+def of_labels(labels):
+    labels = np.asarray(labels)
+    return (
+        lambda logits: jaxcnn.softmax_cross_entropy_with_integer_labels(logits, labels),
+        lambda logits: optax.softmax_cross_entropy_with_integer_labels(logits, labels),
+    )
+
+
+def normal(*shape):
+    return np.random.default_rng(0).standard_normal(shape)
+
+
+@pytest.mark.parametrize("shape", [(5,), (4, 5), (2, 3, 5), (3, 1)])
+def test_values_and_delta(shape):
+    logits, targets = normal(*shape), np.random.default_rng(1).uniform(0.1, 1, shape)
+    assert_as_optax(jaxcnn.squared_error, optax.squared_error, logits, targets)
+    assert_as_optax(jaxcnn.softmax_cross_entropy, optax.softmax_cross_entropy, logits, targets)  # rows sum to no 1
+    assert_as_optax(*of_labels(np.random.default_rng(2).integers(0, shape[-1], shape[:-1])), logits)
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0], [4, 4, 4], [0, 4, 2]], ids=str)
+def test_labels_at_both_ends(labels):
+    assert_as_optax(*of_labels(labels), normal(3, 5))
+
+
+def test_labels_are_targets_that_are_one_hot():
+    logits, labels = normal(4, 5), np.array([0, 4, 2, 2])
+    delta = normal(4)
+    y, (found,) = pulled(of_labels(labels)[0], (logits,), delta)
+    expected_y, (expected, _) = pulled(jaxcnn.softmax_cross_entropy, (logits, np.eye(5)[labels]), delta)
+    np.testing.assert_allclose(y, expected_y, **CLOSE)
+    np.testing.assert_allclose(found, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_huge_logits_neither_overflow_nor_lose_the_error(dtype):
+    """optax, in float64 here, loses log 3 = 1.0986 against logits of 10⁴ in float32: it subtracts after the log."""
+    logits = np.array([[1e4, -1e4, 0], [1e4, -1e4, 0], [-1e4, -1e4, -1e4], [1e4, 1e4, 1e4]])
+    labels, delta = np.array([0, 1, 2, 0]), normal(4)
+    expected_y, (expected,) = pulled(of_labels(labels)[1], (logits,), delta)
+    np.testing.assert_allclose(expected_y, [0, 2e4, np.log(3), np.log(3)])
+    narrow, delta = logits.astype(dtype), delta.astype(dtype)
+    y, (found,) = pulled(of_labels(labels)[0], (narrow,), delta)
+    y_of_targets, (found_of_targets, _) = pulled(
+        jaxcnn.softmax_cross_entropy, (narrow, np.eye(3, dtype=dtype)[labels]), delta
+    )
+    for got, want in [(y, expected_y), (y_of_targets, expected_y), (found, expected), (found_of_targets, expected)]:
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
+
+
+def test_a_class_that_is_ruled_out_costs_nothing_where_its_target_is_zero():
+    """0·log 0 = 0; optax has a loss of its own for this."""
+    logits, targets = np.array([[-INF, 0.0, 1.0], [2.0, -INF, -INF]]), np.array([[0.0, 0.25, 0.75], [1.0, 0.0, 0.0]])
+    delta = normal(2)
+    (y, (found, _)), (expected_y, (expected, _)) = (
+        pulled(f, (logits, targets), delta) for f in (jaxcnn.softmax_cross_entropy, optax.safe_softmax_cross_entropy)
+    )
+    assert np.all(np.isfinite(y))
+    np.testing.assert_allclose(y, expected_y, **CLOSE)
+    np.testing.assert_allclose(found, expected, **CLOSE)
+    assert_as_optax(*of_labels([2, 0]), logits)
+
+
+def test_a_class_that_is_ruled_out_and_true_costs_infinity():
+    logits = np.array([[-INF, 0.0, 1.0]])
+    assert jaxcnn.softmax_cross_entropy_with_integer_labels(logits, np.array([0])).tolist() == [INF]
+    assert jaxcnn.softmax_cross_entropy(logits, np.array([[1.0, 0.0, 0.0]])).tolist() == [INF]
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64])
+@pytest.mark.parametrize("classes", [5, 128, 256, 300])
+def test_every_integer_dtype_names_every_class_that_it_can_hold(dtype, classes):
+    """Also where the number of classes is more than the dtype can hold: 256 classes fit a byte's labels."""
+    top = min(classes, np.iinfo(dtype).max + 1) - 1
+    labels = np.array([0, top, top // 2], dtype)
+    logits = normal(3, classes)
+    ours, theirs = of_labels(labels)[0], of_labels(labels.astype(np.int64))[1]
+    assert_as_optax(ours, theirs, logits)
+
+
+def test_labels_out_of_range_under_jit_are_nan_in_the_error_and_in_delta():
+    """Where they cannot be looked at.  The other rows are not touched."""
+    logits, labels, delta = normal(4, 5), np.array([2, -1, 5, 0]), normal(4)
+
+    @jax.jit
+    def run(logits, labels, delta):
+        y, pull = jax.vjp(lambda a: jaxcnn.softmax_cross_entropy_with_integer_labels(a, labels), logits)
+        return y, pull(delta)[0]
+
+    y, found = run(logits, labels, delta)
+    assert np.isnan(y).tolist() == [False, True, True, False]
+    assert np.isnan(found).all(1).tolist() == np.isnan(found).any(1).tolist() == [False, True, True, False]
+    rest = [0, 3]
+    expected_y, (expected,) = pulled(of_labels(labels[rest])[1], (logits[rest],), delta[rest])
+    np.testing.assert_allclose(y[np.array(rest)], expected_y, **CLOSE)
+    np.testing.assert_allclose(found[np.array(rest)], expected, **CLOSE)
+
+
+def test_squared_error_of_what_is_not_finite():
+    y, pull = jax.vjp(jaxcnn.squared_error, np.array([INF, 1e200, np.nan]), np.array([0.0, 0.0, 1.0]))
+    np.testing.assert_array_equal(y, [INF, INF, np.nan])
+    np.testing.assert_array_equal(pull(jnp.array([1.0, 2.0, 1.0]))[0], [INF, 4e200, np.nan])

@@ -1,0 +1,144 @@
+"""``rule=``: another backward half, for every op that takes one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxcnn
+from jaxcnn.geometry import Correlation, Window
+from jaxcnn.ops.activation import Activation
+from jaxcnn.ops.hidden import Hidden
+from tests.agreement import CLOSE, random_delta
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+PICTURE = normal(2, 6, 6, 3)
+
+OPS = {
+    # name: (op of its arrays, arrays that have a δ, what Call.geometry is)
+    "relu": (jaxcnn.relu, (PICTURE,), type(None)),
+    "silu": (jaxcnn.silu, (PICTURE,), Activation),
+    "leaky_relu": (functools.partial(jaxcnn.leaky_relu, negative_slope=0.3), (PICTURE,), Activation),
+    "conv": (functools.partial(jaxcnn.conv, padding="SAME"), (PICTURE, normal(3, 3, 3, 4), normal(4)), Correlation),
+    "conv without bias": (functools.partial(jaxcnn.conv, stride=2), (PICTURE, normal(3, 3, 3, 4)), Correlation),
+    "dense": (jaxcnn.dense, (PICTURE, normal(3, 5), normal(5)), type(None)),
+    "max_pool": (functools.partial(jaxcnn.max_pool, window=3, stride=1), (PICTURE,), Window),
+    "kron": (jaxcnn.kron, (normal(2, 3), normal(3, 2)), type(None)),
+    "kron_up": (functools.partial(jaxcnn.kron_up, factor=2), (PICTURE,), Window),
+    "block_sum": (functools.partial(jaxcnn.block_sum, factor=2), (PICTURE,), Window),
+    "hidden_layer": (jaxcnn.hidden_layer, (PICTURE, normal(3, 3, 3, 4), normal(4)), Hidden),
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_what_a_rule_may_read(name):
+    """The inputs and the output as they were, the geometry, the exact rule, and the op for other inputs."""
+    op, arrays, kind = OPS[name]
+    expected_y, pull = jax.vjp(op, *arrays)
+    delta = random_delta(expected_y)
+    calls = []
+
+    def spy(call, delta):
+        calls.append(call)
+        np.testing.assert_array_equal(call.output, expected_y)
+        for found, array in zip(call.inputs, [*arrays, None][: len(call.inputs)], strict=True):
+            assert (found is None) == (array is None)
+            if array is not None:
+                np.testing.assert_array_equal(found, array)
+        assert isinstance(call.geometry, kind)
+        np.testing.assert_array_equal(call.op(*call.inputs), expected_y)
+        exact = call.exact(delta)
+        return tuple(None if a is None else k * a for k, a in enumerate(exact, start=2))
+
+    y, pull_spied = jax.vjp(functools.partial(op, rule=spy), *arrays)
+    np.testing.assert_array_equal(y, expected_y)
+    for k, (found, exact) in enumerate(zip(pull_spied(delta), pull(delta), strict=True), start=2):
+        np.testing.assert_allclose(found, k * np.asarray(exact), **CLOSE)
+    assert len(calls) == 1
+
+
+def test_a_rule_of_avg_pool_and_of_dropout():
+    """Their inputs are not only arrays that have a δ, or their geometry has no public type."""
+
+    def doubled(call, delta):
+        first, *rest = call.exact(delta)
+        return (2 * first, *rest)
+
+    key = jax.random.key(0)
+    for op in (functools.partial(jaxcnn.avg_pool, window=2), lambda x, rule: jaxcnn.dropout(x, 0.5, key, rule=rule)):
+        y, pull = jax.vjp(functools.partial(op, rule=None), PICTURE)
+        delta = random_delta(y)
+        found = jax.vjp(functools.partial(op, rule=doubled), PICTURE)[1](delta)[0]
+        np.testing.assert_allclose(found, 2 * pull(delta)[0], **CLOSE)
+
+
+def backwards(call, delta):
+    """Guided backpropagation's half of ReLU (Springenberg et al. 2015): only positive δ goes through."""
+    return (jnp.where(delta > 0, call.exact(delta)[0], 0),)
+
+
+def test_a_rule_under_jit_vmap_and_grad():
+    """A rule is differentiated as it is written: the δ of its δ is its own."""
+    x, delta, xi = (normal(4, 5, seed=seed) for seed in range(3))
+
+    def pulled(x, delta):
+        return jax.vjp(functools.partial(jaxcnn.relu, rule=backwards), x)[1](delta)[0]
+
+    expected = np.where((x > 0) & (delta > 0), delta, 0)
+    assert 0 < np.count_nonzero(expected) < np.count_nonzero(x > 0)
+    np.testing.assert_array_equal(pulled(x, delta), expected)
+    np.testing.assert_array_equal(jax.jit(pulled)(x, delta), expected)
+    np.testing.assert_array_equal(jax.vmap(pulled)(x, delta), expected)
+    np.testing.assert_array_equal(jax.vjp(lambda d: pulled(x, d), delta)[1](xi)[0], np.where(expected != 0, xi, 0))
+
+
+def test_cotangents_take_the_dtype_of_their_primals():
+    x, w = normal(2, 5, 5, 3).astype(np.float32), normal(3, 3, 3, 4).astype(np.float32)
+
+    def wide(call, delta):
+        return tuple(c if c is None else c.astype(jnp.float64) for c in call.exact(delta))
+
+    y, pull = jax.vjp(functools.partial(jaxcnn.conv, rule=wide), x, w)
+    assert [c.dtype for c in pull(random_delta(y))] == [np.float32, np.float32]
+
+
+def test_no_cotangent_is_zero():
+    """None stops δ, as in feedback alignment with frozen patches."""
+    x, w = normal(2, 5, 5, 3), normal(3, 3, 3, 4)
+
+    def frozen(call, delta):
+        return (call.exact(delta)[0], None, None)
+
+    y, pull = jax.vjp(functools.partial(jaxcnn.conv, rule=frozen), x, w)
+    delta_x, grad_w = pull(random_delta(y))
+    np.testing.assert_array_equal(grad_w, np.zeros_like(w))
+    assert np.any(delta_x)
+
+
+def test_a_rule_that_is_not_called_costs_nothing():
+    """The value alone never looks at the rule."""
+
+    def broken(call, delta):
+        raise AssertionError
+
+    np.testing.assert_array_equal(jaxcnn.relu(PICTURE, rule=broken), jaxcnn.relu(PICTURE))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_forward_mode_with_autodiff_alone(name):
+    """What `custom_vjp` cannot do, ``rule=autodiff`` can; its numbers are those of the exact rule's transpose."""
+    op, arrays, _ = OPS[name]
+    y, pull = jax.vjp(op, *arrays)
+    delta, tangents = random_delta(y), tuple(random_delta(a, seed=3) for a in arrays)
+    plain = functools.partial(op, rule=jaxcnn.rules.autodiff)
+    _, along = jax.jvp(plain, arrays, tangents)
+    backward = sum(np.vdot(t, c) for t, c in zip(tangents, pull(delta), strict=True))
+    np.testing.assert_allclose(np.vdot(along, delta), backward, rtol=1e-10)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(op, arrays, tangents)

@@ -1,0 +1,369 @@
+"""Where functions have corners, and where machines disagree: values and δ, against PyTorch.
+
+What is ours alone is written out by hand beside the reason.
+"""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxcnn
+from tests import oracles
+from tests.agreement import assert_agrees, pulled, random_delta
+
+NAN, INF = np.nan, np.inf
+
+
+def delta_x(f, x, delta=None):
+    """δ_x of ``f`` at ``x``; δ is all ones only where a hand-written expectation asks for it."""
+    y = jax.eval_shape(f, x)
+    return np.asarray(pulled(f, (x,), np.ones(y.shape, y.dtype) if delta is None else delta)[1][0])
+
+
+def row(*entries):
+    """A 1-D picture of one channel."""
+    return as_picture(entries)
+
+
+def as_picture(entries):
+    """One picture of one channel."""
+    return np.array(entries, np.float64)[None, ..., None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Activations
+
+ACTIVATIONS = ("relu", "leaky_relu", "elu", "gelu", "silu", "softplus", "sigmoid", "tanh")
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_at_zero_at_infinity_and_where_they_saturate(name):
+    x = np.array([0.0, -0.0, INF, -INF, 1e4, -1e4, 40.0, -40.0, 1.0, -1.0])
+    if name == "softplus":
+        x = x[np.isfinite(x)]  # torch.logaddexp(−∞, 0) has the slope NaN
+    assert_agrees(getattr(jaxcnn, name), getattr(oracles, name), x)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_keep_nan(name):
+    assert np.isnan(getattr(jaxcnn, name)(np.array([NAN]))).all()
+
+
+def test_slopes_of_softplus_at_infinity():
+    assert jaxcnn.softplus(np.array([INF, -INF])).tolist() == [INF, 0]
+    assert delta_x(jaxcnn.softplus, np.array([INF, -INF])).tolist() == [1, 0]
+
+
+def test_relu_slope_at_zero_and_nan_is_zero():
+    """g'(x) is the bit x > 0: 0 at 0 (erratum 7) and, unlike PyTorch's 1, at NaN."""
+    delta = np.array([3.0, 5.0, 7.0, 11.0, 13.0])
+    assert delta_x(jaxcnn.relu, np.array([0.0, -0.0, NAN, INF, -INF]), delta).tolist() == [0, 0, 0, 11, 0]
+
+
+def test_relu_stops_delta_that_is_not_finite():
+    """A mask, not a product: 0·∞ would be NaN."""
+    assert delta_x(jaxcnn.relu, np.array([-1.0, -1.0, 1.0]), np.array([INF, NAN, INF])).tolist() == [0, 0, INF]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Max pooling
+
+
+def integers(*shape, seed=0):
+    """Few different values: nearly every window has a tie."""
+    return np.random.default_rng(seed).integers(-1, 2, shape).astype(np.float64)
+
+
+MAX_POOLS = {
+    # name: (x, options)
+    "ties": (integers(2, 7, 7, 3), {"window": 3, "stride": 1}),
+    "ties under padding": (integers(2, 7, 6, 3), {"window": (3, 2), "stride": 2, "padding": 1}),
+    "ties with dilation": (integers(2, 9, 9, 2), {"window": 3, "stride": 1, "dilation": 2, "padding": 1}),
+    "ties in 3-D": (integers(1, 5, 4, 5, 2), {"window": 2, "stride": (1, 2, 1)}),
+    "all equal": (np.full((1, 6, 6, 1), 2.0), {"window": 2, "stride": 1}),
+    "all equal, side by side": (np.full((1, 6, 6, 1), -2.0), {"window": 2}),
+    "both zeros": (row(-0.0, 0.0, -0.0, 0.0), {"window": 2}),
+    "one NaN": (row(1, NAN, 3, 4), {"window": 2, "stride": 1}),
+    "NaN first, side by side": (row(NAN, 2, 3, 4), {"window": 2}),
+    "NaN against infinity": (row(INF, NAN, -INF, 1), {"window": 2, "stride": 1}),
+    "infinities": (row(-INF, INF, INF, -INF, 0), {"window": 3, "stride": 1}),
+    "a window of -inf": (row(-INF, -INF, 1, -INF, -INF), {"window": 2}),
+    "-inf under padding": (row(-INF, -INF, -INF), {"window": 3, "stride": 1, "padding": 1}),
+    "-inf under padding, 2-D": (np.full((1, 4, 4, 1), -INF), {"window": 3, "stride": 1, "padding": 1}),
+    "window as large as the picture": (integers(2, 5, 4, 3), {"window": (5, 4)}),
+    "window larger than the picture": (integers(2, 3, 2, 3), {"window": (5, 4), "stride": 1, "padding": (2, 2)}),
+    "stride larger than the window": (integers(2, 9, 8, 3), {"window": 2, "stride": 4}),
+    "a remainder": (integers(2, 8, 9, 3), {"window": 3}),
+    "a remainder, overlapping": (integers(2, 8, 9, 3), {"window": 3, "stride": 2}),
+    "ceil_mode": (integers(2, 8, 9, 3), {"window": 3, "ceil_mode": True}),
+    "ceil_mode under padding": (integers(2, 6, 7, 3), {"window": 3, "stride": 2, "padding": 1, "ceil_mode": True}),
+    "ceil_mode, the last window in padding": (integers(1, 5, 5, 1), {"window": 2, "padding": 1, "ceil_mode": True}),
+    "ceil_mode, the last window cut to one entry": (integers(1, 5, 1), {"window": 2, "ceil_mode": True}),
+    "ceil_mode, only a partial window": (row(1), {"window": 2, "ceil_mode": True}),
+    "ceil_mode, stride larger than the window": (integers(1, 6, 1), {"window": 2, "stride": 4, "ceil_mode": True}),
+    "81 entries": (integers(2, 12, 13, 2), {"window": 9, "stride": 2, "padding": 4}),
+    "81 entries, side by side": (integers(2, 18, 19, 2), {"window": 9}),
+    "81 entries, one NaN": (np.where(np.arange(169).reshape(1, 13, 13, 1) == 70, NAN, integers(1, 13, 13, 1)),
+        {"window": 9, "stride": 2}),
+    "81 entries of -inf": (np.full((1, 10, 11, 1), -INF), {"window": 9, "stride": 1, "padding": 4}),
+    "289 entries": (integers(1, 20, 18, 2), {"window": 17, "stride": 1, "padding": 8}),
+    "289 entries with dilation": (integers(1, 35, 34, 1), {"window": 17, "stride": 3, "padding": 8, "dilation": 2}),
+    "125 entries in 3-D": (integers(1, 7, 6, 7, 2), {"window": 5, "stride": 1, "padding": 2}),
+    "70 entries in 1-D": (integers(1, 90, 2), {"window": 70, "stride": 7}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MAX_POOLS)
+def test_max_pool(name):
+    x, options = MAX_POOLS[name]
+    assert_agrees(jaxcnn.max_pool, oracles.max_pool, x, options=options)
+
+
+BY_HAND = {
+    # name: (x, window, options, δ_x of δ = 1)
+    "first of equals in row-major order": ([[1, 5], [5, 5]], 2, {}, [[0, 1], [0, 0]]),
+    "NaN wins": ([1, NAN, 3, 4], 2, {"stride": 1}, [0, 2, 0, 1]),
+    "the first NaN wins; in PyTorch the last": ([NAN, 1, NAN, 2], 4, {}, [1, 0, 0, 0]),
+    "the first NaN wins, row-major": ([[1, NAN], [NAN, 9]], 2, {}, [[0, 1], [0, 0]]),
+    "padding never wins": ([-INF, -INF, -INF], 3, {"stride": 1, "padding": 1}, [2, 1, 0]),
+    "a remainder gets nothing": ([1, 2, 3, 4, 9], 2, {}, [0, 1, 0, 1, 0]),
+    "between windows is nothing": ([9, 1, 9, 9, 2, 1], 2, {"stride": 4}, [1, 0, 0, 0, 1, 0]),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_max_pool_by_hand(name):
+    x, window, options, expected = BY_HAND[name]
+    found = delta_x(lambda x: jaxcnn.max_pool(x, window, **options), as_picture(x))
+    np.testing.assert_array_equal(found, as_picture(expected))
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_max_pool_by_hand_with_more_than_64_entries(name):
+    """The same windows, every entry in a row of its own with 80 others that never win: the long form answers alike."""
+    x, window, options, expected = BY_HAND[name]
+    x, expected = (as_picture(a)[..., None, :] for a in (x, expected))
+    ndim, pads = x.ndim - 3, options.get("padding", 0)
+    beside = [(0, 0)] * (ndim + 1) + [(0, 80), (0, 0)]
+
+    def with_row(value, last):
+        return (*(value if isinstance(value, tuple) else (value,) * ndim), last)
+
+    found = delta_x(
+        lambda x: jaxcnn.max_pool(
+            x, with_row(window, 81), stride=with_row(options.get("stride", window), 1), padding=with_row(pads, 0)
+        ),
+        np.pad(x, beside, constant_values=-INF),
+    )
+    np.testing.assert_array_equal(found, np.pad(expected, beside))
+
+
+@pytest.mark.parametrize(("window", "stride"), [(2, 2), (2, 1), (3, 2), (9, 5)])
+def test_delta_that_is_nan_reaches_its_winner_alone(window, stride):
+    x = np.random.default_rng(0).standard_normal((1, 15, 15, 1))
+    options = {"window": window, "stride": stride}
+    delta = random_delta(jaxcnn.max_pool(x, **options))
+    delta[0, 0, 1] = NAN
+    assert_agrees(jaxcnn.max_pool, oracles.max_pool, x, options=options, delta=delta)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Average pooling
+
+AVG_POOLS = {
+    # name: (shape, options)
+    "padding": ((2, 7, 6, 3), {"window": 3, "stride": 2, "padding": 1}),
+    "stride 1": ((2, 5, 5, 2), {"window": (3, 2), "stride": 1, "padding": 1}),
+    "a remainder": ((2, 8, 9, 3), {"window": 3}),
+    "stride larger than the window": ((2, 9, 8, 3), {"window": 2, "stride": 4}),
+    "window as large as the picture": ((2, 5, 4, 3), {"window": (5, 4)}),
+    "window larger than the picture": ((2, 3, 2, 3), {"window": (5, 4), "stride": 1, "padding": 2}),
+    "the last window in padding": ((1, 5, 5, 1), {"window": 2, "padding": 1}),
+    "81 entries": ((1, 12, 13, 2), {"window": 9, "stride": 2, "padding": 4}),
+    "70 entries in 1-D": ((2, 95, 2), {"window": 70, "stride": 10, "padding": 9}),
+    "3-D": ((1, 6, 5, 6, 2), {"window": (2, 3, 2), "stride": 2, "padding": 1}),
+}
+
+
+@pytest.mark.parametrize("ceil_mode", [False, True])
+@pytest.mark.parametrize("count_include_pad", [False, True])
+@pytest.mark.parametrize("name", AVG_POOLS)
+def test_avg_pool(name, count_include_pad, ceil_mode):
+    shape, options = AVG_POOLS[name]
+    options = {**options, "ceil_mode": ceil_mode, "count_include_pad": count_include_pad}
+    assert_agrees(jaxcnn.avg_pool, oracles.avg_pool, np.random.default_rng(0).standard_normal(shape), options=options)
+
+
+@pytest.mark.parametrize("count_include_pad", [False, True])
+def test_avg_pool_of_a_partial_window_alone(count_include_pad):
+    options = {"window": 3, "ceil_mode": True, "count_include_pad": count_include_pad}
+    assert_agrees(jaxcnn.avg_pool, oracles.avg_pool, row(1, 5), options=options)
+
+
+def test_avg_pool_keeps_what_is_not_finite_in_its_own_window():
+    x = row(NAN, 1, INF, 2, -INF, INF, 3, 4)
+    assert_agrees(jaxcnn.avg_pool, oracles.avg_pool, x, options={"window": 2})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Residuals: exactly what the rule reads, in the smallest exact form
+
+PICTURE, PATCH, BIAS = np.ones((2, 32, 32, 3), np.float32), np.ones((5, 5, 3, 4), np.float32), np.ones(4, np.float32)
+RESIDUALS = {
+    "relu: the bit": (jaxcnn.relu, (PICTURE,), {("bool", (2, 32, 32, 3))}),
+    "avg_pool: nothing": (lambda x: jaxcnn.avg_pool(x, 2), (PICTURE,), set()),
+    "max_pool: a byte": (lambda x: jaxcnn.max_pool(x, 2), (PICTURE,), {("uint8", (2, 16, 16, 3))}),
+    "max_pool, 255 entries: a byte": (lambda x: jaxcnn.max_pool(x, (15, 17)), (PICTURE,), {("uint8", (2, 2, 1, 3))}),
+    "max_pool, 256 entries: two": (lambda x: jaxcnn.max_pool(x, 16), (PICTURE,), {("uint16", (2, 2, 2, 3))}),
+    "hidden_layer: inputs and a byte": (
+        jaxcnn.hidden_layer, (PICTURE, PATCH, BIAS),
+        {("float32", PICTURE.shape), ("float32", PATCH.shape), ("uint8", (2, 14, 14, 4))},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RESIDUALS)
+def test_residuals(name):
+    op, arrays, expected = RESIDUALS[name]
+    kept = jax.tree.leaves(jax.vjp(op, *arrays)[1])
+    assert {(str(a.dtype), a.shape) for a in kept} == expected
+
+
+def test_dropout_keeps_the_key_and_not_the_mask():
+    (kept,) = jax.tree.leaves(jax.vjp(lambda x: jaxcnn.dropout(x, 0.5, jax.random.key(0)), PICTURE)[1])
+    assert jnp.issubdtype(kept.dtype, jax.dtypes.prng_key)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dropout
+
+
+def test_dropout_at_rate_zero_is_the_identity():
+    x = np.array([1.0, -0.0, NAN, INF])
+    y, pull = jax.vjp(lambda x: jaxcnn.dropout(x, 0, jax.random.key(0)), x)
+    np.testing.assert_array_equal(y, x)
+    delta = np.array([3.0, 5.0, 7.0, 11.0])
+    np.testing.assert_array_equal(pull(delta)[0], delta)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_dropout_forward_and_backward_draw_the_same_mask(rate):
+    x = np.random.default_rng(0).uniform(1, 2, (50, 40))  # no zeros of its own
+    y, pull = jax.vjp(lambda x: jaxcnn.dropout(x, rate, jax.random.key(3)), x)
+    mask = np.asarray(y) != 0
+    delta = random_delta(y)
+    np.testing.assert_allclose(y, mask * x / (1 - rate), rtol=1e-14)
+    np.testing.assert_allclose(pull(delta)[0], mask * delta / (1 - rate), rtol=1e-14)
+    assert abs(mask.mean() - (1 - rate)) < 5 * np.sqrt(rate * (1 - rate) / mask.size)
+    np.testing.assert_array_equal(y, jaxcnn.dropout(x, rate, jax.random.key(3)))
+    assert (np.asarray(y) != np.asarray(jaxcnn.dropout(x, rate, jax.random.key(4)))).any()
+
+
+def test_dropout_drops_what_is_not_finite():
+    y = np.asarray(jaxcnn.dropout(np.full(100, NAN), 0.5, jax.random.key(0)))
+    assert set(np.unique(np.nan_to_num(y, nan=1.0))) == {0.0, 1.0}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The Kronecker product, and the sizes of the lecture
+
+
+def test_kron_with_the_numbers_of_the_lecture():
+    """§7 multiplies every block by an entry of B, which is B ⊗ A (erratum 1)."""
+    a, b = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[4.0, 5.0], [6.0, 7.0]])
+    printed = [[4, 8, 5, 10], [12, 16, 15, 20], [6, 12, 7, 14], [18, 24, 21, 28]]
+    np.testing.assert_array_equal(jaxcnn.kron(b, a), printed)
+    np.testing.assert_array_equal(jaxcnn.kron(b, a), np.kron(b, a))
+    assert (np.asarray(jaxcnn.kron(a, b)) != printed).any()
+
+
+def test_kron_with_the_letters_of_the_lecture():
+    """§8: a, b, c, d ⊗ 1 is *up*."""
+    a, b, c, d = letters = np.array([2.0, 3.0, 5.0, 7.0])
+    printed = [[a, a, b, b], [a, a, b, b], [c, c, d, d], [c, c, d, d]]
+    x = letters.reshape(2, 2)
+    np.testing.assert_array_equal(jaxcnn.kron(x, np.ones((2, 2))), printed)
+    np.testing.assert_array_equal(jaxcnn.kron_up(x[None, :, :, None], 2)[0, :, :, 0], printed)
+
+
+def test_sizes_of_the_lecture_24_12_24():
+    """§7–9: pooling halves 24 × 24, and δ regains it by *up*: masked for max, divided for average (erratum 3)."""
+    x = np.random.default_rng(0).standard_normal((2, 24, 24, 3))
+    delta = np.random.default_rng(1).standard_normal((2, 12, 12, 3))
+    up = functools.partial(jaxcnn.kron_up, factor=2)
+    y = jaxcnn.max_pool(x, 2)
+    assert (y.shape, up(y).shape) == ((2, 12, 12, 3), (2, 24, 24, 3))
+    np.testing.assert_array_equal(delta_x(lambda x: jaxcnn.max_pool(x, 2), x, delta), up(delta) * (x == up(y)))
+    np.testing.assert_allclose(delta_x(lambda x: jaxcnn.avg_pool(x, 2), x, delta), up(delta) / 4)
+    np.testing.assert_array_equal(delta_x(lambda x: jaxcnn.block_sum(x, 2), x, delta), up(delta))
+
+
+def test_relu_and_max_pool_commute_and_avg_pool_does_not():
+    """Erratum 8."""
+    x = np.random.default_rng(0).standard_normal((2, 8, 8, 3))
+    delta = np.random.default_rng(1).standard_normal((2, 4, 4, 3))
+
+    def in_both_orders(pool):
+        return (lambda x: jaxcnn.relu(pool(x, 2))), (lambda x: pool(jaxcnn.relu(x), 2))
+
+    first, then = in_both_orders(jaxcnn.max_pool)
+    np.testing.assert_array_equal(first(x), then(x))
+    np.testing.assert_array_equal(delta_x(first, x, delta), delta_x(then, x, delta))
+    first, then = in_both_orders(jaxcnn.avg_pool)
+    assert not np.allclose(first(x), then(x), atol=0.1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The hidden layer is its three ops in turn
+
+HIDDEN = {
+    # name: (x shape, w shape, options of the convolution, window and options of the pooling)
+    "1-D": ((2, 13, 3), (4, 3, 5), {}, 2, {}),
+    "2-D, the lecture's": ((2, 28, 28, 1), (5, 5, 1, 4), {}, 2, {}),
+    "3-D": ((1, 6, 7, 6, 2), (2, 3, 2, 2, 3), {}, 2, {}),
+    "overlapping windows": ((2, 9, 9, 2), (3, 3, 2, 3), {}, 3, {"stride": 2, "padding": 1}),
+    "a remainder, twice": ((2, 10, 12, 2), (3, 2, 2, 4), {"stride": 2, "padding": ((2, 1), (0, 1))}, 2, {}),
+    "dilation and groups": ((2, 12, 11, 4), (3, 2, 2, 6), {"dilation": 2, "groups": 2}, 3, {"stride": 1}),
+    "81 entries": ((1, 14, 14, 2), (3, 3, 2, 3), {}, 9, {"stride": 1}),
+    "gaps between windows": ((1, 11, 11, 2), (3, 3, 2, 3), {}, 2, {"stride": 5}),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_hidden_layer_is_conv_relu_and_max_pool_in_turn(name):
+    """Whether every window passes the ReLU, about half of them, or none."""
+    x_shape, w_shape, of_conv, window, of_pool = HIDDEN[name]
+    rng = np.random.default_rng(0)
+    x, w, b = rng.standard_normal(x_shape), rng.standard_normal(w_shape), rng.standard_normal(w_shape[-1])
+
+    def at_once(x, w, b):
+        options = {f"pool_{k}": v for k, v in of_pool.items()}
+        return jaxcnn.hidden_layer(x, w, b, window=window, **of_conv, **options)
+
+    def in_turn(x, w, b):
+        return jaxcnn.max_pool(jaxcnn.relu(jaxcnn.conv(x, w, b, **of_conv)), window, **of_pool)
+
+    half = -np.median(at_once(x, w, b + 100) - 100)
+    for bias, share in [(100, 1), (half, 0.5), (-100, 0)]:
+        arrays = x, w, b + bias
+        delta = random_delta(jax.eval_shape(at_once, *arrays))
+        found, expected = pulled(at_once, arrays, delta), pulled(in_turn, arrays, delta)
+        chex.assert_trees_all_close(found, expected, rtol=1e-10, atol=1e-10)
+        assert np.mean(np.asarray(found[0]) > 0) == pytest.approx(share, abs=0.3 if share == 0.5 else 0)
+    assert not any(map(np.any, found[1])), "where nothing passes there is no δ"
+
+
+def test_hidden_layer_passes_nan_on_and_lets_no_delta_back_there():
+    x = row(1, NAN, 3, 4, -5, -6)  # windows of two: NaN, 4, ≤ 0
+    w, b = np.ones((1, 1, 1)), np.zeros(1)
+    delta = row(3, 5, 7)
+    y, pull = jax.vjp(jaxcnn.hidden_layer, x, w, b)
+    np.testing.assert_array_equal(y, row(NAN, 4, 0))
+    delta_x, grad_w, grad_b = pull(delta)
+    np.testing.assert_array_equal(delta_x, row(0, 0, 0, 5, 0, 0))
+    assert grad_b.tolist() == [5]
+    assert np.isnan(grad_w).all()  # ∂E/∂w = Σ x·δ reads the NaN

@@ -1,0 +1,296 @@
+"""Second implementations: PyTorch for every op, and NumPy loops over windows for the kernels.
+
+The PyTorch ones take and return channels-last tensors and the options of the jaxcnn op of the same name, so that
+`torch.autograd` gives their δ and the δ of their δ.  The loops are the definitions, term by term.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jaxcnn.geometry import Correlation, Window
+
+CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+PAD_MODE = {"REFLECT": "reflect", "REPLICATE": "replicate", "CIRCULAR": "circular"}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PyTorch
+
+
+def conv(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None = None,
+    *,
+    stride=1,
+    padding="VALID",
+    dilation=1,
+    groups: int = 1,
+    dimension_numbers=None,
+    preferred_element_type=None,
+    precision=None,
+) -> Tensor:
+    if dimension_numbers is not None:
+        of_x, of_w, of_y = dimension_numbers
+        space = [d for d in of_w if d not in "OI"]
+        x = x.permute([of_x.index(d) for d in ["N", *space, "C"]])
+        w = w.permute([of_w.index(d) for d in [*space, "I", "O"]])
+        y = conv(x, w, b, stride=stride, padding=padding, dilation=dilation, groups=groups)
+        return y.permute([["N", *space, "C"].index(d) for d in of_y])
+    spatial, size = x.shape[1:-1], w.shape[:-2]
+    stride, dilation = per_dim(stride, len(spatial)), per_dim(dilation, len(spatial))
+    mode = PAD_MODE.get(padding, "constant") if isinstance(padding, str) else "constant"
+    pads = pad_widths(padding, spatial, size, stride, dilation)
+    x = F.pad(x.movedim(-1, 1), flat(pads), mode=mode)
+    w = w.movedim(-1, 0).movedim(-1, 1).contiguous()  # slow_conv2d expects it
+    return CONV[len(spatial)](x, w, b, stride=stride, dilation=dilation, groups=groups).movedim(1, -1)
+
+
+def relu(x: Tensor) -> Tensor:
+    return F.relu(x)
+
+
+def leaky_relu(x: Tensor, *, negative_slope: float = 0.01) -> Tensor:
+    return F.leaky_relu(x, negative_slope)
+
+
+def elu(x: Tensor, *, alpha: float = 1.0) -> Tensor:
+    return F.elu(x, alpha)
+
+
+def gelu(x: Tensor) -> Tensor:
+    return F.gelu(x)
+
+
+def silu(x: Tensor) -> Tensor:
+    return F.silu(x)
+
+
+def softplus(x: Tensor) -> Tensor:
+    return torch.logaddexp(x, torch.zeros_like(x))  # F.softplus is only approximate, above a threshold
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    return torch.sigmoid(x)
+
+
+def tanh(x: Tensor) -> Tensor:
+    return torch.tanh(x)
+
+
+def max_pool(x: Tensor, *, window, stride=None, padding="VALID", dilation=1, ceil_mode=False) -> Tensor:
+    size, stride, pads, dilation = pool_options(x, window, stride, padding, dilation)
+    x = x.movedim(-1, 1)
+    own = native(pads, size)
+    if own is None:
+        x = F.pad(x, flat(pads), value=-math.inf)
+    pool = MAX_POOL[len(size)]
+    return pool(x, size, stride, own or 0, dilation=dilation, ceil_mode=ceil_mode).movedim(1, -1)
+
+
+def avg_pool(
+    x: Tensor, *, window, stride=None, padding="VALID", dilation=1, ceil_mode=False, count_include_pad=True
+) -> Tensor:
+    size, stride, pads, dilation = pool_options(x, window, stride, padding, dilation)
+    x = x.movedim(-1, 1)
+    own = native(pads, size)
+    if own is not None and set(dilation) == {1}:
+        pool = AVG_POOL[len(size)]
+        return pool(x, size, stride, own, ceil_mode=ceil_mode, count_include_pad=count_include_pad).movedim(1, -1)
+    assert not ceil_mode, "PyTorch has no such pooling"
+    ones = torch.ones(x.shape[1], 1, *size, dtype=x.dtype)
+
+    def total(a: Tensor) -> Tensor:
+        return CONV[len(size)](a, ones, stride=stride, dilation=dilation, groups=x.shape[1])
+
+    seen = F.pad(torch.ones_like(x), flat(pads), value=float(count_include_pad))
+    return (total(F.pad(x, flat(pads))) / total(seen)).movedim(1, -1)
+
+
+def kron(a: Tensor, b: Tensor) -> Tensor:
+    return torch.kron(a, b)
+
+
+def kron_up(x: Tensor, *, factor) -> Tensor:
+    for dim, k in enumerate(per_dim(factor, x.ndim - 2)):
+        x = x.repeat_interleave(k, dim + 1)
+    return x
+
+
+def block_sum(x: Tensor, *, factor) -> Tensor:
+    for dim, k in enumerate(per_dim(factor, x.ndim - 2)):
+        x = x.unflatten(dim + 1, (-1, k)).sum(dim + 2)
+    return x
+
+
+def dense(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    return F.linear(x, w.T, b)
+
+
+def dropout(x: Tensor, *, rate: float, mask) -> Tensor:
+    """``mask(shape)``: which entries stay, drawn as the op draws them."""
+    return x * torch.tensor(mask(tuple(x.shape))) / (1 - rate)
+
+
+def hidden_layer(x: Tensor, w: Tensor, b: Tensor, *, window=2, pool_stride=None, pool_padding="VALID", **of_conv) -> Tensor:
+    return max_pool(relu(conv(x, w, b, **of_conv)), window=window, stride=pool_stride, padding=pool_padding)
+
+
+def squared_error(y: Tensor, target: Tensor) -> Tensor:
+    return F.mse_loss(y, target, reduction="none")
+
+
+def softmax_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    flat_logits, flat_targets = logits.flatten(0, -2), targets.flatten(0, -2)
+    return F.cross_entropy(flat_logits, flat_targets, reduction="none").reshape(logits.shape[:-1])
+
+
+def softmax_cross_entropy_with_integer_labels(logits: Tensor, *, labels) -> Tensor:
+    found = torch.tensor(labels(tuple(logits.shape))).flatten().long()
+    return F.cross_entropy(logits.flatten(0, -2), found, reduction="none").reshape(logits.shape[:-1])
+
+
+# How windows are described
+
+
+def per_dim(value, ndim: int) -> tuple[int, ...]:
+    return (value,) * ndim if isinstance(value, int) else tuple(value)
+
+
+def pad_widths(padding, spatial: Sequence[int], size, stride, dilation) -> list[tuple[int, int]]:
+    extent = [(k - 1) * d + 1 for k, d in zip(size, dilation, strict=True)]
+    if padding == "VALID":
+        return [(0, 0)] * len(spatial)
+    if padding == "CAUSAL":
+        return [(extent[0] - 1, 0)]
+    if isinstance(padding, str):  # as many outputs as steps start inside; the odd one at the end, or first for _LOWER
+        totals = [max((math.ceil(n / s) - 1) * s + e - n, 0) for n, s, e in zip(spatial, stride, extent, strict=True)]
+        return [(t - t // 2, t // 2) if padding == "SAME_LOWER" else (t // 2, t - t // 2) for t in totals]
+    each = (padding,) * len(spatial) if isinstance(padding, int) else padding
+    return [(p, p) if isinstance(p, int) else tuple(p) for p in each]
+
+
+def pool_options(x: Tensor, window, stride, padding, dilation):
+    ndim = x.ndim - 2
+    size, dilation = per_dim(window, ndim), per_dim(dilation, ndim)
+    stride = size if stride is None else per_dim(stride, ndim)
+    return size, stride, pad_widths(padding, x.shape[1:-1], size, stride, dilation), dilation
+
+
+def native(pads: Sequence[tuple[int, int]], size: Sequence[int]) -> tuple[int, ...] | None:
+    """The padding as PyTorch's own pooling takes it: the same on both sides, at most half the window."""
+    fits = all(lo == hi and 2 * lo <= k for (lo, hi), k in zip(pads, size, strict=True))
+    return tuple(lo for lo, _ in pads) if fits else None
+
+
+def flat(pads: Sequence[tuple[int, int]]) -> list[int]:
+    """As F.pad takes them: the last dimension first."""
+    return [p for pair in reversed(pads) for p in pair]
+
+
+# δ, and the δ of δ
+
+
+def gradients(f, args: Sequence[np.ndarray], delta: np.ndarray, xis: Sequence[np.ndarray]):
+    """``y``; the cotangents of args for δ; the cotangents of (args, δ) for ξ at those."""
+    leaves = [torch.tensor(a, requires_grad=True) for a in args]
+    d = torch.tensor(delta, requires_grad=True)
+    y = f(*leaves)
+    first = torch.autograd.grad(y, leaves, d, create_graph=True)
+    second = torch.autograd.grad(
+        first, [*leaves, d], [torch.tensor(xi) for xi in xis], allow_unused=True, materialize_grads=True
+    )
+    numbers = [t.detach().numpy() for t in (y, *first, *second)]
+    return numbers[0], numbers[1 : 1 + len(args)], numbers[1 + len(args) :]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# NumPy loops
+
+
+def meetings(win: Window) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+    """Every (output o, tap k, entry i) that meet: ``i = o·stride + k·dilation − lo`` in each dim, inside the picture."""
+    per_dim = []
+    for n, size, s, d, (lo, hi) in zip(win.shape, win.size, win.stride, win.dilation, win.padding, strict=True):
+        starts = range(0, lo + n + hi - (size - 1) * d, s)
+        triples = ((o, k, start + k * d - lo) for o, start in enumerate(starts) for k in range(size))
+        per_dim.append([(o, k, i) for o, k, i in triples if 0 <= i < n])
+    for triples in itertools.product(*per_dim):
+        yield tuple(zip(*triples, strict=True))
+
+
+def channels(c: Correlation, inputs: int, outputs: int) -> list[tuple[slice, slice]]:
+    """Input and output channels of each group."""
+    i, o = inputs // c.groups, outputs // c.groups
+    return [(slice(g * i, g * i + i), slice(g * o, g * o + o)) for g in range(c.groups)]
+
+
+def correlate(c: Correlation, x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    y = np.zeros((x.shape[0], *c.window.out, w.shape[-1]))
+    for o, k, i in meetings(c.window):
+        for of_x, of_y in channels(c, x.shape[-1], y.shape[-1]):
+            y[:, *o, of_y] += x[:, *i, of_x] @ w[*k, :, of_y]
+    return y
+
+
+def spread(c: Correlation, y: np.ndarray, w: np.ndarray) -> np.ndarray:
+    x = np.zeros((y.shape[0], *c.window.shape, w.shape[-2] * c.groups))
+    for o, k, i in meetings(c.window):
+        for of_x, of_y in channels(c, x.shape[-1], y.shape[-1]):
+            x[:, *i, of_x] += y[:, *o, of_y] @ w[*k, :, of_y].T
+    return x
+
+
+def match(c: Correlation, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    w = np.zeros((*c.window.size, x.shape[-1] // c.groups, y.shape[-1]))
+    for o, k, i in meetings(c.window):
+        for of_x, of_y in channels(c, x.shape[-1], y.shape[-1]):
+            w[*k, :, of_y] += x[:, *i, of_x].T @ y[:, *o, of_y]
+    return w
+
+
+def largest(win: Window, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first NaN wins, else the first of the largest; padding never does."""
+    y = np.full((x.shape[0], *win.out, x.shape[-1]), -np.inf)
+    winner = np.full(y.shape, -1)
+    for o, k, i in meetings(win):  # for one window, taps come in row-major order
+        old, new = y[:, *o], x[:, *i]
+        better = (winner[:, *o] < 0) | (new > old) | (np.isnan(new) & ~np.isnan(old))
+        y[:, *o] = np.where(better, new, old)
+        winner[:, *o] = np.where(better, np.ravel_multi_index(k, win.size), winner[:, *o])
+    return y, winner
+
+
+def place(win: Window, y: np.ndarray, winner: np.ndarray) -> np.ndarray:
+    x = np.zeros((y.shape[0], *win.shape, y.shape[-1]))
+    for o, k, i in meetings(win):
+        x[:, *i] += np.where(winner[:, *o] == np.ravel_multi_index(k, win.size), y[:, *o], 0)
+    return x
+
+
+def take(win: Window, x: np.ndarray, winner: np.ndarray) -> np.ndarray:
+    y = np.zeros((x.shape[0], *win.out, x.shape[-1]))
+    for o, k, i in meetings(win):
+        y[:, *o] += np.where(winner[:, *o] == np.ravel_multi_index(k, win.size), x[:, *i], 0)
+    return y
+
+
+def window_sum(win: Window, x: np.ndarray) -> np.ndarray:
+    y = np.zeros((x.shape[0], *win.out, x.shape[-1]))
+    for o, _, i in meetings(win):
+        y[:, *o] += x[:, *i]
+    return y
+
+
+def window_spread(win: Window, y: np.ndarray) -> np.ndarray:
+    x = np.zeros((y.shape[0], *win.shape, y.shape[-1]))
+    for o, _, i in meetings(win):
+        x[:, *i] += y[:, *o]
+    return x

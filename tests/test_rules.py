@@ -1,0 +1,95 @@
+"""Every row of `tests/cases.py` through every check of `tests/checks.py`.
+
+Checks that compile much, and whose outcome hangs on an op and its options more than on numbers, run on `covering`
+rows: each op, rank, option and named value of an option at least once.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxcnn
+from tests import checks
+from tests.cases import CASES, Case, covering
+
+FEW = list(covering(CASES))
+
+
+def rows(cases):
+    return pytest.mark.parametrize("case", cases, ids=str)
+
+
+def smooth(case: Case) -> bool:
+    """Whether a small step changes little: no ties, and results not rounded to float32."""
+    return "ties" not in str(case) and case.options.get("preferred_element_type") != "float32"
+
+
+@rows(CASES)
+def test_shapes_and_dtypes(case):
+    checks.shapes_and_dtypes(case)
+
+
+@rows([case for case in CASES if case.plain is not None])
+def test_rule_against_autodiff(case):
+    checks.rule_against_autodiff(case)
+
+
+@rows(CASES)
+def test_rule_against_pytorch(case):
+    checks.rule_against_pytorch(case)
+
+
+@rows([case for case in FEW if case.plain is not None])
+def test_rule_of_rule_against_autodiff(case):
+    checks.rule_of_rule_against_autodiff(case)
+
+
+@rows(CASES)
+def test_rule_of_rule_against_pytorch(case):
+    checks.rule_of_rule_against_pytorch(case)
+
+
+@rows([case for case in CASES if smooth(case)])
+def test_rules_by_differences(case):
+    checks.rules_by_differences(case)
+
+
+@rows([case for case in CASES if case.linear])
+def test_adjoint(case):
+    checks.adjoint(case)
+
+
+@rows(FEW)
+def test_jit_equals_eager(case):
+    checks.jit_equals_eager(case)
+
+
+@rows(FEW)
+def test_vmap_equals_a_loop(case):
+    checks.vmap_equals_a_loop(case)
+
+
+@rows([case for case in FEW if case.batched])
+def test_mesh_equals_one_device(case):
+    checks.mesh_equals_one_device(case)
+
+
+@rows(FEW)
+def test_scan_and_checkpoint_equal_a_loop(case):
+    checks.scan_and_checkpoint_equal_a_loop(case)
+
+
+@rows(FEW)
+def test_sixteen_bits_are_float32_rounded(case):
+    checks.sixteen_bits_are_float32_rounded(case)
+
+
+@rows([case for case in FEW if case.batched])
+def test_no_pictures_no_gradient(case):
+    checks.no_pictures_no_gradient(case)
+
+
+@rows([case for case in FEW if case.takes_rule])
+def test_rule_is_used(case):
+    checks.rule_is_used(case)
