@@ -5,7 +5,7 @@ VENV   ?= .venv
 ARGS   ?=
 PY     := $(VENV)/bin/python
 
-.PHONY: train lecture test lint types smoke bench check clean
+.PHONY: train lecture test lint types docs smoke bench check clean
 
 train: $(VENV)/experiments  ## train on the embedded images; ARGS="--data fashion-mnist --epochs 10"
 	$(PY) -m experiments.train $(ARGS)
@@ -23,6 +23,9 @@ lint: $(VENV)/all
 types: $(VENV)/all
 	$(VENV)/bin/mypy
 
+docs: $(VENV)/all  ## the pages in docs/_build, warnings as errors
+	$(VENV)/bin/sphinx-build -W -q -b html docs docs/_build
+
 smoke: $(VENV)/all  ## a short run of every experiment
 	rm -rf runs/smoke
 	$(PY) -m experiments.train --max-steps 3 --check-grads --out runs/smoke/train
@@ -33,7 +36,7 @@ smoke: $(VENV)/all  ## a short run of every experiment
 bench: $(VENV)/all  ## training steps side by side with flax
 	$(PY) -m experiments.benchmarks.step $(ARGS)
 
-check: lint types test smoke  ## all that CI runs
+check: lint types test docs smoke  ## all that CI runs
 
 clean:
 	rm -rf $(VENV) runs dist .pytest_cache .mypy_cache .ruff_cache

@@ -29,7 +29,14 @@ class Drawing:
         ]
 
     def text(
-        self, x: float, y: float, words: object, size: int = 13, fill: str = INK, anchor: str = "middle", bold: bool = False
+        self,
+        x: float,
+        y: float,
+        words: object,
+        size: int = 13,
+        fill: str = INK,
+        anchor: str = "middle",
+        bold: bool = False,
     ) -> None:
         """One line whose middle is at height y."""
         weight = ' font-weight="bold"' if bold else ""

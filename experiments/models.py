@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
-from jaxcnn import AvgPool, Conv, Dense, Dropout, Flatten, MaxPool, Relu, Serial, Sigmoid, Tanh, serial
+from jaxcnn import AvgPool, Conv, Dense, Dropout, Flatten, HiddenLayer, Serial, Sigmoid, Tanh, serial
 
 
 def lecture(classes: int) -> Serial:
@@ -10,17 +10,7 @@ def lecture(classes: int) -> Serial:
 
     28×28 → 24×24×32 → 12×12×32 → 8×8×64 → 4×4×64 → classes. Lecture §2, §7.
     """
-    return serial(
-        Conv(32, 5),
-        Relu(),
-        MaxPool(2),
-        Conv(64, 5),
-        Relu(),
-        MaxPool(2),
-        Flatten(),
-        Dropout(0.5),
-        Dense(classes),
-    )
+    return serial(HiddenLayer(32, 5), HiddenLayer(64, 5), Flatten(), Dropout(0.5), Dense(classes))
 
 
 def mlp(classes: int) -> Serial:

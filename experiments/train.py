@@ -201,7 +201,7 @@ def check_gradients(net: "Serial", state: "TrainState", batch: Batch) -> None:
     loss = jaxcnn.softmax_cross_entropy_with_integer_labels
     differences = gradients.compare(net, loss, state.params, batch, state.key)
     print("rules against autodiff, largest relative difference")
-    print("\n".join(f"  {name:<12} {difference:.1e}" for name, difference in differences.items()), end="\n\n")
+    print("\n".join(f"  {name:<16} {difference:.1e}" for name, difference in differences.items()), end="\n\n")
     wrong = [name for name, difference in differences.items() if not difference <= gradients.TOLERANCE]
     if wrong:
         raise RunError(

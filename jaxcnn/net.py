@@ -50,6 +50,10 @@ class Layer:
         """Additions and multiplications of the forward half for one example."""
         return 0
 
+    def inner_shape(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """For one example, the shape on the way where a layer has one that its output hides."""
+        return None
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Layers with parameters
@@ -138,10 +142,14 @@ class HiddenLayer(Layer):
 
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
         """Those of its convolution; the ReLU counts 1 for each entry, a window its entries less 1."""
-        spatial, conv = len(shape) - 1, self._conv()
-        inner = _out_shape(conv, conv.init, shape)
-        pooled = math.prod(out) * (math.prod(positive("HiddenLayer", "window", self.window, spatial)) - 1)
-        return conv.flops(shape, inner) + math.prod(inner) + pooled
+        inner = self.inner_shape(shape)
+        pooled = math.prod(out) * (math.prod(positive("HiddenLayer", "window", self.window, len(shape) - 1)) - 1)
+        return self._conv().flops(shape, inner) + math.prod(inner) + pooled
+
+    def inner_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """That of the convolution, before pooling."""
+        conv = self._conv()
+        return _out_shape(conv, conv.init, shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -416,7 +424,9 @@ class Serial(Layer):
                 yield from layer._rows(shape, f"{path}{name}/")
             else:
                 count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-                yield Row(f"{path}{name}", type(layer).__name__, out, count, layer.flops(shape, out))
+                yield Row(
+                    f"{path}{name}", type(layer).__name__, out, count, layer.flops(shape, out), layer.inner_shape(shape)
+                )
             shape = out
 
 
@@ -451,6 +461,13 @@ class Row:
     output_shape: tuple[int, ...]
     parameters: int
     flops: int
+    #: On the way to the output, in a hidden layer: before pooling.
+    inner_shape: tuple[int, ...] | None = None
+
+    @property
+    def shapes(self) -> str:
+        """``24×24×32 → 12×12×32``."""
+        return " → ".join(_by(shape) for shape in (self.inner_shape, self.output_shape) if shape is not None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -472,7 +489,7 @@ class Summary:
 
     def __str__(self) -> str:
         table = [("layer", "op", "output", "parameters", "FLOPs"), ("input", "", _by(self.input_shape), "", "")]
-        table += [(r.name, r.op, _by(r.output_shape), f"{r.parameters:,}", f"{r.flops:,}") for r in self.rows]
+        table += [(r.name, r.op, r.shapes, f"{r.parameters:,}", f"{r.flops:,}") for r in self.rows]
         table += [("total", "", "", f"{self.parameters:,}", f"{self.flops:,}")]
         widths = [max(len(row[i]) for row in table) for i in range(5)]
         lines = (

@@ -1,5 +1,9 @@
-"""Entry by entry against PyTorch, also where entries are NaN or infinite, which a norm over all of them cannot tell."""
+"""Entry by entry against PyTorch, also where entries are NaN or infinite, which a norm over all of them cannot tell.
 
+And nets in PyTorch: the same layers, the same parameters.
+"""
+
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,6 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 import torch
+
+import jaxcnn
+from tests import oracles
 
 #: float64, of sums in another order.
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
@@ -51,3 +58,35 @@ def assert_agrees(
         assert got.dtype == a.dtype
         np.testing.assert_allclose(got, want, err_msg=f"cotangent {i}", **(tolerance or CLOSE))
     return np.asarray(y), [np.asarray(c) for c in found]
+
+
+def net_in_torch(net: jaxcnn.Serial, params: Mapping[str, Any], x: torch.Tensor) -> torch.Tensor:
+    """``net.apply(params, x)`` at evaluation, with parameters that are tensors."""
+    y = x
+    for name, layer in net.layers:
+        own = params.get(name, {})
+        options = {f.name: getattr(layer, f.name) for f in dataclasses.fields(layer)}
+        options = {
+            k: v for k, v in options.items() if k not in ("name", "features", "patch", "bias", "init_w", "init_b")
+        }
+        match layer:
+            case jaxcnn.Serial():
+                y = net_in_torch(layer, own, y)
+            case jaxcnn.Flatten():
+                y = y.flatten(1)
+            case jaxcnn.Dropout():
+                pass
+            case _:  # the op of the layer's name
+                op = "".join(f"_{c.lower()}" if c.isupper() else c for c in type(layer).__name__).lstrip("_")
+                y = getattr(oracles, op)(y, *(own[k] for k in ("w", "b") if k in own), **options)
+    return x + y if type(net).__name__ == "Residual" else y
+
+
+def tensors(tree: Any) -> Any:
+    """Leaves as tensors that have a gradient."""
+    return jax.tree.map(lambda a: torch.tensor(np.asarray(a), requires_grad=True), tree)
+
+
+def numbers(tree: Any) -> Any:
+    """Leaves as NumPy arrays: also what stays when the originals are donated."""
+    return jax.tree.map(lambda a: a.detach().numpy().copy() if isinstance(a, torch.Tensor) else np.array(a), tree)

@@ -3,8 +3,8 @@
 Each check is a function of a case that raises AssertionError.  `tests/test_rules.py` runs them over the table;
 `tests/test_planted_errors.py` runs the same functions over wrong rules, and asserts that they are caught.
 
-δ and ξ, the cotangents of the result and of the cotangents, are always drawn at random: a sum, or a cotangent of ones, is
-blind to every error that moves entries about.
+δ and ξ, the cotangents of the result and of the cotangents, are always drawn at random: a sum, or a cotangent of ones,
+is blind to every error that moves entries about.
 """
 
 import functools
@@ -150,9 +150,12 @@ def adjoint(case: Case) -> None:
 
 
 def jit_equals_eager(case: Case) -> None:
+    """Op by op, and jitted as people do it: with all of XLA's and LLVM's optimisations."""
     args, delta = drawn(case)
-    found = with_cotangents(case.function)(tuple(map(jnp.asarray, args)), jnp.asarray(delta))
-    assert_close(flat(found), flat(case.run(args, delta)), within(case))
+    run = with_cotangents(case.function)
+    eager = run(tuple(map(jnp.asarray, args)), jnp.asarray(delta))
+    assert_close(flat(eager), flat(case.run(args, delta)), within(case))
+    assert_close(flat(jax.jit(run)(args, delta)), flat(case.run(args, delta)), within(case))
 
 
 def vmap_equals_a_loop(case: Case) -> None:
@@ -233,10 +236,9 @@ def rule_is_used(case: Case) -> None:
     y, exact = case.run(args, delta)
     expected = flat((y, [2 * c for c in exact]))
     run = with_cotangents(functools.partial(case.function, rule=doubled))
-    many = tuple(a[None] for a in args), delta[None]
-    assert_close(flat(run(tuple(map(jnp.asarray, args)), jnp.asarray(delta))), expected, within(case))
     assert_close(flat(compiled(run)(args, delta)), expected, within(case))
-    assert_close([a[0] for a in flat(compiled(jax.vmap(run))(*many))], expected, within(case))
+    found = compiled(jax.vmap(run))(tuple(a[None] for a in args), delta[None])
+    assert_close([a[0] for a in flat(found)], expected, within(case))
 
 
 def flat(result: tuple[Any, Arrays]) -> list[Any]:

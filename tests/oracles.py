@@ -139,8 +139,8 @@ def dropout(x: Tensor, *, rate: float, mask) -> Tensor:
     return x * torch.tensor(mask(tuple(x.shape))) / (1 - rate)
 
 
-def hidden_layer(x: Tensor, w: Tensor, b: Tensor, *, window=2, pool_stride=None, pool_padding="VALID", **of_conv) -> Tensor:
-    return max_pool(relu(conv(x, w, b, **of_conv)), window=window, stride=pool_stride, padding=pool_padding)
+def hidden_layer(x: Tensor, *w_and_b: Tensor, window=2, pool_stride=None, pool_padding="VALID", **of_conv) -> Tensor:
+    return max_pool(relu(conv(x, *w_and_b, **of_conv)), window=window, stride=pool_stride, padding=pool_padding)
 
 
 def squared_error(y: Tensor, target: Tensor) -> Tensor:
@@ -216,7 +216,7 @@ def gradients(f, args: Sequence[np.ndarray], delta: np.ndarray, xis: Sequence[np
 
 
 def meetings(win: Window) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
-    """Every (output o, tap k, entry i) that meet: ``i = o·stride + k·dilation − lo`` in each dim, inside the picture."""
+    """Every (output o, tap k, entry i) that meet: ``i = o·stride + k·dilation − lo`` in each dim, in the picture."""
     per_dim = []
     for n, size, s, d, (lo, hi) in zip(win.shape, win.size, win.stride, win.dilation, win.padding, strict=True):
         starts = range(0, lo + n + hi - (size - 1) * d, s)

@@ -6,7 +6,7 @@ import pytest
 from experiments.models import MODELS
 
 SHAPES = {
-    "lecture": {"conv1": (5, 5, 1, 32), "conv2": (5, 5, 32, 64), "dense1": (1024, 10)},
+    "lecture": {"hidden_layer1": (5, 5, 1, 32), "hidden_layer2": (5, 5, 32, 64), "dense1": (1024, 10)},
     "mlp": {"dense1": (784, 300), "dense2": (300, 100), "dense3": (100, 10)},
     "lenet5": {
         "conv1": (5, 5, 1, 6),
@@ -36,7 +36,7 @@ def test_weights_have_the_shapes_of_the_literature(name):
 def test_one_logit_for_each_class(name, classes):
     net = MODELS[name](classes)
     params = net.init(jax.random.key(0), (28, 28, 1))
-    images = jax.random.uniform(jax.random.key(1), (3, 28, 28, 1))
+    images = jax.random.uniform(jax.random.key(1), (3, 28, 28, 1), jnp.float32)
     logits = net.apply(params, images)
     assert logits.shape == (3, classes)
     assert jnp.isfinite(logits).all()
@@ -45,7 +45,7 @@ def test_one_logit_for_each_class(name, classes):
 
 
 def test_only_the_lecture_net_drops_out():
-    images = jnp.ones((2, 28, 28, 1))
+    images = jnp.ones((2, 28, 28, 1), jnp.float32)
     for name, make in MODELS.items():
         net = make(10)
         params = net.init(jax.random.key(0), (28, 28, 1))

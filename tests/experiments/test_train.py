@@ -52,7 +52,7 @@ def test_the_main_job_from_banner_to_weights(out, capsys):
         "12×12×32",
         "62,346",
         "rules against autodiff",
-        "conv2/w",
+        "hidden_layer2/w",
         f"results in {out}",
     ):
         assert said in text
@@ -172,7 +172,7 @@ def test_rules_that_differ_from_autodiff_stop_the_run_before_it_begins(out, caps
     monkeypatch.setattr(gradients, "compare", lambda *args: {"conv1/w": 2e-5, "conv1/b": 1e-7, "conv2/w": float("nan")})
     assert main("--model", "mlp", "--check-grads", "--out", out) == 1
     captured = capsys.readouterr()
-    assert "conv1/b      1.0e-07" in captured.out
+    assert "conv1/b          1.0e-07" in captured.out
     assert captured.err.startswith("python -m experiments.train: --check-grads: expected differences up to 1e-05, got ")
     assert captured.err.endswith("for conv1/w, conv2/w\n")
     assert not out.exists()
@@ -232,7 +232,7 @@ def test_a_net_that_does_not_fit_the_images(out, capsys):
     pytest.importorskip("sklearn")
     assert main("--data", "digits", "--out", out) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("python -m experiments.train: --model: lecture does not fit digits (conv2: ")
+    assert line.startswith("python -m experiments.train: --model: lecture does not fit digits (hidden_layer2: ")
     assert line.endswith("these fit: mlp")
     assert not out.exists()
 

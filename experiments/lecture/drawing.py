@@ -1,0 +1,80 @@
+"""How the pictures of this folder look: grey for pictures, blue to red about zero for δ, one hand for all of them."""
+
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+BLUE, RED, GREY, DARK = "#2166ac", "#b2182b", "0.55", "0.15"
+SIGNED = "RdBu_r"
+
+
+def figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches. The object interface, not pyplot: no global state, no window, nothing to close."""
+    made = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(made)
+    made.get_layout_engine().set(w_pad=0.06, h_pad=0.06)  # type: ignore[union-attr, call-arg]
+    return made
+
+
+def grey(axes: Axes, values: Any, title: str, below: str | None = None, *, lowest: float | None = 0) -> None:
+    """A picture of intensities; `below` None writes its size there."""
+    values = np.asarray(values, float)
+    _image(axes, values, title, below, cmap="gray", vmin=lowest, vmax=values.max() or 1)
+
+
+def signed(axes: Axes, values: Any, title: str, below: str | None = None, *, limit: float | None = None) -> None:
+    """A picture of signed numbers: white is 0, red above, blue below, the same distance either way."""
+    values = np.asarray(values, float)
+    limit = limit or np.abs(values).max() or 1
+    _image(axes, values, title, below, cmap=SIGNED, vmin=-limit, vmax=limit)
+
+
+def _image(axes: Axes, values: np.ndarray, title: str, below: str | None, **colours: Any) -> None:
+    axes.imshow(values, interpolation="nearest", **colours)
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("×".join(map(str, values.shape)) if below is None else below, fontsize=8.5, color="0.35")
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_color("0.7")
+
+
+def numbers(axes: Axes, values: Any, title: str, *, blocks: tuple[int, int] = (1, 1), below: str = "") -> None:
+    """A matrix as a grid of its numbers or words; entries of one block of `blocks` entries have one colour."""
+    values = np.asarray(values)
+    rows, columns = values.shape
+    tints = ("#dbe9f6", "#fde3cf", "#e3f0d8", "#ece2f3")
+    for i, j in np.ndindex(rows, columns):
+        across = -(-columns // blocks[1])
+        tint = tints[(i // blocks[0] * across + j // blocks[1]) % len(tints)] if blocks != (1, 1) else "white"
+        axes.add_patch(_cell(j, i, tint))
+        axes.text(j, i, str(values[i, j]), ha="center", va="center", fontsize=12, color=DARK)
+    axes.set(xlim=(-0.55, columns - 0.45), ylim=(rows - 0.45, -0.55), aspect="equal", xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    axes.set_title(title, fontsize=11)
+    axes.set_xlabel(below, fontsize=9, color="0.35")
+
+
+def _cell(x: float, y: float, colour: str) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colour, edgecolor="0.6", linewidth=0.8)
+
+
+def plain(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
+    """Axes of a chart: a light grid, no box."""
+    axes.set_title(title, fontsize=10.5)
+    axes.set_xlabel(xlabel, fontsize=9.5)
+    axes.set_ylabel(ylabel, fontsize=9.5)
+    axes.tick_params(labelsize=8.5)
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("0.6")
+
+
+def sign(axes: Axes, text: str) -> None:
+    """An operator between two pictures."""
+    axes.axis("off")
+    axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=20, color="0.3", transform=axes.transAxes)

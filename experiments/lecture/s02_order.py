@@ -1,0 +1,89 @@
+"""§2, erratum 8: whether the ReLU or the pooling comes first."""
+
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import jaxcnn
+from experiments.lecture.drawing import figure, grey, signed
+from experiments.lecture.numerical import as_picture, boot, drawn
+from experiments.lecture.statement import Shown, Statement, at_least, equal, main, relative
+
+STATEMENT = Statement(
+    name="s02_order",
+    section="2",
+    title="ReLU and pooling in the other order",
+    korean="ReLu function을 통과하고 나서는 CNN에서는 이 과정(pooling)이 있다",
+    claim="The lecture has the ReLU before the pooling. With max pooling the order changes nothing, neither the output nor "
+    "the δ that reaches x; with average pooling it changes both.",
+    formula="relu(max_pool(x)) = max_pool(relu(x)),  relu(avg_pool(x)) ≠ avg_pool(relu(x))",
+    functions=("jaxcnn/ops/activation.py: relu", "jaxcnn/ops/pooling.py: max_pool", "jaxcnn/ops/pooling.py: avg_pool"),
+    test="tests/test_rules.py",
+    errata=(
+        (
+            8,
+            "The ReLU never falls, so the largest entry of a window is the largest after it as well: with max pooling the "
+            "order is free. Where a whole window is ≤ 0, no δ passes either way.",
+        ),
+    ),
+)
+
+
+def show(max_pool: Any = jaxcnn.max_pool) -> Shown:
+    """Both orders, forward and backward, for both poolings."""
+    (w, delta) = drawn(3, (5, 5, 1, 1), (1, 12, 12, 1))
+    x = jaxcnn.conv(as_picture(boot()), w)
+    results = {}
+    for name, pool in (("max", max_pool), ("average", jaxcnn.avg_pool)):
+        for order, f in (
+            ("ReLU first", lambda x, pool=pool: pool(jaxcnn.relu(x), 2)),
+            ("pooling first", lambda x, pool=pool: jaxcnn.relu(pool(x, 2))),
+        ):
+            y, pull = jax.vjp(f, x)
+            results[name, order] = y, pull(delta)[0]
+    (y, d), (y_other, d_other) = results["max", "ReLU first"], results["max", "pooling first"]
+    (a, e), (a_other, e_other) = results["average", "ReLU first"], results["average", "pooling first"]
+    checks = (
+        equal("max pooling, outputs of the two orders, largest difference", jnp.abs(y - y_other).max(), 0),
+        equal("max pooling, δ of the two orders, largest difference", jnp.abs(d - d_other).max(), 0),
+        at_least("windows without any entry above 0, of 144", jnp.sum(y == 0), 1),
+        at_least("average pooling, outputs of the two orders, relative difference", relative(a_other, a), 0.01),
+        at_least("average pooling, δ of the two orders, relative difference", relative(e_other, e), 0.01),
+    )
+    return Shown(
+        checks,
+        draw(x, results),
+        "Left of each pair the output, right the δ that reaches x; bottom row: the difference.",
+    )
+
+
+def draw(x: Any, results: Any) -> Any:
+    """A column for output and δ of each pooling; rows: one order, the other, their difference."""
+    fig = figure(9.2, 6.8)
+    grid = fig.subplots(3, 4)
+    for half, name in ((0, "max"), (2, "average")):
+        rows = [results[name, "ReLU first"], results[name, "pooling first"]]
+        rows.append(tuple(q - p for p, q in zip(*rows, strict=True)))
+        limit = float(jnp.abs(rows[0][1]).max())
+        highest = float(jnp.abs(rows[0][0]).max())
+        for row, ((y, delta), order) in enumerate(
+            zip(rows, ("ReLU first", "pooling first", "difference"), strict=True)
+        ):
+            left, right = grid[row, half], grid[row, half + 1]
+            if row < 2:
+                grey(left, y[0, :, :, 0], f"{name} pooling" if row == 0 else "", "")
+            else:
+                signed(left, y[0, :, :, 0], "", "", limit=highest)
+            signed(right, delta[0, :, :, 0], "δ of x" if row == 0 else "", "", limit=limit)
+            if row == 2:
+                for axes, values in ((left, y), (right, delta)):
+                    axes.set_xlabel(f"largest: {float(jnp.abs(values).max()):.2g}", fontsize=9)
+            if half == 0:
+                left.set_ylabel(order, fontsize=10)
+    return fig
+
+
+if __name__ == "__main__":
+    sys.exit(main(STATEMENT, show))

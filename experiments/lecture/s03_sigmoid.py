@@ -1,0 +1,118 @@
+"""§3: the ordinary network, δ_l = w δ_{l+1} g'(x) with g' = g(1 − g), beside a convolutional one."""
+
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxcnn
+from experiments.data import shuffled_batches
+from experiments.lecture.drawing import BLUE, DARK, GREY, RED, figure, plain
+from experiments.lecture.numerical import drawn, fashion
+from experiments.lecture.statement import Shown, Statement, at_least, at_most, main, relative
+
+STATEMENT = Statement(
+    name="s03_sigmoid",
+    section="3",
+    title="The ordinary network with sigmoids, recalled",
+    korean="미분한 상태의 sigmoid function g′(x) = g(x)(1−g(x)) 가 각각의 항(weight)에 곱해지는것 기억해라",
+    claim="In an ordinary network δ goes back through a product with w and with g′ = g(1 − g), and ∂E/∂w is δ times the "
+    "input. Such a net learns, and so does a convolutional one with the same training step.",
+    formula="δ<sub>l</sub> = w δ<sub>l+1</sub> g′(x),  g′(x) = g(x)(1 − g(x))",
+    functions=(
+        "jaxcnn/ops/linear.py: dense",
+        "jaxcnn/ops/activation.py: sigmoid",
+        "jaxcnn/training.py: make_train_step",
+    ),
+    test="tests/test_rules.py",
+)
+
+NETS = {
+    "sigmoid MLP": lambda: jaxcnn.serial(jaxcnn.Flatten(), jaxcnn.Dense(100), jaxcnn.Sigmoid(), jaxcnn.Dense(10)),
+    "CNN": lambda: jaxcnn.serial(
+        jaxcnn.HiddenLayer(8, 5), jaxcnn.HiddenLayer(16, 5), jaxcnn.Flatten(), jaxcnn.Dense(10)
+    ),
+}
+
+
+def show(sigmoid: Any = jaxcnn.sigmoid, *, steps: int = 300) -> Shown:
+    """The slope of the sigmoid, the δ of a small net by hand, two nets trained side by side."""
+    x = jnp.linspace(-6, 6, 241)
+    g = sigmoid(x)
+    slope = jax.vjp(sigmoid, x)[1](jnp.ones_like(x))[0]
+    h = 1e-5
+    differences = (sigmoid(x + h) - sigmoid(x - h)) / (2 * h)
+    curves = {name: train(make(), steps) for name, make in NETS.items()}
+    checks = (
+        at_most("g′ by the rule against g(1 − g)", relative(slope, g * (1 - g)), 1e-12),
+        at_most("g′ by the rule against differences", relative(slope, differences), 1e-8),
+        at_most("∂E/∂w₁ and ∂E/∂w₂ against the formula in NumPy", by_hand(sigmoid), 1e-12),
+        *(at_least(f"test accuracy of the {name} (guessing: 0.1)", curve[1], 0.5) for name, curve in curves.items()),
+    )
+    found = ", ".join(f"{name} {accuracy:.3f}" for name, (_, accuracy) in curves.items())
+    caption = f"Left: the sigmoid and its slope. Right: both nets, one training step; test accuracy after {steps} steps: {found}."
+    return Shown(checks, draw(x, g, slope, curves), caption)
+
+
+def by_hand(sigmoid: Any) -> float:
+    """δ_l = w δ_{l+1} g'(x) in NumPy, for two layers, against jaxcnn's rules in turn: how far apart ∂E/∂w are."""
+    x, w1, w2, target = drawn(0, (4, 6), (6, 5), (5, 3), (4, 3))
+
+    def error(w1: Any, w2: Any) -> Any:
+        return jaxcnn.squared_error(jaxcnn.dense(sigmoid(jaxcnn.dense(x, w1)), w2), target).sum()
+
+    a = 1 / (1 + np.exp(-np.asarray(x @ w1)))
+    delta_2 = 2 * (a @ w2 - target)  # of the output layer
+    delta_1 = (delta_2 @ w2.T) * a * (1 - a)  # w δ g'
+    return relative(list(jax.grad(error, (0, 1))(w1, w2)), [x.T @ delta_1, a.T @ delta_2])
+
+
+def train(net: jaxcnn.Serial, steps: int) -> tuple[list[float], float]:
+    """The loss of each step, and the test accuracy at the end."""
+    data, loss = fashion(), jaxcnn.softmax_cross_entropy_with_integer_labels
+    optimizer = optax.adam(3e-3)
+    state = jaxcnn.TrainState.create(net, optimizer, jax.random.key(0), data.image_shape)
+    step = jaxcnn.make_train_step(net, loss, optimizer)
+    losses: list[float] = []
+    while len(losses) < steps:
+        for batch in shuffled_batches(data.train_images, data.train_labels, 64, seed=0, epoch=len(losses)):
+            state, metrics = step(state, batch)
+            losses.append(float(metrics["loss"]))
+            if len(losses) == steps:
+                break
+    tested = jaxcnn.evaluate(net, loss, state.params, [(data.test_images, data.test_labels)])
+    return losses, tested["accuracy"]
+
+
+def draw(x: Any, g: Any, slope: Any, curves: dict[str, tuple[list[float], float]]) -> Any:
+    """The sigmoid with its slope; the losses."""
+    fig = figure(9.2, 3.7)
+    left, right = fig.subplots(1, 2)
+    plain(left, "the sigmoid", "x", "")
+    left.plot(x, g, color=DARK, label="g(x)", linewidth=2)
+    left.plot(x, slope, color=RED, label="g′(x) = g(x)(1 − g(x)), by the rule", linewidth=2)
+    left.legend(frameon=False, fontsize=9, loc="upper left")
+    plain(right, "one training step, two nets", "step", "training loss")
+    for (name, (losses, accuracy)), colour in zip(curves.items(), (GREY, BLUE), strict=True):
+        right.plot(losses, color=colour, alpha=0.25, linewidth=0.8)
+        smooth = running_mean(np.asarray(losses))
+        right.plot(np.arange(len(smooth)) + len(losses) - len(smooth), smooth, color=colour, linewidth=2,
+                   label=f"{name}, test accuracy {accuracy:.3f}")  # fmt: skip
+    right.set_ylim(0, 2.4)
+    right.legend(frameon=False, fontsize=9)
+    return fig
+
+
+def running_mean(losses: np.ndarray) -> np.ndarray:
+    """The mean of 20 steps, a convolution."""
+    from jaxcnn.ops.signal import convolve
+
+    width = min(20, len(losses))
+    return np.asarray(convolve(losses, np.full(width, 1 / width), "valid"))
+
+
+if __name__ == "__main__":
+    sys.exit(main(STATEMENT, show))

@@ -1,0 +1,199 @@
+"""What the scripts of this folder have in common: a statement of the lecture, its checks, its picture, its verdict.
+
+A script has a STATEMENT, and a function `show` that computes the checks and draws the picture; it ends with
+
+    if __name__ == "__main__":
+        sys.exit(main(STATEMENT, show))
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from experiments import cli
+from experiments.errors import RunError
+from experiments.files import replacing
+
+if TYPE_CHECKING:  # matplotlib and jax take seconds to import, and --help needs none of them
+    from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Statement:
+    """What the lecture says, and where this project has it. Text is HTML, as the page shows it; see `plain`."""
+
+    name: str
+    """The script's, without ".py"."""
+    section: str
+    """As in §6–7: "6–7"."""
+    title: str
+    korean: str
+    """The lecture's own words."""
+    claim: str
+    """What is shown."""
+    formula: str
+    functions: tuple[str, ...]
+    """Where it stands in jaxcnn: "jaxcnn/ops/hidden.py: hidden_layer"."""
+    test: str
+    """The file that tests these functions."""
+    errata: tuple[tuple[int, str], ...] = ()
+    """The number of each erratum met here, and what is wrong and what is right."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One fact that the claim needs: what was measured, what it had to be, whether it is."""
+
+    what: str
+    measured: str
+    needed: str
+    holds: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Shown:
+    """What `show` returns: the checks, the picture, and a caption that says what is to be seen in it."""
+
+    checks: tuple[Check, ...]
+    figure: "Figure"
+    caption: str
+
+    @property
+    def holds(self) -> bool:
+        """Whether all checks do."""
+        return all(check.holds for check in self.checks)
+
+
+def at_most(what: str, measured: float, bound: float) -> Check:
+    """`measured` ≤ `bound`; NaN is not."""
+    return Check(what, number(measured), f"≤ {number(bound)}", bool(measured <= bound))
+
+
+def at_least(what: str, measured: float, bound: float) -> Check:
+    """`measured` ≥ `bound`; NaN is not."""
+    return Check(what, number(measured), f"≥ {number(bound)}", bool(measured >= bound))
+
+
+def equal(what: str, measured: Any, expected: Any) -> Check:
+    """`measured` is exactly `expected`: shapes, numbers or arrays."""
+    holds = np.shape(measured) == np.shape(expected) and bool(np.all(np.asarray(measured) == np.asarray(expected)))
+    return Check(what, text(measured), f"= {text(expected)}", holds)
+
+
+def refused(what: str, call: Callable[[], Any]) -> Check:
+    """`call` raises, because the sizes do not fit."""
+    try:
+        call()
+    except (TypeError, ValueError) as error:
+        return Check(what, str(error).splitlines()[0].rstrip("."), "an error", True)
+    return Check(what, "it was computed", "an error", False)
+
+
+def number(value: float) -> str:
+    """`value` in few digits."""
+    if not math.isfinite(value):
+        return str(value)
+    if value == int(value) and abs(value) < 1e6:
+        return str(int(value))
+    return f"{value:.1e}" if abs(value) < 1e-3 or abs(value) >= 1e6 else f"{value:.4g}"
+
+
+def text(value: Any) -> str:
+    """A shape as 24×24, an array in one line."""
+    if isinstance(value, tuple) and all(isinstance(n, int) for n in value):
+        return "×".join(map(str, value))
+    if isinstance(value, str):
+        return value
+    if np.ndim(value) == 0:
+        return number(float(value))
+    return " ".join(np.array2string(np.asarray(value), separator=", ", formatter={"all": number}).split())
+
+
+def relative(got: Any, expected: Any) -> float:
+    """‖got − expected‖ / ‖expected‖, of one array or of all in a list."""
+    parts = list(zip(got, expected, strict=True)) if isinstance(got, list | tuple) else [(got, expected)]
+    error = sum(float(np.sum(np.square(np.asarray(g, float) - np.asarray(e, float)))) for g, e in parts)
+    size = sum(float(np.sum(np.square(np.asarray(e, float)))) for _, e in parts)
+    return math.sqrt(error / size) if size else math.inf if error else 0.0
+
+
+# ---- a script's run -----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Show one statement of the lecture: print its checks and its verdict, save its picture.
+
+    The exit status is 0 if the statement holds, and 1 if it does not.
+    """
+
+    out: Path = Path("runs/lecture")
+    """Folder of the picture."""
+
+
+def main(statement: Statement, show: Callable[[], Shown], argv: Sequence[str] | None = None) -> int:
+    """Run a script with the command line `argv` (None: the process's own) and return the exit status."""
+
+    def body(config: Config) -> int:
+        return 0 if tell(statement, show, folder(config.out)).holds else 1
+
+    return cli.run(Config, body, argv, prog=f"python -m experiments.lecture.{statement.name}")
+
+
+def folder(out: Path) -> Path:
+    """Make the folder `out`; raise RunError where none can be."""
+    if out.exists() and not out.is_dir():
+        raise RunError(f"--out {out}: expected a folder or nothing, got a file")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def tell(statement: Statement, show: Callable[[], Shown], out: Path) -> Shown:
+    """Compute in float64, print what came out, save the picture as `out`/<name>.png."""
+    import jax
+
+    with jax.enable_x64(True):
+        shown = show()
+    path = picture_path(statement, out)
+    with replacing(path) as temporary:
+        shown.figure.savefig(temporary, format="png")
+    print(report(statement, shown), f"  picture: {path}\n", sep="\n", flush=True)
+    return shown
+
+
+def picture_path(statement: Statement, out: Path) -> Path:
+    """Where the picture of a statement lies."""
+    return out / f"{statement.name}.png"
+
+
+def report(statement: Statement, shown: Shown) -> str:
+    """The claim, what was measured, the verdict."""
+    widths = [max(len(getattr(check, column)) for check in shown.checks) for column in ("what", "measured", "needed")]
+    lines = [f"§{statement.section}  {plain(statement.title)}", f"  {plain(statement.claim)}"]
+    for check in shown.checks:
+        row = (check.what.ljust(widths[0]), check.measured.rjust(widths[1]), check.needed.ljust(widths[2]))
+        lines.append(f"  {'   '.join(row)}   {'holds' if check.holds else 'DOES NOT HOLD'}")
+    return "\n".join([*lines, f"  verdict: {verdict(shown)}"])
+
+
+def verdict(shown: Shown) -> str:
+    """In one line."""
+    failed = sum(not check.holds for check in shown.checks)
+    if failed:
+        return f"does not hold ({failed} of {len(shown.checks)} checks failed)"
+    return f"holds ({len(shown.checks)} checks)"
+
+
+def plain(html: str) -> str:
+    """HTML text as a terminal shows it."""
+    import html as entities
+    import re
+
+    subscript = re.sub(r"<sub>(.*?)</sub>", r"_\1", html)
+    return entities.unescape(re.sub(r"<[^>]*>", "", subscript))

@@ -1,0 +1,353 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+# ---
+
+# %% [markdown]
+# # From a sliding patch to a trained net
+#
+# For whoever has just read the lecture. Run it whole, `python -m experiments.tutorial`, or cell by cell in Jupyter. It
+# takes less than a minute on two cores and leaves its pictures in `runs/tutorial/`.
+#
+# 1. A patch slides over a picture, in loops.
+# 2. Pooling takes size away, *up* gives it back.
+# 3. δ of one hidden layer by hand, compared with `jax.grad`.
+# 4. A net learns.
+# 5. δ in the trained net.
+# 6. Another rule in the place of one.
+
+# %%
+"""From a patch that slides by hand to a trained net, its δ, and a replaced rule; a py:percent notebook."""
+
+import itertools
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+
+if "ipykernel" not in sys.modules:
+    matplotlib.use("Agg")  # a script writes its pictures, and needs no screen
+import matplotlib.pyplot as plt
+
+import jaxcnn
+from experiments.data import load, shuffled_batches
+from jaxcnn import Conv, Dense, Flatten, MaxPool, Relu, Serial, TrainState, evaluate, make_train_step, serial
+from jaxcnn import softmax_cross_entropy_with_integer_labels as cross_entropy
+
+STEPS = int(os.environ.get("JAXCNN_TUTORIAL_STEPS", "300"))  # of training; fewer for a quick look
+OUT = Path("runs/tutorial")
+
+started = time.perf_counter()
+OUT.mkdir(parents=True, exist_ok=True)
+data = load("fashion-mnist-sample")
+
+
+def difference(a: Any, b: Any) -> float:
+    """Return how far b is from a, relative to the length of a."""
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    return float(np.linalg.norm(a - b) / np.linalg.norm(a))
+
+
+def cosine(a: Any, b: Any) -> float:
+    """Return the cosine of the angle between a and b: 1 same direction, 0 unrelated."""
+    a, b = np.ravel(a), np.ravel(b)
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+# %% [markdown]
+# ## 1. A patch slides over a picture
+#
+# The lecture's §11: put the patch on the picture, multiply entry by entry, add everything up: one number. Move on. A
+# patch of 5×5 fits into 28×28 at 24×24 places, so the result is a little smaller.
+#
+# Our patch is dark on the left and light on the right: it answers to edges of that kind.
+
+# %%
+x = data.test_images[0, :, :, 0].astype(np.float64)  # 28×28
+w = np.tile([-1.0, -1.0, 0.0, 1.0, 1.0], (5, 1)) / 10
+
+
+def slide(picture: np.ndarray, patch: np.ndarray) -> np.ndarray:
+    """Return y[o] = Σ_k x[o + k]·w[k]."""
+    rows, columns = (n - k + 1 for n, k in zip(picture.shape, patch.shape, strict=True))
+    y = np.zeros((rows, columns))
+    for i in range(rows):
+        for j in range(columns):
+            y[i, j] = (picture[i : i + patch.shape[0], j : j + patch.shape[1]] * patch).sum()
+    return y
+
+
+z = slide(x, w)
+print(f"1  {x.shape} picture, {w.shape} patch: {z.shape} result")
+
+
+# %% [markdown]
+# jaxcnn does the same for a batch of pictures with channels, `(N, H, W, C)`, and many patches, `(H, W, C, features)`.
+
+
+# %%
+def batch(picture: np.ndarray) -> jax.Array:
+    """Return (1, H, W, 1), the only picture of a batch."""
+    return jnp.asarray(picture[None, :, :, None], jnp.float32)
+
+
+def patches(patch: np.ndarray) -> jax.Array:
+    """Return (H, W, 1, 1), the only patch of a layer."""
+    return jnp.asarray(patch[:, :, None, None], jnp.float32)
+
+
+conv_z = jaxcnn.conv(batch(x), patches(w))
+print(f"   jaxcnn.conv {conv_z.shape} differs from the loops by {difference(z, conv_z[0, :, :, 0]):.0e}")
+assert difference(z, conv_z[0, :, :, 0]) < 1e-5
+
+# %% [markdown]
+# ## 2. ReLU, pooling, and the way up
+#
+# ReLU keeps what is positive; max pooling keeps the largest entry of every 2×2 window. Together they are the lecture's
+# hidden layer (§2). The sizes are those of §7: 24×24 becomes 12×12.
+
+# %%
+a = jaxcnn.max_pool(jaxcnn.relu(conv_z), 2)
+print(f"2  pooling: {conv_z.shape[1:3]} → {a.shape[1:3]}")
+
+# %% [markdown]
+# On the way back δ has 12×12 entries and must become 24×24. §8 does it with the Kronecker product with ones, *up*:
+
+# %%
+small = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+print("   up:", jaxcnn.kron_up(small[None, :, :, None], 2)[0, :, :, 0].astype(int).tolist())
+
+# %% [markdown]
+# Up alone undoes *sum* pooling. Max pooling looked at one entry of each window only, the winner, so only the winner may
+# get the δ (erratum 3 in `docs/from-the-lecture.md`):
+
+# %%
+numbers = np.array([[1, 5, 2, 0], [3, 4, 8, 1], [7, 2, 1, 1], [0, 6, 3, 9]], float)
+pooled, back = jax.vjp(lambda picture: jaxcnn.max_pool(picture, 2), batch(numbers))
+print("   max: ", back(small[None, :, :, None])[0][0, :, :, 0].astype(int).tolist())
+
+# %% [markdown]
+# ## 3. δ of one hidden layer, by hand
+#
+# Now a whole step back. Behind our hidden layer stands a second patch w₂, and an error that compares its result with a
+# target t:
+#
+#     x ──w──▸ z ──ReLU, pooling──▸ a ──w₂──▸ y         E = ½ Σ (y − t)²
+#     28      24                   12        8
+#
+# The error starts with δ_{l+1} = y − t. Then, from right to left:
+#
+# - *Through w₂.* y[o] saw the 5×5 entries a[o + k], each through w₂[k]. So δ_{l+1}[o] goes back to these entries,
+#   weighted by w₂[k]: every δ stamps the patch once.
+# - *Through pooling.* Up, and only to the winner.
+# - *Through ReLU.* ∘ g′(z): nothing where z was not positive.
+
+# %%
+draw = np.random.default_rng(0)
+w2, t = draw.normal(size=(5, 5)) / 5, draw.normal(size=(8, 8))
+
+
+def stamp(delta: np.ndarray, patch: np.ndarray) -> np.ndarray:
+    """Return w ∗ δ: every δ[o] leaves δ[o]·w on the entries that y[o] saw."""
+    rows, columns = patch.shape
+    spread = np.zeros((delta.shape[0] + rows - 1, delta.shape[1] + columns - 1))
+    for i in range(delta.shape[0]):
+        for j in range(delta.shape[1]):
+            spread[i : i + rows, j : j + columns] += delta[i, j] * patch
+    return spread
+
+
+def winners(picture: np.ndarray) -> np.ndarray:
+    """Return 1 for the first largest entry of each 2×2 window, else 0."""
+    mask = np.zeros(picture.shape)
+    for i in range(0, picture.shape[0], 2):
+        for j in range(0, picture.shape[1], 2):
+            row, column = divmod(int(picture[i : i + 2, j : j + 2].argmax()), 2)
+            mask[i + row, j + column] = 1
+    return mask
+
+
+g, slope = np.maximum(z, 0), (z > 0).astype(float)
+a_by_hand = g.reshape(12, 2, 12, 2).max((1, 3))
+delta_next = slide(a_by_hand, w2) - t  # δ_{l+1}, 8×8
+sent_back = stamp(delta_next, w2)  # w₂ ∗ δ_{l+1}, 12×12
+up = np.kron(sent_back, np.ones((2, 2)))  # 24×24
+delta_l = up * winners(g) * slope  # δ_l, 24×24
+grad_w = slide(x, delta_l)  # ∂E/∂w, 5×5: the picture against δ
+
+# %% [markdown]
+# And the same with jaxcnn and `jax.grad`, which knows nothing of this but the rules:
+
+
+# %%
+def error_from_z(z: jax.Array) -> jax.Array:
+    """Return E as a function of what comes before the ReLU."""
+    y = jaxcnn.conv(jaxcnn.max_pool(jaxcnn.relu(z), 2), patches(w2))
+    return jnp.sum((y - batch(t)) ** 2) / 2
+
+
+true_delta = jax.grad(error_from_z)(conv_z)[0, :, :, 0]
+true_grad = jax.grad(lambda w: error_from_z(jaxcnn.conv(batch(x), w)))(patches(w))[:, :, 0, 0]
+print(f"3  δ_l by hand {delta_l.shape} differs from jax.grad by {difference(true_delta, delta_l):.0e}")
+print(f"   ∂E/∂w by hand {grad_w.shape} differs from jax.grad by {difference(true_grad, grad_w):.0e}")
+assert difference(true_delta, delta_l) < 1e-4
+assert difference(true_grad, grad_w) < 1e-4
+
+# %% [markdown]
+# Stamping the patch is the same as sliding it over δ (with 4 zeros all around), *if it is turned by 180°*: an entry was
+# seen through w₂[0, 0] by the window that begins at it, and through w₂[4, 4] by the one that ends at it. This is §15.
+# What if one forgets to turn it, or takes *up* without the winner?
+
+# %%
+padded = np.pad(delta_next, 4)
+turned, unturned = slide(padded, w2[::-1, ::-1]), slide(padded, w2)
+assert difference(sent_back, turned) < 1e-12
+mistakes = {
+    "patch not turned": np.kron(unturned, np.ones((2, 2))) * winners(g) * slope,
+    "up without the winner": up * slope,
+}
+for name, mistaken in mistakes.items():
+    print(
+        f"   {name}: cosine with the true δ_l {cosine(true_delta, mistaken):.2f}, "
+        f"with the true ∂E/∂w {cosine(true_grad, slide(x, mistaken)):.2f}"
+    )
+
+# %%
+panels: dict[str, np.ndarray] = {
+    "x": x,
+    "z": z,
+    "g(z)": g,
+    "a": a_by_hand,
+    "y": slide(a_by_hand, w2),
+    "δ next": delta_next,
+    "w₂ ∗ δ next": sent_back,
+    "up": up,
+    "δ of the layer": delta_l,
+    "∂E/∂w": grad_w,
+}
+figure, axes = plt.subplots(2, 5, figsize=(11, 5), layout="constrained")
+for axis, (title, picture) in zip(axes.flat, panels.items(), strict=True):
+    limit = np.abs(picture).max()
+    axis.imshow(picture, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    axis.set_title(f"{title}  {picture.shape[0]}×{picture.shape[1]}", fontsize=10)
+    axis.set_axis_off()
+figure.suptitle("One hidden layer: forward above, backward below (red positive, blue negative)")
+figure.savefig(OUT / "hidden-layer.png", dpi=110)
+
+# %% [markdown]
+# ## 4. A net learns
+#
+# Two such hidden layers and a dense one. `make_train_step` does what the lecture's §9 does by hand: errors forward, δ
+# and ∂E/∂w back through every rule, then an update, here Adam's.
+
+# %%
+net = serial(Conv(16, 5), Relu(), MaxPool(2), Conv(32, 5), Relu(), MaxPool(2), Flatten(), Dense(10))
+print(f"4\n{net.summary((28, 28, 1))}")
+optimizer = optax.adam(2e-3)
+state = TrainState.create(net, optimizer, jax.random.key(0), (28, 28, 1))
+step = make_train_step(net, cross_entropy, optimizer)
+
+
+def many_batches() -> Any:
+    """Yield batches of 64, epoch after epoch."""
+    for epoch in itertools.count():
+        yield from shuffled_batches(data.train_images, data.train_labels, 64, seed=0, epoch=epoch)
+
+
+for number, (images, labels) in zip(range(1, STEPS + 1), many_batches(), strict=False):
+    state, metrics = step(state, (images, labels))
+    if number % 100 == 0 or number == STEPS:
+        print(f"   step {number}: loss {float(metrics['loss']):.3f} accuracy {float(metrics['accuracy']):.2f}")
+tested = evaluate(net, cross_entropy, state.params, [(data.test_images, data.test_labels)])
+print(f"   after {STEPS} steps {tested['accuracy']:.1%} of the {len(data.test_labels):,} test images are right")
+
+# %% [markdown]
+# ## 5. δ in the trained net
+#
+# To see δ inside, cut the net in two: the layers before give the activations, the gradient of the layers behind is δ
+# there.
+#
+# At the output δ is p − onehot(label). So an image that the net is sure of, and right about, sends back almost nothing;
+# a mistake sends back much. The net learns from its mistakes.
+
+# %%
+params = state.params
+probabilities = np.asarray(jax.nn.softmax(net.apply(params, data.test_images[:500])))
+of_true_class = probabilities[np.arange(500), data.test_labels[:500]]
+chosen = {"surely right": int(of_true_class.argmax()), "surely wrong": int(of_true_class.argmin())}
+
+
+def deltas(image: np.ndarray, label: int) -> dict[str, np.ndarray]:
+    """Return δ at the output of every layer, by its name."""
+    found = {}
+    for cut, (name, _) in enumerate(net.layers, start=1):
+        before, behind = Serial(layers=net.layers[:cut]), Serial(layers=net.layers[cut:])
+
+        def error(h: jax.Array, behind: Serial = behind) -> jax.Array:
+            return cross_entropy(behind.apply(params, h), jnp.array([label]))[0]
+
+        found[name] = np.asarray(jax.grad(error)(before.apply(params, image[None])))[0]
+    return found
+
+
+print("5  length of δ, from the output back")
+print(f"   {'layer':<10}" + "".join(f"{name:>14}" for name in chosen))
+by_image = {name: deltas(data.test_images[n], data.test_labels[n]) for name, n in chosen.items()}
+for layer, _ in reversed(net.layers):
+    print(f"   {layer:<10}" + "".join(f"{np.linalg.norm(found[layer]):>14.2e}" for found in by_image.values()))
+
+# %% [markdown]
+# ## 6. Another rule
+#
+# A rule is a value. Which pixels speak for a class? The gradient of the class's score answers, but noisily. Guided
+# backprop (Springenberg et al. 2015) replaces the rule of ReLU: δ passes only where it is positive itself. The forward
+# pass stays as it is.
+
+
+# %%
+def guided(call: jaxcnn.rules.Call, delta: jax.Array) -> tuple[jax.Array]:
+    """δ_x = δ ∘ g'(x) ∘ [δ > 0]."""
+    (delta_x,) = call.exact(delta)
+    return (jnp.where(delta > 0, delta_x, 0),)
+
+
+def score(images: jax.Array, rules: Any) -> jax.Array:
+    """Return the sum of the scores of the most likely class; every image's gradient is its own."""
+    return net.apply(params, images, rules=rules).max(1).sum()
+
+
+images = jnp.asarray(data.test_images[:6])
+maps = {name: np.asarray(jax.grad(score)(images, rules)) for name, rules in (("exact", {}), ("guided", {Relu: guided}))}
+garment = np.asarray(images) > 0
+print("6  share of |∂score/∂x| on the garment (which covers " + f"{garment.mean():.0%} of the pixels)")
+for name, gradients in maps.items():
+    print(f"   {name:<7} {np.abs(gradients)[garment].sum() / np.abs(gradients).sum():.0%}")
+assert float(score(images, {})) == float(score(images, {Relu: guided}))
+
+# %%
+figure, axes = plt.subplots(3, 6, figsize=(10, 5.4), layout="constrained")
+rows = {"image": np.asarray(images), "exact rule": maps["exact"], "guided": maps["guided"]}
+for row, (title, pictures) in zip(axes, rows.items(), strict=True):
+    for axis, picture in zip(row, pictures[..., 0], strict=True):
+        limit = np.abs(picture).max()
+        gray = title == "image"
+        axis.imshow(picture, cmap="gray" if gray else "RdBu_r", vmin=0 if gray else -limit, vmax=limit)
+        axis.set(xticks=[], yticks=[])
+    row[0].set_ylabel(title)
+figure.suptitle("∂(score of the most likely class)/∂x: the same net, two backward halves")
+figure.savefig(OUT / "maps.png", dpi=110)
+print(f"pictures in {OUT.absolute()}; {time.perf_counter() - started:.0f} s")
+
+# %% [markdown]
+# Where to go from here: the formulas in `docs/mathematics.md`, rules in `docs/rules.md`, every statement of the lecture in
+# `python -m experiments.lecture`, and a net trained in earnest in `python -m experiments.train`.

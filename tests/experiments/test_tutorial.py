@@ -1,0 +1,39 @@
+"""The tutorial, with a few training steps: as a script, and the claims that it prints."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def test_runs_as_a_script_from_any_folder(tmp_path):
+    environment = {**os.environ, "JAXCNN_TUTORIAL_STEPS": "20", "PYTHONPATH": str(ROOT), "MPLBACKEND": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.tutorial"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+
+    pictures = sorted((tmp_path / "runs" / "tutorial").iterdir())
+    assert [picture.name for picture in pictures] == ["hidden-layer.png", "maps.png"]
+    assert all(picture.read_bytes().startswith(PNG) for picture in pictures)
+
+    for found in ("24) result", "δ_l by hand (24, 24)", "∂E/∂w by hand (5, 5)", "after 20 steps", "guided"):
+        assert found in done.stdout
+    cosines = [float(c) for c in re.findall(r"cosine with the true δ_l (-?[\d.]+)", done.stdout)]
+    assert len(cosines) == 2
+    assert max(cosines) < 0.9
+
+
+def test_is_a_notebook_without_magics():
+    text = (ROOT / "experiments" / "tutorial.py").read_text(encoding="utf-8")
+    cells = re.split(r"^# %%", text, flags=re.MULTILINE)
+    assert sum(cell.startswith(" [markdown]") for cell in cells) >= 6
+    assert "get_ipython" not in text
+    for cell in cells[1:]:
+        if cell.startswith(" [markdown]"):
+            assert all(line.startswith("#") or not line for line in cell.splitlines()[1:])

@@ -1,0 +1,247 @@
+"""Every lowering of every product equals its definition, term by term, over geometries that Hypothesis draws.
+
+The definitions are the NumPy loops of `tests/oracles.py`.
+"""
+
+import re
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from jax import lax
+
+from jaxcnn.geometry import Correlation, Window
+from jaxcnn.kernels import correlation, windows
+from tests import oracles
+from tests.cases import CASES, compiled, normal, ties, with_cotangents
+
+PRODUCTS = {
+    "correlate": (correlation.CORRELATE, correlation.choose_correlate, correlation.correlate, oracles.correlate),
+    "spread": (correlation.SPREAD, correlation.choose_spread, correlation.spread, oracles.spread),
+    "match": (correlation.MATCH, correlation.choose_match, correlation.match, oracles.match),
+}
+LOWERINGS = [(product, name) for product, (table, *_) in PRODUCTS.items() for name in table]
+
+#: Geometries that a lowering is made for; `correlation.applies` has the last word.
+MADE_FOR = {
+    "pointwise": {"sizes": (1,), "pads": (0,), "groups": (1,)},
+    "spare_row": {"strides": (1,)},
+    "rows": {"groups": (1,)},
+    "depthwise": {"groups": (1, 2, 3), "inputs": (1,)},
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is drawn
+
+
+@st.composite
+def drawn_windows(draw, sizes=(1, 2, 3), strides=(1, 2, 3), pads=(0, 1, 2, 4)):
+    """Windows over 1 to 3 dims, with remainders, gaps, dilation, and padding that windows may lie in altogether."""
+    dims = []
+    for _ in range(draw(st.integers(1, 3))):
+        k, s, d = (draw(st.sampled_from(choices)) for choices in (sizes, strides, (1, 2)))
+        lo, hi = draw(st.sampled_from(pads)), draw(st.sampled_from(pads))
+        least = max((k - 1) * d + 1 - lo - hi, 1)
+        dims.append((draw(st.integers(least, least + 3)), k, s, (lo, hi), d))
+    return Window(*zip(*dims, strict=True))
+
+
+@st.composite
+def drawn_correlations(draw, groups=(1, 2, 3), inputs=(1, 2), **of_window):
+    """The static half, with the shapes of x, w and y; batches of 0 to 2."""
+    win = draw(drawn_windows(**of_window))
+    g, i, o, n = (draw(st.sampled_from(choices)) for choices in (groups, inputs, (1, 2), (0, 1, 2)))
+    c = Correlation(win, g, np.dtype(np.float64))
+    return c, (n, *win.shape, g * i), (*win.size, i, g * o), (n, *win.out, g * o)
+
+
+def numbers(*shapes):
+    rng = np.random.default_rng(0)
+    return [normal(rng, shape) for shape in shapes]
+
+
+def close(found, expected):
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-10)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures against patches
+
+
+@pytest.mark.parametrize(("product", "name"), LOWERINGS, ids="-".join)
+def test_lowering(product, name):
+    table, _, _, definition = PRODUCTS[product]
+
+    @settings(max_examples=20)
+    @given(drawn_correlations(**MADE_FOR.get(name, {})))
+    def equals_definition(drawn):
+        c, x, w, y = drawn
+        assume(correlation.applies(name, c, x[-1]))
+        a, b = numbers(*{"correlate": (x, w), "spread": (y, w), "match": (x, y)}[product])
+        close(compiled(lambda a, b: table[name](c, a, b))(a, b), definition(c, a, b))
+
+    equals_definition()
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@settings(max_examples=300)
+@given(drawn=drawn_correlations())
+def test_what_is_chosen_applies(product, drawn):
+    table, choose, *_ = PRODUCTS[product]
+    c, x, w, y = drawn
+    a, b = numbers(*{"correlate": (x, w), "spread": (y, w), "match": (x, y)}[product])
+    name = choose(c, a, b)
+    assert name in table
+    assert correlation.applies(name, c, x[-1]), name
+
+
+@settings(max_examples=30)
+@given(drawn_correlations())
+def test_products_are_adjoint(drawn):
+    """⟨correlate(x, w), y⟩ = ⟨x, spread(y, w)⟩ = ⟨w, match(x, y)⟩, whatever lowering each of them takes."""
+    c, *shapes = drawn
+    x, w, y = numbers(*shapes)
+    found = compiled(
+        lambda x, w, y: (correlation.correlate(c, x, w), correlation.spread(c, y, w), correlation.match(c, x, y))
+    )
+    inner = [np.vdot(a, b) for a, b in zip(found(x, w, y), (y, x, w), strict=True)]
+    np.testing.assert_allclose(inner, inner[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("pictures", [1, 2, 3, 4, 6, 7])
+def test_weight_gradient_in_blocks_of_pictures(monkeypatch, pictures):
+    """A batch is cut into blocks that fit the cache: here each into as many as it can be, then into two or three."""
+    c = Correlation(Window((5, 6), (3, 2), (1, 1), ((0, 0), (0, 0)), (1, 1)), 1, np.dtype(np.float64))
+    x, y = numbers((pictures, 5, 6, 2), (pictures, *c.window.out, 3))
+    for block_bytes in (1, 1500, 2500):
+        monkeypatch.setattr(correlation, "BLOCK_BYTES", block_bytes)
+        close(compiled(lambda x, y: correlation.MATCH["rows"](c, x, y))(x, y), oracles.match(c, x, y))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nothing emits negative padding (openxla/xla#48713)
+
+NEGATIVE = re.compile(r"(?:pad|low|high) = \[[^=]*-\d|pad(?:ding)?=[\d_x]*-\d")
+
+#: Padding that reaches beyond the patch, where a full correlation would need less than none.
+BEYOND = [case for case in CASES if case.op == "conv" and case.plain is None]
+
+
+def lowered(f, *args):
+    """The program for CPU, before and after XLA's passes, and what other platforms are given."""
+    for platform in ("cpu", "cuda", "tpu"):
+        yield jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+    yield compiled(f).lower(*args).compile().as_text()
+
+
+@pytest.mark.parametrize("case", BEYOND, ids=str)
+def test_no_negative_padding(case):
+    args = case.arrays()
+    delta = np.ones(jax.eval_shape(case.function, *args).shape)
+    for program in lowered(with_cotangents(case.function), args, delta):
+        assert not NEGATIVE.search(program), program
+
+
+def test_negative_padding_would_be_seen():
+    """Stock JAX's does it, in all four."""
+    x, w = np.ones((1, 4, 6, 8)), np.ones((1, 2, 8, 8))
+
+    def stock(x, w):
+        layout = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(x, w, (1, 1), ((0, 0), (4, 0)), dimension_numbers=layout)
+
+    def cut(x):
+        return lax.pad(x, 0.0, ((0, 0, 0), (-1, 2, 0), (0, 0, 0), (0, 0, 0)))
+
+    for program in lowered(with_cotangents(stock), (x, w), np.ones((1, 4, 9, 8))):
+        assert NEGATIVE.search(program), program
+    for program in list(lowered(cut, x))[:3]:
+        assert NEGATIVE.search(program), program
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Windows
+
+
+@pytest.fixture(params=["unrolled", "long"])
+def form(request, monkeypatch):
+    """Each window function has a form for few taps and one for many; here all windows take the one, then the other."""
+    monkeypatch.setattr(windows, "UNROLLED", {"unrolled": 10**6, "long": 0}[request.param])
+
+
+def some_is_real(win):
+    """Whether no window lies wholly in padding: such have no winner, and are refused above."""
+    return all(win.inside(dim).any(1).all() for dim in range(win.ndim))
+
+
+def spoiled(rng, shape):
+    """Small whole numbers, many of them alike, some NaN or infinite."""
+    x = ties(rng, shape)
+    return np.where(rng.uniform(size=shape) < 0.3, rng.choice([np.nan, np.inf, -np.inf], shape), x)
+
+
+# `form` stays the same over all examples, which is what is wanted of it.
+over_examples = settings(max_examples=25, suppress_health_check=["function_scoped_fixture"])
+
+
+def drawn_winner(win, batch, channels):
+    """Any entry of any window, as the code `nothing`, or one that stands in the picture."""
+    _, winner = oracles.largest(win, normal(np.random.default_rng(1), (batch, *win.shape, channels)))
+    return winner
+
+
+@over_examples
+@given(win=drawn_windows(), batch=st.integers(0, 2), draw=st.sampled_from([normal, ties, spoiled]))
+def test_largest(form, win, batch, draw):
+    assume(some_is_real(win))
+    x = draw(np.random.default_rng(0), (batch, *win.shape, 2))
+    y, winner = compiled(lambda x: windows.largest(win, x))(x)
+    expected, first = oracles.largest(win, x)
+    np.testing.assert_array_equal(y, expected)
+    np.testing.assert_array_equal(winner, first)
+    assert winner.dtype == windows.winner_dtype(win)
+
+
+@over_examples
+@given(win=drawn_windows(), batch=st.integers(0, 2), passed=st.sampled_from([0.0, 0.5, 1.0]))
+def test_take_and_place(form, win, batch, passed):
+    """Against their definitions and each other; where the winner is `nothing`, none is read and none gets δ."""
+    assume(some_is_real(win))
+    rng = np.random.default_rng(2)
+    x, y = normal(rng, (batch, *win.shape, 2)), normal(rng, (batch, *win.out, 2))
+    _, winner = oracles.largest(win, normal(rng, x.shape))
+    winner = np.where(rng.uniform(size=winner.shape) < passed, winner, windows.nothing(win)).astype(
+        windows.winner_dtype(win)
+    )
+    taken, placed = compiled(lambda x, y: (windows.take(win, x, winner), windows.place(win, y, winner)))(x, y)
+    close(taken, oracles.take(win, x, winner))
+    close(placed, oracles.place(win, y, winner))
+    np.testing.assert_allclose(np.vdot(taken, y), np.vdot(x, placed), rtol=1e-10, atol=1e-10)
+
+
+@over_examples
+@given(win=drawn_windows(), batch=st.integers(0, 2))
+def test_window_sum_and_spread(form, win, batch):
+    rng = np.random.default_rng(3)
+    x, y = normal(rng, (batch, *win.shape, 2)), normal(rng, (batch, *win.out, 2))
+    total, spread = compiled(lambda x, y: (windows.window_sum(win, x), windows.window_spread(win, y)))(x, y)
+    close(total, oracles.window_sum(win, x))
+    close(spread, oracles.window_spread(win, y))
+    np.testing.assert_allclose(np.vdot(total, y), np.vdot(x, spread), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype"), [((15, 17), np.uint8), ((16, 16), np.uint16), ((255, 257), np.uint16), ((256, 256), np.uint32)]
+)
+def test_winner_is_numbered_in_the_smallest_integer(size, dtype):
+    """With one number to spare, for `nothing`."""
+    win = Window(size, size, size, ((0, 0), (0, 0)), (1, 1))
+    x = jnp.zeros((1, *size, 1), jnp.float32).at[0, -1, -1, 0].set(1)
+    winner = jax.jit(lambda x: windows.largest(win, x)[1])(x)
+    assert winner.dtype == dtype
+    assert winner.item() == win.entries - 1
+    assert windows.nothing(win) == np.iinfo(dtype).max > win.entries - 1

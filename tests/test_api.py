@@ -1,0 +1,162 @@
+"""The shape of the package, read from its source: what is exported, what is documented, which way imports run."""
+
+import ast
+import inspect
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import jaxcnn
+from tests.cases import CASES, LONG_SUMS, OPS, covering, one_each, shows
+
+PACKAGE = Path(jaxcnn.__file__).parent
+MODULES = {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+
+#: Which rooms each room may import; `__init__` is the table of contents and imports what it lists.
+ROOMS = {
+    "geometry": set(),
+    "kernels": {"geometry", "kernels"},
+    "ops": {"geometry", "kernels", "ops"},
+    "rules": {"geometry", "ops", "rules"},
+    "net": {"geometry", "ops", "rules"},
+    "backprop": {"geometry", "ops", "rules", "net"},
+    "training": {"geometry", "ops", "rules", "net", "backprop"},
+}
+
+#: What takes derivatives by itself.
+DERIVATIVES = {
+    "vjp", "jvp", "grad", "value_and_grad", "linearize", "linear_transpose", "jacobian", "jacfwd", "jacrev", "hessian",
+}  # fmt: skip
+
+
+def exports() -> list[tuple[str, str]]:
+    """(module, name) of each line of the table of contents."""
+    lines = [node for node in MODULES["__init__.py"].body if isinstance(node, ast.ImportFrom)]
+    return [(line.module, alias.name) for line in lines for alias in line.names]
+
+
+#: Exported functions of the ops: all of them are differentiable.
+EXPORTED_OPS = [name for module, name in exports() if module.startswith("jaxcnn.ops.")]
+FUNCTIONS = [name for _, name in exports() if inspect.isfunction(getattr(jaxcnn, name))]
+
+
+def imported(tree: ast.Module) -> Iterator[str]:
+    """Full names of all that a module imports, wherever it does: ``jaxcnn.ops.rule.arrays``."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide the room"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table of cases
+
+
+@pytest.mark.parametrize("op", EXPORTED_OPS)
+def test_every_exported_op_has_rows(op):
+    assert op in {case.op for case in CASES}, f"{op} is exported, and has no row in tests/cases.py"
+
+
+def test_every_option_of_every_op_has_a_row():
+    shown = {(case.op, option) for case in CASES for option in case.options}
+    for op in EXPORTED_OPS:
+        parameters = inspect.signature(getattr(jaxcnn, op)).parameters.values()
+        options = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"rule"}
+        assert options <= {option for of, option in shown if of == op}, op
+
+
+def test_no_row_twice():
+    names = [str(case) for case in [*CASES, *LONG_SUMS]]
+    assert len(names) == len(set(names))
+
+
+def test_covering_rows_show_all_that_the_table_shows():
+    few = list(covering(CASES))
+    assert set().union(*map(shows, few)) == set().union(*map(shows, CASES))
+    assert len(few) < len(CASES) / 2
+    assert [case.op for case in one_each(CASES)] == list(OPS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table of contents
+
+
+def test_init_is_a_sorted_table_of_contents():
+    docstring, *lines = MODULES["__init__.py"].body
+    assert isinstance(docstring, ast.Expr)
+    for line in lines:
+        assert isinstance(line, ast.ImportFrom), ast.unparse(line)
+        (alias,) = line.names
+        assert alias.asname == alias.name, f"{ast.unparse(line)}: expected `{alias.name} as {alias.name}`"
+    assert exports() == sorted(exports())
+
+
+def test_nothing_else_is_public():
+    listed = {name for _, name in exports()}
+    rooms = {Path(path).parts[0].removesuffix(".py") for path in MODULES}
+    assert {name for name in vars(jaxcnn) if not name.startswith("_")} <= listed | rooms
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_docstring_has_an_example_and_what_is_raised(name):
+    documentation = inspect.getdoc(getattr(jaxcnn, name)) or ""
+    assert ">>> " in documentation, f"{name}: no example"
+    assert "Raises: " in documentation, f"{name}: does not say what is raised"
+
+
+@pytest.mark.parametrize("name", EXPORTED_OPS)
+def test_options_are_keyword_only_and_arrays_are_not(name):
+    """Every default but an absent array's is an option's."""
+    for parameter in inspect.signature(getattr(jaxcnn, name)).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            assert parameter.default is not parameter.empty, f"{name}: option {parameter.name} has no default"
+        else:
+            assert parameter.default in (parameter.empty, None), f"{name}: option {parameter.name} may be positional"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rooms
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path != "__init__.py"])
+def test_imports_run_one_way(path):
+    room = Path(path).parts[0].removesuffix(".py")
+    assert room in ROOMS, f"{path} is in no room that tests/test_api.py knows"
+    for name in imported(MODULES[path]):
+        package, *rest = name.split(".")
+        assert package not in ("experiments", "tests"), f"{path} imports {name}"
+        if package == "jaxcnn":
+            assert rest, f"{path} imports all of jaxcnn"
+            assert rest[0] in ROOMS[room], f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path.startswith(("ops/", "kernels/"))])
+def test_rules_take_no_derivatives(path):
+    """Neither ``jax.vjp`` nor ``from jax import vjp`` and its kin, under any name."""
+    names = (name.split(".") for name in imported(MODULES[path]))
+    found = {parts[-1] for parts in names if parts[0] == "jax"} & DERIVATIVES
+    for node in ast.walk(MODULES[path]):
+        if isinstance(node, ast.Attribute) and node.attr in DERIVATIVES:
+            root = next(itertools.dropwhile(lambda n: isinstance(n, ast.Attribute), attributes(node)))
+            if isinstance(root, ast.Name) and root.id == "jax":
+                found.add(ast.unparse(node))
+    assert not found, f"{path} uses {', '.join(sorted(found))}"
+
+
+def attributes(node: ast.AST) -> Iterator[ast.AST]:
+    """``a.b.c``, ``a.b``, ``a``."""
+    while True:
+        yield node
+        if not isinstance(node, ast.Attribute):
+            return
+        node = node.value
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path.startswith("kernels/")])
+def test_kernels_know_no_derivatives(path):
+    source = (PACKAGE / path).read_text()
+    assert "custom_vjp" not in source

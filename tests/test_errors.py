@@ -1,0 +1,549 @@
+"""What bad input gets: one line that names op, argument, got and expected, before anything is computed.
+
+`CALLS` is a table of bad calls of ops, each made in three ways: as it stands; traced, where nothing can have been
+computed; and under differentiation.  The tables after it are of what cannot be called in three ways.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxcnn
+from jaxcnn import (
+    AvgPool,
+    Conv,
+    Dense,
+    Dropout,
+    Flatten,
+    HiddenLayer,
+    LeakyRelu,
+    MaxPool,
+    Relu,
+    avg_pool,
+    block_sum,
+    conv,
+    dense,
+    dropout,
+    elu,
+    hidden_layer,
+    kron,
+    kron_up,
+    leaky_relu,
+    max_pool,
+    relu,
+    residual,
+    serial,
+    softmax_cross_entropy,
+    softmax_cross_entropy_with_integer_labels,
+    squared_error,
+)
+
+NAN, INF = float("nan"), float("inf")
+X, W, B = np.ones((2, 6, 6, 4), np.float32), np.ones((3, 3, 4, 8), np.float32), np.zeros(8, np.float32)
+ROW = np.ones((2, 6, 4), np.float32)
+LOGITS = np.zeros((3, 5), np.float32)
+KEY = jax.random.key(0)
+labelled = softmax_cross_entropy_with_integer_labels
+
+
+@dataclasses.dataclass(frozen=True)
+class Bad:
+    """A call, and what it must raise."""
+
+    error: type[Exception]
+    message: str
+    call: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.message[:70]
+
+
+def bad(error: type[Exception], message: str, call: Callable[..., Any], *args: Any, **options: Any) -> Bad:
+    return Bad(error, message, call, args, options)
+
+
+value, kind = functools.partial(bad, ValueError), functools.partial(bad, TypeError)
+
+NAMES = "VALID, SAME, SAME_LOWER, CAUSAL"
+MODES = f"{NAMES}, REFLECT, REPLICATE, CIRCULAR"
+PRECISIONS = "None, 'default', 'high', 'highest' or a jax.lax.Precision"
+LAYOUTS = "three strings such as ('NCHW', 'OIHW', 'NCHW')"
+ONE_KEY = "one typed key from jax.random.key(seed)"
+
+CALLS = [
+    # conv: ranks and channels
+    value("conv: x expected (N, *spatial, C) with 1, 2 or 3 spatial dims, got shape (6, 4)", conv, X[0, 0], W),
+    value("conv: x expected (N, *spatial, C) with 1, 2 or 3 spatial dims, got shape (1, 1, 2, 6, 6, 4)", conv,
+          X[None, None], W),
+    value("conv: w expected (*K, I/groups, O) with 2 spatial dims, like x; x (2, 6, 6, 4), w (3, 4, 8)", conv, X, W[0]),
+    value("conv: x has 4 channels but w expects 3 (groups=1); x (2, 6, 6, 4), w (3, 3, 3, 8)", conv, X, W[:, :, :3]),
+    value("conv: x has 4 channels but w expects 8 (groups=2); x (2, 6, 6, 4), w (3, 3, 4, 8)", conv, X, W, groups=2),
+    value("conv: groups=3 must divide 4 input and 8 output channels; x (2, 6, 6, 4), w (3, 3, 4, 8)", conv, X, W,
+          groups=3),
+    value("conv: groups=4 must divide 4 input and 7 output channels; x (2, 6, 6, 4), w (3, 3, 1, 7)", conv, X,
+          W[:, :, :1, :7], groups=4),
+    value("conv: groups expected an int >= 1, got 0", conv, X, W, groups=0),
+    value("conv: groups expected an int >= 1, got -1", conv, X, W, groups=-1),
+    kind("conv: groups expected ints, got 2.0", conv, X, W, groups=2.0),
+    kind("conv: groups expected ints, got True", conv, X, W, groups=True),
+    kind("conv: groups expected ints, got None", conv, X, W, groups=None),
+    # conv: a bias that would broadcast silently
+    value("conv: b expected shape (8,), one number for each output channel, got (1,)", conv, X, W, B[:1]),
+    value("conv: b expected shape (8,), one number for each output channel, got (1, 8)", conv, X, W, B[None]),
+    value("conv: b expected shape (8,), one number for each output channel, got ()", conv, X, W, B[0]),
+    # conv: windows
+    value("conv: stride expected ints >= 1, got 0", conv, X, W, stride=0),
+    value("conv: stride expected ints >= 1, got (1, -2)", conv, X, W, stride=(1, -2)),
+    value("conv: stride expected one int or 2 of them, got (1, 1, 1)", conv, X, W, stride=(1, 1, 1)),
+    kind("conv: stride expected ints, got 1.5", conv, X, W, stride=1.5),
+    kind("conv: stride expected ints, got True", conv, X, W, stride=True),
+    kind("conv: stride expected ints, got '2'", conv, X, W, stride="2"),
+    kind("conv: stride expected ints, got [1, (1, 2)]", conv, X, W, stride=[1, (1, 2)]),
+    kind("conv: stride expected ints, got array([1., 2.])", conv, X, W, stride=np.array([1.0, 2.0])),
+    kind("conv: stride expected ints, got Array(1.5, dtype=float32)", conv, X, W, stride=jnp.float32(1.5)),
+    value("conv: dilation expected ints >= 1, got 0", conv, X, W, dilation=0),
+    kind("conv: dilation expected ints, got (1, None)", conv, X, W, dilation=(1, None)),
+    value("conv: patch expected ints >= 1, got (0, 3)", conv, X, W[:0]),
+    value("conv: patch (3, 3) is larger than the padded picture; spatial dims (2, 6), padding ((0, 0), (0, 0))", conv,
+          X[:, :2], W),
+    value("conv: patch (3, 3) with dilation (5, 5) is larger than the padded picture; spatial dims (6, 6), "
+          "padding ((1, 1), (1, 1))", conv, X, W, dilation=5, padding=1),
+    # conv: padding
+    value(f"conv: padding expected one of {MODES}, an int, or an int or pair per dim; got 'SAMEISH'", conv, X, W,
+          padding="SAMEISH"),
+    value("conv: padding 'CAUSAL' expected 1 spatial dim, got 2", conv, X, W, padding="CAUSAL"),
+    value("conv: padding 'REFLECT' needs ((6, 6), (6, 6)) but the picture allows at most (5, 5); spatial dims (6, 6)",
+          conv, X, W, padding="REFLECT", dilation=6),
+    value("conv: padding 'CIRCULAR' needs ((7, 7), (7, 7)) but the picture allows at most (6, 6); spatial dims (6, 6)",
+          conv, X, W, padding="CIRCULAR", dilation=7),
+    value("conv: padding expected ints >= 0, got -1", conv, X, W, padding=-1),
+    value("conv: padding expected ints >= 0, got [(0, -1), (0, 0)]", conv, X, W, padding=[(0, -1), (0, 0)]),
+    value("conv: padding expected pairs (before, after), got [(1, 1, 1), (0, 0)]", conv, X, W,
+          padding=[(1, 1, 1), (0, 0)]),
+    value("conv: padding expected one int or pair for each of 2 dims, got [(1, 1)]", conv, X, W, padding=[(1, 1)]),
+    kind("conv: padding expected ints, got [1, 'a']", conv, X, W, padding=[1, "a"]),
+    kind("conv: padding expected ints, got 1.5", conv, X, W, padding=1.5),
+    kind("conv: padding expected ints, got None", conv, X, W, padding=None),
+    # conv: the rest
+    kind("conv: preferred_element_type expected a floating dtype, got int32", conv, X, W,
+         preferred_element_type=jnp.int32),
+    kind("conv: preferred_element_type expected a floating dtype, got 'foo'", conv, X, W, preferred_element_type="foo"),
+    value(f"conv: precision expected {PRECISIONS}, got 'unknown'", conv, X, W, precision="unknown"),
+    value(f"conv: precision expected {PRECISIONS}, got 3", conv, X, W, precision=3),
+    value(f"conv: precision expected {PRECISIONS}, got ('high', 'high', 'high')", conv, X, W, precision=("high",) * 3),
+    value(f"conv: dimension_numbers expected {LAYOUTS}, got 'NHWC'", conv, X, W, dimension_numbers="NHWC"),
+    value(f"conv: dimension_numbers expected {LAYOUTS}, got ('NHWC', 'HWIO')", conv, X, W,
+          dimension_numbers=("NHWC", "HWIO")),
+    value(f"conv: dimension_numbers expected {LAYOUTS}, got 3", conv, X, W, dimension_numbers=3),
+    value("conv: dimension_numbers expected the 4 letters 'NCHW' for y, got 'NHWX' of ('NHWC', 'HWIO', 'NHWX')", conv,
+          X, W, dimension_numbers=("NHWC", "HWIO", "NHWX")),
+    value("conv: dimension_numbers expected the 4 letters 'NCH' for x, got 'NHC' of ('NHC', 'HIO', 'NHC')", conv, X, W,
+          dimension_numbers=("NHC", "HIO", "NHC")),
+    kind("conv: rule expected None, autodiff or a hashable function (call, delta), got 3", conv, X, W, rule=3),
+    kind("conv: rule expected None, autodiff or a hashable function (call, delta), got []", conv, X, W, rule=[]),
+    # hidden_layer: what it adds
+    value("hidden_layer: b expected shape (8,), one number for each output channel, got (1,)", hidden_layer, X, W,
+          B[:1]),
+    kind("hidden_layer: b expected an array, got None", hidden_layer, X, W, None),
+    value("hidden_layer: w expected (*K, I/groups, O) with 2 spatial dims, like x; x (2, 6, 6, 4), w ()", hidden_layer,
+          X, W[0, 0, 0, 0], B),
+    value("hidden_layer: window expected ints >= 1, got 0", hidden_layer, X, W, B, window=0),
+    value("hidden_layer: window (5, 5) is larger than the padded picture; spatial dims (4, 4), "
+          "padding ((0, 0), (0, 0))", hidden_layer, X, W, B, window=5),
+    value("hidden_layer: pool_stride expected ints >= 1, got 0", hidden_layer, X, W, B, pool_stride=0),
+    value("hidden_layer: pool_padding expected ints >= 0, got -2", hidden_layer, X, W, B, pool_padding=-2),
+    value(f"hidden_layer: pool_padding expected one of {NAMES}, an int, or an int or pair per dim; got 'REFLECT'",
+          hidden_layer, X, W, B, pool_padding="REFLECT"),
+    value("hidden_layer: a window lies wholly in padding; window (2, 2), padding ((2, 2), (2, 2)), spatial dims (4, 4)",
+          hidden_layer, X, W, B, pool_padding=2, pool_stride=1),
+    # pooling
+    *(row for pool in (max_pool, avg_pool) for name in [pool.__name__] for row in [
+        value(f"{name}: x expected (N, *spatial, C) with 1, 2 or 3 spatial dims, got shape (6, 4)", pool, X[0, 0], 2),
+        value(f"{name}: window expected ints >= 1, got 0", pool, X, 0),
+        value(f"{name}: window expected one int or 2 of them, got (2, 2, 2)", pool, X, (2, 2, 2)),
+        kind(f"{name}: window expected ints, got 2.0", pool, X, 2.0),
+        kind(f"{name}: window expected ints, got None", pool, X, None),
+        value(f"{name}: window (7, 7) is larger than the padded picture; spatial dims (6, 6), padding ((0, 0), (0, 0))",
+              pool, X, 7),
+        value(f"{name}: stride expected ints >= 1, got -1", pool, X, 2, stride=-1),
+        value(f"{name}: dilation expected ints >= 1, got 0", pool, X, 2, dilation=0),
+        value(f"{name}: padding expected one of {NAMES}, an int, or an int or pair per dim; got 'REFLECT'", pool, X, 2,
+              padding="REFLECT"),
+        value(f"{name}: a window lies wholly in padding; window (2, 2), padding ((3, 0), (0, 0)), spatial dims (6, 6)",
+              pool, X, 2, padding=((3, 0), (0, 0))),
+        kind(f"{name}: ceil_mode expected a bool, got 'yes'", pool, X, 2, ceil_mode="yes"),
+    ]),
+    kind("avg_pool: count_include_pad expected a bool, got 'no'", avg_pool, X, 2, count_include_pad="no"),
+    # Kronecker
+    value("kron: a and b expected the same rank, got a (2, 6, 6, 4), b (2, 6, 4)", kron, X, ROW),
+    value("kron_up: x expected (N, *spatial, C) with 1, 2 or 3 spatial dims, got shape (6, 4)", kron_up, X[0, 0], 2),
+    value("kron_up: factor expected ints >= 1, got 0", kron_up, X, 0),
+    value("kron_up: factor expected one int or 2 of them, got (2,)", kron_up, X, (2,)),
+    kind("kron_up: factor expected ints, got 1.5", kron_up, X, 1.5),
+    value("block_sum: factor (4, 4) does not divide the spatial dims (6, 6)", block_sum, X, 4),
+    value("block_sum: factor expected ints >= 1, got (2, -1)", block_sum, X, (2, -1)),
+    # activations
+    value("leaky_relu: negative_slope expected a finite number, got nan", leaky_relu, X, negative_slope=NAN),
+    value("leaky_relu: negative_slope expected a finite number, got inf", leaky_relu, X, negative_slope=INF),
+    kind("leaky_relu: negative_slope expected a Python float, got str", leaky_relu, X, negative_slope="0.1"),
+    value("elu: alpha expected a finite number, got -inf", elu, X, alpha=-INF),
+    kind("elu: alpha expected a Python float, got bool", elu, X, alpha=True),
+    kind("relu: rule expected None, autodiff or a hashable function (call, delta), got 'autodiff'", relu, X,
+         rule="autodiff"),
+    # dense
+    value("dense: expected x (…, I) and w (I, O), got x (2, 6, 6, 4), w (3, 8)", dense, X, W[0, 0, :3]),
+    value("dense: expected x (…, I) and w (I, O), got x (2, 6, 6, 4), w (3, 3, 4, 8)", dense, X, W),
+    value("dense: expected x (…, I) and w (I, O), got x (), w (4, 8)", dense, B[0], W[0, 0]),
+    value("dense: b expected shape (8,), one number for each output, got (1,)", dense, X, W[0, 0], B[:1]),
+    value("dense: b expected shape (8,), one number for each output, got (1, 8)", dense, X, W[0, 0], B[None]),
+    # dropout
+    value("dropout: rate expected a number in [0, 1), got -0.1", dropout, X, -0.1, KEY),
+    value("dropout: rate expected a number in [0, 1), got 1", dropout, X, 1, KEY),
+    value("dropout: rate expected a number in [0, 1), got nan", dropout, X, NAN, KEY),
+    kind("dropout: rate expected a Python float, got bool", dropout, X, True, KEY),
+    kind("dropout: rate expected a Python float, got NoneType", dropout, X, None, KEY),
+    kind(f"dropout: key expected {ONE_KEY}, got None", dropout, X, 0.5, None),
+    kind(f"dropout: key expected {ONE_KEY}, got 0", dropout, X, 0.5, 0),
+    kind(f"dropout: key expected {ONE_KEY}, got uint32[2]", dropout, X, 0.5, np.zeros(2, np.uint32)),
+    kind(f"dropout: key expected {ONE_KEY}, got key<fry>[2]", dropout, X, 0.5, jax.random.split(KEY)),
+    kind(f"dropout: key expected {ONE_KEY}, got None", dropout, X, 0, None),  # also where it would not be used
+    # errors
+    value("squared_error: y and target expected the same shape, got y (3, 5), target (3, 1)", squared_error, LOGITS,
+          LOGITS[:, :1]),
+    value("softmax_cross_entropy: logits and targets expected the same shape (…, C), got logits (3, 5), "
+          "targets (1, 5)", softmax_cross_entropy, LOGITS, LOGITS[:1]),
+    value("softmax_cross_entropy: logits and targets expected the same shape (…, C), got logits (), targets ()",
+          softmax_cross_entropy, B[0], B[0]),
+    value("softmax_cross_entropy_with_integer_labels: expected logits (…, C) and labels (…), got logits (3, 5), "
+          "labels (3, 1)", labelled, LOGITS, np.zeros((3, 1), int)),
+    value("softmax_cross_entropy_with_integer_labels: expected logits (…, C) and labels (…), got logits (3, 5), "
+          "labels (4,)", labelled, LOGITS, np.zeros(4, int)),
+    kind("softmax_cross_entropy_with_integer_labels: labels expected an integer dtype, got float32", labelled, LOGITS,
+         LOGITS[:, 0]),
+    kind("softmax_cross_entropy_with_integer_labels: labels expected an integer dtype, got bool", labelled, LOGITS,
+         LOGITS[:, 0] > 0),
+    kind("softmax_cross_entropy_with_integer_labels: labels expected an array, got None", labelled, LOGITS, None),
+    kind("softmax_cross_entropy_with_integer_labels: labels expected an array, got list", labelled, LOGITS,
+         [[1], [1, 2]]),
+    value("softmax_cross_entropy_with_integer_labels: labels expected 0 … 4, got -1 … 1", labelled, LOGITS, [0, 1, -1]),
+    value("softmax_cross_entropy_with_integer_labels: labels expected 0 … 4, got 0 … 5", labelled, LOGITS, [0, 1, 5]),
+]  # fmt: skip
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arrays of ops: each argument in turn is none, or of a dtype that has no δ
+
+ARRAYS = {
+    # name: (op of its arrays alone, their names, arrays that fit)
+    "conv": (conv, "xwb", (X, W, B)),
+    "hidden_layer": (hidden_layer, "xwb", (X, W, B)),
+    "dense": (dense, "xwb", (X, W[0, 0], B)),
+    "max_pool": (functools.partial(max_pool, window=2), "x", (X,)),
+    "avg_pool": (functools.partial(avg_pool, window=2), "x", (X,)),
+    "kron": (kron, "ab", (X, X)),
+    "kron_up": (functools.partial(kron_up, factor=2), "x", (X,)),
+    "block_sum": (functools.partial(block_sum, factor=2), "x", (X,)),
+    "dropout": (functools.partial(dropout, rate=0.5, key=KEY), "x", (X,)),
+    "squared_error": (squared_error, ("y", "target"), (LOGITS, LOGITS)),
+    "softmax_cross_entropy": (softmax_cross_entropy, ("logits", "targets"), (LOGITS, LOGITS)),
+    "softmax_cross_entropy_with_integer_labels": (
+        functools.partial(labelled, labels=np.zeros(3, int)), ("logits",), (LOGITS,)
+    ),
+    **{
+        name: (getattr(jaxcnn, name), "x", (X,))
+        for name in ("relu", "leaky_relu", "elu", "gelu", "silu", "softplus", "sigmoid", "tanh")
+    },
+}  # fmt: skip
+
+
+def dtype_rows():
+    for op, (call, names, arrays) in ARRAYS.items():
+        for i, name in enumerate(names):
+
+            def called(wrong, call=call, arrays=arrays, i=i):
+                return call(*arrays[:i], wrong, *arrays[i + 1 :])
+
+            for dtype in ("int32", "uint8", "bool", "complex64"):
+                yield kind(f"{op}: {name} expected a floating dtype, got {dtype}", called, arrays[i].astype(dtype))
+            yield kind(f"{op}: {name} expected an array, got object", called, object())
+            yield kind(f"{op}: {name} expected an array, got 'one'", called, "one")
+            yield kind(f"{op}: {name} expected an array, got list", called, [[1.0], [1.0, 2.0]])
+            if name != "b":
+                yield kind(f"{op}: {name} expected an array, got None", called, None)
+            if i:  # float64 beside float32; conv and dense compare b with w
+                first = {"b": "w"}.get(name, names[0]) if op != "hidden_layer" else None
+                got = ", ".join(
+                    f"{n} {'float64' if n == name else 'float32'}" for n in ([first, name] if first else names)
+                )
+                yield kind(f"{op}: expected one dtype for all arrays, got {got}", called, arrays[i].astype(np.float64))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def raised(row: Bad, call: Callable[[], Any]) -> None:
+    with pytest.raises(row.error) as caught:
+        call()
+    assert type(caught.value) is row.error  # not one of JAX's own subclasses
+    assert str(caught.value) == row.message
+
+
+def traceable(a: Any) -> bool:
+    return isinstance(a, np.ndarray | np.generic) and (a.dtype == np.float32 or a.dtype == np.float64)
+
+
+@pytest.mark.parametrize("row", [*CALLS, *dtype_rows()], ids=str)
+def test_bad_calls_of_ops(row):
+    raised(row, lambda: row.call(*row.args, **row.options))
+    traced = tuple(a for a in row.args if traceable(a))
+
+    def call(*arrays: Any) -> Any:
+        rest = iter(arrays)
+        return row.call(*(next(rest) if traceable(a) else a for a in row.args), **row.options)
+
+    raised(row, lambda: jax.eval_shape(call, *traced))
+    if traced:
+        raised(row, lambda: jax.vjp(call, *traced))
+
+
+def test_the_arrays_that_fit_do_fit():
+    """Or the rows about dtypes would be about something else."""
+    for call, _, arrays in ARRAYS.values():
+        assert jax.eval_shape(call, *arrays).dtype == np.float32
+
+
+TRACED = "expected ints, got a value traced by jax; it must be static"
+TRACED_OPTIONS = [
+    # of one int that jit traces
+    kind(f"conv: stride {TRACED}", lambda n: conv(X, W, stride=n)),
+    kind(f"conv: stride {TRACED}", lambda n: conv(X, W, stride=(1, n))),
+    kind(f"conv: stride {TRACED}", lambda n: conv(X, W, stride=jnp.stack([n, n]))),
+    kind(f"conv: dilation {TRACED}", lambda n: conv(X, W, dilation=n)),
+    kind(f"conv: groups {TRACED}", lambda n: conv(X, W, groups=n)),
+    kind(f"conv: padding {TRACED}", lambda n: conv(X, W, padding=n)),
+    kind(f"conv: padding {TRACED}", lambda n: conv(X, W, padding=((n, 1), (0, 0)))),
+    kind(f"max_pool: window {TRACED}", lambda n: max_pool(X, n)),
+    kind(f"avg_pool: stride {TRACED}", lambda n: avg_pool(X, 2, stride=n)),
+    kind(f"hidden_layer: pool_stride {TRACED}", lambda n: hidden_layer(X, W, B, pool_stride=n)),
+    kind(f"kron_up: factor {TRACED}", lambda n: kron_up(X, n)),
+    kind(f"block_sum: factor {TRACED}", lambda n: block_sum(X, n)),
+    kind("max_pool: ceil_mode expected a bool, got a value traced by jax; it must be static",
+         lambda n: max_pool(X, 2, ceil_mode=n > 0)),
+    kind("avg_pool: count_include_pad expected a bool, got a value traced by jax; it must be static",
+         lambda n: avg_pool(X, 2, count_include_pad=n > 0)),
+    kind("dropout: rate expected a Python float, got a value traced by jax; it must be static",
+         lambda n: dropout(X, n / 10, KEY)),
+    kind("leaky_relu: negative_slope expected a Python float, got a value traced by jax; it must be static",
+         lambda n: leaky_relu(X, negative_slope=n / 10)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", TRACED_OPTIONS, ids=str)
+def test_static_options_that_are_traced(row):
+    raised(row, lambda: jax.jit(row.call)(2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rules: what they return is looked at when δ comes
+
+
+def too_few(call, delta):
+    return call.exact(delta)[:1]
+
+
+def a_list(call, delta):
+    return list(call.exact(delta))
+
+
+def no_tuple(call, delta):
+    return None
+
+
+def delta_itself(call, delta):
+    return (delta, None, None)
+
+
+RULES = [
+    # of one picture
+    value("conv: rule too_few: expected a tuple of 3 cotangents, one for each input; got 1",
+          lambda x: conv(x, W, rule=too_few)),
+    value("conv: rule a_list: expected a tuple of 3 cotangents, one for each input; got list",
+          lambda x: conv(x, W, rule=a_list)),
+    value("max_pool: rule no_tuple: expected a tuple of 1 cotangents, one for each input; got NoneType",
+          lambda x: max_pool(x, 2, rule=no_tuple)),
+    value("conv: rule delta_itself: cotangent 0 expected shape (2, 6, 6, 4), got (2, 4, 4, 8)",
+          lambda x: conv(x, W, rule=delta_itself)),
+    value("dropout: rule delta_itself: expected a tuple of 2 cotangents, one for each input; got 3",
+          lambda x: dropout(x, 0.5, KEY, rule=delta_itself)),
+    value("conv: rule too_few: expected a tuple of 3 cotangents, one for each input; got 1",
+          lambda x: serial(Conv(8, 3)).apply({"conv1": {"w": W, "b": B}}, x, rules=too_few)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", RULES, ids=str)
+def test_what_wrong_rules_return(row):
+    def gradient(x):
+        y, pull = jax.vjp(row.call, x)
+        return pull(y)
+
+    raised(row, lambda: gradient(X))
+    raised(row, lambda: jax.eval_shape(gradient, X))
+
+
+def test_autodiff_is_a_marker():
+    raised(
+        kind("autodiff: expected as rule= of an op; it is not a function of (call, delta)", lambda: None),
+        lambda: jaxcnn.rules.autodiff(None, X),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nets and training
+
+SHAPE = (8, 8, 3)
+SHAPES = "shape expected a tuple of ints >= 1 such as (28, 28, 1)"
+
+
+def built(*layers, shape=SHAPE, key=KEY):
+    return serial(*layers).init(key, shape)
+
+
+def applied(params=None, x=np.ones((2, *SHAPE), np.float32), **options):  # noqa: B008
+    return NET.apply(NET.init(KEY, SHAPE) if params is None else params, x, **options)
+
+
+NET = serial(Conv(4, 3), residual(Conv(4, 3, padding="SAME"), Relu()), Flatten(), Dropout(0.5), Dense(10))
+AUTO = jaxcnn.rules.autodiff
+
+
+class Branches(jaxcnn.Layer):
+    """A layer of somebody else's that looks at numbers that are not there yet."""
+
+    def apply(self, params, x, *, key=None, rule=None):
+        return x if x.sum() > 0 else -x
+
+
+NETS = [
+    # made
+    kind("serial: expected layers such as Conv(32, 5), got 3", serial, Relu(), 3),
+    kind("serial: expected layers such as Conv(32, 5), got <class 'jaxcnn.net.Relu'>", serial, Relu),
+    kind("residual: expected layers such as Conv(32, 5), got 'relu'", residual, "relu"),
+    value("serial: expected names that differ and hold no '/', got 'a'", serial, Relu(name="a"), MaxPool(2, name="a")),
+    value("serial: expected names that differ and hold no '/', got 'relu2'", serial, Relu(name="relu2"), Relu()),
+    value("serial: expected names that differ and hold no '/', got 'a/b'", serial, Relu(name="a/b")),
+    kind("serial: name expected a str, got 3", serial, Relu(name=3)),
+    value("Conv: features expected an int >= 1, got 0", Conv, 0, 3),
+    value("HiddenLayer: features expected an int >= 1, got -1", HiddenLayer, -1, 3),
+    kind("Conv: features expected ints, got 1.5", Conv, 1.5, 3),
+    kind("Dense: features expected ints, got True", Dense, True),
+    value("Conv: groups expected an int >= 1, got 0", Conv, 4, 3, groups=0),
+    kind("Conv: groups expected ints, got 2.0", Conv, 4, 3, groups=2.0),
+    value("Dropout: rate expected a number in [0, 1), got 1.5", Dropout, 1.5),
+    kind("Dropout: rate expected a Python float, got str", Dropout, "0.5"),
+    # given a shape: the name of the layer in front
+    value("conv1: conv: patch (9, 9) is larger than the padded picture; spatial dims (8, 8), padding ((0, 0), (0, 0))",
+          built, Conv(4, 9)),
+    value("conv2: conv: patch (7, 7) is larger than the padded picture; spatial dims (6, 6), padding ((0, 0), (0, 0))",
+          built, Conv(4, 3), Conv(4, 7)),
+    value("conv1: conv: stride expected ints >= 1, got 0", built, Conv(4, 3, stride=0)),
+    value("conv1: Conv: groups=2 must divide 3 input and 4 output channels", built, Conv(4, 3, groups=2)),
+    value("conv1: Conv: groups=5 must divide 3 input and 5 output channels", built, Conv(5, 3, groups=5)),
+    value("conv1: Conv: patch expected one int or 2 of them, got (3, 3, 3)", built, Conv(4, (3, 3, 3))),
+    value("conv1: Conv: patch expected ints >= 1, got 0", built, Conv(4, 0)),
+    value("conv1: conv: x expected (N, *spatial, C) with 1, 2 or 3 spatial dims, got shape (1, 192)", built, Flatten(),
+          Conv(4, 3, name="conv1")),
+    value("mine: max_pool: window (9, 9) is larger than the padded picture; spatial dims (8, 8), "
+          "padding ((0, 0), (0, 0))", built, MaxPool(9, name="mine")),
+    value("avg_pool1: avg_pool: stride expected ints >= 1, got 0", built, AvgPool(2, stride=0)),
+    value("hidden_layer1: hidden_layer: pool_stride expected ints >= 1, got 0", built,
+          HiddenLayer(4, 3, pool_stride=0)),
+    value("leaky_relu1: leaky_relu: negative_slope expected a finite number, got nan", built, LeakyRelu(NAN)),
+    value("residual1/in/conv1: conv: patch (9, 9) is larger than the padded picture; spatial dims (8, 8), "
+          "padding ((0, 0), (0, 0))", built, residual(Relu(), serial(Conv(4, 9), name="in"))),
+    value("residual1: residual: layers expected to keep the shape (1, 8, 8, 3), got (1, 8, 8, 4)", built,
+          residual(Conv(4, 3, padding="SAME"))),
+    kind(f"serial: {SHAPES}, got 784", built, Dense(3), shape=784),
+    kind(f"serial: {SHAPES}, got (4.0,)", built, Dense(3), shape=(4.0,)),
+    value(f"serial: {SHAPES}, got (-4,)", built, Dense(3), shape=(-4,)),
+    kind(f"serial: {SHAPES}, got 784", lambda: serial(Dense(3)).summary(784)),
+    kind(f"serial: {SHAPES}, got 784", lambda: jaxcnn.TrainState.create(serial(Dense(3)), optax.sgd(0.1), KEY, 784)),
+    # given keys
+    kind(f"serial: key expected {ONE_KEY}, got 0", built, Dense(3), key=0),
+    kind(f"serial: key expected {ONE_KEY}, got None", built, Dense(3), key=None),
+    kind(f"serial: key expected {ONE_KEY}, got uint32[2]", built, Dense(3), key=np.zeros(2, np.uint32)),
+    kind(f"serial: key expected {ONE_KEY}, got key<fry>[2]", built, Dense(3), key=jax.random.split(KEY)),
+    kind(f"serial: key expected {ONE_KEY}, got 3", applied, key=3),
+    kind(f"serial: key expected {ONE_KEY}, got uint32[2]", applied, key=np.zeros(2, np.uint32)),
+    # given parameters and pictures
+    value("conv1: expected params['conv1']['w'], got params with []", applied, {}),
+    value("residual1/conv1: expected params['conv1']['w'], got params with []", applied,
+          {"conv1": {"w": np.ones((3, 3, 3, 4), np.float32)}, "residual1": {}}),
+    kind("serial: params expected a dict as init makes it, got list", applied, []),
+    value("conv: x has 2 channels but w expects 3 (groups=1); x (2, 8, 8, 2), w (3, 3, 3, 4)", applied,
+          x=np.ones((2, 8, 8, 2), np.float32)),
+    kind("conv: x expected a floating dtype, got uint8", applied, x=np.ones((2, *SHAPE), np.uint8)),
+    kind("conv: expected one dtype for all arrays, got x float64, w float32", applied, x=np.ones((2, *SHAPE))),
+    kind("serial: x expected an array, got None", applied, x=None),
+    # given rules
+    value("rules: expected names of layers, got 'conv2'; the nearest are conv1, residual1/conv1, dense1", applied,
+          rules={"conv2": AUTO}),
+    kind("rules: expected layer types, names or predicates as keys, got 3", applied, rules={3: AUTO}),
+    kind("rules: expected layer types, names or predicates as keys, got Relu(name=None)", applied,
+         rules={Relu(): AUTO}),
+    kind("rules: expected layer types, names or predicates as keys, got <class 'int'>", applied, rules={int: AUTO}),
+    kind("conv: rule expected None, autodiff or a hashable function (call, delta), got 'autodiff'", applied,
+         rules="autodiff"),
+    kind("conv: rule expected None, autodiff or a hashable function (call, delta), got 3", applied, rules={Conv: 3}),
+    # evaluated
+    value("evaluate: batches expected at least one example, got none",
+          lambda: jaxcnn.evaluate(NET, labelled, NET.init(KEY, SHAPE), [])),
+    value("evaluate: batches expected at least one example, got none",
+          lambda: jaxcnn.evaluate(NET, labelled, NET.init(KEY, SHAPE),
+                                  [(np.ones((0, *SHAPE), np.float32), np.zeros(0, int))])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", NETS, ids=str)
+def test_bad_calls_of_nets_and_training(row):
+    raised(row, lambda: row.call(*row.args, **row.options))
+
+
+def test_a_layer_that_jax_refuses_is_named():
+    """JAX's errors cannot be made from a message alone."""
+    with pytest.raises(TypeError, match=r"^branches1: .*traced array"):
+        built(Branches())
+
+
+def test_the_training_step_refuses_before_it_computes():
+    """Labels that are one too many, in the trace of the step."""
+    optimizer = optax.sgd(0.1)
+    state = jaxcnn.TrainState.create(NET, optimizer, KEY, SHAPE)
+    step = jaxcnn.make_train_step(NET, labelled, optimizer)
+    row = value(
+        "softmax_cross_entropy_with_integer_labels: expected logits (…, C) and labels (…), got logits (2, 10), "
+        "labels (3,)", lambda: step(state, (np.ones((2, *SHAPE), np.float32), np.zeros(3, int)))
+    )  # fmt: skip
+    raised(row, row.call)
+    assert not any(a.is_deleted() for a in jax.tree.leaves(state)), "the state was not donated"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tables themselves
+
+
+def test_every_message_is_one_line_and_begins_with_its_op():
+    rows = [*CALLS, *dtype_rows(), *TRACED_OPTIONS, *RULES]
+    for row in [*rows, *NETS]:
+        assert "\n" not in row.message
+    ops = {name for name in dir(jaxcnn) if callable(getattr(jaxcnn, name)) and name[0].islower()}
+    nets = {"serial", "residual", "evaluate", "make_train_step"}
+    signals = {"convolve", "correlate", "autocorrelate", "match_template"}  # see tests/ops/test_signal.py
+    assert {row.message.split(":")[0] for row in rows} == ops - nets - signals

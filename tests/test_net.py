@@ -1,0 +1,388 @@
+"""Nets: names, parameters, what a summary counts, and which layer takes which rule."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import jaxcnn
+from jaxcnn import (
+    AvgPool,
+    Conv,
+    Dense,
+    Dropout,
+    Elu,
+    Flatten,
+    Gelu,
+    HiddenLayer,
+    LeakyRelu,
+    MaxPool,
+    Relu,
+    Sigmoid,
+    Silu,
+    Softplus,
+    Tanh,
+    residual,
+    serial,
+)
+from tests.agreement import net_in_torch, numbers, pulled, random_delta, tensors
+
+LECTURE = serial(
+    Conv(32, 5), Relu(), MaxPool(2), Conv(64, 5), Relu(), MaxPool(2), Flatten(), Dropout(0.5), Dense(10)
+)  # fmt: skip
+
+
+def key(seed=0):
+    return jax.random.key(seed)
+
+
+def pictures(*shape, dtype=np.float64):
+    return np.random.default_rng(0).standard_normal(shape).astype(dtype)
+
+
+def shapes(params):
+    return jax.tree.map(np.shape, params, is_leaf=lambda a: hasattr(a, "shape"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parameters
+
+
+def test_parameters_by_name_and_shape():
+    assert shapes(jax.eval_shape(lambda: LECTURE.init(key(), (28, 28, 1)))) == {
+        "conv1": {"w": (5, 5, 1, 32), "b": (32,)},
+        "conv2": {"w": (5, 5, 32, 64), "b": (64,)},
+        "dense1": {"w": (4 * 4 * 64, 10), "b": (10,)},
+    }
+
+
+LAYERS = {
+    # name: (layer, shape, shapes of its parameters, shape that comes out)
+    "conv 1-D": (Conv(4, 3), (8, 2), {"w": (3, 2, 4), "b": (4,)}, (6, 4)),
+    "conv 3-D": (Conv(4, (2, 3, 1)), (5, 5, 5, 2), {"w": (2, 3, 1, 2, 4), "b": (4,)}, (4, 3, 5, 4)),
+    "conv, groups": (Conv(6, 3, groups=2), (8, 8, 4), {"w": (3, 3, 2, 6), "b": (6,)}, (6, 6, 6)),
+    "conv, no bias": (Conv(4, 3, bias=False), (8, 8, 2), {"w": (3, 3, 2, 4)}, (6, 6, 4)),
+    "conv, every option": (
+        Conv(4, 3, stride=2, padding=((1, 0), (2, 1)), dilation=2), (8, 9, 2),
+        {"w": (3, 3, 2, 4), "b": (4,)}, (3, 4, 4),
+    ),
+    "hidden layer": (HiddenLayer(4, 3), (8, 8, 2), {"w": (3, 3, 2, 4), "b": (4,)}, (3, 3, 4)),
+    "hidden layer, options": (
+        HiddenLayer(4, 3, window=3, pool_stride=2, stride=1, padding="SAME"), (9, 8, 2),
+        {"w": (3, 3, 2, 4), "b": (4,)}, (4, 3, 4),
+    ),
+    "dense": (Dense(3), (5,), {"w": (5, 3), "b": (3,)}, (3,)),
+    "dense, no bias": (Dense(3, bias=False), (5,), {"w": (5, 3)}, (3,)),
+    "dense on pixels": (Dense(3), (4, 4, 5), {"w": (5, 3), "b": (3,)}, (4, 4, 3)),
+    "max_pool": (MaxPool(2, stride=1, padding="SAME"), (5, 5, 2), {}, (5, 5, 2)),
+    "avg_pool": (AvgPool((2, 1)), (5, 5, 2), {}, (2, 5, 2)),
+    "flatten": (Flatten(), (5, 4, 2), {}, (40,)),
+    "dropout": (Dropout(0.5), (5, 4), {}, (5, 4)),
+    "relu": (Relu(), (5, 4), {}, (5, 4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers(name):
+    layer, shape, expected, out = LAYERS[name]
+    params = layer.init(key(), shape)
+    assert shapes(params) == expected
+    x = pictures(2, *shape, dtype=np.float32)
+    assert layer.apply(params, x).shape == (2, *out)
+    (row,) = serial(layer).summary(shape).rows
+    assert (row.output_shape, row.parameters) == (out, sum(np.prod(s, dtype=int) for s in expected.values()))
+
+
+def test_the_same_key_makes_the_same_parameters():
+    net = serial(Conv(2, 3), HiddenLayer(2, 3), Flatten(), Dense(3))
+    params = net.init(key(), (8, 8, 2))
+    chex.assert_trees_all_equal(params, net.init(key(), (8, 8, 2)))
+    other = net.init(key(1), (8, 8, 2))
+    assert all(np.any(params[name]["w"] != other[name]["w"]) for name in params)
+
+
+def test_layers_of_one_shape_begin_with_different_parameters():
+    params = serial(Conv(2, 3, padding="SAME"), residual(Conv(2, 3, padding="SAME"))).init(key(), (8, 8, 2))
+    assert np.any(params["conv1"]["w"] != params["residual1"]["conv1"]["w"])
+
+
+def test_a_layer_more_at_the_end_leaves_the_others_as_they_were():
+    shorter = serial(Conv(2, 3), Relu()).init(key(), (8, 8, 2))
+    longer = serial(Conv(2, 3), Relu(), Conv(2, 3)).init(key(), (8, 8, 2))
+    chex.assert_trees_all_equal(shorter["conv1"], longer["conv1"])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64, jnp.bfloat16])
+def test_parameters_in_other_dtypes(dtype):
+    net = serial(HiddenLayer(2, 3), Flatten(), Dense(3))
+    params = net.init(key(), (8, 8, 1), dtype)
+    assert {a.dtype for a in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
+    assert net.apply(params, jnp.ones((2, 8, 8, 1), dtype)).dtype == dtype
+
+
+def test_initial_weights_keep_the_size_of_what_they_carry():
+    """He et al. 2015 before a ReLU, Glorot & Bengio 2010 before none; biases are zero."""
+    params = serial(Conv(64, 5), Flatten(), Dense(200)).init(key(), (12, 12, 16))
+    fan_in, fan_out = 8 * 8 * 64, 200
+    assert np.std(params["conv1"]["w"]) == pytest.approx(np.sqrt(2 / (5 * 5 * 16)), rel=0.03)
+    assert np.std(params["dense1"]["w"]) == pytest.approx(np.sqrt(2 / (fan_in + fan_out)), rel=0.03)
+    assert not any(np.any(layer["b"]) for layer in params.values())
+
+
+def test_other_initializers():
+    layers = (Conv, HiddenLayer, Dense)
+    for layer, patch in zip(layers, [(3,), (3,), ()], strict=True):
+        made = layer(2, *patch, init_w=jax.nn.initializers.ones, init_b=jax.nn.initializers.constant(3))
+        params = made.init(key(), (8, 8, 2))
+        assert np.all(params["w"] == 1)
+        assert np.all(params["b"] == 3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names
+
+
+def test_names():
+    net = serial(
+        Conv(2, 3, padding="SAME"), LeakyRelu(), Conv(2, 3, padding="SAME", name="second"), MaxPool(2), LeakyRelu(),
+        residual(Conv(2, 1), serial(Relu(), name="inner"), Relu()), serial(Flatten(), Dense(3)),
+    )  # fmt: skip
+    assert [name for name, _ in net.walk()] == [
+        "conv1", "leaky_relu1", "second", "max_pool1", "leaky_relu2",
+        "residual1", "residual1/conv1", "residual1/inner", "residual1/inner/relu1", "residual1/relu1",
+        "serial1", "serial1/flatten1", "serial1/dense1",
+    ]  # fmt: skip
+    params = net.init(key(), (8, 8, 2))
+    assert shapes(params) == {
+        "conv1": {"w": (3, 3, 2, 2), "b": (2,)},
+        "second": {"w": (3, 3, 2, 2), "b": (2,)},
+        "residual1": {"conv1": {"w": (1, 1, 2, 2), "b": (2,)}},
+        "serial1": {"dense1": {"w": (32, 3), "b": (3,)}},
+    }
+
+
+class Scale(jaxcnn.Layer):
+    """A layer of somebody else's: one number."""
+
+    def init(self, key, shape, dtype=jnp.float32):
+        return {"by": jnp.full((), 2, dtype)}
+
+    def apply(self, params, x, *, key=None, rule=None):
+        return x * params["by"]
+
+
+def test_a_layer_of_somebody_else():
+    net = serial(Scale(), Relu(), Scale(name="again"))
+    params = net.init(key(), (3,))
+    np.testing.assert_array_equal(net.apply(params, np.array([[-1, 0, 2]], np.float32)), [[0, 0, 8]])
+    assert set(params) == {"scale1", "again"}
+    assert net.summary((3,)).parameters == 2
+
+
+def test_a_residual_adds_its_input():
+    layers = Conv(3, 3, padding="SAME"), Tanh()
+    plain, added = serial(*layers), residual(*layers)
+    params = plain.init(key(), (6, 6, 3))
+    x = pictures(2, 6, 6, 3, dtype=np.float32)
+    y, pull = jax.vjp(plain.apply, params, x)
+    y_added, pull_added = jax.vjp(added.apply, params, x)
+    delta = random_delta(y)
+    np.testing.assert_array_equal(y_added, x + y)
+    (grads, delta_x), (grads_added, delta_x_added) = pull(delta), pull_added(delta)
+    chex.assert_trees_all_close(grads_added, grads, rtol=1e-6)
+    np.testing.assert_allclose(delta_x_added, delta_x + delta, rtol=1e-5, atol=1e-6)
+
+
+def test_no_layers_at_all():
+    net = serial()
+    x = pictures(2, 3)
+    assert net.init(key(), (3,)) == {}
+    np.testing.assert_array_equal(net.apply({}, x), x)
+    assert (net.summary((3,)).parameters, net.summary((3,)).flops) == (0, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation and training
+
+
+def test_a_key_means_training():
+    net = serial(Dropout(0.5), serial(Dropout(0.5)))
+    x = np.ones((50, 40), np.float32)
+    np.testing.assert_array_equal(net.apply({}, x), x)
+    y = np.asarray(net.apply({}, x, key=key()))
+    assert set(np.unique(y)) == {0, 4}
+    # Two masks, of keys of their own: a quarter passes both.  One mask twice would let half pass.
+    assert np.mean(y == 4) == pytest.approx(0.25, abs=0.05)
+    np.testing.assert_array_equal(net.apply({}, x, key=key()), y)
+    assert np.any(np.asarray(net.apply({}, x, key=key(1))) != y)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Summary
+
+
+def test_summary_of_the_lecture_net_by_hand():
+    summary = LECTURE.summary((28, 28, 1))
+    per_output = {"conv1": 25 + 24 + 1, "conv2": 25 * 32 + (25 * 32 - 1) + 1, "dense1": 1024 + 1023 + 1}
+    assert [(row.name, row.op, row.output_shape, row.parameters, row.flops) for row in summary.rows] == [
+        ("conv1", "Conv", (24, 24, 32), 25 * 32 + 32, 24 * 24 * 32 * per_output["conv1"]),
+        ("relu1", "Relu", (24, 24, 32), 0, 24 * 24 * 32),
+        ("max_pool1", "MaxPool", (12, 12, 32), 0, 12 * 12 * 32 * 3),
+        ("conv2", "Conv", (8, 8, 64), 25 * 32 * 64 + 64, 8 * 8 * 64 * per_output["conv2"]),
+        ("relu2", "Relu", (8, 8, 64), 0, 8 * 8 * 64),
+        ("max_pool2", "MaxPool", (4, 4, 64), 0, 4 * 4 * 64 * 3),
+        ("flatten1", "Flatten", (1024,), 0, 0),
+        ("dropout1", "Dropout", (1024,), 0, 0),
+        ("dense1", "Dense", (10,), 1024 * 10 + 10, 10 * per_output["dense1"]),
+    ]
+    assert (summary.parameters, summary.flops) == (62_346, 7_535_104)
+    params = jax.eval_shape(lambda: LECTURE.init(key(), (28, 28, 1)))
+    assert sum(a.size for a in jax.tree.leaves(params)) == summary.parameters
+
+
+FLOPS = {
+    # name: (layers, shape, FLOPs by hand)
+    "conv without bias": ((Conv(4, 3, bias=False),), (8, 8, 2), 6 * 6 * 4 * (18 + 17)),
+    "groups": ((Conv(4, 3, groups=2),), (8, 8, 2), 6 * 6 * 4 * (9 + 8 + 1)),
+    "dense without bias": ((Dense(4, bias=False),), (7,), 4 * (7 + 6)),
+    "average": ((AvgPool(2),), (8, 8, 2), 4 * 4 * 2 * (3 + 1)),
+    "activations": ((Gelu(), Silu()), (8, 8, 2), 2 * 8 * 8 * 2),
+    "hidden layer: its three": (
+        (HiddenLayer(4, 3, window=3),), (8, 8, 2), 6 * 6 * 4 * (18 + 17 + 1 + 1) + 2 * 2 * 4 * 8,
+    ),
+    "a net in a net": ((serial(Dense(4)),), (7,), 4 * (7 + 6 + 1)),
+    "residual: and the sum": ((residual(Dense(7)),), (7,), 7 * (7 + 6 + 1) + 7),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FLOPS)
+def test_flops_by_hand(name):
+    layers, shape, expected = FLOPS[name]
+    assert serial(*layers).summary(shape).flops == expected
+
+
+def test_summary_as_a_table():
+    net = serial(Conv(8, 3), serial(Relu(), Flatten(), name="inner"), Dense(100))
+    assert str(net.summary((10, 10, 3))).splitlines() == [
+        "layer           op       output   parameters    FLOPs",
+        "input                    10×10×3",
+        "conv1           Conv     8×8×8           224   27,648",
+        "inner/relu1     Relu     8×8×8             0      512",
+        "inner/flatten1  Flatten  512               0        0",
+        "dense1          Dense    100          51,300  102,400",
+        "total                                 51,524  130,560",
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Static
+
+
+def test_nets_are_values():
+    def net(of=tuple):
+        return serial(
+            Conv(4, of([3, 3]), stride=of([1, 2]), padding=of([of([1, 1]), of([0, 1])])),
+            HiddenLayer(4, of([2, 2]), of([2, 1])), MaxPool(of([2, 1])), AvgPool(of([1, 1]), padding=of([0, 0])),
+        )  # fmt: skip
+
+    assert net(list) == net(tuple) == net(np.array)
+    assert len({net(list), net(tuple), net(np.array)}) == 1
+    assert net() != serial(*(layer for _, layer in net().layers[:-1]))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    @chex.assert_max_traces(n=1)
+    def apply(net, params, x):
+        return net.apply(params, x)
+
+    x = pictures(2, 12, 12, 1, dtype=np.float32)
+    params = net().init(key(), x.shape[1:])
+    np.testing.assert_array_equal(apply(net(list), params, x), apply(net(np.array), params, x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rules
+
+STACK = serial(Conv(2, 3, padding="SAME"), residual(Conv(2, 3, padding="SAME"), Tanh()), Conv(2, 3))
+
+
+def times(factor):
+    def rule(call, delta):
+        return tuple(factor * c for c in call.exact(delta))
+
+    return rule
+
+
+def gradients(rules):
+    """∂E/∂w of every convolution, E = ⟨y, δ⟩."""
+    params = STACK.init(key(), (8, 8, 2), jnp.float64)
+    x = pictures(2, 8, 8, 2)
+    delta = random_delta(jax.eval_shape(STACK.apply, params, x))
+    grads = jax.jit(jax.grad(lambda params: jnp.vdot(STACK.apply(params, x, rules=rules), delta)))(params)
+    return {"conv1": grads["conv1"], "residual1/conv1": grads["residual1"]["conv1"], "conv2": grads["conv2"]}
+
+
+@pytest.fixture(scope="module")
+def exact(strict):
+    return gradients(None)
+
+
+def named_like_a_convolution(name, layer):
+    return name.endswith("conv1")
+
+
+WHICH = {
+    # rules: the factors of layers' gradients.  What reaches conv1 past the residual and through it has no one factor.
+    "none": (None, {"conv2": 1, "residual1/conv1": 1, "conv1": 1}),
+    "name": ({"conv2": times(3)}, {"conv2": 3, "residual1/conv1": 3, "conv1": 3}),
+    "name of the first": ({"conv1": times(3)}, {"conv2": 1, "residual1/conv1": 1, "conv1": 3}),
+    "name inside": ({"residual1/conv1": times(3)}, {"conv2": 1, "residual1/conv1": 3}),
+    "type": ({Tanh: times(3)}, {"conv2": 1, "residual1/conv1": 3}),
+    "base class": ({jaxcnn.Layer: times(2)}, {"conv2": 2, "residual1/conv1": 8}),
+    "predicate": ({named_like_a_convolution: times(3)}, {"conv2": 1, "residual1/conv1": 3}),
+    "first match wins: name": ({"conv2": times(3), Conv: times(2)}, {"conv2": 3, "residual1/conv1": 6}),
+    "first match wins: type": ({Conv: times(2), "conv2": times(3)}, {"conv2": 2, "residual1/conv1": 4}),
+    "None is the exact rule": ({"residual1/conv1": None, Conv: times(2)}, {"conv2": 2, "residual1/conv1": 2}),
+    "autodiff for all": (jaxcnn.rules.autodiff, {"conv2": 1, "residual1/conv1": 1, "conv1": 1}),
+    "one for all": (times(2), {"conv2": 2, "residual1/conv1": 8}),
+    "name of a net inside: all of its layers": ({"residual1": times(3)}, {"conv2": 1, "residual1/conv1": 9}),
+}
+
+
+@pytest.mark.parametrize("name", WHICH)
+def test_which_layer_takes_which_rule(name, exact):
+    rules, factors = WHICH[name]
+    found = gradients(rules)
+    for layer, factor in factors.items():
+        expected = jax.tree.map(lambda a, factor=factor: factor * a, exact[layer])
+        chex.assert_trees_all_close(found[layer], expected, rtol=1e-9, atol=1e-12)
+
+
+EVERY_LAYER = serial(
+    Conv(6, 3, padding="SAME", groups=2), LeakyRelu(0.2), residual(Conv(6, 3, padding="SAME"), Silu(), name="skip"),
+    MaxPool(3, stride=2, padding=1), Elu(0.7), HiddenLayer(8, 3, padding="SAME"), AvgPool(2, stride=1, padding=1),
+    Gelu(), Conv(4, (1, 2), stride=(2, 1), dilation=(1, 2), bias=False), Softplus(), Relu(), Flatten(), Dropout(0.5),
+    serial(Dense(12), Sigmoid(), Dense(9, bias=False), Tanh()), Dense(5),
+)  # fmt: skip
+
+
+def test_a_net_of_every_layer_against_pytorch():
+    """The same weights: values, ∂E/∂w of every parameter, and δ_x, for a random δ."""
+    kinds = {type(layer) for _, layer in EVERY_LAYER.walk()}
+    layers = {v for v in vars(jaxcnn).values() if isinstance(v, type) and issubclass(v, jaxcnn.Layer)}
+    assert layers - {jaxcnn.Layer} <= kinds
+    x = pictures(3, 12, 13, 4)
+    params = EVERY_LAYER.init(key(), x.shape[1:], jnp.float64)
+    params = jax.tree.map(lambda a: a + 0.1 * random_delta(a), params)  # biases are not zero
+    delta = random_delta(jax.eval_shape(EVERY_LAYER.apply, params, x))
+    y, found = pulled(EVERY_LAYER.apply, (params, x), delta)
+
+    leaves, x_there = tensors(params), torch.tensor(x, requires_grad=True)
+    y_there = net_in_torch(EVERY_LAYER, leaves, x_there)
+    y_there.backward(torch.tensor(delta))
+    np.testing.assert_allclose(y, y_there.detach(), rtol=1e-9)
+    expected = jax.tree.map(lambda a: a.grad, leaves), x_there.grad
+    chex.assert_trees_all_close(numbers(found), numbers(expected), rtol=1e-8, atol=1e-10)
