@@ -40,6 +40,10 @@ from jaxcnn.ops.losses import softmax_cross_entropy_with_integer_labels as softm
 from jaxcnn.ops.losses import squared_error as squared_error
 from jaxcnn.ops.pooling import avg_pool as avg_pool
 from jaxcnn.ops.pooling import max_pool as max_pool
+from jaxcnn.ops.signal import autocorrelate as autocorrelate
+from jaxcnn.ops.signal import convolve as convolve
+from jaxcnn.ops.signal import correlate as correlate
+from jaxcnn.ops.signal import match_template as match_template
 from jaxcnn.training import TrainState as TrainState
 from jaxcnn.training import evaluate as evaluate
 from jaxcnn.training import make_train_step as make_train_step

@@ -130,6 +130,33 @@ def block_sum(x: Tensor, *, factor) -> Tensor:
     return x
 
 
+def cross_correlate(a: Tensor, v: Tensor, mode: str = "full", *, method: str = "auto") -> Tensor:
+    """By `F.conv…`, which does not turn v, padded so that it holds every shift; the mode's middle of that."""
+    full = CONV[a.ndim](a[None, None], v[None, None], padding=[k - 1 for k in v.shape])[0, 0]
+    for dim, (n, k) in enumerate(zip(a.shape, v.shape, strict=True)):
+        start, size = {"full": (0, n + k - 1), "same": ((k - 1) // 2, n), "valid": (k - 1, n - k + 1)}[mode]
+        full = full.narrow(dim, start, size)
+    return full
+
+
+def convolve(a: Tensor, v: Tensor, mode: str = "full", *, method: str = "auto") -> Tensor:
+    return cross_correlate(a, v.flip(tuple(range(v.ndim))), mode)
+
+
+def autocorrelate(a: Tensor, mode: str = "full", *, method: str = "auto") -> Tensor:
+    return cross_correlate(a, a, mode)
+
+
+def match_template(image: Tensor, template: Tensor) -> Tensor:
+    """Window by window, as the formula has it."""
+    windows = image
+    for dim, k in enumerate(template.shape):
+        windows = windows.unfold(dim, k, 1)
+    inner = tuple(range(image.ndim, 2 * image.ndim))
+    x, t = windows - windows.mean(inner, keepdim=True), template - template.mean()
+    return (x * t).sum(inner) / ((x * x).sum(inner) * (t * t).sum()).sqrt()
+
+
 def dense(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     return F.linear(x, w.T, b)
 

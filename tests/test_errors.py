@@ -37,7 +37,6 @@ from jaxcnn import (
     kron_up,
     leaky_relu,
     max_pool,
-    relu,
     residual,
     serial,
     softmax_cross_entropy,
@@ -148,8 +147,6 @@ CALLS = [
           X, W, dimension_numbers=("NHWC", "HWIO", "NHWX")),
     value("conv: dimension_numbers expected the 4 letters 'NCH' for x, got 'NHC' of ('NHC', 'HIO', 'NHC')", conv, X, W,
           dimension_numbers=("NHC", "HIO", "NHC")),
-    kind("conv: rule expected None, autodiff or a hashable function (call, delta), got 3", conv, X, W, rule=3),
-    kind("conv: rule expected None, autodiff or a hashable function (call, delta), got []", conv, X, W, rule=[]),
     # hidden_layer: what it adds
     value("hidden_layer: b expected shape (8,), one number for each output channel, got (1,)", hidden_layer, X, W,
           B[:1]),
@@ -197,8 +194,6 @@ CALLS = [
     kind("leaky_relu: negative_slope expected a Python float, got str", leaky_relu, X, negative_slope="0.1"),
     value("elu: alpha expected a finite number, got -inf", elu, X, alpha=-INF),
     kind("elu: alpha expected a Python float, got bool", elu, X, alpha=True),
-    kind("relu: rule expected None, autodiff or a hashable function (call, delta), got 'autodiff'", relu, X,
-         rule="autodiff"),
     # dense
     value("dense: expected x (…, I) and w (I, O), got x (2, 6, 6, 4), w (3, 8)", dense, X, W[0, 0, :3]),
     value("dense: expected x (…, I) and w (I, O), got x (2, 6, 6, 4), w (3, 3, 4, 8)", dense, X, W),
@@ -239,7 +234,7 @@ CALLS = [
 ]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Arrays of ops: each argument in turn is none, or of a dtype that has no δ
+# Every op: a rule that is none, and each array in turn of a dtype that has no δ, or no array
 
 ARRAYS = {
     # name: (op of its arrays alone, their names, arrays that fit)
@@ -264,8 +259,15 @@ ARRAYS = {
 }  # fmt: skip
 
 
-def dtype_rows():
+LOSSES = (squared_error, softmax_cross_entropy, labelled)  # the ops that take no rule
+
+
+def rows_of_every_op():
     for op, (call, names, arrays) in ARRAYS.items():
+        if op not in {loss.__name__ for loss in LOSSES}:
+            for rule in (3, "autodiff", []):
+                message = f"rule expected None, autodiff or a hashable function (call, delta), got {rule!r}"
+                yield kind(f"{op}: {message}", call, *arrays, rule=rule)
         for i, name in enumerate(names):
 
             def called(wrong, call=call, arrays=arrays, i=i):
@@ -278,11 +280,9 @@ def dtype_rows():
             yield kind(f"{op}: {name} expected an array, got list", called, [[1.0], [1.0, 2.0]])
             if name != "b":
                 yield kind(f"{op}: {name} expected an array, got None", called, None)
-            if i:  # float64 beside float32; conv and dense compare b with w
-                first = {"b": "w"}.get(name, names[0]) if op != "hidden_layer" else None
-                got = ", ".join(
-                    f"{n} {'float64' if n == name else 'float32'}" for n in ([first, name] if first else names)
-                )
+            if i:  # float64 beside float32; conv and dense compare x with w, then w with b
+                compared = names[i - 1 : i + 1] if op in ("conv", "dense") else names
+                got = ", ".join(f"{n} {'float64' if n == name else 'float32'}" for n in compared)
                 yield kind(f"{op}: expected one dtype for all arrays, got {got}", called, arrays[i].astype(np.float64))
 
 
@@ -300,7 +300,7 @@ def traceable(a: Any) -> bool:
     return isinstance(a, np.ndarray | np.generic) and (a.dtype == np.float32 or a.dtype == np.float64)
 
 
-@pytest.mark.parametrize("row", [*CALLS, *dtype_rows()], ids=str)
+@pytest.mark.parametrize("row", [*CALLS, *rows_of_every_op()], ids=str)
 def test_bad_calls_of_ops(row):
     raised(row, lambda: row.call(*row.args, **row.options))
     traced = tuple(a for a in row.args if traceable(a))
@@ -381,6 +381,8 @@ RULES = [
           lambda x: max_pool(x, 2, rule=no_tuple)),
     value("conv: rule delta_itself: cotangent 0 expected shape (2, 6, 6, 4), got (2, 4, 4, 8)",
           lambda x: conv(x, W, rule=delta_itself)),
+    value("gelu: rule a_list: expected a tuple of 1 cotangents, one for each input; got list",
+          lambda x: jaxcnn.gelu(x, rule=a_list)),
     value("dropout: rule delta_itself: expected a tuple of 2 cotangents, one for each input; got 3",
           lambda x: dropout(x, 0.5, KEY, rule=delta_itself)),
     value("conv: rule too_few: expected a tuple of 3 cotangents, one for each input; got 1",
@@ -540,7 +542,7 @@ def test_the_training_step_refuses_before_it_computes():
 
 
 def test_every_message_is_one_line_and_begins_with_its_op():
-    rows = [*CALLS, *dtype_rows(), *TRACED_OPTIONS, *RULES]
+    rows = [*CALLS, *rows_of_every_op(), *TRACED_OPTIONS, *RULES]
     for row in [*rows, *NETS]:
         assert "\n" not in row.message
     ops = {name for name in dir(jaxcnn) if callable(getattr(jaxcnn, name)) and name[0].islower()}

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 BLUE, RED, GREY, DARK = "#2166ac", "#b2182b", "0.55", "0.15"
 SIGNED = "RdBu_r"
@@ -17,6 +17,11 @@ def figure(width: float, height: float) -> Figure:
     FigureCanvasAgg(made)
     made.get_layout_engine().set(w_pad=0.06, h_pad=0.06)  # type: ignore[union-attr, call-arg]
     return made
+
+
+def parts(of: Figure | SubFigure, rows: int, columns: int, **ratios: Any) -> list[SubFigure]:
+    """A figure cut into `rows`×`columns`, row by row."""
+    return list(np.ravel(np.asarray(of.subfigures(rows, columns, **ratios), object)))
 
 
 def grey(axes: Axes, values: Any, title: str, below: str | None = None, *, lowest: float | None = 0) -> None:
@@ -40,17 +45,18 @@ def _image(axes: Axes, values: np.ndarray, title: str, below: str | None, **colo
     axes.spines[:].set_color("0.7")
 
 
-def numbers(axes: Axes, values: Any, title: str, *, blocks: tuple[int, int] = (1, 1), below: str = "") -> None:
-    """A matrix as a grid of its numbers or words; entries of one block of `blocks` entries have one colour."""
+def numbers(axes: Axes, values: Any, title: str, block: int = 0, below: str = "", *, span: int = 4) -> None:
+    """A matrix as a grid of its numbers or words, at most `span` a row; a block of `block` a side has one colour."""
     values = np.asarray(values)
     rows, columns = values.shape
     tints = ("#dbe9f6", "#fde3cf", "#e3f0d8", "#ece2f3")
     for i, j in np.ndindex(rows, columns):
-        across = -(-columns // blocks[1])
-        tint = tints[(i // blocks[0] * across + j // blocks[1]) % len(tints)] if blocks != (1, 1) else "white"
+        tint = tints[(2 * (i // block) + j // block) % len(tints)] if block else "white"
         axes.add_patch(_cell(j, i, tint))
         axes.text(j, i, str(values[i, j]), ha="center", va="center", fontsize=12, color=DARK)
-    axes.set(xlim=(-0.55, columns - 0.45), ylim=(rows - 0.45, -0.55), aspect="equal", xticks=[], yticks=[])
+    axes.set(xlim=((columns - span) / 2 - 0.55, (columns + span) / 2 - 0.45), xticks=[], yticks=[], aspect="equal")
+    axes.set_ylim(rows - 0.45, -0.55)
+    axes.set_anchor("C")
     axes.spines[:].set_visible(False)
     axes.set_title(title, fontsize=11)
     axes.set_xlabel(below, fontsize=9, color="0.35")

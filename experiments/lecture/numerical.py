@@ -65,7 +65,8 @@ def portrait() -> np.ndarray:
     """Grace Hopper before a flag (US Navy, public domain; matplotlib brings it): (600, 512), float64, grey, 0 … 1."""
     from matplotlib import cbook, image
 
-    rgb = image.imread(cbook.get_sample_data("grace_hopper.jpg"))
+    with cbook.get_sample_data("grace_hopper.jpg", asfileobj=True) as file:  # type: ignore[union-attr]
+        rgb = np.asarray(image.imread(file, format="jpg"))  # type: ignore[arg-type]
     return rgb.astype(np.float64) @ np.array([0.299, 0.587, 0.114]) / 255
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import optax
 
 import jaxcnn
-from experiments.data import shuffled_batches
-from experiments.lecture.drawing import BLUE, GREY, figure, grey, plain
+from experiments.data import batches, shuffled_batches
+from experiments.lecture.drawing import BLUE, GREY, figure, grey, parts, plain
 from experiments.lecture.numerical import boot, drawn, fashion
 from experiments.lecture.statement import Shown, Statement, at_least, at_most, equal, main, relative
 
@@ -19,16 +19,17 @@ STATEMENT = Statement(
     name="s02_network",
     section="2",
     title="The network: hidden layers, and dropout at the output layer",
-    korean="a + pooling = 하나의 hidden layer. hidden layer 반복. drop out: 트레이닝 시 feature를 감소시켜 정확도, 성능을 향상시킴",
-    claim="Convolution, ReLU and pooling are one hidden layer, and hidden layers repeat; dropout before the output layer "
-    "is on while training and off afterwards, and makes the net do better on pictures it has not seen.",
+    korean="a + pooling = 하나의 hidden layer … hidden layer 반복 … drop out : in output layer. 트레이닝 시 feature를 "
+    "감소시켜 정확도, 성능을 향상시킴",
+    claim="Convolution, ReLU and pooling are one hidden layer, and hidden layers repeat; dropout before the output "
+    "layer is on while training and off afterwards, and makes the net do better on pictures it has not seen.",
     formula="X →(w<sub>1</sub>)→ (a: ReLU) → pooling →(w<sub>2</sub>)→ Y",
     functions=(
         "jaxcnn/ops/hidden.py: hidden_layer",
         "jaxcnn/ops/dropout.py: dropout",
         "jaxcnn/net.py: serial",
     ),
-    test="tests/test_net.py",
+    test="tests/test_rules.py",
 )
 
 FEATURES = (6, 12)
@@ -40,7 +41,7 @@ def net(rate: float) -> jaxcnn.Serial:
     return jaxcnn.serial(*hidden, jaxcnn.Flatten(), jaxcnn.Dropout(rate), jaxcnn.Dense(10))
 
 
-def show(hidden_layer: Any = jaxcnn.hidden_layer, *, epochs: int = 30, examples: int = 500) -> Shown:
+def show(hidden_layer: Any = jaxcnn.hidden_layer, *, epochs: int = 40, examples: int = 500) -> Shown:
     """Compare the hidden layer with its three parts, look at dropout on and off, train with and without it."""
     losses, params = {}, {}
     for rate in (0.0, 0.5):
@@ -50,7 +51,7 @@ def show(hidden_layer: Any = jaxcnn.hidden_layer, *, epochs: int = 30, examples:
     batch = fashion().test_images[:8]
 
     evaluated = trained.apply(params[0.5], batch)
-    keys = jax.random.split(jax.random.key(1), 2000)
+    keys = jax.random.split(jax.random.key(1), 500)
     in_training = jax.jit(jax.vmap(lambda key: trained.apply(params[0.5], batch, key=key)))(keys)
 
     checks = (
@@ -58,8 +59,8 @@ def show(hidden_layer: Any = jaxcnn.hidden_layer, *, epochs: int = 30, examples:
         at_most("hidden layer against its three parts: y, δ, ∂E/∂w, ∂E/∂b", one_against_three(hidden_layer), 1e-10),
         equal("two evaluations, largest difference", abs(evaluated - trained.apply(params[0.5], batch)).max(), 0),
         at_least("two training runs of the same pictures, relative difference", relative(*in_training[:2]), 0.01),
-        at_most("mean of 2,000 training runs against evaluation", relative(in_training.mean(0), evaluated), 0.05),
-        at_least("test loss without dropout less that with", losses[0.0][1][-1] - losses[0.5][1][-1], 0.01),
+        at_most("mean of 500 training runs against evaluation", relative(in_training.mean(0), evaluated), 0.05),
+        at_least("test loss without dropout less that with", losses[0.0][1][-1] - losses[0.5][1][-1], 0.05),
     )
     return Shown(checks, draw(maps, losses), caption(losses, examples))
 
@@ -77,18 +78,20 @@ def one_against_three(hidden_layer: Any) -> float:
 
 @functools.cache
 def train(rate: float, epochs: int, examples: int) -> tuple[tuple[list[float], list[float]], Any]:
-    """Few examples, many epochs: ((training loss, test loss) after each epoch, parameters)."""
+    """Few examples, many epochs: ((training loss, test loss) after every second epoch, parameters)."""
     data, loss = fashion(), jaxcnn.softmax_cross_entropy_with_integer_labels
     x, labels = data.train_images[:examples], data.train_labels[:examples]
-    optimizer = optax.adam(3e-3)
+    optimizer = optax.adam(6e-3)
     state = jaxcnn.TrainState.create(net(rate), optimizer, jax.random.key(0), data.image_shape)
     step = jaxcnn.make_train_step(net(rate), loss, optimizer)
+    unseen = data.test_images[: 2 * examples], data.test_labels[: 2 * examples]
     found: tuple[list[float], list[float]] = ([], [])
-    for epoch in range(epochs):
+    for epoch in range(1, epochs + 1):
         for batch in shuffled_batches(x, labels, 50, seed=0, epoch=epoch):
             state, _ = step(state, batch)
-        for losses, images, targets in ((found[0], x, labels), (found[1], data.test_images, data.test_labels)):
-            losses.append(jaxcnn.evaluate(net(rate), loss, state.params, [(images, targets)])["loss"])
+        if epoch % 2 == 0:
+            for losses, pictures in zip(found, ((x, labels), unseen), strict=True):
+                losses.append(jaxcnn.evaluate(net(rate), loss, state.params, batches(*pictures, examples))["loss"])
     return found, state.params
 
 
@@ -106,31 +109,31 @@ def caption(losses: Any, examples: int) -> str:
     """What is to be seen."""
     with_it, without = losses[0.5][1][-1], losses[0.0][1][-1]
     return (
-        f"Top: what each part of the net makes of one picture (three of its maps). Bottom: trained on {examples} "
-        f"pictures until it knows them, the net without dropout ends at test loss {without:.2f}, with it at {with_it:.2f}."
+        "Top: what each part of the net makes of one picture (two of its maps). Bottom: trained on no more than "
+        f"{examples} pictures, the net without dropout ends at a test loss of {without:.2f}, with it at {with_it:.2f}."
     )
 
 
 def draw(maps: list[np.ndarray], losses: Any) -> Any:
     """The maps from X to the last pooling, above the losses."""
-    fig = figure(9.5, 6.6)
-    top, bottom = fig.subfigures(2, 1, height_ratios=(1.35, 1))
+    fig = figure(9.5, 6.9)
+    top, bottom = parts(fig, 2, 1, height_ratios=(1.25, 1))
     names = ("X", "convolution, ReLU", "pooling", "convolution, ReLU", "pooling")
-    grid = top.subplots(3, len(maps), gridspec_kw={"wspace": 0.05})
+    grid = top.subplots(2, len(maps))
     for column, (m, name) in enumerate(zip(maps, names, strict=True)):
-        shown = m[:, :, np.argsort(-m.mean((0, 1)), kind="stable")[:3]]
+        strongest = np.argsort(-m.mean((0, 1)), kind="stable")[:2]
         for row, axes in enumerate(grid[:, column]):
-            if row < shown.shape[2]:
-                below = f"{m.shape[0]}×{m.shape[1]}×{m.shape[2]}" if row == min(2, shown.shape[2] - 1) else ""
-                grey(axes, shown[:, :, row], name if row == 0 else "", below)
+            if row < len(strongest):
+                below = "×".join(map(str, m.shape)) if row == len(strongest) - 1 else ""
+                grey(axes, m[:, :, strongest[row]], name if row == 0 else "", below)
             else:
                 axes.axis("off")
     panels = bottom.subplots(1, 2, sharey=True)
-    epochs = np.arange(1, len(losses[0.0][0]) + 1)
     for axes, i, name in ((panels[0], 0, "pictures it is trained on"), (panels[1], 1, "pictures it has not seen")):
         plain(axes, name, "epoch", "loss" if i == 0 else "")
         for rate, colour, label in ((0.0, GREY, "without dropout"), (0.5, BLUE, "with dropout")):
-            axes.plot(epochs, losses[rate][i], color=colour, label=label, linewidth=1.8)
+            epochs = 2 * np.arange(1, len(losses[rate][i]) + 1)
+            axes.plot(epochs, losses[rate][i], color=colour, label=label, linewidth=2)
         axes.set_ylim(0)
     panels[0].legend(frameon=False, fontsize=9)
     return fig

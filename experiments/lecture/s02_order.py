@@ -16,16 +16,16 @@ STATEMENT = Statement(
     section="2",
     title="ReLU and pooling in the other order",
     korean="ReLu function을 통과하고 나서는 CNN에서는 이 과정(pooling)이 있다",
-    claim="The lecture has the ReLU before the pooling. With max pooling the order changes nothing, neither the output nor "
-    "the δ that reaches x; with average pooling it changes both.",
+    claim="The lecture has the ReLU before the pooling. With max pooling the order changes nothing, neither the output "
+    "nor the δ that reaches x; with average pooling it changes both.",
     formula="relu(max_pool(x)) = max_pool(relu(x)),  relu(avg_pool(x)) ≠ avg_pool(relu(x))",
     functions=("jaxcnn/ops/activation.py: relu", "jaxcnn/ops/pooling.py: max_pool", "jaxcnn/ops/pooling.py: avg_pool"),
     test="tests/test_rules.py",
     errata=(
         (
             8,
-            "The ReLU never falls, so the largest entry of a window is the largest after it as well: with max pooling the "
-            "order is free. Where a whole window is ≤ 0, no δ passes either way.",
+            "The ReLU never falls, so the largest entry of a window is the largest after it as well: with max pooling "
+            "the order is free. Where a whole window is ≤ 0, no δ passes either way.",
         ),
     ),
 )
@@ -73,10 +73,10 @@ def draw(x: Any, results: Any) -> Any:
         ):
             left, right = grid[row, half], grid[row, half + 1]
             if row < 2:
-                grey(left, y[0, :, :, 0], f"{name} pooling" if row == 0 else "", "")
+                grey(left, y[0, :, :, 0], f"{name} pooling: output" if row == 0 else "", "")
             else:
                 signed(left, y[0, :, :, 0], "", "", limit=highest)
-            signed(right, delta[0, :, :, 0], "δ of x" if row == 0 else "", "", limit=limit)
+            signed(right, delta[0, :, :, 0], f"{name} pooling: δ of x" if row == 0 else "", "", limit=limit)
             if row == 2:
                 for axes, values in ((left, y), (right, delta)):
                     axes.set_xlabel(f"largest: {float(jnp.abs(values).max()):.2g}", fontsize=9)

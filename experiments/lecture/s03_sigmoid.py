@@ -19,8 +19,8 @@ STATEMENT = Statement(
     section="3",
     title="The ordinary network with sigmoids, recalled",
     korean="미분한 상태의 sigmoid function g′(x) = g(x)(1−g(x)) 가 각각의 항(weight)에 곱해지는것 기억해라",
-    claim="In an ordinary network δ goes back through a product with w and with g′ = g(1 − g), and ∂E/∂w is δ times the "
-    "input. Such a net learns, and so does a convolutional one with the same training step.",
+    claim="In an ordinary network δ goes back through a product with w and with g′ = g(1 − g), and ∂E/∂w is δ times "
+    "the input. Such a net learns, and so does a convolutional one with the same training step.",
     formula="δ<sub>l</sub> = w δ<sub>l+1</sub> g′(x),  g′(x) = g(x)(1 − g(x))",
     functions=(
         "jaxcnn/ops/linear.py: dense",
@@ -38,7 +38,7 @@ NETS = {
 }
 
 
-def show(sigmoid: Any = jaxcnn.sigmoid, *, steps: int = 300) -> Shown:
+def show(sigmoid: Any = jaxcnn.sigmoid, *, steps: int = 250) -> Shown:
     """The slope of the sigmoid, the δ of a small net by hand, two nets trained side by side."""
     x = jnp.linspace(-6, 6, 241)
     g = sigmoid(x)
@@ -52,8 +52,7 @@ def show(sigmoid: Any = jaxcnn.sigmoid, *, steps: int = 300) -> Shown:
         at_most("∂E/∂w₁ and ∂E/∂w₂ against the formula in NumPy", by_hand(sigmoid), 1e-12),
         *(at_least(f"test accuracy of the {name} (guessing: 0.1)", curve[1], 0.5) for name, curve in curves.items()),
     )
-    found = ", ".join(f"{name} {accuracy:.3f}" for name, (_, accuracy) in curves.items())
-    caption = f"Left: the sigmoid and its slope. Right: both nets, one training step; test accuracy after {steps} steps: {found}."
+    caption = f"Left: the sigmoid and its slope. Right: both nets, one training step, {steps} steps of 64 pictures."
     return Shown(checks, draw(x, g, slope, curves), caption)
 
 
@@ -107,10 +106,10 @@ def draw(x: Any, g: Any, slope: Any, curves: dict[str, tuple[list[float], float]
 
 
 def running_mean(losses: np.ndarray) -> np.ndarray:
-    """The mean of 20 steps, a convolution."""
+    """The mean of 10 steps, a convolution."""
     from jaxcnn.ops.signal import convolve
 
-    width = min(20, len(losses))
+    width = min(10, len(losses))
     return np.asarray(convolve(losses, np.full(width, 1 / width), "valid"))
 
 

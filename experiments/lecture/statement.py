@@ -8,6 +8,7 @@ A script has a STATEMENT, and a function `show` that computes the checks and dra
 
 import dataclasses
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,20 +71,20 @@ class Shown:
         return all(check.holds for check in self.checks)
 
 
-def at_most(what: str, measured: float, bound: float) -> Check:
-    """`measured` ≤ `bound`; NaN is not."""
-    return Check(what, number(measured), f"≤ {number(bound)}", bool(measured <= bound))
+def at_most(what: str, measured: Any, bound: float) -> Check:
+    """`measured`, one number, ≤ `bound`; NaN is not."""
+    return Check(what, number(float(measured)), f"≤ {number(bound)}", bool(measured <= bound))
 
 
-def at_least(what: str, measured: float, bound: float) -> Check:
-    """`measured` ≥ `bound`; NaN is not."""
-    return Check(what, number(measured), f"≥ {number(bound)}", bool(measured >= bound))
+def at_least(what: str, measured: Any, bound: float) -> Check:
+    """`measured`, one number, ≥ `bound`; NaN is not."""
+    return Check(what, number(float(measured)), f"≥ {number(bound)}", bool(measured >= bound))
 
 
 def equal(what: str, measured: Any, expected: Any) -> Check:
     """`measured` is exactly `expected`: shapes, numbers or arrays."""
     holds = np.shape(measured) == np.shape(expected) and bool(np.all(np.asarray(measured) == np.asarray(expected)))
-    return Check(what, text(measured), f"= {text(expected)}", holds)
+    return Check(what, text(measured), "as expected" if holds else f"= {text(expected)}", holds)
 
 
 def refused(what: str, call: Callable[[], Any]) -> Check:
@@ -106,13 +107,13 @@ def number(value: float) -> str:
 
 def text(value: Any) -> str:
     """A shape as 24×24, an array in one line."""
-    if isinstance(value, tuple) and all(isinstance(n, int) for n in value):
-        return "×".join(map(str, value))
+    if isinstance(value, tuple):
+        return "×".join(map(str, value)) if all(isinstance(n, int) for n in value) else ", ".join(map(text, value))
     if isinstance(value, str):
         return value
     if np.ndim(value) == 0:
         return number(float(value))
-    return " ".join(np.array2string(np.asarray(value), separator=", ", formatter={"all": number}).split())
+    return f"[{', '.join(map(text, np.asarray(value)))}]"
 
 
 def relative(got: Any, expected: Any) -> float:
@@ -174,11 +175,12 @@ def picture_path(statement: Statement, out: Path) -> Path:
 
 def report(statement: Statement, shown: Shown) -> str:
     """The claim, what was measured, the verdict."""
-    widths = [max(len(getattr(check, column)) for check in shown.checks) for column in ("what", "measured", "needed")]
-    lines = [f"§{statement.section}  {plain(statement.title)}", f"  {plain(statement.claim)}"]
+    width = max(len(check.what) for check in shown.checks)
+    lines = [f"§{statement.section}  {plain(statement.title)}"]
+    lines += textwrap.wrap(plain(statement.claim), 118, initial_indent="  ", subsequent_indent="  ")
     for check in shown.checks:
-        row = (check.what.ljust(widths[0]), check.measured.rjust(widths[1]), check.needed.ljust(widths[2]))
-        lines.append(f"  {'   '.join(row)}   {'holds' if check.holds else 'DOES NOT HOLD'}")
+        mark = "yes" if check.holds else "NO "
+        lines.append(f"  {mark} {check.what.ljust(width)}   {check.measured}  {check.needed}")
     return "\n".join([*lines, f"  verdict: {verdict(shown)}"])
 
 

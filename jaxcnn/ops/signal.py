@@ -56,7 +56,9 @@ def convolve(
 
     Raises: ValueError for ranks, sizes or options that do not fit, TypeError for dtypes.
 
-    >>> convolve(jnp.array([1.0, 2.0, 3.0]), jnp.array([0.0, 1.0, 0.5]))
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.convolve(jnp.array([1.0, 2.0, 3.0]), jnp.array([0.0, 1.0, 0.5]))
     Array([0. , 1. , 2.5, 4. , 1.5], dtype=float32)
     """
     a, v = _signals("convolve", a=a, v=v)
@@ -85,7 +87,9 @@ def correlate(
 
     Raises: ValueError for ranks, sizes or options that do not fit, TypeError for dtypes.
 
-    >>> correlate(jnp.array([1.0, 2.0, 3.0]), jnp.array([0.0, 1.0, 0.5]))
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.correlate(jnp.array([1.0, 2.0, 3.0]), jnp.array([0.0, 1.0, 0.5]))
     Array([0.5, 2. , 3.5, 3. , 0. ], dtype=float32)
     """
     a, v = _signals("correlate", a=a, v=v)
@@ -111,7 +115,9 @@ def autocorrelate(a: ArrayLike, mode: str = "full", *, method: str = "auto", rul
 
     Raises: ValueError for a rank, size or option that does not fit, TypeError for dtypes.
 
-    >>> autocorrelate(jnp.array([1.0, 2.0, 3.0]))
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.autocorrelate(jnp.array([1.0, 2.0, 3.0]))
     Array([ 3.,  8., 14.,  8.,  3.], dtype=float32)
     """
     (a,) = _signals("autocorrelate", a=a)
@@ -238,8 +244,10 @@ def match_template(image: ArrayLike, template: ArrayLike, *, rule: Rule | None =
 
     Source: J. P. Lewis, Fast Normalized Cross-Correlation, 1995.
 
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
     >>> image = jnp.zeros((6, 6)).at[1, 1].set(1.0).at[4, 4].set(-1.0)
-    >>> match_template(image, jnp.zeros((3, 3)).at[1, 1].set(1.0)).round(3)
+    >>> jaxcnn.match_template(image, jnp.zeros((3, 3)).at[1, 1].set(1.0)).round(3)
     Array([[ 1.   , -0.125,  0.   ,  0.   ],
            [-0.125, -0.125,  0.   ,  0.   ],
            [ 0.   ,  0.   ,  0.125,  0.125],

@@ -1,0 +1,72 @@
+"""Show all of the lecture: python -m experiments.lecture --help."""
+
+import dataclasses
+import importlib
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments import cli
+from experiments.lecture.statement import folder, tell
+
+SCRIPTS = (
+    "s02_network",
+    "s02_order",
+    "s03_sigmoid",
+    "s04_differences",
+    "s06_relu",
+    "s06_sizes",
+    "s07_kronecker",
+    "s09_delta",
+    "s09_literal_up",
+    "s10_same_step",
+    "s11_flip",
+    "s13_triangles",
+    "s14_matching",
+    "s14_autocorrelation",
+    "s15_turned",
+)
+"""In the lecture's order."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Show every statement of the lecture: checks, verdicts, pictures, and lecture.html, one page with all of them.
+
+    The exit status is 0 if all statements hold, and 1 if one does not.
+    """
+
+    out: Path = Path("runs/lecture")
+    """Folder of the pictures and the page."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (None: the process's own) and return the exit status."""
+    return cli.run(Config, show_all, argv, prog="python -m experiments.lecture")
+
+
+def show_all(config: Config) -> int:
+    """Run the scripts one after the other, then write the page."""
+    out = folder(config.out)
+    from experiments import report
+    from experiments.lecture import page
+
+    began, told = time.perf_counter(), []
+    for name in SCRIPTS:
+        script = importlib.import_module(f"experiments.lecture.{name}")
+        told.append((script.STATEMENT, tell(script.STATEMENT, script.show, out)))
+    seconds = time.perf_counter() - began
+    versions = report.versions()
+    facts = {name: versions[name] for name in ("jaxcnn", "jax", "numpy")}
+    path = out / "lecture.html"
+    page.write(path, told, {**facts, "on": report.describe_device(), "in": f"{seconds:.0f} s"})
+    failed = [f"§{statement.section} {statement.name}" for statement, shown in told if not shown.holds]
+    print(f"{len(told) - len(failed)} of {len(told)} statements hold, in {seconds:.0f} s; page: {path}")
+    if failed:
+        print(f"these do not: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""lecture.html: all statements on one page that needs nothing else, neither a file nor the network."""
+
+import base64
+import os
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from urllib.parse import quote
+
+from experiments.files import replacing
+from experiments.lecture.statement import ROOT, Shown, Statement, picture_path, verdict
+
+TERMS = (
+    ("back propagation", "역전파"),
+    ("convolution", "합성곱"),
+    ("patch", "패치"),
+    ("weight", "가중치"),
+    ("entry by entry (∘)", "원소끼리의 곱"),
+    ("product of matrices", "행렬곱"),
+    ("derivative, slope", "미분, 기울기"),
+    ("slope by differences", "차에 의한 기울기"),
+    ("error", "오류"),
+    ("size", "크기"),
+    ("flip, turn by 180°", "플립, 180도 회전"),
+    ("right triangle", "직각삼각형"),
+    ("hill, peak", "산모양, 최고점"),
+    ("template matching", "템플릿 매칭"),
+    ("similarity", "유사도"),
+    ("uniformity", "균일도"),
+    ("uncertainty", "불확실성"),
+    ("variance", "분산"),
+    ("training", "학습, 트레이닝"),
+)
+"""English and Korean, in the order in which the lecture needs them."""
+
+STYLE = """
+:root { color-scheme: light dark; --ground: #fcfcfb; --text: #1f2328; --soft: #5c6570; --line: #dde1e6;
+  --card: #ffffff; --link: #1a5fb4; --good: #1a7f37; --bad: #c01c28; --amber: #fff6dd; --amber-line: #e0b252; }
+@media (prefers-color-scheme: dark) { :root { --ground: #15181c; --text: #e4e7ea; --soft: #9aa4af; --line: #333a42;
+  --card: #1d2126; --link: #7ab4ff; --good: #57c172; --bad: #ff7b72; --amber: #2f2813; --amber-line: #8a6d23; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 60rem; padding: 1.5rem 1rem 4rem; background: var(--ground); color: var(--text);
+  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", "Noto Sans", "Noto Sans CJK KR", "Malgun Gothic",
+  "Apple SD Gothic Neo", sans-serif; overflow-wrap: break-word; }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .5rem; }
+h2 { font-size: 1.25rem; line-height: 1.35; margin: 0 0 .6rem; }
+h2 small { color: var(--soft); font-weight: 600; margin-right: .4rem; white-space: nowrap; }
+a { color: var(--link); }
+.soft, figcaption { color: var(--soft); font-size: .92rem; }
+nav ol { list-style: none; padding: 0; margin: 1rem 0 2rem; display: grid; gap: .15rem 1.5rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); }
+nav a { text-decoration: none; } nav a:hover { text-decoration: underline; }
+section { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: 1.1rem 1.2rem;
+  margin: 0 0 1.5rem; }
+blockquote { margin: 0 0 .8rem; padding-left: .8rem; border-left: 3px solid var(--line); color: var(--soft); }
+.formula { font-size: 1.12rem; padding: .55rem .8rem; margin: .8rem 0; background: var(--ground); overflow-x: auto;
+  border-radius: .4rem; font-family: "STIX Two Text", Cambria, Georgia, "DejaVu Serif", serif; }
+.erratum { background: var(--amber); border-left: 3px solid var(--amber-line); padding: .5rem .8rem; margin: .6rem 0;
+  border-radius: 0 .4rem .4rem 0; font-size: .95rem; }
+figure { margin: 1rem 0; } figcaption { margin-top: .4rem; }
+figure img { display: block; width: 100%; height: auto; background: #fff; border-radius: .4rem; padding: .4rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .92rem; width: 100%; }
+th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td.number { font-variant-numeric: tabular-nums; }
+.holds { color: var(--good); font-weight: 600; white-space: nowrap; }
+.fails { color: var(--bad); font-weight: 700; white-space: nowrap; }
+.paths { font-size: .88rem; margin: .9rem 0 0; } .paths a { margin-right: .9rem; white-space: nowrap; }
+code { font-size: .92em; }
+dl.terms { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 16rem), 1fr)); gap: .2rem 1.5rem;
+  margin: .5rem 0 0; font-size: .95rem; }
+dl.terms div { display: flex; justify-content: space-between; border-bottom: 1px solid var(--line); gap: 1rem; }
+dl.terms dd { margin: 0; text-align: right; }
+"""
+
+
+def write(path: Path, told: Sequence[tuple[Statement, Shown]], facts: Mapping[str, str]) -> None:
+    """Write the page beside the pictures it takes in."""
+    with replacing(path) as temporary:
+        temporary.write_text(page(path.parent, told, facts), encoding="utf-8")
+
+
+def page(folder: Path, told: Sequence[tuple[Statement, Shown]], facts: Mapping[str, str]) -> str:
+    """The whole page; links to files of the project are relative to `folder`."""
+    holding = sum(shown.holds for _, shown in told)
+    contents = "".join(
+        f'<li><a href="#{s.name}"><b>§{s.section}</b> {s.title}</a> {_mark(shown.holds)}</li>' for s, shown in told
+    )
+    known = " · ".join(f"{escape(name)} {escape(value)}" for name, value in facts.items())
+    terms = "".join(f'<div><dt>{escape(english)}</dt><dd lang="ko">{korean}</dd></div>' for english, korean in TERMS)
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>CNN back propagation: the lecture, executed</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<header>
+<h1>CNN back propagation: the lecture, executed</h1>
+<p>Every statement of the lecture (<span lang="ko">10. CNN Back Propagation</span>), in its order, computed by
+<code>python -m experiments.lecture</code>. Each has a claim, the lecture's own words, the formula, a picture, and checks
+that can fail. Where the lecture errs, an erratum says so.</p>
+<p><span class="{"holds" if holding == len(told) else "fails"}">{holding} of {len(told)} statements hold.</span>
+<span class="soft">{known}</span></p>
+</header>
+<nav aria-label="Statements"><ol>{contents}</ol></nav>
+<main>
+{"".join(_section(folder, statement, shown) for statement, shown in told)}
+</main>
+<section id="terms"><h2>Terms, <span lang="ko">용어</span></h2><dl class="terms">{terms}</dl></section>
+</body>
+</html>
+"""
+
+
+def _section(folder: Path, statement: Statement, shown: Shown) -> str:
+    picture = base64.b64encode(picture_path(statement, folder).read_bytes()).decode()
+    errata = "".join(f'<p class="erratum"><b>Erratum {n}.</b> {text}</p>' for n, text in statement.errata)
+    rows = "".join(
+        f'<tr><td>{escape(c.what)}</td><td class="number">{escape(c.measured)}</td>'
+        f'<td class="number">{escape(c.needed)}</td><td>{_mark(c.holds)}</td></tr>'
+        for c in shown.checks
+    )
+    script = f"experiments/lecture/{statement.name}.py"
+    links = [
+        _link(folder, script, script),
+        *(_link(folder, where.split(":")[0], where) for where in statement.functions),
+    ]
+    links.append(_link(folder, statement.test, statement.test))
+    return f"""<section id="{statement.name}">
+<h2><small>§{statement.section}</small>{statement.title}</h2>
+<blockquote lang="ko">{escape(statement.korean)}</blockquote>
+<p>{statement.claim}</p>
+<div class="formula">{statement.formula}</div>
+{errata}
+<figure><img alt="{escape(shown.caption, quote=True)}" src="data:image/png;base64,{picture}">
+<figcaption>{escape(shown.caption)}</figcaption></figure>
+<div class="scroll"><table><thead><tr><th>check</th><th>measured</th><th>needed</th><th></th></tr></thead>
+<tbody>{rows}</tbody></table></div>
+<p>Verdict: <span class="{"holds" if shown.holds else "fails"}">{verdict(shown)}</span></p>
+<p class="paths">{" ".join(links)}</p>
+</section>
+"""
+
+
+def _link(folder: Path, path: str, text: str) -> str:
+    target = Path(os.path.relpath(ROOT / path, folder)).as_posix()
+    return f'<a href="{quote(target)}"><code>{escape(text)}</code></a>'
+
+
+def _mark(holds: bool) -> str:
+    return '<span class="holds">holds</span>' if holds else '<span class="fails">does not hold</span>'

@@ -1,0 +1,166 @@
+"""§4–5: a patch is one term, and a computer may differentiate by differences."""
+
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxcnn
+from experiments.lecture.drawing import BLUE, DARK, RED, figure, parts, plain, signed
+from experiments.lecture.numerical import as_picture, boot, drawn, slopes_by_differences, slopes_by_rule
+from experiments.lecture.statement import Shown, Statement, at_most, equal, main, relative
+from jaxcnn.ops import signal
+
+STATEMENT = Statement(
+    name="s04_differences",
+    section="4–5",
+    title="Differentiating by a whole patch, and by differences",
+    korean="patch라도 하나의 항으로 봐라 … 컴퓨터가 이해하는 미분의 정의에 입각한 미분방법(차에의한 기울기)",
+    claim="The result of a convolution is a quantity in two dimensions, and so is its patch; one differentiates by the "
+    "whole patch. What the rules say agrees with differences, for every op and each of its inputs.",
+    formula="∂E/∂w[k] ≈ (E(w + h·e<sub>k</sub>) − E(w − h·e<sub>k</sub>)) / 2h, for every entry k",
+    functions=("jaxcnn/ops/convolution.py: conv", "jaxcnn/ops/rule.py: with_rule"),
+    test="tests/test_rules.py",
+)
+
+BOUND = 1e-7
+"""What differences in float64 with h = 1e-5 may be off by, relative to the gradient's norm."""
+
+
+def apart(*shape: int) -> Any:
+    """Numbers at equal distances, none of them 0, shuffled: a small step crosses no kink of ReLU or max pooling."""
+    n = int(np.prod(shape))
+    return jnp.asarray(np.random.default_rng(n).permutation((np.arange(n) - n / 2 + 0.25) / n * 3).reshape(shape))
+
+
+def ops() -> Mapping[str, tuple[Callable[..., Any], Mapping[str, Any]]]:
+    """Every op with the inputs it is differentiated by."""
+    x, y, w, b, line, few = drawn(0, (2, 6, 5, 2), (2, 3, 4), (3, 2, 2, 3), (3,), (9,), (4,))
+    picture, template, probabilities = jnp.asarray(apart(7, 6)), apart(3, 2), jax.nn.softmax(-y)
+    smooth = {
+        name: (getattr(jaxcnn, name), {"x": apart(3, 4)})
+        for name in ("relu", "leaky_relu", "elu", "gelu", "silu", "softplus", "sigmoid", "tanh")
+    }
+    labels, key = np.array([[0, 1, 3], [2, 2, 0]]), jax.random.key(0)
+    of_labels = functools.partial(_swapped, jaxcnn.softmax_cross_entropy_with_integer_labels, labels)
+    return {
+        "conv": (functools.partial(jaxcnn.conv, padding="SAME"), {"x": x, "w": w, "b": b}),
+        "max_pool": (functools.partial(jaxcnn.max_pool, window=2), {"x": apart(2, 6, 5, 2)}),
+        "avg_pool": (functools.partial(jaxcnn.avg_pool, window=2), {"x": x}),
+        "hidden_layer": (jaxcnn.hidden_layer, {"x": apart(2, 6, 5, 2), "w": w, "b": b}),
+        "kron": (jaxcnn.kron, {"a": y[0], "b": w[0, :, :, 0]}),
+        "kron_up": (functools.partial(jaxcnn.kron_up, factor=2), {"x": x}),
+        "block_sum": (functools.partial(jaxcnn.block_sum, factor=(2, 5)), {"x": x}),
+        "dense": (jaxcnn.dense, {"x": y, "w": drawn(1, (4, 3))[0], "b": b}),
+        "dropout": (lambda x: jaxcnn.dropout(x, 0.5, key), {"x": y}),
+        **smooth,
+        "squared_error": (jaxcnn.squared_error, {"y": y, "target": y[::-1]}),
+        "softmax_cross_entropy": (jaxcnn.softmax_cross_entropy, {"logits": y, "targets": probabilities}),
+        "softmax_cross_entropy_with_integer_labels": (of_labels, {"logits": y}),
+        "convolve": (signal.convolve, {"a": line, "v": few}),
+        "correlate": (signal.correlate, {"a": line, "v": few}),
+        "autocorrelate": (signal.autocorrelate, {"a": line}),
+        "match_template": (signal.match_template, {"image": picture, "template": template}),
+    }
+
+
+def _swapped(f: Callable[..., Any], second: Any, first: Any) -> Any:
+    return f(first, second)
+
+
+def show(replaced: Mapping[str, Callable[..., Any]] | None = None) -> Shown:
+    """Rule against differences for every op and input; `replaced` puts other functions in the place of ops."""
+    found = {}
+    for name, (op, inputs) in ops().items():
+        op = (replaced or {}).get(name, op)
+        found[name] = dict(zip(inputs, distances(op, tuple(inputs.values())), strict=True))
+    patch = by_patch()
+    pairs = [(distance, f"{name} by {argument}") for name, row in found.items() for argument, distance in row.items()]
+    distance, furthest = max(pairs)
+    checks = (
+        equal("the derivative by a 5×5 patch has its shape", patch["rule"].shape, patch["w"].shape),
+        at_most("rule against differences for that patch", relative(patch["rule"], patch["differences"]), BOUND),
+        at_most(f"{len(found)} ops, {len(pairs)} inputs; the furthest apart: {furthest}", distance, BOUND),
+        equal(
+            "inputs that are further apart", ", ".join(name for d, name in pairs if not d <= BOUND) or "none", "none"
+        ),
+    )
+    return Shown(
+        checks,
+        draw(patch, found),
+        "Left: E over one entry of a patch, with the slope by the rule and the two evaluations that give it by "
+        f"differences; below, the slopes of all 25. Right: {len(found)} ops and their inputs; what is left is the "
+        "differences' own error.",
+    )
+
+
+def by_patch() -> dict[str, Any]:
+    """E = ‖w ∗ picture‖² about one patch: the slopes of its entries, and E along one of them."""
+    x, w = as_picture(boot()), drawn(2, (5, 5))[0]
+
+    def error(w: Any) -> Any:
+        return jaxcnn.squared_error(jaxcnn.conv(x, w[:, :, None, None]), jnp.zeros((1, 24, 24, 1))).mean()
+
+    entry = jnp.zeros((5, 5)).at[1, 3].set(1.0)
+    shifts = jnp.linspace(-1, 1, 41)
+    (differences,) = slopes_by_differences(error, (w,), jnp.ones(()))
+    return {
+        "w": w,
+        "rule": jax.grad(error)(w),
+        "differences": differences,
+        "shifts": np.asarray(shifts),
+        "errors": np.asarray(jax.vmap(lambda shift: error(w + shift * entry))(shifts)),
+    }
+
+
+def distances(op: Callable[..., Any], inputs: tuple[Any, ...]) -> list[float]:
+    """For each input, how far the rule is from differences, with a random δ."""
+    (delta,) = drawn(7, jax.eval_shape(op, *inputs).shape)
+    pairs = zip(slopes_by_rule(op, inputs, delta), slopes_by_differences(op, inputs, delta), strict=True)
+    return [relative(by_rule, by_differences) for by_rule, by_differences in pairs]
+
+
+def draw(patch: Mapping[str, Any], found: Mapping[str, Mapping[str, float]]) -> Any:
+    """A parabola and its slope, the slopes of a patch; a dot for each op and input."""
+    fig = figure(10, 7.4)
+    left, right = parts(fig, 1, 2)
+    top, bottom = parts(left, 2, 1, height_ratios=(1.25, 1))
+    curve(top.subplots(), patch)
+    limit = float(np.abs(patch["rule"]).max())
+    for axes, name, title in zip(
+        bottom.subplots(1, 2), ("rule", "differences"), ("by the rule", "by differences"), strict=True
+    ):
+        signed(axes, patch[name], rf"$\partial E/\partial w$ {title}", limit=limit)
+    axes = right.subplots()
+    plain(axes, "how far rule and differences are apart", "relative distance (L2)", "")
+    rows = [(name, argument, value) for name, row in found.items() for argument, value in row.items()]
+    axes.plot([max(value, 1e-16) for _, _, value in rows], range(len(rows)), "o", color=BLUE, markersize=4.5)
+    axes.axvline(BOUND, color=DARK, linestyle="--", linewidth=1)
+    axes.annotate("allowed", (BOUND, 0), (-3, 0), textcoords="offset points", ha="right", va="center", fontsize=8)
+    axes.set(xscale="log", xlim=(1e-13, 1e-6), ylim=(len(rows) - 0.4, -0.6), xticks=[1e-13, 1e-11, 1e-9, 1e-7])
+    short = {"softmax_cross_entropy_with_integer_labels": "… with_integer_labels"}
+    axes.set_yticks(
+        range(len(rows)), [f"{short.get(name, name)}   {argument}" for name, argument, _ in rows], fontsize=7.5
+    )
+    return fig
+
+
+def curve(axes: Any, patch: Mapping[str, Any]) -> None:
+    """E over one entry of the patch; the tangent by the rule; two points and the line through them."""
+    shifts, errors, slope = patch["shifts"], patch["errors"], float(patch["rule"][1, 3])
+    here, h = errors[len(errors) // 2], shifts[-9]
+    plain(axes, "E over one entry of the patch", r"$w[1,3]$, less its value", r"$E$")
+    axes.plot(shifts, errors, color=DARK, linewidth=2)
+    axes.plot(shifts, here + slope * shifts, color=RED, linewidth=1.6, label="slope by the rule")
+    ends = errors[[8, -9]]
+    axes.plot([-h, h], ends, "o-", color=BLUE, linewidth=1.6, label=r"$(E(w + h) - E(w - h))\,/\,2h$")
+    axes.plot(0, here, "o", color=RED)
+    axes.legend(frameon=False, fontsize=8.5)
+
+
+if __name__ == "__main__":
+    sys.exit(main(STATEMENT, show))

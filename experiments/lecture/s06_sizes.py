@@ -1,0 +1,85 @@
+"""§6–7: pooling makes 12×12 of 24×24, so that the product with g'(x) no longer fits; the Kronecker product mends it."""
+
+import sys
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+import jaxcnn
+from experiments.lecture.drawing import figure, grey, parts, sign, signed
+from experiments.lecture.numerical import as_picture, boot, drawn
+from experiments.lecture.statement import Shown, Statement, equal, main, refused
+from jaxcnn.ops.signal import convolve
+
+STATEMENT = Statement(
+    name="s06_sizes",
+    section="6–7",
+    title="Pooling changes the size: 24×24 becomes 12×12",
+    korean="δ가 24*24 였다면 2*2로 pooling하면 12*12크기행렬로 줄어들게 된다 … 크기가 달라서 문제가 생긴다",
+    claim="δ comes back from the next layer in the size after pooling, 12×12, and g′(x) has the size before it, 24×24: "
+    "they cannot be multiplied entry by entry. The Kronecker product with ones enlarges δ to 24×24, and they can.",
+    formula="24×24 →(2×2 pooling)→ 12×12 →(⊗ 1<sub>2×2</sub>)→ 24×24",
+    functions=("jaxcnn/ops/pooling.py: max_pool", "jaxcnn/ops/kronecker.py: kron_up"),
+    test="tests/test_rules.py",
+)
+
+
+def show(kron_up: Any = jaxcnn.kron_up) -> Shown:
+    """The lecture's sizes on the way out and back, with a 28×28 picture and 5×5 patches."""
+    w_1, w_2, delta_y = drawn(5, (5, 5, 1, 1), (5, 5), (8, 8))
+    picture = boot()
+    x = jaxcnn.conv(as_picture(picture), w_1)
+    pooled = jaxcnn.max_pool(jaxcnn.relu(x), 2)
+    slope = (x > 0).astype(x.dtype)
+    y = jaxcnn.conv(pooled, as_picture(w_2)[0, :, :, :, None])
+    delta = as_picture(convolve(delta_y, w_2))
+    enlarged = kron_up(delta, 2)
+    checks = (
+        equal("the picture, X", picture.shape, (28, 28)),
+        equal("after the first convolution", x.shape[1:3], (24, 24)),
+        equal("after pooling", pooled.shape[1:3], (12, 12)),
+        equal("after the second convolution, y", y.shape[1:3], (8, 8)),
+        equal("w₂ ∗ δ_y, which comes back", delta.shape[1:3], (12, 12)),
+        equal("g′(x)", slope.shape[1:3], (24, 24)),
+        refused("the product of the two", lambda: delta[0, :, :, 0] * slope[0, :, :, 0]),
+        equal("up(w₂ ∗ δ_y)", enlarged.shape[1:3], (24, 24)),
+        equal("the product now", (enlarged * slope).shape[1:3], (24, 24)),
+        equal("blocks of 2×2 that are not one number", blocks_that_differ(enlarged), 0),
+    )
+    caption = "Top row: the way out. Bottom row: the way back, where 12×12 meets 24×24 and has to be enlarged."
+    return Shown(checks, draw([picture, x, slope, pooled, y, delta, enlarged]), caption)
+
+
+def blocks_that_differ(x: Any) -> int:
+    """How many 2×2 blocks hold more than one number."""
+    blocks = x[0, :, :, 0].reshape(12, 2, 12, 2)
+    return int(jnp.sum(jnp.any(blocks != blocks[:, :1, :, :1], axis=(1, 3))))
+
+
+def draw(steps: list[Any]) -> Any:
+    """The way out, the way back."""
+    picture, *rest = map(np.asarray, steps)
+    x, slope, pooled, y, delta, enlarged = (p[0, :, :, 0] for p in rest)
+    fig = figure(10, 5)
+    out, back = parts(fig, 2, 1)
+    row = out.subplots(1, 7, width_ratios=(1, 0.25, 1, 0.25, 1, 0.25, 1))
+    for axes in row[1::2]:
+        sign(axes, "→")
+    grey(row[0], picture, "X")
+    signed(row[2], x, r"$x = w_1 * X$")
+    grey(row[4], pooled, r"pooling of $g(x)$")
+    signed(row[6], y, r"$y = w_2 * $ that")
+    limit = float(np.abs(delta).max())
+    row = back.subplots(1, 7, width_ratios=(1, 0.25, 1, 0.25, 1, 0.25, 1))
+    for axes, operator in zip(row[1::2], ("=", "∘", "←"), strict=True):
+        sign(axes, operator)
+    signed(row[0], enlarged * slope, r"$up(w_2 * \delta_y) \circ g'(x)$", limit=limit)
+    grey(row[2], slope, r"$g'(x)$")
+    signed(row[4], enlarged, r"$up(w_2 * \delta_y)$", limit=limit)
+    signed(row[6], delta, r"$w_2 * \delta_y$", limit=limit)
+    return fig
+
+
+if __name__ == "__main__":
+    sys.exit(main(STATEMENT, show))

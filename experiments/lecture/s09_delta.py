@@ -1,0 +1,130 @@
+"""§9: δ and ∂E/∂w through a hidden layer, step by step on a picture."""
+
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxcnn
+from experiments.lecture.drawing import figure, grey, signed
+from experiments.lecture.numerical import as_picture, boot, drawn, slopes_by_differences
+from experiments.lecture.statement import Shown, Statement, at_most, equal, main, refused, relative
+from jaxcnn.ops.signal import convolve, correlate
+
+STATEMENT = Statement(
+    name="s09_delta",
+    section="9",
+    title="δ and ∂E/∂w through a hidden layer",
+    korean="해당 weight에 대한 E의 미분(기울기)는 δ 곱하기 그 전 레이어로부터의 입력이다 … 곱할때도 convolution이다",
+    claim="δ of a hidden layer is what the next layer sends back, enlarged by up and let through where the ReLU was "
+    "on; ∂E/∂w is δ against the layer's input, again a convolution. Autodiff and differences find the same.",
+    formula="δ<sub>l</sub> = up(w ∗ δ<sub>l+1</sub>) ∘ g′(x),  ∂E/∂w = a ⋆ δ<sub>l</sub>",
+    functions=(
+        "jaxcnn/ops/hidden.py: hidden_layer",
+        "jaxcnn/ops/convolution.py: conv",
+        "jaxcnn/ops/signal.py: correlate",
+    ),
+    test="tests/test_rules.py",
+    errata=(
+        (
+            2,
+            "The lecture writes δ<sub>l</sub> = w ∗ δ<sub>l+1</sub> ∘ up(g′(x)), with up on the wrong operand: g′(x) "
+            "has the size before pooling already. What has to be enlarged is w ∗ δ<sub>l+1</sub>.",
+        ),
+        (3, "For max pooling, up sends δ to the winner of each window only; §9 below shows what happens otherwise."),
+        (5, "∂E/∂w = δ ∗ a is a valid cross-correlation of a with δ, without a flip, summed over the batch."),
+        (6, "“Cost is δ times the input”: that product is the gradient ∂E/∂w, not the cost E, which it lowers."),
+    ),
+)
+
+
+def show(hidden_layer: Any = jaxcnn.hidden_layer) -> Shown:
+    """Forward and back by hand, with the public functions; then the op, autodiff and differences."""
+    a = jnp.asarray(boot())
+    w_1, w_2 = drawn(8, (5, 5), (5, 5))
+    target = drawn(9, (8, 8))[0]
+
+    # The way out, one patch a layer: (28, 28) → (24, 24) → (12, 12) → (8, 8)
+    x = correlate(a, w_1, "valid") + 0.1
+    g = jaxcnn.relu(x)
+    pooled = jaxcnn.max_pool(as_picture(g), 2)[0, :, :, 0]
+    y = correlate(pooled, w_2, "valid")
+    error = jaxcnn.squared_error(y, target).sum()
+
+    # The way back
+    delta_y = 2 * (y - target)
+    sent = convolve(delta_y, w_2)  # w₂ ∗ δ_y
+    up = jaxcnn.kron_up(as_picture(sent), 2)[0, :, :, 0] * winners(g)
+    delta_l = up * (x > 0)
+    grad_w = correlate(a, delta_l, "valid")  # ∂E/∂w₁ = a ⋆ δ_l
+
+    def e(w: Any, batch: Any = a[None], hidden_layer: Any = hidden_layer) -> Any:
+        h = hidden_layer(batch[..., None], w[:, :, None, None], jnp.array([0.1]))
+        return jaxcnn.squared_error(jaxcnn.conv(h, w_2[:, :, None, None])[..., 0], target + 0 * batch[:, :8, :8]).sum()
+
+    def plain(x: Any, w: Any, b: Any) -> Any:
+        return jaxcnn.hidden_layer(x, w, b, rule=jaxcnn.rules.autodiff)
+
+    by_rule = jax.jit(jax.grad(e))(w_1)
+    by_autodiff = jax.jit(jax.grad(lambda w: e(w, hidden_layer=plain)))(w_1)
+    (by_differences,) = slopes_by_differences(e, (w_1,), jnp.ones(()))
+    two = jnp.stack([a, a[:, ::-1]])
+    checks = (
+        equal("sizes of x, w₂ ∗ δ_y, δ_l, ∂E/∂w", (x.shape, sent.shape, delta_l.shape, grad_w.shape),
+              ((24, 24), (12, 12), (24, 24), (5, 5))),
+        at_most("∂E/∂w, step by step: against autodiff", relative(grad_w, by_autodiff), 1e-10),
+        at_most("∂E/∂w, step by step: against differences", relative(grad_w, by_differences), 1e-7),
+        at_most("∂E/∂w, hidden_layer's rule: against step by step", relative(by_rule, grad_w), 1e-10),
+        at_most("erratum 5, a batch of two: ∂E/∂w against the sum of each alone",
+                relative(jax.grad(e)(w_1, two), sum(jax.grad(e)(w_1, one[None]) for one in two)), 1e-10),
+        refused("erratum 2, up on the wrong operand: (w₂ ∗ δ_y) ∘ up(g′(x))",
+                lambda: sent * jaxcnn.kron_up(as_picture(g > 0).astype(float), 2)[0, :, :, 0]),
+        at_most("erratum 6, E falls by η‖∂E/∂w‖²: relative distance", abs(fall(e, w_1, by_rule) - 1), 0.01),
+    )  # fmt: skip
+    steps = [a, w_1, x, g, pooled, y, delta_y, sent, up, delta_l, grad_w, by_differences]
+    return Shown(
+        checks,
+        draw([np.asarray(step) for step in steps]),
+        f"1–6 is the way out, 7–11 the way back; E = {float(error):.4g}. The last two pictures are ∂E/∂w, once by the "
+        f"formula, once by {2 * w_1.size} evaluations of E and nothing else.",
+    )
+
+
+def winners(g: Any) -> Any:
+    """1 at the first of the largest entries of each 2×2 window, 0 elsewhere."""
+    tiles = np.asarray(g).reshape(12, 2, 12, 2).transpose(0, 2, 1, 3).reshape(144, 4)
+    return np.eye(4)[tiles.argmax(1)].reshape(12, 12, 2, 2).transpose(0, 2, 1, 3).reshape(24, 24)
+
+
+def fall(e: Any, w: Any, grad_w: Any) -> float:
+    """By how much a small step of gradient descent lowers E, over what the gradient promises."""
+    rate = 1e-7
+    optimizer = optax.sgd(rate)
+    updates, _ = optimizer.update(grad_w, optimizer.init(w), w)
+    return float((e(w) - e(optax.apply_updates(w, updates))) / (rate * jnp.sum(grad_w**2)))
+
+
+def draw(steps: list[np.ndarray]) -> Any:
+    """The steps of `show` in their order."""
+    sent, by_differences = steps[7], steps[11]
+    limits = dict.fromkeys((7, 8, 9), float(np.abs(sent).max())) | dict.fromkeys((10, 11), np.abs(by_differences).max())
+    titles = (
+        r"$a$, the input", r"$w_1$, the patch", r"$x = w_1 * a$", r"$g(x)$, the ReLU",
+        "max pooling", r"$y = w_2 *$ that", r"$\delta_y$, the error's slope", r"$w_2 * \delta_y$",
+        r"$up(w_2 * \delta_y)$, to the winners", r"$\delta_l = up(w_2 * \delta_y) \circ g'(x)$",
+        r"$\partial E/\partial w_1 = a \star \delta_l$", r"$\partial E/\partial w_1$ by differences",
+    )  # fmt: skip
+    fig = figure(10, 8)
+    for i, (axes, step, title) in enumerate(zip(fig.subplots(3, 4).flat, steps, titles, strict=True)):
+        if i in (0, 3, 4):
+            grey(axes, step, f"{i + 1}  {title}")
+        else:
+            signed(axes, step, f"{i + 1}  {title}", limit=limits.get(i))
+    return fig
+
+
+if __name__ == "__main__":
+    sys.exit(main(STATEMENT, show))

@@ -1,0 +1,135 @@
+"""§10: the only difference from an ordinary network is that products become convolutions."""
+
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxcnn
+from experiments.lecture.drawing import BLUE, GREY, figure, parts, plain, signed
+from experiments.lecture.numerical import drawn, fashion
+from experiments.lecture.statement import Shown, Statement, at_least, at_most, main, relative
+
+STATEMENT = Statement(
+    name="s10_same_step",
+    section="10",
+    title="Products become convolutions, and nothing else changes",
+    korean="일반적인 NN과 차이점이라면 곱하기 연산을 일반 행렬곱 말고 convolution 연산으로 해준것 차이밖에 없다",
+    claim="A product with a matrix is a convolution whose patch is as large as the picture: the same output, δ and "
+    "∂E/∂w. One training step, unchanged, drives an ordinary network and a convolutional one.",
+    formula="y = x·w is y = w ∗ x with a 28×28 patch",
+    functions=("jaxcnn/training.py: make_train_step", "jaxcnn/ops/linear.py: dense", "jaxcnn/ops/convolution.py: conv"),
+    test="tests/experiments/test_gradients.py",
+)
+
+LOSS = jaxcnn.softmax_cross_entropy_with_integer_labels
+
+
+def nets() -> dict[str, jaxcnn.Serial]:
+    """One layer more and one layer less of the same kind: products, and convolutions in the place of the first."""
+    return {
+        "products": jaxcnn.serial(jaxcnn.Flatten(), jaxcnn.Dense(16), jaxcnn.Relu(), jaxcnn.Dense(10)),
+        "convolutions": jaxcnn.serial(
+            jaxcnn.Conv(16, 5), jaxcnn.Relu(), jaxcnn.MaxPool(2), jaxcnn.Flatten(), jaxcnn.Dense(10)
+        ),
+        "the product as a convolution": jaxcnn.serial(
+            jaxcnn.Conv(16, 28), jaxcnn.Relu(), jaxcnn.Flatten(), jaxcnn.Dense(10)
+        ),
+    }
+
+
+def show(conv: Any = jaxcnn.conv, *, steps: int = 120) -> Shown:
+    """A product and the same as a convolution; then three nets, one step."""
+    x, w, b, delta = drawn(0, (4, 28, 28, 1), (28, 28, 1, 16), (16,), (4, 16))
+
+    def product(x: Any, w: Any, b: Any) -> Any:
+        return jaxcnn.dense(x.reshape(4, -1), w.reshape(-1, 16), b)
+
+    def convolution(x: Any, w: Any, b: Any) -> Any:
+        return conv(x, w, b).reshape(4, 16)
+
+    y, pull = jax.vjp(product, x, w, b)
+    y_conv, pull_conv = jax.vjp(convolution, x, w, b)
+    (delta_x, grad_w, grad_b), found = pull(delta), pull_conv(delta)
+    curves = {name: train(net, steps) for name, net in nets().items()}
+    a, c = (curves[name][1]["dense1"]["w"] if name == "products" else curves[name][1]["conv1"]["w"]
+            for name in ("products", "the product as a convolution"))  # fmt: skip
+    checks = (
+        at_most("a product and a convolution with a 28×28 patch: y", relative(y_conv, y), 1e-12),
+        at_most("the same: δ", relative(found[0], delta_x), 1e-12),
+        at_most("the same: ∂E/∂w and ∂E/∂b", relative([found[1], found[2]], [grad_w, grad_b]), 1e-12),
+        at_most(f"their weights after {steps} steps of training from the same start, float32",
+                relative(c.reshape(a.shape), a), 0.05),
+        *(at_least(f"last 20 losses less than the first 20, {name}: ratio", ratio(curve[0]), 1.5)
+          for name, curve in curves.items()),
+    )  # fmt: skip
+    caption = (
+        "Left: the loss of each net under one and the same training step (the product, and the product written as a "
+        "convolution, lie on one another). Right: patches learnt: 5×5 by the one, 28×28 by the other."
+    )
+    return Shown(checks, draw(curves), caption)
+
+
+def ratio(losses: list[float]) -> float:
+    """How many times smaller the loss has become."""
+    width = max(1, min(20, len(losses) // 4))
+    return float(np.mean(losses[:width]) / np.mean(losses[-width:]))
+
+
+def train(net: jaxcnn.Serial, steps: int) -> tuple[list[float], Any]:
+    """The training step of §9's update for any net: (losses, parameters)."""
+    data, optimizer = fashion(), optax.sgd(0.05, momentum=0.9)
+    state = jaxcnn.TrainState.create(net, optimizer, jax.random.key(0), data.image_shape)
+    # Equal numbers for the product and the same as a convolution.
+    state = jaxcnn.TrainState(state.step, started(state.params), state.opt_state, state.key)
+    step = jaxcnn.make_train_step(net, LOSS, optimizer)
+    losses = []
+    for i in range(steps):
+        part = slice(64 * i % 9984, 64 * i % 9984 + 64)
+        state, metrics = step(state, (data.train_images[part], data.train_labels[part]))
+        losses.append(float(metrics["loss"]))
+    return losses, state.params
+
+
+def started(params: Any) -> Any:
+    """Weights from one stream of numbers, whatever shape they have."""
+    found = {}
+    for i, (name, layer) in enumerate(sorted(params.items(), key=lambda item: item[0] == "dense2")):
+        size, outputs = layer["w"].size, layer["w"].shape[-1]
+        rows = np.random.default_rng(i).normal(size=(size // outputs, outputs)) / np.sqrt(size / outputs)
+        found[name] = {**layer, "w": jnp.asarray(rows.reshape(layer["w"].shape), jnp.float32)}
+    return found
+
+
+def draw(curves: Any) -> Any:
+    """Losses; patches of the convolutions and of the product."""
+    fig = figure(10.4, 3.6)
+    left, right = parts(fig, 1, 2, width_ratios=(1.2, 1))
+    axes = left.subplots()
+    plain(axes, "one training step, three nets", "step", "training loss")
+    styles = {
+        "products": (GREY, "-", 3.5),
+        "convolutions": (BLUE, "-", 1.6),
+        "the product as a convolution": ("black", ":", 1.6),
+    }
+    for name, (losses, _) in curves.items():
+        colour, line, width = styles[name]
+        axes.plot(losses, line, color=colour, linewidth=width, label=name)
+    axes.set_ylim(0)
+    axes.legend(frameon=False, fontsize=9)
+    grid = right.subplots(2, 4)
+    for row, (name, title) in enumerate(
+        (("convolutions", "5×5 patches"), ("the product as a convolution", "28×28 patches"))
+    ):
+        w = np.asarray(curves[name][1]["conv1"]["w"])
+        strongest = np.argsort(-np.square(w).sum((0, 1, 2)))[:4]
+        for axes, k in zip(grid[row], strongest, strict=True):
+            signed(axes, w[:, :, 0, k], title if k == strongest[0] else "", "")
+    return fig
+
+
+if __name__ == "__main__":
+    sys.exit(main(STATEMENT, show))

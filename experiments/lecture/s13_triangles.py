@@ -1,0 +1,98 @@
+"""§13: two right triangles that face each other, and that face the same way."""
+
+import sys
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.lecture.drawing import BLUE, DARK, GREY, RED, figure, plain
+from experiments.lecture.statement import Shown, Statement, at_least, at_most, equal, main
+from jaxcnn.ops import signal
+
+STATEMENT = Statement(
+    name="s13_triangles",
+    section="13",
+    title="Two right triangles: the hill and the peak",
+    korean="직각이 오른쪽에 있는 삼각형을 patch라고 … 산모양 삼각형 … 최고점보다도 훨씬 더 높은 값을 가질 확률이 높다",
+    claim="A patch whose right angle is on the right slides over an image whose right angle is on the left: a low "
+    "hill. Flipped, it has the image's shape, and where the two coincide stands a peak that is higher.",
+    formula="max<sub>o</sub> Σ<sub>k</sub> a[o + k]·v[k] ≤ ‖a‖·‖v‖,  reached where v has the shape of a",
+    functions=("jaxcnn/ops/signal.py: correlate", "jaxcnn/ops/signal.py: convolve"),
+    test="tests/ops/test_signal.py",
+)
+
+WIDTH = 60
+PATCH = np.arange(1, WIDTH + 1) / WIDTH  # rises to its right angle
+IMAGE = PATCH[::-1].copy()  # falls from its right angle
+
+
+def show(convolve: Any = signal.convolve, correlate: Any = signal.correlate) -> Shown:
+    """The patch over the image, not flipped and flipped; the triangles as they are, and less their means."""
+    hill, peak = correlate(IMAGE, PATCH), convolve(IMAGE, PATCH)
+    image, patch = IMAGE - IMAGE.mean(), PATCH - PATCH.mean()
+    low, high = correlate(image, patch), convolve(image, patch)
+    checks = (
+        equal("flipped, the patch has the image's shape: largest difference", np.abs(PATCH[::-1] - IMAGE).max(), 0),
+        at_least("peak over hill", float(peak.max() / hill.max()), 1.15),
+        at_least("peak over hill, triangles less their means", float(high.max() / low.max()), 2),
+        equal("where the peak is: patch and image coincide", int(jnp.argmax(peak)) - (WIDTH - 1), 0),
+        at_most(
+            "the peak against the image's energy: relative distance", abs(peak.max() / np.sum(IMAGE**2) - 1), 1e-12
+        ),
+        equal("the hill rises, then falls", changes_of_direction(hill), 1),
+    )
+    ratios = float(peak.max() / hill.max()), float(high.max() / low.max())
+    caption = (
+        f"Left, the triangles as they are: the peak is {ratios[0]:.2f} times as high as the hill. How much higher "
+        f"depends on the shapes; with their means taken away, right, it is {ratios[1]:.1f} times as high."
+    )
+    return Shown(checks, draw((hill, peak), (low, high)), caption)
+
+
+def changes_of_direction(y: Any) -> int:
+    """How often a sequence turns from rising to falling or back."""
+    rises = np.sign(np.diff(np.asarray(y)))
+    rises = rises[rises != 0]
+    return int(np.sum(rises[1:] != rises[:-1]))
+
+
+def draw(as_they_are: Any, less_means: Any) -> Any:
+    """The shapes where they fit best, above the curves over all shifts."""
+    fig = figure(10, 5.6)
+    top, bottom = fig.subplots(2, 2, height_ratios=(1, 1.6))
+    best = int(np.argmax(np.asarray(as_they_are[0]))) - (WIDTH - 1)
+    for axes, shift, patch, title, colour in (
+        (top[0], best, PATCH, "not flipped, where the hill is highest", GREY),
+        (top[1], 0, PATCH[::-1], "flipped, where the peak is", RED),
+    ):
+        triangle(axes, 0, IMAGE, BLUE, "image")
+        triangle(axes, shift, patch, colour, "patch")
+        axes.set_title(title, fontsize=10)
+        axes.set(xlim=(-WIDTH * 0.8, WIDTH * 1.8), ylim=(0, 1.12), xticks=[], yticks=[])
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=9, loc="upper right")
+    shifts = np.arange(1 - WIDTH, WIDTH)
+    for axes, (low, high), title in ((bottom[0], as_they_are, "the triangles as they are"),
+                                     (bottom[1], less_means, "less their means")):  # fmt: skip
+        plain(axes, title, "shift of the patch", "sum of the products")
+        axes.axhline(0, color=DARK, linewidth=0.7)
+        axes.plot(shifts, low, color=GREY, linewidth=2, label="not flipped")
+        axes.plot(shifts, high, color=RED, linewidth=2, label="flipped")
+        for y, colour in ((low, "0.35"), (high, RED)):
+            at = int(np.argmax(np.asarray(y)))
+            axes.annotate(f"{float(y[at]):.1f}", (shifts[at], float(y[at])), (0, 4), textcoords="offset points",
+                          ha="center", fontsize=9, color=colour)  # fmt: skip
+        axes.margins(y=0.12)
+        axes.legend(frameon=False, fontsize=9, loc="upper left")
+    return fig
+
+
+def triangle(axes: Any, at: int, heights: Any, colour: str, label: str) -> None:
+    """A right triangle that stands at `at`."""
+    x = np.arange(at, at + WIDTH)
+    axes.fill(np.r_[x[0], x, x[-1]], np.r_[0, heights, 0], facecolor=colour, alpha=0.35, edgecolor=colour, label=label)
+
+
+if __name__ == "__main__":
+    sys.exit(main(STATEMENT, show))
