@@ -181,6 +181,11 @@ class Case:
     def twice_plain(self) -> Callable[..., Any]:
         return compiled(cotangents_twice(self.plain))
 
+    @functools.cached_property
+    def thrice(self) -> Callable[..., Any]:
+        """``thrice(args, δ, ξ, ζ)`` → the cotangents of (args, δ, ξ), for ζ at what `twice` returns."""
+        return compiled(lambda *inputs_and_zeta: jax.vjp(self.twice, *inputs_and_zeta[:-1])[1](inputs_and_zeta[-1]))
+
 
 def with_cotangents(f: Callable[..., Array]) -> Callable[..., Any]:
     def run(args: tuple[Array, ...], delta: Array) -> tuple[Array, tuple[Array, ...]]:
@@ -349,6 +354,7 @@ CASES = [
     row("max_pool", (2, 5, 7, 3), window=2, ceil_mode=True),
     row("max_pool", (2, 6, 7, 3), window=3, stride=2, padding=1, ceil_mode=True),
     row("max_pool", (2, 5, 3), window=2, stride=3, ceil_mode=True),
+    row("max_pool", (2, 4, 3), window=2, stride=3, padding=1, ceil_mode=True),  # a last window would begin in padding
     # stock JAX does not differentiate dilated windows
     row("max_pool", (2, 6, 7, 3), window=2, stride=1, dilation=2, stock=False),
     row("max_pool", (2, 7, 8, 3), window=(3, 2), stride=(1, 2), dilation=(2, 3), padding=((1, 0), (0, 2)), stock=False),
@@ -381,6 +387,7 @@ CASES = [
     row("avg_pool", (2, 5, 6, 3), window=(3, 2), stride=2, padding=((2, 0), (0, 1)), count_include_pad=False),
     row("avg_pool", (2, 5, 7, 3), window=2, ceil_mode=True),
     row("avg_pool", (2, 6, 7, 3), window=3, stride=2, padding=1, ceil_mode=True),
+    row("avg_pool", (2, 4, 3), window=2, stride=3, padding=1, ceil_mode=True),
     row("avg_pool", (2, 6, 7, 3), window=3, stride=2, padding=1, ceil_mode=True, count_include_pad=False),
     row("avg_pool", (2, 6, 7, 3), window=2, stride=1, dilation=2),
     row("avg_pool", (2, 7, 8, 3), window=(3, 2), stride=(1, 2), dilation=(2, 3), padding=1, count_include_pad=False),

@@ -134,6 +134,13 @@ def rules_by_differences(case: Case) -> None:
     check_vjp(rule, vjp_of_rule, (*args, delta), eps=1e-6)
 
 
+def third_order_by_differences(case: Case) -> None:
+    """The rules of the products that only rules of rules call, such as max pooling's `take`."""
+    args, delta = drawn(case)
+    inputs = args, delta, cotangents(args)
+    check_vjp(case.twice, lambda *inputs: (case.twice(*inputs), lambda z: case.thrice(*inputs, z)), inputs, eps=1e-6)
+
+
 def adjoint(case: Case) -> None:
     """⟨f(x), δ⟩ = ⟨x, fᵀ(δ)⟩, in each argument in which the op is linear; what is left at x = 0 is a constant."""
     args, delta = drawn(case)

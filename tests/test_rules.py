@@ -53,6 +53,11 @@ def test_rules_by_differences(case):
     checks.rules_by_differences(case)
 
 
+@rows(ONE_EACH)
+def test_third_order_by_differences(case):
+    checks.third_order_by_differences(case)
+
+
 @rows([case for case in CASES if case.linear])
 def test_adjoint(case):
     checks.adjoint(case)

@@ -67,6 +67,13 @@ td.number { font-variant-numeric: tabular-nums; }
 .fails { color: var(--bad); font-weight: 700; white-space: nowrap; }
 .paths { font-size: .88rem; margin: .9rem 0 0; } .paths a { margin-right: .9rem; white-space: nowrap; }
 code { font-size: .92em; }
+@media (max-width: 44rem) {
+  section { padding: .9rem .8rem; }
+  figure img { width: 42rem; max-width: none; }
+  thead { display: none; }
+  tr { display: grid; grid-template-columns: 1fr auto auto; padding: .35rem 0; border-bottom: 1px solid var(--line); }
+  td { border: 0; padding: 0 .8rem 0 0; } td:first-child { grid-column: 1 / -1; }
+}
 dl.terms { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 16rem), 1fr)); gap: .2rem 1.5rem;
   margin: .5rem 0 0; font-size: .95rem; }
 dl.terms div { display: flex; justify-content: space-between; border-bottom: 1px solid var(--line); gap: 1rem; }
@@ -100,8 +107,8 @@ def page(folder: Path, told: Sequence[tuple[Statement, Shown]], facts: Mapping[s
 <header>
 <h1>CNN back propagation: the lecture, executed</h1>
 <p>Every statement of the lecture (<span lang="ko">10. CNN Back Propagation</span>), in its order, computed by
-<code>python -m experiments.lecture</code>. Each has a claim, the lecture's own words, the formula, a picture, and checks
-that can fail. Where the lecture errs, an erratum says so.</p>
+<code>python -m experiments.lecture</code>. Each has a claim, the lecture's own words, the formula, a picture, and
+checks that can fail. Where the lecture errs, an erratum says so.</p>
 <p><span class="{"holds" if holding == len(told) else "fails"}">{holding} of {len(told)} statements hold.</span>
 <span class="soft">{known}</span></p>
 </header>
@@ -135,7 +142,7 @@ def _section(folder: Path, statement: Statement, shown: Shown) -> str:
 <p>{statement.claim}</p>
 <div class="formula">{statement.formula}</div>
 {errata}
-<figure><img alt="{escape(shown.caption, quote=True)}" src="data:image/png;base64,{picture}">
+<figure><div class="scroll"><img alt="{escape(shown.caption, quote=True)}" src="data:image/png;base64,{picture}"></div>
 <figcaption>{escape(shown.caption)}</figcaption></figure>
 <div class="scroll"><table><thead><tr><th>check</th><th>measured</th><th>needed</th><th></th></tr></thead>
 <tbody>{rows}</tbody></table></div>

@@ -38,7 +38,7 @@ NETS = {
 }
 
 
-def show(sigmoid: Any = jaxcnn.sigmoid, *, steps: int = 250) -> Shown:
+def show(sigmoid: Any = jaxcnn.sigmoid, *, steps: int = 200) -> Shown:
     """The slope of the sigmoid, the δ of a small net by hand, two nets trained side by side."""
     x = jnp.linspace(-6, 6, 241)
     g = sigmoid(x)

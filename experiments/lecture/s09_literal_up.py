@@ -49,10 +49,10 @@ def literal_up(call: Call, delta: Any) -> tuple[Any]:
     return (jaxcnn.kron_up(delta, call.geometry.size),)
 
 
-def show(rule: Any = literal_up, *, steps: int = 140) -> Shown:
+def show(rule: Any = literal_up, *, steps: int = 120) -> Shown:
     """The angle between literal and true gradient, which of the two differences agree with, and two nets trained."""
     data = fashion()
-    images, labels = data.train_images[:32].astype(np.float64), data.train_labels[:32]
+    images, labels = data.train_images[:16].astype(np.float64), data.train_labels[:16]
     params = NET.init(jax.random.key(0), data.image_shape, jnp.float64)
 
     def error(params: Any, rules: Any = None) -> Any:
@@ -107,7 +107,7 @@ def train(rule: Any, steps: int) -> list[tuple[int, float]]:
     state = jaxcnn.TrainState.create(NET, optimizer, jax.random.key(0), data.image_shape)
     rules = None if rule is None else {jaxcnn.MaxPool: rule}
     step = jaxcnn.make_train_step(NET, LOSS, optimizer, rules=rules)
-    test = [(data.test_images[:1000], data.test_labels[:1000])]
+    test = [(data.test_images[:500], data.test_labels[:500])]
     found = [(0, jaxcnn.evaluate(NET, LOSS, state.params, test)["accuracy"])]
     for i, batch in enumerate(shuffled_batches(data.train_images, data.train_labels, 64, seed=0, epoch=1), start=1):
         if i > steps:

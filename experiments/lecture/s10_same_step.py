@@ -33,7 +33,7 @@ def nets() -> dict[str, jaxcnn.Serial]:
     return {
         "products": jaxcnn.serial(jaxcnn.Flatten(), jaxcnn.Dense(16), jaxcnn.Relu(), jaxcnn.Dense(10)),
         "convolutions": jaxcnn.serial(
-            jaxcnn.Conv(16, 5), jaxcnn.Relu(), jaxcnn.MaxPool(2), jaxcnn.Flatten(), jaxcnn.Dense(10)
+            jaxcnn.Conv(12, 5), jaxcnn.Relu(), jaxcnn.MaxPool(2), jaxcnn.Flatten(), jaxcnn.Dense(10)
         ),
         "the product as a convolution": jaxcnn.serial(
             jaxcnn.Conv(16, 28), jaxcnn.Relu(), jaxcnn.Flatten(), jaxcnn.Dense(10)
@@ -41,7 +41,7 @@ def nets() -> dict[str, jaxcnn.Serial]:
     }
 
 
-def show(conv: Any = jaxcnn.conv, *, steps: int = 120) -> Shown:
+def show(conv: Any = jaxcnn.conv, *, steps: int = 100) -> Shown:
     """A product and the same as a convolution; then three nets, one step."""
     x, w, b, delta = drawn(0, (4, 28, 28, 1), (28, 28, 1, 16), (16,), (4, 16))
 

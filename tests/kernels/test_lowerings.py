@@ -31,19 +31,21 @@ MADE_FOR = {
     "pointwise": {"sizes": (1,), "pads": (0,), "groups": (1,)},
     "spare_row": {"strides": (1,)},
     "rows": {"groups": (1,)},
-    "depthwise": {"groups": (1, 2, 3), "inputs": (1,)},
+    "depthwise": {"inputs": (1,)},
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is drawn
+# What is drawn.  Hypothesis begins with the first of each choice and comes back to it: the dull ones stand last.
+
+BATCHES = (2, 1, 0)
 
 
 @st.composite
-def drawn_windows(draw, sizes=(1, 2, 3), strides=(1, 2, 3), pads=(0, 1, 2, 4)):
+def drawn_windows(draw, sizes=(2, 3, 1), strides=(2, 1, 3), pads=(1, 0, 2, 4)):
     """Windows over 1 to 3 dims, with remainders, gaps, dilation, and padding that windows may lie in altogether."""
     dims = []
-    for _ in range(draw(st.integers(1, 3))):
-        k, s, d = (draw(st.sampled_from(choices)) for choices in (sizes, strides, (1, 2)))
+    for _ in range(draw(st.sampled_from((2, 1, 3)))):
+        k, s, d = (draw(st.sampled_from(choices)) for choices in (sizes, strides, (2, 1)))
         lo, hi = draw(st.sampled_from(pads)), draw(st.sampled_from(pads))
         least = max((k - 1) * d + 1 - lo - hi, 1)
         dims.append((draw(st.integers(least, least + 3)), k, s, (lo, hi), d))
@@ -51,10 +53,10 @@ def drawn_windows(draw, sizes=(1, 2, 3), strides=(1, 2, 3), pads=(0, 1, 2, 4)):
 
 
 @st.composite
-def drawn_correlations(draw, groups=(1, 2, 3), inputs=(1, 2), **of_window):
+def drawn_correlations(draw, groups=(2, 3, 1), inputs=(2, 1), **of_window):
     """The static half, with the shapes of x, w and y; batches of 0 to 2."""
     win = draw(drawn_windows(**of_window))
-    g, i, o, n = (draw(st.sampled_from(choices)) for choices in (groups, inputs, (1, 2), (0, 1, 2)))
+    g, i, o, n = (draw(st.sampled_from(choices)) for choices in (groups, inputs, (2, 3, 1), BATCHES))
     c = Correlation(win, g, np.dtype(np.float64))
     return c, (n, *win.shape, g * i), (*win.size, i, g * o), (n, *win.out, g * o)
 
@@ -81,7 +83,7 @@ def close(found, expected):
 def test_lowering(product, name):
     table, _, _, definition = PRODUCTS[product]
 
-    @settings(max_examples=20)
+    @settings(max_examples=25)
     @given(drawn_correlations(**MADE_FOR.get(name, {})))
     def equals_definition(shapes):
         c, x, w, y = shapes
@@ -182,20 +184,26 @@ def some_is_real(win):
 
 
 def spoiled(rng, shape):
-    """Small whole numbers, many of them alike, some NaN or infinite."""
-    x = ties(rng, shape)
-    return np.where(rng.uniform(size=shape) < 0.3, rng.choice([np.nan, np.inf, -np.inf], shape), x)
+    """Small whole numbers, many of them alike; NaN and infinities among them."""
+    return np.where(rng.uniform(size=shape) < 0.5, rng.choice([np.nan, np.inf, -np.inf], shape), ties(rng, shape))
+
+
+def lowest(rng, shape):
+    """Mostly −∞, which is also what padding is filled with."""
+    return np.where(rng.uniform(size=shape) < 0.8, -np.inf, ties(rng, shape))
 
 
 # `form` stays the same over all examples, which is what is wanted of it.
-over_examples = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+over_examples = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @over_examples
-@given(win=drawn_windows(pads=(0, 1, 2)), batch=st.integers(0, 2), draw=st.sampled_from([normal, ties, spoiled]))
-def test_largest(form, win, batch, draw):
+@given(
+    drawn_windows(pads=(1, 0, 2)), st.sampled_from(BATCHES), st.sampled_from((spoiled, ties, lowest)), st.integers(0)
+)
+def test_largest(form, win, batch, draw, seed):
     assume(some_is_real(win))
-    x = draw(np.random.default_rng(0), (batch, *win.shape, 2))
+    x = draw(np.random.default_rng(seed), (batch, *win.shape, 3))
     y, winner = compiled(lambda x: windows.largest(win, x))(x)
     expected, first = oracles.largest(win, x)
     np.testing.assert_array_equal(y, expected)
@@ -204,11 +212,11 @@ def test_largest(form, win, batch, draw):
 
 
 @over_examples
-@given(win=drawn_windows(pads=(0, 1, 2)), batch=st.integers(0, 2), passed=st.sampled_from([0.0, 0.5, 1.0]))
-def test_take_and_place(form, win, batch, passed):
+@given(drawn_windows(pads=(1, 0, 2)), st.sampled_from(BATCHES), st.sampled_from((0.5, 1.0, 0.0)), st.integers(0))
+def test_take_and_place(form, win, batch, passed, seed):
     """Against their definitions and each other; where the winner is `nothing`, none is read and none gets δ."""
     assume(some_is_real(win))
-    rng = np.random.default_rng(2)
+    rng = np.random.default_rng(seed)
     x, y = normal(rng, (batch, *win.shape, 2)), normal(rng, (batch, *win.out, 2))
     _, winner = oracles.largest(win, normal(rng, x.shape))
     winner = np.where(rng.uniform(size=winner.shape) < passed, winner, windows.nothing(win)).astype(
@@ -221,7 +229,7 @@ def test_take_and_place(form, win, batch, passed):
 
 
 @over_examples
-@given(win=drawn_windows(), batch=st.integers(0, 2))
+@given(drawn_windows(), st.sampled_from(BATCHES))
 def test_window_sum_and_spread(form, win, batch):
     rng = np.random.default_rng(3)
     x, y = normal(rng, (batch, *win.shape, 2)), normal(rng, (batch, *win.out, 2))
