@@ -14,7 +14,7 @@ lecture: $(VENV)/experiments  ## every statement of the lecture, with pictures
 	$(PY) -m experiments.lecture $(ARGS)
 
 test: $(VENV)/experiments,test  ## all tests and doctests
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n 2 $(ARGS)
 
 lint: $(VENV)/all
 	$(VENV)/bin/ruff check .

@@ -41,7 +41,7 @@ class Config:
     """Folder of the idx files of --data fashion-mnist; without it, the system's, the cache, a download."""
     epochs: int = 10
     """Passes over the training images."""
-    batch_size: int = 64
+    batch_size: int = 32
     """Images a step."""
     optimizer: str = "adam"
     """adam, or sgd (with momentum 0.9); the learning rate falls to 0 along a cosine."""

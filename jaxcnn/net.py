@@ -527,6 +527,8 @@ def serial(*layers: Layer, name: str | None = None) -> Serial:
 def residual(*layers: Layer, name: str | None = None) -> Residual:
     """``x + serial(*layers)(x)``, a layer; the layers keep the shape (He et al. 2015).
 
+    Raises: as `serial`; ValueError, when it is applied, if the layers change the shape.
+
     >>> import jax
     >>> import jax.numpy as jnp
     >>> import jaxcnn

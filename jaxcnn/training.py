@@ -55,6 +55,8 @@ def make_train_step(
         optimizer: from optax.
         rules: other backward halves, as in `Serial.apply`.
 
+    Raises: when it is first called, what the layers and the loss raise for shapes and dtypes that do not fit.
+
     >>> import jax
     >>> import jax.numpy as jnp
     >>> import optax
@@ -92,6 +94,14 @@ def evaluate(net: Serial, loss: Loss, params: Params, batches: Iterable[Batch]) 
     """Mean loss, and accuracy where targets are integer labels, over all examples of ``batches``; dropout is off.
 
     Raises: ValueError if there are no examples.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> net = jaxcnn.serial(jaxcnn.Dense(1))
+    >>> params = net.init(jax.random.key(0), (2,))
+    >>> jaxcnn.evaluate(net, jaxcnn.squared_error, params, [(jnp.zeros((4, 2)), jnp.ones((4, 1)))])
+    {'loss': 1.0}
     """
     run = _evaluator(net, loss)
     totals: dict[str, float] = {}

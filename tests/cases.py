@@ -183,8 +183,8 @@ class Case:
 
     @functools.cached_property
     def thrice(self) -> Callable[..., Any]:
-        """``thrice(args, δ, ξ, ζ)`` → the cotangents of (args, δ, ξ), for ζ at what `twice` returns."""
-        return compiled(lambda *inputs_and_zeta: jax.vjp(self.twice, *inputs_and_zeta[:-1])[1](inputs_and_zeta[-1]))
+        """``thrice(inputs, ζ)`` → the cotangents of inputs (args, δ, ξ), for ζ at what `twice` returns."""
+        return compiled(lambda inputs, zeta: jax.vjp(cotangents_twice(self.function), *inputs)[1](zeta))
 
 
 def with_cotangents(f: Callable[..., Array]) -> Callable[..., Any]:

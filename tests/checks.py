@@ -138,7 +138,7 @@ def third_order_by_differences(case: Case) -> None:
     """The rules of the products that only rules of rules call, such as max pooling's `take`."""
     args, delta = drawn(case)
     inputs = args, delta, cotangents(args)
-    check_vjp(case.twice, lambda *inputs: (case.twice(*inputs), lambda z: case.thrice(*inputs, z)), inputs, eps=1e-6)
+    check_vjp(case.twice, lambda *inputs: (case.twice(*inputs), lambda z: case.thrice(inputs, z)), inputs, eps=1e-6)
 
 
 def adjoint(case: Case) -> None:

@@ -37,7 +37,11 @@ def apart(*shape: int) -> Any:
     return jnp.asarray(np.random.default_rng(n).permutation((np.arange(n) - n / 2 + 0.25) / n * 3).reshape(shape))
 
 
-def ops() -> Mapping[str, tuple[Callable[..., Any], Mapping[str, Any]]]:
+Table = Mapping[str, tuple[Callable[..., Any], Mapping[str, Any]]]
+"""An op's name, the op, the inputs it is differentiated by."""
+
+
+def ops() -> Table:
     """Every op with the inputs it is differentiated by."""
     x, y, w, b, line, few = drawn(0, (2, 6, 5, 2), (2, 3, 4), (3, 2, 2, 3), (3,), (9,), (4,))
     picture, template, probabilities = jnp.asarray(apart(7, 6)), apart(3, 2), jax.nn.softmax(-y)
@@ -72,12 +76,12 @@ def _swapped(f: Callable[..., Any], second: Any, first: Any) -> Any:
     return f(first, second)
 
 
-def show(replaced: Mapping[str, Callable[..., Any]] | None = None) -> Shown:
-    """Rule against differences for every op and input; `replaced` puts other functions in the place of ops."""
-    found = {}
-    for name, (op, inputs) in ops().items():
-        op = (replaced or {}).get(name, op)
-        found[name] = dict(zip(inputs, distances(op, tuple(inputs.values())), strict=True))
+def show(table: Table | None = None) -> Shown:
+    """Rule against differences for every op and input of a table, by default `ops`."""
+    found = {
+        name: dict(zip(inputs, distances(op, tuple(inputs.values())), strict=True))
+        for name, (op, inputs) in (ops() if table is None else table).items()
+    }
     patch = by_patch()
     pairs = [(distance, f"{name} by {argument}") for name, row in found.items() for argument, distance in row.items()]
     distance, furthest = max(pairs)

@@ -90,15 +90,18 @@ def take(win: Window, x: Array, winner: Array) -> Array:
 
 
 def place(win: Window, y: Array, winner: Array) -> Array:
-    """The adjoint of `take`: every ``y[o]`` is added to the entry that won, all others get zero."""
+    """The adjoint of `take`: every ``y[o]`` is added to the entry that won, all others get zero.
+
+    16-bit floats are summed in float32.
+    """
     if win.tiles:
         return _place_tiles(win, y, winner)
     if win.entries > UNROLLED:
         return _place_long(win, y, winner)
-    sent = (jnp.where(winner == winner.dtype.type(number), y, 0) for number in range(win.entries))
-    return unpad(
-        win, functools.reduce(operator.add, (at_tap(win, tap, s) for tap, s in zip(win.taps(), sent, strict=True)))
-    )
+    wide = y.astype(accumulator(y.dtype))
+    sent = (jnp.where(winner == winner.dtype.type(number), wide, 0) for number in range(win.entries))
+    taps = zip(win.taps(), sent, strict=True)
+    return unpad(win, functools.reduce(operator.add, (at_tap(win, tap, s) for tap, s in taps))).astype(y.dtype)
 
 
 def _place_tiles(win: Window, y: Array, winner: Array) -> Array:
@@ -117,10 +120,10 @@ def _take_long(win: Window, x: Array, winner: Array) -> Array:
 def _place_long(win: Window, y: Array, winner: Array) -> Array:
     batch, channels = y.shape[0], y.shape[-1]
     at = _flat_index(win, winner).reshape(batch, math.prod(win.out), channels)
-    sent = jnp.where(winner == nothing(win), 0, y).reshape(at.shape)
-    flat = jnp.zeros((batch, math.prod(win.shape), channels), y.dtype)
+    sent = jnp.where(winner == nothing(win), 0, y).reshape(at.shape).astype(accumulator(y.dtype))
+    flat = jnp.zeros((batch, math.prod(win.shape), channels), sent.dtype)
     flat = flat.at[np.arange(batch)[:, None, None], at, np.arange(channels)].add(sent, mode="clip")
-    return flat.reshape(batch, *win.shape, channels)
+    return flat.reshape(batch, *win.shape, channels).astype(y.dtype)
 
 
 def _flat_index(win: Window, winner: Array) -> Array:

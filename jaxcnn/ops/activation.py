@@ -82,11 +82,17 @@ class _Row:
 
 
 _INV_SQRT_2PI = 0.3989422804014327
+_INV_SQRT_2 = 0.7071067811865476
 
 
 def _gelu_slope(x: Array, c: float) -> Array:
     """g'(x) = Φ(x) + x·φ(x), with φ and Φ the normal density and distribution."""
-    return jax.scipy.special.ndtr(x) + x * _INV_SQRT_2PI * jnp.exp(-x * x / 2)
+    return _normal(x) + x * _INV_SQRT_2PI * jnp.exp(-x * x / 2)
+
+
+def _normal(x: Array) -> Array:
+    """Φ(x), by erfc, which keeps its digits where Φ is small."""
+    return 0.5 * jax.lax.erfc(-x * _INV_SQRT_2)
 
 
 def _of(c: float, x: Array) -> Array:
@@ -104,7 +110,7 @@ _TABLE = {
     "leaky_relu": _Row(lambda x, c: jnp.where(x > 0, x, c * x), lambda x, c: jnp.where(x > 0, 1, _of(c, x)), "x"),
     "elu": _Row(lambda x, c: jnp.where(x > 0, x, c * jnp.expm1(jnp.minimum(x, 0))),
                 lambda x, c: jnp.where(x > 0, 1, c * jnp.exp(jnp.minimum(x, 0))), "x"),
-    "gelu": _Row(lambda x, c: x * jax.scipy.special.ndtr(x), _gelu_slope, "x"),
+    "gelu": _Row(lambda x, c: x * _normal(x), _gelu_slope, "x"),
     "silu": _Row(lambda x, c: x * jax.nn.sigmoid(x), _silu_slope, "x"),
     "softplus": _Row(lambda x, c: jnp.logaddexp(x, 0), lambda x, c: jax.nn.sigmoid(x), "x"),
     "sigmoid": _Row(lambda x, c: jax.nn.sigmoid(x), lambda y, c: y * (1 - y), "y"),

@@ -9,6 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxcnn.geometry import fail
+from jaxcnn.kernels.windows import accumulator
 from jaxcnn.ops.rule import arrays
 
 
@@ -86,22 +87,31 @@ def softmax_cross_entropy(logits: ArrayLike, targets: ArrayLike) -> Array:
 
 @jax.custom_vjp
 def _softmax_cross_entropy(logits: Array, targets: Array) -> Array:
-    return -_times(targets, jax.nn.log_softmax(logits)).sum(-1)
+    return -_times(_wide(targets), _log_softmax(logits)).sum(-1).astype(logits.dtype)
 
 
 def _softmax_cross_entropy_fwd(logits: Array, targets: Array) -> Any:
-    return _softmax_cross_entropy(logits, targets), (jax.nn.log_softmax(logits), targets)
+    return _softmax_cross_entropy(logits, targets), (_log_softmax(logits), targets)
 
 
 def _softmax_cross_entropy_bwd(saved: Any, delta: Array) -> Any:
     """δ_logits = δ(p·Σ targets − targets);  δ_targets = −δ·log p."""
     log_p, targets = saved
-    delta = delta[..., None]
+    dtype, delta, targets = targets.dtype, _wide(delta)[..., None], _wide(targets)
     delta_logits = delta * (jnp.exp(log_p) * targets.sum(-1, keepdims=True) - targets)
-    return delta_logits, -delta * log_p
+    return delta_logits.astype(dtype), (-delta * log_p).astype(dtype)
 
 
 _softmax_cross_entropy.defvjp(_softmax_cross_entropy_fwd, _softmax_cross_entropy_bwd)
+
+
+def _wide(x: Array) -> Array:
+    return x.astype(accumulator(x.dtype))
+
+
+def _log_softmax(logits: Array) -> Array:
+    """Log p; of 16-bit logits in float32."""
+    return jax.nn.log_softmax(_wide(logits))
 
 
 def _times(targets: Array, log_p: Array) -> Array:
@@ -148,11 +158,11 @@ def softmax_cross_entropy_with_integer_labels(logits: ArrayLike, labels: ArrayLi
 
 @jax.custom_vjp
 def _cross_entropy_of_labels(logits: Array, labels: Array) -> Array:
-    return -_picked(jax.nn.log_softmax(logits), labels)
+    return -_picked(_log_softmax(logits), labels).astype(logits.dtype)
 
 
 def _cross_entropy_of_labels_fwd(logits: Array, labels: Array) -> Any:
-    return _cross_entropy_of_labels(logits, labels), (jax.nn.log_softmax(logits), labels)
+    return _cross_entropy_of_labels(logits, labels), (_log_softmax(logits), labels)
 
 
 def _cross_entropy_of_labels_bwd(saved: Any, delta: Array) -> Any:
@@ -160,7 +170,7 @@ def _cross_entropy_of_labels_bwd(saved: Any, delta: Array) -> Any:
     log_p, labels = saved
     onehot = jax.nn.one_hot(labels, log_p.shape[-1], dtype=log_p.dtype)
     p_less_onehot = jnp.where(_known(labels, log_p), jnp.exp(log_p) - onehot, jnp.nan)
-    return delta[..., None] * p_less_onehot, None
+    return (_wide(delta)[..., None] * p_less_onehot).astype(delta.dtype), None
 
 
 _cross_entropy_of_labels.defvjp(_cross_entropy_of_labels_fwd, _cross_entropy_of_labels_bwd)

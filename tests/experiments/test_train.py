@@ -47,7 +47,7 @@ def test_the_main_job_from_banner_to_weights(out, capsys):
         "device ",
         "fashion-mnist-sample: 10,000 training and 2,000 test images 28×28×1",
         "sha256 0e03de1643cd",
-        "lecture, 3 steps of 64 images, adam at 0.002",
+        "lecture, 3 steps of 32 images, adam at 0.002",
         "24×24×32",
         "12×12×32",
         "62,346",
