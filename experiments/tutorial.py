@@ -349,5 +349,5 @@ figure.savefig(OUT / "maps.png", dpi=110)
 print(f"pictures in {OUT.absolute()}; {time.perf_counter() - started:.0f} s")
 
 # %% [markdown]
-# Where to go from here: the formulas in `docs/mathematics.md`, rules in `docs/rules.md`, every statement of the lecture in
-# `python -m experiments.lecture`, and a net trained in earnest in `python -m experiments.train`.
+# Where to go from here: the formulas in `docs/mathematics.md`, rules in `docs/rules.md`, every statement of the lecture
+# in `python -m experiments.lecture`, and a net trained in earnest in `python -m experiments.train`.

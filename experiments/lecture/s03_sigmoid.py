@@ -1,5 +1,6 @@
 """§3: the ordinary network, δ_l = w δ_{l+1} g'(x) with g' = g(1 − g), beside a convolutional one."""
 
+import functools
 import sys
 from typing import Any
 
@@ -69,6 +70,7 @@ def by_hand(sigmoid: Any) -> float:
     return relative(list(jax.grad(error, (0, 1))(w1, w2)), [x.T @ delta_1, a.T @ delta_2])
 
 
+@functools.cache
 def train(net: jaxcnn.Serial, steps: int) -> tuple[list[float], float]:
     """The loss of each step, and the test accuracy at the end."""
     data, loss = fashion(), jaxcnn.softmax_cross_entropy_with_integer_labels

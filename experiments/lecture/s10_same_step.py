@@ -1,5 +1,6 @@
 """§10: the only difference from an ordinary network is that products become convolutions."""
 
+import functools
 import sys
 from typing import Any
 
@@ -79,6 +80,7 @@ def ratio(losses: list[float]) -> float:
     return float(np.mean(losses[:width]) / np.mean(losses[-width:]))
 
 
+@functools.cache
 def train(net: jaxcnn.Serial, steps: int) -> tuple[list[float], Any]:
     """The training step of §9's update for any net: (losses, parameters)."""
     data, optimizer = fashion(), optax.sgd(0.05, momentum=0.9)

@@ -120,7 +120,7 @@ _TABLE = {
 
 def _activate(op: str, x: ArrayLike, rule: Rule | None, constant: float = 0.0) -> Array:
     (x,) = arrays(op, x=x)
-    return with_rule(_activation, rule, _activation_plain)(Activation(op, constant), x)
+    return with_rule(_activation, rule, _activation_plain, op)(Activation(op, constant), x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -120,7 +120,7 @@ def conv_plain(c: Correlation, x: Array, w: Array, b: Array | None) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def spread(c: Correlation, delta: Array, w: Array) -> Array:
-    """W ∗ δ: the full correlation of δ with the patch turned by 180°."""
+    """``w ∗ δ``: the full correlation of δ with the patch turned by 180°."""
     return kernels.spread(c, delta, w)
 
 
@@ -139,7 +139,7 @@ spread.defvjp(_spread_fwd, _spread_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def match(c: Correlation, x: Array, delta: Array) -> Array:
-    """X ⋆ δ: the valid correlation of the picture with δ, summed over the batch."""
+    """``x ⋆ δ``: the valid correlation of the picture with δ, summed over the batch."""
     return kernels.match(c, x, delta)
 
 
@@ -295,7 +295,7 @@ def _precision(op: str, precision: Any) -> Any:
 
 
 def _channels_last(x: Array, w: Array, layouts: Sequence[str] | None) -> tuple[Array, Array, tuple[int, ...] | None]:
-    """X and w in the house layout, and how to transpose y back into the caller's."""
+    """``x`` and ``w`` in the house layout, and how to transpose y back into the caller's."""
     if layouts is None:
         return x, w, None
     if isinstance(layouts, str) or len(layouts) != 3 or not all(isinstance(layout, str) for layout in layouts):

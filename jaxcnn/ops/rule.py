@@ -52,19 +52,22 @@ def autodiff(call: Call, delta: Any) -> tuple[Any, ...]:
     raise TypeError("autodiff: expected as rule= of an op; it is not a function of (call, delta)")
 
 
-def with_rule(core: Any, rule: Any, plain: Callable[..., Any]) -> Callable[..., Any]:
-    """The op ``core(geometry, *inputs)`` with another backward half; `plain` is the same function in stock JAX."""
+def with_rule(core: Any, rule: Any, plain: Callable[..., Any], op: str | None = None) -> Callable[..., Any]:
+    """The op ``core(geometry, *inputs)`` with another backward half; `plain` is the same function in stock JAX.
+
+    ``op`` is what messages call it, if not by the core's own name.
+    """
     if rule is autodiff:
         return plain
+    op = op or core.__name__.lstrip("_")
     if not (rule is None or (callable(rule) and isinstance(rule, Hashable))):
-        op = core.__name__.lstrip("_")
         raise TypeError(f"{op}: rule expected None, autodiff or a hashable function (call, delta), got {rule!r}")
-    chosen = core if rule is None else _replaced(core, rule)
+    chosen = core if rule is None else _replaced(core, rule, op)
     return lambda geometry, *inputs: chosen(geometry, *_varying_alike(inputs))
 
 
 @functools.lru_cache(maxsize=256)
-def _replaced(core: Any, rule: Rule) -> Any:
+def _replaced(core: Any, rule: Rule, op: str) -> Any:
     """A `custom_vjp` of the same forward half."""
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -79,7 +82,7 @@ def _replaced(core: Any, rule: Rule) -> Any:
         inputs, y, saved = kept
         exact = functools.partial(core.bwd, geometry, saved)
         call = Call(inputs, y, geometry, exact, functools.partial(core, geometry))
-        return _checked(rule, call, rule(call, delta))
+        return _checked(op, rule, call, rule(call, delta))
 
     other.defvjp(fwd, bwd)
     return other
@@ -98,14 +101,12 @@ def _varying_alike(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
-def _checked(rule: Rule, call: Call, found: Any) -> tuple[Any, ...]:
+def _checked(op: str, rule: Rule, call: Call, found: Any) -> tuple[Any, ...]:
     """One cotangent for each input, of its shape, in its dtype."""
-    name = getattr(rule, "__name__", repr(rule))
+    name = f"{op}: rule {getattr(rule, '__name__', repr(rule))}"
     if not isinstance(found, tuple) or len(found) != len(call.inputs):
         got = f"{len(found)}" if isinstance(found, tuple) else type(found).__name__
-        raise ValueError(
-            f"rule {name}: expected a tuple of {len(call.inputs)} cotangents, one for each input; got {got}"
-        )
+        raise ValueError(f"{name}: expected a tuple of {len(call.inputs)} cotangents, one for each input; got {got}")
     return tuple(_fitted(name, i, x, ct) for i, (x, ct) in enumerate(zip(call.inputs, found, strict=True)))
 
 
@@ -113,7 +114,7 @@ def _fitted(name: str, i: int, x: Any, cotangent: Any) -> Any:
     if x is None or cotangent is None or not jnp.issubdtype(x.dtype, jnp.floating):
         return None
     if jnp.shape(cotangent) != x.shape:
-        raise ValueError(f"rule {name}: cotangent {i} expected shape {x.shape}, got {jnp.shape(cotangent)}")
+        raise ValueError(f"{name}: cotangent {i} expected shape {x.shape}, got {jnp.shape(cotangent)}")
     return jnp.asarray(cotangent, x.dtype)
 
 

@@ -123,11 +123,9 @@ def halved(call, delta):
 def unturned(call, delta):
     """As rule= of conv: the flip left out."""
     x, w, _ = call.inputs
-    delta_x, grad_w, grad_b = call.exact(delta)
-    turned_back = jax.vjp(lambda x: jaxcnn.conv(x, w[::-1, ::-1], padding=list(call.geometry.window.padding)), x)[1](
-        delta
-    )
-    return (*turned_back, grad_w, grad_b)
+    _, grad_w, grad_b = call.exact(delta)
+    _, pull = jax.vjp(lambda x: jaxcnn.conv(x, w[::-1, ::-1], padding=call.geometry.window.padding), x)
+    return (*pull(delta), grad_w, grad_b)
 
 
 def tiled(x, factor):

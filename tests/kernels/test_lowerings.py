@@ -231,8 +231,8 @@ def test_take_and_place(form, win, batch, passed, seed):
 @over_examples
 @given(drawn_windows(), st.sampled_from(BATCHES))
 def test_window_sum_and_spread(form, win, batch):
-    # Where the one entry of a picture lies between the taps of a dilated window, XLA:CPU's reduce_window adds it all the
-    # same (jaxlib 0.10.2); such windows lie wholly in padding, and are refused above.
+    # Where the one entry of a picture lies between the taps of a dilated window, XLA:CPU's reduce_window adds it all
+    # the same (jaxlib 0.10.2); such windows lie wholly in padding, and are refused above.
     assume(some_is_real(win))
     rng = np.random.default_rng(3)
     x, y = normal(rng, (batch, *win.shape, 2)), normal(rng, (batch, *win.out, 2))
