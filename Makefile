@@ -31,7 +31,6 @@ smoke: $(VENV)/all  ## a short run of every experiment
 	$(PY) -m experiments.train --max-steps 3 --check-grads --out runs/smoke/train
 	$(PY) -m experiments.train --model mlp --max-steps 3 --out runs/smoke/mlp
 	$(PY) -m experiments.train --model lenet5 --max-steps 3 --out runs/smoke/lenet5
-	$(PY) -m experiments.lecture --out runs/smoke/lecture
 	$(PY) -m experiments.benchmarks.step --rounds 1 --batch-size 8 --out runs/smoke/step.json
 
 bench: $(VENV)/all  ## training steps side by side with flax

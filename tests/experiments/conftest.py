@@ -2,6 +2,9 @@
 
 import pytest
 
+#: Unfinished.
+collect_ignore = ["test_lecture.py"]
+
 
 @pytest.fixture(scope="module", autouse=True)
 def strict():
