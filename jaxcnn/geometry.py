@@ -15,6 +15,7 @@ import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, TypeGuard
 
+import jax
 import numpy as np
 
 #: What `padding=` accepts: "VALID", "SAME", "SAME_LOWER", "CAUSAL", an int, or for every dimension an int or a pair.
@@ -25,6 +26,9 @@ PerDim = int | Sequence[int]
 PADDINGS = ("VALID", "SAME", "SAME_LOWER", "CAUSAL")
 #: Paddings that repeat the picture instead of adding zeros; same-size, for `conv` only.
 PADDING_MODES = ("REFLECT", "REPLICATE", "CIRCULAR")
+
+#: What a static argument must not be.
+TRACED = "a value traced by jax; it must be static"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,27 +127,32 @@ def window(
     dilation: PerDim = 1,
     ceil_mode: bool = False,
     noun: str = "window",
+    prefix: str = "",
+    accepts: tuple[str, ...] = PADDINGS,
 ) -> Window:
     """The window of an op over spatial dims ``shape``, from what its caller wrote.
+
+    For messages, ``noun`` is what the window is called, ``prefix`` stands before the names of stride and padding, and
+    ``accepts`` are the paddings with a name.
 
     Raises: ValueError or TypeError for sizes, strides or dilations below 1, unknown or negative padding, and windows
     larger than the padded picture.
     """
     ndim = len(shape)
     k = positive(op, noun, size, ndim)
-    s = positive(op, "stride", stride, ndim)
+    s = positive(op, f"{prefix}stride", stride, ndim)
     d = positive(op, "dilation", dilation, ndim)
     unsized = Window(shape, k, s, ((0, 0),) * ndim, d)
-    pads = pad_widths(op, padding, unsized)
-    for n, e, (lo, hi) in zip(shape, unsized.extent, pads, strict=True):
-        if e > lo + n + hi:
-            reach = f"{noun} {k}" if all(i == 1 for i in d) else f"{noun} {k} with dilation {d}"
-            fail(op, f"{reach} is larger than the padded picture; spatial dims {shape}, padding {pads}")
-    if ceil_mode:
+    pads = pad_widths(op, padding, unsized, argument=f"{prefix}padding", accepts=accepts)
+    if static_bool(op, "ceil_mode", ceil_mode):
         pads = tuple(
             (lo, hi + _ceil_excess(n, e, i, lo, hi))
             for n, e, i, (lo, hi) in zip(shape, unsized.extent, s, pads, strict=True)
         )
+    for n, e, (lo, hi) in zip(shape, unsized.extent, pads, strict=True):
+        if e > lo + n + hi:
+            reach = f"{noun} {k}" if all(i == 1 for i in d) else f"{noun} {k} with dilation {d}"
+            fail(op, f"{reach} is larger than the padded picture; spatial dims {shape}, padding {pads}")
     return dataclasses.replace(unsized, padding=pads)
 
 
@@ -154,43 +163,42 @@ def _ceil_excess(n: int, extent: int, stride: int, lo: int, hi: int) -> int:
     out = -(-(lo + n + hi - extent) // stride) + 1
     if (out - 1) * stride >= n + lo:
         out -= 1
-    return max((out - 1) * stride + extent - (lo + n + hi), 0)
+    return max((out - 1) * stride + extent - (lo + n + hi), 0) if out > 0 else 0
 
 
-def pad_widths(op: str, padding: Padding, win: Window) -> tuple[tuple[int, int], ...]:
+def pad_widths(
+    op: str, padding: Padding, win: Window, *, argument: str = "padding", accepts: tuple[str, ...] = PADDINGS
+) -> tuple[tuple[int, int], ...]:
     """``(before, after)`` for every dimension.  ``win`` supplies sizes; its own padding is not read."""
     if isinstance(padding, str):
-        return _named_pad_widths(op, padding, win)
-    if _is_sequence(padding):
-        if len(padding) != win.ndim:
-            fail(op, f"padding expected one int or pair for each of {win.ndim} dims, got {padding!r}")
-        return tuple(_pad_pair(op, p, padding) for p in padding)
-    p = static_int(op, "padding", padding, padding)
-    if p < 0:
-        fail(op, f"padding expected ints >= 0, got {padding!r}")
-    return ((p, p),) * win.ndim
+        if padding.upper() not in accepts:
+            names = ", ".join(accepts)
+            fail(op, f"{argument} expected one of {names}, an int, or an int or pair per dim; got {padding!r}")
+        return _named_pad_widths(op, argument, padding, win)
+    each = tuple(padding) if _is_sequence(padding) else (padding,) * win.ndim
+    if len(each) != win.ndim:
+        fail(op, f"{argument} expected one int or pair for each of {win.ndim} dims, got {padding!r}")
+    return tuple(_pad_pair(op, argument, p, padding) for p in each)
 
 
-def _pad_pair(op: str, entry: Any, whole: Any) -> tuple[int, int]:
+def _pad_pair(op: str, argument: str, entry: Any, whole: Any) -> tuple[int, int]:
     pair = tuple(entry) if _is_sequence(entry) else (entry, entry)
     if len(pair) != 2:
-        fail(op, f"padding expected pairs (before, after), got {whole!r}")
-    lo, hi = (static_int(op, "padding", p, whole) for p in pair)
+        fail(op, f"{argument} expected pairs (before, after), got {whole!r}")
+    lo, hi = (static_int(op, argument, p, whole) for p in pair)
     if lo < 0 or hi < 0:
-        fail(op, f"padding expected ints >= 0, got {whole!r}")
+        fail(op, f"{argument} expected ints >= 0, got {whole!r}")
     return lo, hi
 
 
-def _named_pad_widths(op: str, padding: str, win: Window) -> tuple[tuple[int, int], ...]:
+def _named_pad_widths(op: str, argument: str, padding: str, win: Window) -> tuple[tuple[int, int], ...]:
     name = padding.upper()
     if name == "VALID":
         return ((0, 0),) * win.ndim
     if name == "CAUSAL":
         if win.ndim != 1:
-            fail(op, f"padding 'CAUSAL' expected 1 spatial dim, got {win.ndim}")
+            fail(op, f"{argument} 'CAUSAL' expected 1 spatial dim, got {win.ndim}")
         return ((win.extent[0] - 1, 0),)
-    if name not in (*PADDINGS, *PADDING_MODES):
-        fail(op, f"padding expected one of {', '.join(PADDINGS)}, an int, or an int or pair per dim; got {padding!r}")
     total = (max((-(-n // s) - 1) * s + e - n, 0) for n, s, e in zip(win.shape, win.stride, win.extent, strict=True))
     if name == "SAME_LOWER":
         return tuple((t - t // 2, t // 2) for t in total)
@@ -219,8 +227,24 @@ def static_int(op: str, argument: str, value: Any, whole: Any) -> int:
     try:
         return operator.index(value)
     except TypeError:  # a tracer raises a subclass of it
-        kind = "a value traced by jax; it must be static" if hasattr(value, "aval") else repr(whole)
-        raise TypeError(f"{op}: {argument} expected ints, got {kind}") from None
+        got = TRACED if isinstance(value, jax.core.Tracer) else repr(whole)
+        raise TypeError(f"{op}: {argument} expected ints, got {got}") from None
+
+
+def static_bool(op: str, argument: str, value: Any) -> bool:
+    """``value`` as a bool; anything else is refused with a TypeError."""
+    if not isinstance(value, bool | np.bool_):
+        got = TRACED if isinstance(value, jax.core.Tracer) else repr(value)
+        raise TypeError(f"{op}: {argument} expected a bool, got {got}")
+    return bool(value)
+
+
+def static_float(op: str, argument: str, value: Any) -> float:
+    """``value`` as a float; bools, arrays and traced values are refused with a TypeError."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        got = TRACED if isinstance(value, jax.core.Tracer) else type(value).__name__
+        raise TypeError(f"{op}: {argument} expected a Python float, got {got}")
+    return float(value)
 
 
 def fail(op: str, message: str) -> NoReturn:

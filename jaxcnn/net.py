@@ -6,6 +6,7 @@ so that a net can be a static argument of jit, and its parameters are a plain di
 Rooms: nets import `jaxcnn.ops`.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -18,9 +19,9 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxcnn.geometry import Padding, PerDim, positive, static_int
+from jaxcnn.geometry import Padding, PerDim, fail, positive, static_int
 from jaxcnn.ops import activation, convolution, dropout, hidden, linear, pooling
-from jaxcnn.ops.rule import Rule
+from jaxcnn.ops.rule import Rule, array, one_key
 
 Params = dict[str, Any]
 Initializer = Callable[..., Array]
@@ -76,11 +77,15 @@ class Conv(Layer):
     def __post_init__(self) -> None:
         _freeze(self)
         _check_features(self, self.features)
+        if static_int("Conv", "groups", self.groups, self.groups) < 1:
+            fail("Conv", f"groups expected an int >= 1, got {self.groups}")
 
     def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
         """``w (*patch, I/groups, features)``, and ``b (features,)``."""
         key_w, key_b = jax.random.split(key)
-        size = positive(type(self).__name__, "patch", self.patch, len(shape) - 1)
+        size = positive("Conv", "patch", self.patch, len(shape) - 1)
+        if shape[-1] % self.groups or self.features % self.groups:
+            fail("Conv", f"groups={self.groups} must divide {shape[-1]} input and {self.features} output channels")
         params = {"w": self.init_w(key_w, (*size, shape[-1] // self.groups, self.features), dtype)}
         return {**params, "b": self.init_b(key_b, (self.features,), dtype)} if self.bias else params
 
@@ -328,6 +333,9 @@ class Dropout(Layer):
 
     rate: float
 
+    def __post_init__(self) -> None:
+        dropout.probability("Dropout", self.rate)
+
     def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
         """``dropout(x, rate, key)`` if there is a key."""
         return x if key is None else dropout.dropout(x, self.rate, key, rule=rule)
@@ -352,12 +360,15 @@ class Serial(Layer):
 
         Raises: ValueError if a layer does not fit what comes before it.
         """
+        key, shape = one_key("serial", key), _example_shape(shape)
         params: Params = {}
         for i, (name, layer) in enumerate(self.layers):
-            made = layer.init(jax.random.fold_in(key, i), shape, dtype)
+            with _located(name, "/" if isinstance(layer, Serial) else ": "):
+                made = layer.init(jax.random.fold_in(key, i), shape, dtype)
             if made:
                 params[name] = made
-            shape = _located(name, layer, made, shape, dtype)
+            with _located(name):
+                shape = _out_shape(layer, lambda *_, made=made: made, shape, dtype)
         return params
 
     def apply(
@@ -377,16 +388,22 @@ class Serial(Layer):
             x: ``(N, …)``.
             key: from `jax.random.key`; its presence means training (dropout is on).
             rules: other backward halves: one for all layers, or a mapping whose keys are layer types, names
-                ("conv1", "residual1/conv2") or predicates ``(name, layer) → bool``; the first that matches wins.
+                ("conv1", "residual1/conv2", "residual1" for all in it) or predicates ``(name, layer) → bool``; the
+                first that matches wins.
             rule: for a net inside a net: the same as ``rules``.
             path: the names of the nets around this one.
 
-        Raises: ValueError for parameters that are missing and for names in ``rules`` that match no layer.
+        Raises: ValueError for parameters that are missing and for names in ``rules`` that match no layer; TypeError for
+            what is no dict of parameters, no array, no key or no rules.
         """
         rules = rule if rules is None else rules
         if isinstance(rules, Mapping) and not path:
-            _check_names(rules, [name for name, _ in self.walk()])
-        x = jnp.asarray(x)
+            _check_rules(rules, [name for name, _ in self.walk()])
+        if not isinstance(params, Mapping):
+            raise TypeError(f"serial: params expected a dict as init makes it, got {type(params).__name__}")
+        x = array("serial", "x", x)
+        if key is not None:
+            one_key("serial", key)
         for i, (name, layer) in enumerate(self.layers):
             here = f"{path}{name}"
             own = params.get(name, {})
@@ -414,12 +431,15 @@ class Serial(Layer):
 
     def summary(self, shape: tuple[int, ...]) -> "Summary":
         """What the net is, layer by layer, for inputs of ``shape`` (without the batch)."""
-        return Summary(tuple(shape), tuple(self._rows(tuple(shape), "")))
+        shape = _example_shape(shape)
+        return Summary(shape, tuple(self._rows(shape, "")))
 
     def _rows(self, shape: tuple[int, ...], path: str) -> Iterator["Row"]:
         for name, layer in self.layers:
-            params = jax.eval_shape(lambda layer=layer, shape=shape: layer.init(jax.random.key(0), shape))
-            out = _located(name, layer, params, shape, jnp.float32)
+            with _located(name, "/" if isinstance(layer, Serial) else ": "):
+                params = jax.eval_shape(lambda layer=layer, shape=shape: layer.init(jax.random.key(0), shape))
+            with _located(name):
+                out = _out_shape(layer, lambda *_, params=params: params, shape)
             if isinstance(layer, Serial):
                 yield from layer._rows(shape, f"{path}{name}/")
             else:
@@ -450,6 +470,11 @@ class Residual(Serial):
         if y.shape != x.shape:
             raise ValueError(f"residual: layers expected to keep the shape {x.shape}, got {y.shape}")
         return x + y
+
+    def _rows(self, shape: tuple[int, ...], path: str) -> Iterator["Row"]:
+        """Its layers, and the sum."""
+        yield from super()._rows(shape, path)
+        yield Row(path.rstrip("/") or "residual", "Residual", shape, 0, math.prod(shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -548,6 +573,8 @@ def _named(op: str, layers: tuple[Layer, ...]) -> tuple[tuple[str, Layer], ...]:
         kind = "".join(f"_{c.lower()}" if c.isupper() else c for c in type(layer).__name__).lstrip("_")
         counts[kind] = counts.get(kind, 0) + 1
         name = f"{kind}{counts[kind]}" if layer.name is None else layer.name
+        if not isinstance(name, str):
+            raise TypeError(f"{op}: name expected a str, got {name!r}")
         if name in named or "/" in name:
             raise ValueError(f"{op}: expected names that differ and hold no '/', got {name!r}")
         named[name] = layer
@@ -561,7 +588,7 @@ def _rule_for(rules: Rules | None, name: str, layer: Layer) -> Rule | None:
         if isinstance(key, type):
             matches = isinstance(layer, key)
         elif isinstance(key, str):
-            matches = key == name
+            matches = f"{name}/".startswith(f"{key}/")
         else:
             matches = key(name, layer)
         if matches:
@@ -569,21 +596,24 @@ def _rule_for(rules: Rules | None, name: str, layer: Layer) -> Rule | None:
     return None
 
 
-def _check_names(rules: Mapping[Any, Rule], names: list[str]) -> None:
+def _check_rules(rules: Mapping[Any, Rule], names: list[str]) -> None:
     for key in rules:
         if isinstance(key, str) and key not in names:
             near = difflib.get_close_matches(key, names, n=3, cutoff=0.0)
             raise ValueError(f"rules: expected names of layers, got {key!r}; the nearest are {', '.join(near)}")
-        if not isinstance(key, str) and not callable(key):
+        if not isinstance(key, str) and not (issubclass(key, Layer) if isinstance(key, type) else callable(key)):
             raise TypeError(f"rules: expected layer types, names or predicates as keys, got {key!r}")
 
 
-def _located(name: str, layer: Layer, params: Any, shape: tuple[int, ...], dtype: DTypeLike) -> tuple[int, ...]:
-    """The shape that comes out of a layer; its name in front of what it raises."""
+@contextlib.contextmanager
+def _located(name: str, between: str = ": ") -> Iterator[None]:
+    """A layer's name in front of what it raises."""
     try:
-        return _out_shape(layer, lambda *_: params, shape, dtype)
+        yield
     except (ValueError, TypeError) as error:
-        raise type(error)(f"{name}: {error}") from None
+        # JAX's own errors cannot be made from a message.
+        kind, cause = (TypeError if isinstance(error, TypeError) else ValueError), error
+        raise kind(f"{name}{between}{error}") from (None if type(error) is kind else cause)
 
 
 def _out_shape(
@@ -592,6 +622,15 @@ def _out_shape(
     params = jax.eval_shape(lambda: init(jax.random.key(0), shape, dtype))
     out = jax.eval_shape(layer.apply, params, jax.ShapeDtypeStruct((1, *shape), dtype))
     return tuple(out.shape[1:])
+
+
+def _example_shape(shape: Any) -> tuple[int, ...]:
+    expected = f"serial: shape expected a tuple of ints >= 1 such as (28, 28, 1), got {shape!r}"
+    if not isinstance(shape, list | tuple) or not all(isinstance(n, int | np.integer) for n in shape):
+        raise TypeError(expected)
+    if not shape or min(shape) < 1:
+        raise ValueError(expected)
+    return tuple(map(int, shape))
 
 
 def _freeze(layer: Layer) -> None:

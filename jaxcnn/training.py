@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,6 +13,7 @@ import optax
 from jax import Array
 
 from jaxcnn.net import Params, Rules, Serial
+from jaxcnn.ops.rule import one_key
 
 #: Error of each example: (outputs, targets) → (N, …).
 Loss = Callable[[Any, Any], Array]
@@ -36,8 +38,8 @@ class TrainState:
         cls, net: Serial, optimizer: optax.GradientTransformation, key: Array, input_shape: tuple[int, ...]
     ) -> "TrainState":
         """The state before the first step; ``input_shape`` is one example's."""
-        init_key, train_key = jax.random.split(key)
-        params = net.init(init_key, tuple(input_shape))
+        init_key, train_key = jax.random.split(one_key("TrainState.create", key))
+        params = net.init(init_key, input_shape)
         return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params), train_key)
 
 
@@ -124,7 +126,7 @@ def _evaluator(net: Serial, loss: Loss) -> Callable[[Params, Batch], Metrics]:
         x, targets = batch
         outputs = net.apply(params, x)
         errors = loss(outputs, targets)
-        totals = {"loss": errors.reshape(errors.shape[0], -1).mean(1).sum()}
+        totals = {"loss": errors.reshape(len(errors), math.prod(errors.shape[1:])).mean(1).sum()}
         if _are_labels(outputs, targets):
             totals["accuracy"] = _correct(outputs, targets).sum()
         return totals

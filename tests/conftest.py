@@ -1,7 +1,5 @@
 """How the tests run: in float64, on two CPU devices, with strict dtypes."""
 
-from pathlib import Path
-
 import hypothesis
 import jax
 import pytest
@@ -14,16 +12,6 @@ torch.set_num_threads(1)
 # The same examples each time, and no time limit: what is slow is the first compilation.
 hypothesis.settings.register_profile("jaxcnn", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("jaxcnn")
-
-
-#: Tests of behaviour that is wanted and not there yet; each must fail, so that the list shrinks with the work.
-KNOWN_GAPS = set(Path(__file__).with_name("known_gaps.txt").read_text().splitlines())
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.nodeid in KNOWN_GAPS:
-            item.add_marker(pytest.mark.xfail(reason="listed in tests/known_gaps.txt", strict=True))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxcnn.geometry import fail
+from jaxcnn.geometry import fail, static_float
 from jaxcnn.ops.rule import Rule, arrays, with_rule
 
 
@@ -238,8 +238,7 @@ def tanh(x: ArrayLike, *, rule: Rule | None = None) -> Array:
 
 
 def _constant(op: str, argument: str, value: Any) -> float:
-    if isinstance(value, bool | jax.core.Tracer) or not isinstance(value, int | float):
-        raise TypeError(f"{op}: {argument} expected a Python float, got {type(value).__name__}")
-    if not abs(value) < float("inf"):
+    constant = static_float(op, argument, value)
+    if not abs(constant) < float("inf"):
         fail(op, f"{argument} expected a finite number, got {value}")
-    return float(value)
+    return constant

@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxcnn.geometry import PADDING_MODES, Correlation, Padding, PerDim, Window, fail, pad_widths, static_int, window
+from jaxcnn.geometry import PADDING_MODES, PADDINGS, Correlation, Padding, PerDim, Window, fail, static_int, window
 from jaxcnn.kernels import correlation as kernels
 from jaxcnn.ops.rule import Rule, arrays, picture, with_rule
 
@@ -256,29 +256,32 @@ def geometry(
         fail(op, f"groups={groups} must divide {inputs} input and {outputs} output channels; {shapes}")
     if w.shape[-2] * groups != inputs:
         fail(op, f"x has {inputs} channels but w expects {w.shape[-2] * groups} (groups={groups}); {shapes}")
+    slide = functools.partial(
+        window, op, size=w.shape[:-2], stride=stride, dilation=dilation, noun="patch", accepts=PADDINGS + PADDING_MODES
+    )
+    result, precision = _result_dtype(op, x.dtype if dtype is None else dtype), _precision(op, precision)
     if isinstance(padding, str) and padding.upper() in PADDING_MODES:
         mode = padding.upper()
-        widths = _extension(
-            op,
-            mode,
-            spatial,
-            window(op, spatial, w.shape[:-2], stride=stride, padding="SAME", dilation=dilation, noun="patch"),
-        )
-        x, padding = _extend(mode, widths, x), "VALID"
-    win = window(op, x.shape[1:-1], w.shape[:-2], stride=stride, padding=padding, dilation=dilation, noun="patch")
-    result = np.dtype(x.dtype if dtype is None else dtype)
+        x, padding = _extend(mode, _extension(op, mode, slide(spatial, padding="SAME")), x), "VALID"
+    return x, Correlation(slide(x.shape[1:-1], padding=padding), groups, result, precision)
+
+
+def _result_dtype(op: str, dtype: DTypeLike) -> np.dtype:
+    expected = f"{op}: preferred_element_type expected a floating dtype"
+    try:
+        result = np.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"{expected}, got {dtype!r}") from None
     if not jnp.issubdtype(result, jnp.floating):
-        raise TypeError(f"{op}: preferred_element_type expected a floating dtype, got {result}")
-    return x, Correlation(win, groups, result, _precision(op, precision))
+        raise TypeError(f"{expected}, got {result}")
+    return result
 
 
-def _extension(op: str, mode: str, spatial: tuple[int, ...], win: Window) -> tuple[tuple[int, int], ...]:
-    widths = pad_widths(op, "SAME", win)
-    most = [n if mode != "REFLECT" else n - 1 for n in spatial]
+def _extension(op: str, mode: str, same: Window) -> tuple[tuple[int, int], ...]:
+    widths, spatial = same.padding, same.shape
+    most = tuple(n if mode != "REFLECT" else n - 1 for n in spatial)
     if mode != "REPLICATE" and any(max(pair) > m for pair, m in zip(widths, most, strict=True)):
-        fail(
-            op, f"padding {mode!r} needs {widths} but the picture allows at most {tuple(most)}; spatial dims {spatial}"
-        )
+        fail(op, f"padding {mode!r} needs {widths} but the picture allows at most {most}; spatial dims {spatial}")
     return widths
 
 
@@ -289,7 +292,8 @@ def _precision(op: str, precision: Any) -> Any:
             return precision
         if isinstance(precision, str):
             return lax.Precision(precision)
-        return tuple(lax.Precision(p) for p in precision)
+        of_x, of_w = precision
+        return lax.Precision(of_x), lax.Precision(of_w)
     except (TypeError, ValueError):
         fail(op, f"precision expected None, 'default', 'high', 'highest' or a jax.lax.Precision, got {precision!r}")
 
@@ -298,7 +302,8 @@ def _channels_last(x: Array, w: Array, layouts: Sequence[str] | None) -> tuple[A
     """``x`` and ``w`` in the house layout, and how to transpose y back into the caller's."""
     if layouts is None:
         return x, w, None
-    if isinstance(layouts, str) or len(layouts) != 3 or not all(isinstance(layout, str) for layout in layouts):
+    listed = isinstance(layouts, list | tuple)
+    if not listed or len(layouts) != 3 or not all(isinstance(layout, str) for layout in layouts):
         fail("conv", f"dimension_numbers expected three strings such as ('NCHW', 'OIHW', 'NCHW'), got {layouts!r}")
     of_x, of_w, of_y = layouts
     space = "".join(d for d in of_w if d not in "OI")

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxcnn.geometry import fail
-from jaxcnn.ops.rule import Rule, arrays, with_rule
+from jaxcnn.geometry import fail, static_float
+from jaxcnn.ops.rule import Rule, arrays, one_key, with_rule
 
 
 def dropout(x: ArrayLike, rate: float, key: Array, *, rule: Rule | None = None) -> Array:
@@ -36,16 +36,10 @@ def dropout(x: ArrayLike, rate: float, key: Array, *, rule: Rule | None = None) 
     [0.0, 4.0]
     """
     (x,) = arrays("dropout", x=x)
-    if isinstance(rate, bool | jax.core.Tracer) or not isinstance(rate, int | float):
-        raise TypeError(f"dropout: rate expected a Python float, got {type(rate).__name__}")
-    if not 0 <= rate < 1:
-        fail("dropout", f"rate expected a number in [0, 1), got {rate}")
-    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape:
-        got = f"{key.dtype}{list(key.shape)}" if hasattr(key, "dtype") else repr(key)
-        raise TypeError(f"dropout: key expected one typed key from jax.random.key(seed), got {got}")
+    rate, key = probability("dropout", rate), one_key("dropout", key)
     if rate == 0:
         return x
-    return with_rule(_dropout, rule, _dropout_plain)(float(rate), x, key)
+    return with_rule(_dropout, rule, _dropout_plain)(rate, x, key)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -68,3 +62,11 @@ _dropout.defvjp(_dropout_fwd, _dropout_bwd)
 def _dropout_plain(rate: float, x: Array, key: Array) -> Array:
     mask = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(mask, x / (1 - rate), 0)
+
+
+def probability(op: str, rate: Any) -> float:
+    """The rate, if it is a number in [0, 1)."""
+    p = static_float(op, "rate", rate)
+    if not 0 <= p < 1:
+        fail(op, f"rate expected a number in [0, 1), got {rate}")
+    return p

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxcnn.geometry import fail
 from jaxcnn.kernels.windows import accumulator
-from jaxcnn.ops.rule import arrays
+from jaxcnn.ops.rule import array, arrays
 
 
 def squared_error(y: ArrayLike, target: ArrayLike) -> Array:
@@ -143,7 +143,9 @@ def softmax_cross_entropy_with_integer_labels(logits: ArrayLike, labels: ArrayLi
     """
     op = "softmax_cross_entropy_with_integer_labels"
     (logits,) = arrays(op, logits=logits)
-    labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)
+    at = array(op, "labels", labels)
+    if not isinstance(labels, jax.Array):
+        labels = np.asarray(labels)  # of which jit makes no tracer: they can be looked at
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"{op}: labels expected an integer dtype, got {labels.dtype}")
     if logits.ndim < 1 or labels.shape != logits.shape[:-1]:
@@ -153,7 +155,8 @@ def softmax_cross_entropy_with_integer_labels(logits: ArrayLike, labels: ArrayLi
         lowest, highest = int(np.min(labels)), int(np.max(labels))
         if lowest < 0 or highest >= classes:
             fail(op, f"labels expected 0 … {classes - 1}, got {lowest} … {highest}")
-    return _cross_entropy_of_labels(logits, jnp.asarray(labels))
+    # 8 and 16 bits cannot hold every number of classes that labels are compared with.
+    return _cross_entropy_of_labels(logits, at if at.dtype.itemsize > 2 else at.astype(jnp.int32))
 
 
 @jax.custom_vjp

@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxcnn.geometry import Padding, PerDim, Window, fail, window
+from jaxcnn.geometry import Padding, PerDim, Window, fail, pad_widths, static_bool, window
 from jaxcnn.kernels import windows as kernels
 from jaxcnn.ops.rule import Rule, arrays, picture, with_rule
 
@@ -188,8 +188,8 @@ def avg_pool(
     """
     (x,) = arrays("avg_pool", x=x)
     win = pool_window("avg_pool", picture("avg_pool", x), window, stride, padding, dilation, ceil_mode)
-    floor = pool_window("avg_pool", picture("avg_pool", x), window, stride, padding, dilation, False)
-    average = Average(win, floor.padding if count_include_pad else ((0, 0),) * win.ndim)
+    counts = static_bool("avg_pool", "count_include_pad", count_include_pad)
+    average = Average(win, pad_widths("avg_pool", padding if counts else 0, win))
     return with_rule(_avg_pool, rule, _avg_pool_plain)(average, x)
 
 
@@ -288,11 +288,12 @@ def pool_window(
     padding: Padding,
     dilation: PerDim,
     ceil_mode: bool,
+    prefix: str = "",
 ) -> Window:
     """The window of a pooling op, whose every place meets the picture."""
     win = window(
         op, spatial, size, stride=size if stride is None else stride, padding=padding, dilation=dilation,
-        ceil_mode=ceil_mode,
+        ceil_mode=ceil_mode, prefix=prefix,
     )  # fmt: skip
     if not all(win.inside(dim).any(1).all() for dim in range(win.ndim)):
         fail(op, f"a window lies wholly in padding; window {win.size}, padding {win.padding}, spatial dims {spatial}")

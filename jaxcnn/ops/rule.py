@@ -123,20 +123,32 @@ def arrays(op: str, **named: Any) -> tuple[Array, ...]:
 
     Raises: TypeError for anything that is not an array of a real floating dtype, and for mixed dtypes.
     """
-    found = {}
-    for name, value in named.items():
-        if isinstance(value, str) or value is None:
-            raise TypeError(f"{op}: {name} expected an array, got {value!r}")
-        try:
-            found[name] = jnp.asarray(value)
-        except (TypeError, ValueError):
-            raise TypeError(f"{op}: {name} expected an array, got {type(value).__name__}") from None
-        if not jnp.issubdtype(found[name].dtype, jnp.floating):
-            raise TypeError(f"{op}: {name} expected a floating dtype, got {found[name].dtype}")
+    found = {name: array(op, name, value) for name, value in named.items()}
+    for name, a in found.items():
+        if not jnp.issubdtype(a.dtype, jnp.floating):
+            raise TypeError(f"{op}: {name} expected a floating dtype, got {a.dtype}")
     if len({a.dtype for a in found.values()}) > 1:
         got = ", ".join(f"{name} {a.dtype}" for name, a in found.items())
         raise TypeError(f"{op}: expected one dtype for all arrays, got {got}")
     return tuple(found.values())
+
+
+def array(op: str, name: str, value: Any) -> Array:
+    """An argument as an array of any dtype; TypeError for what is none."""
+    if isinstance(value, str) or value is None:
+        raise TypeError(f"{op}: {name} expected an array, got {value!r}")
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{op}: {name} expected an array, got {type(value).__name__}") from None
+
+
+def one_key(op: str, key: Any) -> Array:
+    """A typed key; TypeError for anything else, and for more than one."""
+    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape:
+        got = f"{key.dtype}{list(key.shape)}" if hasattr(key, "dtype") else repr(key)
+        raise TypeError(f"{op}: key expected one typed key from jax.random.key(seed), got {got}")
+    return key
 
 
 def picture(op: str, x: Array) -> tuple[int, ...]:
