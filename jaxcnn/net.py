@@ -1,16 +1,13 @@
-"""Nets: layers in a row, their parameters beside them.
+"""Nets: layers in a row, their parameters beside them in a plain dict, as optax likes it.
 
-A layer is a frozen, hashable description; `init` makes its parameters, `apply` runs it.  Nothing is stored in a layer,
-so that a net can be a static argument of jit, and its parameters are a plain dict for optax.
-
-Rooms: nets import `jaxcnn.ops`.
+Rooms: nets import `jaxcnn.layers`.
 """
 
 import contextlib
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -19,334 +16,11 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxcnn.geometry import Padding, PerDim, fail, positive, static_int
-from jaxcnn.ops import activation, convolution, dropout, hidden, linear, pooling
+from jaxcnn.layers import Layer, Params, out_shape
 from jaxcnn.ops.rule import Rule, array, one_key
 
-Params = dict[str, Any]
-Initializer = Callable[..., Array]
 #: One rule for all layers, or for each that a key matches: a layer type, a name, or a predicate (name, layer) → bool.
 Rules = Rule | Mapping[Any, Rule]
-
-he_normal = jax.nn.initializers.he_normal()
-glorot_uniform = jax.nn.initializers.glorot_uniform()
-zeros = jax.nn.initializers.zeros
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """What every layer is: a name (given by `serial` if None), parameters to make, and a function to apply."""
-
-    name: str | None = dataclasses.field(default=None, kw_only=True)
-
-    def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
-        """Parameters for inputs of ``shape`` (without the batch); ``{}`` for a layer that has none."""
-        return {}
-
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """The layer's output.  ``key`` is given while training only."""
-        raise NotImplementedError
-
-    def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
-        """Additions and multiplications of the forward half for one example."""
-        return 0
-
-    def inner_shape(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-        """For one example, the shape on the way where a layer has one that its output hides."""
-        return None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Layers with parameters
-
-
-@dataclasses.dataclass(frozen=True)
-class Conv(Layer):
-    """`jaxcnn.conv` with ``features`` patches of ``patch`` entries (an int, or one for each spatial dim)."""
-
-    features: int
-    patch: PerDim
-    stride: PerDim = 1
-    padding: Padding = "VALID"
-    dilation: PerDim = 1
-    groups: int = 1
-    bias: bool = dataclasses.field(default=True, kw_only=True)
-    init_w: Initializer = dataclasses.field(default=he_normal, kw_only=True)
-    init_b: Initializer = dataclasses.field(default=zeros, kw_only=True)
-
-    def __post_init__(self) -> None:
-        _freeze(self)
-        _check_features(self, self.features)
-        if static_int("Conv", "groups", self.groups, self.groups) < 1:
-            fail("Conv", f"groups expected an int >= 1, got {self.groups}")
-
-    def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
-        """``w (*patch, I/groups, features)``, and ``b (features,)``."""
-        key_w, key_b = jax.random.split(key)
-        size = positive("Conv", "patch", self.patch, len(shape) - 1)
-        if shape[-1] % self.groups or self.features % self.groups:
-            fail("Conv", f"groups={self.groups} must divide {shape[-1]} input and {self.features} output channels")
-        params = {"w": self.init_w(key_w, (*size, shape[-1] // self.groups, self.features), dtype)}
-        return {**params, "b": self.init_b(key_b, (self.features,), dtype)} if self.bias else params
-
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``conv(x, w, b)``."""
-        return convolution.conv(
-            x,
-            params["w"],
-            params.get("b"),
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            rule=rule,
-        )
-
-    def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
-        """A multiplication and an addition for each entry of the patch at each output."""
-        entries = math.prod(positive("Conv", "patch", self.patch, len(shape) - 1)) * shape[-1] // self.groups
-        return math.prod(out) * (2 * entries - 1 + self.bias)
-
-
-@dataclasses.dataclass(frozen=True)
-class HiddenLayer(Layer):
-    """`jaxcnn.hidden_layer`, the lecture's: convolution, ReLU and max pooling with one rule."""
-
-    features: int
-    patch: PerDim
-    window: PerDim = 2
-    pool_stride: PerDim | None = None
-    stride: PerDim = 1
-    padding: Padding = "VALID"
-    init_w: Initializer = dataclasses.field(default=he_normal, kw_only=True)
-    init_b: Initializer = dataclasses.field(default=zeros, kw_only=True)
-
-    def __post_init__(self) -> None:
-        _freeze(self)
-        _check_features(self, self.features)
-
-    def _conv(self) -> Conv:
-        return Conv(self.features, self.patch, self.stride, self.padding, init_w=self.init_w, init_b=self.init_b)
-
-    def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
-        """``w (*patch, I, features)`` and ``b (features,)``."""
-        return self._conv().init(key, shape, dtype)
-
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``hidden_layer(x, w, b)``."""
-        return hidden.hidden_layer(
-            x,
-            params["w"],
-            params["b"],
-            window=self.window,
-            pool_stride=self.pool_stride,
-            stride=self.stride,
-            padding=self.padding,
-            rule=rule,
-        )
-
-    def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
-        """Those of its convolution; the ReLU counts 1 for each entry, a window its entries less 1."""
-        inner = self.inner_shape(shape)
-        pooled = math.prod(out) * (math.prod(positive("HiddenLayer", "window", self.window, len(shape) - 1)) - 1)
-        return self._conv().flops(shape, inner) + math.prod(inner) + pooled
-
-    def inner_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """That of the convolution, before pooling."""
-        conv = self._conv()
-        return _out_shape(conv, conv.init, shape)
-
-
-@dataclasses.dataclass(frozen=True)
-class Dense(Layer):
-    """`jaxcnn.dense` with ``features`` outputs."""
-
-    features: int
-    bias: bool = dataclasses.field(default=True, kw_only=True)
-    init_w: Initializer = dataclasses.field(default=glorot_uniform, kw_only=True)
-    init_b: Initializer = dataclasses.field(default=zeros, kw_only=True)
-
-    def __post_init__(self) -> None:
-        _check_features(self, self.features)
-
-    def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
-        """``w (I, features)``, and ``b (features,)``."""
-        key_w, key_b = jax.random.split(key)
-        params = {"w": self.init_w(key_w, (shape[-1], self.features), dtype)}
-        return {**params, "b": self.init_b(key_b, (self.features,), dtype)} if self.bias else params
-
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``dense(x, w, b)``."""
-        return linear.dense(x, params["w"], params.get("b"), rule=rule)
-
-    def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
-        """A multiplication and an addition for each input at each output."""
-        return math.prod(out) * (2 * shape[-1] - 1 + self.bias)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Layers without
-
-
-class _Activation(Layer):
-    def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
-        """1 for each entry."""
-        return math.prod(out)
-
-
-@dataclasses.dataclass(frozen=True)
-class Relu(_Activation):
-    """`jaxcnn.relu`."""
-
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``relu(x)``."""
-        return activation.relu(x, rule=rule)
-
-
-@dataclasses.dataclass(frozen=True)
-class LeakyRelu(_Activation):
-    """`jaxcnn.leaky_relu`."""
-
-    negative_slope: float = 0.01
-
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``leaky_relu(x)``."""
-        return activation.leaky_relu(x, negative_slope=self.negative_slope, rule=rule)
-
-
-@dataclasses.dataclass(frozen=True)
-class Elu(_Activation):
-    """`jaxcnn.elu`."""
-
-    alpha: float = 1.0
-
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``elu(x)``."""
-        return activation.elu(x, alpha=self.alpha, rule=rule)
-
-
-@dataclasses.dataclass(frozen=True)
-class Gelu(_Activation):
-    """`jaxcnn.gelu`."""
-
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``gelu(x)``."""
-        return activation.gelu(x, rule=rule)
-
-
-@dataclasses.dataclass(frozen=True)
-class Silu(_Activation):
-    """`jaxcnn.silu`."""
-
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``silu(x)``."""
-        return activation.silu(x, rule=rule)
-
-
-@dataclasses.dataclass(frozen=True)
-class Softplus(_Activation):
-    """`jaxcnn.softplus`."""
-
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``softplus(x)``."""
-        return activation.softplus(x, rule=rule)
-
-
-@dataclasses.dataclass(frozen=True)
-class Sigmoid(_Activation):
-    """`jaxcnn.sigmoid`."""
-
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``sigmoid(x)``."""
-        return activation.sigmoid(x, rule=rule)
-
-
-@dataclasses.dataclass(frozen=True)
-class Tanh(_Activation):
-    """`jaxcnn.tanh`."""
-
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``tanh(x)``."""
-        return activation.tanh(x, rule=rule)
-
-
-@dataclasses.dataclass(frozen=True)
-class MaxPool(Layer):
-    """`jaxcnn.max_pool`."""
-
-    window: PerDim
-    stride: PerDim | None = None
-    padding: Padding = "VALID"
-
-    def __post_init__(self) -> None:
-        _freeze(self)
-
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``max_pool(x, window)``."""
-        return pooling.max_pool(x, self.window, stride=self.stride, padding=self.padding, rule=rule)
-
-    def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
-        """A comparison for each entry of a window but one."""
-        return math.prod(out) * (math.prod(positive("MaxPool", "window", self.window, len(shape) - 1)) - 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class AvgPool(Layer):
-    """`jaxcnn.avg_pool`."""
-
-    window: PerDim
-    stride: PerDim | None = None
-    padding: Padding = "VALID"
-    count_include_pad: bool = True
-
-    def __post_init__(self) -> None:
-        _freeze(self)
-
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``avg_pool(x, window)``."""
-        return pooling.avg_pool(
-            x,
-            self.window,
-            stride=self.stride,
-            padding=self.padding,
-            count_include_pad=self.count_include_pad,
-            rule=rule,
-        )
-
-    def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
-        """An addition for each entry of a window but one, and a division."""
-        return math.prod(out) * math.prod(positive("AvgPool", "window", self.window, len(shape) - 1))
-
-
-@dataclasses.dataclass(frozen=True)
-class Flatten(Layer):
-    """``(N, …)`` → ``(N, prod …)``."""
-
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """A reshape, whose backward half is the reshape back: it takes no rule."""
-        return x.reshape(x.shape[0], math.prod(x.shape[1:]))
-
-
-@dataclasses.dataclass(frozen=True)
-class Dropout(Layer):
-    """`jaxcnn.dropout` while training, nothing at evaluation."""
-
-    rate: float
-
-    def __post_init__(self) -> None:
-        dropout.probability("Dropout", self.rate)
-
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``dropout(x, rate, key)`` if there is a key."""
-        return x if key is None else dropout.dropout(x, self.rate, key, rule=rule)
-
-    def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
-        """None: at evaluation it is not there."""
-        return 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Nets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -368,7 +42,7 @@ class Serial(Layer):
             if made:
                 params[name] = made
             with _located(name):
-                shape = _out_shape(layer, lambda *_, made=made: made, shape, dtype)
+                shape = out_shape(layer, made, shape, dtype)
         return params
 
     def apply(
@@ -439,7 +113,7 @@ class Serial(Layer):
             with _located(name, "/" if isinstance(layer, Serial) else ": "):
                 params = jax.eval_shape(lambda layer=layer, shape=shape: layer.init(jax.random.key(0), shape))
             with _located(name):
-                out = _out_shape(layer, lambda *_, params=params: params, shape)
+                out = out_shape(layer, params, shape)
             if isinstance(layer, Serial):
                 yield from layer._rows(shape, f"{path}{name}/")
             else:
@@ -616,14 +290,6 @@ def _located(name: str, between: str = ": ") -> Iterator[None]:
         raise kind(f"{name}{between}{error}") from (None if type(error) is kind else cause)
 
 
-def _out_shape(
-    layer: Layer, init: Callable[..., Any], shape: tuple[int, ...], dtype: DTypeLike = jnp.float32
-) -> tuple[int, ...]:
-    params = jax.eval_shape(lambda: init(jax.random.key(0), shape, dtype))
-    out = jax.eval_shape(layer.apply, params, jax.ShapeDtypeStruct((1, *shape), dtype))
-    return tuple(out.shape[1:])
-
-
 def _example_shape(shape: Any) -> tuple[int, ...]:
     expected = f"serial: shape expected a tuple of ints >= 1 such as (28, 28, 1), got {shape!r}"
     if not isinstance(shape, list | tuple) or not all(isinstance(n, int | np.integer) for n in shape):
@@ -631,21 +297,6 @@ def _example_shape(shape: Any) -> tuple[int, ...]:
     if not shape or min(shape) < 1:
         raise ValueError(expected)
     return tuple(map(int, shape))
-
-
-def _freeze(layer: Layer) -> None:
-    """Lists and arrays among the options become tuples, so that the layer can be hashed."""
-
-    def frozen(value: Any) -> Any:
-        return tuple(map(frozen, value)) if isinstance(value, list | tuple | np.ndarray) else value
-
-    for field in dataclasses.fields(layer):
-        object.__setattr__(layer, field.name, frozen(getattr(layer, field.name)))
-
-
-def _check_features(layer: Layer, features: Any) -> None:
-    if static_int(type(layer).__name__, "features", features, features) < 1:
-        raise ValueError(f"{type(layer).__name__}: features expected an int >= 1, got {features}")
 
 
 def _by(shape: tuple[int, ...]) -> str:

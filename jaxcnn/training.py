@@ -12,7 +12,8 @@ import numpy as np
 import optax
 from jax import Array
 
-from jaxcnn.net import Params, Rules, Serial
+from jaxcnn.layers import Params
+from jaxcnn.net import Rules, Serial
 from jaxcnn.ops.rule import one_key
 
 #: Error of each example: (outputs, targets) → (N, …).

@@ -19,9 +19,13 @@ ROOMS = {
     "kernels": {"geometry", "kernels"},
     "ops": {"geometry", "kernels", "ops"},
     "rules": {"geometry", "ops", "rules"},
-    "net": {"geometry", "ops", "rules"},
-    "backprop": {"geometry", "ops", "rules", "net"},
-    "training": {"geometry", "ops", "rules", "net", "backprop"},
+    "layers": {"geometry", "ops"},
+    "net": {"geometry", "ops", "layers"},
+    "backprop": {"geometry", "ops", "rules", "layers", "net"},
+    "attribution": {"geometry", "ops", "rules", "layers", "net", "backprop"},
+    "examples": {"geometry", "ops", "layers", "net", "backprop"},
+    "curvature": {"ops"},
+    "training": {"geometry", "ops", "layers", "net", "backprop"},
 }
 
 #: What takes derivatives by itself.

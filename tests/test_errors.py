@@ -436,7 +436,7 @@ class Branches(jaxcnn.Layer):
 NETS = [
     # made
     kind("serial: expected layers such as Conv(32, 5), got 3", serial, Relu(), 3),
-    kind("serial: expected layers such as Conv(32, 5), got <class 'jaxcnn.net.Relu'>", serial, Relu),
+    kind("serial: expected layers such as Conv(32, 5), got <class 'jaxcnn.layers.Relu'>", serial, Relu),
     kind("residual: expected layers such as Conv(32, 5), got 'relu'", residual, "relu"),
     value("serial: expected names that differ and hold no '/', got 'a'", serial, Relu(name="a"), MaxPool(2, name="a")),
     value("serial: expected names that differ and hold no '/', got 'relu2'", serial, Relu(name="relu2"), Relu()),
