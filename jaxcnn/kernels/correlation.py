@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import jaxlib.version
 import numpy as np
 from jax import Array, lax
 
@@ -26,6 +27,9 @@ from jaxcnn.geometry import Correlation, Window
 from jaxcnn.kernels.windows import accumulator, at_tap, tap_slices, unpad
 
 Lowering = Callable[[Correlation, Array, Array], Array]
+
+#: jaxlib 0.10 sends most 2-D convolutions to a library that runs on one thread; later ones give it a pool of them.
+ONE_THREAD = tuple(map(int, jaxlib.version.__version__.split(".")[:2])) < (0, 11)
 
 #: Target for one kernel row of patches in a batch block, in bytes: a part of a core's cache.
 BLOCK_BYTES = 1 << 18
@@ -72,7 +76,7 @@ def applies(lowering: str, c: Correlation, inputs: int) -> bool:
     """Whether a lowering can compute its product for ``inputs`` channels at all; `choose_…` picks among those."""
     can = {
         "pointwise": c.groups == 1 and c.window.entries == 1 and not c.window.padded,
-        "spare_row": all(s == 1 for s in c.window.stride),
+        "spare_rows": all(s == 1 for s in c.window.stride),
         "rows": c.groups == 1,
         "depthwise": c.groups == inputs,
     }
@@ -90,10 +94,14 @@ def choose_correlate(c: Correlation, x: Array, w: Array) -> str:
         return "depthwise" if applies("depthwise", c, inputs) else "by_group"
     if applies("pointwise", c, inputs):
         return "pointwise"
-    even = all(lo == hi for lo, hi in c.window.padding)
-    if applies("spare_row", c, inputs) and even and c.window.ndim == 2 and inputs >= 8:
-        return "spare_row"
-    return "xla"
+    return "spare_rows" if _spare_rows_pay(c, inputs, w.shape[-1], c.window.shape[0], c.window.out[0]) else "xla"
+
+
+def _spare_rows_pay(c: Correlation, inputs: int, outputs: int, before: int, after: int) -> bool:
+    """Whether a convolution from ``before`` to ``after`` rows is large enough for two threads to pay for more rows."""
+    if not (ONE_THREAD and c.window.ndim == 2 and applies("spare_rows", c, inputs) and after <= before):
+        return False
+    return c.window.entries * inputs >= 512 and outputs >= 32 and before + 1 <= 1.7 * after
 
 
 def _correlate_xla(c: Correlation, x: Array, w: Array) -> Array:
@@ -101,16 +109,16 @@ def _correlate_xla(c: Correlation, x: Array, w: Array) -> Array:
     return _conv(c, x, w, stride=win.stride, padding=win.padding, w_dilation=win.dilation, groups=c.groups)
 
 
-def _correlate_spare_row(c: Correlation, x: Array, w: Array) -> Array:
-    """One row more than was asked for, then dropped (stride 1).
+def _correlate_spare_rows(c: Correlation, x: Array, w: Array) -> Array:
+    """So many rows that the result has one more than the picture, then dropped (stride 1).
 
-    XLA:CPU sends convolutions without padding, or with equal padding, to a library that takes two to three times as
-    long as Eigen; the spare row's padding keeps them with Eigen, and dropping it fuses into what follows.
+    Convolutions that grow are left to Eigen, which runs on all threads; see `ONE_THREAD`.
     """
     win = c.window
     (lo, hi), *others = win.padding
-    spare = dataclasses.replace(win, padding=((lo, hi + 1), *others))
-    return lax.slice_in_dim(_correlate_xla(dataclasses.replace(c, window=spare), x, w), 0, win.out[0], axis=1)
+    more = max(win.shape[0] + 1 - win.out[0], 0)
+    grown = dataclasses.replace(win, padding=((lo, hi + more), *others))
+    return lax.slice_in_dim(_correlate_xla(dataclasses.replace(c, window=grown), x, w), 0, win.out[0], axis=1)
 
 
 def _correlate_pointwise(c: Correlation, x: Array, w: Array) -> Array:
@@ -134,7 +142,7 @@ def _correlate_by_group(c: Correlation, x: Array, w: Array) -> Array:
 
 CORRELATE: dict[str, Lowering] = {
     "xla": _correlate_xla,
-    "spare_row": _correlate_spare_row,
+    "spare_rows": _correlate_spare_rows,
     "pointwise": _correlate_pointwise,
     "depthwise": _correlate_depthwise,
     "by_group": _correlate_by_group,
@@ -149,11 +157,16 @@ def choose_spread(c: Correlation, y: Array, w: Array) -> str:
     inputs = w.shape[-2] * c.groups
     if c.groups > 1:
         return "depthwise" if applies("depthwise", c, inputs) else "by_group"
-    return "pointwise" if applies("pointwise", c, inputs) else "xla"
+    if applies("pointwise", c, inputs):
+        return "pointwise"
+    return "spare_rows" if _spare_rows_pay(c, w.shape[-1], inputs, c.window.out[0], c.window.shape[0]) else "xla"
 
 
-def _spread_xla(c: Correlation, y: Array, w: Array) -> Array:
-    """The full correlation of δ, spaced by the stride, with the patch turned by 180° and its channels swapped."""
+def _spread_xla(c: Correlation, y: Array, w: Array, more: int = 0) -> Array:
+    """The full correlation of δ, spaced by the stride, with the patch turned by 180° and its channels swapped.
+
+    ``more`` rows of zeros are added at the end.
+    """
     win = c.window
     starts, ends, pads = zip(*(_reached(win, dim) for dim in range(win.ndim)), strict=True)
     if any(end <= start for start, end in zip(starts, ends, strict=True)):  # every window lies in padding
@@ -162,7 +175,16 @@ def _spread_xla(c: Correlation, y: Array, w: Array) -> Array:
     flipped = lax.rev(w, range(win.ndim))
     grouped = flipped.reshape(*w.shape[:-1], c.groups, w.shape[-1] // c.groups)
     swapped = jnp.swapaxes(grouped, -3, -1).reshape(*w.shape[:-2], w.shape[-1] // c.groups, -1)
+    (before, after), *others = pads
+    pads = ((before, after + more), *others)
     return _conv(c, y, swapped, padding=pads, y_dilation=win.stride, w_dilation=win.dilation, groups=c.groups)
+
+
+def _spread_spare_rows(c: Correlation, y: Array, w: Array) -> Array:
+    """As `_correlate_spare_rows`."""
+    win = c.window
+    more = max(win.out[0] + 1 - win.shape[0], 0)
+    return lax.slice_in_dim(_spread_xla(c, y, w, more), 0, win.shape[0], axis=1)
 
 
 def _reached(win: Window, dim: int) -> tuple[int, int, tuple[int, int]]:
@@ -199,6 +221,7 @@ def _spread_by_group(c: Correlation, y: Array, w: Array) -> Array:
 
 SPREAD: dict[str, Lowering] = {
     "xla": _spread_xla,
+    "spare_rows": _spread_spare_rows,
     "pointwise": _spread_pointwise,
     "depthwise": _spread_depthwise,
     "by_group": _spread_by_group,
