@@ -45,10 +45,11 @@ def _image(axes: Axes, values: np.ndarray, title: str, below: str | None, **colo
     axes.spines[:].set_color("0.7")
 
 
-def numbers(axes: Axes, values: Any, title: str, block: int = 0, below: str = "", *, span: int = 4) -> None:
-    """A matrix as a grid of its numbers or words, at most `span` a row; a block of `block` a side has one colour."""
+def numbers(axes: Axes, values: Any, title: str, block: int = 0, below: str = "", *, span: int | None = None) -> None:
+    """A matrix as a grid of its numbers or words, on `span` columns; a block of `block` a side has one colour."""
     values = np.asarray(values)
     rows, columns = values.shape
+    span = span or columns
     tints = ("#dbe9f6", "#fde3cf", "#e3f0d8", "#ece2f3")
     for i, j in np.ndindex(rows, columns):
         tint = tints[(2 * (i // block) + j // block) % len(tints)] if block else "white"

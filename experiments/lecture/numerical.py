@@ -1,47 +1,70 @@
 """Numbers that several scripts need: slopes by differences, pictures of the real world."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from experiments.data import Dataset, load
+from jaxcnn import Serial, TrainState
 
 Array = jax.Array
+
+STEP = 1e-5
+"""How far an entry is moved; in float64 the slope then errs by about 1e-10."""
 
 
 def slopes_by_differences(f: Callable[..., Array], inputs: tuple[Array, ...], delta: Array) -> tuple[Array, ...]:
     """The slope of ⟨f(inputs), δ⟩ in every entry of every input: two evaluations each, no calculus (lecture §5).
 
-    Central differences, (E(x + h) − E(x − h)) / 2h. In float64 with h = 1e-5 they err by about 1e-10.
+    Central differences, (E(x + h) − E(x − h)) / 2h.
     """
-    step = 1e-5
-    flat = jnp.concatenate([x.ravel() for x in inputs])
     ends = np.cumsum([x.size for x in inputs])[:-1]
 
     @jax.jit
-    def rises(flat: Array) -> Array:
-        def error(at: Array) -> Array:
-            moved = (part.reshape(x.shape) for part, x in zip(jnp.split(at, ends), inputs, strict=True))
-            return jnp.vdot(f(*moved), delta)
+    def slopes(inputs: tuple[Array, ...], delta: Array) -> tuple[Array, ...]:
+        flat = jnp.concatenate([x.ravel() for x in inputs])
+
+        def parts(flat: Array) -> tuple[Array, ...]:
+            return tuple(part.reshape(x.shape) for part, x in zip(jnp.split(flat, ends), inputs, strict=True))
 
         # One entry after the other, and either way: the loop holds one copy of f, which compiles fast.
-        def rise(i: Array) -> Array:
-            shifted = jax.lax.map(lambda h: error(flat.at[i].add(h)), jnp.array([step, -step], flat.dtype))
-            return shifted[0] - shifted[1]
+        def slope(i: Array) -> Array:
+            moved = jnp.array([STEP, -STEP], flat.dtype)
+            above, below = jax.lax.map(lambda h: jnp.vdot(f(*parts(flat.at[i].add(h))), delta), moved)
+            return (above - below) / (2 * STEP)
 
-        return jax.lax.map(rise, jnp.arange(flat.size))
+        return parts(jax.lax.map(slope, jnp.arange(flat.size)))
 
-    slopes = jnp.split(rises(flat) / (2 * step), ends)
-    return tuple(slope.reshape(x.shape) for slope, x in zip(slopes, inputs, strict=True))
+    return slopes(inputs, delta)
 
 
 def slopes_by_rule(f: Callable[..., Array], inputs: tuple[Array, ...], delta: Array) -> tuple[Array, ...]:
     """The same by the backward half of `f`."""
     return jax.jit(lambda *inputs: jax.vjp(f, *inputs)[1](delta))(*inputs)
+
+
+def started(net: Serial, optimizer: optax.GradientTransformation) -> TrainState:
+    """As TrainState.create for pictures of 28×28, with weights by NumPy: JAX's generator compiles for each shape.
+
+    Nets whose layers have equally many weights start with equal ones, whatever shape the layers give them.
+    """
+    rng = np.random.default_rng(0)
+
+    def drawn(layer: jax.ShapeDtypeStruct) -> Array:
+        if len(layer.shape) == 1:  # a bias
+            return jnp.zeros(layer.shape, layer.dtype)
+        inputs = math.prod(layer.shape[:-1])
+        return jnp.asarray(rng.normal(size=layer.shape) * math.sqrt(2 / inputs), layer.dtype)
+
+    shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), (28, 28, 1)))
+    params = jax.tree.map(drawn, shapes)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.random.key(0, impl="rbg"))
 
 
 def drawn(seed: int, *shapes: tuple[int, ...]) -> list[Array]:

@@ -12,15 +12,23 @@ from experiments.lecture.statement import ROOT, Shown, Statement, picture_path, 
 
 TERMS = (
     ("back propagation", "역전파"),
-    ("convolution", "합성곱"),
+    ("hidden layer", "은닉층"),
+    ("activation function", "활성화 함수"),
+    ("pooling", "풀링"),
+    ("dropout", "드롭아웃"),
     ("patch", "패치"),
     ("weight", "가중치"),
-    ("entry by entry (∘)", "원소끼리의 곱"),
     ("product of matrices", "행렬곱"),
+    ("product entry by entry (∘)", "원소끼리의 곱"),
     ("derivative, slope", "미분, 기울기"),
     ("slope by differences", "차에 의한 기울기"),
     ("error", "오류"),
     ("size", "크기"),
+    ("Kronecker product (⊗)", "크로네커 곱"),
+    ("convolution (∗)", "합성곱"),
+    ("correlation (⋆)", "상관"),
+    ("cross-correlation", "상호상관"),
+    ("auto-correlation", "자기상관"),
     ("flip, turn by 180°", "플립, 180도 회전"),
     ("right triangle", "직각삼각형"),
     ("hill, peak", "산모양, 최고점"),
@@ -45,16 +53,23 @@ body { margin: 0 auto; max-width: 60rem; padding: 1.5rem 1rem 4rem; background: 
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .5rem; }
 h2 { font-size: 1.25rem; line-height: 1.35; margin: 0 0 .6rem; }
 h2 small { color: var(--soft); font-weight: 600; margin-right: .4rem; white-space: nowrap; }
+section > h2 [lang=ko] { display: block; margin-top: .15rem; color: var(--soft); font-size: 1rem; font-weight: 400; }
+[lang=ko] { word-break: keep-all; }
 a { color: var(--link); }
 .soft, figcaption { color: var(--soft); font-size: .92rem; }
 nav ol { list-style: none; padding: 0; margin: 1rem 0 2rem; display: grid; gap: .15rem 1.5rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); }
 nav a { text-decoration: none; } nav a:hover { text-decoration: underline; }
+.badge { background: var(--amber); border: 1px solid var(--amber-line); border-radius: .3rem; padding: 0 .3rem;
+  font-size: .8rem; white-space: nowrap; }
 section { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: 1.1rem 1.2rem;
   margin: 0 0 1.5rem; }
 blockquote { margin: 0 0 .8rem; padding-left: .8rem; border-left: 3px solid var(--line); color: var(--soft); }
 .formula { font-size: 1.12rem; padding: .55rem .8rem; margin: .8rem 0; background: var(--ground); overflow-x: auto;
   border-radius: .4rem; font-family: "STIX Two Text", Cambria, Georgia, "DejaVu Serif", serif; }
+.matrix { display: inline-grid; grid-template-columns: repeat(var(--columns), auto); gap: 0 .8rem;
+  padding: .05rem .5rem; margin: .2rem .1rem; border: solid; border-width: 0 1.5px; border-radius: .45rem;
+  line-height: 1.35; text-align: center; vertical-align: middle; }
 .erratum { background: var(--amber); border-left: 3px solid var(--amber-line); padding: .5rem .8rem; margin: .6rem 0;
   border-radius: 0 .4rem .4rem 0; font-size: .95rem; }
 figure { margin: 1rem 0; } figcaption { margin-top: .4rem; }
@@ -62,7 +77,7 @@ figure img { display: block; width: 100%; height: auto; background: #fff; border
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .92rem; width: 100%; }
 th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.number { font-variant-numeric: tabular-nums; }
+td.number { font-variant-numeric: tabular-nums; } td.needed { min-width: 6.6rem; }
 .holds { color: var(--good); font-weight: 600; white-space: nowrap; }
 .fails { color: var(--bad); font-weight: 700; white-space: nowrap; }
 .paths { font-size: .88rem; margin: .9rem 0 0; } .paths a { margin-right: .9rem; white-space: nowrap; }
@@ -70,11 +85,12 @@ code { font-size: .92em; }
 @media (max-width: 44rem) {
   section { padding: .9rem .8rem; }
   figure img { width: 42rem; max-width: none; }
+  figcaption::before { content: "(The picture is wider than the screen; it scrolls.) "; }
   thead { display: none; }
   tr { display: grid; grid-template-columns: 1fr auto auto; padding: .35rem 0; border-bottom: 1px solid var(--line); }
-  td { border: 0; padding: 0 .8rem 0 0; } td:first-child { grid-column: 1 / -1; }
+  td, td.needed { border: 0; padding: 0 .8rem 0 0; min-width: 0; } td:first-child { grid-column: 1 / -1; }
 }
-dl.terms { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 16rem), 1fr)); gap: .2rem 1.5rem;
+dl.terms { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: .2rem 1.5rem;
   margin: .5rem 0 0; font-size: .95rem; }
 dl.terms div { display: flex; justify-content: space-between; border-bottom: 1px solid var(--line); gap: 1rem; }
 dl.terms dd { margin: 0; text-align: right; }
@@ -91,7 +107,8 @@ def page(folder: Path, told: Sequence[tuple[Statement, Shown]], facts: Mapping[s
     """The whole page; links to files of the project are relative to `folder`."""
     holding = sum(shown.holds for _, shown in told)
     contents = "".join(
-        f'<li><a href="#{s.name}"><b>§{s.section}</b> {s.title}</a> {_mark(shown.holds)}</li>' for s, shown in told
+        f'<li><a href="#{s.name}"><b>§{s.section}</b> {s.title}</a> {_mark(shown.holds)}{_badge(s)}</li>'
+        for s, shown in told
     )
     known = " · ".join(f"{escape(name)} {escape(value)}" for name, value in facts.items())
     terms = "".join(f'<div><dt>{escape(english)}</dt><dd lang="ko">{korean}</dd></div>' for english, korean in TERMS)
@@ -107,8 +124,11 @@ def page(folder: Path, told: Sequence[tuple[Statement, Shown]], facts: Mapping[s
 <header>
 <h1>CNN back propagation: the lecture, executed</h1>
 <p>Every statement of the lecture (<span lang="ko">10. CNN Back Propagation</span>), in its order, computed by
-<code>python -m experiments.lecture</code>. Each has a claim, the lecture's own words, the formula, a picture, and
-checks that can fail. Where the lecture errs, an erratum says so.</p>
+<code>python -m experiments.lecture</code>. Each has the lecture's own words, the claim, the formula, a picture, and
+checks that can fail. Where the lecture errs, an erratum says so, <span class="badge">marked like this</span>.</p>
+<p>δ is the slope of the error E in what stands there. ∗ is convolution, with the patch turned by 180°, and ⋆ is
+correlation, with the patch as it is; the lecture writes ∗ for both. ∘ is the product entry by entry, ⊗ the Kronecker
+product. The Korean terms are <a href="#terms">listed at the end</a>.</p>
 <p><span class="{"holds" if holding == len(told) else "fails"}">{holding} of {len(told)} statements hold.</span>
 <span class="soft">{known}</span></p>
 </header>
@@ -116,7 +136,7 @@ checks that can fail. Where the lecture errs, an erratum says so.</p>
 <main>
 {"".join(_section(folder, statement, shown) for statement, shown in told)}
 </main>
-<section id="terms"><h2>Terms, <span lang="ko">용어</span></h2><dl class="terms">{terms}</dl></section>
+<section id="terms"><h2>Terms <span lang="ko">용어</span></h2><dl class="terms">{terms}</dl></section>
 </body>
 </html>
 """
@@ -127,7 +147,7 @@ def _section(folder: Path, statement: Statement, shown: Shown) -> str:
     errata = "".join(f'<p class="erratum"><b>Erratum {n}.</b> {text}</p>' for n, text in statement.errata)
     rows = "".join(
         f'<tr><td>{escape(c.what)}</td><td class="number">{escape(c.measured)}</td>'
-        f'<td class="number">{escape(c.needed)}</td><td>{_mark(c.holds)}</td></tr>'
+        f'<td class="number needed">{escape(c.needed)}</td><td>{_mark(c.holds)}</td></tr>'
         for c in shown.checks
     )
     script = f"experiments/lecture/{statement.name}.py"
@@ -137,10 +157,10 @@ def _section(folder: Path, statement: Statement, shown: Shown) -> str:
     ]
     links.append(_link(folder, statement.test, statement.test))
     return f"""<section id="{statement.name}">
-<h2><small>§{statement.section}</small>{statement.title}</h2>
+<h2><small>§{statement.section}</small>{statement.title} <span lang="ko">{escape(statement.korean_title)}</span></h2>
 <blockquote lang="ko">{escape(statement.korean)}</blockquote>
 <p>{statement.claim}</p>
-<div class="formula">{statement.formula}</div>
+<div class="formula">{statement.formula.replace(",  ", "<br>")}</div>
 {errata}
 <figure><div class="scroll"><img alt="{escape(shown.caption, quote=True)}" src="data:image/png;base64,{picture}"></div>
 <figcaption>{escape(shown.caption)}</figcaption></figure>
@@ -155,6 +175,12 @@ def _section(folder: Path, statement: Statement, shown: Shown) -> str:
 def _link(folder: Path, path: str, text: str) -> str:
     target = Path(os.path.relpath(ROOT / path, folder)).as_posix()
     return f'<a href="{quote(target)}"><code>{escape(text)}</code></a>'
+
+
+def _badge(statement: Statement) -> str:
+    numbers = ", ".join(str(n) for n, _ in statement.errata)
+    word = "erratum" if len(statement.errata) == 1 else "errata"
+    return f' <span class="badge">{word} {numbers}</span>' if numbers else ""
 
 
 def _mark(holds: bool) -> str:

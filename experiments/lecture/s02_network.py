@@ -12,13 +12,14 @@ import optax
 import jaxcnn
 from experiments.data import batches, shuffled_batches
 from experiments.lecture.drawing import BLUE, GREY, figure, grey, parts, plain
-from experiments.lecture.numerical import boot, drawn, fashion
+from experiments.lecture.numerical import boot, drawn, fashion, started
 from experiments.lecture.statement import Shown, Statement, at_least, at_most, equal, main, relative
 
 STATEMENT = Statement(
     name="s02_network",
     section="2",
     title="The network: hidden layers, and dropout at the output layer",
+    korean_title="CNN의 구조: 은닉층의 반복과 드롭아웃",
     korean="a + pooling = 하나의 hidden layer … hidden layer 반복 … drop out : in output layer. 트레이닝 시 feature를 "
     "감소시켜 정확도, 성능을 향상시킴",
     claim="Convolution, ReLU and pooling are one hidden layer, and hidden layers repeat; dropout before the output "
@@ -41,7 +42,7 @@ def net(rate: float) -> jaxcnn.Serial:
     return jaxcnn.serial(*hidden, jaxcnn.Flatten(), jaxcnn.Dropout(rate), jaxcnn.Dense(10))
 
 
-def show(hidden_layer: Any = jaxcnn.hidden_layer, *, epochs: int = 36, examples: int = 500) -> Shown:
+def show(hidden_layer: Any = jaxcnn.hidden_layer, *, epochs: int = 30, examples: int = 300) -> Shown:
     """Compare the hidden layer with its three parts, look at dropout on and off, train with and without it."""
     losses, params = {}, {}
     for rate in (0.0, 0.5):
@@ -50,14 +51,15 @@ def show(hidden_layer: Any = jaxcnn.hidden_layer, *, epochs: int = 36, examples:
     maps = layers(params[0.5], boot())
     batch = fashion().test_images[:4]
 
-    evaluated = trained.apply(params[0.5], batch)
-    keys = jax.random.split(jax.random.key(1), 200)
-    in_training = jax.jit(jax.vmap(lambda key: trained.apply(params[0.5], batch, key=key)))(keys)
+    evaluate = jax.jit(lambda: trained.apply(params[0.5], batch))
+    evaluated = evaluate()
+    keys = jax.random.split(jax.random.key(1, impl="rbg"), 200)  # this generator compiles fast
+    in_training = jax.lax.map(lambda key: trained.apply(params[0.5], batch, key=key), keys)
 
     checks = (
-        equal("sizes from X to the last pooling", tuple(m.shape[0] for m in maps), (28, 24, 12, 8, 4)),
+        equal("sizes from X to the last pooling", np.array([m.shape[0] for m in maps]), np.array([28, 24, 12, 8, 4])),
         at_most("hidden layer against its three parts: y, δ, ∂E/∂w, ∂E/∂b", one_against_three(hidden_layer), 1e-10),
-        equal("two evaluations, largest difference", abs(evaluated - trained.apply(params[0.5], batch)).max(), 0),
+        equal("two evaluations, largest difference", abs(evaluated - evaluate()).max(), 0),
         at_least("two training runs of the same pictures, relative difference", relative(*in_training[:2]), 0.01),
         at_most("mean of 200 training runs against evaluation", relative(in_training.mean(0), evaluated), 0.05),
         at_least("test loss without dropout less that with", losses[0.0][1][-1] - losses[0.5][1][-1], 0.05),
@@ -72,8 +74,11 @@ def one_against_three(hidden_layer: Any) -> float:
     def three(x: Any, w: Any, b: Any) -> Any:
         return jaxcnn.max_pool(jaxcnn.relu(jaxcnn.conv(x, w, b)), 2)
 
-    found, expected = ([y, *pull(delta)] for y, pull in (jax.vjp(hidden_layer, x, w, b), jax.vjp(three, x, w, b)))
-    return relative(found, expected)
+    def both_ways(f: Any) -> list[Any]:
+        y, pull = jax.vjp(f, x, w, b)
+        return [y, *pull(delta)]
+
+    return relative(*jax.jit(lambda: (both_ways(hidden_layer), both_ways(three)))())
 
 
 @functools.cache
@@ -82,7 +87,7 @@ def train(rate: float, epochs: int, examples: int) -> tuple[tuple[list[float], l
     data, loss = fashion(), jaxcnn.softmax_cross_entropy_with_integer_labels
     x, labels = data.train_images[:examples], data.train_labels[:examples]
     optimizer = optax.adam(6e-3)
-    state = jaxcnn.TrainState.create(net(rate), optimizer, jax.random.key(0), data.image_shape)
+    state = started(net(rate), optimizer)
     step = jaxcnn.make_train_step(net(rate), loss, optimizer)
     unseen = data.test_images[: 2 * examples], data.test_labels[: 2 * examples]
     found: tuple[list[float], list[float]] = ([], [])
@@ -91,18 +96,23 @@ def train(rate: float, epochs: int, examples: int) -> tuple[tuple[list[float], l
             state, _ = step(state, batch)
         if epoch % 3 == 0:
             for losses, pictures in zip(found, ((x, labels), unseen), strict=True):
-                losses.append(jaxcnn.evaluate(net(rate), loss, state.params, batches(*pictures, examples))["loss"])
+                # In evaluation the rate is of no account, and one net for both compiles once.
+                losses.append(jaxcnn.evaluate(net(0), loss, state.params, batches(*pictures, examples))["loss"])
     return found, state.params
 
 
 def layers(params: Any, picture: np.ndarray) -> list[np.ndarray]:
     """The picture, then after each convolution with ReLU and each pooling: (H, W, C)."""
-    x = jnp.asarray(picture[None, :, :, None], jnp.float32)
-    found = [x]
-    for i in range(1, len(FEATURES) + 1):
-        found.append(jaxcnn.relu(jaxcnn.conv(found[-1], **params[f"hidden_layer{i}"])))
-        found.append(jaxcnn.max_pool(found[-1], 2))
-    return [np.asarray(m[0]) for m in found]
+
+    @jax.jit
+    def maps(x: Any) -> list[Any]:
+        found = [x]
+        for i in range(1, len(FEATURES) + 1):
+            found.append(jaxcnn.relu(jaxcnn.conv(found[-1], **params[f"hidden_layer{i}"])))
+            found.append(jaxcnn.max_pool(found[-1], 2))
+        return found
+
+    return [np.asarray(m[0]) for m in maps(jnp.asarray(picture[None, :, :, None], jnp.float32))]
 
 
 def caption(losses: Any, examples: int) -> str:
@@ -134,7 +144,7 @@ def draw(maps: list[np.ndarray], losses: Any) -> Any:
         for rate, colour, label in ((0.0, GREY, "without dropout"), (0.5, BLUE, "with dropout")):
             epochs = 3 * np.arange(1, len(losses[rate][i]) + 1)
             axes.plot(epochs, losses[rate][i], color=colour, label=label, linewidth=2)
-        axes.set_ylim(0)
+    panels[0].set_ylim(0)  # after both are drawn, since they share it
     panels[0].legend(frameon=False, fontsize=9)
     return fig
 

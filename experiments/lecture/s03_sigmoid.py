@@ -12,13 +12,14 @@ import optax
 import jaxcnn
 from experiments.data import shuffled_batches
 from experiments.lecture.drawing import BLUE, DARK, GREY, RED, figure, plain
-from experiments.lecture.numerical import drawn, fashion
+from experiments.lecture.numerical import drawn, fashion, started
 from experiments.lecture.statement import Shown, Statement, at_least, at_most, main, relative
 
 STATEMENT = Statement(
     name="s03_sigmoid",
     section="3",
     title="The ordinary network with sigmoids, recalled",
+    korean_title="일반적인 신경망과 시그모이드, 복습",
     korean="미분한 상태의 sigmoid function g′(x) = g(x)(1−g(x)) 가 각각의 항(weight)에 곱해지는것 기억해라",
     claim="In an ordinary network δ goes back through a product with w and with g′ = g(1 − g), and ∂E/∂w is δ times "
     "the input. Such a net learns, and so does a convolutional one with the same training step.",
@@ -39,7 +40,7 @@ NETS = {
 }
 
 
-def show(sigmoid: Any = jaxcnn.sigmoid, *, steps: int = 200) -> Shown:
+def show(sigmoid: Any = jaxcnn.sigmoid, *, steps: int = 150) -> Shown:
     """The slope of the sigmoid, the δ of a small net by hand, two nets trained side by side."""
     x = jnp.linspace(-6, 6, 241)
     g = sigmoid(x)
@@ -67,7 +68,7 @@ def by_hand(sigmoid: Any) -> float:
     a = 1 / (1 + np.exp(-np.asarray(x @ w1)))
     delta_2 = 2 * (a @ w2 - target)  # of the output layer
     delta_1 = (delta_2 @ w2.T) * a * (1 - a)  # w δ g'
-    return relative(list(jax.grad(error, (0, 1))(w1, w2)), [x.T @ delta_1, a.T @ delta_2])
+    return relative(list(jax.jit(jax.grad(error, (0, 1)))(w1, w2)), [x.T @ delta_1, a.T @ delta_2])
 
 
 @functools.cache
@@ -75,7 +76,7 @@ def train(net: jaxcnn.Serial, steps: int) -> tuple[list[float], float]:
     """The loss of each step, and the test accuracy at the end."""
     data, loss = fashion(), jaxcnn.softmax_cross_entropy_with_integer_labels
     optimizer = optax.adam(3e-3)
-    state = jaxcnn.TrainState.create(net, optimizer, jax.random.key(0), data.image_shape)
+    state = started(net, optimizer)
     step = jaxcnn.make_train_step(net, loss, optimizer)
     losses: list[float] = []
     while len(losses) < steps:

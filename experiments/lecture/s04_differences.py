@@ -11,7 +11,7 @@ import numpy as np
 
 import jaxcnn
 from experiments.lecture.drawing import BLUE, DARK, RED, figure, parts, plain, signed
-from experiments.lecture.numerical import as_picture, boot, drawn, slopes_by_differences, slopes_by_rule
+from experiments.lecture.numerical import STEP, as_picture, boot, drawn, slopes_by_differences, slopes_by_rule
 from experiments.lecture.statement import Shown, Statement, at_most, equal, main, relative
 from jaxcnn.ops import signal
 
@@ -19,6 +19,7 @@ STATEMENT = Statement(
     name="s04_differences",
     section="4–5",
     title="Differentiating by a whole patch, and by differences",
+    korean_title="패치 전체에 대한 미분, 차에 의한 기울기",
     korean="patch라도 하나의 항으로 봐라 … 컴퓨터가 이해하는 미분의 정의에 입각한 미분방법(차에의한 기울기)",
     claim="The result of a convolution is a quantity in two dimensions, and so is its patch; one differentiates by the "
     "whole patch. What the rules say agrees with differences, for every op and each of its inputs.",
@@ -78,10 +79,7 @@ def _swapped(f: Callable[..., Any], second: Any, first: Any) -> Any:
 
 def show(table: Table | None = None) -> Shown:
     """Rule against differences for every op and input of a table, by default `ops`."""
-    found = {
-        name: dict(zip(inputs, distances(op, tuple(inputs.values())), strict=True))
-        for name, (op, inputs) in (ops() if table is None else table).items()
-    }
+    found = distances(ops() if table is None else table)
     patch = by_patch()
     pairs = [(distance, f"{name} by {argument}") for name, row in found.items() for argument, distance in row.items()]
     distance, furthest = max(pairs)
@@ -97,8 +95,8 @@ def show(table: Table | None = None) -> Shown:
         checks,
         draw(patch, found),
         "Left: E over one entry of a patch, with the slope by the rule and the two evaluations that give it by "
-        f"differences; below, the slopes of all 25. Right: {len(found)} ops and their inputs; what is left is the "
-        "differences' own error.",
+        f"differences: parallel, as E is a parabola here (h is 0.6 for the eye, {STEP:g} in the checks). Below, the "
+        f"slopes of all 25. Right: {len(found)} ops and their inputs; what is left is the differences' own error.",
     )
 
 
@@ -121,11 +119,21 @@ def by_patch() -> dict[str, Any]:
     }
 
 
-def distances(op: Callable[..., Any], inputs: tuple[Any, ...]) -> list[float]:
-    """For each input, how far the rule is from differences, with a random δ."""
-    (delta,) = drawn(7, jax.eval_shape(op, *inputs).shape)
-    pairs = zip(slopes_by_rule(op, inputs, delta), slopes_by_differences(op, inputs, delta), strict=True)
-    return [relative(by_rule, by_differences) for by_rule, by_differences in pairs]
+def distances(table: Table) -> dict[str, dict[str, float]]:
+    """For each op and input, how far the rule is from differences, with a random δ."""
+    inputs = {name: tuple(given.values()) for name, (_, given) in table.items()}
+    deltas = {name: drawn(7, jax.eval_shape(op, *inputs[name]).shape)[0] for name, (op, _) in table.items()}
+
+    # All in one program: it compiles in half the time of one for each op.
+    @jax.jit
+    def slopes(inputs: Any, deltas: Any) -> Any:
+        return {
+            name: [by(op, inputs[name], deltas[name]) for by in (slopes_by_rule, slopes_by_differences)]
+            for name, (op, _) in table.items()
+        }
+
+    found = slopes(inputs, deltas)
+    return {name: dict(zip(given, map(relative, *found[name]), strict=True)) for name, (_, given) in table.items()}
 
 
 def draw(patch: Mapping[str, Any], found: Mapping[str, Mapping[str, float]]) -> Any:

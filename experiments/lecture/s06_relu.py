@@ -17,6 +17,7 @@ STATEMENT = Statement(
     name="s06_relu",
     section="6",
     title="The product becomes a convolution, and g is the ReLU",
+    korean_title="행렬곱 대신 합성곱, g는 ReLU",
     korean="CNN에서는 weight와 δ를 행렬곱이 아니라 convolution 연산을 한다",
     claim="For a CNN, δ goes back through a convolution with the patch, then entry by entry through g′: 1 where x > 0, "
     "0 where x < 0, and 0 at 0.",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxcnn
-from experiments.lecture.drawing import figure, grey, parts, sign, signed
+from experiments.lecture.drawing import figure, grey, sign, signed
 from experiments.lecture.numerical import as_picture, boot, drawn
 from experiments.lecture.statement import Shown, Statement, equal, main, refused
 from jaxcnn.ops.signal import convolve
@@ -16,6 +16,7 @@ STATEMENT = Statement(
     name="s06_sizes",
     section="6–7",
     title="Pooling changes the size: 24×24 becomes 12×12",
+    korean_title="풀링에 의한 크기의 변화: 24×24에서 12×12로",
     korean="δ가 24*24 였다면 2*2로 pooling하면 12*12크기행렬로 줄어들게 된다 … 크기가 달라서 문제가 생긴다",
     claim="δ comes back from the next layer in the size after pooling, 12×12, and g′(x) has the size before it, 24×24: "
     "they cannot be multiplied entry by entry. The Kronecker product with ones enlarges δ to 24×24, and they can.",
@@ -42,12 +43,16 @@ def show(kron_up: Any = jaxcnn.kron_up) -> Shown:
         equal("after the second convolution, y", y.shape[1:3], (8, 8)),
         equal("w₂ ∗ δ_y, which comes back", delta.shape[1:3], (12, 12)),
         equal("g′(x)", slope.shape[1:3], (24, 24)),
-        refused("the product of the two", lambda: delta[0, :, :, 0] * slope[0, :, :, 0]),
+        refused("their product, (w₂ ∗ δ_y) ∘ g′(x)", lambda: delta[0, :, :, 0] * slope[0, :, :, 0]),
         equal("up(w₂ ∗ δ_y)", enlarged.shape[1:3], (24, 24)),
-        equal("the product now", (enlarged * slope).shape[1:3], (24, 24)),
+        equal("the product now, up(w₂ ∗ δ_y) ∘ g′(x)", (enlarged * slope).shape[1:3], (24, 24)),
         equal("blocks of 2×2 that are not one number", blocks_that_differ(enlarged), 0),
     )
-    caption = "Top row: the way out. Bottom row: the way back, where 12×12 meets 24×24 and has to be enlarged."
+    caption = (
+        "To scale: an entry is as large in every picture but those of up, where it is a block of 2×2. Above, the way "
+        "out; below, from the right, the way back, where 12×12 meets 24×24 and has to be enlarged. The blocks are what "
+        "this § says; for max pooling, only the winner of each may keep its δ (erratum 3, §9)."
+    )
     return Shown(checks, draw([picture, x, slope, pooled, y, delta, enlarged]), caption)
 
 
@@ -58,27 +63,50 @@ def blocks_that_differ(x: Any) -> int:
 
 
 def draw(steps: list[Any]) -> Any:
-    """The way out, the way back."""
+    """The way out, the way back: all pictures to one scale."""
     picture, *rest = map(np.asarray, steps)
     x, slope, pooled, y, delta, enlarged = (p[0, :, :, 0] for p in rest)
-    fig = figure(10, 5)
-    out, back = parts(fig, 2, 1)
-    row = out.subplots(1, 7, width_ratios=(1, 0.25, 1, 0.25, 1, 0.25, 1))
-    for axes in row[1::2]:
-        sign(axes, "→")
-    grey(row[0], picture, "X")
-    signed(row[2], x, r"$x = w_1 * X$")
-    grey(row[4], pooled, r"pooling of $g(x)$")
-    signed(row[6], y, r"$y = w_2 * $ that")
+    fig = figure(10, 5.4)
     limit = float(np.abs(delta).max())
-    row = back.subplots(1, 7, width_ratios=(1, 0.25, 1, 0.25, 1, 0.25, 1))
-    for axes, operator in zip(row[1::2], ("=", "∘", "←"), strict=True):
-        sign(axes, operator)
-    signed(row[0], enlarged * slope, r"$up(w_2 * \delta_y) \circ g'(x)$", limit=limit)
-    grey(row[2], slope, r"$g'(x)$")
-    signed(row[4], enlarged, r"$up(w_2 * \delta_y)$", limit=limit)
-    signed(row[6], delta, r"$w_2 * \delta_y$", limit=limit)
+    rows = (
+        (
+            (grey, picture, "$X$", {}),
+            "→",
+            (signed, x, r"$x = X \star w_1$", {}),
+            "→",
+            (grey, pooled, "pooling of $g(x)$", {}),
+            "→",
+            (signed, y, r"$y =$ that $\star\, w_2$", {}),
+        ),
+        (
+            (signed, enlarged * slope, r"$up(w_2 * \delta_y) \circ g'(x)$", {"limit": limit}),
+            "=",
+            (grey, slope, "$g'(x)$", {}),
+            "∘",
+            (signed, enlarged, r"$up(w_2 * \delta_y)$", {"limit": limit}),
+            "←",
+            (signed, delta, r"$w_2 * \delta_y$", {"limit": limit}),
+        ),
+    )
+    grid = fig.subplots(2, 7, width_ratios=(1, 0.16, 1, 0.16, 1, 0.16, 1))
+    for axes, part in zip(grid.flat, (part for row in rows for part in row), strict=True):
+        if isinstance(part, str):
+            sign(axes, part)
+            continue
+        show, values, title, options = part
+        show(axes, values, title, **options)
+        to_scale(axes, len(values))
     return fig
+
+
+def to_scale(axes: Any, size: int) -> None:
+    """Shrink a picture about its middle, as if it were a part of 28×28; a frame of its own size."""
+    from matplotlib.patches import Rectangle
+
+    middle, half = (size - 1) / 2, 14.2
+    axes.set(xlim=(middle - half, middle + half), ylim=(middle + half, middle - half))
+    axes.spines[:].set_visible(False)
+    axes.add_patch(Rectangle((-0.5, -0.5), size, size, fill=False, edgecolor="0.7", linewidth=1))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxcnn
-from experiments.lecture.drawing import figure, numbers
+from experiments.lecture.drawing import figure, numbers, parts, sign
 from experiments.lecture.numerical import drawn, slopes_by_differences, slopes_by_rule
 from experiments.lecture.statement import Shown, Statement, at_least, at_most, equal, main, relative
 
@@ -16,22 +16,27 @@ PRINTED = np.array([[4.0, 8, 5, 10], [12, 16, 15, 20], [6, 12, 7, 14], [18, 24, 
 """What §7 prints as A ⊗ B."""
 
 
-def _matrix(rows: Any) -> str:
-    """MathML."""
-    cells = ("".join(f"<mtd><mn>{value}</mn></mtd>" for value in row) for row in rows)
-    body = "".join(f"<mtr>{row}</mtr>" for row in cells)
-    return f'<mrow><mo stretchy="true">[</mo><mtable>{body}</mtable><mo stretchy="true">]</mo></mrow>'
+def _product(*matrices: Any) -> str:
+    """The equation first ⊗ second = third; the page's style lays out what is a matrix."""
+    first, second, third = (
+        f'<span class="matrix" style="--columns: {len(matrix[0])}">'
+        + "".join(f"<span>{value}</span>" for row in matrix for value in row)
+        + "</span>"
+        for matrix in matrices
+    )
+    return f"{first} ⊗ {second} = {third}"
 
 
 STATEMENT = Statement(
     name="s07_kronecker",
     section="7–8",
     title="The Kronecker product, and <i>up</i>",
+    korean_title="크로네커 곱과 up 함수",
     korean="크기를 늘려주는 연산인 Kronecker product … 함수가 scaled up된것을 up function이라고 부른다",
     claim="The Kronecker product makes 4×4 of two 2×2 matrices; with ones it repeats each entry in a block, which is "
     "called up. Its adjoint is the sum of each block.",
-    formula=f"<math>{_matrix(['ab', 'cd'])}<mo>⊗</mo>{_matrix([[1, 1], [1, 1]])}<mo>=</mo>"
-    f"{_matrix(('aabb', 'aabb', 'ccdd', 'ccdd'))}</math>",
+    formula=f"B ⊗ A = {_product(B.astype(int), A.astype(int), PRINTED.astype(int))},  "
+    f"up(x) = {_product(('ab', 'cd'), ('11', '11'), ('aabb', 'aabb', 'ccdd', 'ccdd'))}",
     functions=(
         "jaxcnn/ops/kronecker.py: kron",
         "jaxcnn/ops/kronecker.py: kron_up",
@@ -67,23 +72,35 @@ def show(kron: Any = jaxcnn.kron, kron_up: Any = jaxcnn.kron_up) -> Shown:
             "kron_up: δ of x against the sum of each block", relative(delta_x, jaxcnn.block_sum(delta_up, 2)), 1e-12
         ),
     )
-    caption = "Above: §7's numbers; a colour is a block. Below: §8's letters, and the sum of each block, the way back."
+    caption = (
+        "Above, §7: the print is not A ⊗ B but B ⊗ A; a colour is a block. Below, §8: up repeats each letter in a "
+        "block, and its adjoint, the way back, adds up each block."
+    )
     return Shown(checks, draw(kron(B, A), kron(A, B)), caption)
 
 
 def draw(as_printed: Any, standard: Any) -> Any:
-    """The products of numbers; the letters; up and its adjoint."""
-    fig = figure(10, 6.2)
-    top, bottom = fig.subplots(2, 4)
+    """The products of numbers; the letters, up and its adjoint."""
     letters = np.array([list("ab"), list("cd")])
-    numbers(top[0], A.astype(int), "A")
-    numbers(top[1], B.astype(int), "B")
-    numbers(top[2], np.asarray(as_printed, int), "as the lecture prints it", 2, "kron(B, A): blocks A·b")
-    numbers(top[3], np.asarray(standard, int), "the standard A ⊗ B", 2, "kron(A, B): blocks a·B")
-    numbers(bottom[0], letters, "x", 1)
-    numbers(bottom[1], np.repeat(np.repeat(letters, 2, 0), 2, 1), "up(x) = x ⊗ ones", 2, "kron_up(x, 2)")
-    numbers(bottom[2], np.char.add("4", letters), "the sum of each block", 1, "block_sum(up(x), 2)")
-    bottom[3].axis("off")
+    up = np.repeat(np.repeat(letters, 2, 0), 2, 1)
+    fig = figure(10, 5.6)
+    above, below = parts(fig, 2, 1)
+    row = above.subplots(1, 7, width_ratios=(2, 0.6, 2, 0.6, 4, 0.6, 4))
+    numbers(row[0], A.astype(int), "A")
+    sign(row[1], "⊗")
+    numbers(row[2], B.astype(int), "B")
+    sign(row[3], "=")
+    numbers(row[4], np.asarray(as_printed, int), "in the lecture's print", 2, "kron(B, A): blocks A·b")
+    sign(row[5], "≠")
+    numbers(row[6], np.asarray(standard, int), "in the standard order", 2, "kron(A, B): blocks a·B")
+    row = below.subplots(1, 7, width_ratios=(2, 0.6, 2, 0.6, 4, 0.6, 4))
+    numbers(row[0], letters, "x", 1)
+    sign(row[1], "⊗")
+    numbers(row[2], np.ones((2, 2), int), "ones")
+    sign(row[3], "=")
+    numbers(row[4], up, "up(x)", 2, "kron_up(x, 2)")
+    sign(row[5], "→")
+    numbers(row[6], np.char.add("4", letters), "the sum of each block", 1, "block_sum(up(x), 2)", span=4)
     return fig
 
 

@@ -18,6 +18,7 @@ STATEMENT = Statement(
     name="s09_delta",
     section="9",
     title="δ and ∂E/∂w through a hidden layer",
+    korean_title="은닉층의 δ와 기울기 ∂E/∂w",
     korean="해당 weight에 대한 E의 미분(기울기)는 δ 곱하기 그 전 레이어로부터의 입력이다 … 곱할때도 convolution이다",
     claim="δ of a hidden layer is what the next layer sends back, enlarged by up and let through where the ReLU was "
     "on; ∂E/∂w is δ against the layer's input, again a convolution. Autodiff and differences find the same.",
@@ -32,13 +33,18 @@ STATEMENT = Statement(
         (
             2,
             "The lecture writes δ<sub>l</sub> = w ∗ δ<sub>l+1</sub> ∘ up(g′(x)), with up on the wrong operand: g′(x) "
-            "has the size before pooling already. What has to be enlarged is w ∗ δ<sub>l+1</sub>.",
+            "has the size before pooling already, and enlarged it would have 48×48. What has to be enlarged is "
+            "w ∗ δ<sub>l+1</sub>. Nor do the sizes fit if g′ is taken after pooling.",
         ),
         (3, "For max pooling, up sends δ to the winner of each window only; §9 below shows what happens otherwise."),
         (5, "∂E/∂w = δ ∗ a is a valid cross-correlation of a with δ, without a flip, summed over the batch."),
         (6, "“Cost is δ times the input”: that product is the gradient ∂E/∂w, not the cost E, which it lowers."),
     ),
 )
+
+
+BIAS = 0.1
+"""Without one, the black ground of the picture would lie at the kink of the ReLU."""
 
 
 def show(hidden_layer: Any = jaxcnn.hidden_layer) -> Shown:
@@ -48,7 +54,7 @@ def show(hidden_layer: Any = jaxcnn.hidden_layer) -> Shown:
     target = drawn(9, (8, 8))[0]
 
     # The way out, one patch a layer: (28, 28) → (24, 24) → (12, 12) → (8, 8)
-    x = correlate(a, w_1, "valid") + 0.1
+    x = correlate(a, w_1, "valid") + BIAS  # a ⋆ w₁ + b
     g = jaxcnn.relu(x)
     pooled = jaxcnn.max_pool(as_picture(g), 2)[0, :, :, 0]
     y = correlate(pooled, w_2, "valid")
@@ -57,18 +63,19 @@ def show(hidden_layer: Any = jaxcnn.hidden_layer) -> Shown:
     # The way back
     delta_y = 2 * (y - target)
     sent = convolve(delta_y, w_2)  # w₂ ∗ δ_y
-    up = jaxcnn.kron_up(as_picture(sent), 2)[0, :, :, 0] * winners(g)
+    up = enlarged(sent) * winners(g)
     delta_l = up * (x > 0)
     grad_w = correlate(a, delta_l, "valid")  # ∂E/∂w₁ = a ⋆ δ_l
 
     def e(w: Any, batch: Any = a[None], hidden_layer: Any = hidden_layer) -> Any:
-        h = hidden_layer(batch[..., None], w[:, :, None, None], jnp.array([0.1]))
+        h = hidden_layer(batch[..., None], w[:, :, None, None], jnp.array([BIAS]))
         return jaxcnn.squared_error(jaxcnn.conv(h, w_2[:, :, None, None])[..., 0], target + 0 * batch[:, :8, :8]).sum()
 
     def plain(x: Any, w: Any, b: Any) -> Any:
         return jaxcnn.hidden_layer(x, w, b, rule=jaxcnn.rules.autodiff)
 
-    by_rule = jax.jit(jax.grad(e))(w_1)
+    slope = jax.jit(jax.grad(e))
+    by_rule = slope(w_1, a[None])
     by_autodiff = jax.jit(jax.grad(lambda w: e(w, hidden_layer=plain)))(w_1)
     (by_differences,) = slopes_by_differences(e, (w_1,), jnp.ones(()))
     two = jnp.stack([a, a[:, ::-1]])
@@ -79,10 +86,10 @@ def show(hidden_layer: Any = jaxcnn.hidden_layer) -> Shown:
         at_most("∂E/∂w, step by step: against differences", relative(grad_w, by_differences), 1e-7),
         at_most("∂E/∂w, hidden_layer's rule: against step by step", relative(by_rule, grad_w), 1e-10),
         at_most("erratum 5, a batch of two: ∂E/∂w against the sum of each alone",
-                relative(jax.grad(e)(w_1, two), sum(jax.grad(e)(w_1, one[None]) for one in two)), 1e-10),
-        refused("erratum 2, up on the wrong operand: (w₂ ∗ δ_y) ∘ up(g′(x))",
-                lambda: sent * jaxcnn.kron_up(as_picture(g > 0).astype(float), 2)[0, :, :, 0]),
-        at_most("erratum 6, E falls by η‖∂E/∂w‖²: relative distance", abs(fall(e, w_1, by_rule) - 1), 0.01),
+                relative(slope(w_1, two), sum(slope(w_1, one[None]) for one in two)), 1e-10),
+        refused("erratum 2, literally: (w₂ ∗ δ_y) ∘ up(g′(x))", lambda: sent * enlarged(g > 0)),
+        refused("erratum 2, with g′ after pooling: (w₂ ∗ δ_y) ∘ up(g′)", lambda: sent * enlarged(pooled > 0)),
+        at_most("erratum 6, E falls by η‖∂E/∂w‖²: relative distance", abs(fall(jax.jit(e), w_1, by_rule) - 1), 0.01),
     )  # fmt: skip
     steps = [a, w_1, x, g, pooled, y, delta_y, sent, up, delta_l, grad_w, by_differences]
     return Shown(
@@ -91,6 +98,11 @@ def show(hidden_layer: Any = jaxcnn.hidden_layer) -> Shown:
         f"1–6 is the way out, 7–11 the way back; E = {float(error):.4g}. The last two pictures are ∂E/∂w, once by the "
         f"formula, once by {2 * w_1.size} evaluations of E and nothing else.",
     )
+
+
+def enlarged(x: Any) -> Any:
+    """up, of one map."""
+    return jaxcnn.kron_up(as_picture(x).astype(float), 2)[0, :, :, 0]
 
 
 def winners(g: Any) -> Any:
@@ -112,8 +124,8 @@ def draw(steps: list[np.ndarray]) -> Any:
     sent, by_differences = steps[7], steps[11]
     limits = dict.fromkeys((7, 8, 9), float(np.abs(sent).max())) | dict.fromkeys((10, 11), np.abs(by_differences).max())
     titles = (
-        r"$a$, the input", r"$w_1$, the patch", r"$x = w_1 * a$", r"$g(x)$, the ReLU",
-        "max pooling", r"$y = w_2 *$ that", r"$\delta_y$, the error's slope", r"$w_2 * \delta_y$",
+        r"$a$, the input", r"$w_1$, the patch", r"$x = a \star w_1 + b$", r"$g(x)$, the ReLU",
+        "max pooling", r"$y =$ that $\star\, w_2$", r"$\delta_y = \partial E/\partial y$", r"$w_2 * \delta_y$",
         r"$up(w_2 * \delta_y)$, to the winners", r"$\delta_l = up(w_2 * \delta_y) \circ g'(x)$",
         r"$\partial E/\partial w_1 = a \star \delta_l$", r"$\partial E/\partial w_1$ by differences",
     )  # fmt: skip

@@ -12,7 +12,7 @@ import optax
 import jaxcnn
 from experiments.data import shuffled_batches
 from experiments.lecture.drawing import BLUE, RED, figure, plain, signed
-from experiments.lecture.numerical import fashion
+from experiments.lecture.numerical import fashion, started
 from experiments.lecture.statement import Shown, Statement, at_least, at_most, main
 from jaxcnn.rules import Call
 
@@ -20,11 +20,12 @@ STATEMENT = Statement(
     name="s09_literal_up",
     section="9",
     title="up taken literally, on max pooling",
+    korean_title="up을 글자 그대로 맥스 풀링에 쓰면",
     korean="Kronecker product를 위 상황에서 사용하면 … B자리에 원소가 모두 1인 행렬을 대입한다",
     claim="up sends δ to all entries of a window, which is right for sum pooling alone. On max pooling it is another "
     "rule, at an angle to the gradient; a net trained with it may still learn.",
-    formula="δ<sub>l</sub> = up(w ∗ δ<sub>l+1</sub>) ∘ g′(x), literally; max pooling: "
-    "δ<sub>l</sub> = up(w ∗ δ<sub>l+1</sub>) ∘ [x is the winner] ∘ g′(x)",
+    formula="literally: δ<sub>l</sub> = up(w ∗ δ<sub>l+1</sub>) ∘ g′(x),  "
+    "max pooling: δ<sub>l</sub> = up(w ∗ δ<sub>l+1</sub>) ∘ [x is the winner] ∘ g′(x)",
     functions=("jaxcnn/ops/pooling.py: max_pool", "jaxcnn/ops/kronecker.py: kron_up", "jaxcnn/ops/rule.py: Call"),
     test="tests/test_rules.py",
     errata=(
@@ -53,7 +54,7 @@ def show(rule: Any = literal_up, *, steps: int = 120) -> Shown:
     """The angle between literal and true gradient, which of the two differences agree with, and two nets trained."""
     data = fashion()
     images, labels = data.train_images[:16].astype(np.float64), data.train_labels[:16]
-    params = NET.init(jax.random.key(0), data.image_shape, jnp.float64)
+    params = jax.tree.map(lambda p: p.astype(jnp.float64), started(NET, optax.sgd(0)).params)
 
     def error(params: Any, rules: Any = None) -> Any:
         return LOSS(NET.apply(params, images, rules=rules), labels).mean()
@@ -104,7 +105,7 @@ def slopes_along(error: Any, params: Any, direction: Any) -> float:
 def train(rule: Any, steps: int) -> list[tuple[int, float]]:
     """(step, test accuracy), every 20 steps."""
     data, optimizer = fashion(), optax.adam(2e-3)
-    state = jaxcnn.TrainState.create(NET, optimizer, jax.random.key(0), data.image_shape)
+    state = started(NET, optimizer)
     rules = None if rule is None else {jaxcnn.MaxPool: rule}
     step = jaxcnn.make_train_step(NET, LOSS, optimizer, rules=rules)
     test = [(data.test_images[:500], data.test_labels[:500])]

@@ -5,23 +5,23 @@ import sys
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 import jaxcnn
 from experiments.lecture.drawing import BLUE, GREY, figure, parts, plain, signed
-from experiments.lecture.numerical import drawn, fashion
+from experiments.lecture.numerical import drawn, fashion, started
 from experiments.lecture.statement import Shown, Statement, at_least, at_most, main, relative
 
 STATEMENT = Statement(
     name="s10_same_step",
     section="10",
     title="Products become convolutions, and nothing else changes",
+    korean_title="곱하기가 합성곱으로 바뀔 뿐",
     korean="일반적인 NN과 차이점이라면 곱하기 연산을 일반 행렬곱 말고 convolution 연산으로 해준것 차이밖에 없다",
     claim="A product with a matrix is a convolution whose patch is as large as the picture: the same output, δ and "
     "∂E/∂w. One training step, unchanged, drives an ordinary network and a convolutional one.",
-    formula="y = x·w is y = w ∗ x with a 28×28 patch",
+    formula="y = x·w is y = x ⋆ w with a 28×28 patch",
     functions=("jaxcnn/training.py: make_train_step", "jaxcnn/ops/linear.py: dense", "jaxcnn/ops/convolution.py: conv"),
     test="tests/experiments/test_gradients.py",
 )
@@ -64,7 +64,7 @@ def show(conv: Any = jaxcnn.conv, *, steps: int = 100) -> Shown:
         at_most("the same: ∂E/∂w and ∂E/∂b", relative([found[1], found[2]], [grad_w, grad_b]), 1e-12),
         at_most(f"their weights after {steps} steps of training from the same start, float32",
                 relative(c.reshape(a.shape), a), 0.05),
-        *(at_least(f"last 20 losses less than the first 20, {name}: ratio", ratio(curve[0]), 1.5)
+        *(at_least(f"{name}: mean loss of the first 20 steps over that of the last 20", ratio(curve[0]), 1.5)
           for name, curve in curves.items()),
     )  # fmt: skip
     caption = (
@@ -84,9 +84,7 @@ def ratio(losses: list[float]) -> float:
 def train(net: jaxcnn.Serial, steps: int) -> tuple[list[float], Any]:
     """The training step of §9's update for any net: (losses, parameters)."""
     data, optimizer = fashion(), optax.sgd(0.05, momentum=0.9)
-    state = jaxcnn.TrainState.create(net, optimizer, jax.random.key(0), data.image_shape)
-    # Equal numbers for the product and the same as a convolution.
-    state = jaxcnn.TrainState(state.step, started(state.params), state.opt_state, state.key)
+    state = started(net, optimizer)  # with equal weights for the product and the same as a convolution
     step = jaxcnn.make_train_step(net, LOSS, optimizer)
     losses = []
     for i in range(steps):
@@ -94,16 +92,6 @@ def train(net: jaxcnn.Serial, steps: int) -> tuple[list[float], Any]:
         state, metrics = step(state, (data.train_images[part], data.train_labels[part]))
         losses.append(float(metrics["loss"]))
     return losses, state.params
-
-
-def started(params: Any) -> Any:
-    """Weights from one stream of numbers, whatever shape they have."""
-    found = {}
-    for i, (name, layer) in enumerate(sorted(params.items(), key=lambda item: item[0] == "dense2")):
-        size, outputs = layer["w"].size, layer["w"].shape[-1]
-        rows = np.random.default_rng(i).normal(size=(size // outputs, outputs)) / np.sqrt(size / outputs)
-        found[name] = {**layer, "w": jnp.asarray(rows.reshape(layer["w"].shape), jnp.float32)}
-    return found
 
 
 def draw(curves: Any) -> Any:

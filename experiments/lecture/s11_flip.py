@@ -17,12 +17,20 @@ PATCH, IMAGE = np.array([1.0, 2, 3, 4]), np.array([5.0, 6, 7, 8])
 STATEMENT = Statement(
     name="s11_flip",
     section="11–12",
-    title="Convolution, correlation, and the flip",
+    title="Convolution, correlation, and the flip; auto-correlation",
+    korean_title="합성곱, 상관, 플립(180도 회전), 자기상관",
     korean="정확히는 convolution이 아니라 correlation하게 되는거다 … 단지 patch를 flip을 시킨다 (180도 회전)",
     claim="A patch slides over the picture; at each place the products are added up, and what comes out is smaller. "
-    "With the patch turned by 180° the same sliding gives the other of the two operations.",
-    formula="correlate(a, v)[o] = Σ<sub>k</sub> a[o + k]·v[k],  convolve(a, v) = correlate(a, v turned by 180°)",
-    functions=("jaxcnn/ops/signal.py: correlate", "jaxcnn/ops/signal.py: convolve", "jaxcnn/ops/convolution.py: conv"),
+    "With the patch turned by 180° the same sliding gives the other of the two operations; a signal over itself, "
+    "its auto-correlation.",
+    formula="correlate(a, v)[o] = Σ<sub>k</sub> a[o + k]·v[k],  convolve(a, v) = correlate(a, v turned by 180°),  "
+    "autocorrelate(a) = correlate(a, a)",
+    functions=(
+        "jaxcnn/ops/signal.py: correlate",
+        "jaxcnn/ops/signal.py: convolve",
+        "jaxcnn/ops/signal.py: autocorrelate",
+        "jaxcnn/ops/convolution.py: conv",
+    ),
     test="tests/ops/test_signal.py",
     errata=(
         (
@@ -45,24 +53,26 @@ def show(correlate: Any = signal.correlate, convolve: Any = signal.convolve) -> 
     checks = (
         equal("not flipped: correlate(5 6 7 8, 1 2 3 4)", correlate(IMAGE, PATCH), np.correlate(IMAGE, PATCH, "full")),
         equal("flipped: convolve(5 6 7 8, 1 2 3 4)", convolve(IMAGE, PATCH), np.convolve(IMAGE, PATCH)),
+        equal("over itself: autocorrelate(5 6 7 8)", signal.autocorrelate(IMAGE), np.correlate(IMAGE, IMAGE, "full")),
         at_most("convolve against correlate with the patch turned, 1-, 2- and 3-D", relative(*turned), 1e-14),
         equal("size of a 28×28 picture after a 5×5 patch", correlate(a, w, "valid").shape, (24, 24)),
         at_most("a layer's conv against correlate, not flipped", relative(layer, correlate(a, w, "valid")), 1e-14),
     )
     caption = (
-        "Each row is one place of the patch; the entries above one another are multiplied, and the row's sum stands at "
-        "its right. Left the patch as it is, right turned by 180°."
+        "Each row is one place of the patch; its entries are multiplied with those of the image above them, and the "
+        "sum stands at the right. Bold: the patch lies wholly inside; layers keep only such places, so pictures shrink."
     )
-    return Shown(checks, draw(correlate(IMAGE, PATCH), convolve(IMAGE, PATCH)), caption)
+    return Shown(checks, draw(correlate(IMAGE, PATCH), convolve(IMAGE, PATCH), signal.autocorrelate(IMAGE)), caption)
 
 
-def draw(unflipped: Any, flipped: Any) -> Any:
-    """Two tables of seven rows."""
-    fig = figure(10, 4.4)
-    panels = fig.subplots(1, 2)
+def draw(unflipped: Any, flipped: Any, over_itself: Any) -> Any:
+    """Three tables of seven rows."""
+    fig = figure(10.6, 3.4)
+    panels = fig.subplots(1, 3)
     for axes, patch, sums, title in (
         (panels[0], PATCH, unflipped, "not flipped: correlation\n(the lecture's “convolution”)"),
         (panels[1], PATCH[::-1], flipped, "flipped: convolution\n(the lecture's “correlation”)"),
+        (panels[2], IMAGE, over_itself, "the image over itself:\nauto-correlation"),
     ):
         axes.set_title(title, fontsize=10.5)
         for x, value in enumerate(IMAGE):
@@ -72,10 +82,11 @@ def draw(unflipped: Any, flipped: Any) -> Any:
             for k, value in enumerate(patch):
                 meets = 0 <= shift + k < len(IMAGE)
                 cell(axes, shift + k, row + 1, value, "#fde3cf" if meets else "white", faint=not meets)
-            axes.text(8.1, row + 1, f"{total:g}", ha="right", va="center", fontsize=12, color=BLUE)
-        axes.text(-3.6, -0.35, "image", ha="left", va="center", fontsize=10, color="0.3")
-        axes.text(8.1, -0.35, "sum", ha="right", va="center", fontsize=10, color="0.3")
-        axes.set(xlim=(-3.7, 8.3), ylim=(7.6, -1), aspect="equal")
+            inside = "bold" if shift == 0 else "normal"
+            axes.text(8.4, row + 1, f"{total:g}", ha="right", va="center", fontsize=11, color=BLUE, weight=inside)
+        axes.text(-0.8, -0.35, "image", ha="right", va="center", fontsize=9.5, color="0.3")
+        axes.text(8.4, -0.35, "sum", ha="right", va="center", fontsize=9.5, color="0.3")
+        axes.set(xlim=(-3.7, 8.6), ylim=(7.6, -1), aspect="equal")
         axes.axis("off")
     return fig
 
@@ -86,7 +97,7 @@ def cell(axes: Any, x: float, y: float, value: float, colour: str, *, faint: boo
 
     edge = "0.85" if faint else "0.55"
     axes.add_patch(Rectangle((x - 0.46, y - 0.42), 0.92, 0.84, facecolor=colour, edgecolor=edge, linewidth=0.8))
-    axes.text(x, y, f"{value:g}", ha="center", va="center", fontsize=11, color="0.75" if faint else DARK)
+    axes.text(x, y, f"{value:g}", ha="center", va="center", fontsize=10, color="0.75" if faint else DARK)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.lecture.drawing import BLUE, DARK, GREY, RED, figure, plain
+from experiments.lecture.drawing import BLUE, DARK, GREY, RED, figure, parts, plain
 from experiments.lecture.statement import Shown, Statement, at_least, at_most, equal, main
 from jaxcnn.ops import signal
 
@@ -14,6 +14,7 @@ STATEMENT = Statement(
     name="s13_triangles",
     section="13",
     title="Two right triangles: the hill and the peak",
+    korean_title="두 직각삼각형: 산모양과 최고점",
     korean="직각이 오른쪽에 있는 삼각형을 patch라고 … 산모양 삼각형 … 최고점보다도 훨씬 더 높은 값을 가질 확률이 높다",
     claim="A patch whose right angle is on the right slides over an image whose right angle is on the left: a low "
     "hill. Flipped, it has the image's shape, and where the two coincide stands a peak that is higher.",
@@ -44,8 +45,9 @@ def show(convolve: Any = signal.convolve, correlate: Any = signal.correlate) -> 
     )
     ratios = float(peak.max() / hill.max()), float(high.max() / low.max())
     caption = (
-        f"Left, the triangles as they are: the peak is {ratios[0]:.2f} times as high as the hill. How much higher "
-        f"depends on the shapes; with their means taken away, right, it is {ratios[1]:.1f} times as high."
+        f"Left, the triangles where they fit best. Middle, as they are: the peak is {ratios[0]:.2f} times as high as "
+        f"the hill, not “far higher”. Right, with their means taken away: {ratios[1]:.2f} times; that is what template "
+        "matching compares."
     )
     return Shown(checks, draw((hill, peak), (low, high)), caption)
 
@@ -58,24 +60,25 @@ def changes_of_direction(y: Any) -> int:
 
 
 def draw(as_they_are: Any, less_means: Any) -> Any:
-    """The shapes where they fit best, above the curves over all shifts."""
-    fig = figure(10, 5.6)
-    top, bottom = fig.subplots(2, 2, height_ratios=(1, 1.6))
+    """The shapes where they fit best, beside the curves over all shifts."""
+    fig = figure(10.6, 4.3)
+    shapes, curves = parts(fig, 1, 2, width_ratios=(1, 2.2))
     best = int(np.argmax(np.asarray(as_they_are[0]))) - (WIDTH - 1)
-    for axes, shift, patch, title, colour in (
-        (top[0], best, PATCH, "not flipped, where the hill is highest", GREY),
-        (top[1], 0, PATCH[::-1], "flipped, where the peak is", RED),
+    for axes, shift, patch, title, colour in zip(
+        shapes.subplots(2, 1), (best, 0), (PATCH, PATCH[::-1]), ("not flipped", "flipped"), (GREY, RED), strict=True
     ):
         triangle(axes, 0, IMAGE, BLUE, "image")
         triangle(axes, shift, patch, colour, "patch")
-        axes.set_title(title, fontsize=10)
-        axes.set(xlim=(-WIDTH * 0.8, WIDTH * 1.8), ylim=(0, 1.12), xticks=[], yticks=[])
+        axes.set_title(title, fontsize=10.5)
+        axes.set(xlim=(best - 3, WIDTH + 3), ylim=(0, 1.08), xticks=[], yticks=[])
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.legend(frameon=False, fontsize=9, loc="upper right")
     shifts = np.arange(1 - WIDTH, WIDTH)
-    for axes, (low, high), title in ((bottom[0], as_they_are, "the triangles as they are"),
-                                     (bottom[1], less_means, "less their means")):  # fmt: skip
-        plain(axes, title, "shift of the patch", "sum of the products")
+    panels = curves.subplots(1, 2)
+    for axes, (low, high), title in zip(
+        panels, (as_they_are, less_means), ("the triangles as they are", "less their means"), strict=True
+    ):
+        plain(axes, title, "shift of the patch", "sum of the products" if axes is panels[0] else "")
         axes.axhline(0, color=DARK, linewidth=0.7)
         axes.plot(shifts, low, color=GREY, linewidth=2, label="not flipped")
         axes.plot(shifts, high, color=RED, linewidth=2, label="flipped")
@@ -84,7 +87,8 @@ def draw(as_they_are: Any, less_means: Any) -> Any:
             axes.annotate(f"{float(y[at]):.1f}", (shifts[at], float(y[at])), (0, 4), textcoords="offset points",
                           ha="center", fontsize=9, color=colour)  # fmt: skip
         axes.margins(y=0.12)
-        axes.legend(frameon=False, fontsize=9, loc="upper left")
+    panels[0].set_ylim(0)
+    panels[0].legend(frameon=False, fontsize=9, loc="upper right")
     return fig
 
 

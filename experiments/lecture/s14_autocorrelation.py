@@ -1,4 +1,4 @@
-"""§12, §14: what the auto-correlation of a signal tells: white noise and a periodic signal."""
+"""§14: what the auto-correlation of a signal tells: white noise and a periodic signal."""
 
 import sys
 from typing import Any
@@ -11,8 +11,9 @@ from jaxcnn.ops import signal
 
 STATEMENT = Statement(
     name="s14_autocorrelation",
-    section="12, 14",
+    section="14",
     title="Auto-correlation: noise, period, variance",
+    korean_title="자기상관: 잡음, 주기, 분산",
     korean="균일도 체크나 자기자신의 신호가 불확실성이 있을때, 이럴때 auto correlation을 하면 자기 신호에 대한 "
     "분산도 알 수 있다",
     claim="A signal correlated with itself: white noise is like itself at shift 0 alone, a periodic signal at every "
@@ -30,7 +31,7 @@ def show(autocorrelate: Any = signal.autocorrelate) -> Shown:
     rng = np.random.default_rng(14)
     noise = rng.normal(size=N)
     periodic = np.sin(2 * np.pi * np.arange(N) / PERIOD) + rng.normal(size=N)
-    signals = {"white noise": noise - noise.mean(), f"period {PERIOD}, in noise": periodic - periodic.mean()}
+    signals = {"white noise": noise - noise.mean(), f"a sine of period {PERIOD} in noise": periodic - periodic.mean()}
     found = {name: np.asarray(autocorrelate(a)) for name, a in signals.items()}
     of_noise, of_period = (r[N - 1 :] / r[N - 1] for r in found.values())  # shifts 0 … N − 1
     first_peak = PERIOD // 2 + int(of_period[PERIOD // 2 : 3 * PERIOD // 2].argmax())

@@ -15,11 +15,13 @@ STATEMENT = Statement(
     name="s14_matching",
     section="14",
     title="Template matching",
+    korean_title="템플릿 매칭",
     korean="correlation은 주로 템플릿매칭이나 유사도를 체크할때 많이 사용된다 … 일치율을 체크할때 correlation이 "
     "적합하다",
     claim="Correlation tells where a picture looks like a template, if brightness and contrast of each place are taken "
     "out of it; then it is 1 at the template itself, and high at what looks like it.",
-    formula="y[o] = Σ<sub>k</sub> (x[o + k] − m[o])·t[k] / √(s[o]·T)",
+    formula="y[o] = Σ<sub>k</sub> (x[o + k] − m[o])·t[k] / √(s[o]·T),  where m[o] is the mean of the window at o, t "
+    "the template less its mean, s[o] = Σ<sub>k</sub> (x[o + k] − m[o])², T = Σ<sub>k</sub> t[k]²",
     functions=("jaxcnn/ops/signal.py: match_template", "jaxcnn/ops/signal.py: correlate"),
     test="tests/ops/test_signal.py",
 )
@@ -43,7 +45,7 @@ def show(match_template: Any = signal.match_template) -> Shown:
     best_sum = tuple(int(i) for i in np.unravel_index(plain_sums.argmax(), plain_sums.shape))
     in_flag = [p[0] < FLAG[0] and p[1] < FLAG[1] for p in found]
     checks = (
-        equal("the best match is where the template was cut", tuple(map(int, found[0])), AT),
+        equal("the best match is where the template was cut", np.array(found[0]), np.array(AT)),
         at_most("its height: distance from 1", abs(float(y.max()) - 1), 1e-10),
         at_least(f"further places above {LEAST} in the flag, where the stars are", sum(in_flag) - 1, 3),
         equal(f"places above {LEAST} elsewhere", len(found) - sum(in_flag), 0),

@@ -17,6 +17,7 @@ STATEMENT = Statement(
     name="s15_turned",
     section="15",
     title="Why the patch is turned on the way back",
+    korean_title="역전파에서 패치를 180도 회전하는 이유",
     korean="patch를 flip을 해서 correlation을 한다 … convolution에 대해서 미분을 하려고 하니까 방향에 대해서 보정을 "
     "해주는 이유",
     claim="Going forward, entry k of the patch looks k to the right of its place; so on the way back δ has to look k "

@@ -34,6 +34,7 @@ class Statement:
     section: str
     """As in §6–7: "6–7"."""
     title: str
+    korean_title: str
     korean: str
     """The lecture's own words."""
     claim: str

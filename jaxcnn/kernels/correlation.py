@@ -31,8 +31,8 @@ Lowering = Callable[[Correlation, Array, Array], Array]
 #: jaxlib 0.10 sends most 2-D convolutions to a library that runs on one thread; later ones give it a pool of them.
 ONE_THREAD = tuple(map(int, jaxlib.version.__version__.split(".")[:2])) < (0, 11)
 
-#: Target for one kernel row of patches in a batch block, in bytes: a part of a core's cache.
-BLOCK_BYTES = 1 << 18
+#: Target for a batch block, one kernel row of its patches and its δ, in bytes: most of a core's second-level cache.
+BLOCK_BYTES = 5 << 18
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
@@ -276,8 +276,8 @@ def _match_rows(c: Correlation, x: Array, y: Array) -> Array:
     win, channels = c.window, x.shape[-1]
     x = fit(win, x)
     *rows, width = win.size
-    row_bytes = 4 * width * channels * math.prod(win.span[:-1]) * win.out[-1]
-    block = _divisor(x.shape[0], BLOCK_BYTES // max(row_bytes, 1))
+    entries = width * channels * math.prod(win.span[:-1]) * win.out[-1] + math.prod(y.shape[1:])
+    block = _divisor(x.shape[0], BLOCK_BYTES // max(entries * x.dtype.itemsize, 1))
 
     def one_block(x: Array, y: Array) -> Array:
         x = jnp.moveaxis(jnp.moveaxis(x, 0, -2), -1, 0)  # (I, *span, N)

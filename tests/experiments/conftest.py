@@ -2,9 +2,6 @@
 
 import pytest
 
-#: Unfinished.
-collect_ignore = ["test_lecture.py"]
-
 
 @pytest.fixture(scope="module", autouse=True)
 def strict():

@@ -124,7 +124,7 @@ def test_weight_gradient_in_blocks_of_pictures(monkeypatch, pictures):
     """A batch is cut into blocks that fit the cache: into single pictures if it is small, and into a few of them."""
     c = Correlation(Window((5, 6), (3, 2), (1, 1), ((0, 0), (0, 0)), (1, 1)), 1, np.dtype(np.float64))
     x, y = numbers((pictures, 5, 6, 2), (pictures, *c.window.out, 3))
-    for block_bytes in (1, 1500, 2500):
+    for block_bytes in (1, 3500, 7000):  # one picture, three, six
         monkeypatch.setattr(correlation, "BLOCK_BYTES", block_bytes)
         close(compiled(lambda x, y: correlation.MATCH["rows"](c, x, y))(x, y), oracles.match(c, x, y))
 
