@@ -31,9 +31,11 @@ smoke: $(VENV)/all  ## a short run of every experiment
 	$(PY) -m experiments.train --max-steps 3 --check-grads --out runs/smoke/train
 	$(PY) -m experiments.train --model mlp --max-steps 3 --out runs/smoke/mlp
 	$(PY) -m experiments.train --model lenet5 --max-steps 3 --out runs/smoke/lenet5
-	$(PY) -m experiments.benchmarks.step --rounds 1 --batch-size 8 --out runs/smoke/step.json
+	$(PY) -m experiments.lecture --out runs/smoke/lecture
+	JAXCNN_TUTORIAL_STEPS=3 $(PY) -m experiments.tutorial
+	$(PY) -m experiments.benchmarks.step --contenders "flax nnx" torch --rounds 1 --batch-size 8 --out runs/smoke/step.json
 
-bench: $(VENV)/all  ## training steps side by side with flax
+bench: $(VENV)/all  ## training steps side by side with other libraries
 	$(PY) -m experiments.benchmarks.step $(ARGS)
 
 check: lint types test docs smoke  ## all that CI runs

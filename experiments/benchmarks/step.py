@@ -1,31 +1,51 @@
-"""A whole training step of the lecture's net, beside flax nnx: python -m experiments.benchmarks.step --help."""
+"""Whole training steps beside other libraries: python -m experiments.benchmarks.step --help."""
 
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
 from experiments import cli
-from experiments.errors import RunError, UsageError
+from experiments.errors import UsageError
 from experiments.files import replacing
 
+if TYPE_CHECKING:
+    from experiments.benchmarks.timing import Times
+    from experiments.benchmarks.turn import Told
+
 PROG = "python -m experiments.benchmarks.step"
+TUNED = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
+    "MALLOC_TOP_PAD_": str(1 << 28),
+}
+"""glibc keeps the memory that is freed; see the README of the benchmarks."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Time a training step (forward, backward, Adam) of the lecture's net: the same in jaxcnn and in flax nnx."""
+    """Time a training step (forward, backward, Adam) of the same net in jaxcnn and in other libraries, in turns."""
 
-    batch_size: int = 128
-    """Images a step."""
-    rounds: int = 30
+    net: str = "lecture"
+    """lecture, lenet5, vgg, mobile or resnext."""
+    contenders: tuple[str, ...] = ("all",)
+    """Whom to compare jaxcnn with, such as --contenders "flax nnx" torch; all is all that the README names."""
+    batch_size: Annotated[int | None, arg(metavar="INT")] = None
+    """Images a step; without it, 128 for pictures of 28×28 and 64 for larger ones."""
+    rounds: int = 10
     """How often each contender takes its turn."""
+    steps: int = 5
+    """Steps of a turn that are counted."""
+    allocator: str = "stock"
+    """stock or tuned: how glibc keeps memory, the same for all."""
+    device: str = "cpu"
+    """cpu or gpu."""
     out: Annotated[Path | None, arg(metavar="PATH")] = None
-    """A file for all numbers, as JSON."""
+    """A file for all numbers, as JSON; a bar chart of the ratios goes beside it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,97 +55,105 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare(config: Config) -> int:
     """Build, time and print the contenders. Returns 0."""
-    for name in ("batch_size", "rounds"):
-        if getattr(config, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')}: expected a whole number >= 1, got {getattr(config, name)}")
-    if config.out is not None and config.out.is_dir():
-        raise UsageError(f"--out: expected a file, got the folder {config.out}")
-
-    import jax
+    names = check(config)
 
     from experiments.benchmarks import timing
+    from experiments.benchmarks.turn import Contender
 
-    key = jax.random.key(0)
-    x = jax.random.normal(key, (config.batch_size, 28, 28, 1))
-    labels = jax.random.randint(key, (config.batch_size,), 0, 10)
+    environment = {**(TUNED if config.allocator == "tuned" else {}), "JAXCNN_BENCHMARK_DEVICE": config.device}
+    environment["JAX_PLATFORMS"] = "cuda" if config.device == "gpu" else "cpu"
+    machine = timing.machine(("jax", "jaxlib", "optax"), others=("flax", "equinox", "keras", "torch"))
+    contenders: dict[str, Contender] = {}
+    told: dict[str, Told] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     try:
-        contenders = {"jaxcnn": _jaxcnn(x, labels), "flax nnx": _flax(x, labels)}
-    except ImportError as error:
-        raise RunError(f"{error.name} is not installed: pip install 'jaxcnn[bench]'") from None
-    machine = timing.machine(("jax", "jaxlib", "flax", "optax"))
-    times = timing.interleaved(contenders, config.rounds)
-
-    print("  ".join(f"{name} {value}" for name, value in machine.items()))
-    print(f"lecture, batch {config.batch_size}, {config.rounds} rounds: one training step")
-    print(f"{'':10}  {'median':>9}  {'minimum':>9}  {'spread':>6}  {'jaxcnn is faster by':>19}")
-    ours = times["jaxcnn"]
-    for name, t in times.items():
-        ratio = f"{t.median / ours.median:.2f}× ({t.minimum / ours.minimum:.2f}×)"
-        print(f"{name:10}  {t.median * 1e3:6.1f} ms  {t.minimum * 1e3:6.1f} ms  {t.spread:6.0%}  {ratio:>19}")
-    print("ratios of medians (of minima)")
-    if config.out is not None:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        seconds = {name: t.seconds for name, t in times.items()}
-        with replacing(config.out) as temporary:
-            temporary.write_text(
-                json.dumps({"machine": machine, "config": _plain(config), "seconds": seconds}, indent=1)
-            )
+        for name in names:  # one after the other: compile times are told too
+            contenders[name] = Contender(name, config.net, config.batch_size, environment)
+            told[name] = contenders[name].ready()
+        for i in range(config.rounds):
+            first = i % len(names)
+            for name in names[first:] + names[:first]:
+                seconds[name] += contenders[name].turn(config.steps)
+    finally:
+        for contender in contenders.values():
+            contender.stop()
+    times = {name: timing.Times(tuple(s)) for name, s in seconds.items()}
+    report(config, machine, times, told)
     return 0
 
 
-def _plain(config: Config) -> dict[str, Any]:
-    return {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(config).items()}
+def check(config: Config) -> list[str]:
+    """Return who takes part, jaxcnn first; raise UsageError for whatever can be known to be wrong."""
+    from experiments.benchmarks.contenders import CONTENDERS
+    from experiments.benchmarks.nets import NETS
+
+    for flag, number in {"--batch-size": config.batch_size, "--rounds": config.rounds, "--steps": config.steps}.items():
+        if number is not None and number < 1:
+            raise UsageError(f"{flag}: expected a whole number >= 1, got {number}")
+    for flag, got, known in (
+        ("--net", config.net, list(NETS)),
+        ("--allocator", config.allocator, ["stock", "tuned"]),
+        ("--device", config.device, ["cpu", "gpu"]),
+        *(("--contenders", name, ["all", *CONTENDERS]) for name in config.contenders),
+    ):
+        if got not in known:
+            raise UsageError(f"{flag}: expected one of {', '.join(known)}, got {got!r}{cli.did_you_mean(got, known)}")
+    if config.out is not None and config.out.is_dir():
+        raise UsageError(f"--out: expected a file, got the folder {config.out}")
+    chosen = list(CONTENDERS) if "all" in config.contenders else list(config.contenders)
+    return ["jaxcnn", *(name for name in dict.fromkeys(chosen) if name != "jaxcnn")]
 
 
-def _jaxcnn(x: Any, labels: Any) -> Callable[[], Any]:
-    import jax
-    import optax
+def report(
+    config: Config, machine: Mapping[str, Any], times: "Mapping[str, Times]", told: "Mapping[str, Told]"
+) -> None:
+    """Print the table, and write the numbers and the chart if a file was named."""
+    from experiments.benchmarks.nets import NETS
 
-    from experiments.models import lecture
-    from jaxcnn import TrainState, make_train_step, softmax_cross_entropy_with_integer_labels
+    batch = config.batch_size or NETS[config.net]().batch
+    print("  ".join(f"{name} {value}" for name, value in machine.items()))
+    turns = f"{config.rounds} turns of {config.steps} steps"
+    print(f"{config.net}, batch {batch}, one training step, {config.allocator} allocator, {turns}")
+    head = f"{'':28}  {'median':>9}  {'minimum':>9}  {'spread':>6}  {'jaxcnn is faster by':>19}"
+    print(f"{head}  {'compile':>7}  {'temporary':>9}")
+    ours = times["jaxcnn"]
+    for name, t in times.items():
+        ratio = f"{t.median / ours.median:.2f}× ({t.minimum / ours.minimum:.2f}×)"
+        line = f"{name:28}  {t.median * 1e3:6.1f} ms  {t.minimum * 1e3:6.1f} ms  {t.spread:6.0%}  {ratio:>19}"
+        compiling, temporary = told[name].compile_seconds, told[name].temporary_bytes
+        line += f"  {'' if compiling is None else f'{compiling:.1f} s':>7}"
+        print(line + f"  {'' if temporary is None else f'{temporary / 1e6:.1f} MB':>9}")
+    print("ratios of medians (of minima); spread: between the quartiles, of the median")
+    if config.out is not None:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        numbers = {
+            "machine": machine,
+            "config": {**dataclasses.asdict(config), "out": str(config.out), "batch_size": batch},
+            "contenders": {name: {"seconds": t.seconds, **dataclasses.asdict(told[name])} for name, t in times.items()},
+        }
+        with replacing(config.out) as temporary_file:
+            temporary_file.write_text(json.dumps(numbers, indent=1))
+        chart(config.out.with_suffix(".png"), f"{config.net}, batch {batch}, {config.allocator} allocator", times)
 
-    net, optimizer = lecture(10), optax.adam(1e-3)
-    state = TrainState.create(net, optimizer, jax.random.key(0), x.shape[1:])
-    step = make_train_step(net, softmax_cross_entropy_with_integer_labels, optimizer)
 
-    def run() -> Any:
-        nonlocal state
-        state, metrics = step(state, (x, labels))
-        return metrics
+def chart(path: Path, title: str, times: "Mapping[str, Times]") -> None:
+    """Draw how much longer each contender takes than jaxcnn."""
+    from matplotlib.figure import Figure
 
-    return run
-
-
-def _flax(x: Any, labels: Any) -> Callable[[], Any]:
-    import optax
-    from flax import nnx
-
-    class Net(nnx.Module):
-        def __init__(self, rngs: nnx.Rngs) -> None:
-            self.conv1 = nnx.Conv(1, 32, (5, 5), padding="VALID", rngs=rngs)
-            self.conv2 = nnx.Conv(32, 64, (5, 5), padding="VALID", rngs=rngs)
-            self.dropout = nnx.Dropout(0.5, rngs=rngs)
-            self.dense = nnx.Linear(1024, 10, rngs=rngs)
-
-        def __call__(self, x: Any) -> Any:
-            for conv in (self.conv1, self.conv2):
-                x = nnx.max_pool(nnx.relu(conv(x)), (2, 2), (2, 2))
-            return self.dense(self.dropout(x.reshape(x.shape[0], -1)))
-
-    net = Net(nnx.Rngs(0))
-    optimizer = nnx.Optimizer(net, optax.adam(1e-3), wrt=nnx.Param)
-
-    @nnx.jit
-    def step(net: Net, optimizer: nnx.Optimizer, x: Any, labels: Any) -> dict[str, Any]:
-        def error(net: Net) -> tuple[Any, Any]:
-            logits = net(x)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), logits
-
-        (loss, logits), gradients = nnx.value_and_grad(error, has_aux=True)(net)
-        optimizer.update(net, gradients)
-        return {"loss": loss, "accuracy": (logits.argmax(-1) == labels).mean()}
-
-    return lambda: step(net, optimizer, x, labels)
+    names = sorted(times, key=lambda name: times[name].median)
+    ratios = [times[name].median / times["jaxcnn"].median for name in names]
+    figure = Figure(figsize=(7, 0.6 + 0.36 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh(names, ratios, color=["#c0392b" if name == "jaxcnn" else "#95a5a6" for name in names])
+    labels = [f"{ratio:.2f}×  {times[name].median * 1e3:.0f} ms" for name, ratio in zip(names, ratios, strict=True)]
+    axes.bar_label(bars, labels, padding=4)
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(ratios) * 1.25)
+    axes.set_title(f"one training step: {title}", fontsize=10, loc="left")
+    axes.set_xlabel("time, as a multiple of jaxcnn's (median)")
+    axes.spines[["top", "right"]].set_visible(False)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
 
 
 if __name__ == "__main__":

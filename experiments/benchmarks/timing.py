@@ -58,8 +58,11 @@ def interleaved(contenders: Mapping[str, Callable[[], Any]], rounds: int, warmup
     return {name: Times(tuple(s)) for name, s in seconds.items()}
 
 
-def machine(packages: tuple[str, ...]) -> dict[str, Any]:
-    """What ran, on what, how busy it was, and how fast it multiplies and copies at this moment."""
+def machine(packages: tuple[str, ...], others: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What ran, on what, how busy it was, and how fast it multiplies and copies at this moment.
+
+    `packages` must be installed; of `others` those are told that are.
+    """
     a = jax.random.normal(jax.random.key(0), (2048, 2048))
     multiply, copy = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1)
     block = jnp.ones(1 << 25)
@@ -74,7 +77,15 @@ def machine(packages: tuple[str, ...]) -> dict[str, Any]:
         "allocator": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},
         "python": platform.python_version(),
         **{package: importlib.metadata.version(package) for package in packages},
+        **{package: found for package in others if (found := _version(package)) is not None},
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

@@ -60,7 +60,7 @@ def started(net: Serial, optimizer: optax.GradientTransformation) -> TrainState:
         if len(layer.shape) == 1:  # a bias
             return jnp.zeros(layer.shape, layer.dtype)
         inputs = math.prod(layer.shape[:-1])
-        return jnp.asarray(rng.normal(size=layer.shape) * math.sqrt(2 / inputs), layer.dtype)
+        return jnp.asarray(rng.normal(size=layer.shape) / math.sqrt(inputs), layer.dtype)
 
     shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), (28, 28, 1)))
     params = jax.tree.map(drawn, shapes)

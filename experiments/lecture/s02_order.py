@@ -16,7 +16,7 @@ STATEMENT = Statement(
     section="2",
     title="ReLU and pooling in the other order",
     korean_title="ReLU와 풀링의 순서",
-    korean="ReLu function을 통과하고 나서는 CNN에서는 이 과정(pooling)이 있다",
+    korean="pooling : in hidden layer. ReLu function을 통과하고 나서는 CNN에서는 이 과정이 있다",
     claim="The lecture has the ReLU before the pooling. With max pooling the order changes nothing, neither the output "
     "nor the δ that reaches x; with average pooling it changes both.",
     formula="relu(max_pool(x)) = max_pool(relu(x)),  relu(avg_pool(x)) ≠ avg_pool(relu(x))",

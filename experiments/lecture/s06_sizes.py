@@ -68,7 +68,7 @@ def draw(steps: list[Any]) -> Any:
     x, slope, pooled, y, delta, enlarged = (p[0, :, :, 0] for p in rest)
     fig = figure(10, 5.4)
     limit = float(np.abs(delta).max())
-    rows = (
+    rows: Any = (
         (
             (grey, picture, "$X$", {}),
             "→",

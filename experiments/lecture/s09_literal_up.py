@@ -50,7 +50,7 @@ def literal_up(call: Call, delta: Any) -> tuple[Any]:
     return (jaxcnn.kron_up(delta, call.geometry.size),)
 
 
-def show(rule: Any = literal_up, *, steps: int = 120) -> Shown:
+def show(rule: Any = literal_up, *, steps: int = 80) -> Shown:
     """The angle between literal and true gradient, which of the two differences agree with, and two nets trained."""
     data = fashion()
     images, labels = data.train_images[:16].astype(np.float64), data.train_labels[:16]

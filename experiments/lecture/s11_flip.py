@@ -19,7 +19,8 @@ STATEMENT = Statement(
     section="11–12",
     title="Convolution, correlation, and the flip; auto-correlation",
     korean_title="합성곱, 상관, 플립(180도 회전), 자기상관",
-    korean="정확히는 convolution이 아니라 correlation하게 되는거다 … 단지 patch를 flip을 시킨다 (180도 회전)",
+    korean="정확히는 convolution이 아니라 correlation하게 되는거다 … 단지 patch를 flip을 시킨다 … "
+    "patch를 180도 회전(flip)을 시켜서",
     claim="A patch slides over the picture; at each place the products are added up, and what comes out is smaller. "
     "With the patch turned by 180° the same sliding gives the other of the two operations; a signal over itself, "
     "its auto-correlation.",

@@ -1,0 +1,383 @@
+"""A training step (forward, backward, Adam) of a net in each library, as its users would write it.
+
+Each function builds the net that it reads from jaxcnn's layers, and returns a `Step`.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from experiments.benchmarks.nets import Timed, parts
+from jaxcnn import AvgPool, Conv, Dense, Dropout, Flatten, Layer, MaxPool, Relu, Tanh
+from jaxcnn.net import Residual
+
+LEARNING_RATE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One training step: `run` returns when it is done."""
+
+    run: Callable[[], Any]
+    #: Seconds to trace and compile it, where that is apart from the first step.
+    compile_seconds: float | None = None
+    #: What XLA says the step needs besides its arguments and results.
+    temporary_bytes: int | None = None
+
+
+def images(timed: Timed) -> tuple[np.ndarray, np.ndarray]:
+    """Return a batch of noise, and labels."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((timed.batch, *timed.shape), np.float32)
+    return x, rng.integers(0, 10, timed.batch).astype(np.int32)
+
+
+def _pairs(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _compiled(jitted: Any, *arguments: Any) -> tuple[Any, float, int | None]:
+    """Compile a jitted function for its arguments: the result, seconds, and XLA's temporary bytes."""
+    began = time.perf_counter()
+    compiled = jitted.lower(*arguments).compile()
+    seconds = time.perf_counter() - began
+    analysis = compiled.memory_analysis()
+    return compiled, seconds, None if analysis is None else int(analysis.temp_size_in_bytes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# JAX libraries
+
+
+def jaxcnn_step(timed: Timed) -> Step:
+    """Return the step by explicit rules."""
+    import jax
+    import optax
+
+    from jaxcnn import TrainState, make_train_step, softmax_cross_entropy_with_integer_labels
+
+    optimizer = optax.adam(LEARNING_RATE)
+    state = TrainState.create(timed.net, optimizer, jax.random.key(0), timed.shape)
+    batch = jax.device_put(images(timed))
+    jitted = make_train_step(timed.net, softmax_cross_entropy_with_integer_labels, optimizer)
+    step, seconds, temporary = _compiled(jitted, state, batch)
+
+    def run() -> None:
+        nonlocal state
+        state, metrics = step(state, batch)
+        jax.block_until_ready((state, metrics))
+
+    return Step(run, seconds, temporary)
+
+
+def flax_step(timed: Timed) -> Step:
+    """Return the step in flax nnx, split and merged inside `jax.jit`, which costs less at each call than `nnx.jit`."""
+    import jax
+    import optax
+    from flax import nnx
+
+    rngs = nnx.Rngs(0)
+
+    def module(layer: Layer, shape: tuple[int, ...]) -> Any:
+        match layer:
+            case Conv():
+                return nnx.Conv(
+                    shape[-1],
+                    layer.features,
+                    _pairs(layer.patch),
+                    strides=_pairs(layer.stride),
+                    padding=_named(layer.padding),
+                    feature_group_count=layer.groups,
+                    rngs=rngs,
+                )
+            case Dense():
+                return nnx.Linear(shape[-1], layer.features, rngs=rngs)
+            case Dropout():
+                return nnx.Dropout(layer.rate, rngs=rngs)
+            case Relu():
+                return nnx.relu
+            case Tanh():
+                return nnx.tanh
+            case MaxPool():
+                size = _pairs(layer.window)
+                return lambda x: nnx.max_pool(x, size, size)
+            case AvgPool():
+                size = _pairs(layer.window)
+                return lambda x: nnx.avg_pool(x, size, size)
+            case Flatten():
+                return lambda x: x.reshape(x.shape[0], -1)
+            case Residual():
+                inner = nnx.Sequential(*(module(*part) for part in parts(layer, shape)))
+                return Sum(inner)
+        raise NotImplementedError(type(layer).__name__)
+
+    class Sum(nnx.Module):
+        def __init__(self, inner: Any) -> None:
+            self.inner = inner
+
+        def __call__(self, x: Any) -> Any:
+            return x + self.inner(x)
+
+    net = nnx.Sequential(*(module(*part) for part in parts(timed.net, timed.shape)))
+    graph, state = nnx.split((net, nnx.Optimizer(net, optax.adam(LEARNING_RATE), wrt=nnx.Param)))
+    batch = jax.device_put(images(timed))
+
+    def training_step(state: Any, batch: Any) -> Any:
+        net, optimizer = nnx.merge(graph, state)
+        x, labels = batch
+
+        def error(net: Any) -> Any:
+            logits = net(x)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), logits
+
+        (loss, logits), gradients = nnx.value_and_grad(error, has_aux=True)(net)
+        optimizer.update(net, gradients)
+        return nnx.state((net, optimizer)), {"loss": loss, "accuracy": (logits.argmax(-1) == labels).mean()}
+
+    step, seconds, temporary = _compiled(jax.jit(training_step, donate_argnums=0), state, batch)
+
+    def run() -> None:
+        nonlocal state
+        state, metrics = step(state, batch)
+        jax.block_until_ready((state, metrics))
+
+    return Step(run, seconds, temporary)
+
+
+def equinox_step(timed: Timed) -> Step:
+    """Return the step in equinox, whose layers are channels first, for one example, under vmap."""
+    import equinox as eqx
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    keys = iter(jax.random.split(jax.random.key(0), 64))
+
+    def module(layer: Layer, shape: tuple[int, ...]) -> Any:
+        match layer:
+            case Conv():
+                return eqx.nn.Conv2d(
+                    shape[-1],
+                    layer.features,
+                    _pairs(layer.patch),
+                    _pairs(layer.stride),
+                    _named(layer.padding),
+                    groups=layer.groups,
+                    key=next(keys),
+                )
+            case Dense():
+                return eqx.nn.Linear(shape[-1], layer.features, key=next(keys))
+            case Dropout():
+                return eqx.nn.Dropout(layer.rate)
+            case Relu():
+                return eqx.nn.Lambda(jax.nn.relu)
+            case Tanh():
+                return eqx.nn.Lambda(jnp.tanh)
+            case MaxPool():
+                return eqx.nn.MaxPool2d(_pairs(layer.window), _pairs(layer.window))
+            case AvgPool():
+                return eqx.nn.AvgPool2d(_pairs(layer.window), _pairs(layer.window))
+            case Flatten():
+                return eqx.nn.Lambda(jnp.ravel)
+            case Residual():
+                inner = eqx.nn.Sequential([module(*part) for part in parts(layer, shape)])
+                return Sum(inner)
+        raise NotImplementedError(type(layer).__name__)
+
+    class Sum(eqx.Module):
+        inner: Any
+
+        def __call__(self, x: Any, *, key: Any = None) -> Any:
+            return x + self.inner(x, key=key)
+
+    net = eqx.nn.Sequential([module(*part) for part in parts(timed.net, timed.shape)])
+    optimizer = optax.adam(LEARNING_RATE)
+    params, static = eqx.partition(net, eqx.is_inexact_array)
+    state = (params, optimizer.init(params), jax.random.key(0))
+    x, labels = images(timed)
+    batch = jax.device_put((np.moveaxis(x, -1, 1).copy(), labels))
+
+    def training_step(state: Any, batch: Any) -> Any:
+        params, opt_state, key = state
+        x, labels = batch
+        key, now = jax.random.split(key)
+
+        def error(params: Any) -> Any:
+            logits = jax.vmap(eqx.combine(params, static))(x, key=jax.random.split(now, x.shape[0]))
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), logits
+
+        (loss, logits), gradients = jax.value_and_grad(error, has_aux=True)(params)
+        updates, opt_state = optimizer.update(gradients, opt_state)
+        metrics = {"loss": loss, "accuracy": (logits.argmax(-1) == labels).mean()}
+        return (eqx.apply_updates(params, updates), opt_state, key), metrics
+
+    step, seconds, temporary = _compiled(jax.jit(training_step, donate_argnums=0), state, batch)
+
+    def run() -> None:
+        nonlocal state
+        state, metrics = step(state, batch)
+        jax.block_until_ready((state, metrics))
+
+    return Step(run, seconds, temporary)
+
+
+def keras_step(timed: Timed) -> Step:
+    """Return the step in Keras on JAX, by `train_on_batch`."""
+    import os
+
+    os.environ["KERAS_BACKEND"] = "jax"
+    import jax
+    import keras
+
+    def apply(layer: Layer, x: Any, shape: tuple[int, ...]) -> Any:
+        match layer:
+            case Conv():
+                padding = "same" if layer.padding in ("SAME", 2) else "valid"
+                made = keras.layers.Conv2D(
+                    layer.features, _pairs(layer.patch), _pairs(layer.stride), padding, groups=layer.groups
+                )
+                return made(x)
+            case Dense():
+                return keras.layers.Dense(layer.features)(x)
+            case Dropout():
+                return keras.layers.Dropout(layer.rate)(x)
+            case Relu():
+                return keras.layers.ReLU()(x)
+            case Tanh():
+                return keras.layers.Activation("tanh")(x)
+            case MaxPool():
+                return keras.layers.MaxPooling2D(_pairs(layer.window))(x)
+            case AvgPool():
+                return keras.layers.AveragePooling2D(_pairs(layer.window))(x)
+            case Flatten():
+                return keras.layers.Flatten()(x)
+            case Residual():
+                y = x
+                for part, inner in parts(layer, shape):
+                    y = apply(part, y, inner)
+                return keras.layers.Add()([x, y])
+        raise NotImplementedError(type(layer).__name__)
+
+    start = y = keras.Input(timed.shape)
+    for part, shape in parts(timed.net, timed.shape):
+        y = apply(part, y, shape)
+    model = keras.Model(start, y)
+    model.compile(
+        keras.optimizers.Adam(LEARNING_RATE),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        jit_compile=True,
+    )
+    x, labels = jax.device_put(images(timed))
+    began = time.perf_counter()
+    model.train_on_batch(x, labels)  # returns numbers: it has waited
+    return Step(lambda: model.train_on_batch(x, labels), time.perf_counter() - began)
+
+
+def _named(padding: Any) -> Any:
+    """Return "SAME" for the one padding that is written as a number, lenet5's; others have a name."""
+    return "SAME" if padding == 2 else padding
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PyTorch
+
+
+def torch_step(timed: Timed, *, channels_last: bool, compiled: bool) -> Step:
+    """Return the step in PyTorch, on as many threads as there are cores."""
+    import os
+
+    import torch
+    from torch import nn
+
+    device = "cuda" if os.environ.get("JAXCNN_BENCHMARK_DEVICE") == "gpu" else "cpu"
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+    class Sum(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Any) -> Any:
+            return x + self.inner(x)
+
+    def module(layer: Layer, shape: tuple[int, ...]) -> nn.Module:
+        match layer:
+            case Conv():
+                return _torch_conv(nn, layer, shape)
+            case Dense():
+                return nn.Linear(shape[-1], layer.features)
+            case Dropout():
+                return nn.Dropout(layer.rate)
+            case Relu():
+                return nn.ReLU()
+            case Tanh():
+                return nn.Tanh()
+            case MaxPool():
+                return nn.MaxPool2d(_pairs(layer.window))
+            case AvgPool():
+                return nn.AvgPool2d(_pairs(layer.window))
+            case Flatten():
+                return nn.Flatten()
+            case Residual():
+                return Sum(nn.Sequential(*(module(*part) for part in parts(layer, shape))))
+        raise NotImplementedError(type(layer).__name__)
+
+    net: Any = nn.Sequential(*(module(*part) for part in parts(timed.net, timed.shape)))
+    net = net.to(device).to(memory_format=layout)
+    optimizer = torch.optim.Adam(net.parameters(), LEARNING_RATE, fused=True)
+    pictures, labels = images(timed)
+    x = torch.from_numpy(np.moveaxis(pictures, -1, 1).copy()).to(device).to(memory_format=layout)
+    classes = torch.from_numpy(labels.astype(np.int64)).to(device)
+
+    def forward(x: Any, classes: Any) -> Any:
+        logits = net(x)
+        loss = nn.functional.cross_entropy(logits, classes)
+        return loss, (logits.argmax(-1) == classes).float().mean()
+
+    forward = torch.compile(forward) if compiled else forward
+
+    def run() -> None:
+        optimizer.zero_grad()
+        loss, accuracy = forward(x, classes)
+        loss.backward()
+        optimizer.step()
+        loss.item(), accuracy.item()
+
+    began = time.perf_counter()
+    run()
+    return Step(run, time.perf_counter() - began if compiled else None)
+
+
+def _torch_conv(nn: Any, layer: Conv, shape: tuple[int, ...]) -> Any:
+    patch, stride = _pairs(layer.patch), _pairs(layer.stride)
+    conv = functools.partial(nn.Conv2d, shape[-1], layer.features, patch, stride=stride, groups=layer.groups)
+    if layer.padding == "VALID":
+        return conv(padding=0)
+    if isinstance(layer.padding, int):
+        return conv(padding=layer.padding)
+    # SAME adds the odd entry at the end; PyTorch's own padding is even.
+    pads = [max((math.ceil(n / s) - 1) * s + k - n, 0) for n, k, s in zip(shape[:2], patch, stride, strict=True)]
+    if all(pad % 2 == 0 for pad in pads):
+        return conv(padding=(pads[0] // 2, pads[1] // 2))
+    (top, bottom), (left, right) = ((pad // 2, pad - pad // 2) for pad in pads)
+    return nn.Sequential(nn.ZeroPad2d((left, right, top, bottom)), conv(padding=0))
+
+
+CONTENDERS: Mapping[str, Callable[[Timed], Step]] = {
+    "jaxcnn": jaxcnn_step,
+    "flax nnx": flax_step,
+    "equinox": equinox_step,
+    "keras on jax": keras_step,
+    "torch": functools.partial(torch_step, channels_last=False, compiled=False),
+    "torch channels-last": functools.partial(torch_step, channels_last=True, compiled=False),
+    "torch.compile": functools.partial(torch_step, channels_last=False, compiled=True),
+    "torch.compile channels-last": functools.partial(torch_step, channels_last=True, compiled=True),
+}
+"""By name, what builds a training step."""

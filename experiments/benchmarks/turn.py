@@ -1,0 +1,105 @@
+"""A contender in a process of its own, which takes its turn when told: python -m experiments.benchmarks.turn.
+
+Libraries that keep threads of their own disturb each other in one process, and each has its own memory to warm. So
+every contender has a process, and all but one wait, without work, for a line on their standard input.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.errors import RunError
+
+PAUSE = 0.3
+"""Seconds before each turn, so that the threads of the one before have stopped spinning."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """What a contender says when it is ready."""
+
+    compile_seconds: float | None
+    temporary_bytes: int | None
+
+
+class Contender:
+    """The process of one contender."""
+
+    def __init__(self, name: str, net: str, batch: int | None, environment: Mapping[str, str]) -> None:
+        """Start it; it builds its step while the others do."""
+        self.name = name
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "experiments.benchmarks.turn", name, net, str(batch or 0)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+        )
+
+    def ready(self) -> Told:
+        """Wait until it has built and warmed its step; raises RunError if it cannot."""
+        answer = self._answer()
+        if "error" in answer:
+            raise RunError(f"{self.name}: {answer['error']}")
+        return Told(**answer)
+
+    def turn(self, steps: int) -> list[float]:
+        """Return the seconds of each of `steps` steps; one more goes before, and is not counted."""
+        time.sleep(PAUSE)
+        assert self._process.stdin is not None  # of a pipe
+        self._process.stdin.write(f"{steps}\n")
+        self._process.stdin.flush()
+        return self._answer()["seconds"]
+
+    def stop(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RunError(f"{self.name}: its process ended with status {self._process.wait()}")
+        return json.loads(line)
+
+
+def main(name: str, net: str, batch: str) -> None:
+    """Build the step, then answer each line with the seconds of so many steps."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever libraries print goes to stderr
+
+    def say(**answer: Any) -> None:
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+    from experiments.benchmarks.contenders import CONTENDERS
+    from experiments.benchmarks.nets import NETS
+
+    timed = NETS[net]()
+    if int(batch):
+        timed = dataclasses.replace(timed, batch=int(batch))
+    try:
+        step = CONTENDERS[name](timed)
+    except ImportError as error:
+        say(error=f"{error.name} is not installed: pip install 'jaxcnn[bench]'")
+        return
+    for _ in range(3):
+        step.run()
+    say(compile_seconds=step.compile_seconds, temporary_bytes=step.temporary_bytes)
+    for line in sys.stdin:
+        seconds = []
+        for _ in range(int(line) + 1):
+            began = time.perf_counter()
+            step.run()
+            seconds.append(time.perf_counter() - began)
+        say(seconds=seconds[1:])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
