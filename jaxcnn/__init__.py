@@ -1,6 +1,9 @@
 """JAX functions for convolutional networks whose backward pass is written out: the table of contents."""
 
 from jaxcnn import rules as rules
+from jaxcnn.backprop import Sweep as Sweep
+from jaxcnn.backprop import backprop as backprop
+from jaxcnn.backprop import value_grad_and_deltas as value_grad_and_deltas
 from jaxcnn.layers import AvgPool as AvgPool
 from jaxcnn.layers import Conv as Conv
 from jaxcnn.layers import Dense as Dense
@@ -44,6 +47,7 @@ from jaxcnn.ops.signal import autocorrelate as autocorrelate
 from jaxcnn.ops.signal import convolve as convolve
 from jaxcnn.ops.signal import correlate as correlate
 from jaxcnn.ops.signal import match_template as match_template
+from jaxcnn.taps import tap as tap
 from jaxcnn.training import TrainState as TrainState
 from jaxcnn.training import evaluate as evaluate
 from jaxcnn.training import make_train_step as make_train_step

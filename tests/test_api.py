@@ -20,8 +20,9 @@ ROOMS = {
     "ops": {"geometry", "kernels", "ops"},
     "rules": {"geometry", "ops", "rules"},
     "layers": {"geometry", "ops"},
-    "net": {"geometry", "ops", "layers"},
-    "backprop": {"geometry", "ops", "rules", "layers", "net"},
+    "taps": set(),  # apart from backprop, which imports nets, because nets tap their layers
+    "net": {"geometry", "ops", "layers", "taps"},
+    "backprop": {"geometry", "ops", "rules", "layers", "net", "taps"},
     "attribution": {"geometry", "ops", "rules", "layers", "net", "backprop"},
     "examples": {"geometry", "ops", "layers", "net", "backprop"},
     "curvature": {"ops"},
