@@ -18,7 +18,7 @@ ROOMS = {
     "geometry": set(),
     "kernels": {"geometry", "kernels"},
     "ops": {"geometry", "kernels", "ops"},
-    "rules": {"geometry", "ops", "rules"},
+    "rules": {"geometry", "kernels", "ops", "rules"},  # kernels: what a rule must send entry by entry
     "layers": {"geometry", "ops"},
     "taps": set(),  # apart from backprop, which imports nets, because nets tap their layers
     "net": {"geometry", "ops", "layers", "taps"},
