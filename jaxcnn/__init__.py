@@ -2,14 +2,17 @@
 
 from jaxcnn import rules as rules
 from jaxcnn.layers import AvgPool as AvgPool
+from jaxcnn.layers import BatchNorm as BatchNorm
 from jaxcnn.layers import Conv as Conv
 from jaxcnn.layers import Dense as Dense
 from jaxcnn.layers import Dropout as Dropout
 from jaxcnn.layers import Elu as Elu
 from jaxcnn.layers import Flatten as Flatten
 from jaxcnn.layers import Gelu as Gelu
+from jaxcnn.layers import GroupNorm as GroupNorm
 from jaxcnn.layers import HiddenLayer as HiddenLayer
 from jaxcnn.layers import Layer as Layer
+from jaxcnn.layers import LayerNorm as LayerNorm
 from jaxcnn.layers import LeakyRelu as LeakyRelu
 from jaxcnn.layers import MaxPool as MaxPool
 from jaxcnn.layers import Relu as Relu
@@ -38,6 +41,9 @@ from jaxcnn.ops.linear import dense as dense
 from jaxcnn.ops.losses import softmax_cross_entropy as softmax_cross_entropy
 from jaxcnn.ops.losses import softmax_cross_entropy_with_integer_labels as softmax_cross_entropy_with_integer_labels
 from jaxcnn.ops.losses import squared_error as squared_error
+from jaxcnn.ops.normalization import batch_norm as batch_norm
+from jaxcnn.ops.normalization import group_norm as group_norm
+from jaxcnn.ops.normalization import layer_norm as layer_norm
 from jaxcnn.ops.pooling import avg_pool as avg_pool
 from jaxcnn.ops.pooling import max_pool as max_pool
 from jaxcnn.ops.signal import autocorrelate as autocorrelate
@@ -45,5 +51,6 @@ from jaxcnn.ops.signal import convolve as convolve
 from jaxcnn.ops.signal import correlate as correlate
 from jaxcnn.ops.signal import match_template as match_template
 from jaxcnn.training import TrainState as TrainState
+from jaxcnn.training import calibrate as calibrate
 from jaxcnn.training import evaluate as evaluate
 from jaxcnn.training import make_train_step as make_train_step

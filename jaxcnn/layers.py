@@ -18,7 +18,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jaxcnn.geometry import Padding, PerDim, fail, positive, static_int
-from jaxcnn.ops import activation, convolution, dropout, hidden, linear, pooling
+from jaxcnn.ops import activation, convolution, dropout, hidden, linear, normalization, pooling
 from jaxcnn.ops.rule import Rule
 
 Params = dict[str, Any]
@@ -178,6 +178,88 @@ class Dense(Layer):
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
         """A multiplication and an addition for each input at each output."""
         return math.prod(out) * (2 * shape[-1] - 1 + self.bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Normalization(Layer):
+    eps: float = dataclasses.field(default=1e-5, kw_only=True)
+    scale: bool = dataclasses.field(default=True, kw_only=True)
+    bias: bool = dataclasses.field(default=True, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _freeze(self)
+
+    def _learned(self, shape: tuple[int, ...], dtype: DTypeLike) -> Params:
+        """Scales of 1 and biases of 0, those of them that the layer has."""
+        made = {"scale": jnp.ones, "bias": jnp.zeros}
+        return {name: make(shape, dtype) for name, make in made.items() if getattr(self, name)}
+
+    def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
+        """For each entry: Σ x, x − m, its square, their Σ, times r; a multiplication by γ, an addition of β."""
+        return math.prod(out) * (5 + self.scale + self.bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchNorm(_Normalization):
+    """`jaxcnn.batch_norm`: by the batch's own statistics while training.
+
+    At evaluation by those that `jaxcnn.calibrate` put beside the parameters ("mean", "var"); before that is done, by
+    those of the batch at hand, so that a picture's output hangs on its neighbours.
+    """
+
+    def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
+        """``scale (C,)`` of ones and ``bias (C,)`` of zeros."""
+        return self._learned(shape[-1:], dtype)
+
+    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
+        """``batch_norm(x, scale, bias)``; with the statistics in ``params`` if there is no key."""
+        names = ("mean", "var") if key is None else ()
+        # Statistics are no parameters: no gradient reaches them.
+        statistics = [jax.lax.stop_gradient(params[name]) for name in names if name in params]
+        return normalization.batch_norm(
+            x, params.get("scale"), params.get("bias"), *statistics, eps=self.eps, rule=rule
+        )
+
+    def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
+        """At evaluation, for each entry: x − m, times r; a multiplication by γ, an addition of β."""
+        return math.prod(out) * (2 + self.scale + self.bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerNorm(_Normalization):
+    """`jaxcnn.layer_norm` over ``axes``, dims of a batch ``(N, …)``."""
+
+    axes: int | tuple[int, ...] = -1
+
+    def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
+        """``scale`` of ones and ``bias`` of zeros, of the shape along ``axes``."""
+        dims = normalization.dims_of("LayerNorm", self.axes, len(shape) + 1)
+        if 0 in dims:
+            fail("LayerNorm", f"axes expected dims of one example, got {self.axes!r}, of which one is the batch")
+        return self._learned(tuple(shape[dim - 1] for dim in dims), dtype)
+
+    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
+        """``layer_norm(x, scale, bias)``."""
+        return normalization.layer_norm(
+            x, params.get("scale"), params.get("bias"), axes=self.axes, eps=self.eps, rule=rule
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupNorm(_Normalization):
+    """`jaxcnn.group_norm`."""
+
+    groups: int = 32
+
+    def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
+        """``scale (C,)`` of ones and ``bias (C,)`` of zeros."""
+        return self._learned(shape[-1:], dtype)
+
+    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
+        """``group_norm(x, scale, bias)``."""
+        return normalization.group_norm(
+            x, params.get("scale"), params.get("bias"), groups=self.groups, eps=self.eps, rule=rule
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -170,6 +170,28 @@ def hidden_layer(x: Tensor, *w_and_b: Tensor, window=2, pool_stride=None, pool_p
     return max_pool(relu(conv(x, *w_and_b, **of_conv)), window=window, stride=pool_stride, padding=pool_padding)
 
 
+def batch_norm(x: Tensor, *of_channels: Tensor, eps: float = 1e-5) -> Tensor:
+    """Scale, bias, then mean and var; PyTorch's own takes no derivative by the last two, so there it is the formula."""
+    scale, bias, *statistics = (*of_channels, None, None)[: max(len(of_channels), 2)]
+    if statistics:
+        mean, var = statistics
+        return (x - mean) / torch.sqrt(var + eps) * scale + bias
+    flat_x = x.reshape(-1, x.shape[-1])  # which also spares a batch norm of rank 5
+    return F.batch_norm(flat_x, None, None, scale, bias, training=True, eps=eps).reshape(x.shape)
+
+
+def layer_norm(x: Tensor, scale: Tensor | None = None, bias: Tensor | None = None, *, axes=-1, eps=1e-5) -> Tensor:
+    """PyTorch's own is over the last dims."""
+    dims = sorted(a % x.ndim for a in ((axes,) if isinstance(axes, int) else axes))
+    last = tuple(range(x.ndim - len(dims), x.ndim))
+    moved = x.movedim(dims, last)
+    return F.layer_norm(moved, [x.shape[d] for d in dims], scale, bias, eps).movedim(last, dims)
+
+
+def group_norm(x: Tensor, scale: Tensor | None = None, bias: Tensor | None = None, *, groups=32, eps=1e-5) -> Tensor:
+    return F.group_norm(x.movedim(-1, 1), groups, scale, bias, eps).movedim(1, -1)
+
+
 def squared_error(y: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(y, target, reduction="none")
 

@@ -18,23 +18,29 @@ import pytest
 import jaxcnn
 from jaxcnn import (
     AvgPool,
+    BatchNorm,
     Conv,
     Dense,
     Dropout,
     Flatten,
+    GroupNorm,
     HiddenLayer,
+    LayerNorm,
     LeakyRelu,
     MaxPool,
     Relu,
     avg_pool,
+    batch_norm,
     block_sum,
     conv,
     dense,
     dropout,
     elu,
+    group_norm,
     hidden_layer,
     kron,
     kron_up,
+    layer_norm,
     leaky_relu,
     max_pool,
     residual,
@@ -211,6 +217,37 @@ CALLS = [
     kind(f"dropout: key expected {ONE_KEY}, got uint32[2]", dropout, X, 0.5, np.zeros(2, np.uint32)),
     kind(f"dropout: key expected {ONE_KEY}, got key<fry>[2]", dropout, X, 0.5, jax.random.split(KEY)),
     kind(f"dropout: key expected {ONE_KEY}, got None", dropout, X, 0, None),  # also where it would not be used
+    # normalisation: the channels, what would broadcast silently, half of the statistics
+    value("batch_norm: x expected (N, …, C), got shape (4,)", batch_norm, X[0, 0, 0]),
+    value("group_norm: x expected (N, …, C), got shape (4,)", group_norm, X[0, 0, 0]),
+    *(value(f"{op}: {name} expected shape (4,), one number for each channel, got {got}", call, X, *arrays)
+      for op, call in (("batch_norm", batch_norm), ("group_norm", functools.partial(group_norm, groups=2)))
+      for name, got, arrays in (
+          ("scale", (1,), (B[:1],)), ("scale", (8,), (B,)), ("bias", (1, 4), (None, B[None, :4])))),
+    value("batch_norm: mean expected shape (4,), one number for each channel, got ()", batch_norm, X, None, None, B[0],
+          B[:4]),
+    value("batch_norm: var expected shape (4,), one number for each channel, got (8,)", batch_norm, X, None, None,
+          B[:4], B),
+    value("batch_norm: expected mean and var, or neither of them, got one", batch_norm, X, None, None, B[:4]),
+    value("batch_norm: expected mean and var, or neither of them, got one", batch_norm, X, None, None, None, B[:4]),
+    kind("batch_norm: var expected float32, as x is float32; got float64", batch_norm, X, None, None, B[:4],
+         B[:4].astype(np.float64)),
+    kind("batch_norm: mean expected bfloat16 or float32, as x is bfloat16; got float16", batch_norm,
+         X.astype(jnp.bfloat16), None, None, B[:4].astype(np.float16), B[:4]),
+    value("batch_norm: eps expected a finite number >= 0, got -1e-05", batch_norm, X, eps=-1e-5),
+    value("layer_norm: eps expected a finite number >= 0, got nan", layer_norm, X, eps=NAN),
+    value("group_norm: eps expected a finite number >= 0, got inf", group_norm, X, groups=2, eps=INF),
+    kind("group_norm: eps expected a Python float, got str", group_norm, X, groups=2, eps="small"),
+    value("layer_norm: scale expected shape (4,), that of x along axes (3,), got (8,)", layer_norm, X, B),
+    value("layer_norm: bias expected shape (6, 4), that of x along axes (2, 3), got (4,)", layer_norm, X, None, B[:4],
+          axes=(-1, 2)),
+    *(value(f"layer_norm: axes expected one or more different dims of the 4 of x, got {axes}", layer_norm, X, axes=axes)
+      for axes in ((), 4, (1, 1), (3, -1), (-5,))),
+    kind("layer_norm: axes expected ints, got 1.0", layer_norm, X, axes=1.0),
+    value("group_norm: groups=3 must divide the 4 channels of x (2, 6, 6, 4)", group_norm, X, groups=3),
+    value("group_norm: groups=32 must divide the 4 channels of x (2, 6, 6, 4)", group_norm, X),
+    value("group_norm: groups expected an int >= 1, got 0", group_norm, X, groups=0),
+    kind("group_norm: groups expected ints, got 2.0", group_norm, X, groups=2.0),
     # errors
     value("squared_error: y and target expected the same shape, got y (3, 5), target (3, 1)", squared_error, LOGITS,
           LOGITS[:, :1]),
@@ -247,6 +284,9 @@ ARRAYS = {
     "kron_up": (functools.partial(kron_up, factor=2), "x", (X,)),
     "block_sum": (functools.partial(block_sum, factor=2), "x", (X,)),
     "dropout": (functools.partial(dropout, rate=0.5, key=KEY), "x", (X,)),
+    "batch_norm": (batch_norm, ("x", "scale", "bias"), (X, B[:4], B[:4])),
+    "layer_norm": (layer_norm, ("x", "scale", "bias"), (X, B[:4], B[:4])),
+    "group_norm": (functools.partial(group_norm, groups=2), ("x", "scale", "bias"), (X, B[:4], B[:4])),
     "squared_error": (squared_error, ("y", "target"), (LOGITS, LOGITS)),
     "softmax_cross_entropy": (softmax_cross_entropy, ("logits", "targets"), (LOGITS, LOGITS)),
     "softmax_cross_entropy_with_integer_labels": (
@@ -278,7 +318,7 @@ def rows_of_every_op():
             yield kind(f"{op}: {name} expected an array, got object", called, object())
             yield kind(f"{op}: {name} expected an array, got 'one'", called, "one")
             yield kind(f"{op}: {name} expected an array, got list", called, [[1.0], [1.0, 2.0]])
-            if name != "b":
+            if name not in ("b", "scale", "bias"):  # which may be left out
                 yield kind(f"{op}: {name} expected an array, got None", called, None)
             if i:  # float64 beside float32; conv and dense compare x with w, then w with b
                 compared = names[i - 1 : i + 1] if op in ("conv", "dense") else names
@@ -426,6 +466,11 @@ NET = serial(Conv(4, 3), residual(Conv(4, 3, padding="SAME"), Relu()), Flatten()
 AUTO = jaxcnn.rules.autodiff
 
 
+def calibrated(batches):
+    net = serial(BatchNorm())
+    return jaxcnn.calibrate(net, net.init(KEY, SHAPE), batches)
+
+
 class Branches(jaxcnn.Layer):
     """A layer of somebody else's that looks at numbers that are not there yet."""
 
@@ -504,6 +549,17 @@ NETS = [
     kind("conv: rule expected None, autodiff or a hashable function (call, delta), got 'autodiff'", applied,
          rules="autodiff"),
     kind("conv: rule expected None, autodiff or a hashable function (call, delta), got 3", applied, rules={Conv: 3}),
+    # normalised and calibrated
+    value("layer_norm1: LayerNorm: axes expected one or more different dims of the 4 of x, got 4", built, LayerNorm(4)),
+    value("layer_norm1: LayerNorm: axes expected dims of one example, got 0, of which one is the batch", built,
+          LayerNorm(0)),
+    value("group_norm1: group_norm: groups=32 must divide the 3 channels of x (1, 8, 8, 3)", built, GroupNorm()),
+    value("batch_norm1: batch_norm: eps expected a finite number >= 0, got -1.0", built, BatchNorm(eps=-1.0)),
+    value("calibrate: batches expected at least one example, got none", calibrated, []),
+    value("calibrate: batches expected at least one example, got none", calibrated,
+          [(np.ones((0, *SHAPE), np.float32), None)]),
+    kind("calibrate: batches expected a list, or what else can be gone through once for each of 1 layers, got "
+         "list_iterator", calibrated, iter([])),
     # evaluated
     value("evaluate: batches expected at least one example, got none",
           lambda: jaxcnn.evaluate(NET, labelled, NET.init(KEY, SHAPE), [])),
@@ -546,6 +602,6 @@ def test_every_message_is_one_line_and_begins_with_its_op():
     for row in [*rows, *NETS]:
         assert "\n" not in row.message
     ops = {name for name in dir(jaxcnn) if callable(getattr(jaxcnn, name)) and name[0].islower()}
-    nets = {"serial", "residual", "evaluate", "make_train_step"}
+    nets = {"serial", "residual", "calibrate", "evaluate", "make_train_step"}
     signals = {"convolve", "correlate", "autocorrelate", "match_template"}  # see tests/ops/test_signal.py
     assert {row.message.split(":")[0] for row in rows} == ops - nets - signals

@@ -365,8 +365,9 @@ def test_which_layer_takes_which_rule(name, exact):
 
 EVERY_LAYER = serial(
     Conv(6, 3, padding="SAME", groups=2), LeakyRelu(0.2), residual(Conv(6, 3, padding="SAME"), Silu(), name="skip"),
-    MaxPool(3, stride=2, padding=1), Elu(0.7), HiddenLayer(8, 3, padding="SAME"), AvgPool(2, stride=1, padding=1),
-    Gelu(), Conv(4, (1, 2), stride=(2, 1), dilation=(1, 2), bias=False), Softplus(), Relu(), Flatten(), Dropout(0.5),
+    jaxcnn.GroupNorm(3), MaxPool(3, stride=2, padding=1), jaxcnn.BatchNorm(), Elu(0.7),
+    HiddenLayer(8, 3, padding="SAME"), AvgPool(2, stride=1, padding=1), jaxcnn.LayerNorm(), Gelu(),
+    Conv(4, (1, 2), stride=(2, 1), dilation=(1, 2), bias=False), Softplus(), Relu(), Flatten(), Dropout(0.5),
     serial(Dense(12), Sigmoid(), Dense(9, bias=False), Tanh()), Dense(5),
 )  # fmt: skip
 

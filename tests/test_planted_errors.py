@@ -192,6 +192,39 @@ def slope_left_out(call, delta):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Normalisation
+
+
+def statistics_held_fixed(call, delta):
+    """δ_x = δ·γ·r, as if the batch's mean and variance did not depend on x."""
+    x, scale, _ = call.inputs
+    _, *others = call.exact(delta)
+    over = tuple(range(x.ndim - 1))
+    return delta * scale / jnp.sqrt(x.var(over) + call.geometry.eps), *others
+
+
+def variance_held_fixed(call, delta):
+    """Without the term x̂·mean(g·x̂)."""
+    x, scale, _ = call.inputs
+    _, *others = call.exact(delta)
+    over = tuple(range(x.ndim - 1))
+    g, r = delta * scale, 1 / jnp.sqrt(x.var(over) + call.geometry.eps)
+    return r * (g - g.mean(over)), *others
+
+
+def grad_scale_of_x(call, delta):
+    """Σ δ·x for Σ δ·x̂."""
+    x, *_ = call.inputs
+    delta_x, _, grad_bias = call.exact(delta)
+    return delta_x, (delta * x).sum(tuple(range(x.ndim - 1))), grad_bias
+
+
+def over_the_whole_picture(call, delta):
+    """The rule of one group where there are two."""
+    return jax.vjp(functools.partial(jaxcnn.group_norm, groups=1), *call.inputs)[1](delta)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Errors: these take no rule=
 
 
@@ -279,6 +312,10 @@ PLANTED = [
     Planted("dropout: scale forgotten", row("dropout", (4, 6), rate=0.5), dropout_scale_forgotten, LINEAR),
     Planted("dropout: another mask", row("dropout", (4, 6), rate=0.5), another_mask, LINEAR),
     Planted("hidden_layer: slope left out", row("hidden_layer", (2, 6, 6, 2), (3, 3, 2, 4), (4,)), slope_left_out),
+    Planted("batch_norm: statistics held fixed", row("batch_norm", (4, 3, 2), (2,), (2,)), statistics_held_fixed),
+    Planted("batch_norm: variance held fixed", row("batch_norm", (4, 3, 2), (2,), (2,)), variance_held_fixed),
+    Planted("batch_norm: Σ δ·x", row("batch_norm", (4, 3, 2), (2,), (2,)), grad_scale_of_x, LINEAR),
+    Planted("group_norm: groups not told apart", row("group_norm", (2, 3, 4), groups=2), over_the_whole_picture),
     Planted(
         "squared_error: sign", row("squared_error", (4, 3), (4, 3)),
         wrong_loss(jaxcnn.squared_error, squared_error_sign), is_rule=False,

@@ -124,15 +124,15 @@ def test_flax(there, cell):
 
     weights = {kind: jnp.asarray(random_like(weight)) for kind, weight in weights.items()}
     y, rule = jax.vjp(apply, weights, x)
-    params = {kind: weights[name] for kind, name in (("w", "kernel"), ("b", "bias")) if name in weights}
+    names = {"scale": "scale", "bias": "bias"} if "scale" in weights else {"kernel": "w", "bias": "b"}
+    params = {names[name]: weight for name, weight in weights.items()}
     our_y, our_rule = jax.vjp(lambda params, x: ours.apply(params, x), params, x)
     same(our_y, y)
     (gradients, delta_x), (our_gradients, our_delta_x) = rule(delta_of(y)), our_rule(delta_of(y))
     same(our_delta_x, delta_x)
-    assert set(our_gradients) == {{"kernel": "w", "bias": "b"}[name] for name in gradients}
-    for kind, name in (("w", "kernel"), ("b", "bias")):
-        if kind in our_gradients:
-            same(our_gradients[kind], gradients[name])
+    assert set(our_gradients) == {names[name] for name in gradients}
+    for name, gradient in gradients.items():
+        same(our_gradients[names[name]], gradient)
 
 
 def random_like(array):

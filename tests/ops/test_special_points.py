@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
 import jaxcnn
 from tests import oracles
@@ -212,6 +214,58 @@ def test_avg_pool_keeps_what_is_not_finite_in_its_own_window():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Normalisation
+
+
+def test_batch_norm_by_given_statistics_is_pytorchs_at_evaluation():
+    rng = np.random.default_rng(0)
+    x, scale, bias, mean = (rng.standard_normal(shape) for shape in ((2, 3, 4, 5), (5,), (5,), (5,)))
+    var = rng.uniform(0.1, 2, 5)
+
+    def ours(x, scale, bias):
+        return jaxcnn.batch_norm(x, scale, bias, mean, var, eps=0.01)
+
+    def theirs(x, scale, bias):
+        statistics = torch.tensor(mean), torch.tensor(var)
+        return F.batch_norm(x.movedim(-1, 1), *statistics, scale, bias, eps=0.01).movedim(1, -1)
+
+    assert_agrees(ours, theirs, x, scale, bias)
+
+
+NORMS = {
+    "batch_norm": (jaxcnn.batch_norm, oracles.batch_norm, {}),
+    "layer_norm": (jaxcnn.layer_norm, oracles.layer_norm, {"axes": (1, 2)}),
+    "group_norm": (jaxcnn.group_norm, oracles.group_norm, {"groups": 2}),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_stretch_of_equal_entries_is_zero(name):
+    ours, theirs, options = NORMS[name]
+    y, _ = assert_agrees(ours, theirs, np.full((2, 3, 4), 7.0), options=options)
+    assert not y.any()
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_stretch_far_from_zero_keeps_its_digits(name):
+    """In float32 Σ x²/n − m² would have none left."""
+    ours, _, options = NORMS[name]
+    x = np.random.default_rng(0).integers(-8, 9, (4, 5, 6)).astype(np.float32)
+    ours = functools.partial(ours, **options)
+    np.testing.assert_allclose(ours(x + 2**12), ours(x), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_stretch_that_holds_nan_is_nan_and_the_others_are_not(name):
+    ours, theirs, options = NORMS[name]
+    x = np.random.default_rng(0).standard_normal((2, 3, 4))
+    x[0, 1, 2] = NAN
+    y, (delta_x,) = assert_agrees(ours, theirs, x, options=options)
+    assert 0 < np.isnan(y).sum() < y.size
+    assert 0 < np.isnan(delta_x).sum() < delta_x.size
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Residuals: exactly what the rule reads, in the smallest exact form
 
 PICTURE, PATCH, BIAS = np.ones((2, 32, 32, 3), np.float32), np.ones((5, 5, 3, 4), np.float32), np.ones(4, np.float32)
@@ -219,6 +273,9 @@ RESIDUALS = {
     "relu: the bit": (jaxcnn.relu, (PICTURE,), {("bool", (2, 32, 32, 3))}),
     "avg_pool: nothing": (lambda x: jaxcnn.avg_pool(x, 2), (PICTURE,), set()),
     "max_pool: a byte": (lambda x: jaxcnn.max_pool(x, 2), (PICTURE,), {("uint8", (2, 16, 16, 3))}),
+    "batch_norm: x and two numbers a channel": (
+        jaxcnn.batch_norm, (PICTURE,), {("float32", PICTURE.shape), ("float32", (1, 1, 1, 3))},
+    ),
     "max_pool, 255 entries: a byte": (lambda x: jaxcnn.max_pool(x, (15, 17)), (PICTURE,), {("uint8", (2, 2, 1, 3))}),
     "max_pool, 256 entries: two": (lambda x: jaxcnn.max_pool(x, 16), (PICTURE,), {("uint16", (2, 2, 2, 3))}),
     "hidden_layer: inputs and a byte": (
