@@ -262,11 +262,3 @@ def test_gelu_is_exact_here_and_in_torch_and_approximate_in_jax():
     same(jaxcnn.gelu(x), F.gelu(torch.tensor(x)).numpy())
     same(jax.nn.gelu(x), F.gelu(torch.tensor(x), approximate="tanh").numpy())
     assert np.abs(jaxcnn.gelu(x) - jax.nn.gelu(x)).max() > 1e-4
-
-
-def test_what_the_page_calls_missing_is_missing():
-    (text,) = re.findall(r"^\*\*Not here yet:\*\*(.*?)(?=^$|\Z)", PAGE, re.MULTILINE | re.DOTALL)
-    names = re.findall(r"`(\w+)`", text)
-    assert len(names) >= 1
-    found = [name for name in names if hasattr(jaxcnn, name)]
-    assert not found, f"now here, so docs/coming-from.md should have a row: {found}"
