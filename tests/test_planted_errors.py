@@ -45,7 +45,7 @@ class Planted:
 
 def with_inputs(call: Any, delta: Any, *inputs: Any) -> Any:
     """What the exact rule says of other inputs."""
-    return jax.vjp(call.op, *inputs)[1](delta)
+    return call.at(*inputs).exact(delta)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
