@@ -1,6 +1,7 @@
 """JAX functions for convolutional networks whose backward pass is written out: the table of contents."""
 
 from jaxcnn import rules as rules
+from jaxcnn.attribution import attribute as attribute
 from jaxcnn.layers import AvgPool as AvgPool
 from jaxcnn.layers import Conv as Conv
 from jaxcnn.layers import Dense as Dense
