@@ -67,8 +67,8 @@ class Epsilon(_Relevance):
     >>> import jax.numpy as jnp
     >>> x, w = jnp.array([[1.0, 2.0]]), jnp.array([[3.0], [1.0]])
     >>> y, pull = jax.vjp(lambda x: jaxcnn.dense(x, w, rule=jaxcnn.rules.Epsilon()), x)
-    >>> pull(y)[0].round(3)  # of z = 3 + 2
-    Array([[3., 2.]], dtype=float32)
+    >>> [round(float(r), 3) for r in pull(y)[0][0]]  # of z = 3 + 2
+    [3.0, 2.0]
     """
 
     epsilon: float = 1e-6
