@@ -1,6 +1,7 @@
 """JAX functions for convolutional networks whose backward pass is written out: the table of contents."""
 
 from jaxcnn import rules as rules
+from jaxcnn.attribution import attribute as attribute
 from jaxcnn.backprop import Sweep as Sweep
 from jaxcnn.backprop import backprop as backprop
 from jaxcnn.backprop import value_grad_and_deltas as value_grad_and_deltas

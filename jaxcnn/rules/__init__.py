@@ -12,6 +12,15 @@ from jaxcnn.rules.rectifiers import SoftplusSmoothed as SoftplusSmoothed
 from jaxcnn.rules.rectifiers import deconv_relu as deconv_relu
 from jaxcnn.rules.rectifiers import guided_relu as guided_relu
 from jaxcnn.rules.rectifiers import straight_through as straight_through
+from jaxcnn.rules.relevance import AlphaBeta as AlphaBeta
+from jaxcnn.rules.relevance import Epsilon as Epsilon
+from jaxcnn.rules.relevance import Flat as Flat
+from jaxcnn.rules.relevance import Gamma as Gamma
+from jaxcnn.rules.relevance import WSquare as WSquare
+from jaxcnn.rules.relevance import ZBox as ZBox
+from jaxcnn.rules.relevance import ZPlus as ZPlus
+from jaxcnn.rules.relevance import passed as passed
+from jaxcnn.rules.relevance import rescale as rescale
 from jaxcnn.rules.training import ClipDelta as ClipDelta
 from jaxcnn.rules.training import FeedbackAlignment as FeedbackAlignment
 from jaxcnn.rules.training import QuantisedDelta as QuantisedDelta
