@@ -13,6 +13,7 @@ import jaxcnn
 from experiments.models import lecture
 from jaxcnn import (
     AvgPool,
+    BatchNorm,
     Conv,
     Dense,
     Dropout,
@@ -42,6 +43,13 @@ NETS = {
         serial(
             Conv(3, 3), residual(Conv(3, 3, padding="SAME"), Tanh(), Conv(3, 1), name="block"), AvgPool(2), Flatten(),
             Dense(10),
+        ),
+        (8, 8, 2),
+    ),
+    "batch norm": (
+        serial(
+            Conv(4, 3, bias=False), BatchNorm(), Relu(),
+            residual(Conv(4, 3, padding="SAME", bias=False), BatchNorm()), Flatten(), Dense(10),
         ),
         (8, 8, 2),
     ),

@@ -1,7 +1,8 @@
 """Rules to train with: another patch on the way back, or another δ.
 
 The first two put another patch in w's place where δ is sent back, and leave ∂E/∂w = x ⋆ δ as it is; they fit `conv`,
-`dense` and `hidden_layer`.  The others change δ before the exact rule reads it, and fit every op.
+`depthwise_conv`, `conv_transpose`, `dense` and `hidden_layer`.  The others change δ before the exact rule reads it, and
+fit every op.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from jaxcnn.kernels.windows import accumulator
 from jaxcnn.ops.rule import Call
 from jaxcnn.rules.fitting import InHiddenLayer, check_fits
 
-PATCHES = ("conv", "dense", "hidden_layer")
+PATCHES = ("conv", "depthwise_conv", "conv_transpose", "dense", "hidden_layer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class FeedbackAlignment:
 
     The entries of B are uniform from −√(6/fan-in) to √(6/fan-in), of variance 2/fan-in, as those of a new patch are.  B
     is drawn from the seed and the shape of w: the same in every step and dtype, and in layers of one shape unless each
-    is given a seed of its own.  Fits `conv`, `dense` and `hidden_layer`.
+    is given a seed of its own.  Fan-in is what w has entries for one of its last dim.
 
     Raises: TypeError or ValueError, when it is made, for a seed that is no int from 0 to 2³² − 1; ValueError, when δ
     comes, for another op.  Source: Lillicrap et al. 2016.
@@ -63,7 +64,7 @@ class FeedbackAlignment:
 class SignSymmetric:
     """Sign-symmetric feedback: ``δ_x = (sign(w)·mean|w|) ∗ δ``, of each entry of w its sign alone.
 
-    The mean over all of w keeps δ at its scale.  Fits `conv`, `dense` and `hidden_layer`.
+    The mean over all of w keeps δ at its scale.
 
     Raises: ValueError, when δ comes, for another op.  Source: Liao et al. 2016; the scale, Rastegari et al. 2016.
 

@@ -14,8 +14,8 @@ from jaxcnn import Conv, Dense, Flatten, HiddenLayer, MaxPool, Relu, make_train_
 from tests.cases import compiled, with_cotangents
 from tests.checks import assert_close
 
-RELU, POOL, PATCH = ("relu",), ("max_pool",), ("conv", "dense")
-ANY = (*RELU, *POOL, *PATCH)
+RELU, POOL, PATCH = ("relu",), ("max_pool",), ("conv", "depthwise_conv", "conv_transpose", "dense")
+ANY = (*RELU, *POOL, "conv", "dense")
 
 FITS = {
     # rule: the ops it fits, beside hidden_layer
@@ -46,7 +46,7 @@ OPS = {
     "hidden_layer": (functools.partial(jaxcnn.hidden_layer, pool_stride=1), ((4, 6, 5, 2), (3, 2, 2, 3), (3,))),
 }
 LAYERS = {"relu": Relu, "max_pool": MaxPool, "conv": Conv, "dense": Dense, "hidden_layer": HiddenLayer}
-FITTING = [(rule, op) for rule, ops in FITS.items() for op in (*ops, "hidden_layer")]
+FITTING = [(rule, op) for rule, ops in FITS.items() for op in (*ops, "hidden_layer") if op in OPS]
 STRANGE = [(rule, op) for rule, ops in FITS.items() for op in OPS if op not in (*ops, "hidden_layer")]
 
 

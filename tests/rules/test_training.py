@@ -21,6 +21,14 @@ CALLS = {
         lambda x, w, **rule: jaxcnn.conv(x, w, groups=2, **rule),
         (RNG.standard_normal((2, 5, 6, 4)), RNG.standard_normal((3, 2, 2, 6))),
     ),
+    "depthwise_conv": (
+        jaxcnn.depthwise_conv,
+        (RNG.standard_normal((2, 5, 6, 3)), RNG.standard_normal((3, 2, 1, 6)), RNG.standard_normal(6)),
+    ),
+    "conv_transpose": (
+        lambda x, w, b, **rule: jaxcnn.conv_transpose(x, w, b, stride=2, **rule),
+        (RNG.standard_normal((2, 5, 4, 3)), RNG.standard_normal((3, 2, 4, 3)), RNG.standard_normal(4)),
+    ),
     "dense": (jaxcnn.dense, (RNG.standard_normal((3, 5)), RNG.standard_normal((5, 4)), RNG.standard_normal(4))),
     "hidden_layer": (
         jaxcnn.hidden_layer,
@@ -41,7 +49,7 @@ def back(name, rule, *args, delta=None):
 
 
 @pytest.mark.parametrize("rule", [rules.FeedbackAlignment(3), rules.SignSymmetric()], ids=repr)
-@pytest.mark.parametrize("name", ["conv", "conv, groups, no bias", "dense"])
+@pytest.mark.parametrize("name", ["conv", "conv, groups, no bias", "depthwise_conv", "conv_transpose", "dense"])
 def test_delta_comes_back_by_another_patch_alone(rule, name):
     """The exact rule of a layer whose patch is B, and the exact gradients of the one whose patch is w."""
     _, (x, w, *b) = CALLS[name]
