@@ -24,7 +24,8 @@ ROOMS = {
     "net": {"geometry", "ops", "layers", "taps"},
     "backprop": {"geometry", "ops", "rules", "layers", "net", "taps"},
     "attribution": {"geometry", "ops", "rules", "layers", "net", "backprop"},
-    "examples": {"geometry", "ops", "layers", "net", "backprop"},
+    # kernels: the products of single examples, which no op has
+    "examples": {"geometry", "kernels", "ops", "layers", "net", "backprop"},
     "curvature": {"ops"},
     "training": {"geometry", "ops", "layers", "net", "backprop"},
 }
