@@ -13,7 +13,7 @@ train: $(VENV)/experiments  ## train on the embedded images; ARGS="--data fashio
 lecture: $(VENV)/experiments  ## every statement of the lecture, with pictures
 	$(PY) -m experiments.lecture $(ARGS)
 
-test: $(VENV)/experiments,test  ## all tests and doctests
+test: $(VENV)/experiments,test $(VENV)/zennit  ## all tests and doctests
 	$(PY) -m pytest -n 2 $(ARGS)
 
 lint: $(VENV)/all
@@ -42,6 +42,11 @@ check: lint types test docs smoke  ## all that CI runs
 
 clean:
 	rm -rf $(VENV) runs dist .pytest_cache .mypy_cache .ruff_cache
+
+# Without its dependencies: its torchvision would bring another PyTorch.
+$(VENV)/zennit: $(VENV)/experiments,test
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps zennit==0.5.1
+	@touch "$@"
 
 # One stamp for each set of extras, newer than pyproject.toml when it is installed.
 $(VENV)/%: pyproject.toml

@@ -205,12 +205,17 @@ def _named_pad_widths(op: str, argument: str, padding: str, win: Window) -> tupl
     return tuple((t // 2, t - t // 2) for t in total)
 
 
-def positive(op: str, argument: str, value: PerDim, ndim: int) -> tuple[int, ...]:
-    """One int >= 1 for every dimension, from an int or a sequence of them."""
+def static_ints(op: str, argument: str, value: PerDim, ndim: int) -> tuple[int, ...]:
+    """One int for every dimension, from an int or a sequence of them."""
     each = tuple(value) if _is_sequence(value) else (value,) * ndim
     if len(each) != ndim:
         fail(op, f"{argument} expected one int or {ndim} of them, got {value!r}")
-    ints = tuple(static_int(op, argument, v, value) for v in each)
+    return tuple(static_int(op, argument, v, value) for v in each)
+
+
+def positive(op: str, argument: str, value: PerDim, ndim: int) -> tuple[int, ...]:
+    """One int >= 1 for every dimension, from an int or a sequence of them."""
+    ints = static_ints(op, argument, value, ndim)
     if min(ints, default=1) < 1:
         fail(op, f"{argument} expected ints >= 1, got {value!r}")
     return ints

@@ -18,13 +18,15 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jaxcnn.geometry import Padding, PerDim, fail, positive, static_int
-from jaxcnn.ops import activation, convolution, dropout, hidden, linear, pooling
+from jaxcnn.ops import activation, convolution, dropout, hidden, linear, normalization, pooling
 from jaxcnn.ops.rule import Rule
 
 Params = dict[str, Any]
 Initializer = Callable[..., Array]
 
 he_normal = jax.nn.initializers.he_normal()
+#: Of a patch whose input channels stand last.
+he_normal_transposed = jax.nn.initializers.he_normal(in_axis=-1, out_axis=-2)
 glorot_uniform = jax.nn.initializers.glorot_uniform()
 zeros = jax.nn.initializers.zeros
 
@@ -72,9 +74,8 @@ class Conv(Layer):
 
     def __post_init__(self) -> None:
         _freeze(self)
-        _check_features(self, self.features)
-        if static_int("Conv", "groups", self.groups, self.groups) < 1:
-            fail("Conv", f"groups expected an int >= 1, got {self.groups}")
+        _check_count(self, "features", self.features)
+        _check_count(self, "groups", self.groups)
 
     def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
         """``w (*patch, I/groups, features)``, and ``b (features,)``."""
@@ -105,6 +106,99 @@ class Conv(Layer):
 
 
 @dataclasses.dataclass(frozen=True)
+class DepthwiseConv(Layer):
+    """`jaxcnn.depthwise_conv` with ``multiplier`` patches for each channel."""
+
+    patch: PerDim
+    multiplier: int = 1
+    stride: PerDim = 1
+    padding: Padding = "VALID"
+    dilation: PerDim = 1
+    bias: bool = dataclasses.field(default=True, kw_only=True)
+    init_w: Initializer = dataclasses.field(default=he_normal, kw_only=True)
+    init_b: Initializer = dataclasses.field(default=zeros, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _freeze(self)
+        _check_count(self, "multiplier", self.multiplier)
+
+    def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
+        """``w (*patch, 1, C·multiplier)``, and ``b (C·multiplier,)``."""
+        key_w, key_b = jax.random.split(key)
+        size = positive("DepthwiseConv", "patch", self.patch, len(shape) - 1)
+        features = shape[-1] * self.multiplier
+        params = {"w": self.init_w(key_w, (*size, 1, features), dtype)}
+        return {**params, "b": self.init_b(key_b, (features,), dtype)} if self.bias else params
+
+    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
+        """``depthwise_conv(x, w, b)``."""
+        return convolution.depthwise_conv(
+            x,
+            params["w"],
+            params.get("b"),
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            rule=rule,
+        )
+
+    def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
+        """A multiplication and an addition for each entry of the patch at each output."""
+        entries = math.prod(positive("DepthwiseConv", "patch", self.patch, len(shape) - 1))
+        return math.prod(out) * (2 * entries - 1 + self.bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvTranspose(Layer):
+    """`jaxcnn.conv_transpose` with ``features`` output channels."""
+
+    features: int
+    patch: PerDim
+    stride: PerDim = 1
+    padding: Padding = "VALID"
+    output_padding: PerDim = 0
+    dilation: PerDim = 1
+    groups: int = 1
+    bias: bool = dataclasses.field(default=True, kw_only=True)
+    init_w: Initializer = dataclasses.field(default=he_normal_transposed, kw_only=True)
+    init_b: Initializer = dataclasses.field(default=zeros, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _freeze(self)
+        _check_count(self, "features", self.features)
+        _check_count(self, "groups", self.groups)
+
+    def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
+        """``w (*patch, features/groups, I)``, and ``b (features,)``."""
+        key_w, key_b = jax.random.split(key)
+        size = positive("ConvTranspose", "patch", self.patch, len(shape) - 1)
+        if shape[-1] % self.groups or self.features % self.groups:
+            channels = f"{shape[-1]} input and {self.features} output channels"
+            fail("ConvTranspose", f"groups={self.groups} must divide {channels}")
+        params = {"w": self.init_w(key_w, (*size, self.features // self.groups, shape[-1]), dtype)}
+        return {**params, "b": self.init_b(key_b, (self.features,), dtype)} if self.bias else params
+
+    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
+        """``conv_transpose(x, w, b)``."""
+        return convolution.conv_transpose(
+            x,
+            params["w"],
+            params.get("b"),
+            stride=self.stride,
+            padding=self.padding,
+            output_padding=self.output_padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            rule=rule,
+        )
+
+    def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
+        """A multiplication and an addition for each entry of the patch at each input; the bias at each output."""
+        size = positive("ConvTranspose", "patch", self.patch, len(shape) - 1)
+        return math.prod(shape) * 2 * math.prod(size) * self.features // self.groups + math.prod(out) * self.bias
+
+
+@dataclasses.dataclass(frozen=True)
 class HiddenLayer(Layer):
     """`jaxcnn.hidden_layer`, the lecture's: convolution, ReLU and max pooling with one rule."""
 
@@ -114,18 +208,31 @@ class HiddenLayer(Layer):
     pool_stride: PerDim | None = None
     stride: PerDim = 1
     padding: Padding = "VALID"
+    pool_padding: Padding = dataclasses.field(default="VALID", kw_only=True)
+    dilation: PerDim = dataclasses.field(default=1, kw_only=True)
+    groups: int = dataclasses.field(default=1, kw_only=True)
     init_w: Initializer = dataclasses.field(default=he_normal, kw_only=True)
     init_b: Initializer = dataclasses.field(default=zeros, kw_only=True)
 
     def __post_init__(self) -> None:
         _freeze(self)
-        _check_features(self, self.features)
+        _check_count(self, "features", self.features)
+        _check_count(self, "groups", self.groups)
 
     def _conv(self) -> Conv:
-        return Conv(self.features, self.patch, self.stride, self.padding, init_w=self.init_w, init_b=self.init_b)
+        return Conv(
+            self.features,
+            self.patch,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            init_w=self.init_w,
+            init_b=self.init_b,
+        )
 
     def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
-        """``w (*patch, I, features)`` and ``b (features,)``."""
+        """``w (*patch, I/groups, features)`` and ``b (features,)``."""
         return self._conv().init(key, shape, dtype)
 
     def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
@@ -136,8 +243,11 @@ class HiddenLayer(Layer):
             params["b"],
             window=self.window,
             pool_stride=self.pool_stride,
+            pool_padding=self.pool_padding,
             stride=self.stride,
             padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
             rule=rule,
         )
 
@@ -163,7 +273,7 @@ class Dense(Layer):
     init_b: Initializer = dataclasses.field(default=zeros, kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_features(self, self.features)
+        _check_count(self, "features", self.features)
 
     def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
         """``w (I, features)``, and ``b (features,)``."""
@@ -178,6 +288,88 @@ class Dense(Layer):
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
         """A multiplication and an addition for each input at each output."""
         return math.prod(out) * (2 * shape[-1] - 1 + self.bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Normalization(Layer):
+    eps: float = dataclasses.field(default=1e-5, kw_only=True)
+    scale: bool = dataclasses.field(default=True, kw_only=True)
+    bias: bool = dataclasses.field(default=True, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _freeze(self)
+
+    def _learned(self, shape: tuple[int, ...], dtype: DTypeLike) -> Params:
+        """Scales of 1 and biases of 0, those of them that the layer has."""
+        made = {"scale": jnp.ones, "bias": jnp.zeros}
+        return {name: make(shape, dtype) for name, make in made.items() if getattr(self, name)}
+
+    def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
+        """For each entry: Σ x, x − m, its square, their Σ, times r; a multiplication by γ, an addition of β."""
+        return math.prod(out) * (5 + self.scale + self.bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchNorm(_Normalization):
+    """`jaxcnn.batch_norm`: by the batch's own statistics while training.
+
+    At evaluation by those that `jaxcnn.calibrate` put beside the parameters ("mean", "var"); before that is done, by
+    those of the batch at hand, so that a picture's output hangs on its neighbours.
+    """
+
+    def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
+        """``scale (C,)`` of ones and ``bias (C,)`` of zeros."""
+        return self._learned(shape[-1:], dtype)
+
+    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
+        """``batch_norm(x, scale, bias)``; with the statistics in ``params`` if there is no key."""
+        names = ("mean", "var") if key is None else ()
+        # Statistics are no parameters: no gradient reaches them.
+        statistics = [jax.lax.stop_gradient(params[name]) for name in names if name in params]
+        return normalization.batch_norm(
+            x, params.get("scale"), params.get("bias"), *statistics, eps=self.eps, rule=rule
+        )
+
+    def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
+        """At evaluation, for each entry: x − m, times r; a multiplication by γ, an addition of β."""
+        return math.prod(out) * (2 + self.scale + self.bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerNorm(_Normalization):
+    """`jaxcnn.layer_norm` over ``axes``, dims of a batch ``(N, …)``."""
+
+    axes: int | tuple[int, ...] = -1
+
+    def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
+        """``scale`` of ones and ``bias`` of zeros, of the shape along ``axes``."""
+        dims = normalization.dims_of("LayerNorm", self.axes, len(shape) + 1)
+        if 0 in dims:
+            fail("LayerNorm", f"axes expected dims of one example, got {self.axes!r}, of which one is the batch")
+        return self._learned(tuple(shape[dim - 1] for dim in dims), dtype)
+
+    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
+        """``layer_norm(x, scale, bias)``."""
+        return normalization.layer_norm(
+            x, params.get("scale"), params.get("bias"), axes=self.axes, eps=self.eps, rule=rule
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupNorm(_Normalization):
+    """`jaxcnn.group_norm`."""
+
+    groups: int = 32
+
+    def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
+        """``scale (C,)`` of ones and ``bias (C,)`` of zeros."""
+        return self._learned(shape[-1:], dtype)
+
+    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
+        """``group_norm(x, scale, bias)``."""
+        return normalization.group_norm(
+            x, params.get("scale"), params.get("bias"), groups=self.groups, eps=self.eps, rule=rule
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,9 +417,11 @@ class Elu(_Activation):
 class Gelu(_Activation):
     """`jaxcnn.gelu`."""
 
+    approximate: bool = False
+
     def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
         """``gelu(x)``."""
-        return activation.gelu(x, rule=rule)
+        return activation.gelu(x, approximate=self.approximate, rule=rule)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,36 +461,143 @@ class Tanh(_Activation):
 
 
 @dataclasses.dataclass(frozen=True)
-class MaxPool(Layer):
+class Selu(_Activation):
+    """`jaxcnn.selu`."""
+
+    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
+        """``selu(x)``."""
+        return activation.selu(x, rule=rule)
+
+
+@dataclasses.dataclass(frozen=True)
+class Celu(_Activation):
+    """`jaxcnn.celu`."""
+
+    alpha: float = 1.0
+
+    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
+        """``celu(x)``."""
+        return activation.celu(x, alpha=self.alpha, rule=rule)
+
+
+@dataclasses.dataclass(frozen=True)
+class Relu6(_Activation):
+    """`jaxcnn.relu6`."""
+
+    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
+        """``relu6(x)``."""
+        return activation.relu6(x, rule=rule)
+
+
+@dataclasses.dataclass(frozen=True)
+class HardTanh(_Activation):
+    """`jaxcnn.hard_tanh`."""
+
+    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
+        """``hard_tanh(x)``."""
+        return activation.hard_tanh(x, rule=rule)
+
+
+@dataclasses.dataclass(frozen=True)
+class HardSigmoid(_Activation):
+    """`jaxcnn.hard_sigmoid`."""
+
+    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
+        """``hard_sigmoid(x)``."""
+        return activation.hard_sigmoid(x, rule=rule)
+
+
+@dataclasses.dataclass(frozen=True)
+class HardSwish(_Activation):
+    """`jaxcnn.hard_swish`."""
+
+    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
+        """``hard_swish(x)``."""
+        return activation.hard_swish(x, rule=rule)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mish(_Activation):
+    """`jaxcnn.mish`."""
+
+    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
+        """``mish(x)``."""
+        return activation.mish(x, rule=rule)
+
+
+@dataclasses.dataclass(frozen=True)
+class Softsign(_Activation):
+    """`jaxcnn.softsign`."""
+
+    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
+        """``softsign(x)``."""
+        return activation.softsign(x, rule=rule)
+
+
+@dataclasses.dataclass(frozen=True)
+class Squareplus(_Activation):
+    """`jaxcnn.squareplus`."""
+
+    b: float = 4.0
+
+    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
+        """``squareplus(x)``."""
+        return activation.squareplus(x, b=self.b, rule=rule)
+
+
+@dataclasses.dataclass(frozen=True)
+class LogSigmoid(_Activation):
+    """`jaxcnn.log_sigmoid`."""
+
+    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
+        """``log_sigmoid(x)``."""
+        return activation.log_sigmoid(x, rule=rule)
+
+
+class _Pool(Layer):
+    window: PerDim
+
+    def __post_init__(self) -> None:
+        _freeze(self)
+
+    def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
+        """A comparison or an addition for each entry of a window but one."""
+        return math.prod(out) * (math.prod(positive(type(self).__name__, "window", self.window, len(shape) - 1)) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class MaxPool(_Pool):
     """`jaxcnn.max_pool`."""
 
     window: PerDim
     stride: PerDim | None = None
     padding: Padding = "VALID"
-
-    def __post_init__(self) -> None:
-        _freeze(self)
+    dilation: PerDim = dataclasses.field(default=1, kw_only=True)
+    ceil_mode: bool = dataclasses.field(default=False, kw_only=True)
 
     def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
         """``max_pool(x, window)``."""
-        return pooling.max_pool(x, self.window, stride=self.stride, padding=self.padding, rule=rule)
-
-    def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
-        """A comparison for each entry of a window but one."""
-        return math.prod(out) * (math.prod(positive("MaxPool", "window", self.window, len(shape) - 1)) - 1)
+        return pooling.max_pool(
+            x,
+            self.window,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            ceil_mode=self.ceil_mode,
+            rule=rule,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
-class AvgPool(Layer):
+class AvgPool(_Pool):
     """`jaxcnn.avg_pool`."""
 
     window: PerDim
     stride: PerDim | None = None
     padding: Padding = "VALID"
     count_include_pad: bool = True
-
-    def __post_init__(self) -> None:
-        _freeze(self)
+    dilation: PerDim = dataclasses.field(default=1, kw_only=True)
+    ceil_mode: bool = dataclasses.field(default=False, kw_only=True)
 
     def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
         """``avg_pool(x, window)``."""
@@ -305,13 +606,106 @@ class AvgPool(Layer):
             self.window,
             stride=self.stride,
             padding=self.padding,
+            dilation=self.dilation,
+            ceil_mode=self.ceil_mode,
             count_include_pad=self.count_include_pad,
             rule=rule,
         )
 
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
         """An addition for each entry of a window but one, and a division."""
-        return math.prod(out) * math.prod(positive("AvgPool", "window", self.window, len(shape) - 1))
+        return super().flops(shape, out) + math.prod(out)
+
+
+@dataclasses.dataclass(frozen=True)
+class LpPool(_Pool):
+    """`jaxcnn.lp_pool`."""
+
+    window: PerDim
+    p: float = 2
+    stride: PerDim | None = None
+    padding: Padding = "VALID"
+    dilation: PerDim = dataclasses.field(default=1, kw_only=True)
+    ceil_mode: bool = dataclasses.field(default=False, kw_only=True)
+
+    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
+        """``lp_pool(x, window)``."""
+        return pooling.lp_pool(
+            x,
+            self.window,
+            p=self.p,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            ceil_mode=self.ceil_mode,
+            rule=rule,
+        )
+
+    def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
+        """For each entry of a window a power and, but for one, an addition; and a root."""
+        return 2 * (super().flops(shape, out) + math.prod(out))
+
+
+@dataclasses.dataclass(frozen=True)
+class GlobalMaxPool(Layer):
+    """`jaxcnn.global_max_pool`."""
+
+    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
+        """``global_max_pool(x)``."""
+        return pooling.global_max_pool(x, rule=rule)
+
+    def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
+        """A comparison for each entry of a channel but one."""
+        return math.prod(shape) - math.prod(out)
+
+
+@dataclasses.dataclass(frozen=True)
+class GlobalAvgPool(Layer):
+    """`jaxcnn.global_avg_pool`."""
+
+    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
+        """``global_avg_pool(x)``."""
+        return pooling.global_avg_pool(x, rule=rule)
+
+    def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
+        """An addition for each entry of a channel but one, and a division."""
+        return math.prod(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptiveMaxPool(Layer):
+    """`jaxcnn.adaptive_max_pool`."""
+
+    size: PerDim
+
+    def __post_init__(self) -> None:
+        _freeze(self)
+
+    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
+        """``adaptive_max_pool(x, size)``."""
+        return pooling.adaptive_max_pool(x, self.size, rule=rule)
+
+    def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
+        """A comparison for each entry of a window but one."""
+        return pooling.Bins(shape[:-1], out[:-1]).entries * out[-1] - math.prod(out)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptiveAvgPool(Layer):
+    """`jaxcnn.adaptive_avg_pool`."""
+
+    size: PerDim
+
+    def __post_init__(self) -> None:
+        _freeze(self)
+
+    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
+        """``adaptive_avg_pool(x, size)``."""
+        return pooling.adaptive_avg_pool(x, self.size, rule=rule)
+
+    def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
+        """An addition for each entry of a window but one, and a division."""
+        return pooling.Bins(shape[:-1], out[:-1]).entries * out[-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,6 +755,7 @@ def _freeze(layer: Layer) -> None:
         object.__setattr__(layer, field.name, frozen(getattr(layer, field.name)))
 
 
-def _check_features(layer: Layer, features: Any) -> None:
-    if static_int(type(layer).__name__, "features", features, features) < 1:
-        raise ValueError(f"{type(layer).__name__}: features expected an int >= 1, got {features}")
+def _check_count(layer: Layer, name: str, value: Any) -> None:
+    kind = type(layer).__name__
+    if static_int(kind, name, value, value) < 1:
+        fail(kind, f"{name} expected an int >= 1, got {value}")

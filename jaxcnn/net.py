@@ -1,6 +1,6 @@
 """Nets: layers in a row, their parameters beside them in a plain dict, as optax likes it.
 
-Rooms: nets import `jaxcnn.layers`.
+Rooms: nets import `jaxcnn.layers` and `jaxcnn.taps`.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxcnn.layers import Layer, Params, out_shape
 from jaxcnn.ops.rule import Rule, array, one_key
+from jaxcnn.taps import tap
 
 #: One rule for all layers, or for each that a key matches: a layer type, a name, or a predicate (name, layer) → bool.
 Rules = Rule | Mapping[Any, Rule]
@@ -90,6 +91,7 @@ class Serial(Layer):
                 except KeyError as error:
                     expected = f"expected params[{name!r}][{error.args[0]!r}]"
                     raise ValueError(f"{here}: {expected}, got params with {sorted(params)}") from None
+            x = tap(here, x)
         return x
 
     def walk(self, path: str = "") -> Iterator[tuple[str, Layer]]:

@@ -1,4 +1,4 @@
-"""Training: one jitted step, and evaluation.  Rooms: imports `jaxcnn.net`."""
+"""Training: one jitted step, evaluation, and statistics of the training data.  Rooms: imports `jaxcnn.net`."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from jaxcnn.layers import Params
+from jaxcnn.layers import BatchNorm, Params
 from jaxcnn.net import Rules, Serial
 from jaxcnn.ops.rule import one_key
 
@@ -133,6 +133,95 @@ def _evaluator(net: Serial, loss: Loss) -> Callable[[Params, Batch], Metrics]:
         return totals
 
     return run
+
+
+def calibrate(net: Serial, params: Params, batches: Iterable[Batch]) -> Params:
+    """Parameters with exact statistics of the training data beside them, for every `BatchNorm` of the net.
+
+    What comes back is for evaluation: ``net.apply(calibrated, x)`` normalises by "mean" and "var", the mean and the
+    variance (Σ (x − mean)²/n) of all that reaches the layer when the net is evaluated on ``batches``.  They do not
+    depend on how the data are cut into batches.  The optimiser keeps the parameters that went in, and never sees them.
+
+    Layer after layer: what reaches a layer hangs on the statistics of those before it, so the data are gone through
+    once for each.  Every batch's mean and Σ (x − mean)² are merged in float64 on the host (Chan et al. 1979).
+
+    Args:
+        net: from `serial`.
+        params: as training left them.
+        batches: of the training data, ``(x, targets)``; a list, or what else can be gone through more than once.
+
+    Raises: ValueError if there are no examples; TypeError for what can be gone through only once, such as a generator.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> net = jaxcnn.serial(jaxcnn.BatchNorm())
+    >>> params = net.init(jax.random.key(0), (1,))
+    >>> batches = [(jnp.array([[1.0], [3.0]]), None), (jnp.array([[5.0]]), None)]
+    >>> calibrated = jaxcnn.calibrate(net, params, batches)
+    >>> calibrated["batch_norm1"]["mean"], calibrated["batch_norm1"]["var"].round(4)
+    (Array([3.], dtype=float32), Array([2.6667], dtype=float32))
+    >>> net.apply(calibrated, jnp.array([[3.0]]))
+    Array([[0.]], dtype=float32)
+    """
+    paths = [path for path, layer in net.walk() if isinstance(layer, BatchNorm)]
+    if iter(batches) is batches and paths:
+        raise TypeError(
+            f"calibrate: batches expected a list, or what else can be gone through once for each of {len(paths)} "
+            f"layers, got {type(batches).__name__}"
+        )
+    for path in paths:
+        n, mean, squares = 0, np.zeros(()), np.zeros(())
+        dtype: Any = None
+        for x, _ in batches:
+            of_batch = _moments_before(net, path)(params, x)
+            dtype = of_batch[1].dtype
+            n, mean, squares = _merged((n, mean, squares), of_batch)
+        if not n:
+            raise ValueError("calibrate: batches expected at least one example, got none")
+        found = {"mean": jnp.asarray(mean, dtype), "var": jnp.asarray(squares / n, dtype)}
+        params = _with(params, path.split("/"), found)
+    return params
+
+
+def _merged(one: tuple[int, Any, Any], two: tuple[Any, Any, Any]) -> tuple[int, Any, Any]:
+    """Count, mean and Σ (x − mean)² of two sets together."""
+    n1, m1, s1 = one
+    n2, m2, s2 = int(two[0]), *(np.asarray(a, np.float64) for a in two[1:])
+    n, d = n1 + n2, m2 - m1
+    return (n, m1 + d * (n2 / n), s1 + s2 + d * d * (n1 * n2 / n)) if n else one
+
+
+@functools.lru_cache(maxsize=64)
+def _moments_before(net: Serial, path: str) -> Callable[[Params, Any], tuple[int, Array, Array]]:
+    """Jitted once for a net and a layer: how many entries reach a channel of it, their mean, and Σ (x − mean)²."""
+    before = _before(net, path.split("/"))
+
+    @jax.jit
+    def run(params: Params, x: Any) -> tuple[int, Array, Array]:
+        reached = before.apply(params, x)
+        pixels = reached.reshape(-1, reached.shape[-1])
+        pixels = pixels.astype(jnp.promote_types(pixels.dtype, jnp.float32))
+        mean = pixels.sum(0) / max(len(pixels), 1)
+        return len(pixels), mean, jnp.square(pixels - mean).sum(0)
+
+    return run
+
+
+def _before(net: Serial, path: list[str]) -> Serial:
+    """The layers that run before the one of this name, in its own net and in those around it."""
+    at = [name for name, _ in net.layers].index(path[0])
+    inner = net.layers[at][1]
+    # Of a residual net, what its last layers add is not yet added.
+    own = ((path[0], _before(inner, path[1:])),) if isinstance(inner, Serial) else ()
+    return Serial(net.layers[:at] + own)
+
+
+def _with(params: Params, path: list[str], found: Params) -> Params:
+    """The parameters with some more at one place; the ones that came are left as they are."""
+    if not path:
+        return {**params, **found}
+    return {**params, path[0]: _with(params.get(path[0], {}), path[1:], found)}
 
 
 def _are_labels(outputs: Array, targets: Any) -> bool:

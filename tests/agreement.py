@@ -69,6 +69,10 @@ def assert_agrees(
     return np.asarray(y), [np.asarray(c) for c in found]
 
 
+#: The parameters of a layer, in the order in which its op takes them.
+ARRAYS = ("w", "b", "scale", "bias", "mean", "var")
+
+
 def net_in_torch(net: jaxcnn.Serial, params: Mapping[str, Any], x: torch.Tensor) -> torch.Tensor:
     """``net.apply(params, x)`` at evaluation, with parameters that are tensors."""
     y = x
@@ -76,7 +80,9 @@ def net_in_torch(net: jaxcnn.Serial, params: Mapping[str, Any], x: torch.Tensor)
         own = params.get(name, {})
         options = {f.name: getattr(layer, f.name) for f in dataclasses.fields(layer)}
         options = {
-            k: v for k, v in options.items() if k not in ("name", "features", "patch", "bias", "init_w", "init_b")
+            k: v
+            for k, v in options.items()
+            if k not in ("name", "features", "patch", "multiplier", "scale", "bias", "init_w", "init_b")
         }
         match layer:
             case jaxcnn.Serial():
@@ -87,7 +93,7 @@ def net_in_torch(net: jaxcnn.Serial, params: Mapping[str, Any], x: torch.Tensor)
                 pass
             case _:  # the op of the layer's name
                 op = "".join(f"_{c.lower()}" if c.isupper() else c for c in type(layer).__name__).lstrip("_")
-                y = getattr(oracles, op)(y, *(own[k] for k in ("w", "b") if k in own), **options)
+                y = getattr(oracles, op)(y, *(own[k] for k in ARRAYS if k in own), **options)
     return x + y if type(net).__name__ == "Residual" else y
 
 

@@ -36,6 +36,11 @@ def apart(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     return rng.permutation(6 * (np.arange(n) + 0.25) / n - 3).reshape(shape)
 
 
+def wide(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """`apart`, from −9 to 9: on all pieces of the activations that are made of straight lines."""
+    return 3 * apart(rng, shape)
+
+
 def ties(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     """Small whole numbers, many of them alike and many zero: what finite differences cannot tell."""
     return rng.integers(-2, 3, shape).astype(float)
@@ -66,6 +71,21 @@ def labels(shape: tuple[int, ...]) -> np.ndarray:
     return (3 * np.arange(math.prod(rows), dtype=np.int32) % classes).reshape(rows)
 
 
+def with_indices(x: Array, *, rule: Any = None, **options: Any) -> Array:
+    """The entries; the indices have no δ."""
+    return jaxcnn.max_pool_with_indices(x, rule=rule, **options)[0]
+
+
+def unpooled(y: Array, *, spatial_shape: tuple[int, ...], rule: Any = None) -> Array:
+    entries = math.prod(spatial_shape)
+    return jaxcnn.max_unpool(y, indices(y.shape, entries), spatial_shape, rule=rule)
+
+
+def indices(shape: tuple[int, ...], entries: int) -> np.ndarray:
+    """Some of them alike, where there are more than entries."""
+    return (7 * np.arange(math.prod(shape), dtype=np.int32) % entries).reshape(shape)
+
+
 @dataclasses.dataclass(frozen=True)
 class Op:
     """What is true of all rows of an op."""
@@ -86,15 +106,39 @@ class Op:
 
 OPS = {
     "conv": Op(jaxcnn.conv, oracles.conv, linear=(0, 1, 2)),
+    "conv_transpose": Op(jaxcnn.conv_transpose, oracles.conv_transpose, linear=(0, 1, 2)),
+    "depthwise_conv": Op(jaxcnn.depthwise_conv, oracles.depthwise_conv, linear=(0, 1, 2)),
     "relu": Op(jaxcnn.relu, oracles.relu, draw=(apart,)),
     "leaky_relu": Op(jaxcnn.leaky_relu, oracles.leaky_relu, draw=(apart,)),
     "elu": Op(jaxcnn.elu, oracles.elu, draw=(apart,)),
+    "selu": Op(jaxcnn.selu, oracles.selu, draw=(apart,)),
+    "celu": Op(jaxcnn.celu, oracles.celu, draw=(apart,)),
+    "relu6": Op(jaxcnn.relu6, oracles.relu6, draw=(wide,)),
+    "hard_tanh": Op(jaxcnn.hard_tanh, oracles.hard_tanh, draw=(wide,)),
+    "hard_sigmoid": Op(jaxcnn.hard_sigmoid, oracles.hard_sigmoid, draw=(wide,)),
+    "hard_swish": Op(jaxcnn.hard_swish, oracles.hard_swish, draw=(wide,)),
+    "mish": Op(jaxcnn.mish, oracles.mish),
+    "softsign": Op(jaxcnn.softsign, oracles.softsign, draw=(apart,)),
+    "squareplus": Op(jaxcnn.squareplus, oracles.squareplus),
+    "log_sigmoid": Op(jaxcnn.log_sigmoid, oracles.log_sigmoid),
     "gelu": Op(jaxcnn.gelu, oracles.gelu),
     "silu": Op(jaxcnn.silu, oracles.silu),
     "softplus": Op(jaxcnn.softplus, oracles.softplus),
     "sigmoid": Op(jaxcnn.sigmoid, oracles.sigmoid),
     "tanh": Op(jaxcnn.tanh, oracles.tanh),
     "max_pool": Op(jaxcnn.max_pool, oracles.max_pool, draw=(apart,)),
+    "max_pool_with_indices": Op(with_indices, oracles.max_pool_with_indices, draw=(apart,)),
+    "max_unpool": Op(
+        unpooled,
+        lambda y, spatial_shape: oracles.max_unpool(
+            y, index=lambda s: indices(s, math.prod(spatial_shape)), spatial_shape=spatial_shape),
+        linear=(0,),
+    ),
+    "lp_pool": Op(jaxcnn.lp_pool, oracles.lp_pool),
+    "global_max_pool": Op(jaxcnn.global_max_pool, oracles.global_max_pool, draw=(apart,)),
+    "global_avg_pool": Op(jaxcnn.global_avg_pool, oracles.global_avg_pool, linear=(0,)),
+    "adaptive_max_pool": Op(jaxcnn.adaptive_max_pool, oracles.adaptive_max_pool, draw=(apart,)),
+    "adaptive_avg_pool": Op(jaxcnn.adaptive_avg_pool, oracles.adaptive_avg_pool, linear=(0,)),
     "avg_pool": Op(jaxcnn.avg_pool, oracles.avg_pool, linear=(0,)),
     "kron": Op(jaxcnn.kron, oracles.kron, linear=(0, 1), batched=()),
     "kron_up": Op(jaxcnn.kron_up, oracles.kron_up, linear=(0,)),
@@ -102,6 +146,9 @@ OPS = {
     "dense": Op(jaxcnn.dense, oracles.dense, linear=(0, 1, 2)),
     "dropout": Op(dropout, lambda x, rate: oracles.dropout(x, rate=rate, mask=lambda s: kept(s, rate)), linear=(0,)),
     "hidden_layer": Op(jaxcnn.hidden_layer, oracles.hidden_layer),
+    "batch_norm": Op(jaxcnn.batch_norm, oracles.batch_norm, linear=(1, 2), draw=(normal,) * 4 + (positive,)),
+    "layer_norm": Op(jaxcnn.layer_norm, oracles.layer_norm, linear=(1, 2)),
+    "group_norm": Op(jaxcnn.group_norm, oracles.group_norm, linear=(1, 2)),
     "convolve": Op(jaxcnn.convolve, oracles.convolve, linear=(0, 1), batched=()),
     "correlate": Op(jaxcnn.correlate, oracles.cross_correlate, linear=(0, 1), batched=()),
     "autocorrelate": Op(jaxcnn.autocorrelate, oracles.autocorrelate, batched=()),
@@ -322,6 +369,36 @@ CASES = [
     row("conv", (2, 5, 6, 3), (3, 2, 3, 4), (4,), preferred_element_type="float32"),
     row("conv", (2, 5, 6, 4), (3, 2, 2, 4), groups=2, preferred_element_type="float64"),
     row("conv", (2, 5, 6, 3), (3, 2, 3, 4), precision="highest"),
+    # conv_transpose: x (N, *spatial, I), w (*K, O/groups, I), b (O,)
+    row("conv_transpose", (2, 3, 4, 3), (3, 2, 4, 3)),
+    row("conv_transpose", (2, 3, 4, 3), (3, 2, 4, 3), (4,), stride=2),
+    row("conv_transpose", (2, 5, 3), (3, 4, 3), (4,), stride=2, padding=1, output_padding=1),
+    row("conv_transpose", (2, 2, 3, 2, 2), (2, 3, 2, 3, 2), stride=(2, 1, 2), padding=1),
+    row("conv_transpose", (2, 3, 4, 3), (2, 2, 4, 3), stride=(3, 2), output_padding=(2, 0)),
+    row("conv_transpose", (2, 3, 4, 3), (3, 2, 4, 3), (4,), padding=((0, 2), (1, 0)), stride=(2, 1)),
+    row("conv_transpose", (2, 3, 4, 3), (3, 4, 2, 3), padding="SAME"),
+    row("conv_transpose", (2, 3, 4, 3), (3, 4, 2, 3), (2,), padding="SAME", stride=2),
+    row("conv_transpose", (2, 3, 4, 3), (4, 3, 2, 3), padding="SAME_LOWER", stride=(1, 2)),
+    row("conv_transpose", (2, 3, 4, 2), (2, 1, 2, 2), padding="SAME", stride=3),  # a stride larger than the patch
+    row("conv_transpose", (2, 6, 2), (3, 3, 2), padding="CAUSAL", stride=2, output_padding=1),
+    row("conv_transpose", (2, 3, 4, 3), (3, 2, 4, 3), dilation=2, padding=(1, 0)),
+    row("conv_transpose", (2, 4, 3, 2), (2, 3, 3, 2), dilation=(3, 2), stride=(2, 3), padding=1, output_padding=1),
+    row("conv_transpose", (2, 3, 4, 4), (3, 2, 3, 4), (6,), groups=2, stride=2),
+    row("conv_transpose", (2, 3, 4, 3), (2, 2, 2, 3), groups=3, padding=1),  # each channel for itself
+    row("conv_transpose", (2, 3, 4, 4), (1, 1, 3, 4), stride=2),
+    row("conv_transpose", (2, 5, 6, 3), (3, 2, 4, 3), padding=((4, 0), (0, 3)), stock=False),  # cut more than a patch
+    row("conv_transpose", (2, 3, 4, 5), (3, 2, 2, 3), (2,), stride=2, dimension_numbers=("NCHW", "OIHW", "NCHW")),
+    row("conv_transpose", (2, 4, 5, 4), (3, 2, 4, 2), groups=2, dimension_numbers=("NHWC", "HWOI", "CHWN")),
+    row("conv_transpose", (2, 3, 4, 3), (3, 2, 4, 3), (4,), preferred_element_type="float64"),
+    row("conv_transpose", (2, 3, 4, 3), (3, 2, 4, 3), (4,), preferred_element_type="float32", stride=2),
+    row("conv_transpose", (2, 3, 4, 3), (3, 2, 4, 3), precision="highest"),
+    # depthwise_conv: w (*K, 1, C·M)
+    row("depthwise_conv", (2, 5, 6, 3), (3, 2, 1, 3)),
+    row("depthwise_conv", (2, 5, 6, 3), (3, 2, 1, 6), (6,), stride=2, padding="SAME"),
+    row("depthwise_conv", (2, 7, 3), (3, 1, 6), padding="CAUSAL", dilation=2),
+    row("depthwise_conv", (2, 4, 3, 4, 2), (2, 2, 2, 1, 2), (2,), padding="CIRCULAR"),
+    row("depthwise_conv", (2, 3, 5, 6), (6, 1, 3, 2), dimension_numbers=("NCHW", "OIHW", "NCHW")),
+    row("depthwise_conv", (2, 5, 6, 3), (3, 2, 1, 3), preferred_element_type="float64", precision="highest"),
     # activations
     row("relu", (4, 3)),
     row("relu", (2, 3, 4, 2)),
@@ -331,7 +408,22 @@ CASES = [
     row("leaky_relu", (4, 6), draw=ties),
     row("elu", (4, 3)),
     row("elu", (4, 3), alpha=0.7),
+    row("selu", (4, 3)),
+    row("celu", (4, 3)),
+    row("celu", (4, 3), alpha=0.7),
+    row("relu6", (4, 6)),
+    row("relu6", (4, 6), draw=ties),
+    row("hard_tanh", (4, 6)),
+    row("hard_tanh", (4, 6), draw=ties),
+    row("hard_sigmoid", (4, 6)),
+    row("hard_swish", (4, 6)),
+    row("mish", (4, 3)),
+    row("softsign", (4, 3)),
+    row("squareplus", (4, 3)),
+    row("squareplus", (4, 3), b=0.3),
+    row("log_sigmoid", (4, 3)),
     row("gelu", (4, 3)),
+    row("gelu", (4, 3), approximate=True),
     row("silu", (4, 3)),
     row("softplus", (4, 3)),
     row("sigmoid", (4, 3)),
@@ -370,6 +462,37 @@ CASES = [
     row("max_pool", (2, 6, 6, 3), window=3, stride=2, draw=ties),
     row("max_pool", (2, 6, 6, 3), window=2, draw=ties),
     row("max_pool", (2, 10, 10, 2), window=9, stride=1, draw=ties),
+    # max_pool_with_indices, max_unpool
+    row("max_pool_with_indices", (2, 6, 3), window=2),
+    row("max_pool_with_indices", (2, 4, 6, 3), window=(2, 3)),
+    row("max_pool_with_indices", (2, 4, 3, 5, 2), window=2, stride=1),
+    row("max_pool_with_indices", (2, 5, 6, 3), window=3, stride=2, padding=1, ceil_mode=True),
+    row("max_pool_with_indices", (2, 6, 7, 3), window=2, stride=1, dilation=2, stock=False),
+    row("max_pool_with_indices", (2, 13, 11, 2), window=(9, 8), stride=(2, 3), padding=((4, 0), (1, 3))),
+    row("max_unpool", (2, 3, 2), spatial_shape=(7,)),
+    row("max_unpool", (2, 2, 3, 3), spatial_shape=(5, 4)),
+    row("max_unpool", (2, 2, 3, 2, 2), spatial_shape=(2, 3, 5)),
+    row("max_unpool", (2, 3, 4, 2), spatial_shape=(2, 2)),  # more than there are places: some are added up
+    # lp_pool
+    row("lp_pool", (2, 6, 3), window=2),
+    row("lp_pool", (2, 4, 6, 3), window=2),
+    row("lp_pool", (2, 5, 7, 3), window=3, stride=2, p=2.0),
+    row("lp_pool", (2, 5, 7, 3), window=(2, 3), p=3, draw=positive),
+    row("lp_pool", (2, 5, 7, 3), window=2, stride=1, p=1.5, draw=positive),
+    row("lp_pool", (2, 5, 7, 3), window=2, p=1),
+    row("lp_pool", (2, 5, 7, 3), window=3, stride=2, p=4, ceil_mode=True),
+    row("lp_pool", (2, 5, 6, 3), window=(3, 2), stride=2, padding=((2, 0), (0, 1))),
+    row("lp_pool", (2, 5, 6, 3), window=3, padding="SAME"),
+    row("lp_pool", (2, 6, 7, 3), window=2, stride=1, dilation=2),
+    row("lp_pool", (2, 4, 3, 4, 2), window=2),
+    # global and adaptive pooling
+    *(row(f"global_{kind}_pool", shape) for kind in ("max", "avg")
+      for shape in [(2, 5, 3), (2, 3, 4, 3), (2, 2, 3, 2, 2)]),
+    row("global_max_pool", (2, 9, 9, 2)),
+    *(row(f"adaptive_{kind}_pool", shape, size=size) for kind in ("max", "avg") for shape, size in [
+        ((2, 7, 3), 3), ((2, 4, 6, 3), 2), ((2, 5, 7, 3), (3, 2)), ((2, 6, 5, 3), (2, 1)), ((2, 3, 4, 2), (5, 4)),
+        ((2, 5, 4, 3, 2), (2, 3, 3)), ((2, 19, 23, 1), (2, 2))]),
+    row("adaptive_max_pool", (2, 5, 7, 3), size=(3, 2), draw=ties),
     # avg_pool
     row("avg_pool", (2, 6, 3), window=2),
     row("avg_pool", (2, 4, 6, 3), window=2),
@@ -428,6 +551,25 @@ CASES = [
     row("hidden_layer", (2, 6, 7, 4), (3, 2, 2, 6), (6,), groups=2),
     row("hidden_layer", (2, 6, 7, 3), (3, 2, 1, 6), (6,), groups=3, padding="REFLECT"),
     row("hidden_layer", (2, 11, 12, 1), (3, 3, 1, 2), (2,), window=9, pool_stride=1, precision="highest"),
+    # normalisation: x (N, …, C), scale and bias (C,), mean and var (C,)
+    row("batch_norm", (6, 3)),
+    row("batch_norm", (2, 3, 4, 3), (3,)),
+    row("batch_norm", (2, 3, 4, 3), (3,), (3,)),
+    row("batch_norm", (4, 5, 2), (2,), (2,), eps=0.1),
+    row("batch_norm", (2, 3, 2, 3, 2), (2,), (2,)),
+    row("batch_norm", (2, 3, 4, 3), (3,), (3,), (3,), (3,)),
+    row("batch_norm", (6, 3), (3,), (3,), (3,), (3,), eps=0.1),
+    row("layer_norm", (4, 5)),
+    row("layer_norm", (5,), (5,), (5,)),
+    row("layer_norm", (2, 3, 4, 5), (5,)),
+    row("layer_norm", (2, 3, 4, 5), (5,), (5,), eps=0.1),
+    row("layer_norm", (2, 3, 2, 4), (3, 2, 4), (3, 2, 4), axes=(1, 2, 3)),
+    row("layer_norm", (2, 3, 4, 2), (3, 4), (3, 4), axes=[2, -3]),
+    row("group_norm", (4, 6), groups=2),
+    row("group_norm", (2, 3, 4, 6), (6,), groups=3),
+    row("group_norm", (2, 3, 4, 6), (6,), (6,), groups=2, eps=0.1),
+    row("group_norm", (2, 5, 3), (3,), (3,), groups=3),
+    row("group_norm", (2, 3, 2, 2, 4), (4,), (4,), groups=1),
     # signals
     row("convolve", (9,), (4,)),
     row("convolve", (9, 7), (2, 3), mode="same"),
@@ -463,6 +605,17 @@ LONG_SUMS = [
     row("conv", (2, 3, 2, 2000), (2, 1, 2000, 3)),
     row("conv", (2, 3, 2, 3), (2, 1, 3, 2000)),
     row("conv", (2, 3, 1), (1201, 1, 1), padding="REPLICATE"),
+    row("conv_transpose", (2, 40, 40, 1), (3, 3, 2, 1), (2,)),
+    row("conv_transpose", (2, 3, 2, 2000), (2, 1, 3, 2000)),
+    row("conv_transpose", (2, 3, 2, 3), (2, 1, 2000, 3)),
+    row("depthwise_conv", (2, 40, 40, 2), (2, 2, 1, 2), (2,)),
+    row("max_unpool", (2, 2000, 1), spatial_shape=(2,)),
+    row("lp_pool", (2, 48, 48, 2), window=48),
+    row("lp_pool", (2, 150, 1), window=60, stride=1, p=3, draw=positive),
+    row("global_avg_pool", (2, 48, 48, 2)),
+    row("adaptive_avg_pool", (2, 1201, 1), size=2),
+    row("adaptive_avg_pool", (2, 2, 1), size=1201),
+    row("adaptive_max_pool", (2, 2, 1), size=1201),
     row("max_pool", (2, 150, 1), window=64, stride=1),
     row("max_pool", (2, 1200, 1), window=600, stride=1),
     row("avg_pool", (2, 48, 48, 2), window=48),
@@ -475,6 +628,10 @@ LONG_SUMS = [
     row("dense", (2000, 2), (2, 3), (3,)),
     row("dense", (2, 3), (3, 2000), (2000,)),
     row("hidden_layer", (2, 40, 40, 1), (3, 3, 1, 2), (2,)),
+    row("batch_norm", (2, 40, 40, 2), (2,), (2,)),
+    row("batch_norm", (2, 40, 40, 2), (2,), (2,), (2,), (2,)),
+    row("layer_norm", (2, 3, 2000), (2000,), (2000,)),
+    row("group_norm", (2, 40, 40, 4), (4,), (4,), groups=2),
     row("softmax_cross_entropy", (4, 2000), (4, 2000)),
     row("softmax_cross_entropy_with_integer_labels", (4, 2000)),
 ]

@@ -1,5 +1,9 @@
 """How the tests run: in float64, on two CPU devices, with strict dtypes."""
 
+import importlib.util
+import sys
+import types
+
 import hypothesis
 import jax
 import pytest
@@ -12,6 +16,13 @@ torch.set_num_threads(1)
 # The same examples each time, and no time limit: what is slow is the first compilation.
 hypothesis.settings.register_profile("jaxcnn", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("jaxcnn")
+
+# zennit asks torchvision for the names of its nets alone; the package itself would bring another PyTorch.
+if importlib.util.find_spec("torchvision") is None:
+    for name in ("torchvision", "torchvision.models", "torchvision.models.resnet"):
+        sys.modules[name] = types.ModuleType(name)
+    for name in ("BasicBlock", "Bottleneck"):
+        setattr(sys.modules["torchvision.models.resnet"], name, type(name, (), {}))
 
 
 @pytest.fixture(scope="module", autouse=True)

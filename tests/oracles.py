@@ -17,6 +17,7 @@ from jaxcnn.geometry import Correlation, Window
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 PAD_MODE = {"REFLECT": "reflect", "REPLICATE": "replicate", "CIRCULAR": "circular"}
 
@@ -53,6 +54,51 @@ def conv(
     return CONV[len(spatial)](x, w, b, stride=stride, dilation=dilation, groups=groups).movedim(1, -1)
 
 
+def depthwise_conv(x: Tensor, *w_and_b: Tensor, dimension_numbers=None, **options) -> Tensor:
+    channels = x.shape[-1 if dimension_numbers is None else dimension_numbers[0].index("C")]
+    return conv(x, *w_and_b, groups=channels, dimension_numbers=dimension_numbers, **options)
+
+
+def conv_transpose(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None = None,
+    *,
+    stride=1,
+    padding="VALID",
+    output_padding=0,
+    dilation=1,
+    groups: int = 1,
+    dimension_numbers=None,
+    preferred_element_type=None,
+    precision=None,
+) -> Tensor:
+    """PyTorch's own, which cuts off alike on both sides; else it cuts nothing off, and that is done after it."""
+    if dimension_numbers is not None:
+        of_x, of_w, of_y = dimension_numbers
+        space = [d for d in of_w if d not in "OI"]
+        x = x.permute([of_x.index(d) for d in ["N", *space, "C"]])
+        w = w.permute([of_w.index(d) for d in [*space, "I", "O"]])
+        y = conv_transpose(x, w, b, stride=stride, padding=padding, output_padding=output_padding, groups=groups)
+        return y.permute([["N", *space, "C"].index(d) for d in of_y])
+    spatial, size = x.shape[1:-1], w.shape[:-2]
+    ndim = len(spatial)
+    stride, dilation, more = (per_dim(value, ndim) for value in (stride, dilation, output_padding))
+    sizes = [n * s for n, s in zip(spatial, stride, strict=True)]
+    pads = pad_widths(padding, sizes, size, stride, dilation)
+    if padding in ("SAME", "SAME_LOWER"):  # stride times as large, also where the stride is larger than the patch
+        extent = [(k - 1) * d + 1 for k, d in zip(size, dilation, strict=True)]
+        more = tuple(max(s - e, 0) for s, e in zip(stride, extent, strict=True))
+    x, w = x.movedim(-1, 1), w.movedim(-1, 0).movedim(-1, 1).contiguous()
+    transposed = CONV_TRANSPOSE[ndim]
+    if all(lo == hi for lo, hi in pads):
+        return transposed(x, w, b, stride, [lo for lo, _ in pads], more, groups, dilation).movedim(1, -1)
+    y = transposed(x, w, b, stride, 0, more, groups, dilation)
+    for dim, (lo, hi) in enumerate(pads, start=2):
+        y = y.narrow(dim, lo, y.shape[dim] - lo - hi)
+    return y.movedim(1, -1)
+
+
 def relu(x: Tensor) -> Tensor:
     return F.relu(x)
 
@@ -65,8 +111,48 @@ def elu(x: Tensor, *, alpha: float = 1.0) -> Tensor:
     return F.elu(x, alpha)
 
 
-def gelu(x: Tensor) -> Tensor:
-    return F.gelu(x)
+def selu(x: Tensor) -> Tensor:
+    return F.selu(x)
+
+
+def celu(x: Tensor, *, alpha: float = 1.0) -> Tensor:
+    return alpha * F.elu(x / alpha)  # F.celu keeps 1/alpha in float32 on the way back
+
+
+def relu6(x: Tensor) -> Tensor:
+    return F.relu6(x)
+
+
+def hard_tanh(x: Tensor) -> Tensor:
+    return F.hardtanh(x)
+
+
+def hard_sigmoid(x: Tensor) -> Tensor:
+    return F.relu6(x + 3) / 6  # F.hardsigmoid has no second derivative
+
+
+def hard_swish(x: Tensor) -> Tensor:
+    return F.hardswish(x)
+
+
+def mish(x: Tensor) -> Tensor:
+    return F.mish(x)
+
+
+def softsign(x: Tensor) -> Tensor:
+    return F.softsign(x)
+
+
+def squareplus(x: Tensor, *, b: float = 4.0) -> Tensor:
+    return (x + torch.sqrt(x * x + b)) / 2
+
+
+def log_sigmoid(x: Tensor) -> Tensor:
+    return F.logsigmoid(x)
+
+
+def gelu(x: Tensor, *, approximate: bool = False) -> Tensor:
+    return F.gelu(x, approximate="tanh" if approximate else "none")
 
 
 def silu(x: Tensor) -> Tensor:
@@ -112,6 +198,46 @@ def avg_pool(
 
     seen = F.pad(torch.ones_like(x), flat(pads), value=float(count_include_pad))
     return (total(F.pad(x, flat(pads))) / total(seen)).movedim(1, -1)
+
+
+def max_pool_with_indices(x: Tensor, **options) -> Tensor:
+    """The first of the two."""
+    return max_pool(x, **options)
+
+
+def max_unpool(y: Tensor, *, index, spatial_shape) -> Tensor:
+    """By `scatter_add`, for PyTorch's own loses one of two equal indices."""
+    flat_x = torch.zeros(y.shape[0], math.prod(spatial_shape), y.shape[-1], dtype=y.dtype)
+    at = torch.tensor(index(tuple(y.shape))).flatten(1, -2).long()
+    return flat_x.scatter_add(1, at, y.flatten(1, -2)).unflatten(1, tuple(spatial_shape))
+
+
+def lp_pool(x: Tensor, *, window, p=2, stride=None, padding="VALID", dilation=1, ceil_mode=False) -> Tensor:
+    size, strides, pads, dilations = pool_options(x, window, stride, padding, dilation)
+    if len(size) < 3 and set(dilations) == {1} and not any(map(any, pads)):
+        pool = {1: F.lp_pool1d, 2: F.lp_pool2d}[len(size)]
+        of_size = [k[0] if len(size) == 1 else k for k in (size, strides)]
+        return pool(x.movedim(-1, 1), p, *of_size, ceil_mode).movedim(1, -1)
+    mean = avg_pool(x**p, window=window, stride=stride, padding=padding, dilation=dilation, ceil_mode=ceil_mode)
+    return (mean * math.prod(size)) ** (1 / p)
+
+
+def global_max_pool(x: Tensor) -> Tensor:
+    return x.flatten(1, -2).max(1).values
+
+
+def global_avg_pool(x: Tensor) -> Tensor:
+    return x.flatten(1, -2).mean(1)
+
+
+def adaptive_max_pool(x: Tensor, *, size) -> Tensor:
+    pool = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}[x.ndim - 2]
+    return pool(x.movedim(-1, 1), per_dim(size, x.ndim - 2)).movedim(1, -1)
+
+
+def adaptive_avg_pool(x: Tensor, *, size) -> Tensor:
+    pool = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[x.ndim - 2]
+    return pool(x.movedim(-1, 1), per_dim(size, x.ndim - 2)).movedim(1, -1)
 
 
 def kron(a: Tensor, b: Tensor) -> Tensor:
@@ -168,6 +294,28 @@ def dropout(x: Tensor, *, rate: float, mask) -> Tensor:
 
 def hidden_layer(x: Tensor, *w_and_b: Tensor, window=2, pool_stride=None, pool_padding="VALID", **of_conv) -> Tensor:
     return max_pool(relu(conv(x, *w_and_b, **of_conv)), window=window, stride=pool_stride, padding=pool_padding)
+
+
+def batch_norm(x: Tensor, *of_channels: Tensor, eps: float = 1e-5) -> Tensor:
+    """Scale, bias, then mean and var; PyTorch's own takes no derivative by the last two, so there it is the formula."""
+    scale, bias, *statistics = (*of_channels, None, None)[: max(len(of_channels), 2)]
+    if statistics:
+        mean, var = statistics
+        return (x - mean) / torch.sqrt(var + eps) * scale + bias
+    flat_x = x.reshape(-1, x.shape[-1])  # which also spares a batch norm of rank 5
+    return F.batch_norm(flat_x, None, None, scale, bias, training=True, eps=eps).reshape(x.shape)
+
+
+def layer_norm(x: Tensor, scale: Tensor | None = None, bias: Tensor | None = None, *, axes=-1, eps=1e-5) -> Tensor:
+    """PyTorch's own is over the last dims."""
+    dims = sorted(a % x.ndim for a in ((axes,) if isinstance(axes, int) else axes))
+    last = tuple(range(x.ndim - len(dims), x.ndim))
+    moved = x.movedim(dims, last)
+    return F.layer_norm(moved, [x.shape[d] for d in dims], scale, bias, eps).movedim(last, dims)
+
+
+def group_norm(x: Tensor, scale: Tensor | None = None, bias: Tensor | None = None, *, groups=32, eps=1e-5) -> Tensor:
+    return F.group_norm(x.movedim(-1, 1), groups, scale, bias, eps).movedim(1, -1)
 
 
 def squared_error(y: Tensor, target: Tensor) -> Tensor:

@@ -18,12 +18,14 @@ ROOMS = {
     "geometry": set(),
     "kernels": {"geometry", "kernels"},
     "ops": {"geometry", "kernels", "ops"},
-    "rules": {"geometry", "ops", "rules"},
+    "rules": {"geometry", "kernels", "ops", "rules"},  # kernels: what a rule must send entry by entry
     "layers": {"geometry", "ops"},
-    "net": {"geometry", "ops", "layers"},
-    "backprop": {"geometry", "ops", "rules", "layers", "net"},
+    "taps": set(),  # apart from backprop, which imports nets, because nets tap their layers
+    "net": {"geometry", "ops", "layers", "taps"},
+    "backprop": {"geometry", "ops", "rules", "layers", "net", "taps"},
     "attribution": {"geometry", "ops", "rules", "layers", "net", "backprop"},
-    "examples": {"geometry", "ops", "layers", "net", "backprop"},
+    # kernels: the products of single examples, which no op has
+    "examples": {"geometry", "kernels", "ops", "layers", "net", "backprop"},
     "curvature": {"ops"},
     "training": {"geometry", "ops", "layers", "net", "backprop"},
 }

@@ -18,25 +18,43 @@ import pytest
 import jaxcnn
 from jaxcnn import (
     AvgPool,
+    BatchNorm,
     Conv,
+    ConvTranspose,
     Dense,
+    DepthwiseConv,
     Dropout,
     Flatten,
+    GroupNorm,
     HiddenLayer,
+    LayerNorm,
     LeakyRelu,
+    LpPool,
     MaxPool,
     Relu,
+    adaptive_avg_pool,
+    adaptive_max_pool,
     avg_pool,
+    batch_norm,
     block_sum,
     conv,
+    conv_transpose,
     dense,
+    depthwise_conv,
     dropout,
     elu,
+    global_avg_pool,
+    global_max_pool,
+    group_norm,
     hidden_layer,
     kron,
     kron_up,
+    layer_norm,
     leaky_relu,
+    lp_pool,
     max_pool,
+    max_pool_with_indices,
+    max_unpool,
     residual,
     serial,
     softmax_cross_entropy,
@@ -47,6 +65,8 @@ from jaxcnn import (
 NAN, INF = float("nan"), float("inf")
 X, W, B = np.ones((2, 6, 6, 4), np.float32), np.ones((3, 3, 4, 8), np.float32), np.zeros(8, np.float32)
 ROW = np.ones((2, 6, 4), np.float32)
+BACK = np.ones((3, 3, 8, 4), np.float32)  # patches of a conv_transpose of X
+PLACES = np.zeros(X.shape, np.int32)
 LOGITS = np.zeros((3, 5), np.float32)
 KEY = jax.random.key(0)
 labelled = softmax_cross_entropy_with_integer_labels
@@ -147,6 +167,56 @@ CALLS = [
           X, W, dimension_numbers=("NHWC", "HWIO", "NHWX")),
     value("conv: dimension_numbers expected the 4 letters 'NCH' for x, got 'NHC' of ('NHC', 'HIO', 'NHC')", conv, X, W,
           dimension_numbers=("NHC", "HIO", "NHC")),
+    # conv_transpose
+    value("conv_transpose: x expected (N, *spatial, C) with 1, 2 or 3 spatial dims, got shape (6, 4)", conv_transpose,
+          X[0, 0], BACK),
+    value("conv_transpose: w expected (*K, O/groups, I) with 2 spatial dims, like x; x (2, 6, 6, 4), w (3, 8, 4)",
+          conv_transpose, X, BACK[0]),
+    value("conv_transpose: x has 4 channels but w expects 8; x (2, 6, 6, 4), w (3, 3, 4, 8)", conv_transpose, X, W),
+    value("conv_transpose: groups=3 must divide 4 input channels; x (2, 6, 6, 4), w (3, 3, 8, 4)", conv_transpose, X,
+          BACK, groups=3),
+    value("conv_transpose: groups expected an int >= 1, got 0", conv_transpose, X, BACK, groups=0),
+    kind("conv_transpose: groups expected ints, got None", conv_transpose, X, BACK, groups=None),
+    value("conv_transpose: b expected shape (8,), one number for each output channel, got (4,)", conv_transpose, X,
+          BACK, B[:4]),
+    value("conv_transpose: b expected shape (16,), one number for each output channel, got (8,)", conv_transpose, X,
+          BACK, B, groups=2),
+    value("conv_transpose: stride expected ints >= 1, got 0", conv_transpose, X, BACK, stride=0),
+    value("conv_transpose: dilation expected ints >= 1, got (1, 0)", conv_transpose, X, BACK, dilation=(1, 0)),
+    value("conv_transpose: patch expected ints >= 1, got (0, 3)", conv_transpose, X, BACK[:0]),
+    value("conv_transpose: output_padding expected ints >= 0 and less than the stride (1, 1), got 1", conv_transpose, X,
+          BACK, output_padding=1),
+    value("conv_transpose: output_padding expected ints >= 0 and less than the stride (2, 3), got (1, -1)",
+          conv_transpose, X, BACK, stride=(2, 3), output_padding=(1, -1)),
+    value("conv_transpose: output_padding expected one int or 2 of them, got (1, 1, 1)", conv_transpose, X, BACK,
+          stride=2, output_padding=(1, 1, 1)),
+    kind("conv_transpose: output_padding expected ints, got 0.5", conv_transpose, X, BACK, output_padding=0.5),
+    value("conv_transpose: output_padding expected 0 beside padding 'SAME', got 1", conv_transpose, X, BACK, stride=2,
+          padding="SAME", output_padding=1),
+    value("conv_transpose: padding ((4, 4), (0, 0)) leaves nothing: the result would have spatial dims (0, 8); "
+          "x (2, 6, 6, 4), w (3, 3, 8, 4)", conv_transpose, X, BACK, padding=((4, 4), (0, 0))),
+    value(f"conv_transpose: padding expected one of {NAMES}, an int, or an int or pair per dim; got 'REFLECT'",
+          conv_transpose, X, BACK, padding="REFLECT"),
+    value("conv_transpose: padding 'CAUSAL' expected 1 spatial dim, got 2", conv_transpose, X, BACK, padding="CAUSAL"),
+    value("conv_transpose: padding expected ints >= 0, got -1", conv_transpose, X, BACK, padding=-1),
+    kind("conv_transpose: preferred_element_type expected a floating dtype, got int8", conv_transpose, X, BACK,
+         preferred_element_type=jnp.int8),
+    value(f"conv_transpose: precision expected {PRECISIONS}, got 3", conv_transpose, X, BACK, precision=3),
+    value(f"conv_transpose: dimension_numbers expected {LAYOUTS}, got 3", conv_transpose, X, BACK, dimension_numbers=3),
+    # depthwise_conv
+    value("depthwise_conv: w expected (*K, 1, C·M) with 2 spatial dims and C = 4, like x; x (2, 6, 6, 4), "
+          "w (3, 3, 4, 8)", depthwise_conv, X, W),
+    value("depthwise_conv: w expected (*K, 1, C·M) with 2 spatial dims and C = 4, like x; x (2, 6, 6, 4), "
+          "w (3, 3, 1, 7)", depthwise_conv, X, W[:, :, :1, :7]),
+    value("depthwise_conv: w expected (*K, 1, C·M) with 2 spatial dims and C = 4, like x; x (2, 6, 6, 4), w (3, 1, 8)",
+          depthwise_conv, X, W[0, :, :1]),
+    value("depthwise_conv: b expected shape (8,), one number for each output channel, got (4,)", depthwise_conv, X,
+          W[:, :, :1], B[:4]),
+    value("depthwise_conv: patch (3, 3) is larger than the padded picture; spatial dims (2, 6), padding ((0, 0), "
+          "(0, 0))", depthwise_conv, X[:, :2], W[:, :, :1]),
+    value("depthwise_conv: stride expected ints >= 1, got 0", depthwise_conv, X, W[:, :, :1], stride=0),
+    value(f"depthwise_conv: dimension_numbers expected {LAYOUTS}, got 3", depthwise_conv, X, W[:, :, :1],
+          dimension_numbers=3),
     # hidden_layer: what it adds
     value("hidden_layer: b expected shape (8,), one number for each output channel, got (1,)", hidden_layer, X, W,
           B[:1]),
@@ -163,7 +233,7 @@ CALLS = [
     value("hidden_layer: a window lies wholly in padding; window (2, 2), padding ((2, 2), (2, 2)), spatial dims (4, 4)",
           hidden_layer, X, W, B, pool_padding=2, pool_stride=1),
     # pooling
-    *(row for pool in (max_pool, avg_pool) for name in [pool.__name__] for row in [
+    *(row for pool in (max_pool, avg_pool, max_pool_with_indices, lp_pool) for name in [pool.__name__] for row in [
         value(f"{name}: x expected (N, *spatial, C) with 1, 2 or 3 spatial dims, got shape (6, 4)", pool, X[0, 0], 2),
         value(f"{name}: window expected ints >= 1, got 0", pool, X, 0),
         value(f"{name}: window expected one int or 2 of them, got (2, 2, 2)", pool, X, (2, 2, 2)),
@@ -180,6 +250,33 @@ CALLS = [
         kind(f"{name}: ceil_mode expected a bool, got 'yes'", pool, X, 2, ceil_mode="yes"),
     ]),
     kind("avg_pool: count_include_pad expected a bool, got 'no'", avg_pool, X, 2, count_include_pad="no"),
+    value("lp_pool: p expected a finite number >= 1, got 0.5", lp_pool, X, 2, p=0.5),
+    value("lp_pool: p expected a finite number >= 1, got inf", lp_pool, X, 2, p=INF),
+    value("lp_pool: p expected a finite number >= 1, got nan", lp_pool, X, 2, p=NAN),
+    kind("lp_pool: p expected a Python float, got str", lp_pool, X, 2, p="2"),
+    value("max_unpool: expected y and indices (N, *out, C) with 1, 2 or 3 spatial dims, got y (6, 4), indices (6, 4)",
+          max_unpool, X[0, 0], PLACES[0, 0], 9),
+    value("max_unpool: expected y and indices (N, *out, C) with 1, 2 or 3 spatial dims, got y (2, 6, 6, 4), "
+          "indices (6, 6, 4)", max_unpool, X, PLACES[0], 9),
+    kind("max_unpool: indices expected an integer dtype, got float32", max_unpool, X, X, 9),
+    kind("max_unpool: indices expected an array, got None", max_unpool, X, None, 9),
+    value("max_unpool: spatial_shape expected ints >= 1, got (6, 0)", max_unpool, X, PLACES, (6, 0)),
+    value("max_unpool: spatial_shape expected one int or 2 of them, got (6,)", max_unpool, X, PLACES, (6,)),
+    kind("max_unpool: spatial_shape expected ints, got None", max_unpool, X, PLACES, None),
+    value("max_unpool: indices expected 0 … 3 for spatial_shape (2, 2), got 4 … 4", max_unpool, X, PLACES + 4, 2),
+    value("max_unpool: indices expected 0 … 35 for spatial_shape (6, 6), got -1 … -1", max_unpool, X, PLACES - 1, 6),
+    *(row for pool in (global_max_pool, global_avg_pool) for name in [pool.__name__] for row in [
+        value(f"{name}: x expected (N, *spatial, C) with 1, 2 or 3 spatial dims, got shape (6, 4)", pool, X[0, 0]),
+        value(f"{name}: x expected spatial dims >= 1, got shape (2, 0, 6, 4)", pool, X[:, :0]),
+    ]),
+    *(row for pool in (adaptive_max_pool, adaptive_avg_pool) for name in [pool.__name__] for row in [
+        value(f"{name}: x expected (N, *spatial, C) with 1, 2 or 3 spatial dims, got shape (6, 4)", pool, X[0, 0], 2),
+        value(f"{name}: x expected spatial dims >= 1, got shape (2, 0, 6, 4)", pool, X[:, :0], 2),
+        value(f"{name}: x expected spatial dims >= 1, got shape (2, 6, 0, 4)", pool, X[:, :, :0], 4),
+        value(f"{name}: size expected ints >= 1, got 0", pool, X, 0),
+        value(f"{name}: size expected one int or 2 of them, got (2, 2, 2)", pool, X, (2, 2, 2)),
+        kind(f"{name}: size expected ints, got None", pool, X, None),
+    ]),
     # Kronecker
     value("kron: a and b expected the same rank, got a (2, 6, 6, 4), b (2, 6, 4)", kron, X, ROW),
     value("kron_up: x expected (N, *spatial, C) with 1, 2 or 3 spatial dims, got shape (6, 4)", kron_up, X[0, 0], 2),
@@ -194,6 +291,12 @@ CALLS = [
     kind("leaky_relu: negative_slope expected a Python float, got str", leaky_relu, X, negative_slope="0.1"),
     value("elu: alpha expected a finite number, got -inf", elu, X, alpha=-INF),
     kind("elu: alpha expected a Python float, got bool", elu, X, alpha=True),
+    value("celu: alpha expected a finite number, got nan", jaxcnn.celu, X, alpha=NAN),
+    value("celu: alpha expected a number other than 0, got 0", jaxcnn.celu, X, alpha=0.0),
+    value("squareplus: b expected a finite number, got inf", jaxcnn.squareplus, X, b=INF),
+    value("squareplus: b expected a number > 0, got 0", jaxcnn.squareplus, X, b=0),
+    kind("squareplus: b expected a Python float, got ndarray", jaxcnn.squareplus, X, b=B),
+    kind("gelu: approximate expected a bool, got 'tanh'", jaxcnn.gelu, X, approximate="tanh"),
     # dense
     value("dense: expected x (…, I) and w (I, O), got x (2, 6, 6, 4), w (3, 8)", dense, X, W[0, 0, :3]),
     value("dense: expected x (…, I) and w (I, O), got x (2, 6, 6, 4), w (3, 3, 4, 8)", dense, X, W),
@@ -211,6 +314,37 @@ CALLS = [
     kind(f"dropout: key expected {ONE_KEY}, got uint32[2]", dropout, X, 0.5, np.zeros(2, np.uint32)),
     kind(f"dropout: key expected {ONE_KEY}, got key<fry>[2]", dropout, X, 0.5, jax.random.split(KEY)),
     kind(f"dropout: key expected {ONE_KEY}, got None", dropout, X, 0, None),  # also where it would not be used
+    # normalisation: the channels, what would broadcast silently, half of the statistics
+    value("batch_norm: x expected (N, …, C), got shape (4,)", batch_norm, X[0, 0, 0]),
+    value("group_norm: x expected (N, …, C), got shape (4,)", group_norm, X[0, 0, 0]),
+    *(value(f"{op}: {name} expected shape (4,), one number for each channel, got {got}", call, X, *arrays)
+      for op, call in (("batch_norm", batch_norm), ("group_norm", functools.partial(group_norm, groups=2)))
+      for name, got, arrays in (
+          ("scale", (1,), (B[:1],)), ("scale", (8,), (B,)), ("bias", (1, 4), (None, B[None, :4])))),
+    value("batch_norm: mean expected shape (4,), one number for each channel, got ()", batch_norm, X, None, None, B[0],
+          B[:4]),
+    value("batch_norm: var expected shape (4,), one number for each channel, got (8,)", batch_norm, X, None, None,
+          B[:4], B),
+    value("batch_norm: expected mean and var, or neither of them, got one", batch_norm, X, None, None, B[:4]),
+    value("batch_norm: expected mean and var, or neither of them, got one", batch_norm, X, None, None, None, B[:4]),
+    kind("batch_norm: var expected float32, as x is float32; got float64", batch_norm, X, None, None, B[:4],
+         B[:4].astype(np.float64)),
+    kind("batch_norm: mean expected bfloat16 or float32, as x is bfloat16; got float16", batch_norm,
+         X.astype(jnp.bfloat16), None, None, B[:4].astype(np.float16), B[:4]),
+    value("batch_norm: eps expected a finite number >= 0, got -1e-05", batch_norm, X, eps=-1e-5),
+    value("layer_norm: eps expected a finite number >= 0, got nan", layer_norm, X, eps=NAN),
+    value("group_norm: eps expected a finite number >= 0, got inf", group_norm, X, groups=2, eps=INF),
+    kind("group_norm: eps expected a Python float, got str", group_norm, X, groups=2, eps="small"),
+    value("layer_norm: scale expected shape (4,), that of x along axes (3,), got (8,)", layer_norm, X, B),
+    value("layer_norm: bias expected shape (6, 4), that of x along axes (2, 3), got (4,)", layer_norm, X, None, B[:4],
+          axes=(-1, 2)),
+    *(value(f"layer_norm: axes expected one or more different dims of the 4 of x, got {axes}", layer_norm, X, axes=axes)
+      for axes in ((), 4, (1, 1), (3, -1), (-5,))),
+    kind("layer_norm: axes expected ints, got 1.0", layer_norm, X, axes=1.0),
+    value("group_norm: groups=3 must divide the 4 channels of x (2, 6, 6, 4)", group_norm, X, groups=3),
+    value("group_norm: groups=32 must divide the 4 channels of x (2, 6, 6, 4)", group_norm, X),
+    value("group_norm: groups expected an int >= 1, got 0", group_norm, X, groups=0),
+    kind("group_norm: groups expected ints, got 2.0", group_norm, X, groups=2.0),
     # errors
     value("squared_error: y and target expected the same shape, got y (3, 5), target (3, 1)", squared_error, LOGITS,
           LOGITS[:, :1]),
@@ -236,17 +370,33 @@ CALLS = [
 # ---------------------------------------------------------------------------------------------------------------------
 # Every op: a rule that is none, and each array in turn of a dtype that has no δ, or no array
 
+ACTIVATIONS = (
+    "relu", "leaky_relu", "elu", "selu", "celu", "relu6", "hard_tanh", "hard_sigmoid", "hard_swish", "gelu", "mish",
+    "softsign", "squareplus", "log_sigmoid", "silu", "softplus", "sigmoid", "tanh",
+)  # fmt: skip
 ARRAYS = {
     # name: (op of its arrays alone, their names, arrays that fit)
     "conv": (conv, "xwb", (X, W, B)),
+    "conv_transpose": (conv_transpose, "xwb", (X, BACK, B)),
+    "depthwise_conv": (depthwise_conv, "xwb", (X, W[:, :, :1], B)),
     "hidden_layer": (hidden_layer, "xwb", (X, W, B)),
     "dense": (dense, "xwb", (X, W[0, 0], B)),
     "max_pool": (functools.partial(max_pool, window=2), "x", (X,)),
     "avg_pool": (functools.partial(avg_pool, window=2), "x", (X,)),
+    "max_pool_with_indices": (lambda x, **o: max_pool_with_indices(x, 2, **o)[0], "x", (X,)),
+    "max_unpool": (lambda y, **o: max_unpool(y, PLACES, 6, **o), "y", (X,)),
+    "lp_pool": (functools.partial(lp_pool, window=2), "x", (X,)),
+    "global_max_pool": (global_max_pool, "x", (X,)),
+    "global_avg_pool": (global_avg_pool, "x", (X,)),
+    "adaptive_max_pool": (functools.partial(adaptive_max_pool, size=4), "x", (X,)),
+    "adaptive_avg_pool": (functools.partial(adaptive_avg_pool, size=2), "x", (X,)),
     "kron": (kron, "ab", (X, X)),
     "kron_up": (functools.partial(kron_up, factor=2), "x", (X,)),
     "block_sum": (functools.partial(block_sum, factor=2), "x", (X,)),
     "dropout": (functools.partial(dropout, rate=0.5, key=KEY), "x", (X,)),
+    "batch_norm": (batch_norm, ("x", "scale", "bias"), (X, B[:4], B[:4])),
+    "layer_norm": (layer_norm, ("x", "scale", "bias"), (X, B[:4], B[:4])),
+    "group_norm": (functools.partial(group_norm, groups=2), ("x", "scale", "bias"), (X, B[:4], B[:4])),
     "squared_error": (squared_error, ("y", "target"), (LOGITS, LOGITS)),
     "softmax_cross_entropy": (softmax_cross_entropy, ("logits", "targets"), (LOGITS, LOGITS)),
     "softmax_cross_entropy_with_integer_labels": (
@@ -254,7 +404,7 @@ ARRAYS = {
     ),
     **{
         name: (getattr(jaxcnn, name), "x", (X,))
-        for name in ("relu", "leaky_relu", "elu", "gelu", "silu", "softplus", "sigmoid", "tanh")
+        for name in ACTIVATIONS
     },
 }  # fmt: skip
 
@@ -278,10 +428,10 @@ def rows_of_every_op():
             yield kind(f"{op}: {name} expected an array, got object", called, object())
             yield kind(f"{op}: {name} expected an array, got 'one'", called, "one")
             yield kind(f"{op}: {name} expected an array, got list", called, [[1.0], [1.0, 2.0]])
-            if name != "b":
+            if name not in ("b", "scale", "bias"):  # which may be left out
                 yield kind(f"{op}: {name} expected an array, got None", called, None)
             if i:  # float64 beside float32; conv and dense compare x with w, then w with b
-                compared = names[i - 1 : i + 1] if op in ("conv", "dense") else names
+                compared = names[i - 1 : i + 1] if op == "dense" or "conv" in op else names
                 got = ", ".join(f"{n} {'float64' if n == name else 'float32'}" for n in compared)
                 yield kind(f"{op}: expected one dtype for all arrays, got {got}", called, arrays[i].astype(np.float64))
 
@@ -330,6 +480,13 @@ TRACED_OPTIONS = [
     kind(f"conv: groups {TRACED}", lambda n: conv(X, W, groups=n)),
     kind(f"conv: padding {TRACED}", lambda n: conv(X, W, padding=n)),
     kind(f"conv: padding {TRACED}", lambda n: conv(X, W, padding=((n, 1), (0, 0)))),
+    kind(f"conv_transpose: output_padding {TRACED}", lambda n: conv_transpose(X, BACK, stride=3, output_padding=n)),
+    kind(f"max_unpool: spatial_shape {TRACED}", lambda n: max_unpool(X, PLACES, n)),
+    kind(f"adaptive_avg_pool: size {TRACED}", lambda n: adaptive_avg_pool(X, n)),
+    kind("lp_pool: p expected a Python float, got a value traced by jax; it must be static",
+         lambda n: lp_pool(X, 2, p=n)),
+    kind(f"group_norm: groups {TRACED}", lambda n: group_norm(X, groups=n)),
+    kind(f"layer_norm: axes {TRACED}", lambda n: layer_norm(X, axes=n)),
     kind(f"max_pool: window {TRACED}", lambda n: max_pool(X, n)),
     kind(f"avg_pool: stride {TRACED}", lambda n: avg_pool(X, 2, stride=n)),
     kind(f"hidden_layer: pool_stride {TRACED}", lambda n: hidden_layer(X, W, B, pool_stride=n)),
@@ -426,6 +583,11 @@ NET = serial(Conv(4, 3), residual(Conv(4, 3, padding="SAME"), Relu()), Flatten()
 AUTO = jaxcnn.rules.autodiff
 
 
+def calibrated(batches):
+    net = serial(BatchNorm())
+    return jaxcnn.calibrate(net, net.init(KEY, SHAPE), batches)
+
+
 class Branches(jaxcnn.Layer):
     """A layer of somebody else's that looks at numbers that are not there yet."""
 
@@ -448,6 +610,15 @@ NETS = [
     kind("Dense: features expected ints, got True", Dense, True),
     value("Conv: groups expected an int >= 1, got 0", Conv, 4, 3, groups=0),
     kind("Conv: groups expected ints, got 2.0", Conv, 4, 3, groups=2.0),
+    value("HiddenLayer: groups expected an int >= 1, got 0", HiddenLayer, 4, 3, groups=0),
+    value("ConvTranspose: features expected an int >= 1, got 0", ConvTranspose, 0, 3),
+    kind("DepthwiseConv: multiplier expected ints, got 1.5", DepthwiseConv, 3, 1.5),
+    value("conv_transpose1: ConvTranspose: groups=2 must divide 3 input and 4 output channels", built,
+          ConvTranspose(4, 3, groups=2)),
+    value("conv_transpose1: conv_transpose: stride expected ints >= 1, got 0", built, ConvTranspose(4, 3, stride=0)),
+    value("depthwise_conv1: depthwise_conv: patch (9, 9) is larger than the padded picture; spatial dims (8, 8), "
+          "padding ((0, 0), (0, 0))", built, DepthwiseConv(9)),
+    value("lp_pool1: lp_pool: p expected a finite number >= 1, got 0", built, LpPool(2, p=0)),
     value("Dropout: rate expected a number in [0, 1), got 1.5", Dropout, 1.5),
     kind("Dropout: rate expected a Python float, got str", Dropout, "0.5"),
     # given a shape: the name of the layer in front
@@ -504,6 +675,17 @@ NETS = [
     kind("conv: rule expected None, autodiff or a hashable function (call, delta), got 'autodiff'", applied,
          rules="autodiff"),
     kind("conv: rule expected None, autodiff or a hashable function (call, delta), got 3", applied, rules={Conv: 3}),
+    # normalised and calibrated
+    value("layer_norm1: LayerNorm: axes expected one or more different dims of the 4 of x, got 4", built, LayerNorm(4)),
+    value("layer_norm1: LayerNorm: axes expected dims of one example, got 0, of which one is the batch", built,
+          LayerNorm(0)),
+    value("group_norm1: group_norm: groups=32 must divide the 3 channels of x (1, 8, 8, 3)", built, GroupNorm()),
+    value("batch_norm1: batch_norm: eps expected a finite number >= 0, got -1.0", built, BatchNorm(eps=-1.0)),
+    value("calibrate: batches expected at least one example, got none", calibrated, []),
+    value("calibrate: batches expected at least one example, got none", calibrated,
+          [(np.ones((0, *SHAPE), np.float32), None)]),
+    kind("calibrate: batches expected a list, or what else can be gone through once for each of 1 layers, got "
+         "list_iterator", calibrated, iter([])),
     # evaluated
     value("evaluate: batches expected at least one example, got none",
           lambda: jaxcnn.evaluate(NET, labelled, NET.init(KEY, SHAPE), [])),
@@ -546,6 +728,6 @@ def test_every_message_is_one_line_and_begins_with_its_op():
     for row in [*rows, *NETS]:
         assert "\n" not in row.message
     ops = {name for name in dir(jaxcnn) if callable(getattr(jaxcnn, name)) and name[0].islower()}
-    nets = {"serial", "residual", "evaluate", "make_train_step"}
+    nets = {"serial", "residual", "calibrate", "evaluate", "make_train_step"}
     signals = {"convolve", "correlate", "autocorrelate", "match_template"}  # see tests/ops/test_signal.py
     assert {row.message.split(":")[0] for row in rows} == ops - nets - signals

@@ -364,25 +364,39 @@ def test_which_layer_takes_which_rule(name, exact):
 
 
 EVERY_LAYER = serial(
+    jaxcnn.DepthwiseConv(3, 2, padding="SAME"), jaxcnn.Selu(),
+    jaxcnn.ConvTranspose(6, 2, stride=2, output_padding=1, groups=2), jaxcnn.Celu(0.8), jaxcnn.Mish(),
+    jaxcnn.LpPool(2, ceil_mode=True), jaxcnn.Relu6(), jaxcnn.HardTanh(), jaxcnn.HardSigmoid(), jaxcnn.HardSwish(),
     Conv(6, 3, padding="SAME", groups=2), LeakyRelu(0.2), residual(Conv(6, 3, padding="SAME"), Silu(), name="skip"),
-    MaxPool(3, stride=2, padding=1), Elu(0.7), HiddenLayer(8, 3, padding="SAME"), AvgPool(2, stride=1, padding=1),
-    Gelu(), Conv(4, (1, 2), stride=(2, 1), dilation=(1, 2), bias=False), Softplus(), Relu(), Flatten(), Dropout(0.5),
+    jaxcnn.GroupNorm(3), MaxPool(3, stride=2, padding=1), jaxcnn.BatchNorm(), Elu(0.7),
+    HiddenLayer(8, 3, padding="SAME"), AvgPool(2, stride=1, padding=1), jaxcnn.LayerNorm(), Gelu(),
+    Conv(4, (1, 2), stride=(2, 1), dilation=(1, 2), bias=False), Softplus(), Relu(),
+    jaxcnn.AdaptiveMaxPool((3, 2)), jaxcnn.Softsign(), jaxcnn.AdaptiveAvgPool(2), jaxcnn.Squareplus(2.0),
+    serial(residual(jaxcnn.LogSigmoid()), jaxcnn.GlobalAvgPool()), Flatten(), Dropout(0.5),
     serial(Dense(12), Sigmoid(), Dense(9, bias=False), Tanh()), Dense(5),
 )  # fmt: skip
 
 
-def test_a_net_of_every_layer_against_pytorch():
-    """The same weights: values, ∂E/∂w of every parameter, and δ_x, for a random δ."""
-    kinds = {type(layer) for _, layer in EVERY_LAYER.walk()}
+#: A picture has one global pooling.
+TO_MAXIMA = serial(Conv(3, 2), jaxcnn.GlobalMaxPool(), Dense(2))
+
+
+def test_the_nets_below_have_every_layer():
+    kinds = {type(layer) for net in (EVERY_LAYER, TO_MAXIMA) for _, layer in net.walk()}
     layers = {v for v in vars(jaxcnn).values() if isinstance(v, type) and issubclass(v, jaxcnn.Layer)}
     assert layers - {jaxcnn.Layer} <= kinds
+
+
+@pytest.mark.parametrize("net", [EVERY_LAYER, TO_MAXIMA], ids=["every layer", "to maxima"])
+def test_a_net_of_every_layer_against_pytorch(net):
+    """The same weights: values, ∂E/∂w of every parameter, and δ_x, for a random δ."""
     x = pictures(3, 12, 13, 4)
-    params = parameters(EVERY_LAYER, x.shape[1:], np.float64)
-    delta = random_delta(jax.eval_shape(EVERY_LAYER.apply, params, x))
-    y, found = pulled(EVERY_LAYER.apply, (params, x), delta)
+    params = parameters(net, x.shape[1:], np.float64)
+    delta = random_delta(jax.eval_shape(net.apply, params, x))
+    y, found = pulled(net.apply, (params, x), delta)
 
     leaves, x_there = tensors(params), torch.tensor(x, requires_grad=True)
-    y_there = net_in_torch(EVERY_LAYER, leaves, x_there)
+    y_there = net_in_torch(net, leaves, x_there)
     y_there.backward(torch.tensor(delta))
     np.testing.assert_allclose(y, y_there.detach(), rtol=1e-9)
     expected = jax.tree.map(lambda a: a.grad, leaves), x_there.grad

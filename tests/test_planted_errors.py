@@ -18,7 +18,7 @@ from jax import lax
 import jaxcnn
 from jaxcnn.ops.pooling import largest, place
 from tests import checks
-from tests.cases import Case, row, ties
+from tests.cases import Case, positive, row, ties
 
 #: Three opinions that know nothing of each other; what is wrong, all of them must see.
 THREE = (checks.rule_against_autodiff, checks.rule_against_pytorch, checks.rules_by_differences)
@@ -45,7 +45,7 @@ class Planted:
 
 def with_inputs(call: Any, delta: Any, *inputs: Any) -> Any:
     """What the exact rule says of other inputs."""
-    return jax.vjp(call.op, *inputs)[1](delta)
+    return call.at(*inputs).exact(delta)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,6 +192,78 @@ def slope_left_out(call, delta):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Transposed convolution, and pooling by index, by power, by share
+
+
+def turned_twice(call, delta):
+    """conv with the patch turned where the rule wants it as it stands."""
+    x, w, b = call.inputs
+    _, *others = call.exact(delta)
+    return with_inputs(call, delta, x, jnp.flip(w, (0, 1)), b)[0], *others
+
+
+def padding_of_the_other_end(call, delta):
+    """What output_padding adds, taken from the front."""
+    delta_x, *others = call.exact(jnp.roll(delta, 1, axis=1))
+    return delta_x, *others
+
+
+def channels_of_other_groups(call, delta):
+    delta_x, grad_w, grad_b = call.exact(delta)
+    return delta_x, jnp.concatenate(jnp.split(grad_w, call.geometry.groups, axis=-1)[::-1], -1), grad_b
+
+
+def index_of_next(call, delta):
+    y, index = call.inputs
+    return with_inputs(call, delta, y, (index + 1) % delta[0, ..., 0].size)
+
+
+def power_left_out(call, delta):
+    """δ_x = x ∘ up(δ/y), the rule of p = 2, for p = 3."""
+    (x,) = call.inputs
+    return jax.vjp(functools.partial(jaxcnn.lp_pool, window=2), x)[1](delta)
+
+
+def one_count_for_all(call, delta):
+    """Shares of a window's mean size, where the sizes differ."""
+    sizes = call.geometry
+    return (call.exact(delta * sizes.count() / sizes.count().mean())[0],)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Normalisation
+
+
+def statistics_held_fixed(call, delta):
+    """δ_x = δ·γ·r, as if the batch's mean and variance did not depend on x."""
+    x, scale, _ = call.inputs
+    _, *others = call.exact(delta)
+    over = tuple(range(x.ndim - 1))
+    return delta * scale / jnp.sqrt(x.var(over) + call.geometry.eps), *others
+
+
+def variance_held_fixed(call, delta):
+    """Without the term x̂·mean(g·x̂)."""
+    x, scale, _ = call.inputs
+    _, *others = call.exact(delta)
+    over = tuple(range(x.ndim - 1))
+    g, r = delta * scale, 1 / jnp.sqrt(x.var(over) + call.geometry.eps)
+    return r * (g - g.mean(over)), *others
+
+
+def grad_scale_of_x(call, delta):
+    """Σ δ·x for Σ δ·x̂."""
+    x, *_ = call.inputs
+    delta_x, _, grad_bias = call.exact(delta)
+    return delta_x, (delta * x).sum(tuple(range(x.ndim - 1))), grad_bias
+
+
+def over_the_whole_picture(call, delta):
+    """The rule of one group where there are two."""
+    return jax.vjp(functools.partial(jaxcnn.group_norm, groups=1), *call.inputs)[1](delta)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Errors: these take no rule=
 
 
@@ -279,6 +351,25 @@ PLANTED = [
     Planted("dropout: scale forgotten", row("dropout", (4, 6), rate=0.5), dropout_scale_forgotten, LINEAR),
     Planted("dropout: another mask", row("dropout", (4, 6), rate=0.5), another_mask, LINEAR),
     Planted("hidden_layer: slope left out", row("hidden_layer", (2, 6, 6, 2), (3, 3, 2, 4), (4,)), slope_left_out),
+    Planted(
+        "conv_transpose: patch turned", row("conv_transpose", (2, 3, 4, 3), (3, 2, 4, 3), (4,)), turned_twice, LINEAR,
+    ),
+    Planted(
+        "conv_transpose: padded at the other end",
+        row("conv_transpose", (2, 3, 4, 3), (3, 2, 4, 3), (4,), stride=2, output_padding=1), padding_of_the_other_end,
+        LINEAR,
+    ),
+    Planted(
+        "conv_transpose: groups swapped", row("conv_transpose", (2, 3, 4, 4), (3, 2, 3, 4), groups=2),
+        channels_of_other_groups, LINEAR,
+    ),
+    Planted("max_unpool: index off by one", row("max_unpool", (2, 3, 2), spatial_shape=(7,)), index_of_next, LINEAR),
+    Planted("lp_pool: power left out", row("lp_pool", (2, 4, 6, 3), window=2, p=3, draw=positive), power_left_out),
+    Planted("adaptive_avg_pool: one count", row("adaptive_avg_pool", (2, 8, 3), size=3), one_count_for_all, LINEAR),
+    Planted("batch_norm: statistics held fixed", row("batch_norm", (4, 3, 2), (2,), (2,)), statistics_held_fixed),
+    Planted("batch_norm: variance held fixed", row("batch_norm", (4, 3, 2), (2,), (2,)), variance_held_fixed),
+    Planted("batch_norm: Σ δ·x", row("batch_norm", (4, 3, 2), (2,), (2,)), grad_scale_of_x, LINEAR),
+    Planted("group_norm: groups not told apart", row("group_norm", (2, 3, 4), groups=2), over_the_whole_picture),
     Planted(
         "squared_error: sign", row("squared_error", (4, 3), (4, 3)),
         wrong_loss(jaxcnn.squared_error, squared_error_sign), is_rule=False,

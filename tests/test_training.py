@@ -14,8 +14,23 @@ import torch.nn.functional as F
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxcnn
-from jaxcnn import Dense, Dropout, Flatten, HiddenLayer, TrainState, evaluate, make_train_step, serial
+from jaxcnn import (
+    BatchNorm,
+    Conv,
+    Dense,
+    Dropout,
+    Flatten,
+    HiddenLayer,
+    Tanh,
+    TrainState,
+    calibrate,
+    evaluate,
+    make_train_step,
+    residual,
+    serial,
+)
 from tests.agreement import net_in_torch, numbers, tensors
+from tests.cases import compiled
 
 SHAPE, CLASSES = (10, 10, 1), 4
 NET = serial(HiddenLayer(4, 3), Flatten(), Dense(CLASSES))
@@ -299,3 +314,98 @@ def test_evaluation_is_traced_once_for_a_shape():
     for seed in range(2):
         evaluate(NET, loss, params, [batch(8, seed), batch(8, seed + 10)])
     assert loss.traces == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics of the training data
+
+NORMS = serial(
+    *(BatchNorm(), Conv(3, 3)),
+    residual(Conv(3, 3, padding="SAME"), BatchNorm(eps=0.01), serial(Tanh(), BatchNorm(), name="in")),
+    *(Flatten(), Dropout(0.5), Dense(4), BatchNorm(scale=False)),
+)
+
+
+def normalised():
+    """Parameters, none of them 0 or 1, and data in uneven batches."""
+    rng = np.random.default_rng(0)
+    made = NORMS.init(jax.random.key(0), SHAPE, np.float64)
+    params = jax.tree.map(lambda a: rng.uniform(0.5, 1.5, a.shape), made)
+    return params, [(rng.standard_normal((n, *SHAPE)) + n, None) for n in (3, 1, 0, 4)]
+
+
+def test_calibrated_statistics_are_those_of_what_reaches_the_layer_at_evaluation():
+    """So that over the training data together each layer's output has the mean β and the variance γ²·v/(v + ε)."""
+    params, batches = normalised()
+    calibrated = calibrate(NORMS, params, batches)
+    seen = {}
+
+    def spying(layer):
+        def apply(params, x, **options):
+            y = type(layer).apply(layer, params, x, **options)
+            seen[layer] = (np.asarray(x), np.asarray(y))
+            return y
+
+        return apply
+
+    x = np.concatenate([x for x, _ in batches])
+    layers = {path: layer for path, layer in NORMS.walk() if isinstance(layer, BatchNorm)}
+    assert list(layers) == ["batch_norm1", "residual1/batch_norm1", "residual1/in/batch_norm1", "batch_norm2"]
+    for path, layer in layers.items():
+        object.__setattr__(layer, "apply", spying(layer))
+        try:
+            NORMS.apply(calibrated, x)
+        finally:
+            object.__delattr__(layer, "apply")
+        own = functools.reduce(lambda tree, name: tree[name], path.split("/"), calibrated)
+        (reached, y), over = seen[layer], tuple(range(seen[layer][0].ndim - 1))
+        np.testing.assert_allclose(own["mean"], reached.mean(over), rtol=1e-12, err_msg=path)
+        np.testing.assert_allclose(own["var"], reached.var(over), rtol=1e-12, err_msg=path)
+        np.testing.assert_allclose(y.mean(over), own["bias"], rtol=1e-10)
+        share = own["var"] / (own["var"] + layer.eps)
+        np.testing.assert_allclose(y.var(over), own.get("scale", 1) ** 2 * share, rtol=1e-10)
+
+
+def test_calibrated_statistics_do_not_depend_on_the_batches():
+    params, batches = normalised()
+    x = np.concatenate([x for x, _ in batches])
+    at_once = calibrate(NORMS, params, [(x, None)])
+    chex.assert_trees_all_close(calibrate(NORMS, params, batches), at_once, rtol=1e-12)
+    again = calibrate(NORMS, at_once, [(x[:5], None), (x[5:], None)])  # statistics that were there are replaced
+    chex.assert_trees_all_close(again, at_once, rtol=1e-12)
+
+
+def test_statistics_are_used_at_evaluation_and_not_while_training():
+    params, batches = normalised()
+    calibrated = calibrate(NORMS, params, batches)
+    x, key = batches[0][0], jax.random.key(3)
+    np.testing.assert_array_equal(NORMS.apply(calibrated, x, key=key), NORMS.apply(params, x, key=key))
+    one = NORMS.apply(calibrated, x[:1])
+    np.testing.assert_allclose(one, NORMS.apply(calibrated, x)[:1], rtol=1e-12)  # whatever its neighbours
+    assert np.abs(one - NORMS.apply(params, x)[:1]).max() > 1e-3
+
+
+def test_the_optimiser_never_sees_statistics():
+    params, batches = normalised()
+    names = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+    assert names == {"w", "b", "scale", "bias"}
+    calibrated = calibrate(NORMS, params, batches)
+    assert "mean" not in params["batch_norm1"], "what went in was changed"
+    gradients = compiled(jax.grad(lambda params: (NORMS.apply(params, batches[0][0]) ** 2).sum()))(calibrated)
+    for statistic in ("mean", "var"):
+        assert not np.any(gradients["batch_norm1"][statistic])
+    assert np.any(gradients["batch_norm1"]["scale"])
+
+
+def test_statistics_of_16_bits_are_in_float32():
+    net = serial(BatchNorm())
+    x = (1000 + np.random.default_rng(0).standard_normal((300, 2))).astype(jnp.bfloat16)
+    own = calibrate(net, net.init(jax.random.key(0), (2,), jnp.bfloat16), [(x, None)])["batch_norm1"]
+    assert own["mean"].dtype == own["var"].dtype == np.float32
+    np.testing.assert_allclose(own["mean"], x.astype(np.float64).mean(0), rtol=1e-6)
+    assert net.apply({"batch_norm1": own}, x).dtype == jnp.bfloat16
+
+
+def test_a_net_without_batch_norm_is_calibrated_already():
+    params = NET.init(jax.random.key(0), SHAPE)
+    assert calibrate(NET, params, iter([])) is params

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import json
 import os
 import platform
 import statistics
@@ -12,6 +13,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from experiments.files import replacing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,3 +97,28 @@ def _processor() -> str:
         return platform.processor()
     names = (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name"))
     return next(names, platform.processor())
+
+
+def show(title: str, machine: Mapping[str, Any], times: Mapping[str, Times], base: str) -> None:
+    """Print what ran, and a line for each contender; the last column says how many times `base` it took."""
+    print("  ".join(f"{name} {value}" for name, value in machine.items()))
+    print(title)
+    width = max(map(len, times))
+    print(f"{'':{width}}  {'median':>9}  {'minimum':>9}  {'spread':>6}  {'times ' + base:>{max(16, len(base) + 6)}}")
+    of = times[base]
+    for name, t in times.items():
+        ratio = f"{t.median / of.median:.2f} ({t.minimum / of.minimum:.2f})"
+        print(
+            f"{name:{width}}  {t.median * 1e3:6.1f} ms  {t.minimum * 1e3:6.1f} ms  {t.spread:6.0%}  "
+            f"{ratio:>{max(16, len(base) + 6)}}"
+        )
+    print("ratios of medians (of minima)")
+
+
+def write(path: Path, machine: Mapping[str, Any], config: Mapping[str, Any], times: Mapping[str, Times]) -> None:
+    """Write every round's seconds as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plain = {name: str(v) if isinstance(v, Path) else v for name, v in config.items()}
+    found = {"machine": machine, "config": plain, "seconds": {name: t.seconds for name, t in times.items()}}
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(found, indent=1))

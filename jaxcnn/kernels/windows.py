@@ -111,23 +111,15 @@ def _place_tiles(win: Window, y: Array, winner: Array) -> Array:
 
 
 def _take_long(win: Window, x: Array, winner: Array) -> Array:
-    flat = x.reshape(x.shape[0], math.prod(win.shape), x.shape[-1])
-    at = _flat_index(win, winner).reshape(x.shape[0], math.prod(win.out), x.shape[-1])
-    found = jnp.take_along_axis(flat, at, axis=1, mode="clip").reshape(winner.shape)
-    return jnp.where(winner == nothing(win), 0, found)
+    return gather(x, jnp.where(winner == nothing(win), -1, flat_index(win, winner)))
 
 
 def _place_long(win: Window, y: Array, winner: Array) -> Array:
-    batch, channels = y.shape[0], y.shape[-1]
-    at = _flat_index(win, winner).reshape(batch, math.prod(win.out), channels)
-    sent = jnp.where(winner == nothing(win), 0, y).reshape(at.shape).astype(accumulator(y.dtype))
-    flat = jnp.zeros((batch, math.prod(win.shape), channels), sent.dtype)
-    flat = flat.at[np.arange(batch)[:, None, None], at, np.arange(channels)].add(sent, mode="clip")
-    return flat.reshape(batch, *win.shape, channels).astype(y.dtype)
+    return scatter(win.shape, y, jnp.where(winner == nothing(win), -1, flat_index(win, winner)))
 
 
-def _flat_index(win: Window, winner: Array) -> Array:
-    """Where every winner stands in the flattened spatial dims."""
+def flat_index(win: Window, winner: Array) -> Array:
+    """Where every winner stands in the picture's flattened spatial dims; int32."""
     index = jnp.zeros(winner.shape, jnp.int32)
     number = winner.astype(jnp.int32)
     for dim in range(win.ndim):
@@ -136,6 +128,32 @@ def _flat_index(win: Window, winner: Array) -> Array:
         at = start.reshape(-1, *(1,) * (win.ndim - dim)) + tap * win.dilation[dim]
         index = index * win.shape[dim] + at
     return index
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Entries by number, of each channel's flattened spatial dims; a number that is none reads zero and sends nothing
+
+
+def gather(x: Array, index: Array) -> Array:
+    """``y[o] = x[index[o]]``: pictures ``(N, *spatial, C)`` read at ``index (N, *out, C)``."""
+    entries = math.prod(x.shape[1:-1])
+    flat = x.reshape(x.shape[0], entries, x.shape[-1])
+    at = index.reshape(x.shape[0], math.prod(index.shape[1:-1]), x.shape[-1])
+    found = jnp.take_along_axis(flat, at, axis=1, mode="clip").reshape(index.shape)
+    return jnp.where((index >= 0) & (index < entries), found, 0)
+
+
+def scatter(spatial: tuple[int, ...], y: Array, index: Array) -> Array:
+    """The adjoint of `gather`: every ``y[o]`` is added to the entry ``index[o]`` of a picture of zeros.
+
+    16-bit floats are summed in float32.
+    """
+    batch, channels, entries = y.shape[0], y.shape[-1], math.prod(spatial)
+    sent = jnp.where((index >= 0) & (index < entries), y, 0).astype(accumulator(y.dtype))
+    at = index.reshape(batch, math.prod(index.shape[1:-1]), channels)
+    flat = jnp.zeros((batch, entries, channels), sent.dtype)
+    flat = flat.at[np.arange(batch)[:, None, None], at, np.arange(channels)].add(sent.reshape(at.shape), mode="clip")
+    return flat.reshape(batch, *spatial, channels).astype(y.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxcnn.geometry import fail, static_float
+from jaxcnn.geometry import fail, static_bool, static_float
 from jaxcnn.ops.rule import Rule, arrays, with_rule
 
 
@@ -83,6 +83,8 @@ class _Row:
 
 _INV_SQRT_2PI = 0.3989422804014327
 _INV_SQRT_2 = 0.7071067811865476
+_SQRT_2_PI = 0.7978845608028654
+_SELU_SCALE, _SELU_ALPHA = 1.0507009873554805, 1.6732632423543772
 
 
 def _gelu_slope(x: Array, c: float) -> Array:
@@ -95,6 +97,16 @@ def _normal(x: Array) -> Array:
     return 0.5 * jax.lax.erfc(-x * _INV_SQRT_2)
 
 
+def _clipped(x: Array, low: float, high: float) -> Array:
+    """x, no less than low and no more than high; NaN stays.  Its slope is `_between`, also by autodiff."""
+    return jnp.where(x <= low, _of(low, x), jnp.where(x >= high, _of(high, x), x))
+
+
+def _between(x: Array, low: float, high: float, slope: float | Array) -> Array:
+    """The slope where low < x < high, and 0 elsewhere, also at both ends."""
+    return jnp.where((x > low) & (x < high), jnp.asarray(slope, x.dtype), 0)
+
+
 def _of(c: float, x: Array) -> Array:
     return jnp.asarray(c, x.dtype)
 
@@ -105,12 +117,48 @@ def _silu_slope(x: Array, c: float) -> Array:
     return s * (1 + x * (1 - s))
 
 
+def _gelu_tanh(x: Array, c: float) -> Array:
+    return x * (1 + jnp.tanh(_SQRT_2_PI * (x + 0.044715 * x**3))) / 2
+
+
+def _gelu_tanh_slope(x: Array, c: float) -> Array:
+    """g'(x) = (1 + t)/2 + x·(1 − t²)·u'/2, with t = tanh u, u = √(2/π)·(x + 0.044715·x³)."""
+    t = jnp.tanh(_SQRT_2_PI * (x + 0.044715 * x**3))
+    return (1 + t) / 2 + x * (1 - t * t) * _SQRT_2_PI * (1 + 3 * 0.044715 * x * x) / 2
+
+
+def _mish_slope(x: Array, c: float) -> Array:
+    """g'(x) = t + x·(1 − t²)·sigmoid(x), with t = tanh(softplus(x))."""
+    t = jnp.tanh(jnp.logaddexp(x, 0))
+    return t + x * (1 - t * t) * jax.nn.sigmoid(x)
+
+
+def _squareplus(x: Array, c: float) -> Array:
+    """(x + r)/2 with r = √(x² + c); where x < 0 as c/(2(r − x)), which keeps the digits."""
+    r = jnp.sqrt(x * x + c)
+    return jnp.where(x > 0, (x + r) / 2, c / (2 * (r - jnp.minimum(x, 0))))
+
+
 _TABLE = {
     # name:        g(x)                                     g'                                              of
     "leaky_relu": _Row(lambda x, c: jnp.where(x > 0, x, c * x), lambda x, c: jnp.where(x > 0, 1, _of(c, x)), "x"),
     "elu": _Row(lambda x, c: jnp.where(x > 0, x, c * jnp.expm1(jnp.minimum(x, 0))),
                 lambda x, c: jnp.where(x > 0, 1, c * jnp.exp(jnp.minimum(x, 0))), "x"),
+    "selu": _Row(lambda x, c: _SELU_SCALE * jnp.where(x > 0, x, _SELU_ALPHA * jnp.expm1(jnp.minimum(x, 0))),
+                 lambda x, c: _SELU_SCALE * jnp.where(x > 0, 1, _SELU_ALPHA * jnp.exp(jnp.minimum(x, 0))), "x"),
+    "celu": _Row(lambda x, c: jnp.where(x > 0, x, c * jnp.expm1(jnp.minimum(x, 0) / c)),
+                 lambda x, c: jnp.where(x > 0, 1, jnp.exp(jnp.minimum(x, 0) / c)), "x"),
+    "relu6": _Row(lambda x, c: _clipped(x, 0, 6), lambda x, c: _between(x, 0, 6, 1), "x"),
+    "hard_tanh": _Row(lambda x, c: _clipped(x, -1, 1), lambda x, c: _between(x, -1, 1, 1), "x"),
+    "hard_sigmoid": _Row(lambda x, c: _clipped(x + 3, 0, 6) / 6, lambda x, c: _between(x, -3, 3, 1 / 6), "x"),
+    "hard_swish": _Row(lambda x, c: x * (_clipped(x + 3, 0, 6) / 6),
+                       lambda x, c: jnp.where(x >= 3, 1, _between(x, -3, 3, x / 3 + 0.5)), "x"),
     "gelu": _Row(lambda x, c: x * _normal(x), _gelu_slope, "x"),
+    "gelu_tanh": _Row(_gelu_tanh, _gelu_tanh_slope, "x"),
+    "mish": _Row(lambda x, c: x * jnp.tanh(jnp.logaddexp(x, 0)), _mish_slope, "x"),
+    "softsign": _Row(lambda x, c: x / (1 + jnp.abs(x)), lambda x, c: 1 / jnp.square(1 + jnp.abs(x)), "x"),
+    "squareplus": _Row(_squareplus, lambda x, c: _squareplus(x, c) / jnp.sqrt(x * x + c), "x"),
+    "log_sigmoid": _Row(lambda x, c: -jnp.logaddexp(-x, 0), lambda x, c: jax.nn.sigmoid(-x), "x"),
     "silu": _Row(lambda x, c: x * jax.nn.sigmoid(x), _silu_slope, "x"),
     "softplus": _Row(lambda x, c: jnp.logaddexp(x, 0), lambda x, c: jax.nn.sigmoid(x), "x"),
     "sigmoid": _Row(lambda x, c: jax.nn.sigmoid(x), lambda y, c: y * (1 - y), "y"),
@@ -118,9 +166,9 @@ _TABLE = {
 }  # fmt: skip
 
 
-def _activate(op: str, x: ArrayLike, rule: Rule | None, constant: float = 0.0) -> Array:
+def _activate(op: str, x: ArrayLike, rule: Rule | None, constant: float = 0.0, form: str | None = None) -> Array:
     (x,) = arrays(op, x=x)
-    return with_rule(_activation, rule, _activation_plain, op)(Activation(op, constant), x)
+    return with_rule(_activation, rule, _activation_plain, op)(Activation(form or op, constant), x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -172,17 +220,162 @@ def elu(x: ArrayLike, *, alpha: float = 1.0, rule: Rule | None = None) -> Array:
     return _activate("elu", x, rule, _constant("elu", "alpha", alpha))
 
 
-def gelu(x: ArrayLike, *, rule: Rule | None = None) -> Array:
+def gelu(x: ArrayLike, *, approximate: bool = False, rule: Rule | None = None) -> Array:
     """Gaussian error linear unit, exact: ``y = x·Φ(x)``.  ``δ_x = δ ∘ (Φ(x) + x·φ(x))``.
 
-    x: any shape and float dtype → same.  Raises: TypeError for dtypes.  Source: Hendrycks & Gimpel 2016.
+    With ``approximate`` Φ(x) is (1 + t)/2, t = tanh u, u = √(2/π)·(x + 0.044715·x³), and its slope that one's own:
+    ``δ_x = δ ∘ ((1 + t)/2 + x(1 − t²)u'/2)``.
+
+    x: any shape and float dtype → same.  Raises: TypeError for dtypes and for an option that is no bool.
+    Source: Hendrycks & Gimpel 2016.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
     >>> jaxcnn.gelu(jnp.array([0.0]))
     Array([0.], dtype=float32)
     """
-    return _activate("gelu", x, rule)
+    form = "gelu_tanh" if static_bool("gelu", "approximate", approximate) else None
+    return _activate("gelu", x, rule, form=form)
+
+
+def selu(x: ArrayLike, *, rule: Rule | None = None) -> Array:
+    """Scaled ELU: ``y = λx`` where x > 0, else ``λα(eˣ − 1)``.  ``δ_x = δ ∘ (λ or λα·eˣ)``.
+
+    x: any shape and float dtype → same.  Raises: TypeError for dtypes.  λ ≈ 1.0507 and α ≈ 1.6733 keep mean 0 and
+    variance 1 from layer to layer.  Source: Klambauer et al. 2017.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.selu(jnp.array([0.0, 1.0]))
+    Array([0.      , 1.050701], dtype=float32)
+    """
+    return _activate("selu", x, rule)
+
+
+def celu(x: ArrayLike, *, alpha: float = 1.0, rule: Rule | None = None) -> Array:
+    """ELU whose slope has no jump: ``y = x`` where x > 0, else ``α(e^(x/α) − 1)``.  ``δ_x = δ ∘ (1 or e^(x/α))``.
+
+    x: any shape and float dtype → same.  Raises: TypeError for dtypes, ValueError for an alpha that is 0 or not finite.
+    Source: Barron 2017.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.celu(jnp.array([0.0, 2.0]))
+    Array([0., 2.], dtype=float32)
+    """
+    constant = _constant("celu", "alpha", alpha)
+    if constant == 0:
+        fail("celu", "alpha expected a number other than 0, got 0")
+    return _activate("celu", x, rule, constant)
+
+
+def relu6(x: ArrayLike, *, rule: Rule | None = None) -> Array:
+    """ReLU that ends at 6: ``y = min(max(x, 0), 6)``.  ``δ_x = δ ∘ [0 < x < 6]``.
+
+    x: any shape and float dtype → same.  Raises: TypeError for dtypes.  Source: Howard et al. 2017.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.relu6(jnp.array([-1.0, 2.0, 8.0]))
+    Array([0., 2., 6.], dtype=float32)
+    """
+    return _activate("relu6", x, rule)
+
+
+def hard_tanh(x: ArrayLike, *, rule: Rule | None = None) -> Array:
+    """Tanh in straight lines: ``y = min(max(x, −1), 1)``.  ``δ_x = δ ∘ [−1 < x < 1]``.
+
+    x: any shape and float dtype → same.  Raises: TypeError for dtypes.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.hard_tanh(jnp.array([-3.0, 0.5, 3.0]))
+    Array([-1. ,  0.5,  1. ], dtype=float32)
+    """
+    return _activate("hard_tanh", x, rule)
+
+
+def hard_sigmoid(x: ArrayLike, *, rule: Rule | None = None) -> Array:
+    """Sigmoid in straight lines: ``y = min(max(x + 3, 0), 6)/6``.  ``δ_x = δ ∘ [−3 < x < 3]/6``.
+
+    x: any shape and float dtype → same.  Raises: TypeError for dtypes.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.hard_sigmoid(jnp.array([-4.0, 0.0, 4.0]))
+    Array([0. , 0.5, 1. ], dtype=float32)
+    """
+    return _activate("hard_sigmoid", x, rule)
+
+
+def hard_swish(x: ArrayLike, *, rule: Rule | None = None) -> Array:
+    """SiLU in straight lines: ``y = x·hard_sigmoid(x)``.  ``δ_x = δ ∘ (0 up to x = −3, x/3 + ½, 1 from x = 3 on)``.
+
+    x: any shape and float dtype → same.  Raises: TypeError for dtypes.
+    Source: Howard et al. 2019.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.hard_swish(jnp.array([-4.0, 0.0, 4.0]))
+    Array([-0.,  0.,  4.], dtype=float32)
+    """
+    return _activate("hard_swish", x, rule)
+
+
+def mish(x: ArrayLike, *, rule: Rule | None = None) -> Array:
+    """Mish: ``y = x·t, t = tanh(log(1 + eˣ))``.  ``δ_x = δ ∘ (t + x(1 − t²)·sigmoid(x))``.
+
+    x: any shape and float dtype → same.  Raises: TypeError for dtypes.  Source: Misra 2019.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.mish(jnp.array([0.0]))
+    Array([0.], dtype=float32)
+    """
+    return _activate("mish", x, rule)
+
+
+def softsign(x: ArrayLike, *, rule: Rule | None = None) -> Array:
+    """Softsign: ``y = x/(1 + |x|)``.  ``δ_x = δ ∘ 1/(1 + |x|)²``.
+
+    x: any shape and float dtype → same.  Raises: TypeError for dtypes.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.softsign(jnp.array([-1.0, 3.0]))
+    Array([-0.5 ,  0.75], dtype=float32)
+    """
+    return _activate("softsign", x, rule)
+
+
+def squareplus(x: ArrayLike, *, b: float = 4.0, rule: Rule | None = None) -> Array:
+    """Squareplus, a softplus without exponential: ``y = (x + √(x² + b))/2``.  ``δ_x = δ ∘ y/√(x² + b)``.
+
+    x: any shape and float dtype → same.  Raises: TypeError for dtypes, ValueError for a b that is not finite or
+    not > 0.  Source: Barron 2021.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.squareplus(jnp.array([0.0]))
+    Array([1.], dtype=float32)
+    """
+    constant = _constant("squareplus", "b", b)
+    if constant <= 0:
+        fail("squareplus", f"b expected a number > 0, got {b}")
+    return _activate("squareplus", x, rule, constant)
+
+
+def log_sigmoid(x: ArrayLike, *, rule: Rule | None = None) -> Array:
+    """Logarithm of the sigmoid: ``y = −log(1 + e⁻ˣ)``.  ``δ_x = δ ∘ sigmoid(−x)``.
+
+    x: any shape and float dtype → same.  Raises: TypeError for dtypes.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.log_sigmoid(jnp.array([100.0, -100.0]))
+    Array([  -0., -100.], dtype=float32)
+    """
+    return _activate("log_sigmoid", x, rule)
 
 
 def silu(x: ArrayLike, *, rule: Rule | None = None) -> Array:

@@ -6,6 +6,7 @@ The family is closed under differentiation: the rule of each of its three produc
     spread   δ, w → x          its rule:  conv, match
     match    x, δ → w          its rule:  spread, conv
 
+`conv_transpose` is spread as a layer of its own, `depthwise_conv` is conv with as many groups as channels.
 As everywhere in deep learning "convolution" here does not turn the patch: it is cross-correlation (lecture §11, with
 erratum 4).  The patch *is* turned on the way back (lecture §15).
 """
@@ -20,7 +21,20 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxcnn.geometry import PADDING_MODES, PADDINGS, Correlation, Padding, PerDim, Window, fail, static_int, window
+from jaxcnn.geometry import (
+    PADDING_MODES,
+    PADDINGS,
+    Correlation,
+    Padding,
+    PerDim,
+    Window,
+    fail,
+    pad_widths,
+    positive,
+    static_int,
+    static_ints,
+    window,
+)
 from jaxcnn.kernels import correlation as kernels
 from jaxcnn.ops.rule import Rule, arrays, picture, with_rule
 
@@ -69,13 +83,59 @@ def conv(
     (1, 24, 24, 32)
     """
     x, w = arrays("conv", x=x, w=w)
-    x, w, back = _channels_last(x, w, dimension_numbers)
+    x, w, back = _channels_last("conv", x, w, dimension_numbers)
     x, c = geometry("conv", x, w, stride, padding, dilation, groups, preferred_element_type, precision)
-    if b is not None:
-        _, b = arrays("conv", w=w, b=b)
-        if b.shape != w.shape[-1:]:
-            fail("conv", f"b expected shape {w.shape[-1:]}, one number for each output channel, got {b.shape}")
-    y = with_rule(_conv, rule, conv_plain)(c, x, w, b)
+    y = with_rule(_conv, rule, conv_plain)(c, x, w, _bias("conv", w, b, w.shape[-1]))
+    return y if back is None else jnp.transpose(y, back)
+
+
+def depthwise_conv(
+    x: ArrayLike,
+    w: ArrayLike,
+    b: ArrayLike | None = None,
+    *,
+    stride: PerDim = 1,
+    padding: Padding = "VALID",
+    dilation: PerDim = 1,
+    dimension_numbers: Sequence[str] | None = None,
+    preferred_element_type: DTypeLike | None = None,
+    precision: Any = None,
+    rule: Rule | None = None,
+) -> Array:
+    """Depthwise convolution: each channel has patches of its own, ``y[…, c·M + m]`` is channel c with its patch m.
+
+    `conv` with ``groups`` = channels, and its rule.
+
+    Args:
+        x: pictures ``(N, *spatial, C)``, one to three spatial dims, any float dtype.
+        w: patches ``(*K, 1, C·M)``, of the same dtype; M, the multiplier, is how many a channel has.
+        b: one number for each output channel, ``(C·M,)``.
+        stride: how far the patch moves.
+        padding: as in `conv`.
+        dilation: the distance between a patch's entries.
+        dimension_numbers: as in `conv`.
+        preferred_element_type: as in `conv`.
+        precision: as in `jax.lax`.
+        rule: another backward half, over channels-last arrays; see `jaxcnn.rules`.
+
+    Returns: ``(N, *out, C·M)``.
+
+    Raises: ValueError for shapes or options that do not fit, TypeError for dtypes.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.depthwise_conv(jnp.ones((1, 28, 28, 3)), jnp.ones((5, 5, 1, 6))).shape
+    (1, 24, 24, 6)
+    """
+    op = "depthwise_conv"
+    x, w = arrays(op, x=x, w=w)
+    x, w, back = _channels_last(op, x, w, dimension_numbers)
+    spatial = picture(op, x)
+    if w.ndim != x.ndim or w.shape[-2] != 1 or w.shape[-1] % max(x.shape[-1], 1):
+        expected = f"(*K, 1, C·M) with {len(spatial)} spatial dims and C = {x.shape[-1]}, like x"
+        fail(op, f"w expected {expected}; x {x.shape}, w {w.shape}")
+    x, c = geometry(op, x, w, stride, padding, dilation, x.shape[-1], preferred_element_type, precision)
+    y = with_rule(_conv, rule, conv_plain, op)(c, x, w, _bias(op, w, b, w.shape[-1]))
     return y if back is None else jnp.transpose(y, back)
 
 
@@ -154,6 +214,120 @@ def _match_bwd(c: Correlation, saved: Any, omega: Array) -> Any:
 
 
 match.defvjp(_match_fwd, _match_bwd)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# spread as a layer
+
+
+def conv_transpose(
+    x: ArrayLike,
+    w: ArrayLike,
+    b: ArrayLike | None = None,
+    *,
+    stride: PerDim = 1,
+    padding: Padding = "VALID",
+    output_padding: PerDim = 0,
+    dilation: PerDim = 1,
+    groups: int = 1,
+    dimension_numbers: Sequence[str] | None = None,
+    preferred_element_type: DTypeLike | None = None,
+    precision: Any = None,
+    rule: Rule | None = None,
+) -> Array:
+    """Transposed convolution, the adjoint of `conv`: ``y[i] = b + Σ_{o·stride + k·dilation − lo = i} x[o]·w[k]ᵀ``.
+
+    With the same w and options it leads from the shapes that `conv` gives back to those that it takes:
+    ⟨conv(y, w), x⟩ = ⟨y, conv_transpose(x, w)⟩.
+
+    Backward: ``δ_x = conv(δ, w)``; ``∂E/∂w = δ ⋆ x``, the valid correlation of δ with x; ``∂E/∂b = Σ δ``.
+
+    Args:
+        x: pictures ``(N, *spatial, I)``, one to three spatial dims, any float dtype.
+        w: patches of the `conv` that is undone, ``(*K, O/groups, I)``, of the same dtype: its input channels are the
+            output channels here.
+        b: one number for each output channel, ``(O,)``.
+        stride: how far an entry of x moves the patch.
+        padding: of the `conv` that is undone, so it is cut off here: an int, an int or a pair for each dim, "VALID",
+            "CAUSAL" (1-D), or "SAME", "SAME_LOWER", of which the result is ``stride`` times as large as x.
+        output_padding: how many entries more at the end, less than ``stride``: `conv` leads from all of those sizes to
+            the same one.
+        dilation: the distance between a patch's entries.
+        groups: input channels ``g·I/groups …`` reach output channels ``g·O/groups …`` alone.
+        dimension_numbers: the layouts of x, w and y, such as ``("NCHW", "OIHW", "NCHW")``, w's as that of a `conv`.
+        preferred_element_type: as in `conv`.
+        precision: as in `jax.lax`.
+        rule: another backward half, over channels-last arrays; see `jaxcnn.rules`.
+
+    Returns: ``(N, *out, O)``, out = (spatial − 1)·stride + (K − 1)·dilation + 1 − padding + output_padding.
+
+    Raises: ValueError for shapes or options that do not fit, TypeError for dtypes.  Source: Zeiler et al. 2010.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.conv_transpose(jnp.array([1.0, 10.0])[None, :, None], jnp.array([1.0, 2.0, 3.0])[:, None, None]).ravel()
+    Array([ 1., 12., 23., 30.], dtype=float32)
+    """
+    op = "conv_transpose"
+    x, w = arrays(op, x=x, w=w)
+    x, w, back = _channels_last(op, x, w, dimension_numbers)
+    c = _transposed_geometry(
+        op, x, w, stride, padding, output_padding, dilation, groups, preferred_element_type, precision
+    )
+    y = with_rule(_conv_transpose, rule, _conv_transpose_plain)(c, x, w, _bias(op, w, b, w.shape[-2] * c.groups))
+    return y if back is None else jnp.transpose(y, back)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _conv_transpose(c: Correlation, x: Array, w: Array, b: Array | None) -> Array:
+    wide = jnp.promote_types(x.dtype, c.dtype)
+    return _with_bias(kernels.spread(c, x.astype(wide), w).astype(c.dtype), b)
+
+
+def _conv_transpose_fwd(c: Correlation, x: Array, w: Array, b: Array | None) -> Any:
+    return _conv_transpose(c, x, w, b), (x, w, b)
+
+
+def _conv_transpose_bwd(c: Correlation, saved: Any, delta: Array) -> Any:
+    """δ_x = conv(δ, w);  ∂E/∂w = δ ⋆ x;  ∂E/∂b = Σ δ."""
+    x, w, b = saved
+    delta_x = _conv(c, delta, w, None).astype(x.dtype)
+    grad_w = match(c, delta, x).astype(w.dtype)
+    grad_b = None if b is None else sum_pixels(delta).astype(b.dtype)
+    return delta_x, grad_w, grad_b
+
+
+_conv_transpose.defvjp(_conv_transpose_fwd, _conv_transpose_bwd)
+
+
+def _conv_transpose_plain(c: Correlation, x: Array, w: Array, b: Array | None) -> Array:
+    """`conv_transpose` in stock JAX: a convolution of x, spaced by the stride, with the patch turned."""
+    win, groups, channels = c.window, c.groups, x.ndim - 1
+    layout = (0, channels, *range(1, channels))
+    # Padding of the full result, as much as there is; where `conv` pads more than its patch reaches, the rest is cut.
+    starts = [extent - 1 - lo for extent, (lo, _) in zip(win.extent, win.padding, strict=True)]
+    full = [(n - 1) * s + e for n, s, e in zip(x.shape[1:-1], win.stride, win.extent, strict=True)]
+    ends = [n + lo - f + e - 1 for n, (lo, _), f, e in zip(win.shape, win.padding, full, win.extent, strict=True)]
+    turned = lax.rev(w, range(win.ndim)).reshape(*w.shape[:-1], groups, w.shape[-1] // groups)
+    turned = jnp.swapaxes(turned, -3, -1).reshape(*w.shape[:-2], w.shape[-1] // groups, -1)
+    y = lax.conv_general_dilated(
+        x.astype(c.dtype),
+        turned.astype(c.dtype),
+        (1,) * win.ndim,
+        [(max(start, 0), max(end, 0)) for start, end in zip(starts, ends, strict=True)],
+        lhs_dilation=win.stride,
+        rhs_dilation=win.dilation,
+        dimension_numbers=lax.ConvDimensionNumbers(layout, (channels, channels - 1, *range(win.ndim)), layout),
+        feature_group_count=groups,
+        precision=c.precision,
+    )
+    for dim, (start, n) in enumerate(zip(starts, win.shape, strict=True)):
+        y = lax.slice_in_dim(y, max(-start, 0), max(-start, 0) + n, axis=dim + 1)
+    return _with_bias(y, b)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts
 
 
 def sum_pixels(delta: Array) -> Array:
@@ -266,6 +440,62 @@ def geometry(
     return x, Correlation(slide(x.shape[1:-1], padding=padding), groups, result, precision)
 
 
+def _transposed_geometry(
+    op: str,
+    x: Array,
+    w: Array,
+    stride: PerDim,
+    padding: Padding,
+    output_padding: PerDim,
+    dilation: PerDim,
+    groups: int,
+    dtype: DTypeLike | None,
+    precision: Any,
+) -> Correlation:
+    """Of the `conv` that leads from what comes out to x."""
+    spatial = picture(op, x)
+    ndim, shapes = len(spatial), f"x {x.shape}, w {w.shape}"
+    if w.ndim != x.ndim:
+        fail(op, f"w expected (*K, O/groups, I) with {ndim} spatial dims, like x; {shapes}")
+    groups = static_int(op, "groups", groups, groups)
+    if groups < 1:
+        fail(op, f"groups expected an int >= 1, got {groups}")
+    if w.shape[-1] != x.shape[-1]:
+        fail(op, f"x has {x.shape[-1]} channels but w expects {w.shape[-1]}; {shapes}")
+    if x.shape[-1] % groups:
+        fail(op, f"groups={groups} must divide {x.shape[-1]} input channels; {shapes}")
+    s, k = positive(op, "stride", stride, ndim), positive(op, "patch", w.shape[:-2], ndim)
+    d = positive(op, "dilation", dilation, ndim)
+    extra = static_ints(op, "output_padding", output_padding, ndim)
+    if any(not 0 <= e < step for e, step in zip(extra, s, strict=True)):
+        fail(op, f"output_padding expected ints >= 0 and less than the stride {s}, got {output_padding!r}")
+    # The sizes that "SAME" makes equal; the other paddings do not read them.
+    sizes = tuple(n * step for n, step in zip(spatial, s, strict=True))
+    undone = Window(sizes, k, s, ((0, 0),) * ndim, d)
+    pads = pad_widths(op, padding, undone)
+    if isinstance(padding, str) and padding.upper() in ("SAME", "SAME_LOWER"):
+        if any(extra):
+            fail(op, f"output_padding expected 0 beside padding {padding!r}, got {output_padding!r}")
+    else:
+        sizes = tuple(
+            (n - 1) * step + reach - lo - hi + more
+            for n, step, reach, (lo, hi), more in zip(spatial, s, undone.extent, pads, extra, strict=True)
+        )
+    if min(sizes) < 1:
+        fail(op, f"padding {pads} leaves nothing: the result would have spatial dims {sizes}; {shapes}")
+    result, precision = _result_dtype(op, x.dtype if dtype is None else dtype), _precision(op, precision)
+    return Correlation(Window(sizes, k, s, pads, d), groups, result, precision)
+
+
+def _bias(op: str, w: Array, b: ArrayLike | None, outputs: int) -> Array | None:
+    if b is None:
+        return None
+    _, b = arrays(op, w=w, b=b)
+    if b.shape != (outputs,):
+        fail(op, f"b expected shape {(outputs,)}, one number for each output channel, got {b.shape}")
+    return b
+
+
 def _result_dtype(op: str, dtype: DTypeLike) -> np.dtype:
     expected = f"{op}: preferred_element_type expected a floating dtype"
     try:
@@ -298,19 +528,21 @@ def _precision(op: str, precision: Any) -> Any:
         fail(op, f"precision expected None, 'default', 'high', 'highest' or a jax.lax.Precision, got {precision!r}")
 
 
-def _channels_last(x: Array, w: Array, layouts: Sequence[str] | None) -> tuple[Array, Array, tuple[int, ...] | None]:
+def _channels_last(
+    op: str, x: Array, w: Array, layouts: Sequence[str] | None
+) -> tuple[Array, Array, tuple[int, ...] | None]:
     """``x`` and ``w`` in the house layout, and how to transpose y back into the caller's."""
     if layouts is None:
         return x, w, None
     listed = isinstance(layouts, list | tuple)
     if not listed or len(layouts) != 3 or not all(isinstance(layout, str) for layout in layouts):
-        fail("conv", f"dimension_numbers expected three strings such as ('NCHW', 'OIHW', 'NCHW'), got {layouts!r}")
+        fail(op, f"dimension_numbers expected three strings such as ('NCHW', 'OIHW', 'NCHW'), got {layouts!r}")
     of_x, of_w, of_y = layouts
     space = "".join(d for d in of_w if d not in "OI")
     for name, layout, array, letters in (("x", of_x, x, "NC"), ("w", of_w, w, "OI"), ("y", of_y, x, "NC")):
         if sorted(layout) != sorted(letters + space) or len(set(layout)) != len(layout) or len(layout) != array.ndim:
             fail(
-                "conv",
+                op,
                 f"dimension_numbers expected the {array.ndim} letters {letters + space!r} for {name}, "
                 f"got {layout!r} of {tuple(layouts)!r}",
             )

@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 from jaxcnn.geometry import Correlation, Padding, PerDim, Window, fail
 from jaxcnn.kernels import correlation, windows
 from jaxcnn.ops import activation, convolution, pooling
-from jaxcnn.ops.rule import Rule, arrays, with_rule
+from jaxcnn.ops.rule import Call, Rule, arrays, call_of, with_rule
 
 
 def hidden_layer(
@@ -137,3 +137,10 @@ def _forward(geometry: Hidden, x: Array, w: Array, b: Array) -> tuple[Array, Arr
 def _hidden_layer_plain(geometry: Hidden, x: Array, w: Array, b: Array) -> Array:
     y = activation.relu_plain(None, convolution.conv_plain(geometry.correlation, x, w, b))
     return pooling.max_pool_plain(geometry.window, y)
+
+
+def parts(call: Call) -> tuple[Call, Call, Call]:
+    """The calls of `conv`, `relu` and `max_pool` that a call of `hidden_layer` is, for rules that treat them apart."""
+    conv = call_of(convolution._conv, "conv", call.geometry.correlation, *call.inputs)
+    relu = call_of(activation._relu, "relu", None, conv.output)
+    return conv, relu, call_of(pooling._max_pool, "max_pool", call.geometry.window, relu.output)

@@ -152,7 +152,8 @@ def softmax_cross_entropy_with_integer_labels(logits: ArrayLike, labels: ArrayLi
         fail(op, f"expected logits (…, C) and labels (…), got logits {logits.shape}, labels {labels.shape}")
     classes = logits.shape[-1]
     if not isinstance(labels, jax.core.Tracer) and labels.size:
-        lowest, highest = int(np.min(labels)), int(np.max(labels))
+        seen = np.asarray(labels)  # inside a trace of something else, jnp would trace this too
+        lowest, highest = int(seen.min()), int(seen.max())
         if lowest < 0 or highest >= classes:
             fail(op, f"labels expected 0 … {classes - 1}, got {lowest} … {highest}")
     # 8 and 16 bits cannot hold every number of classes that labels are compared with.

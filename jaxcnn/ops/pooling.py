@@ -1,9 +1,11 @@
 """Pooling: a window becomes one entry, and its δ finds the way back.
 
-Closed under differentiation, in two adjoint pairs:
+Closed under differentiation, in pairs of which each is the other's adjoint:
 
     take(x, winner) ↔ place(δ, winner)         max pooling reads the winner of each window, δ goes to the winner
+    pick(x, index)  ↔ unpool(δ, index)         the same, where the winner is told by its place in the picture
     window_sum(x)   ↔ window_spread(δ)         average pooling is a window sum over its count
+    bin_sum(x)      ↔ bin_sum(δ)               windows of nearly equal size: the sizes before and after change places
 
 The residual of max pooling is one byte a window: which entry won (lecture §7–9, with erratum 3).
 """
@@ -14,13 +16,25 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxcnn.geometry import Padding, PerDim, Window, fail, pad_widths, static_bool, window
+from jaxcnn.geometry import (
+    Padding,
+    PerDim,
+    Window,
+    fail,
+    pad_widths,
+    positive,
+    static_bool,
+    static_float,
+    window,
+)
+from jaxcnn.kernels import bins
 from jaxcnn.kernels import windows as kernels
-from jaxcnn.ops.rule import Rule, arrays, picture, with_rule
+from jaxcnn.ops.rule import Rule, array, arrays, picture, with_rule
 
 
 def max_pool(
@@ -145,6 +159,158 @@ def _place_bwd(win: Window, winner: Array, xi: Array) -> Any:
 
 
 place.defvjp(_place_fwd, _place_bwd)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Max pooling that says where, and its undoing
+
+
+def max_pool_with_indices(
+    x: ArrayLike,
+    window: PerDim,
+    *,
+    stride: PerDim | None = None,
+    padding: Padding = "VALID",
+    dilation: PerDim = 1,
+    ceil_mode: bool = False,
+    rule: Rule | None = None,
+) -> tuple[Array, Array]:
+    """`max_pool`, and where in the picture each winner stands: what `max_unpool` needs.
+
+    Backward: δ_x = up(δ) ∘ [x is the winner], as in `max_pool`; the indices are numbers and have no δ.
+
+    Args:
+        x: pictures ``(N, *spatial, C)``, one to three spatial dims, any float dtype.
+        window: entries of a window, an int or one for each dim.
+        stride: how far it moves; default ``window``.
+        padding: as in `max_pool`.
+        dilation: the distance between a window's entries.
+        ceil_mode: whether a last, partial window counts (as in PyTorch).
+        rule: another backward half; its δ is a pair, of which the second is nothing.  See `jaxcnn.rules`.
+
+    Returns: y ``(N, *out, C)``, and the indices, int32 of the same shape: numbers of entries in each channel's
+        flattened spatial dims, row-major (as in PyTorch).
+
+    Raises: as `max_pool`.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> y, indices = jaxcnn.max_pool_with_indices(jnp.array([1.0, 5.0, 7.0, 2.0])[None, :, None], 2)
+    >>> y.ravel().tolist(), indices.ravel().tolist()
+    ([5.0, 7.0], [1, 2])
+    """
+    op = "max_pool_with_indices"
+    (x,) = arrays(op, x=x)
+    win = pool_window(op, picture(op, x), window, stride, padding, dilation, ceil_mode)
+    return with_rule(_max_pool_with_indices, rule, _max_pool_with_indices_plain)(win, x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _max_pool_with_indices(win: Window, x: Array) -> tuple[Array, Array]:
+    y, winner = kernels.largest(win, x)
+    return y, kernels.flat_index(win, winner)
+
+
+def _max_pool_with_indices_fwd(win: Window, x: Array) -> Any:
+    y, winner = largest(win, x)
+    return (y, kernels.flat_index(win, winner)), winner
+
+
+def _max_pool_with_indices_bwd(win: Window, winner: Array, deltas: Any) -> Any:
+    """δ_x = place(δ, winner); the indices are numbers, and have no δ."""
+    return (place(win, deltas[0], winner),)
+
+
+_max_pool_with_indices.defvjp(_max_pool_with_indices_fwd, _max_pool_with_indices_bwd)
+
+
+def _max_pool_with_indices_plain(win: Window, x: Array) -> tuple[Array, Array]:
+    _, winner = kernels.largest(win, lax.stop_gradient(x))
+    return max_pool_plain(win, x), kernels.flat_index(win, winner)
+
+
+def max_unpool(
+    y: ArrayLike, indices: ArrayLike, spatial_shape: int | tuple[int, ...], *, rule: Rule | None = None
+) -> Array:
+    """The undoing of max pooling: every entry goes back to where it stood, all others are zero.
+
+    ``x[i] = Σ_{indices[o] = i} y[o]``: the adjoint of reading x at the indices.  Where windows overlap and two of them
+    have the same winner their entries are added up (in PyTorch one of the two is lost).
+
+    Backward: ``δ_y[o] = δ[indices[o]]``.
+
+    Args:
+        y: ``(N, *out, C)``, any float dtype.
+        indices: integers of the same shape, as `max_pool_with_indices` gives them.
+        spatial_shape: the spatial dims of the picture to fill.
+        rule: another backward half; see `jaxcnn.rules`.
+
+    Returns: ``(N, *spatial_shape, C)``.
+
+    Raises: ValueError for shapes that do not fit and for indices out of range; TypeError for dtypes.  Under jit indices
+        cannot be looked at: what is out of range goes nowhere, and its δ is zero.  Source: Zeiler & Fergus 2014.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> y, indices = jaxcnn.max_pool_with_indices(jnp.array([1.0, 5.0, 7.0, 2.0])[None, :, None], 2)
+    >>> jaxcnn.max_unpool(y, indices, (4,)).ravel().tolist()
+    [0.0, 5.0, 7.0, 0.0]
+    """
+    op = "max_unpool"
+    (y,) = arrays(op, y=y)
+    at = array(op, "indices", indices)
+    if not isinstance(indices, jax.Array):
+        indices = np.asarray(indices)  # of which jit makes no tracer: they can be looked at
+    if not jnp.issubdtype(at.dtype, jnp.integer):
+        raise TypeError(f"{op}: indices expected an integer dtype, got {at.dtype}")
+    if not 3 <= y.ndim <= 5 or at.shape != y.shape:
+        expected = "expected y and indices (N, *out, C) with 1, 2 or 3 spatial dims"
+        fail(op, f"{expected}, got y {y.shape}, indices {at.shape}")
+    spatial = positive(op, "spatial_shape", spatial_shape, y.ndim - 2)
+    entries = math.prod(spatial)
+    if not isinstance(indices, jax.core.Tracer) and indices.size:
+        seen = np.asarray(indices)  # inside a trace of something else, jnp would trace this too
+        lowest, highest = int(seen.min()), int(seen.max())
+        if lowest < 0 or highest >= entries:
+            fail(op, f"indices expected 0 … {entries - 1} for spatial_shape {spatial}, got {lowest} … {highest}")
+    at = at if at.dtype.itemsize > 2 else at.astype(jnp.int32)
+    return with_rule(unpool, rule, kernels.scatter, op)(spatial, y, at)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def unpool(spatial: tuple[int, ...], y: Array, index: Array) -> Array:
+    """Every entry of y to its index in the flattened spatial dims, added up."""
+    return kernels.scatter(spatial, y, index)
+
+
+def _unpool_fwd(spatial: tuple[int, ...], y: Array, index: Array) -> Any:
+    return unpool(spatial, y, index), index
+
+
+def _unpool_bwd(spatial: tuple[int, ...], index: Array, delta: Array) -> Any:
+    """⟨unpool(y), δ⟩ = ⟨y, pick(δ)⟩."""
+    return pick(spatial, delta, index), None
+
+
+unpool.defvjp(_unpool_fwd, _unpool_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def pick(spatial: tuple[int, ...], x: Array, index: Array) -> Array:
+    """What stands at the index in the flattened spatial dims."""
+    return kernels.gather(x, index)
+
+
+def _pick_fwd(spatial: tuple[int, ...], x: Array, index: Array) -> Any:
+    return pick(spatial, x, index), index
+
+
+def _pick_bwd(spatial: tuple[int, ...], index: Array, delta: Array) -> Any:
+    """⟨pick(x), δ⟩ = ⟨x, unpool(δ)⟩."""
+    return unpool(spatial, delta, index), None
+
+
+pick.defvjp(_pick_fwd, _pick_bwd)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -278,6 +444,331 @@ def _window_spread_bwd(win: Window, saved: None, xi: Array) -> Any:
 
 
 window_spread.defvjp(_window_spread_fwd, _window_spread_bwd)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The p-norm of a window
+
+
+def lp_pool(
+    x: ArrayLike,
+    window: PerDim,
+    *,
+    p: float = 2,
+    stride: PerDim | None = None,
+    padding: Padding = "VALID",
+    dilation: PerDim = 1,
+    ceil_mode: bool = False,
+    rule: Rule | None = None,
+) -> Array:
+    """Power-average pooling: ``y[o] = (Σ_k x[o·stride + k·dilation − lo]^p)^(1/p)``, each channel for itself.
+
+    As in PyTorch it is x^p and not |x|^p: with an odd p negative entries count against positive ones, and the root of
+    a negative sum is NaN (for p = 1 the sum itself); so is x^p of a negative x where p is not whole.
+
+    Backward: ``δ_x = x^(p−1) ∘ up(δ·y^(1−p))``.  Where y = 0 there is no derivative, and δ is 0 (as in PyTorch).
+    16-bit inputs are summed in float32.
+
+    Args:
+        x: pictures ``(N, *spatial, C)``, one to three spatial dims, any float dtype.
+        window: entries of a window, an int or one for each dim.
+        p: the power, at least 1; 1 is the sum, 2 the Euclidean norm.
+        stride: how far it moves; default ``window``.
+        padding: as in `avg_pool`; it adds zeros.
+        dilation: the distance between a window's entries.
+        ceil_mode: whether a last, partial window counts.  As in PyTorch its sum is scaled up to that of a whole one.
+        rule: another backward half; see `jaxcnn.rules`.
+
+    Returns: ``(N, *out, C)``.
+
+    Raises: ValueError for options that do not fit and for windows that lie wholly in padding; TypeError for dtypes.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.lp_pool(jnp.array([3.0, 4.0, 0.0, 5.0])[None, :, None], 2).ravel()
+    Array([5., 5.], dtype=float32)
+    """
+    (x,) = arrays("lp_pool", x=x)
+    win = pool_window("lp_pool", picture("lp_pool", x), window, stride, padding, dilation, ceil_mode)
+    power = static_float("lp_pool", "p", p)
+    if not 1 <= power < float("inf"):
+        fail("lp_pool", f"p expected a finite number >= 1, got {p}")
+    norm = Norm(Average(win, pad_widths("lp_pool", padding, win)), power)
+    return with_rule(_lp_pool, rule, _lp_pool_plain)(norm, x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """Windows, how much of the padding counts as their entries, and the power."""
+
+    average: Average
+    p: float
+
+    def whole(self, total: Array) -> Array:
+        """Sums over windows that `ceil_mode` cut off, scaled up to those of whole ones."""
+        return self.average.divided(total) * self.average.window.entries
+
+    def power(self, x: Array, less: int = 0) -> Array:
+        """``x^(p − less)``, by multiplication where that is whole."""
+        exponent = self.p - less
+        return x ** (int(exponent) if exponent.is_integer() else exponent)
+
+    def root(self, total: Array) -> Array:
+        """``total^(1/p)``."""
+        return total if self.p == 1 else jnp.sqrt(total) if self.p == 2 else total ** (1 / self.p)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _lp_pool(norm: Norm, x: Array) -> Array:
+    wide = x.astype(kernels.accumulator(x.dtype))
+    return norm.root(norm.whole(window_sum(norm.average.window, norm.power(wide)))).astype(x.dtype)
+
+
+def _lp_pool_fwd(norm: Norm, x: Array) -> Any:
+    y = _lp_pool(norm, x)
+    return y, (x, y)
+
+
+def _lp_pool_bwd(norm: Norm, saved: Any, delta: Array) -> Any:
+    """δ_x = x^(p−1) ∘ up(δ·y^(1−p)), and 0 where y = 0."""
+    x, y, delta = (a.astype(kernels.accumulator(a.dtype)) for a in (*saved, delta))
+    shares = jnp.where(y == 0, 0, delta / norm.power(jnp.where(y == 0, 1, y), less=1))
+    delta_x = norm.power(x, less=1) * window_spread(norm.average.window, norm.whole(shares))
+    return (delta_x.astype(saved[0].dtype),)
+
+
+_lp_pool.defvjp(_lp_pool_fwd, _lp_pool_bwd)
+
+
+def _lp_pool_plain(norm: Norm, x: Array) -> Array:
+    """`lp_pool` in stock JAX."""
+    wide = x.astype(kernels.accumulator(x.dtype))
+    mean = _avg_pool_plain(norm.average, norm.power(wide))
+    return norm.root(mean * norm.average.window.entries).astype(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As many windows as are wanted
+
+
+def global_max_pool(x: ArrayLike, *, rule: Rule | None = None) -> Array:
+    """The largest entry of each channel: `max_pool` with a window as large as the picture, and its rule.
+
+    x: pictures ``(N, *spatial, C)``, any float dtype → ``(N, C)``.  Raises: ValueError for a shape that is no picture
+    or has no entries, TypeError for dtypes.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.global_max_pool(jnp.arange(12.0).reshape(2, 3, 2))
+    Array([[ 4.,  5.],
+           [10., 11.]], dtype=float32)
+    """
+    (x,) = arrays("global_max_pool", x=x)
+    win = _equal_windows("global_max_pool", x, 1)
+    return with_rule(_max_pool, rule, max_pool_plain, "global_max_pool")(win, x).reshape(x.shape[0], x.shape[-1])
+
+
+def global_avg_pool(x: ArrayLike, *, rule: Rule | None = None) -> Array:
+    """The mean of each channel: `avg_pool` with a window as large as the picture, and its rule.
+
+    x: pictures ``(N, *spatial, C)``, any float dtype → ``(N, C)``; 16 bits are summed in float32.  Raises: ValueError
+    for a shape that is no picture or has no entries, TypeError for dtypes.  Source: Lin et al. 2013.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.global_avg_pool(jnp.arange(12.0).reshape(2, 3, 2))
+    Array([[2., 3.],
+           [8., 9.]], dtype=float32)
+    """
+    (x,) = arrays("global_avg_pool", x=x)
+    win = _equal_windows("global_avg_pool", x, 1)
+    average = Average(win, win.padding)
+    return with_rule(_avg_pool, rule, _avg_pool_plain, "global_avg_pool")(average, x).reshape(x.shape[0], x.shape[-1])
+
+
+def adaptive_max_pool(x: ArrayLike, size: PerDim, *, rule: Rule | None = None) -> Array:
+    """Max pooling to a result of ``size``: window o runs from ⌊o·n/size⌋ to ⌈(o + 1)·n/size⌉, as in PyTorch.
+
+    Backward: δ goes to the winner of each window.  Ties: the first in row-major order wins.  NaN wins over numbers.
+
+    Args:
+        x: pictures ``(N, *spatial, C)``, one to three spatial dims, any float dtype.
+        size: the spatial dims of the result, an int or one for each dim; they may be larger than those of x.
+        rule: another backward half; see `jaxcnn.rules`.
+
+    Returns: ``(N, *size, C)``.
+
+    Raises: ValueError for a size that is none and for pictures without entries; TypeError for dtypes.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.adaptive_max_pool(jnp.array([1.0, 2.0, 9.0, 4.0, 5.0])[None, :, None], 2).ravel()
+    Array([9., 9.], dtype=float32)
+    """
+    op = "adaptive_max_pool"
+    (x,) = arrays(op, x=x)
+    sizes = Bins(picture(op, x), positive(op, "size", size, x.ndim - 2))
+    if sizes.equal:  # the windows of `max_pool`, whose residual is a byte
+        return with_rule(_max_pool, rule, max_pool_plain, op)(_equal_windows(op, x, sizes.size), x)
+    _equal_windows(op, x, 1)
+    return with_rule(_adaptive_max_pool, rule, _adaptive_max_pool_plain)(sizes, x)
+
+
+def adaptive_avg_pool(x: ArrayLike, size: PerDim, *, rule: Rule | None = None) -> Array:
+    """Average pooling to a result of ``size``: window o runs from ⌊o·n/size⌋ to ⌈(o + 1)·n/size⌉, as in PyTorch.
+
+    Backward: ``δ_x = up(δ / count)``, every entry of a window gets its share.  16-bit inputs are summed in float32.
+
+    Args:
+        x: pictures ``(N, *spatial, C)``, one to three spatial dims, any float dtype.
+        size: the spatial dims of the result, an int or one for each dim; they may be larger than those of x.
+        rule: another backward half; see `jaxcnn.rules`.
+
+    Returns: ``(N, *size, C)``.
+
+    Raises: ValueError for a size that is none and for pictures without entries; TypeError for dtypes.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.adaptive_avg_pool(jnp.array([1.0, 2.0, 9.0, 4.0, 5.0])[None, :, None], 2).ravel()
+    Array([4., 6.], dtype=float32)
+    """
+    op = "adaptive_avg_pool"
+    (x,) = arrays(op, x=x)
+    sizes = Bins(picture(op, x), positive(op, "size", size, x.ndim - 2))
+    if sizes.equal:
+        win = _equal_windows(op, x, sizes.size)
+        return with_rule(_avg_pool, rule, _avg_pool_plain, op)(Average(win, win.padding), x)
+    _equal_windows(op, x, 1)
+    return with_rule(_adaptive_avg_pool, rule, _adaptive_avg_pool_plain)(sizes, x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bins:
+    """The spatial dims before and after."""
+
+    shape: tuple[int, ...]
+    size: tuple[int, ...]
+
+    @property
+    def equal(self) -> bool:
+        """Whether all windows are of one size and lie side by side."""
+        return all(n % m == 0 for n, m in zip(self.shape, self.size, strict=True))
+
+    @property
+    def entries(self) -> int:
+        """Of all windows together."""
+        return int(self.count().sum())
+
+    def count(self) -> np.ndarray:
+        """``(*size, 1)``: the entries of every window."""
+        counts = (bins.counts(n, m) for n, m in zip(self.shape, self.size, strict=True))
+        return functools.reduce(np.multiply.outer, counts)[..., None]
+
+    def divided(self, y: Array) -> Array:
+        """``y / count``."""
+        return y / self.count().astype(y.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _adaptive_max_pool(sizes: Bins, x: Array) -> Array:
+    return bins.bin_largest(sizes.size, x)[0]
+
+
+def _adaptive_max_pool_fwd(sizes: Bins, x: Array) -> Any:
+    return largest_of_bins(sizes, x)
+
+
+def _adaptive_max_pool_bwd(sizes: Bins, index: Array, delta: Array) -> Any:
+    """δ_x = unpool(δ, index): to the winners."""
+    return (unpool(sizes.shape, delta, index),)
+
+
+_adaptive_max_pool.defvjp(_adaptive_max_pool_fwd, _adaptive_max_pool_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def largest_of_bins(sizes: Bins, x: Array) -> tuple[Array, Array]:
+    """The largest entry of every bin, and its index in the flattened spatial dims."""
+    return bins.bin_largest(sizes.size, x)
+
+
+def _largest_of_bins_fwd(sizes: Bins, x: Array) -> Any:
+    y, index = largest_of_bins(sizes, x)
+    return (y, index), index
+
+
+def _largest_of_bins_bwd(sizes: Bins, index: Array, deltas: Any) -> Any:
+    """δ_x = unpool(δ, index); the index is a number, and has no δ."""
+    return (unpool(sizes.shape, deltas[0], index),)
+
+
+largest_of_bins.defvjp(_largest_of_bins_fwd, _largest_of_bins_bwd)
+
+
+def _adaptive_max_pool_plain(sizes: Bins, x: Array) -> Array:
+    """In stock JAX, dim by dim, the last first, so that of equals the first in row-major order is taken."""
+    for axis, (n, m) in reversed([*enumerate(zip(sizes.shape, sizes.size, strict=True), start=1)]):
+        parts = [jnp.take(x, at[own], axis) for at, own in zip(*bins.bins(n, m), strict=True)]
+        best = [jnp.take_along_axis(part, jnp.argmax(part, axis, keepdims=True), axis) for part in parts]
+        x = jnp.concatenate(best, axis)
+    return x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _adaptive_avg_pool(sizes: Bins, x: Array) -> Array:
+    wide = x.astype(kernels.accumulator(x.dtype))
+    return sizes.divided(bin_sum(sizes.shape, sizes.size, wide)).astype(x.dtype)
+
+
+def _adaptive_avg_pool_fwd(sizes: Bins, x: Array) -> Any:
+    return _adaptive_avg_pool(sizes, x), None
+
+
+def _adaptive_avg_pool_bwd(sizes: Bins, saved: None, delta: Array) -> Any:
+    """δ_x = up(δ / count)."""
+    shares = sizes.divided(delta.astype(kernels.accumulator(delta.dtype)))
+    return (bin_sum(sizes.size, sizes.shape, shares).astype(delta.dtype),)
+
+
+_adaptive_avg_pool.defvjp(_adaptive_avg_pool_fwd, _adaptive_avg_pool_bwd)
+
+
+def _adaptive_avg_pool_plain(sizes: Bins, x: Array) -> Array:
+    """In stock JAX, dim by dim."""
+    y = x.astype(kernels.accumulator(x.dtype))
+    for axis, (n, m) in enumerate(zip(sizes.shape, sizes.size, strict=True), start=1):
+        parts = [jnp.take(y, at[own], axis).mean(axis) for at, own in zip(*bins.bins(n, m), strict=True)]
+        y = jnp.stack(parts, axis)
+    return y.astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def bin_sum(shape: tuple[int, ...], size: tuple[int, ...], x: Array) -> Array:
+    """The sum of every one of ``size`` bins of a picture of ``shape``."""
+    return bins.bin_sum(size, x)
+
+
+def _bin_sum_fwd(shape: tuple[int, ...], size: tuple[int, ...], x: Array) -> Any:
+    return bin_sum(shape, size, x), None
+
+
+def _bin_sum_bwd(shape: tuple[int, ...], size: tuple[int, ...], saved: None, delta: Array) -> Any:
+    """The bins that hold entry i are bin i the other way round."""
+    return (bin_sum(size, shape, delta),)
+
+
+bin_sum.defvjp(_bin_sum_fwd, _bin_sum_bwd)
+
+
+def _equal_windows(op: str, x: Array, size: PerDim) -> Window:
+    """Side by side, as many as ``size``."""
+    spatial = picture(op, x)
+    if not all(spatial):
+        fail(op, f"x expected spatial dims >= 1, got shape {x.shape}")
+    wanted = positive(op, "size", size, len(spatial))
+    each = tuple(n // m for n, m in zip(spatial, wanted, strict=True))
+    return Window(spatial, each, each, ((0, 0),) * len(spatial), (1,) * len(spatial))
 
 
 def pool_window(

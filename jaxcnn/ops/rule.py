@@ -24,6 +24,8 @@ class Call:
     Under jit nothing is kept that the rule does not read.
     """
 
+    #: What messages call the op: "conv", "relu", ….
+    name: str
     #: The arrays that went in, in the op's order; None where an optional one was left out.
     inputs: tuple[Any, ...]
     #: What came out.
@@ -32,11 +34,22 @@ class Call:
     geometry: Any
     #: The exact rule: δ → one cotangent for each input.
     exact: Callable[[Any], tuple[Any, ...]]
-    #: The op itself, with its exact rule and this geometry, for other inputs.
-    op: Callable[..., Any]
+    #: The same op at other inputs: arrays → another `Call`, with its own output and exact rule.
+    at: Callable[..., "Call"]
 
 
 Rule = Callable[[Call, Any], tuple[Any, ...]]
+
+
+def call_of(core: Any, name: str, geometry: Any, *inputs: Any) -> Call:
+    """The call ``core(geometry, *inputs)``."""
+    y, saved = core.fwd(geometry, *inputs)
+    return _call(core, name, geometry, inputs, y, saved)
+
+
+def _call(core: Any, name: str, geometry: Any, inputs: tuple[Any, ...], y: Any, saved: Any) -> Call:
+    exact = functools.partial(core.bwd, geometry, saved)
+    return Call(name, inputs, y, geometry, exact, functools.partial(call_of, core, name, geometry))
 
 
 def autodiff(call: Call, delta: Any) -> tuple[Any, ...]:
@@ -80,8 +93,7 @@ def _replaced(core: Any, rule: Rule, op: str) -> Any:
 
     def bwd(geometry: Any, kept: Any, delta: Any) -> tuple[Any, ...]:
         inputs, y, saved = kept
-        exact = functools.partial(core.bwd, geometry, saved)
-        call = Call(inputs, y, geometry, exact, functools.partial(core, geometry))
+        call = _call(core, op, geometry, inputs, y, saved)
         return _checked(op, rule, call, rule(call, delta))
 
     other.defvjp(fwd, bwd)

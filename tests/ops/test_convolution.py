@@ -70,6 +70,60 @@ def test_what_is_not_finite_stays_in_reach_of_the_patch(groups):
     assert np.isfinite(delta_x).all()
 
 
+UNDONE = {
+    # name: (y shape, w shape, options): a `conv` from y
+    "a remainder of the stride": ((2, 8, 9, 3), (3, 2, 3, 4), {"stride": 2}),
+    "every remainder": ((2, 10, 11, 12, 2), (2, 2, 2, 2, 3), {"stride": 4, "padding": 1}),
+    "SAME": ((2, 8, 6, 3), (3, 5, 3, 4), {"stride": 2, "padding": "SAME"}),
+    "SAME_LOWER": ((2, 6, 9, 3), (4, 3, 3, 4), {"stride": 3, "padding": "SAME_LOWER"}),
+    "CAUSAL": ((2, 9, 3), (4, 3, 4), {"stride": 2, "padding": "CAUSAL"}),
+    "groups and dilation": ((2, 9, 8, 4), (3, 2, 2, 6), {"groups": 2, "dilation": 2, "padding": ((1, 0), (0, 2))}),
+    "padding larger than the patch": ((2, 3, 4, 2), (2, 2, 2, 3), {"padding": ((5, 0), (0, 4)), "stride": 2}),
+    "outputs that lie wholly in padding": ((2, 1, 2), (2, 2, 3), {"stride": 5, "padding": ((3, 3),)}),
+}
+
+
+@pytest.mark.parametrize("name", UNDONE)
+def test_conv_transpose_leads_back(name):
+    """⟨conv(y, w), x⟩ = ⟨y, conv_transpose(x, w)⟩, and x has the shape of y again: it is conv's own δ rule."""
+    y_shape, w_shape, options = UNDONE[name]
+    rng = np.random.default_rng(0)
+    y, w = rng.standard_normal(y_shape), rng.standard_normal(w_shape)
+    there, pull = jax.vjp(lambda y: jaxcnn.conv(y, w, **options), y)
+    x = random_delta(there)
+    back = jaxcnn.conv_transpose(x, w, output_padding=left_over(y_shape, w_shape, **options), **options)
+    assert back.shape == y.shape
+    np.testing.assert_allclose(np.vdot(there, x), np.vdot(y, back), rtol=1e-10)
+    np.testing.assert_allclose(back, pull(x)[0], rtol=1e-10, atol=1e-12)
+
+
+def left_over(y_shape, w_shape, *, stride=1, padding="VALID", dilation=1, groups=1):
+    """What of y lies behind conv's last window: so much more is wanted back."""
+    if padding in ("SAME", "SAME_LOWER"):
+        return 0
+    ndim = len(y_shape) - 2
+    s, d = (oracles.per_dim(value, ndim) for value in (stride, dilation))
+    pads = oracles.pad_widths(padding, y_shape[1:-1], w_shape[:-2], s, d)
+    ends = zip(y_shape[1:-1], pads, w_shape[:-2], d, s, strict=True)
+    return tuple((n + lo + hi - (k - 1) * di - 1) % st for n, (lo, hi), k, di, st in ends)
+
+
+@pytest.mark.parametrize("more", [0, 1, 2])
+def test_what_is_padded_at_the_output_gets_the_bias_alone(more):
+    x, w, b = np.ones((1, 2, 1)), np.ones((1, 1, 1)), np.array([7.0])
+    y = jaxcnn.conv_transpose(x, w, b, stride=3, output_padding=more)
+    assert y.ravel().tolist() == [8, 7, 7, 8, *([7] * more)]
+
+
+def test_depthwise_conv_is_conv_with_as_many_groups_as_channels():
+    rng = np.random.default_rng(0)
+    x, w, b = rng.standard_normal((2, 6, 7, 3)), rng.standard_normal((3, 2, 1, 6)), rng.standard_normal(6)
+    np.testing.assert_array_equal(jaxcnn.depthwise_conv(x, w, b), jaxcnn.conv(x, w, b, groups=3))
+    # Output c·M + m is channel c with its patch m.
+    alone = jaxcnn.conv(x[..., 1:2], w[..., 3:4])
+    np.testing.assert_allclose(jaxcnn.depthwise_conv(x, w)[..., 3:4], alone, rtol=1e-12)
+
+
 def test_the_patch_is_turned_on_the_way_back():
     """Lecture §15: δ_x is the full correlation of δ with the patch turned by 180°; without the turn it is wrong."""
     rng = np.random.default_rng(0)

@@ -102,6 +102,18 @@ def test_every_integer_dtype_names_every_class_that_it_can_hold(dtype, classes):
     assert_as_optax(ours, theirs, logits)
 
 
+def test_labels_that_are_known_are_looked_at_inside_a_trace_too():
+    labels = jnp.array([1, 5])
+
+    @jax.jit
+    def error(logits):
+        return jaxcnn.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+    with pytest.raises(ValueError, match="labels expected 0 … 4, got 1 … 5"):
+        error(np.zeros((2, 5)))
+    assert error(np.zeros((2, 6))).shape == (2,)
+
+
 def test_labels_out_of_range_under_jit_are_nan_in_the_error_and_in_delta():
     """Where they cannot be looked at.  The other rows are not touched."""
     logits, labels, delta = normal(4, 5), np.array([2, -1, 5, 0]), normal(4)

@@ -38,9 +38,10 @@ OPS = {
 
 @pytest.mark.parametrize("name", OPS)
 def test_what_a_rule_may_read(name):
-    """The inputs and the output as they were, the geometry, the exact rule, and the op for other inputs."""
+    """Name, inputs and output as they were, the geometry, the exact rule, and the same op at other inputs."""
     op, arrays, kind = OPS[name]
     expected_y, pull = jax.vjp(op, *arrays)
+    elsewhere_y, elsewhere_pull = jax.vjp(op, *(a + 1 for a in arrays))
     delta = random_delta(expected_y)
     calls = []
 
@@ -52,8 +53,12 @@ def test_what_a_rule_may_read(name):
             if array is not None:
                 np.testing.assert_array_equal(found, array)
         assert isinstance(call.geometry, kind)
-        np.testing.assert_array_equal(call.op(*call.inputs), expected_y)
+        assert call.name == name.split()[0]
         exact = call.exact(delta)
+        elsewhere = call.at(*(None if a is None else a + 1 for a in call.inputs))
+        np.testing.assert_allclose(elsewhere.output, elsewhere_y, **CLOSE)
+        for found, expected in zip(elsewhere.exact(delta), elsewhere_pull(delta), strict=False):
+            np.testing.assert_allclose(found, expected, **CLOSE)
         return tuple(None if a is None else k * a for k, a in enumerate(exact, start=2))
 
     y, pull_spied = jax.vjp(functools.partial(op, rule=spy), *arrays)

@@ -4,12 +4,15 @@ What is ours alone is written out by hand beside the reason.
 """
 
 import functools
+import math
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
 import jaxcnn
 from tests import oracles
@@ -38,15 +41,43 @@ def as_picture(entries):
 # ---------------------------------------------------------------------------------------------------------------------
 # Activations
 
-ACTIVATIONS = ("relu", "leaky_relu", "elu", "gelu", "silu", "softplus", "sigmoid", "tanh")
+ACTIVATIONS = (
+    "relu", "leaky_relu", "elu", "selu", "celu", "relu6", "hard_tanh", "hard_sigmoid", "hard_swish", "gelu", "mish",
+    "softsign", "squareplus", "log_sigmoid", "silu", "softplus", "sigmoid", "tanh",
+)  # fmt: skip
+
+
+#: At ±∞ PyTorch has NaN in more places than there must be.
+NAN_IN_PYTORCH = {
+    # name: (y, slope) at ∞ and −∞
+    "softplus": ([INF, 0], [1, 0]),
+    "softsign": ([NAN, NAN], [0, 0]),
+    "squareplus": ([INF, 0], [NAN, 0]),
+}
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_at_zero_at_infinity_and_where_they_saturate(name):
-    x = np.array([0.0, -0.0, INF, -INF, 1e4, -1e4, 40.0, -40.0, 1.0, -1.0])
-    if name == "softplus":
-        x = x[np.isfinite(x)]  # torch.logaddexp(−∞, 0) has the slope NaN
+    x = np.array([0.0, -0.0, INF, -INF, 1e4, -1e4, 40.0, -40.0, 1.0, -1.0, 3.0, -3.0, 6.0, -6.0])
+    if name in NAN_IN_PYTORCH:
+        x = x[np.isfinite(x)]
     assert_agrees(getattr(jaxcnn, name), getattr(oracles, name), x)
+
+
+def test_hard_sigmoid_at_its_corners():
+    """Against PyTorch's own, which has no second derivative."""
+    assert_agrees(jaxcnn.hard_sigmoid, F.hardsigmoid, np.array([-INF, -4.0, -3.0, 0.0, 3.0, 4.0, INF]), rtol=1e-7)
+
+
+def test_squareplus_keeps_its_digits():
+    """(x + √(x² + b))/2 of a large negative x has none left in float32."""
+    x = np.array([-1e3, -1e2], np.float32)
+    np.testing.assert_allclose(jaxcnn.squareplus(x), jaxcnn.squareplus(x.astype(np.float64)), rtol=1e-6)
+
+
+def test_gelu_by_tanh_where_it_saturates():
+    x = np.array([0.0, -0.0, 1e4, -1e4, 40.0, -40.0, 1.0, -1.0])
+    assert_agrees(jaxcnn.gelu, oracles.gelu, x, options={"approximate": True})
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -54,9 +85,12 @@ def test_activations_keep_nan(name):
     assert np.isnan(getattr(jaxcnn, name)(np.array([NAN]))).all()
 
 
-def test_slopes_of_softplus_at_infinity():
-    assert jaxcnn.softplus(np.array([INF, -INF])).tolist() == [INF, 0]
-    assert delta_x(jaxcnn.softplus, np.array([INF, -INF])).tolist() == [1, 0]
+@pytest.mark.parametrize("name", NAN_IN_PYTORCH)
+def test_activations_at_infinity(name):
+    op, x = getattr(jaxcnn, name), np.array([INF, -INF])
+    y, slope = NAN_IN_PYTORCH[name]
+    np.testing.assert_array_equal(op(x), y)
+    np.testing.assert_array_equal(delta_x(op, x), slope)
 
 
 def test_relu_slope_at_zero_and_nan_is_zero():
@@ -125,6 +159,34 @@ def test_max_pool(name):
     assert_agrees(jaxcnn.max_pool, oracles.max_pool, x, options=options)
 
 
+@pytest.mark.parametrize("name", MAX_POOLS)
+def test_where_the_winners_stand(name):
+    """PyTorch's `return_indices`, where it takes the padding; of two NaN it takes the last."""
+    x, options = MAX_POOLS[name]
+    y, indices = jaxcnn.max_pool_with_indices(x, **options)
+    np.testing.assert_array_equal(y, jaxcnn.max_pool(x, **options))
+    size, stride, pads, dilation = oracles.pool_options(x, *map(options.get, POOLING, (2, None, "VALID", 1)))
+    own = oracles.native(pads, size)
+    if own is None:  # then by what stands there
+        flat = x.reshape(x.shape[0], -1, x.shape[-1])
+        np.testing.assert_array_equal(
+            np.take_along_axis(flat, np.asarray(indices).reshape(x.shape[0], -1, x.shape[-1]), 1).reshape(y.shape), y
+        )
+        return
+    _, expected = oracles.MAX_POOL[len(size)](
+        torch.tensor(x).movedim(-1, 1),
+        size,
+        stride,
+        own,
+        dilation,
+        options.get("ceil_mode", False),
+        return_indices=True,
+    )
+    assert indices.dtype == np.int32
+    np.testing.assert_array_equal(indices, expected.movedim(1, -1))
+
+
+POOLING = ("window", "stride", "padding", "dilation")
 BY_HAND = {
     # name: (x, window, options, δ_x of δ = 1)
     "first of equals in row-major order": ([[1, 5], [5, 5]], 2, {}, [[0, 1], [0, 0]]),
@@ -174,6 +236,47 @@ def test_delta_that_is_nan_reaches_its_winner_alone(window, stride):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Unpooling
+
+
+@pytest.mark.parametrize(("ndim", "window"), [(1, 3), (2, 2), (3, 2)])
+def test_max_unpool_is_pytorchs_where_windows_do_not_overlap(ndim, window):
+    shape = (2, 7, 6, 5)[: ndim + 1]
+    x = np.random.default_rng(0).permutation(math.prod(shape) * 3).reshape(*shape, 3).astype(np.float64)
+    _, indices = jaxcnn.max_pool_with_indices(x, window)
+    y = np.random.default_rng(1).standard_normal(indices.shape)
+
+    def theirs(y):
+        at = torch.tensor(np.asarray(indices)).long().movedim(-1, 1)
+        unpool = {1: F.max_unpool1d, 2: F.max_unpool2d, 3: F.max_unpool3d}[ndim]
+        return unpool(y.movedim(-1, 1), at, window, output_size=shape[1:]).movedim(1, -1)
+
+    assert_agrees(lambda y: jaxcnn.max_unpool(y, indices, shape[1:]), theirs, y)
+
+
+@pytest.mark.parametrize("options", [{"window": 3}, {"window": 3, "stride": 1, "padding": 1}, {"window": 9}])
+def test_max_unpool_is_the_rule_of_max_pool(options):
+    x = np.random.default_rng(0).standard_normal((2, 11, 10, 3))
+    (y, indices), pull = jax.vjp(functools.partial(jaxcnn.max_pool_with_indices, **options), x)
+    delta = random_delta(y)
+    (delta_x,) = pull((delta, np.zeros(indices.shape, jax.dtypes.float0)))
+    np.testing.assert_allclose(jaxcnn.max_unpool(delta, indices, (11, 10)), delta_x, rtol=1e-14)
+
+
+def test_what_is_out_of_range_under_jit_goes_nowhere():
+    y, delta = row(3.0, 5.0, 7.0, 9.0), row(2.0, 4.0)
+    index = row(1, -1, 2, 1).astype(np.int32)
+    x, pull = jax.vjp(jax.jit(lambda y, index: jaxcnn.max_unpool(y, index, 2)), y, index)
+    assert x.ravel().tolist() == [0, 12]
+    assert pull(delta)[0].ravel().tolist() == [4, 0, 0, 4]
+
+
+def test_indices_of_8_bits_reach_beyond_them():
+    y = np.ones((1, 1, 1))
+    assert jaxcnn.max_unpool(y, np.full(y.shape, 255, np.uint8), 1000)[0, 255, 0] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Average pooling
 
 AVG_POOLS = {
@@ -212,6 +315,103 @@ def test_avg_pool_keeps_what_is_not_finite_in_its_own_window():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The p-norm of a window, and windows of nearly equal size
+
+LP_POOLS = {
+    # name: (x, options)
+    "a window of zeros": (row(0, 0, 3, 4, 0, -0.0), {"window": 2}),
+    "a window of zeros, p = 1": (row(0, 0, 3, 4, 1, -1), {"window": 2, "p": 1}),
+    "a window of zeros, p = 3": (row(0, 0, 3, 4), {"window": 2, "p": 3}),
+    "negative entries, p = 1": (row(-1, -2, 3, -4), {"window": 2, "p": 1}),
+    "negative entries, p = 2": (row(-1, -2, 3, -4), {"window": 2}),
+    "a negative sum, p = 3": (row(-1, -2, 3, -1), {"window": 2, "p": 3}),
+    "negative entries, p = 2.5": (row(-1, 2, 3, 1), {"window": 2, "p": 2.5}),
+    "NaN and infinity": (row(NAN, 1, INF, 2, 3, 4), {"window": 2}),
+    "ceil_mode": (row(1, 2, 3, 4, 5), {"window": 3, "stride": 2, "ceil_mode": True}),
+    "ceil_mode, a partial window alone": (row(3, 4), {"window": 3, "ceil_mode": True}),
+}
+
+
+@pytest.mark.parametrize("name", LP_POOLS)
+def test_lp_pool(name):
+    x, options = LP_POOLS[name]
+    assert_agrees(jaxcnn.lp_pool, oracles.lp_pool, x, options=options)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 8, 12])
+def test_adaptive_pooling_to_every_size(n):
+    """Up to more than there was, with ties, NaN and −∞ among the entries."""
+    rng = np.random.default_rng(n)
+    x = rng.integers(-1, 2, (2, n, 4)).astype(np.float64)
+    x[0, rng.integers(n), 1], x[0, rng.integers(n), 2], x[:, :, 3] = NAN, -INF, -INF
+    for size in range(1, n + 3):
+        for name in ("adaptive_max_pool", "adaptive_avg_pool"):
+            if name == "adaptive_max_pool":  # PyTorch takes the last of two NaN, of which there is one in a window
+                assert_agrees(getattr(jaxcnn, name), getattr(oracles, name), x, options={"size": size})
+            else:
+                finite = np.where(np.isfinite(x), x, 7)
+                assert_agrees(getattr(jaxcnn, name), getattr(oracles, name), finite, options={"size": size})
+
+
+def test_global_pooling_is_adaptive_pooling_to_one():
+    x = np.random.default_rng(0).standard_normal((2, 5, 6, 3))
+    np.testing.assert_array_equal(jaxcnn.global_max_pool(x), jaxcnn.adaptive_max_pool(x, 1)[:, 0, 0])
+    np.testing.assert_allclose(jaxcnn.global_avg_pool(x), jaxcnn.adaptive_avg_pool(x, 1)[:, 0, 0], rtol=1e-14)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Normalisation
+
+
+def test_batch_norm_by_given_statistics_is_pytorchs_at_evaluation():
+    rng = np.random.default_rng(0)
+    x, scale, bias, mean = (rng.standard_normal(shape) for shape in ((2, 3, 4, 5), (5,), (5,), (5,)))
+    var = rng.uniform(0.1, 2, 5)
+
+    def ours(x, scale, bias):
+        return jaxcnn.batch_norm(x, scale, bias, mean, var, eps=0.01)
+
+    def theirs(x, scale, bias):
+        statistics = torch.tensor(mean), torch.tensor(var)
+        return F.batch_norm(x.movedim(-1, 1), *statistics, scale, bias, eps=0.01).movedim(1, -1)
+
+    assert_agrees(ours, theirs, x, scale, bias)
+
+
+NORMS = {
+    "batch_norm": (jaxcnn.batch_norm, oracles.batch_norm, {}),
+    "layer_norm": (jaxcnn.layer_norm, oracles.layer_norm, {"axes": (1, 2)}),
+    "group_norm": (jaxcnn.group_norm, oracles.group_norm, {"groups": 2}),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_stretch_of_equal_entries_is_zero(name):
+    ours, theirs, options = NORMS[name]
+    y, _ = assert_agrees(ours, theirs, np.full((2, 3, 4), 7.0), options=options)
+    assert not y.any()
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_stretch_far_from_zero_keeps_its_digits(name):
+    """In float32 Σ x²/n − m² would have none left."""
+    ours, _, options = NORMS[name]
+    x = np.random.default_rng(0).integers(-8, 9, (4, 5, 6)).astype(np.float32)
+    ours = functools.partial(ours, **options)
+    np.testing.assert_allclose(ours(x + 2**12), ours(x), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_stretch_that_holds_nan_is_nan_and_the_others_are_not(name):
+    ours, theirs, options = NORMS[name]
+    x = np.random.default_rng(0).standard_normal((2, 3, 4))
+    x[0, 1, 2] = NAN
+    y, (delta_x,) = assert_agrees(ours, theirs, x, options=options)
+    assert 0 < np.isnan(y).sum() < y.size
+    assert 0 < np.isnan(delta_x).sum() < delta_x.size
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Residuals: exactly what the rule reads, in the smallest exact form
 
 PICTURE, PATCH, BIAS = np.ones((2, 32, 32, 3), np.float32), np.ones((5, 5, 3, 4), np.float32), np.ones(4, np.float32)
@@ -219,6 +419,14 @@ RESIDUALS = {
     "relu: the bit": (jaxcnn.relu, (PICTURE,), {("bool", (2, 32, 32, 3))}),
     "avg_pool: nothing": (lambda x: jaxcnn.avg_pool(x, 2), (PICTURE,), set()),
     "max_pool: a byte": (lambda x: jaxcnn.max_pool(x, 2), (PICTURE,), {("uint8", (2, 16, 16, 3))}),
+    "max_pool_with_indices: a byte": (
+        lambda x: jaxcnn.max_pool_with_indices(x, 2)[0], (PICTURE,), {("uint8", (2, 16, 16, 3))}
+    ),
+    "adaptive_avg_pool: nothing": (lambda x: jaxcnn.adaptive_avg_pool(x, 5), (PICTURE,), set()),
+    "global_max_pool: two bytes": (jaxcnn.global_max_pool, (PICTURE,), {("uint16", (2, 1, 1, 3))}),
+    "batch_norm: x and two numbers a channel": (
+        jaxcnn.batch_norm, (PICTURE,), {("float32", PICTURE.shape), ("float32", (1, 1, 1, 3))},
+    ),
     "max_pool, 255 entries: a byte": (lambda x: jaxcnn.max_pool(x, (15, 17)), (PICTURE,), {("uint8", (2, 2, 1, 3))}),
     "max_pool, 256 entries: two": (lambda x: jaxcnn.max_pool(x, 16), (PICTURE,), {("uint16", (2, 2, 2, 3))}),
     "hidden_layer: inputs and a byte": (

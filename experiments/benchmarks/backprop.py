@@ -1,0 +1,82 @@
+"""The δ sweep of a net, beside its `jax.value_and_grad`: python -m experiments.benchmarks.backprop --help."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import arg
+
+from experiments import cli
+from experiments.errors import UsageError
+
+PROG = "python -m experiments.benchmarks.backprop"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Time what it costs to keep every activation and every δ: `backprop` against `jax.value_and_grad`, both jitted."""
+
+    model: str = "lecture"
+    """The net: lecture, mlp or lenet5."""
+    batch_size: int = 128
+    """Images a sweep."""
+    rounds: int = 30
+    """How often each contender takes its turn."""
+    out: Annotated[Path | None, arg(metavar="PATH")] = None
+    """A file for all numbers, as JSON."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (None: the process's own) and return the exit status."""
+    return cli.run(Config, compare, argv, prog=PROG)
+
+
+def compare(config: Config) -> int:
+    """Build, time and print the contenders. Returns 0."""
+    for name in ("batch_size", "rounds"):
+        if getattr(config, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')}: expected a whole number >= 1, got {getattr(config, name)}")
+
+    import jax
+
+    from experiments.benchmarks import timing
+    from experiments.models import MODELS
+    from jaxcnn import backprop, softmax_cross_entropy_with_integer_labels
+
+    if config.model not in MODELS:
+        raise UsageError(f"--model: expected one of {', '.join(MODELS)}, got {config.model!r}")
+    key = jax.random.key(0)
+    net = MODELS[config.model](10)
+    x = jax.random.normal(key, (config.batch_size, 28, 28, 1))
+    labels = jax.random.randint(key, (config.batch_size,), 0, 10)
+    params = net.init(key, x.shape[1:])
+
+    def error(labels: jax.Array) -> Callable[[jax.Array], jax.Array]:
+        return lambda outputs: softmax_cross_entropy_with_integer_labels(outputs, labels)
+
+    def mean(params: Any, x: jax.Array, labels: jax.Array) -> jax.Array:
+        return error(labels)(net.apply(params, x, key=key)).mean()
+
+    plain = jax.jit(jax.value_and_grad(mean))
+    swept = jax.jit(lambda params, x, labels: backprop(net, params, x, error(labels), key=key))
+    contenders = {
+        "value_and_grad": lambda: plain(params, x, labels),
+        "backprop": lambda: swept(params, x, labels),
+    }
+    machine = timing.machine(("jax", "jaxlib"))
+    times = timing.interleaved(contenders, config.rounds)
+    timing.show(
+        f"{config.model}, batch {config.batch_size}, {config.rounds} rounds: one forward and one backward",
+        machine,
+        times,
+        "value_and_grad",
+    )
+    if config.out is not None:
+        timing.write(config.out, machine, dataclasses.asdict(config), times)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""The third product of a convolution layer, picture against δ, for each picture of a batch alone; and its size.
+
+    match_each      w[n, k] = Σ_o x[n, o·s + k·d − lo]ᵀ · y[n, o]
+    match_squares   ‖w[n]‖²
+
+The size can be had without w (*ghost norms*): with P the patches that windows meet,
+
+    ‖w‖² = Σ_{o, o'} ⟨P[o], P[o']⟩ · ⟨y[o], y[o']⟩
+    ⟨P[o], P[o']⟩ = Σ_k ⟨x[o·s + k·d − lo], x[o'·s + k·d − lo]⟩
+
+where the last inner products, of pixels, are computed once for all patches.  That is cheaper where patches are many
+numbers and places are few; `ghost_is_cheaper` counts.
+"""
+
+import math
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxcnn.geometry import Correlation
+from jaxcnn.kernels.correlation import fit
+from jaxcnn.kernels.windows import accumulator, tap_slices
+
+
+def match_each(c: Correlation, x: Array, y: Array) -> Array:
+    """``(N, *size, I/groups, O)``, in what sums of the wider dtype are taken in."""
+    x, y = _wide(x, y)
+    n, inputs, outputs = x.shape[0], x.shape[-1], y.shape[-1]
+    entries = jnp.stack(list(tap_slices(c.window, x, 0)), 1)
+    entries = entries.reshape(n, c.window.entries, math.prod(c.window.out), c.groups, inputs // c.groups)
+    y = y.reshape(n, math.prod(c.window.out), c.groups, outputs // c.groups)
+    w = jnp.einsum("ntpgi,npgo->ntigo", entries, y, precision=c.precision)
+    return w.reshape(n, *c.window.size, inputs // c.groups, outputs)
+
+
+def match_squares(c: Correlation, x: Array, y: Array) -> Array:
+    """``(N,)``: ‖match_each(c, x, y)[n]‖²."""
+    if ghost_is_cheaper(c, x.shape[-1], y.shape[-1]):
+        return _ghost_squares(c, *_wide(x, y))
+    return squares(match_each(c, x, y))
+
+
+def ghost_is_cheaper(c: Correlation, inputs: int, outputs: int) -> bool:
+    """By multiplications and additions for one picture."""
+    win = c.window
+    places, pixels = math.prod(win.out), math.prod(win.span)
+    direct = places * win.entries * inputs * outputs // c.groups
+    ghost = pixels**2 * inputs + places**2 * (win.entries * c.groups + outputs)
+    return ghost < direct
+
+
+def _ghost_squares(c: Correlation, x: Array, y: Array) -> Array:
+    """Σ over groups and pairs of places; both factors are symmetric in the pair."""
+    win, groups, n = c.window, c.groups, x.shape[0]
+    pixels = fit(win, x).reshape(n, math.prod(win.span), groups, -1)
+    of_pixels = jnp.einsum("npgi,nqgi->gnpq", pixels, pixels, precision=c.precision)
+    of_pixels = of_pixels.reshape(groups * n, *win.span, *win.span)
+    of_patches = jnp.zeros((groups * n, *win.out, *win.out), x.dtype)
+    for tap in win.taps():
+        start = win.offset(tap)
+        ends = [at + (o - 1) * s + 1 for at, o, s in zip(start, win.out, win.stride, strict=True)]
+        steps = (1, *win.stride, *win.stride)
+        of_patches += lax.slice(of_pixels, (0, *start, *start), (groups * n, *ends, *ends), steps)
+    y = y.reshape(n, math.prod(win.out), groups, -1)
+    of_deltas = jnp.einsum("npgo,nqgo->gnpq", y, y, precision=c.precision)
+    return jnp.sum(of_patches.reshape(of_deltas.shape) * of_deltas, (0, 2, 3))
+
+
+def outer_each(x: Array, y: Array) -> Array:
+    """``(N, I, O)``: for each example Σ over places of x ⊗ y, from ``(N, places, I)`` and ``(N, places, O)``."""
+    x, y = _wide(x, y)
+    if x.shape[1] == 1:
+        return x[:, 0, :, None] * y[:, 0, None, :]
+    return jnp.einsum("npi,npo->nio", x, y)
+
+
+def outer_squares(x: Array, y: Array) -> Array:
+    """``(N,)``: ‖outer_each(x, y)[n]‖²."""
+    _, places, inputs = x.shape
+    if places * (inputs + y.shape[-1]) >= inputs * y.shape[-1]:
+        return squares(outer_each(x, y))
+    x, y = _wide(x, y)
+    if places == 1:
+        return squares(x) * squares(y)
+    return jnp.sum(jnp.einsum("npi,nqi->npq", x, x) * jnp.einsum("npo,nqo->npq", y, y), (1, 2))
+
+
+def squares(x: Array) -> Array:
+    """``(N,)``: the sum of squares of each example's entries."""
+    return jnp.sum(jnp.square(x.astype(accumulator(x.dtype))), range(1, x.ndim))
+
+
+def _wide(x: Array, y: Array) -> tuple[Array, Array]:
+    wide = accumulator(jnp.promote_types(x.dtype, y.dtype))
+    return x.astype(wide), y.astype(wide)

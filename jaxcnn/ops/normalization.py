@@ -1,0 +1,365 @@
+"""Normalisation: a stretch of entries loses its mean and its spread, then gets what the layer has learned.
+
+    x̂ = (x − m)·r        m = mean(x)        r = 1/√(mean((x − m)²) + ε)        y = γ·x̂ + β
+
+What differs is the stretch that one m and one r belong to:
+
+    batch_norm   one channel, over the whole batch
+    layer_norm   the channels of one pixel, or what ``axes`` says, of one picture
+    group_norm   some neighbouring channels, over one picture
+
+The rule is the same.  With g = δ·γ, and means over the stretch,
+
+    δ_x = r·(g − mean(g) − x̂·mean(g·x̂))        ∂E/∂γ = Σ δ·x̂        ∂E/∂β = Σ δ
+
+Closed under differentiation: the rule reads x, m and r; m and r come from `moments`, which has a rule of its own, and
+what is left are products and means.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxcnn.geometry import fail, static_float, static_int
+from jaxcnn.kernels.windows import accumulator
+from jaxcnn.ops.rule import Rule, array, arrays, with_rule
+
+
+def batch_norm(
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    mean: ArrayLike | None = None,
+    var: ArrayLike | None = None,
+    *,
+    eps: float = 1e-5,
+    rule: Rule | None = None,
+) -> Array:
+    """Batch normalisation: ``y = γ·x̂ + β`` with ``x̂ = (x − m)/√(v + ε)``, each channel for itself.
+
+    m and v are the batch's own mean and variance (Σ (x − m)²/n) over all dims but the last, unless ``mean`` and ``var``
+    are given.  There is no hidden state: statistics of the training data are `jaxcnn.calibrate`'s business.
+
+    Backward, of the batch's own: ``δ_x = r(g − mean(g) − x̂·mean(g·x̂))`` with g = δ·γ and r = 1/√(v + ε).  Of given
+    ones: ``δ_x = g·r``, ``∂E/∂mean = −Σ g·r``, ``∂E/∂var = −½ Σ g·x̂·r²``.  Both: ``∂E/∂γ = Σ δ·x̂``, ``∂E/∂β = Σ δ``.
+    Of 16-bit inputs all statistics are in float32.  Under `jax.shard_map` the batch is a device's part of it; under jit
+    with a split batch it is all of it.
+
+    Args:
+        x: ``(N, …, C)``, any float dtype.
+        scale: γ, ``(C,)``, of the same dtype; 1 if left out.
+        bias: β, ``(C,)``, of the same dtype; 0 if left out.
+        mean: ``(C,)``, of the same dtype, or float32 beside 16 bits; with ``var`` or not at all.
+        var: as ``mean``.
+        eps: ε, at least 0.
+        rule: another backward half; see `jaxcnn.rules`.  Its inputs are (x, scale, bias), then mean and var if given.
+
+    Returns: the shape and dtype of x.
+
+    Raises: ValueError for shapes or options that do not fit, TypeError for dtypes.  Source: Ioffe & Szegedy 2015.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.batch_norm(jnp.array([[1.0, 5.0], [3.0, 5.0]]), eps=0.0001).round(3).tolist()
+    [[-1.0, 0.0], [1.0, 0.0]]
+    >>> jaxcnn.batch_norm(jnp.array([[1.0], [3.0]]), None, None, jnp.array([1.0]), jnp.array([4.0]), eps=0.0).tolist()
+    [[0.0], [1.0]]
+    """
+    op = "batch_norm"
+    x, scale, bias = _arrays(op, x, scale, bias)
+    if x.ndim < 2:
+        fail(op, f"x expected (N, …, C), got shape {x.shape}")
+    norm = Normalization(tuple(range(x.ndim - 1)), (x.ndim - 1,), _epsilon(op, eps))
+    _check_shapes(op, x.shape[-1:], "one number for each channel", scale=scale, bias=bias)
+    if mean is None and var is None:
+        return with_rule(_normalized, rule, _normalized_plain, op)(norm, x, scale, bias)
+    if mean is None or var is None:
+        fail(op, "expected mean and var, or neither of them, got one")
+    mean, var = _statistics(op, x, mean=mean, var=var)
+    _check_shapes(op, x.shape[-1:], "one number for each channel", mean=mean, var=var)
+    return with_rule(_by_statistics, rule, _by_statistics_plain, op)(norm, x, scale, bias, mean, var)
+
+
+def layer_norm(
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    axes: int | Sequence[int] = -1,
+    eps: float = 1e-5,
+    rule: Rule | None = None,
+) -> Array:
+    """Layer normalisation: ``y = γ·x̂ + β`` with ``x̂ = (x − m)/√(v + ε)``, m and v over ``axes``.
+
+    Backward: ``δ_x = r(g − mean(g) − x̂·mean(g·x̂))`` with g = δ·γ, r = 1/√(v + ε) and means over ``axes``;
+    ``∂E/∂γ = Σ δ·x̂``, ``∂E/∂β = Σ δ`` over all other dims.  Of 16-bit inputs all statistics are in float32.
+
+    Args:
+        x: any shape and float dtype.
+        scale: γ, of the shape that x has along ``axes`` and of its dtype; 1 if left out.
+        bias: β, likewise; 0 if left out.
+        axes: the dims that are one layer: the channels alone, unless said otherwise; ``(1, 2, 3)`` is a whole picture.
+        eps: ε, at least 0.
+        rule: another backward half; see `jaxcnn.rules`.
+
+    Returns: the shape and dtype of x.
+
+    Raises: ValueError for shapes or options that do not fit, TypeError for dtypes.  Source: Ba et al. 2016.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.layer_norm(jnp.array([[1.0, 3.0], [10.0, 30.0]]), eps=0.0).tolist()
+    [[-1.0, 1.0], [-1.0, 1.0]]
+    """
+    op = "layer_norm"
+    x, scale, bias = _arrays(op, x, scale, bias)
+    dims = dims_of(op, axes, x.ndim)
+    norm = Normalization(dims, dims, _epsilon(op, eps))
+    _check_shapes(op, tuple(x.shape[d] for d in dims), f"that of x along axes {dims}", scale=scale, bias=bias)
+    return with_rule(_normalized, rule, _normalized_plain, op)(norm, x, scale, bias)
+
+
+def group_norm(
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    groups: int = 32,
+    eps: float = 1e-5,
+    rule: Rule | None = None,
+) -> Array:
+    """Group normalisation: ``y = γ·x̂ + β`` with ``x̂ = (x − m)/√(v + ε)``, m and v over a picture's group of channels.
+
+    Backward: ``δ_x = r(g − mean(g) − x̂·mean(g·x̂))`` with g = δ·γ, r = 1/√(v + ε) and means over the group;
+    ``∂E/∂γ = Σ δ·x̂``, ``∂E/∂β = Σ δ`` over batch and space.  Of 16-bit inputs all statistics are in float32.
+
+    Args:
+        x: ``(N, …, C)``, any float dtype.
+        scale: γ, ``(C,)``, of the same dtype; 1 if left out.
+        bias: β, ``(C,)``, of the same dtype; 0 if left out.
+        groups: how many; channels ``g·C/groups …`` are one.  As many as channels is instance normalisation.
+        eps: ε, at least 0.
+        rule: another backward half; see `jaxcnn.rules`.
+
+    Returns: the shape and dtype of x.
+
+    Raises: ValueError for shapes or options that do not fit, TypeError for dtypes.  Source: Wu & He 2018.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.group_norm(jnp.array([[1.0, 3.0, 10.0, 30.0]]), groups=2, eps=0.0).tolist()
+    [[-1.0, 1.0, -1.0, 1.0]]
+    """
+    op = "group_norm"
+    x, scale, bias = _arrays(op, x, scale, bias)
+    if x.ndim < 2:
+        fail(op, f"x expected (N, …, C), got shape {x.shape}")
+    groups = static_int(op, "groups", groups, groups)
+    if groups < 1:
+        fail(op, f"groups expected an int >= 1, got {groups}")
+    if x.shape[-1] % groups:
+        fail(op, f"groups={groups} must divide the {x.shape[-1]} channels of x {x.shape}")
+    norm = Normalization((*range(1, x.ndim - 1), x.ndim), (x.ndim - 1, x.ndim), _epsilon(op, eps), groups)
+    _check_shapes(op, x.shape[-1:], "one number for each channel", scale=scale, bias=bias)
+    return with_rule(_normalized, rule, _normalized_plain, op)(norm, x, scale, bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalization:
+    """Which entries are one stretch.  Dims are those of `view`."""
+
+    #: The dims that a stretch runs along.
+    over: tuple[int, ...]
+    #: The dims that scale and bias run along.
+    along: tuple[int, ...]
+    eps: float
+    #: Where it is given, channels are seen as ``(groups, C/groups)``.
+    groups: int | None = None
+
+    def view(self, x: Array) -> Array:
+        """X in the dtype that statistics are taken in, its channels in groups."""
+        wide = x.astype(accumulator(x.dtype))
+        return wide if self.groups is None else wide.reshape(*x.shape[:-1], self.groups, x.shape[-1] // self.groups)
+
+    def beside(self, x: Array, a: Array) -> Array:
+        """Scale or bias, so that it broadcasts against a view x."""
+        shape = tuple(n if dim in self.along else 1 for dim, n in enumerate(x.shape))
+        return a.astype(x.dtype).reshape(shape)
+
+    def gathered(self, x: Array, like: Array) -> Array:
+        """The adjoint of `beside`: the sum over all other dims."""
+        others = tuple(dim for dim in range(x.ndim) if dim not in self.along)
+        return x.sum(others).reshape(like.shape).astype(like.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# By the stretch's own mean and spread
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _normalized(norm: Normalization, x: Array, scale: Array | None, bias: Array | None) -> Array:
+    m, r = _moments(norm, norm.view(x))
+    return _scaled(norm, (norm.view(x) - m) * r, scale, bias).reshape(x.shape).astype(x.dtype)
+
+
+def _normalized_fwd(norm: Normalization, x: Array, scale: Array | None, bias: Array | None) -> Any:
+    return _normalized(norm, x, scale, bias), (x, *moments(norm, norm.view(x)), scale, bias)
+
+
+def _normalized_bwd(norm: Normalization, saved: Any, delta: Array) -> Any:
+    """δ_x = r(g − mean(g) − x̂·mean(g·x̂)) with g = δ·γ;  ∂E/∂γ = Σ δ·x̂;  ∂E/∂β = Σ δ."""
+    x, m, r, scale, bias = saved
+    delta = norm.view(delta)
+    x_hat = (norm.view(x) - m) * r
+    g = delta if scale is None else delta * norm.beside(delta, scale)
+    delta_x = r * (g - _mean(norm, g) - x_hat * _mean(norm, g * x_hat))
+    grad_scale = None if scale is None else norm.gathered(delta * x_hat, scale)
+    grad_bias = None if bias is None else norm.gathered(delta, bias)
+    return delta_x.reshape(x.shape).astype(x.dtype), grad_scale, grad_bias
+
+
+_normalized.defvjp(_normalized_fwd, _normalized_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def moments(norm: Normalization, x: Array) -> tuple[Array, Array]:
+    """The mean m of every stretch of a view x, and r = 1/√(mean((x − m)²) + ε); its dims stay, of size 1."""
+    return _moments(norm, x)
+
+
+def _moments_fwd(norm: Normalization, x: Array) -> Any:
+    m, r = moments(norm, x)
+    return (m, r), (x, m, r)
+
+
+def _moments_bwd(norm: Normalization, saved: Any, deltas: Any) -> Any:
+    """With δ_m and δ_r:  δ_x = (δ_m − δ_r·r²·x̂)/n."""
+    x, m, r = saved
+    delta_m, delta_r = deltas
+    x_hat = (x - m) * r
+    return ((delta_m - delta_r * r**2 * x_hat) / _entries(norm, x),)
+
+
+moments.defvjp(_moments_fwd, _moments_bwd)
+
+
+def _moments(norm: Normalization, x: Array) -> tuple[Array, Array]:
+    m = _mean(norm, x)
+    return m, jax.lax.rsqrt(_mean(norm, jnp.square(x - m)) + norm.eps)
+
+
+def _mean(norm: Normalization, x: Array) -> Array:
+    return x.sum(norm.over, keepdims=True) / _entries(norm, x)
+
+
+def _entries(norm: Normalization, x: Array) -> int:
+    """How many entries a stretch has; of an empty one the mean is 0, not NaN."""
+    return max(math.prod(x.shape[dim] for dim in norm.over), 1)
+
+
+def _scaled(norm: Normalization, x_hat: Array, scale: Array | None, bias: Array | None) -> Array:
+    y = x_hat if scale is None else x_hat * norm.beside(x_hat, scale)
+    return y if bias is None else y + norm.beside(y, bias)
+
+
+def _normalized_plain(norm: Normalization, x: Array, scale: Array | None, bias: Array | None) -> Array:
+    view = norm.view(x)
+    m, v = jnp.mean(view, norm.over, keepdims=True), jnp.var(view, norm.over, keepdims=True)
+    return _scaled(norm, (view - m) / jnp.sqrt(v + norm.eps), scale, bias).reshape(x.shape).astype(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# By statistics that are given
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_statistics(
+    norm: Normalization, x: Array, scale: Array | None, bias: Array | None, mean: Array, var: Array
+) -> Array:
+    return _by_statistics_plain(norm, x, scale, bias, mean, var)
+
+
+def _by_statistics_fwd(
+    norm: Normalization, x: Array, scale: Array | None, bias: Array | None, mean: Array, var: Array
+) -> Any:
+    return _by_statistics(norm, x, scale, bias, mean, var), (x, scale, bias, mean, var)
+
+
+def _by_statistics_bwd(norm: Normalization, saved: Any, delta: Array) -> Any:
+    """With g = δ·γ, r = 1/√(var + ε):  δ_x = g·r;  ∂E/∂mean = −Σ g·r;  ∂E/∂var = −½ Σ g·x̂·r²."""
+    x, scale, bias, mean, var = saved
+    delta = norm.view(delta)
+    r = jax.lax.rsqrt(norm.beside(delta, var) + norm.eps)
+    x_hat = (norm.view(x) - norm.beside(delta, mean)) * r
+    g = delta if scale is None else delta * norm.beside(delta, scale)
+    delta_x = g * r
+    grad_scale = None if scale is None else norm.gathered(delta * x_hat, scale)
+    grad_bias = None if bias is None else norm.gathered(delta, bias)
+    grad_mean = -norm.gathered(delta_x, mean)
+    grad_var = -norm.gathered(delta_x * x_hat * r, var) / 2
+    return delta_x.astype(x.dtype), grad_scale, grad_bias, grad_mean, grad_var
+
+
+_by_statistics.defvjp(_by_statistics_fwd, _by_statistics_bwd)
+
+
+def _by_statistics_plain(
+    norm: Normalization, x: Array, scale: Array | None, bias: Array | None, mean: Array, var: Array
+) -> Array:
+    view = norm.view(x)
+    x_hat = (view - norm.beside(view, mean)) * jax.lax.rsqrt(norm.beside(view, var) + norm.eps)
+    return _scaled(norm, x_hat, scale, bias).astype(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks
+
+
+def _arrays(
+    op: str, x: ArrayLike, scale: ArrayLike | None, bias: ArrayLike | None
+) -> tuple[Array, Array | None, Array | None]:
+    """x, and of scale and bias those that are there."""
+    given = {name: a for name, a in (("scale", scale), ("bias", bias)) if a is not None}
+    first, *rest = arrays(op, x=x, **given)
+    found = dict(zip(given, rest, strict=True))
+    return first, found.get("scale"), found.get("bias")
+
+
+def _statistics(op: str, x: Array, **named: ArrayLike) -> tuple[Array, ...]:
+    """Mean and variance, in x's dtype or in the one that statistics are taken in."""
+    found = {name: array(op, name, a) for name, a in named.items()}
+    allowed = {x.dtype, accumulator(x.dtype)}
+    for name, a in found.items():
+        if a.dtype not in allowed:
+            expected = " or ".join(str(d) for d in sorted(allowed, key=str))
+            raise TypeError(f"{op}: {name} expected {expected}, as x is {x.dtype}; got {a.dtype}")
+    return tuple(found.values())
+
+
+def _check_shapes(op: str, shape: tuple[int, ...], what: str, **named: Array | None) -> None:
+    for name, a in named.items():
+        if a is not None and a.shape != shape:
+            fail(op, f"{name} expected shape {shape}, {what}, got {a.shape}")
+
+
+def dims_of(op: str, axes: int | Sequence[int], ndim: int) -> tuple[int, ...]:
+    """The dims, counted from 0 and in x's order."""
+    each = tuple(axes) if isinstance(axes, list | tuple) else (axes,)
+    ints = [static_int(op, "axes", a, axes) for a in each]
+    if not ints or any(not -ndim <= a < ndim for a in ints) or len({a % ndim for a in ints}) < len(ints):
+        fail(op, f"axes expected one or more different dims of the {ndim} of x, got {axes!r}")
+    return tuple(sorted(a % ndim for a in ints))
+
+
+def _epsilon(op: str, eps: float) -> float:
+    found = static_float(op, "eps", eps)
+    if not 0 <= found < float("inf"):
+        fail(op, f"eps expected a finite number >= 0, got {eps}")
+    return found

@@ -1,0 +1,106 @@
+"""Rules for activations: what of δ a rectifier lets pass.
+
+The exact rule of ReLU is δ_x = δ ∘ [x > 0].  All of these fit `relu`, and `hidden_layer`, whose ReLU takes them.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxcnn.geometry import fail, static_float
+from jaxcnn.ops import activation
+from jaxcnn.ops.rule import Call
+from jaxcnn.rules.fitting import InHiddenLayer, check_fits
+
+ACTIVATIONS = ("relu", *activation._TABLE)
+
+
+def guided_relu(call: Call, delta: Array) -> tuple[Array, ...]:
+    """Guided backprop: ``δ_x = δ ∘ [x > 0] ∘ [δ > 0]``.
+
+    What is left at the input speaks for an output, through units that were active.  Fits `relu` and `hidden_layer`.
+
+    Raises: ValueError for another op.  Source: Springenberg et al. 2014, §3.4.
+
+    >>> import jax, jaxcnn
+    >>> import jax.numpy as jnp
+    >>> x, delta = jnp.array([-1.0, 2.0, 3.0]), jnp.array([5.0, 5.0, -5.0])
+    >>> jax.vjp(lambda x: jaxcnn.relu(x, rule=jaxcnn.rules.guided_relu), x)[1](delta)[0].tolist()
+    [0.0, 5.0, 0.0]
+    """
+    if call.name == "hidden_layer":
+        return InHiddenLayer(relu=guided_relu)(call, delta)
+    check_fits(guided_relu, call, "relu", "hidden_layer")
+    (delta_x,) = call.exact(delta)
+    return (jnp.where(delta > 0, delta_x, 0),)
+
+
+def deconv_relu(call: Call, delta: Array) -> tuple[Array, ...]:
+    """The deconvolution net's: ``δ_x = δ ∘ [δ > 0]``, a ReLU of δ itself, whatever x was.
+
+    Fits `relu` and `hidden_layer`.
+
+    Raises: ValueError for another op.  Source: Zeiler & Fergus 2014, §2.1.
+
+    >>> import jax, jaxcnn
+    >>> import jax.numpy as jnp
+    >>> x, delta = jnp.array([-1.0, 2.0, 3.0]), jnp.array([5.0, 5.0, -5.0])
+    >>> jax.vjp(lambda x: jaxcnn.relu(x, rule=jaxcnn.rules.deconv_relu), x)[1](delta)[0].tolist()
+    [5.0, 5.0, 0.0]
+    """
+    if call.name == "hidden_layer":
+        return InHiddenLayer(relu=deconv_relu)(call, delta)
+    check_fits(deconv_relu, call, "relu", "hidden_layer")
+    return (jnp.where(delta > 0, delta, 0),)
+
+
+def straight_through(call: Call, delta: Array) -> tuple[Array, ...]:
+    """Straight through: ``δ_x = δ``, as if the activation were the identity.
+
+    Fits every activation, and `hidden_layer`.
+
+    Raises: ValueError for another op.  Source: Bengio et al. 2013, §4.
+
+    >>> import jax, jaxcnn
+    >>> import jax.numpy as jnp
+    >>> x, delta = jnp.array([-1.0, 2.0, 3.0]), jnp.array([5.0, 5.0, -5.0])
+    >>> jax.vjp(lambda x: jaxcnn.relu(x, rule=jaxcnn.rules.straight_through), x)[1](delta)[0].tolist()
+    [5.0, 5.0, -5.0]
+    """
+    if call.name == "hidden_layer":
+        return InHiddenLayer(relu=straight_through)(call, delta)
+    check_fits(straight_through, call, *ACTIVATIONS, "hidden_layer")
+    return (delta,)
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftplusSmoothed:
+    """``δ_x = δ ∘ sigmoid(β·x)``: the rule of softplus, log(1 + e^(βx))/β, behind a ReLU.
+
+    Saliency maps of a net without kinks; β → ∞ is the exact rule, β = 0 halves every δ.  Fits `relu` and
+    `hidden_layer`.
+
+    Raises: TypeError or ValueError, when it is made, for a beta that is no finite number >= 0; ValueError, when δ
+    comes, for another op.  Source: Dombrowski et al. 2019, §4.
+
+    >>> import jax, jaxcnn
+    >>> rule = jaxcnn.rules.SoftplusSmoothed(beta=2.0)
+    >>> float(jax.grad(lambda x: jaxcnn.relu(x, rule=rule))(0.0))
+    0.5
+    """
+
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= static_float("SoftplusSmoothed", "beta", self.beta) < float("inf"):
+            fail("SoftplusSmoothed", f"beta expected a finite number >= 0, got {self.beta}")
+
+    def __call__(self, call: Call, delta: Array) -> tuple[Array, ...]:
+        """δ_x = δ ∘ sigmoid(β·x)."""
+        if call.name == "hidden_layer":
+            return InHiddenLayer(relu=self)(call, delta)
+        check_fits(self, call, "relu", "hidden_layer")
+        (x,) = call.inputs
+        return (delta * jax.nn.sigmoid(self.beta * x),)

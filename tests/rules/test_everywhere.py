@@ -1,0 +1,163 @@
+"""Every ready-made rule under jit, vmap and a split batch, in a training step; and on an op that it does not fit."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jaxcnn
+from jaxcnn import Conv, Dense, Flatten, HiddenLayer, MaxPool, Relu, make_train_step, rules, serial
+from tests.cases import compiled, with_cotangents
+from tests.checks import assert_close
+
+RELU, POOL, PATCH = ("relu",), ("max_pool",), ("conv", "depthwise_conv", "conv_transpose", "dense")
+ANY = (*RELU, *POOL, "conv", "dense")
+
+FITS = {
+    # rule: the ops it fits, beside hidden_layer
+    rules.guided_relu: RELU,
+    rules.deconv_relu: RELU,
+    rules.straight_through: RELU,
+    rules.SoftplusSmoothed(2.0): RELU,
+    rules.winner: POOL,
+    rules.literal_up: POOL,
+    rules.proportional: POOL,
+    rules.even_split: POOL,
+    rules.FeedbackAlignment(3): PATCH,
+    rules.SignSymmetric(): PATCH,
+    rules.ClipDelta(0.5): ANY,
+    rules.QuantisedDelta("bfloat16"): ANY,
+    rules.QuantisedDelta("float8_e4m3fn"): ANY,
+    rules.QuantisedDelta("int8"): ANY,
+    rules.QuantisedDelta("int8", stochastic=False): ANY,
+    rules.InHiddenLayer(conv=rules.SignSymmetric(), relu=rules.guided_relu, pool=rules.literal_up): (),
+}
+
+OPS = {
+    # op: (function, shapes of its arrays)
+    "relu": (jaxcnn.relu, ((4, 6, 6, 2),)),
+    "max_pool": (functools.partial(jaxcnn.max_pool, window=3, stride=2, padding=1), ((4, 6, 6, 2),)),
+    "conv": (functools.partial(jaxcnn.conv, padding=1), ((4, 6, 5, 2), (3, 2, 2, 3), (3,))),
+    "dense": (jaxcnn.dense, ((4, 5), (5, 3), (3,))),
+    "hidden_layer": (functools.partial(jaxcnn.hidden_layer, pool_stride=1), ((4, 6, 5, 2), (3, 2, 2, 3), (3,))),
+}
+LAYERS = {"relu": Relu, "max_pool": MaxPool, "conv": Conv, "dense": Dense, "hidden_layer": HiddenLayer}
+FITTING = [(rule, op) for rule, ops in FITS.items() for op in (*ops, "hidden_layer") if op in OPS]
+STRANGE = [(rule, op) for rule, ops in FITS.items() for op in OPS if op not in (*ops, "hidden_layer")]
+
+
+def name_of(value):
+    return value if isinstance(value, str) else getattr(value, "__name__", type(value).__name__)
+
+
+def drawn(op, rule=None, seed=0):
+    """(function, arrays, δ)."""
+    function, shapes = OPS[op]
+    rng = np.random.default_rng(seed)
+    args = tuple(rng.standard_normal(shape) for shape in shapes)
+    delta = rng.standard_normal(jax.eval_shape(function, *args).shape)
+    return with_cotangents(functools.partial(function, rule=rule)), args, delta
+
+
+def flat(result):
+    return jax.tree.leaves(result)
+
+
+def test_the_table_is_whole():
+    """Of all ready-made rules of these rooms there is a row."""
+    rooms = ("rectifiers", "pooling", "training", "fitting")
+    listed = {getattr(rule, "__name__", type(rule).__name__) for rule in FITS}
+    offered = {
+        name for name, value in vars(rules).items() if getattr(value, "__module__", "").split(".")[-1] in rooms
+    }  # fmt: skip
+    assert listed == offered
+
+
+@pytest.mark.parametrize(("rule", "op"), FITTING, ids=name_of)
+def test_jit_equals_eager(rule, op):
+    run, args, delta = drawn(op, rule)
+    found = jax.jit(run)(args, delta)
+    assert_close(flat(found), flat(run(tuple(map(jnp.asarray, args)), jnp.asarray(delta))), 1e-10)
+    exact = drawn(op)[0](args, delta)
+    assert_close([found[0]], [exact[0]], 1e-12)  # forward: as it is
+    same = all(np.allclose(a, b, rtol=1e-6) for a, b in zip(flat(found[1]), flat(exact[1]), strict=True))
+    assert same == (rule in (rules.winner, rules.even_split))
+
+
+@pytest.mark.parametrize(("rule", "op"), FITTING, ids=name_of)
+def test_vmap_equals_a_loop(rule, op):
+    turns = [drawn(op, rule, seed)[1:] for seed in (0, 1)]
+    run = drawn(op, rule)[0]
+    args, deltas = jax.tree.map(lambda *a: np.stack(a), *turns)
+    expected = [compiled(run)(*turn) for turn in turns]
+    found = compiled(jax.vmap(run))(args, deltas)
+    assert_close(flat(found), flat(jax.tree.map(lambda *a: np.stack(a), *expected)), 1e-10)
+
+
+@pytest.mark.parametrize(("rule", "op"), FITTING, ids=name_of)
+def test_a_split_batch(rule, op):
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
+    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("batch",), ()))
+    run, args, delta = drawn(op, rule)
+    spread = (jax.device_put(args[0], split), *(jax.device_put(a, whole) for a in args[1:]))
+    found = compiled(run)(spread, jax.device_put(delta, split))
+    assert len(found[0].sharding.device_set) == 2
+    assert_close(flat(found), flat(compiled(run)(args, delta)), 1e-10)
+
+
+NETS = {
+    True: serial(HiddenLayer(3, 3, pool_stride=1), Flatten(), Dense(3)),
+    False: serial(Conv(3, 3), Relu(), MaxPool(3, stride=2), Flatten(), Dense(3)),
+}
+
+
+@pytest.mark.parametrize(("rule", "op"), FITTING, ids=name_of)
+def test_in_a_training_step(rule, op):
+    """A step by plain gradient descent is minus the gradient that `rules=` of the net gives; and none of it is NaN."""
+    net = NETS[op == "hidden_layer"]
+    rng = np.random.default_rng(0)
+    x, labels = rng.standard_normal((4, 8, 8, 1)).astype(np.float32), np.array([0, 1, 2, 0])
+    loss = jaxcnn.softmax_cross_entropy_with_integer_labels
+    which = {LAYERS[op]: rule}
+    state = jaxcnn.TrainState.create(net, optax.sgd(1.0), jax.random.key(0), (8, 8, 1))
+    before = jax.device_get(state.params)
+    gradients = compiled(jax.grad(lambda p: loss(net.apply(p, x, rules=which), labels).mean()))(before)
+    step = make_train_step(net, loss, optax.sgd(1.0), rules=which)
+    state, metrics = step(state, (x, labels))
+    assert np.isfinite(metrics["loss"])
+    moved = jax.tree.map(lambda a, b: a - b, before, jax.device_get(state.params))
+    assert_close(flat(moved), flat(gradients), 1e-5)
+
+
+@pytest.mark.parametrize(("rule", "op"), STRANGE, ids=name_of)
+def test_an_op_that_it_does_not_fit(rule, op):
+    run, args, delta = drawn(op, rule)
+    fits = ", ".join((*FITS[rule], "hidden_layer") if FITS[rule] else ("hidden_layer",))
+    fits = fits if rule is not rules.straight_through else "relu, .*, hidden_layer"
+    with pytest.raises(ValueError, match=rf"^{op}: rule .*: expected as a rule of {fits}$"):
+        run(args, delta)
+
+
+@pytest.mark.parametrize("rule", FITS, ids=name_of)
+def test_rules_are_values(rule):
+    """Equal ones compile once."""
+    same = rule if not hasattr(rule, "__dataclass_fields__") else type(rule)(**vars(rule))
+    assert same == rule
+    assert hash(same) == hash(rule)
+
+
+def test_a_rule_of_ones_own_in_a_hidden_layer():
+    """A hidden layer's rule may be the reader's own."""
+
+    def mine(call, delta):
+        assert call.name == "relu"
+        return (3 * call.exact(delta)[0],)
+
+    run, args, delta = drawn("hidden_layer", rules.InHiddenLayer(relu=mine))
+    exact, found = (compiled(r)(args, delta)[1] for r in (drawn("hidden_layer")[0], run))
+    for a, b in zip(found, exact, strict=True):
+        np.testing.assert_allclose(a, 3 * np.asarray(b), rtol=1e-10)

@@ -1,0 +1,441 @@
+"""LRP's rules: against zennit, op by op; what they conserve; where and how they run; what they refuse."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+import zennit.rules
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jaxcnn
+from jaxcnn import AvgPool, Conv, Dense, HiddenLayer, MaxPool, attribution
+from jaxcnn.rules import AlphaBeta, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus, passed, rescale
+from tests import modules
+from tests.agreement import CLOSE, random_delta
+from tests.agreement import pulled as pulled_by
+from tests.cases import compiled, quick_to_compile
+
+#: Bounds of pixels, one for each of up to 12 channels.
+LOW, HIGH = np.random.default_rng(7).uniform((-4,), (-3,), (2, 12)) * [[1], [-1]]
+
+
+def channels(bounds, n):
+    return torch.tensor(bounds[:n])
+
+
+RULES = {
+    # name: ours for n channels, zennit's for n channels and a rank of x
+    "epsilon": (lambda n: Epsilon(), lambda n, rank: zennit.rules.Epsilon()),
+    "epsilon 0.3": (lambda n: Epsilon(0.3), lambda n, rank: zennit.rules.Epsilon(0.3)),
+    "zplus": (lambda n: ZPlus(), lambda n, rank: zennit.rules.ZPlus()),
+    "zplus 0.3": (lambda n: ZPlus(0.3), lambda n, rank: zennit.rules.ZPlus(0.3)),
+    "alpha 2 beta 1": (lambda n: AlphaBeta(), lambda n, rank: zennit.rules.AlphaBeta()),
+    "alpha 1.5 beta 0.5": (lambda n: AlphaBeta(1.5, 0.5, 0.1), lambda n, rank: zennit.rules.AlphaBeta(1.5, 0.5, 0.1)),
+    "gamma": (lambda n: Gamma(), lambda n, rank: zennit.rules.Gamma()),
+    "gamma 1": (lambda n: Gamma(1.0, 0.1), lambda n, rank: zennit.rules.Gamma(1.0, 0.1)),
+    "wsquare": (lambda n: WSquare(), lambda n, rank: zennit.rules.WSquare()),
+    "flat": (lambda n: Flat(), lambda n, rank: zennit.rules.Flat()),
+    "zbox": (lambda n: ZBox(-4.0, 4.5), lambda n, rank: zennit.rules.ZBox(-4.0, 4.5)),
+    "zbox of channels": (
+        lambda n: ZBox(LOW[:n], HIGH[:n]),
+        lambda n, rank: zennit.rules.ZBox(
+            *(channels(b, n).reshape(1, n, *(1,) * (rank - 2)) for b in (LOW, HIGH)),
+        ),
+    ),
+}
+
+#: The same rules with other constants.
+OTHER = ("epsilon 0.3", "zplus 0.3", "alpha 1.5 beta 0.5", "gamma 1", "zbox")
+
+LAYERS = {
+    # name: a layer, the shape of its input
+    "conv": (Conv(5, 3), (2, 6, 7, 3)),
+    "conv, stride 2, a remainder": (Conv(5, 3, stride=2), (2, 8, 7, 3)),
+    "conv, padding": (Conv(5, (3, 2), padding=1), (2, 6, 5, 3)),
+    "conv, dilation": (Conv(5, 2, dilation=2, padding=1), (2, 6, 5, 3)),
+    "conv, groups": (Conv(6, 3, groups=2, padding=1, stride=2), (2, 6, 5, 4)),
+    "conv, depthwise, no bias": (Conv(6, 3, groups=3, bias=False), (2, 6, 5, 3)),
+    "dense": (Dense(6), (3, 12)),
+    "dense, no bias": (Dense(6, bias=False), (3, 12)),
+    "hidden layer": (HiddenLayer(5, 3), (2, 8, 9, 3)),
+    "hidden layer, windows overlap": (HiddenLayer(5, 3, window=3, pool_stride=2, padding=1, stride=2), (2, 13, 14, 3)),
+}
+POOLS = {
+    "avg_pool": (AvgPool(2), (2, 6, 5, 3)),
+    "avg_pool, windows overlap": (AvgPool(3, 2), (2, 7, 8, 3)),
+    "avg_pool, padding counts": (AvgPool(3, 2, padding=1), (2, 7, 8, 3)),
+    "avg_pool, padding does not": (AvgPool(3, 2, padding=1, count_include_pad=False), (2, 7, 8, 3)),
+}
+POOLING_RULES = {
+    "norm": (lambda n: Epsilon(), lambda n, rank: zennit.rules.Norm()),
+    "norm 0.3": (lambda n: Epsilon(0.3), lambda n, rank: zennit.rules.Norm(0.3)),
+    "flat": (lambda n: Flat(), lambda n, rank: zennit.rules.Flat()),
+}
+
+
+def drawn(layer, shape, bias=True, seed=0):
+    """Inputs of either sign, and parameters with biases that are not zero."""
+    rng = np.random.default_rng(seed)
+    params = layer.init(jax.random.key(seed), shape[1:], jnp.float64)
+    params = {k: rng.standard_normal(a.shape) * (bias or k == "w") for k, a in params.items()}
+    return rng.standard_normal(shape), params
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=quick_to_compile())
+def sent_back(layer, rule, params, x, delta):
+    return jax.vjp(lambda x: layer.apply(params, x, rule=rule), x)[1](delta)[0]
+
+
+def relevance(layer, rule, x, params, delta=None):
+    y = jax.eval_shape(layer.apply, params, x)
+    delta = random_delta(y) if delta is None else delta
+    return delta, np.asarray(sent_back(layer, rule, params, x, delta))
+
+
+def relevance_by_zennit(layer, params, rule, x, delta):
+    """Of the last module that has a rule; a hidden layer's ReLU passes."""
+    module = modules.module(layer, params).double()
+    parts = [*module] if isinstance(module, torch.nn.Sequential) else [module]
+    hooks = [(part, rule.copy()) for part in parts[:1]]
+    hooks += [(part, zennit.rules.Pass()) for part in parts if isinstance(part, torch.nn.ReLU)]
+    handles = [hook.register(part) for part, hook in hooks]
+    leaf = modules.channels_first(x).requires_grad_()
+    y = module(leaf)
+    (found,) = torch.autograd.grad(y, leaf, modules.channels_first(delta))
+    for handle in handles:
+        handle.remove()
+    return modules.channels_last(found)
+
+
+#: Rules, and layers, that show all there is to conserve.
+EACH = [name for name in RULES if name not in OTHER]
+FEW = ["conv, padding", "conv, groups", "dense", "hidden layer, windows overlap"]
+PAIRS = [(a, r) for a in LAYERS for r in EACH] + [(a, r) for a in FEW[1:3] for r in OTHER]
+
+
+@pytest.mark.parametrize(("layer", "rule"), PAIRS + [(a, r) for a in POOLS for r in POOLING_RULES])
+def test_zennit(layer, rule):
+    ours, theirs = {**RULES, **POOLING_RULES}[rule]
+    layer, shape = {**LAYERS, **POOLS}[layer]
+    x, params = drawn(layer, shape)
+    delta, found = relevance(layer, ours(shape[-1]), x, params)
+    expected = relevance_by_zennit(layer, params, theirs(shape[-1], len(shape)), x, delta)
+    assert np.abs(expected).max() > 0
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("layer", [MaxPool(2), MaxPool(3, 2), MaxPool(3, 2, padding=1)], ids=str)
+def test_max_pooling_by_its_exact_rule_is_zennits(layer):
+    """zennit has no rule for it: relevance goes as the gradient does, to the winner."""
+    x, params = drawn(layer, (2, 7, 8, 3))
+    delta, found = relevance(layer, None, x, params)
+    leaf = modules.channels_first(x).requires_grad_()
+    expected = torch.autograd.grad(modules.module(layer, {})(leaf), leaf, modules.channels_first(delta))[0]
+    np.testing.assert_allclose(found, modules.channels_last(expected), **CLOSE)
+
+
+def exact(rule):
+    """With an ε that can be neglected."""
+    small = {field.name for field in dataclasses.fields(rule)} & {"epsilon", "stabilizer"}
+    return dataclasses.replace(rule, **dict.fromkeys(small, 1e-14))
+
+
+@pytest.mark.parametrize("spatial", [(9,), (4, 5, 4)])
+def test_one_and_three_dims(spatial):
+    """The 1-D rule is the 2-D one of a picture that is one pixel high; the 3-D one is conserved."""
+    layer = Conv(4, 3, stride=2 if len(spatial) == 1 else 1, bias=False)
+    x, params = drawn(layer, (2, *spatial, 4))
+    for name in EACH:
+        rule = exact(RULES[name][0](4))
+        delta, found = relevance(layer, rule, x, params)
+        np.testing.assert_allclose(found.sum(), delta.sum(), rtol=1e-6)
+        if len(spatial) == 1:
+            flat = Conv(4, (1, 3), stride=(1, 2), bias=False)
+            of_2d = relevance(flat, rule, x[:, None], {"w": params["w"][None]}, delta[:, None])[1]
+            np.testing.assert_allclose(found, of_2d[:, 0], **CLOSE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conservation
+
+
+def sums(layer, rule, bias):
+    """Σ R in and Σ R out of each example."""
+    layer, shape = {**LAYERS, **POOLS}[layer]
+    x, params = drawn(layer, shape, bias)
+    y = layer.apply(params, x)
+    delta = np.random.default_rng(3).uniform(0.5, 1.5, y.shape)
+    found = relevance(layer, exact(rule), x, params, delta)[1]
+    return found.reshape(len(x), -1).sum(1), delta.reshape(len(x), -1).sum(1)
+
+
+@pytest.mark.parametrize("layer", FEW)
+@pytest.mark.parametrize("rule", EACH)
+def test_relevance_is_conserved_without_bias(layer, rule):
+    found, expected = sums(layer, RULES[rule][0](LAYERS[layer][1][-1]), bias=False)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("layer", FEW)
+@pytest.mark.parametrize("rule", ["flat", "zbox of channels"])
+def test_relevance_is_conserved_with_bias(layer, rule):
+    """Flat takes the bias for 0, in zᴮ it cancels."""
+    found, expected = sums(layer, RULES[rule][0](LAYERS[layer][1][-1]), bias=True)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("layer", ["avg_pool", "avg_pool, windows overlap", "avg_pool, padding does not"])
+@pytest.mark.parametrize("rule", [Epsilon(), Flat()])
+def test_relevance_is_conserved_by_pooling(layer, rule):
+    found, expected = sums(layer, rule, bias=False)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_the_bias_keeps_its_share_of_epsilon():
+    """Σ R_x = Σ R (z − b) / (z + ε sign z), of one output at a time."""
+    layer, shape = LAYERS["conv, padding"]
+    x, params = drawn(layer, shape)
+    z = np.asarray(layer.apply(params, x))
+    for n, o in ((0, (1, 2, 3)), (1, (0, 0, 0))):  # in the middle, and at the border
+        delta = np.zeros(z.shape)
+        delta[(n, *o)] = 2.0
+        found = relevance(layer, Epsilon(0.1), x, params, delta)[1].sum()
+        at = z[(n, *o)]
+        np.testing.assert_allclose(found, 2 * (at - params["b"][o[-1]]) / (at + 0.1 * np.sign(at)), rtol=1e-10)
+
+
+def test_a_whole_net_hands_the_output_to_the_pixels():
+    """Overlapping max and average pools, a hidden layer, no biases: Σ R_x is the output."""
+    net = jaxcnn.serial(
+        Conv(6, 3, padding=1, bias=False), jaxcnn.Relu(), MaxPool(3, 2), Conv(6, 2, bias=False), jaxcnn.Relu(),
+        AvgPool(3, 2), HiddenLayer(8, 2, window=2, pool_stride=1), jaxcnn.Flatten(), Dense(5, bias=False),
+    )  # fmt: skip
+    params = net.init(jax.random.key(0), (18, 17, 3), jnp.float64)
+    x = np.random.default_rng(0).uniform(0, 1, (3, 18, 17, 3))
+    target = np.array([4, 0, 2])
+    composites = {
+        "plus": attribution.epsilon_plus(epsilon=1e-14, stabilizer=1e-14),
+        "gamma": {
+            "conv1": ZBox(0.0, 1.0, 1e-14), Conv: Gamma(0.25, 1e-14), HiddenLayer: Gamma(0.25, 1e-14),
+            Dense: Epsilon(1e-14), AvgPool: Epsilon(1e-14), jaxcnn.Relu: passed,
+        },
+        "flat, square": {
+            "conv1": Flat(), Conv: WSquare(1e-14), HiddenLayer: Gamma(0.25, 1e-14), Dense: Epsilon(1e-14),
+            AvgPool: Flat(), jaxcnn.Relu: passed,
+        },
+    }  # fmt: skip
+    y = np.take_along_axis(np.asarray(net.apply(params, x)), target[:, None], 1)[:, 0]
+    for name, rules in composites.items():
+        found = compiled(functools.partial(jaxcnn.attribute, net, rules=rules))(params, x, target)
+        np.testing.assert_allclose(found.sum((1, 2, 3)), y, rtol=1e-5, err_msg=name)
+
+
+def test_epsilon_of_nearly_nothing_is_gradient_times_input():
+    """In a net of ReLUs and max pooling without biases (Shrikumar et al. 2016)."""
+    net = jaxcnn.serial(Conv(6, 3, bias=False), jaxcnn.Relu(), MaxPool(2), jaxcnn.Flatten(), Dense(5, bias=False))
+    params = net.init(jax.random.key(0), (8, 9, 3), jnp.float64)
+    x = np.random.default_rng(0).standard_normal((3, 8, 9, 3))
+    rules = {Conv: Epsilon(0.0), Dense: Epsilon(1e-14), jaxcnn.Relu: passed}
+    ask = functools.partial(jaxcnn.attribute, net, target=2)
+    found = compiled(functools.partial(ask, rules=rules))(params, x)
+    expected = compiled(functools.partial(ask, method="gradient_times_input"))(params, x)
+    np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-10)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How they run
+
+ALL = [RULES[name][0](3) for name in EACH]
+
+
+def pulled(rule, params, x, delta):
+    return jax.vjp(lambda x: HiddenLayer(5, 3).apply(params, x, rule=rule), x)[1](delta)[0]
+
+
+@pytest.mark.parametrize("rule", ALL, ids=str)
+def test_jit_vmap_and_a_split_batch(rule):
+    x, params = drawn(HiddenLayer(5, 3), (4, 8, 9, 3))
+    delta = random_delta(HiddenLayer(5, 3).apply(params, x))
+    run = functools.partial(pulled, rule, params)
+    expected = compiled(run)(x, delta)
+    mapped = compiled(jax.vmap(run))(x[:, None], delta[:, None])
+    np.testing.assert_allclose(mapped[:, 0], expected, **CLOSE)
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
+    split = NamedSharding(mesh, PartitionSpec("batch"))
+    parted = compiled(run)(*jax.device_put((x, delta), split))
+    assert len(parted.sharding.device_set) == 2
+    np.testing.assert_allclose(parted, expected, **CLOSE)
+    by_hand = jax.shard_map(run, mesh=mesh, in_specs=PartitionSpec("batch"), out_specs=PartitionSpec("batch"))
+    np.testing.assert_allclose(compiled(by_hand)(x, delta), expected, **CLOSE)
+
+
+def test_eager_is_the_same():
+    x, params = drawn(HiddenLayer(5, 3), (4, 8, 9, 3))
+    delta = random_delta(HiddenLayer(5, 3).apply(params, x))
+    for rule in (Gamma(), rescale):
+        run = functools.partial(pulled, rule, params)
+        np.testing.assert_allclose(run(x, delta), compiled(run)(x, delta), **CLOSE)
+
+
+@pytest.mark.parametrize("rule", [*ALL, rescale], ids=str)
+def test_in_a_training_step_parameters_that_relevance_reaches_stay(rule):
+    """Relevance has no share for a patch: the layer under the rule is frozen, the one above it learns."""
+    net = jaxcnn.serial(HiddenLayer(4, 3), jaxcnn.Flatten(), Dense(5))
+    optimizer = optax.sgd(0.1)
+    state = jaxcnn.TrainState.create(net, optimizer, jax.random.key(0), (8, 8, 3))
+    before = jax.tree.map(np.array, state.params)
+    step = jaxcnn.make_train_step(
+        net, jaxcnn.softmax_cross_entropy_with_integer_labels, optimizer, rules={HiddenLayer: rule}
+    )
+    x = np.random.default_rng(0).standard_normal((4, 8, 8, 3)).astype(np.float32)
+    state, metrics = step(state, (x, np.arange(4)))
+    assert np.isfinite(metrics["loss"])
+    np.testing.assert_array_equal(state.params["hidden_layer1"]["w"], before["hidden_layer1"]["w"])
+    assert not np.array_equal(state.params["dense1"]["w"], before["dense1"]["w"])
+
+
+def test_float32_stays_float32_and_is_near():
+    for name in ("zplus", "gamma", "zbox of channels", "epsilon 0.3"):
+        x, params = drawn(Conv(5, 3), (2, 6, 7, 3))
+        rule = RULES[name][0](3)
+        delta, wide = relevance(Conv(5, 3), rule, x, params)
+        narrow = jax.tree.map(lambda a: a.astype(np.float32), (x, params, delta))
+        found = relevance(Conv(5, 3), rule, *narrow)[1]
+        assert found.dtype == np.float32
+        assert np.linalg.norm(found - wide) < 1e-4 * np.linalg.norm(wide), name
+
+
+def test_rules_are_values():
+    """Equal rules are one: no second compilation."""
+    for make in (ours for ours, _ in RULES.values()):
+        assert make(3) == make(3)
+        assert hash(make(3)) == hash(make(3))
+    assert ZBox(np.zeros(3), np.ones(3)) == ZBox((0.0, 0.0, 0.0), [1, 1, 1])
+    assert Epsilon(1) == Epsilon(1.0) != Epsilon(2.0)
+
+
+def test_passed():
+    x, delta = np.random.default_rng(0).standard_normal((2, 3, 4))
+    for op in (jaxcnn.relu, jaxcnn.gelu, lambda x, rule: jaxcnn.dropout(x, 0.5, jax.random.key(0), rule=rule)):
+        np.testing.assert_array_equal(jax.vjp(functools.partial(op, rule=passed), x)[1](delta)[0], delta)
+
+
+def test_nothing_out_of_nothing():
+    """Inputs and outputs of zero divide nothing by zero."""
+    x, params = drawn(Conv(5, 3), (2, 6, 7, 3), bias=False)
+    for rule in ALL:
+        found = relevance(Conv(5, 3), rule, 0 * x, params)[1]
+        assert np.isfinite(found).all(), rule
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DeepLIFT's rule
+
+ACTIVATIONS = ["relu", "leaky_relu", "elu", "gelu", "silu", "softplus", "sigmoid", "tanh"]
+PAIRED = {
+    **{name: getattr(jaxcnn, name) for name in ACTIVATIONS},
+    "max_pool": functools.partial(jaxcnn.max_pool, window=2),
+    "max_pool, windows overlap": functools.partial(jaxcnn.max_pool, window=3, stride=1, padding=1),
+    "avg_pool": functools.partial(jaxcnn.avg_pool, window=3, stride=1),
+    "hidden_layer": lambda x, rule=None: jaxcnn.hidden_layer(x, W, B, window=3, pool_stride=2, rule=rule),
+    "conv": lambda x, rule=None: jaxcnn.conv(x, W, B, rule=rule),
+}
+W, B = np.random.default_rng(5).standard_normal((3, 3, 3, 4)), np.random.default_rng(6).standard_normal(4)
+
+
+@pytest.mark.parametrize("op", PAIRED)
+def test_differences_are_handed_on_whole(op):
+    """Σ m ∘ (x − x₀) = Σ δ ∘ (y − y₀), for each pair, also where entries meet."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((6, 8, 8, 3))
+    x[3, :3] = x[0, :3]
+    y = np.asarray(PAIRED[op](x))
+    delta = rng.standard_normal((3, *y.shape[1:]))
+    _, (found,) = pulled_by(functools.partial(PAIRED[op], rule=rescale), (x,), np.concatenate([delta, delta]))
+    m, again = np.split(np.asarray(found), 2)
+    np.testing.assert_array_equal(m, again)
+    found = (m * (x[:3] - x[3:])).reshape(3, -1).sum(1)
+    np.testing.assert_allclose(found, (delta * (y[:3] - y[3:])).reshape(3, -1).sum(1), rtol=1e-9)
+
+
+def test_where_two_points_meet_the_slope_is_that_of_one():
+    x = np.random.default_rng(0).standard_normal((3, 4))
+    twice = np.concatenate([x, x])
+    for op in ("tanh", "relu"):
+        _, (m,) = pulled_by(functools.partial(PAIRED[op], rule=rescale), (twice,), np.ones_like(twice))
+        np.testing.assert_allclose(m[:3], pulled_by(PAIRED[op], (x,), np.ones_like(x))[1][0], **CLOSE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What they refuse
+
+X = np.ones((2, 6, 6, 4), np.float32)
+KEY = jax.random.key(0)
+OPS = "conv, dense, hidden_layer"
+WITH_SUMS = "conv, dense, avg_pool, block_sum, kron_up, hidden_layer"
+
+REFUSED = [
+    # error, message, call of one picture with a rule
+    ("relu: rule ZPlus(stabilizer=1e-06): expected as a rule of " + OPS + "; rules.passed fits activations and dropout",
+     lambda x: jaxcnn.relu(x, rule=ZPlus())),
+    ("gelu: rule Epsilon(epsilon=1e-06): expected as a rule of " + WITH_SUMS
+     + "; rules.passed fits activations and dropout", lambda x: jaxcnn.gelu(x, rule=Epsilon())),
+    ("max_pool: rule Epsilon(epsilon=1e-06): expected as a rule of " + WITH_SUMS
+     + "; max_pool keeps its exact rule, R to the winner", lambda x: jaxcnn.max_pool(x, 2, rule=Epsilon())),
+    ("avg_pool: rule Gamma(gamma=0.25, stabilizer=1e-06): expected as a rule of " + OPS
+     + "; Epsilon and Flat fit avg_pool", lambda x: jaxcnn.avg_pool(x, 2, rule=Gamma())),
+    ("conv: rule passed: expected as a rule of an activation or of dropout, entry by entry",
+     lambda x: jaxcnn.conv(x, np.ones((1, 1, 4, 4), np.float32), rule=passed)),
+    ("max_pool: rule passed: expected as a rule of an activation or of dropout, entry by entry",
+     lambda x: jaxcnn.max_pool(x, 2, rule=passed)),
+    ("ZBox: low expected one number or 4, one for each channel, got 3",
+     lambda x: jaxcnn.conv(x, np.ones((1, 1, 4, 4), np.float32), rule=ZBox((0.0, 0.0, 0.0), 1.0))),
+    ("relu: rule rescale: expected examples and as many references after them, got x (3, 6, 6, 4)",
+     lambda x: jaxcnn.relu(jnp.concatenate([x, x[:1]]), rule=rescale)),
+    ("kron: rule rescale: expected as a rule of an activation, max_pool or a linear op",
+     lambda x: jaxcnn.kron(x, x, rule=rescale)),
+]  # fmt: skip
+
+
+def exactly(message):
+    """JAX adds a note to what is raised in a trace."""
+    return f"^{re.escape(message)}(?=\n|$)"
+
+
+@pytest.mark.parametrize(("message", "call"), REFUSED)
+def test_ops_that_a_rule_does_not_fit(message, call):
+    def gradient(x):
+        y, pull = jax.vjp(call, x)
+        return pull(y)
+
+    for run in (gradient, functools.partial(jax.eval_shape, gradient)):
+        with pytest.raises(ValueError, match=exactly(message)):
+            run(X)
+
+
+MADE = [
+    (TypeError, "ZBox: expected low and high, the bounds that pixels lie between, such as ZBox(0.0, 1.0)", ZBox),
+    (TypeError, "ZBox: expected low and high, the bounds that pixels lie between, such as ZBox(0.0, 1.0)",
+     lambda: ZBox(0.0)),
+    (TypeError, "ZBox: high expected a Python float, got str", lambda: ZBox(0.0, "1")),
+    (ValueError, "ZBox: low expected at most high, got low 1.0, high 0.0", lambda: ZBox(1.0, 0.0)),
+    (ValueError, "ZBox: low expected at most high, got low (0.0, 2.0), high 1.0", lambda: ZBox((0, 2), 1)),
+    (ValueError, "AlphaBeta: alpha − beta expected 1, got alpha 2.0, beta 0.0", lambda: AlphaBeta(2, 0)),
+    (ValueError, "Epsilon: epsilon expected a finite number >= 0, got -1.0", lambda: Epsilon(-1.0)),
+    (ValueError, "Gamma: gamma expected a finite number >= 0, got inf", lambda: Gamma(float("inf"))),
+    (TypeError, "ZPlus: stabilizer expected a Python float, got str", lambda: ZPlus("0.1")),
+    (TypeError, "Epsilon: epsilon expected a Python float, got a value traced by jax; it must be static",
+     lambda: jax.jit(Epsilon)(0.1)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "message", "make"), MADE)
+def test_options_that_mean_nothing(error, message, make):
+    with pytest.raises(error, match=exactly(message)):
+        make()

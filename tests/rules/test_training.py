@@ -1,0 +1,263 @@
+"""Rules to train with, against their formulas in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jaxcnn
+from jaxcnn import rules
+from tests.agreement import CLOSE, pulled, random_delta
+
+RNG = np.random.default_rng(0)
+CALLS = {
+    # name: (op of (x, w, b), the arrays)
+    "conv": (
+        lambda x, w, b, **rule: jaxcnn.conv(x, w, b, stride=2, padding=1, **rule),
+        (RNG.standard_normal((2, 7, 6, 3)), RNG.standard_normal((3, 2, 3, 4)), RNG.standard_normal(4)),
+    ),
+    "conv, groups, no bias": (
+        lambda x, w, **rule: jaxcnn.conv(x, w, groups=2, **rule),
+        (RNG.standard_normal((2, 5, 6, 4)), RNG.standard_normal((3, 2, 2, 6))),
+    ),
+    "depthwise_conv": (
+        jaxcnn.depthwise_conv,
+        (RNG.standard_normal((2, 5, 6, 3)), RNG.standard_normal((3, 2, 1, 6)), RNG.standard_normal(6)),
+    ),
+    "conv_transpose": (
+        lambda x, w, b, **rule: jaxcnn.conv_transpose(x, w, b, stride=2, **rule),
+        (RNG.standard_normal((2, 5, 4, 3)), RNG.standard_normal((3, 2, 4, 3)), RNG.standard_normal(4)),
+    ),
+    "dense": (jaxcnn.dense, (RNG.standard_normal((3, 5)), RNG.standard_normal((5, 4)), RNG.standard_normal(4))),
+    "hidden_layer": (
+        jaxcnn.hidden_layer,
+        (RNG.standard_normal((2, 7, 6, 3)), RNG.standard_normal((2, 3, 3, 4)), RNG.standard_normal(4)),
+    ),
+}  # fmt: skip
+
+
+def back(name, rule, *args, delta=None):
+    op, arrays = CALLS[name]
+    args = args or arrays
+    delta = random_delta(jax.eval_shape(op, *args)) if delta is None else delta
+    return pulled(lambda *args: op(*args, rule=rule), args, delta)[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Another patch
+
+
+@pytest.mark.parametrize("rule", [rules.FeedbackAlignment(3), rules.SignSymmetric()], ids=repr)
+@pytest.mark.parametrize("name", ["conv", "conv, groups, no bias", "depthwise_conv", "conv_transpose", "dense"])
+def test_delta_comes_back_by_another_patch_alone(rule, name):
+    """The exact rule of a layer whose patch is B, and the exact gradients of the one whose patch is w."""
+    _, (x, w, *b) = CALLS[name]
+    other = np.sign(w) * np.abs(w).mean() if isinstance(rule, rules.SignSymmetric) else np.asarray(rule.patch(w))
+    delta_x, *of_parameters = back(name, rule)
+    np.testing.assert_allclose(delta_x, back(name, None, x, other, *b)[0], **CLOSE)
+    for found, expected in zip(of_parameters, back(name, None)[1:], strict=True):
+        np.testing.assert_allclose(found, expected, **CLOSE)
+
+
+def test_another_patch_in_a_hidden_layer():
+    rule = rules.FeedbackAlignment(3)
+    x, w, b = CALLS["hidden_layer"][1]
+
+    def in_turn(x, w, b):
+        return jaxcnn.max_pool(jaxcnn.relu(jaxcnn.conv(x, w, b, rule=rule)), 2)
+
+    delta = random_delta(jax.eval_shape(in_turn, x, w, b))
+    expected = pulled(in_turn, (x, w, b), delta)[1]
+    for found, want in zip(back("hidden_layer", rule, delta=delta), expected, strict=True):
+        np.testing.assert_allclose(found, want, **CLOSE)
+    assert np.abs(expected[0] - back("hidden_layer", None, delta=delta)[0]).max() > 0.1
+
+
+def test_the_random_patch():
+    """As new patches are: mean 0, variance 2 / fan-in; by seed and shape, the same in every dtype and program."""
+    w = np.zeros((5, 5, 32, 64))
+    patch = np.asarray(rules.FeedbackAlignment(1).patch(w))
+    n = patch.size
+    assert abs(patch.mean()) < 5 * patch.std() / np.sqrt(n)
+    np.testing.assert_allclose(patch.var() * 800 / 2, 1, atol=5 * np.sqrt(2 / n))
+    assert abs(patch).max() <= np.sqrt(6 / 800)
+    np.testing.assert_array_equal(patch, jax.jit(rules.FeedbackAlignment(1).patch)(w))
+    np.testing.assert_array_equal(patch, rules.FeedbackAlignment(1).patch(w.astype(np.float32)))
+    assert np.abs(patch - rules.FeedbackAlignment(2).patch(w)).max() > 0.1
+    turned = np.asarray(rules.FeedbackAlignment(1).patch(np.zeros((5, 5, 64, 32))))
+    assert abs(np.corrcoef(patch.ravel(), turned.ravel())[0, 1]) < 0.05
+
+
+def test_aligning():
+    """What gives the rule its name: with B fixed, training turns w towards B."""
+    rng = np.random.default_rng(0)
+    teacher, x = rng.standard_normal((10, 4)), rng.standard_normal((256, 10))
+    net = jaxcnn.serial(jaxcnn.Dense(20), jaxcnn.Dense(4))
+    params = jax.tree.map(
+        lambda a: rng.normal(0, 0.1, a.shape), jax.eval_shape(lambda: net.init(jax.random.key(0), (10,)))
+    )  # fmt: skip
+    rule = rules.FeedbackAlignment(0)
+    patch = rule.patch(params["dense2"]["w"])
+
+    def error(params):
+        return jaxcnn.squared_error(net.apply(params, x, rules=rule), x @ teacher).mean()
+
+    def angle(params):
+        w = params["dense2"]["w"]
+        return np.degrees(np.arccos(jnp.vdot(w, patch) / jnp.linalg.norm(w) / jnp.linalg.norm(patch)))
+
+    before = angle(params), error(params)
+    step = jax.jit(lambda params: jax.tree.map(lambda p, g: p - 0.05 * g, params, jax.grad(error)(params)))
+    for _ in range(300):
+        params = step(params)
+    assert before[0] > 75
+    assert angle(params) < 45
+    assert error(params) < before[1] / 10
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Another δ
+
+
+def clipped(delta, norm):
+    size = np.sqrt((delta**2).sum(tuple(range(1, delta.ndim)), keepdims=True))
+    return delta * np.minimum(1, norm / size)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_clipped(name):
+    op, args = CALLS[name]
+    delta = random_delta(jax.eval_shape(op, *args)) * np.array([0.01, 10, 1])[: len(args[0])].reshape(
+        -1, *(1,) * (args[0].ndim - 1)
+    )  # fmt: skip
+    short = clipped(delta, 0.7)
+    assert [bool((a == b).all()) for a, b in zip(short, delta, strict=True)][:2] == [True, False]
+    found, expected = back(name, rules.ClipDelta(0.7), delta=delta), back(name, None, delta=short)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, **CLOSE)
+
+
+def test_nothing_to_clip():
+    rule = rules.ClipDelta(1.0)
+    np.testing.assert_array_equal(rule.clipped(jnp.zeros((2, 3))), 0)
+    assert rule.clipped(jnp.full((2, 300), 100, jnp.float16)).dtype == jnp.float16
+    np.testing.assert_allclose(rule.clipped(jnp.full((2, 300), 1000, jnp.float16)), 300**-0.5, rtol=1e-3)
+    assert jnp.isnan(rule.clipped(jnp.array([[jnp.nan, 1.0]]))).any()
+
+
+DTYPES = {
+    "bfloat16": ml_dtypes.bfloat16,
+    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+    "int8": np.int8,
+}
+
+
+def scale(delta, dtype):
+    largest = {"bfloat16": None, "float8_e4m3fn": 448, "int8": 127}[dtype]
+    return 1 if largest is None else 2.0 ** np.ceil(np.log2(np.abs(delta).max() / largest))
+
+
+def spread_out(seed=0, n=4000, least=-4):
+    """Of many sizes, and both signs."""
+    rng = np.random.default_rng(seed)
+    return (rng.standard_normal(n) * np.exp(rng.uniform(least, 1, n))).astype(np.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rounded_to_nearest(dtype):
+    """As ml_dtypes rounds, also what is small and what is next to nothing."""
+    delta = spread_out(least=-20)
+    s = scale(delta, dtype)
+    short = np.rint(delta / s) if dtype == "int8" else (delta / s).astype(DTYPES[dtype])
+    found = rules.QuantisedDelta(dtype, stochastic=False).quantised(jnp.asarray(delta))
+    np.testing.assert_array_equal(found, short.astype(np.float32) * s)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rounded_by_chance_to_a_neighbour(dtype):
+    """Every number is one of the dtype, next above or next below."""
+    delta = spread_out()
+    found = np.asarray(rules.QuantisedDelta(dtype).quantised(jnp.asarray(delta)))
+    s = scale(delta, dtype)
+    scaled = (found / s).astype(np.float32)
+    exact = np.rint(scaled) if dtype == "int8" else scaled.astype(DTYPES[dtype]).astype(np.float32)
+    np.testing.assert_array_equal(scaled, exact)
+    up = np.nextafter(exact.astype(DTYPES[dtype]), DTYPES[dtype](448)) if dtype != "int8" else exact + 1
+    down = np.nextafter(exact.astype(DTYPES[dtype]), DTYPES[dtype](-448)) if dtype != "int8" else exact - 1
+    assert ((delta / s <= up.astype(np.float32)) | (delta <= 0)).all()
+    assert ((delta / s >= down.astype(np.float32)) | (delta <= 0)).all()
+    nearest = np.asarray(rules.QuantisedDelta(dtype, stochastic=False).quantised(jnp.asarray(delta)))
+    assert 0.1 < (found != nearest).mean() < 0.5  # a quarter, were all distances alike
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_right_on_average(dtype):
+    """The mean of 10,000 copies of each entry, all rounded at once, is that entry, to five standard errors."""
+    delta, copies = spread_out(1, 50).astype(float), 10_000
+    found = rules.QuantisedDelta(dtype).quantised(jnp.tile(jnp.asarray(delta, jnp.float32), (copies, 1)))
+    s = scale(delta, dtype)
+    bits, lowest = {"bfloat16": (7, -126), "float8_e4m3fn": (3, -6), "int8": (0, 0)}[dtype]
+    exponent = 0 if dtype == "int8" else np.maximum(np.floor(np.log2(np.abs(delta) / s)), lowest)
+    step = s * 2.0 ** (exponent - bits)
+    # Of two numbers a step apart, the standard deviation is half a step at most.
+    assert (np.abs(np.asarray(found, float).mean(0) - delta) <= 5 * step / 2 / np.sqrt(copies) + 1e-6 * delta**2).all()
+    assert (np.asarray(found).std(0) > step / 20).mean() > 0.9
+
+
+def test_chance_is_decided_by_seed_and_delta():
+    delta = jnp.asarray(spread_out())
+    rule = rules.QuantisedDelta("int8")
+    np.testing.assert_array_equal(rule.quantised(delta), rule.quantised(delta))
+    assert (rule.quantised(delta) != rules.QuantisedDelta("int8", seed=1).quantised(delta)).any()
+    other = delta.at[0].add(1e-3)
+    assert (rule.quantised(delta)[1:] != rule.quantised(other)[1:]).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_special_deltas(dtype):
+    rule = rules.QuantisedDelta(dtype)
+    np.testing.assert_array_equal(rule.quantised(jnp.zeros((3, 2))), 0)
+    found = rule.quantised(jnp.array([jnp.nan, jnp.inf, -jnp.inf, 1.0, -2.0], jnp.float32))
+    np.testing.assert_array_equal(found[:3], [np.nan, np.inf, -np.inf])
+    assert jnp.isfinite(found[3:]).all()
+    largest = jnp.full(1000, np.finfo(np.float32).max)
+    assert jnp.isfinite(rule.quantised(largest)).all()
+    assert rule.quantised(jnp.zeros((0, 4))).shape == (0, 4)
+    for kind in (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16):
+        assert rule.quantised(jnp.ones(3, kind)).dtype == kind
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_exact_rule_reads_the_quantised_delta(name):
+    op, args = CALLS[name]
+    rule = rules.QuantisedDelta("int8")
+    delta = random_delta(jax.eval_shape(op, *args))
+    short = np.asarray(rule.quantised(jnp.asarray(delta)))
+    assert 0 < np.abs(short - delta).max() <= scale(delta, "int8")
+    for a, b in zip(back(name, rule, delta=delta), back(name, None, delta=short), strict=True):
+        np.testing.assert_allclose(a, b, **CLOSE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "message"),
+    [
+        (lambda: rules.FeedbackAlignment(-1), ValueError, "FeedbackAlignment: seed expected 0 to 4294967295, got -1"),
+        (lambda: rules.FeedbackAlignment(0.5), TypeError, "FeedbackAlignment: seed expected ints, got 0.5"),
+        (lambda: rules.ClipDelta(0), ValueError, "ClipDelta: norm expected a finite number > 0, got 0"),
+        (lambda: rules.ClipDelta(jnp.ones(())), TypeError, "ClipDelta: norm expected a Python float, got ArrayImpl"),
+        (
+            lambda: rules.QuantisedDelta("int4"), ValueError,
+            "QuantisedDelta: dtype expected one of bfloat16, float8_e4m3fn, int8, got 'int4'",
+        ),
+        (lambda: rules.QuantisedDelta(stochastic=1), TypeError, "QuantisedDelta: stochastic expected a bool, got 1"),
+        (lambda: rules.QuantisedDelta(seed="0"), TypeError, "QuantisedDelta: seed expected ints, got '0'"),
+    ],
+)  # fmt: skip
+def test_options(make, kind, message):
+    with pytest.raises(kind, match=message):
+        make()

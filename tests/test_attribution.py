@@ -1,0 +1,414 @@
+"""Attribution: against zennit, captum and loops in NumPy; how it runs; what it refuses."""
+
+import dataclasses
+import functools
+import re
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import zennit.attribution
+import zennit.composites
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jaxcnn
+from jaxcnn import (
+    AvgPool,
+    Conv,
+    Dense,
+    Dropout,
+    Flatten,
+    HiddenLayer,
+    MaxPool,
+    Relu,
+    Tanh,
+    attribute,
+    attribution,
+    residual,
+    serial,
+)
+from jaxcnn.rules import ZBox, ZPlus
+from tests import modules
+from tests.agreement import CLOSE
+from tests.cases import compiled
+
+with warnings.catch_warnings():  # of its dependencies
+    warnings.simplefilter("ignore")
+    import captum.attr
+
+NETS = {
+    "plain": serial(
+        Conv(6, 3, padding=1), Relu(), MaxPool(3, 2), Conv(8, 3, stride=2, padding=1, groups=2), Tanh(), AvgPool(2),
+        Flatten(), Dropout(0.5), Dense(7), Relu(), Dense(5),
+    ),
+    "hidden": serial(HiddenLayer(6, 3), HiddenLayer(8, 2, pool_stride=1), Flatten(), Dense(5)),
+    "nested": serial(serial(Conv(6, 3), Relu(), MaxPool(2)), Conv(4, 2), Relu(), Flatten(), Dense(5)),
+}  # fmt: skip
+RESIDUAL = serial(Conv(4, 3), Relu(), residual(Conv(4, 3, padding=1), Relu()), MaxPool(2), Flatten(), Dense(5))
+SHAPE = (12, 13, 3)
+TARGET = np.array([3, 0, 4])
+
+
+def drawn(net):
+    """Parameters in float64 with biases that are not zero, and pictures of either sign."""
+    rng = np.random.default_rng(0)
+    params = net.init(jax.random.key(1), SHAPE, jnp.float64)
+    params = jax.tree.map(lambda a: a if a.ndim > 1 else 0.3 * rng.standard_normal(a.shape), params)
+    return params, rng.uniform(-1, 1, (3, *SHAPE))
+
+
+def found(net, *, target=TARGET, **options):
+    params, x = drawn(net)
+    return np.asarray(compiled(functools.partial(attribute, net, **options))(params, x, target))
+
+
+def in_torch(net):
+    params, x = drawn(net)
+    return modules.sequential(net, params), modules.channels_first(x), torch.tensor(TARGET)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# zennit
+
+COMPOSITES = {
+    "epsilon_plus": (lambda net: attribution.epsilon_plus(), zennit.composites.EpsilonPlus),
+    "epsilon_plus 0.1": (
+        lambda net: attribution.epsilon_plus(epsilon=0.1, stabilizer=0.2),
+        lambda: zennit.composites.EpsilonPlus(epsilon=0.1, stabilizer=0.2),
+    ),
+    "epsilon_alpha2_beta1": (lambda net: attribution.epsilon_alpha2_beta1(), zennit.composites.EpsilonAlpha2Beta1),
+    "epsilon_gamma_box": (
+        lambda net: attribution.epsilon_gamma_box(net, -1.0, 1.0, gamma=0.5),
+        lambda: zennit.composites.EpsilonGammaBox(-1.0, 1.0, gamma=0.5),
+    ),
+}
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("composite", COMPOSITES)
+def test_composites_are_zennits(net, composite):
+    net, (ours, theirs) = NETS[net], COMPOSITES[composite]
+    heat = found(net, rules=ours(net))
+    model, x, target = in_torch(net)
+    one_hot = torch.nn.functional.one_hot(target, 5)
+    with zennit.attribution.Gradient(model, theirs()) as attributor:
+        _, expected = attributor(x, lambda y: y * one_hot)
+    expected = modules.channels_last(expected)
+    np.testing.assert_allclose(heat, expected, rtol=1e-8, atol=1e-8 * np.abs(expected).max())
+
+
+def test_the_first_convolution_has_the_box():
+    """Wherever it stands; the other layers' rules are the same mapping."""
+    for net, first in (("plain", "conv1"), ("hidden", "hidden_layer1"), ("nested", "serial1/conv1")):
+        rules = attribution.epsilon_gamma_box(NETS[net], 0.0, 1.0)
+        assert next(iter(rules)) == first
+        assert rules[first] == ZBox(0.0, 1.0)
+    assert not any(isinstance(key, str) for key in attribution.epsilon_gamma_box(serial(Dense(3)), 0.0, 1.0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# captum
+
+
+def guided_relu(call, delta):
+    """δ_x = δ ∘ [x > 0] ∘ [δ > 0]."""
+    return (jnp.where(delta > 0, call.exact(delta)[0], 0),)
+
+
+def deconv_relu(call, delta):
+    """δ_x = δ ∘ [δ > 0]."""
+    return (jnp.maximum(delta, 0),)
+
+
+def by_captum(method, net, *built, **options):
+    model, x, target = in_torch(net)
+    with warnings.catch_warnings():  # that it sets hooks
+        warnings.simplefilter("ignore")
+        return modules.channels_last(method(model, *(model.get_submodule(b) for b in built)).attribute(
+            x, target=target, **options
+        ))  # fmt: skip
+
+
+def near(ours, theirs):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("net", ["plain", "nested"])
+@pytest.mark.parametrize(
+    ("rule", "method"), [(guided_relu, captum.attr.GuidedBackprop), (deconv_relu, captum.attr.Deconvolution)]
+)
+def test_rectified_gradients_are_captums(net, rule, method):
+    near(found(NETS[net], method="gradient", rules={Relu: rule}), by_captum(method, NETS[net]))
+
+
+@pytest.mark.parametrize("net", [*NETS.values(), RESIDUAL], ids=[*NETS, "residual"])
+def test_gradients_are_captums(net):
+    near(found(net), by_captum(captum.attr.Saliency, net, abs=False))
+    near(found(net, method="gradient_times_input"), by_captum(captum.attr.InputXGradient, net))
+
+
+@pytest.mark.parametrize("net", ["plain", "hidden"])
+def test_integrated_gradients_are_captums(net):
+    near(found(NETS[net], method="integrated_gradients"), by_captum(captum.attr.IntegratedGradients, NETS[net]))
+    baseline = np.random.default_rng(8).uniform(-1, 1, (1, *SHAPE))
+    ours = found(NETS[net], method="integrated_gradients", baseline=baseline, steps=9)
+    first = modules.channels_first(baseline)
+    near(ours, by_captum(captum.attr.IntegratedGradients, NETS[net], baselines=first, n_steps=9))
+
+
+@pytest.mark.parametrize(
+    ("net", "layer"),
+    [
+        (NETS["plain"], "conv1"), (NETS["plain"], "max_pool1"), (NETS["plain"], "conv2"), (NETS["plain"], "avg_pool1"),
+        (NETS["hidden"], "hidden_layer2"), (NETS["nested"], "serial1/relu1"), (NETS["nested"], "serial1"),
+        (RESIDUAL, "residual1/conv1"), (RESIDUAL, "residual1"), (RESIDUAL, "relu1"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("relu", [True, False])
+def test_grad_cam_is_captums(net, layer, relu):
+    name = layer.replace("/", ".")
+    theirs = by_captum(captum.attr.LayerGradCam, net, name, relu_attributions=relu)[..., 0]
+    ours = found(net, method="grad_cam", layer=layer, relu=relu)
+    assert np.abs(theirs).max() > 0
+    near(ours, theirs)
+
+
+@pytest.mark.parametrize(("window", "stride"), [(4, None), (3, 2), ((5, 2), (3, 1))])
+def test_occlusion_is_captums(window, stride):
+    net = NETS["hidden"]
+    k = (window, window) if isinstance(window, int) else window
+    s = k if stride is None else (stride, stride) if isinstance(stride, int) else stride
+    theirs = by_captum(
+        captum.attr.Occlusion, net, sliding_window_shapes=(3, *k), strides=(3, *s), baselines=0.25
+    )  # fmt: skip
+    near(found(net, method="occlusion", window=window, stride=stride, value=0.25), theirs)
+
+
+UNPOOLED = {
+    "relu": serial(Conv(4, 3), Relu(), Conv(4, 3, stride=2), Relu(), Flatten(), Dense(5)),
+    "tanh, average": serial(Conv(4, 3), Tanh(), AvgPool(3, 2), Flatten(), Dense(6), Relu(), Dense(5)),
+}
+
+
+@pytest.mark.parametrize("net", UNPOOLED)
+def test_deep_lift_is_captums(net):
+    """Without max pooling, where captum's maps do not sum to the difference, by its own convergence delta."""
+    reference = np.random.default_rng(8).uniform(-1, 1, (1, *SHAPE))
+    theirs = by_captum(
+        captum.attr.DeepLift, UNPOOLED[net], baselines=modules.channels_first(reference).expand(3, -1, -1, -1)
+    )
+    near(found(UNPOOLED[net], method="deep_lift", reference=reference), theirs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Oracles
+
+
+@pytest.mark.parametrize("net", [*NETS.values(), RESIDUAL], ids=[*NETS, "residual"])
+def test_deep_lift_sums_to_the_difference(net):
+    params, x = drawn(net)
+    reference = np.random.default_rng(8).uniform(-1, 1, x.shape)
+    heat = found(net, method="deep_lift", reference=reference)
+    rise = np.asarray(net.apply(params, x) - net.apply(params, reference))
+    np.testing.assert_allclose(heat.sum((1, 2, 3)), rise[range(3), TARGET], rtol=1e-9)
+
+
+def test_integrated_gradients_sum_to_the_difference():
+    net = serial(Conv(4, 3), Tanh(), AvgPool(2), Flatten(), Dense(5))
+    params, x = drawn(net)
+    rise = np.asarray(net.apply(params, x) - net.apply(params, 0 * x))
+    heat = found(net, method="integrated_gradients", steps=40)
+    np.testing.assert_allclose(heat.sum((1, 2, 3)), rise[range(3), TARGET], rtol=1e-9)
+
+
+def test_occlusion_is_a_loop():
+    """Every window is covered in turn; the last row and column of windows reach past the border."""
+    net = serial(Flatten(), Dense(5))
+    params, x = drawn(net)
+    y = np.asarray(net.apply(params, x))[range(3), TARGET]
+    total, times = np.zeros(x.shape), np.zeros(x.shape)
+    for i in range(0, 12, 3):
+        for j in range(0, 13, 3):
+            if i + 4 - 12 < 3 and j + 4 - 13 < 3:
+                covered = x.copy()
+                covered[:, i : i + 4, j : j + 4] = 0.5
+                fall = y - np.asarray(net.apply(params, covered))[range(3), TARGET]
+                total[:, i : i + 4, j : j + 4] += fall[:, None, None, None]
+                times[:, i : i + 4, j : j + 4] += 1
+    assert times.min() == 1
+    assert times.max() == 4
+    np.testing.assert_allclose(found(net, method="occlusion", window=4, stride=3, value=0.5), total / times, **CLOSE)
+
+
+def test_smooth_grad_is_a_mean_over_noise_of_the_promised_size():
+    """By the keys that are documented, in a loop; and what it averages to for y = x²·w: 2 w (x + σ ξ̄)."""
+    net = NETS["plain"]
+    params, x = drawn(net)
+    x[1] *= 3
+    key = jax.random.key(5)
+    sigma = 0.2 * (x.max((1, 2, 3)) - x.min((1, 2, 3)))[:, None, None, None]
+    draws = [np.asarray(jax.random.normal(k, x.shape, x.dtype)) for k in jax.random.split(key, 6)]
+    gradient = compiled(functools.partial(attribute, net))
+    expected = np.mean([gradient(params, x + sigma * xi, TARGET) for xi in draws], 0)
+    smooth = compiled(functools.partial(attribute, net, method="smooth_grad", samples=6, noise=0.2))
+    np.testing.assert_allclose(smooth(params, x, TARGET, key=key), expected, **CLOSE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Square(jaxcnn.Layer):
+    def apply(self, params, x, *, key=None, rule=None):
+        return x * x
+
+
+def test_smooth_grads_statistics():
+    """Of y = x²: the mean of 2(x + σξ) over n samples has mean 2x and deviation 2σ/√n."""
+    net = serial(Square(), Flatten(), Dense(5))
+    params, x = drawn(net)
+    params["dense1"]["w"] = np.ones_like(params["dense1"]["w"])
+    smooth = functools.partial(attribute, net, method="smooth_grad", samples=64, noise=0.1)
+    heat = compiled(smooth)(params, x, TARGET, key=jax.random.key(0))
+    sigma = 0.1 * (x.max((1, 2, 3)) - x.min((1, 2, 3)))[:, None, None, None]
+    standard = (heat - 2 * x) / (2 * sigma / 8)
+    assert abs(standard.mean()) < 4 / np.sqrt(standard.size)
+    assert abs(standard.std() - 1) < 4 / np.sqrt(2 * standard.size)
+
+
+def test_grad_cam_of_a_dense_layer_after_global_average_is_cam():
+    """Zhou et al. 2016: with average pooling over all and one dense layer, α is w / pixels."""
+    net = serial(Conv(4, 3), Relu(), AvgPool((10, 11)), Flatten(), Dense(5))
+    params, x = drawn(net)
+    a = np.asarray(serial(Conv(4, 3), Relu()).apply(params, x))
+    expected = np.einsum("nijc,cn->nij", a, params["dense1"]["w"][:, TARGET]) / 110
+    heat = found(net, method="grad_cam", layer="relu1", relu=False)
+    np.testing.assert_allclose(heat, expected, **CLOSE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How they run
+
+WAYS = {
+    "gradient": {},
+    "gradient_times_input": {},
+    "integrated_gradients": {"steps": 3},
+    "smooth_grad": {"samples": 2, "key": jax.random.key(0)},
+    "grad_cam": {"layer": "hidden_layer1"},
+    "occlusion": {"window": 6},
+    "relevance": {"rules": attribution.epsilon_gamma_box(NETS["hidden"], -1.0, 1.0)},
+    "deep_lift": {"reference": 0.1},
+}
+
+
+def test_every_method_has_a_row():
+    assert set(WAYS) == set(attribution.METHODS)
+
+
+@pytest.mark.parametrize("method", WAYS)
+def test_jit_vmap_and_a_split_batch(method):
+    net = NETS["hidden"]
+    params, x = drawn(net)
+    x, target = np.concatenate([x, x[:1] / 2]), np.append(TARGET, 1)
+    run = functools.partial(attribute, net, params, method=method, **WAYS[method])
+    expected = compiled(run)(x, target)
+    assert expected.shape == ((4, 5, 5) if method == "grad_cam" else x.shape)
+    assert expected.dtype == np.float64
+    if method != "smooth_grad":  # whose noise is drawn for the batch as a whole
+        mapped = compiled(jax.vmap(run))(x[:, None], target[:, None])
+        np.testing.assert_allclose(mapped[:, 0], expected, **CLOSE)
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
+    split = NamedSharding(mesh, PartitionSpec("batch"))
+    parted = compiled(run)(*jax.device_put((x, target), split))
+    np.testing.assert_allclose(parted, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("method", WAYS)
+def test_one_target_for_all_and_float32(method):
+    net = NETS["hidden"]
+    params, x = jax.tree.map(lambda a: a.astype(np.float32), drawn(net))
+    run = compiled(functools.partial(attribute, net, method=method, **WAYS[method]))
+    heat = run(params, x, 2)
+    assert heat.dtype == np.float32
+    np.testing.assert_array_equal(heat, run(params, x, np.array([2, 2, 2])))
+
+
+def test_without_a_name_relevance_if_there_are_rules():
+    net = NETS["hidden"]
+    np.testing.assert_array_equal(found(net), found(net, method="gradient"))
+    rules = attribution.epsilon_plus()
+    np.testing.assert_array_equal(found(net, rules=rules), found(net, method="relevance", rules=rules))
+
+
+def test_relevance_starts_as_the_output():
+    """And gradients with rules start as 1."""
+    net, rules = NETS["hidden"], attribution.epsilon_plus()
+    params, x = drawn(net)
+    y = np.asarray(net.apply(params, x))[range(3), TARGET]
+    ones = found(net, method="gradient", rules=rules)
+    np.testing.assert_allclose(found(net, rules=rules), y[:, None, None, None] * ones, **CLOSE)
+
+
+def test_dropout_is_off():
+    net = serial(Flatten(), Dropout(0.5), Dense(5))
+    params, _ = drawn(net)
+    np.testing.assert_allclose(found(net).reshape(3, -1), params["dense1"]["w"].T[TARGET], **CLOSE)
+
+
+def test_a_traced_target_out_of_range_is_nan():
+    """What cannot be looked at before it is computed is not passed over in silence."""
+    for method, options in WAYS.items():
+        heat = found(NETS["hidden"], target=np.array([3, 5, -1]), method=method, **options)
+        assert np.isnan(heat).reshape(3, -1).all(1).tolist() == [False, True, True], method
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What they refuse
+
+LISTED = "gradient, gradient_times_input, integrated_gradients, smooth_grad, grad_cam, occlusion, relevance, deep_lift"
+INTS = "attribute: target expected ints"
+REFUSED = [
+    # error, message, options
+    (ValueError, f"{INTS} in [0, 5), got 5", {"target": 5}),
+    (ValueError, f"{INTS} in [0, 5), got [0, -1, 4]", {"target": np.array([0, -1, 4])}),
+    (TypeError, f"{INTS}, got float64", {"target": np.zeros(3)}),
+    (ValueError, "attribute: target expected an int or 3 of them, one for each example, got shape (2,)",
+     {"target": np.zeros(2, int)}),
+    (ValueError, f"attribute: method expected {LISTED}; got 'saliency'", {"method": "saliency"}),
+    (ValueError, "attribute: layer expected the name of a layer, got 'hidden_layer3'; the nearest are hidden_layer2, "
+     "hidden_layer1, dense1", {"method": "grad_cam", "layer": "hidden_layer3"}),
+    (ValueError, "attribute: layer expected one whose output is pictures, got 'dense1' with output (3, 5)",
+     {"method": "grad_cam", "layer": "dense1"}),
+    (ValueError, "attribute: steps expected an int >= 1, got 0", {"method": "integrated_gradients", "steps": 0}),
+    (ValueError, "attribute: baseline expected a shape that broadcasts to (3, 12, 13, 3), got (2, 12, 13, 3)",
+     {"method": "integrated_gradients", "baseline": np.zeros((2, *SHAPE))}),
+    (TypeError, "attribute: key expected one typed key from jax.random.key(seed), got 0",
+     {"method": "smooth_grad", "key": 0}),
+    (ValueError, "attribute: stride expected at most the window (2, 2), so that no pixel is left out, got (3, 3)",
+     {"method": "occlusion", "window": 2, "stride": 3}),
+    (ValueError, "rules: expected names of layers, got 'conv1'; the nearest are dense1, flatten1, hidden_layer1",
+     {"rules": {"conv1": ZPlus()}}),
+    (TypeError, "relevance() missing 1 required keyword-only argument: 'rules'", {"method": "relevance"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "message", "options"), REFUSED)
+def test_what_is_refused(error, message, options):
+    net = NETS["hidden"]
+    params, x = drawn(net)
+    with pytest.raises(error, match=f"^{re.escape(message)}(?=\n|$)"):
+        attribute(net, params, x, **{"target": 2, **options})
+
+
+def test_other_things_that_are_refused():
+    net = NETS["hidden"]
+    params, x = drawn(net)
+    with pytest.raises(TypeError, match=r"^attribute: x expected a floating dtype, got int64"):
+        attribute(net, params, x.astype(int), 2)
+    with pytest.raises(ValueError, match=r"^attribute: x expected \(N, …\), got shape \(3,\)"):
+        attribute(net, params, x[:, 0, 0, 0], 2)
+    headless = serial(*(layer for _, layer in net.layers[:2]))
+    with pytest.raises(ValueError, match=r"^attribute: net expected outputs \(N, classes\), got \(3, "):
+        attribute(headless, params, x, 2)
+    with pytest.raises(TypeError, match=r"^ZBox: expected low and high"):
+        attribution.epsilon_gamma_box(net)

@@ -1,0 +1,382 @@
+"""The δ sweep: gradients, δ and activations against a second way to them, and taps where they cannot work."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jaxcnn
+from experiments.models import lecture
+from jaxcnn import (
+    AvgPool,
+    BatchNorm,
+    Conv,
+    Dense,
+    Dropout,
+    Flatten,
+    HiddenLayer,
+    MaxPool,
+    Relu,
+    Tanh,
+    backprop,
+    residual,
+    rules,
+    serial,
+    tap,
+    value_grad_and_deltas,
+)
+from jaxcnn import softmax_cross_entropy_with_integer_labels as cross_entropy
+from tests.cases import compiled
+
+NETS = {
+    # name: (net, shape of an example)
+    "lecture": (lecture(10), (28, 28, 1)),
+    "lecture, op by op": (
+        serial(Conv(4, 5), Relu(), MaxPool(2), Conv(6, 5), Relu(), MaxPool(2), Flatten(), Dropout(0.5), Dense(10)),
+        (28, 28, 1),
+    ),
+    "residual": (
+        serial(
+            Conv(3, 3), residual(Conv(3, 3, padding="SAME"), Tanh(), Conv(3, 1), name="block"), AvgPool(2), Flatten(),
+            Dense(10),
+        ),
+        (8, 8, 2),
+    ),
+    "batch norm": (
+        serial(
+            Conv(4, 3, bias=False), BatchNorm(), Relu(),
+            residual(Conv(4, 3, padding="SAME", bias=False), BatchNorm()), Flatten(), Dense(10),
+        ),
+        (8, 8, 2),
+    ),
+    "nested": (
+        serial(
+            serial(HiddenLayer(4, 3), residual(serial(Dense(5), Tanh(), name="up"), Dense(4))), Flatten(), Dense(10),
+        ),
+        (8, 8, 2),
+    ),
+}  # fmt: skip
+
+
+def given(name, dtype=np.float64, batch=4):
+    net, shape = NETS[name]
+    rng = np.random.default_rng(0)
+    empty = jax.eval_shape(lambda: net.init(jax.random.key(0), shape))
+    params = jax.tree.map(lambda a: rng.normal(0, 0.3, a.shape).astype(dtype), empty)
+    labels = np.arange(batch, dtype=np.int32) % 10
+    return net, params, rng.standard_normal((batch, *shape)).astype(dtype), lambda z: cross_entropy(z, labels)
+
+
+def by_addition(net, params, x, error, key=None, layer_rule=None):
+    """(E, ∂E/∂params, activations, δ): the layers run one by one, δ is the derivative by what is added to each."""
+    seen = {}
+
+    def run(net, params, x, added, key, path):
+        y = x
+        for i, (name, layer) in enumerate(net.layers):
+            here, part = path + name, None if key is None else jax.random.fold_in(key, i)
+            own = params.get(name, {})
+            if isinstance(layer, jaxcnn.Serial):
+                y = run(layer, own, y, added, part, here + "/")
+            else:
+                y = layer.apply(own, y, key=part, rule=layer_rule)
+            seen[here] = y
+            y = y + added.get(here, 0)
+        return x + y if type(net).__name__ == "Residual" else y
+
+    def total(params, added):
+        seen.clear()
+        return error(run(net, params, x, added, key, "")).mean(), dict(seen)
+
+    shapes = jax.eval_shape(lambda: total(params, {})[1])
+    added = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    (value, activations), (gradients, deltas) = compiled(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(
+        params, added
+    )
+    return value, gradients, activations, deltas
+
+
+def assert_same(found, expected, tolerance=1e-12):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(float(np.abs(b).max(initial=0)), 1e-300))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Against autodiff
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("training", [False, True])
+def test_all_that_a_sweep_finds(name, training):
+    net, params, x, error = given(name)
+    key = jax.random.key(3) if training else None
+    sweep = compiled(functools.partial(backprop, net, error=error, key=key))(params, x)
+    assert set(sweep.deltas) == set(sweep.activations) == {name for name, _ in net.walk()}
+    expected = by_addition(net, params, x, error, key, rules.autodiff)
+    assert_same((sweep.error, sweep.gradients, sweep.activations, sweep.deltas), expected)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_gradients_are_those_of_grad(name):
+    net, params, x, error = given(name)
+    sweep = compiled(functools.partial(backprop, net, error=error))(params, x)
+    value, gradients = compiled(jax.value_and_grad(lambda params: error(net.apply(params, x)).mean()))(params)
+    assert_same((sweep.error, sweep.gradients), (value, gradients))
+
+
+def test_without_jit():
+    net, params, x, error = given("residual")
+    sweep = backprop(net, params, x, error)
+    assert_same(sweep, compiled(functools.partial(backprop, net, error=error))(params, x))
+
+
+def test_an_error_that_is_a_scalar_is_not_averaged_again():
+    net, params, x, error = given("residual")
+    sweep = backprop(net, params, x, lambda z: error(z).sum())
+    mean = backprop(net, params, x, error)
+    assert_same(sweep.deltas, jax.tree.map(lambda d: len(x) * d, mean.deltas))
+
+
+def test_rules_change_what_they_say():
+    net, params, x, error = given("lecture, op by op")
+
+    def doubled(call, delta):
+        return jax.tree.map(lambda c: 2 * c, call.exact(delta))
+
+    exact, other = (
+        compiled(functools.partial(backprop, net, error=error, rules=r))(params, x) for r in (None, {"relu2": doubled})
+    )
+    assert_same(other.activations, exact.activations)
+    factors = {"conv1": 2, "relu1": 2, "max_pool1": 2, "conv2": 2}
+    assert_same(other.deltas, {name: factors.get(name, 1) * d for name, d in exact.deltas.items()})
+
+
+def test_float32_stays_float32():
+    net, params, x, error = given("residual", np.float32)
+    sweep = jax.eval_shape(functools.partial(backprop, net, error=error), params, x)
+    assert {leaf.dtype for leaf in jax.tree.leaves(sweep)} == {np.dtype(np.float32)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Under JAX's transformations
+
+
+def test_vmap_equals_a_loop():
+    net, params, x, _ = given("residual")
+    labels = np.arange(4, dtype=np.int32)
+
+    def one(x, label):
+        return backprop(net, params, x[None], lambda z: cross_entropy(z, label[None]))
+
+    found = compiled(jax.vmap(one))(x, labels)
+    turns = [compiled(one)(x[i], labels[i]) for i in range(4)]
+    assert_same(found, jax.tree.map(lambda *leaves: np.stack(leaves), *turns))
+
+
+def test_a_split_batch():
+    net, params, x, error = given("nested")
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
+    split = jax.device_put(x, NamedSharding(mesh, PartitionSpec("batch")))
+    run = compiled(functools.partial(backprop, net, error=error))
+    found = run(jax.device_put(params, NamedSharding(mesh, PartitionSpec())), split)
+    assert len(found.deltas["dense1"].sharding.device_set) == 2
+    assert_same(found, run(params, x))
+
+
+def test_inside_shard_map():
+    net, params, x, error = given("residual")
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
+    labels = np.arange(4, dtype=np.int32)
+
+    def local(params, x, labels):
+        sweep = backprop(net, params, x, lambda z: cross_entropy(z, labels).sum() / 4)
+        return lax.psum(sweep.error, "batch"), sweep.gradients, sweep.deltas
+
+    rows = PartitionSpec("batch")
+    run = jax.shard_map(
+        local, mesh=mesh, in_specs=(PartitionSpec(), rows, rows), out_specs=(PartitionSpec(), PartitionSpec(), rows)
+    )
+    whole = backprop(net, params, x, error)
+    assert_same(compiled(run)(params, x, labels), (whole.error, whole.gradients, whole.deltas))
+
+
+def test_again_in_reverse():
+    """The derivative of a δ, by the parameters, against autodiff's; forward mode too, where every op is plain JAX."""
+    net, params, x, _ = given("residual")
+
+    def error(outputs):
+        return outputs**3
+
+    def of_sweep(params, rules=None):
+        return (backprop(net, params, x, error, rules=rules).deltas["conv1"] ** 2).sum()
+
+    def plain(params):
+        def rest(a):
+            for name, layer in net.layers[1:]:
+                a = layer.apply(params.get(name, {}), a, rule=rules.autodiff)
+            return error(a).mean()
+
+        first = net.layers[0][1].apply(params["conv1"], x, rule=rules.autodiff)
+        return (jax.grad(rest)(first) ** 2).sum()
+
+    expected = compiled(jax.grad(plain))(params)
+    assert_same(compiled(jax.grad(of_sweep))(params), expected, 1e-11)
+    forward = jax.jacfwd(functools.partial(of_sweep, rules=rules.autodiff))
+    assert_same(compiled(forward)(params), expected, 1e-11)
+
+
+def products(f, *args) -> int:
+    """Convolutions and matrix products in the compiled program."""
+    text = jax.jit(f).lower(*args).compile().as_text()
+    return sum(line.count(" convolution(") + line.count(" dot(") for line in text.splitlines())
+
+
+@pytest.mark.parametrize("name", ["lecture", "residual"])
+def test_one_forward_and_one_backward(name):
+    """No product is computed that `jax.value_and_grad` would not compute."""
+    net, params, x, error = given(name, np.float32)
+    plain = jax.value_and_grad(lambda params, x: error(net.apply(params, x)).mean())
+    expected = products(plain, params, x)
+    assert expected > 4
+    assert products(functools.partial(backprop, net, error=error), params, x) == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Any function
+
+
+def test_a_function_with_taps():
+    def fun(params, x, *, factor):
+        first = tap("first", jnp.sin(params["a"] * x))
+        tap("on no path", first * 2)
+        return (tap("second", first**2) * factor).sum()
+
+    params, x = {"a": jnp.array(0.7)}, jnp.array([1.0, -2.0])
+    sweep = value_grad_and_deltas(fun)(params, x, factor=3.0)
+    s, c = np.sin(0.7 * x), np.cos(0.7 * x)
+    expected = {"first": 6 * s, "second": np.full(2, 3.0), "on no path": np.zeros(2)}
+    np.testing.assert_allclose(sweep.error, 3 * (s**2).sum(), rtol=1e-15)
+    np.testing.assert_allclose(sweep.gradients["a"], (6 * s * c * x).sum(), rtol=1e-14)
+    assert_same(sweep.deltas, jax.tree.map(jnp.asarray, expected), 1e-14)
+    assert_same(sweep.activations, {"first": s, "second": s**2, "on no path": 2 * s}, 1e-14)
+
+
+def test_a_tap_by_itself_is_not_there():
+    x = np.ones(3)
+    assert tap("x", x) is x
+    assert "name" not in str(jax.make_jaxpr(lambda x: tap("x", x))(x))
+    assert len(jax.make_jaxpr(lambda x: tap("x", x))(x).eqns) == 0
+
+
+def test_integers_have_no_delta():
+    sweep = value_grad_and_deltas(lambda w, n: (w * tap("n", n)).sum())(2.0, jnp.arange(3))
+    assert sweep.deltas == {}
+    np.testing.assert_array_equal(sweep.activations["n"], [0, 1, 2])
+
+
+def test_a_sweep_within_a_sweep_has_its_own_taps():
+    def inner(a):
+        return value_grad_and_deltas(lambda a: (tap("y", a * a) * 3).sum())(a)
+
+    def outer(a):
+        return tap("y", inner(a).deltas["y"] * a).sum()
+
+    sweep = value_grad_and_deltas(outer)(jnp.array(2.0))
+    assert sweep.activations["y"] == 6
+    assert sweep.gradients == 3
+
+
+def test_jit_within_without_taps():
+    double = jax.jit(lambda x: 2 * x)
+    sweep = value_grad_and_deltas(lambda a: tap("y", double(a)) ** 2)(jnp.array(3.0))
+    assert (sweep.gradients, sweep.deltas["y"]) == (24, 12)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What cannot work
+
+
+def tapped(x):
+    return tap("y", 2 * x)
+
+
+WITHIN = {
+    "jit": jax.jit(tapped),
+    "checkpoint": jax.checkpoint(tapped),
+    "vmap": lambda x: jax.vmap(tapped)(x[None])[0],
+    "grad": lambda x: jax.grad(tapped)(x),
+    "scan": lambda x: lax.scan(lambda c, _: (tapped(c), None), x, length=2)[0],
+    "cond": lambda x: lax.cond(x > 0, tapped, lambda x: x, x),
+    "while_loop": lambda x: lax.fori_loop(0, 2, lambda _, x: tapped(x), x),
+}
+
+
+@pytest.mark.parametrize("name", WITHIN)
+def test_a_tap_that_delta_cannot_leave(name):
+    with pytest.raises(ValueError, match=r"tap: 'y' stands inside a function that jax transforms by itself"):
+        value_grad_and_deltas(WITHIN[name])(jnp.array(1.0))
+
+
+def test_a_tap_in_a_function_that_jit_knows_already():
+    """It was traced where no sweep was: from the cache it would come without its tap."""
+    known = jax.jit(lambda x: tap("y", 3 * x))
+    assert known(2.0) == 6
+    with pytest.raises(ValueError, match="tap: 'y' stands inside"):
+        value_grad_and_deltas(known)(2.0)
+    assert known(2.0) == 6
+
+
+def test_after_an_error_taps_are_idle_again():
+    with pytest.raises(ValueError, match="twice"):
+        value_grad_and_deltas(lambda x: tapped(tapped(x)))(1.0)
+    assert tapped(3.0) == 6
+    assert value_grad_and_deltas(tapped)(3.0).error == 6
+
+
+def test_a_name_twice():
+    net, params, x, error = given("residual")
+
+    def twice(params):
+        return (error(net.apply(params, x)) + error(net.apply(params, x))).mean()
+
+    with pytest.raises(ValueError, match="tap: expected each name once, got 'conv1' twice"):
+        value_grad_and_deltas(twice)(params)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (lambda: value_grad_and_deltas(3), TypeError, "value_grad_and_deltas: fun expected a function, got 3"),
+        (
+            lambda: value_grad_and_deltas(lambda x: x)(jnp.ones(3)), TypeError,
+            r"value_grad_and_deltas: fun expected to return a floating scalar, got float64\[3\]",
+        ),
+        (
+            lambda: value_grad_and_deltas(lambda x: None)(jnp.ones(3)), TypeError,
+            "value_grad_and_deltas: fun expected to return a floating scalar, got NoneType",
+        ),
+        (
+            lambda: value_grad_and_deltas(lambda x: jnp.argmax(x))(jnp.ones(3)), TypeError,
+            r"value_grad_and_deltas: fun expected to return a floating scalar, got int64\[\]",
+        ),
+        (lambda: value_grad_and_deltas(lambda x: tap(3, x))(1.0), TypeError, "tap: name expected a str, got 3"),
+    ],
+)  # fmt: skip
+def test_messages(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def test_an_error_that_is_no_number():
+    net, params, x, _ = given("residual")
+    with pytest.raises(TypeError, match="backprop: error expected to return a floating array, got int"):
+        backprop(net, params, x, lambda z: z.argmax(-1))
+    with pytest.raises(ValueError, match="rules: expected names of layers, got 'conv9'; the nearest are conv1"):
+        backprop(net, params, x, lambda z: z.mean(), rules={"conv9": rules.autodiff})

@@ -1,0 +1,352 @@
+"""Gradients of each example alone, their norms and their clipped sum, against `vmap` of autodiff's `grad`."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jaxcnn
+from experiments.models import lecture
+from jaxcnn import (
+    AvgPool,
+    BatchNorm,
+    Conv,
+    ConvTranspose,
+    Dense,
+    DepthwiseConv,
+    Dropout,
+    Flatten,
+    GroupNorm,
+    HiddenLayer,
+    LayerNorm,
+    MaxPool,
+    Relu,
+    Tanh,
+    clipped_gradient,
+    per_example_gradients,
+    per_example_norms,
+    residual,
+    rules,
+    serial,
+)
+from jaxcnn import softmax_cross_entropy_with_integer_labels as cross_entropy
+from jaxcnn.geometry import Correlation, window
+from jaxcnn.kernels import examples as kernels
+from tests.cases import compiled
+from tests.checks import assert_close
+
+HEAD = (Flatten(), Dense(3))
+NETS = {
+    # name: (net, shape of an example)
+    "lecture": (lecture(10), (28, 28, 1)),
+    "conv": (serial(Conv(4, 3), Relu(), MaxPool(2), Conv(5, (2, 1), bias=False), Tanh(), *HEAD), (8, 8, 2)),
+    "conv, options": (
+        serial(
+            Conv(4, 3, stride=2, padding=((1, 0), (2, 1)), dilation=2), Tanh(), Conv(6, 2, padding="REFLECT", groups=2),
+            Tanh(), Conv(3, 1, padding="SAME"), *HEAD,
+        ),
+        (9, 10, 2),
+    ),
+    "1-D, 3-D patches": (serial(Conv(4, 3, padding="CAUSAL"), Tanh(), Conv(3, 4, stride=3), *HEAD), (11, 2)),
+    "3-D": (serial(Conv(3, (2, 1, 2)), Tanh(), *HEAD), (3, 4, 3, 2)),
+    "depthwise": (serial(DepthwiseConv(3, multiplier=2), Relu(), *HEAD), (6, 5, 3)),
+    "hidden layers, options": (
+        serial(
+            HiddenLayer(4, 3, window=3, pool_stride=1, pool_padding=1, padding="SAME"),
+            HiddenLayer(4, 2, window=2, groups=2, dilation=2), *HEAD,
+        ),
+        (8, 7, 2),
+    ),
+    "dense on pixels": (serial(Dense(5), Tanh(), Dense(4, bias=False), Conv(3, 2), *HEAD), (5, 4, 2)),
+    "residual, nested": (
+        serial(Conv(3, 3), residual(serial(Conv(3, 3, padding="SAME"), Tanh()), Conv(3, 1)), AvgPool(2), *HEAD),
+        (8, 8, 2),
+    ),
+    "layers that have no product here": (
+        serial(Conv(4, 3), GroupNorm(2), ConvTranspose(3, 2, stride=2), LayerNorm(), Relu(), *HEAD), (6, 6, 2),
+    ),
+    "batch norm, calibrated": (serial(Conv(4, 3), BatchNorm(), Relu(), *HEAD), (6, 6, 2)),
+    "one layer": (serial(Dense(3)), (5,)),
+}  # fmt: skip
+
+
+def given(name, dtype=np.float64, batch=5):
+    net, shape = NETS[name]
+    rng = np.random.default_rng(0)
+    empty = jax.eval_shape(lambda: net.init(jax.random.key(0), shape))
+    params = jax.tree.map(lambda a: rng.normal(0, 0.3, a.shape).astype(dtype), empty)
+    x = rng.standard_normal((batch, *shape)).astype(dtype)
+    if "batch norm" in name:
+        statistics = {"mean": rng.normal(0, 1, 4).astype(dtype), "var": rng.uniform(0.5, 2, 4).astype(dtype)}
+        params["batch_norm1"] |= statistics
+    return net, params, x, np.arange(batch, dtype=np.int32) % 3
+
+
+def by_vmap(net, loss=cross_entropy):
+    """Autodiff of one example, vectorised."""
+
+    def one(params, x, y):
+        return loss(net.apply(params, x[None], rules=rules.autodiff), y[None]).mean()
+
+    return compiled(jax.vmap(jax.grad(one), (None, 0, 0)))
+
+
+def norms_of(gradients):
+    return np.sqrt(
+        sum(np.square(np.asarray(g, float)).sum(tuple(range(1, g.ndim))) for g in jax.tree.leaves(gradients))
+    )
+
+
+def run(f, net, *args, loss=cross_entropy, **options):
+    """``f(net, params, x, y, loss, …)``, compiled."""
+    return compiled(lambda params, x, y, *rest: f(net, params, x, y, loss, *rest, **options))(*args)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_gradients(name):
+    net, params, x, y = given(name)
+    found, expected = run(per_example_gradients, net, params, x, y), by_vmap(net)(params, x, y)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    assert_close(jax.tree.leaves(found), jax.tree.leaves(expected), 1e-10)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_norms(name):
+    net, params, x, y = given(name)
+    assert_close([run(per_example_norms, net, params, x, y)], [norms_of(by_vmap(net)(params, x, y))], 1e-10)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_clipped_sum(name):
+    net, params, x, y = given(name)
+    gradients = by_vmap(net)(params, x, y)
+    norms = norms_of(gradients)
+    limit = float(np.median(norms))  # some are clipped and some are not
+    factors = np.minimum(1, limit / norms)
+    assert (factors < 1).any()
+    assert (factors == 1).any()
+    expected = jax.tree.map(lambda g: np.einsum("n...,n->...", g, factors), gradients)
+    found = run(clipped_gradient, net, params, x, y, limit)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    assert_close(jax.tree.leaves(found), jax.tree.leaves(expected), 1e-10)
+
+
+@pytest.mark.parametrize("name", ["lecture", "residual, nested", "layers that have no product here"])
+def test_float32(name):
+    net, params, x, y = given(name, np.float32)
+    expected = by_vmap(net)(params, x, y)
+    found = run(per_example_gradients, net, params, x, y)
+    assert {g.dtype for g in jax.tree.leaves(found)} == {np.dtype(np.float32)}
+    assert_close(jax.tree.leaves(found), jax.tree.leaves(expected), 1e-6)
+    norms = run(per_example_norms, net, params, x, y)
+    assert norms.dtype == np.float32
+    assert_close([norms], [norms_of(expected)], 1e-6)
+    clipped = run(clipped_gradient, net, params, x, y, np.float32(1e9))
+    assert {g.dtype for g in jax.tree.leaves(clipped)} == {np.dtype(np.float32)}
+
+
+def test_sixteen_bits():
+    net, params, x, y = given("conv", jnp.bfloat16)
+    found = run(per_example_gradients, net, params, x, y)
+    assert {g.dtype for g in jax.tree.leaves(found)} == {jnp.dtype(jnp.bfloat16)}
+    assert run(per_example_norms, net, params, x, y).dtype == jnp.float32
+
+
+def test_sums_of_gradients_are_the_batch_s():
+    """With dropout on: one mask for each example, the same as the batch's."""
+    net = serial(Conv(4, 3), Dropout(0.5), Tanh(), Flatten(), Dropout(0.3), Dense(3))
+    rng = np.random.default_rng(0)
+    empty = jax.eval_shape(lambda: net.init(jax.random.key(0), (6, 6, 2)))
+    params = jax.tree.map(lambda a: rng.normal(0, 0.3, a.shape), empty)
+    x, y, key = rng.standard_normal((5, 6, 6, 2)), np.array([0, 1, 2, 0, 1]), jax.random.key(3)
+    total = compiled(jax.grad(lambda p: cross_entropy(net.apply(p, x, key=key, rules=rules.autodiff), y).sum()))(params)
+    found = run(per_example_gradients, net, params, x, y, key=key)
+    assert_close([g.sum(0) for g in jax.tree.leaves(found)], jax.tree.leaves(total), 1e-10)
+    unclipped = run(clipped_gradient, net, params, x, y, 1e9, key=key)
+    assert_close(jax.tree.leaves(unclipped), jax.tree.leaves(total), 1e-10)
+    without = run(per_example_gradients, net, params, x, y)
+    assert np.abs(without["conv1"]["w"] - found["conv1"]["w"]).max() > 1e-3
+
+
+def test_errors_that_are_many_for_an_example_are_averaged():
+    net, params, x, _ = given("conv")
+    target = np.random.default_rng(1).standard_normal((5, 3))
+    found = run(per_example_gradients, net, params, x, target, loss=jaxcnn.squared_error)
+    expected = by_vmap(net, jaxcnn.squared_error)(params, x, target)
+    assert_close(jax.tree.leaves(found), jax.tree.leaves(expected), 1e-10)
+
+
+def test_parameters_that_no_layer_reads():
+    net, params, x, y = given("one layer")
+    found = per_example_gradients(net, {**params, "old": {"w": np.ones((2, 3))}}, x, y, cross_entropy)
+    np.testing.assert_array_equal(found["old"]["w"], np.zeros((5, 2, 3)))
+
+
+def test_no_examples_and_no_parameters():
+    net, params, x, y = given("conv")
+    assert {g.shape[0] for g in jax.tree.leaves(per_example_gradients(net, params, x[:0], y[:0], cross_entropy))} == {0}
+    assert per_example_norms(net, params, x[:0], y[:0], cross_entropy).shape == (0,)
+    assert per_example_gradients(serial(Tanh()), {}, x[:, 0, 0], y, cross_entropy) == {}
+    np.testing.assert_array_equal(per_example_norms(serial(Tanh()), {}, x[:, 0, 0, :2], y % 2, cross_entropy), 0)
+
+
+def test_a_gradient_of_zero_is_not_clipped_to_nan():
+    net, params, x, _ = given("one layer")
+    target = net.apply(params, x)
+    clipped = run(clipped_gradient, net, params, x, target, 1.0, loss=jaxcnn.squared_error)
+    for g in jax.tree.leaves(clipped):
+        np.testing.assert_array_equal(g, 0)
+
+
+def test_a_split_batch():
+    net, params, x, y = given("residual, nested", batch=4)
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
+    rows, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("batch",), ()))
+    args = jax.device_put(params, whole), jax.device_put(x, rows), jax.device_put(y, rows)
+    for f, rest in ((per_example_gradients, ()), (per_example_norms, ()), (clipped_gradient, (0.5,))):
+        found, expected = run(f, net, *args, *rest), run(f, net, params, x, y, *rest)
+        assert_close(jax.tree.leaves(found), jax.tree.leaves(expected), 1e-10)
+    assert len(run(per_example_norms, net, *args).sharding.device_set) == 2
+
+
+def test_private_aggregation():
+    """What optax makes of the gradients, with no noise, is the clipped gradient's mean; with noise, it is noisy."""
+    net, params, x, y = given("residual, nested")
+    gradients = run(per_example_gradients, net, params, x, y)
+    limit = float(np.median(norms_of(gradients)))
+
+    def aggregated(noise):
+        private = optax.contrib.differentially_private_aggregate(limit, noise, key=0)
+        updates, _ = private.update(gradients, private.init(params))
+        return jax.tree.leaves(updates)
+
+    found = [g / len(x) for g in jax.tree.leaves(run(clipped_gradient, net, params, x, y, limit))]
+    assert_close(found, aggregated(0.0), 1e-10)
+    assert np.abs(aggregated(1.0)[0] - found[0]).max() > 0.01
+
+
+def test_no_convolution_with_a_group_for_each_example():
+    """The thing that makes `vmap` of `grad` slow; and no layer's forward half is computed twice."""
+    net, params, x, y = given("lecture", np.float32)
+
+    def text(f):
+        return jax.jit(f).lower(params, x, y).compile().as_text()
+
+    plain = text(jax.grad(lambda p, x, y: cross_entropy(net.apply(p, x), y).sum()))
+    ours = text(lambda p, x, y: per_example_gradients(net, p, x, y, cross_entropy))
+    assert "feature_group_count=5" in text(functools.partial(slow_with_autodiff, net))
+    assert "group_count=5" not in ours
+    assert 0 < ours.count(" convolution(") <= plain.count(" convolution(")
+
+
+def slow_with_autodiff(net, params, x, y):
+    def one(params, x, y):
+        return cross_entropy(net.apply(params, x[None], rules=rules.autodiff), y[None])[0]
+
+    return jax.vmap(jax.grad(one), (None, 0, 0))(params, x, y)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two ways to a norm
+
+GEOMETRIES = {
+    # name: (spatial, size, channels in, out, options)
+    "2-D": ((7, 6), (3, 2), 4, 5, {}),
+    "options": ((9, 8), (3, 2), 4, 6, {"stride": (2, 1), "padding": ((2, 0), (1, 3)), "dilation": (1, 2)}),
+    "groups": ((6, 7), (2, 3), 4, 6, {"groups": 2, "padding": "SAME"}),
+    "depthwise": ((6, 7), (2, 3), 3, 6, {"groups": 3}),
+    "a remainder": ((8, 9), (2, 2), 2, 3, {"stride": 3}),
+    "1-D": ((9,), (4,), 2, 3, {"stride": 2}),
+}
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_ghost_norms_are_norms(name):
+    spatial, size, inputs, outputs, options = GEOMETRIES[name]
+    groups = options.get("groups", 1)
+    placed = {k: v for k, v in options.items() if k != "groups"}
+    c = Correlation(window("conv", spatial, size, **placed), groups, np.dtype(np.float64))
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((3, *spatial, inputs)), rng.standard_normal((3, *c.window.out, outputs))
+    w = rng.standard_normal((*size, inputs // groups, outputs))
+    each = [
+        jax.vjp(lambda w, n=n: jaxcnn.conv(x[n : n + 1], w, rule=rules.autodiff, **options), w)[1](y[n : n + 1])[0]
+        for n in range(3)
+    ]
+    np.testing.assert_allclose(kernels.match_each(c, x, y), np.stack(each), rtol=1e-10, atol=1e-12)
+    expected = [np.square(w).sum() for w in each]
+    np.testing.assert_allclose(kernels._ghost_squares(c, x, y), expected, rtol=1e-10)
+    np.testing.assert_allclose(kernels.match_squares(c, x, y), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize(("places", "inputs", "outputs"), [(1, 5, 4), (2, 9, 8), (40, 3, 2)])
+def test_norms_of_rows(places, inputs, outputs):
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((3, places, inputs)), rng.standard_normal((3, places, outputs))
+    each = np.stack([a.T @ b for a, b in zip(x, y, strict=True)])
+    np.testing.assert_allclose(kernels.outer_each(x, y), each, rtol=1e-12)
+    np.testing.assert_allclose(kernels.outer_squares(x, y), np.square(each).sum((1, 2)), rtol=1e-12)
+
+
+def test_the_cheaper_way_is_taken():
+    """Of the lecture's layers the first has many places and a short patch, the second few places and a long one."""
+    first, second = (
+        Correlation(window("conv", spatial, (5, 5)), 1, np.dtype(np.float32)) for spatial in ((28, 28), (12, 12))
+    )
+    assert not kernels.ghost_is_cheaper(first, 1, 32)
+    assert kernels.ghost_is_cheaper(second, 32, 64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What cannot work
+
+
+@pytest.mark.parametrize("f", [per_example_gradients, per_example_norms, clipped_gradient], ids=lambda f: f.__name__)
+def test_batch_norm_that_mixes_examples(f):
+    net, params, x, y = given("batch norm, calibrated")
+    rest = (1.0,) if f is clipped_gradient else ()
+    uncalibrated = {**params, "batch_norm1": {k: params["batch_norm1"][k] for k in ("scale", "bias")}}
+    message = f"{f.__name__}: batch_norm1: batch norm by the batch's own statistics mixes examples"
+    for given_params, key in ((uncalibrated, None), (params, jax.random.key(0))):
+        with pytest.raises(ValueError, match=message):
+            f(net, given_params, x, y, cross_entropy, *rest, key=key)
+
+
+def test_a_loss_that_is_not_one_for_each_example():
+    net, params, x, y = given("one layer")
+    with pytest.raises(ValueError, match=r"loss expected to return an error for each of 5 examples, got \(\)"):
+        per_example_norms(net, params, x, y, lambda z, y: cross_entropy(z, y).mean())
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0, float("nan")])
+def test_a_norm_to_clip_to(limit):
+    net, params, x, y = given("one layer")
+    with pytest.raises(ValueError, match="clipped_gradient: max_norm expected a number > 0, got"):
+        clipped_gradient(net, params, x, y, cross_entropy, limit)
+
+
+class Scaled(Dense):
+    """A reader's own layer, by inheritance: not what `Dense` is."""
+
+    def apply(self, params, x, *, key=None, rule=None):
+        return 3 * super().apply(params, x, key=key, rule=rule)
+
+
+def test_a_layer_of_ones_own():
+    net = serial(Scaled(4), Tanh(), Dense(3))
+    rng = np.random.default_rng(0)
+    empty = jax.eval_shape(lambda: net.init(jax.random.key(0), (5,)))
+    params = jax.tree.map(lambda a: rng.normal(0, 0.3, a.shape), empty)
+    x, y = rng.standard_normal((4, 5)), np.array([0, 1, 2, 0])
+    found = run(per_example_gradients, net, params, x, y)
+    assert_close(jax.tree.leaves(found), jax.tree.leaves(by_vmap(net)(params, x, y)), 1e-10)
+    with pytest.raises(ValueError, match=r"scaled1: expected layers of jaxcnn.layers while there is a key"):
+        per_example_gradients(net, params, x, y, cross_entropy, key=jax.random.key(0))
