@@ -5,6 +5,8 @@ from jaxcnn.attribution import attribute as attribute
 from jaxcnn.backprop import Sweep as Sweep
 from jaxcnn.backprop import backprop as backprop
 from jaxcnn.backprop import value_grad_and_deltas as value_grad_and_deltas
+from jaxcnn.curvature import gauss_newton_vp as gauss_newton_vp
+from jaxcnn.curvature import hvp as hvp
 from jaxcnn.examples import clipped_gradient as clipped_gradient
 from jaxcnn.examples import per_example_gradients as per_example_gradients
 from jaxcnn.examples import per_example_norms as per_example_norms

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -129,7 +130,7 @@ def clipped_gradient(
     >>> jaxcnn.clipped_gradient(net, params, x, target, jaxcnn.squared_error, 1.0)["dense1"]["w"]  # −0.2, and −6 → −1
     Array([[-1.2]], dtype=float32)
     """
-    if not isinstance(max_norm, jax.core.Tracer) and not jnp.all(jnp.asarray(max_norm) > 0):
+    if not isinstance(max_norm, jax.core.Tracer) and not np.all(np.asarray(max_norm) > 0):
         raise ValueError(f"clipped_gradient: max_norm expected a number > 0, got {max_norm}")
     met = _meet("clipped_gradient", net, params, x, y, loss, key)
     norms = _norms(met, jnp.asarray(x))
@@ -278,7 +279,8 @@ def _met(op: str, name: str, layer: Layer, own: Params, x: Array, delta: Array, 
             _, passed = hidden._hidden_with_code(hidden.Hidden(c, win), x, own["w"], own["b"])
             return _Patches(own, c, x, pooling.place(win, delta, passed))
         case layers.Dense() if type(layer).apply is layers.Dense.apply:
-            return _Rows(own, x.reshape(len(x), -1, x.shape[-1]), delta.reshape(len(x), -1, delta.shape[-1]))
+            places = math.prod(x.shape[1:-1])
+            return _Rows(own, *(a.reshape(len(x), places, a.shape[-1]) for a in (x, delta)))
     if key is not None and type(layer).__module__ != layers.__name__:
         raise ValueError(f"{op}: {name}: expected layers of jaxcnn.layers while there is a key, got {layer!r}")
     return _Other(own, layer, x, delta)

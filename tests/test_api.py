@@ -26,7 +26,7 @@ ROOMS = {
     "attribution": {"geometry", "ops", "rules", "layers", "net", "backprop"},
     # kernels: the products of single examples, which no op has
     "examples": {"geometry", "kernels", "ops", "layers", "net", "backprop"},
-    "curvature": {"ops"},
+    "curvature": {"geometry"},
     "training": {"geometry", "ops", "layers", "net", "backprop"},
 }
 

@@ -38,6 +38,11 @@ def apart(*shape: int) -> Any:
     return jnp.asarray(np.random.default_rng(n).permutation((np.arange(n) - n / 2 + 0.25) / n * 3).reshape(shape))
 
 
+ACTIVATIONS = (
+    "relu", "leaky_relu", "relu6", "elu", "selu", "celu", "gelu", "silu", "mish", "softplus", "squareplus", "softsign",
+    "sigmoid", "log_sigmoid", "hard_sigmoid", "hard_swish", "tanh", "hard_tanh",
+)  # fmt: skip
+
 Table = Mapping[str, tuple[Callable[..., Any], Mapping[str, Any]]]
 """An op's name, the op, the inputs it is differentiated by."""
 
@@ -46,23 +51,37 @@ def ops() -> Table:
     """Every op with the inputs it is differentiated by."""
     x, y, w, b, line, few = drawn(0, (2, 6, 5, 2), (2, 3, 4), (3, 2, 2, 3), (3,), (9,), (4,))
     picture, template, probabilities = jnp.asarray(apart(7, 6)), apart(3, 2), jax.nn.softmax(-y)
-    smooth = {
-        name: (getattr(jaxcnn, name), {"x": apart(3, 4)})
-        for name in ("relu", "leaky_relu", "elu", "gelu", "silu", "softplus", "sigmoid", "tanh")
-    }
+    activations = {name: (getattr(jaxcnn, name), {"x": apart(3, 4)}) for name in ACTIVATIONS}
+    of_pictures = {"x": apart(2, 6, 5, 2)}
+    up, each = drawn(2, (3, 2, 3, 2), (3, 2, 1, 4))
+    scale, shift = drawn(3, (2,), (2,))
+    norm = {"x": x, "scale": scale, "bias": shift}
+    places = jaxcnn.max_pool_with_indices(of_pictures["x"], 2)[1]
     labels, key = np.array([[0, 1, 3], [2, 2, 0]]), jax.random.key(0)
     of_labels = functools.partial(_swapped, jaxcnn.softmax_cross_entropy_with_integer_labels, labels)
     return {
         "conv": (functools.partial(jaxcnn.conv, padding="SAME"), {"x": x, "w": w, "b": b}),
-        "max_pool": (functools.partial(jaxcnn.max_pool, window=2), {"x": apart(2, 6, 5, 2)}),
+        "conv_transpose": (functools.partial(jaxcnn.conv_transpose, stride=2), {"x": x, "w": up, "b": b}),
+        "depthwise_conv": (jaxcnn.depthwise_conv, {"x": x, "w": each, "b": drawn(4, (4,))[0]}),
+        "max_pool": (functools.partial(jaxcnn.max_pool, window=2), of_pictures),
+        "max_pool_with_indices": (lambda x: jaxcnn.max_pool_with_indices(x, 2)[0], of_pictures),
+        "max_unpool": (lambda y: jaxcnn.max_unpool(y, places, (6, 5)), {"y": drawn(5, places.shape)[0]}),
         "avg_pool": (functools.partial(jaxcnn.avg_pool, window=2), {"x": x}),
-        "hidden_layer": (jaxcnn.hidden_layer, {"x": apart(2, 6, 5, 2), "w": w, "b": b}),
+        "lp_pool": (functools.partial(jaxcnn.lp_pool, window=2), {"x": x}),
+        "global_max_pool": (jaxcnn.global_max_pool, of_pictures),
+        "global_avg_pool": (jaxcnn.global_avg_pool, {"x": x}),
+        "adaptive_max_pool": (functools.partial(jaxcnn.adaptive_max_pool, size=4), of_pictures),
+        "adaptive_avg_pool": (functools.partial(jaxcnn.adaptive_avg_pool, size=4), {"x": x}),
+        "hidden_layer": (jaxcnn.hidden_layer, {**of_pictures, "w": w, "b": b}),
         "kron": (jaxcnn.kron, {"a": y[0], "b": w[0, :, :, 0]}),
         "kron_up": (functools.partial(jaxcnn.kron_up, factor=2), {"x": x}),
         "block_sum": (functools.partial(jaxcnn.block_sum, factor=(2, 5)), {"x": x}),
         "dense": (jaxcnn.dense, {"x": y, "w": drawn(1, (4, 3))[0], "b": b}),
         "dropout": (lambda x: jaxcnn.dropout(x, 0.5, key), {"x": y}),
-        **smooth,
+        **activations,
+        "batch_norm": (jaxcnn.batch_norm, norm),
+        "layer_norm": (jaxcnn.layer_norm, {"x": y, "scale": few, "bias": few[::-1]}),
+        "group_norm": (functools.partial(jaxcnn.group_norm, groups=2), norm),
         "squared_error": (jaxcnn.squared_error, {"y": y, "target": y[::-1]}),
         "softmax_cross_entropy": (jaxcnn.softmax_cross_entropy, {"logits": y, "targets": probabilities}),
         "softmax_cross_entropy_with_integer_labels": (of_labels, {"logits": y}),
@@ -138,7 +157,7 @@ def distances(table: Table) -> dict[str, dict[str, float]]:
 
 def draw(patch: Mapping[str, Any], found: Mapping[str, Mapping[str, float]]) -> Any:
     """A parabola and its slope, the slopes of a patch; a dot for each op and input."""
-    fig = figure(10, 7.4)
+    fig = figure(10, 8.2)
     left, right = parts(fig, 1, 2)
     top, bottom = parts(left, 2, 1, height_ratios=(1.25, 1))
     curve(top.subplots(), patch)
@@ -156,7 +175,7 @@ def draw(patch: Mapping[str, Any], found: Mapping[str, Mapping[str, float]]) -> 
     axes.set(xscale="log", xlim=(1e-13, 1e-6), ylim=(len(rows) - 0.4, -0.6), xticks=[1e-13, 1e-11, 1e-9, 1e-7])
     short = {"softmax_cross_entropy_with_integer_labels": "… with_integer_labels"}
     axes.set_yticks(
-        range(len(rows)), [f"{short.get(name, name)}   {argument}" for name, argument, _ in rows], fontsize=7.5
+        range(len(rows)), [f"{short.get(name, name)}   {argument}" for name, argument, _ in rows], fontsize=6
     )
     return fig
 

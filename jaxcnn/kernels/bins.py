@@ -21,7 +21,8 @@ def bins(n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
     starts = np.arange(m) * n // m
     ends = -(-(np.arange(m) + 1) * n // m)
     at = starts[:, None] + np.arange(max(ends - starts, default=1))
-    return np.minimum(at, ends[:, None] - 1), at < ends[:, None]
+    # int32 whether 64-bit types are on or not: JAX keeps one program for both.
+    return np.minimum(at, ends[:, None] - 1).astype(np.int32), at < ends[:, None]
 
 
 def counts(n: int, m: int) -> np.ndarray:

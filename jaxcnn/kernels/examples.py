@@ -12,19 +12,38 @@ where the last inner products, of pixels, are computed once for all patches.  Th
 numbers and places are few; `ghost_is_cheaper` counts.
 """
 
+import functools
 import math
+import operator
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxcnn.geometry import Correlation
-from jaxcnn.kernels.correlation import fit
+from jaxcnn.kernels.correlation import fit, match
 from jaxcnn.kernels.windows import accumulator, tap_slices
 
 
 def match_each(c: Correlation, x: Array, y: Array) -> Array:
-    """``(N, *size, I/groups, O)``, in what sums of the wider dtype are taken in."""
+    """``(N, *size, I/groups, O)``, in what sums of the wider dtype are taken in.
+
+    On CPU `match` of one picture is GEMMs, which vectorise as they are; elsewhere it is a convolution, which would turn
+    into one with a group for each picture.
+    """
     x, y = _wide(x, y)
+    if c.window.ndim == 1:
+        return _by_entries(c, x, y)
+    return lax.platform_dependent(
+        x, y, cpu=functools.partial(_one_by_one, c), default=functools.partial(_by_entries, c)
+    )
+
+
+def _one_by_one(c: Correlation, x: Array, y: Array) -> Array:
+    return jax.vmap(lambda x, y: match(c, x[None], y[None]))(x, y)
+
+
+def _by_entries(c: Correlation, x: Array, y: Array) -> Array:
     n, inputs, outputs = x.shape[0], x.shape[-1], y.shape[-1]
     entries = jnp.stack(list(tap_slices(c.window, x, 0)), 1)
     entries = entries.reshape(n, c.window.entries, math.prod(c.window.out), c.groups, inputs // c.groups)
@@ -41,29 +60,37 @@ def match_squares(c: Correlation, x: Array, y: Array) -> Array:
 
 
 def ghost_is_cheaper(c: Correlation, inputs: int, outputs: int) -> bool:
-    """By multiplications and additions for one picture."""
+    """By multiplications and additions for one picture; those outside of a GEMM take about eight times as long."""
     win = c.window
     places, pixels = math.prod(win.out), math.prod(win.span)
     direct = places * win.entries * inputs * outputs // c.groups
-    ghost = pixels**2 * inputs + places**2 * (win.entries * c.groups + outputs)
+    ghost = pixels**2 * (inputs + 8 * c.groups * win.size[0]) + places**2 * (outputs + 8 * c.groups)
     return ghost < direct
 
 
 def _ghost_squares(c: Correlation, x: Array, y: Array) -> Array:
-    """Σ over groups and pairs of places; both factors are symmetric in the pair."""
-    win, groups, n = c.window, c.groups, x.shape[0]
-    pixels = fit(win, x).reshape(n, math.prod(win.span), groups, -1)
+    """Σ over groups and pairs of places.  What a patch's taps sum up is summed dim by dim."""
+    win, groups, n, inputs, outputs = c.window, c.groups, x.shape[0], x.shape[-1], y.shape[-1]
+    pixels = fit(win, x).reshape(n, math.prod(win.span), groups, inputs // groups)
     of_pixels = jnp.einsum("npgi,nqgi->gnpq", pixels, pixels, precision=c.precision)
-    of_pixels = of_pixels.reshape(groups * n, *win.span, *win.span)
-    of_patches = jnp.zeros((groups * n, *win.out, *win.out), x.dtype)
-    for tap in win.taps():
-        start = win.offset(tap)
-        ends = [at + (o - 1) * s + 1 for at, o, s in zip(start, win.out, win.stride, strict=True)]
-        steps = (1, *win.stride, *win.stride)
-        of_patches += lax.slice(of_pixels, (0, *start, *start), (groups * n, *ends, *ends), steps)
-    y = y.reshape(n, math.prod(win.out), groups, -1)
+    of_patches = of_pixels.reshape(groups * n, *win.span, *win.span)
+    for dim, (size, s, d, o) in enumerate(zip(win.size, win.stride, win.dilation, win.out, strict=True)):
+        pair = (1 + dim, 1 + win.ndim + dim)
+        of_patches = _sum_of_slices(of_patches, pair, [range(k * d, k * d + (o - 1) * s + 1, s) for k in range(size)])
+    y = y.reshape(n, math.prod(win.out), groups, outputs // groups)
     of_deltas = jnp.einsum("npgo,nqgo->gnpq", y, y, precision=c.precision)
     return jnp.sum(of_patches.reshape(of_deltas.shape) * of_deltas, (0, 2, 3))
+
+
+def _sum_of_slices(x: Array, axes: tuple[int, int], ranges: list[range]) -> Array:
+    """Σ over the ranges, each taken of both axes."""
+
+    def part(at: range) -> Array:
+        i, j = axes
+        found = lax.slice_in_dim(x, at.start, at.stop, at.step, i)
+        return lax.slice_in_dim(found, at.start, at.stop, at.step, j)
+
+    return functools.reduce(operator.add, map(part, ranges))
 
 
 def outer_each(x: Array, y: Array) -> Array:

@@ -463,8 +463,8 @@ def lp_pool(
 ) -> Array:
     """Power-average pooling: ``y[o] = (Σ_k x[o·stride + k·dilation − lo]^p)^(1/p)``, each channel for itself.
 
-    As in PyTorch it is x^p and not |x|^p: with an odd p negative entries count against positive ones, and the root of
-    a negative sum is NaN (for p = 1 the sum itself); so is x^p of a negative x where p is not whole.
+    As in PyTorch it is ``x^p`` and not ``|x|^p``: with an odd p negative entries count against positive ones, and the
+    root of a negative sum is NaN (for p = 1 the sum itself); so is x^p of a negative x where p is not whole.
 
     Backward: ``δ_x = x^(p−1) ∘ up(δ·y^(1−p))``.  Where y = 0 there is no derivative, and δ is 0 (as in PyTorch).
     16-bit inputs are summed in float32.

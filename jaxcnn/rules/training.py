@@ -153,8 +153,7 @@ class QuantisedDelta:
 
     t is the step of the grid at that size, u uniform on [0, 1): rounding up is as probable as δ is near, so that δ_q is
     δ on average.  "int8" and "float8_e4m3fn" have a scale s, one for all of the δ that comes: the least power of two
-    for which every |δ| / s is within the dtype's numbers.  "bfloat16" has none, s = 1.  What is not finite stays as it
-    is.
+    for which no entry of δ / s is beyond the dtype's numbers.  "bfloat16" has none, s = 1.  What is not finite stays.
 
     u is drawn from the seed and the bits of δ: another in every step and layer with no counter to hand on, and the same
     δ is always rounded alike.  Rounding starts from float32.  Fits every op.

@@ -283,7 +283,7 @@ def test_eager_is_the_same():
         np.testing.assert_allclose(run(x, delta), compiled(run)(x, delta), **CLOSE)
 
 
-@pytest.mark.parametrize("rule", [*ALL, rescale], ids=str)
+@pytest.mark.parametrize("rule", [*ALL, rescale], ids=lambda rule: getattr(rule, "__name__", str(rule)))
 def test_in_a_training_step_parameters_that_relevance_reaches_stay(rule):
     """Relevance has no share for a patch: the layer under the rule is frozen, the one above it learns."""
     net = jaxcnn.serial(HiddenLayer(4, 3), jaxcnn.Flatten(), Dense(5))

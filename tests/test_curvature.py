@@ -1,0 +1,173 @@
+"""Curvature along a vector, against the whole matrix by plain autodiff in float64, and against finite differences."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from jaxcnn import (
+    AvgPool,
+    Conv,
+    ConvTranspose,
+    Dense,
+    Flatten,
+    Gelu,
+    HiddenLayer,
+    LayerNorm,
+    MaxPool,
+    Relu,
+    Tanh,
+    gauss_newton_vp,
+    hvp,
+    residual,
+    rules,
+    serial,
+    squared_error,
+)
+from jaxcnn import softmax_cross_entropy_with_integer_labels as cross_entropy
+from tests.cases import compiled
+from tests.checks import assert_close
+
+HEAD = (Flatten(), Dense(3))
+NETS = {
+    "smooth": serial(Conv(2, 3, stride=2), Tanh(), *HEAD),
+    "pooled": serial(Conv(2, 3), Relu(), MaxPool(2), *HEAD),
+    "hidden layer": serial(HiddenLayer(2, 3), *HEAD),
+    "residual, norm": serial(Conv(2, 2), residual(serial(Conv(2, 3, padding="SAME"), Gelu())), LayerNorm(), *HEAD),
+    "transposed": serial(ConvTranspose(2, 2, stride=2), Tanh(), AvgPool(3, 2), *HEAD),
+}
+
+
+def given(name, dtype=np.float64):
+    rng = np.random.default_rng(0)
+    net = NETS[name]
+    empty = jax.eval_shape(lambda: net.init(jax.random.key(0), (6, 5, 1)))
+    params = jax.tree.map(lambda a: rng.normal(0, 0.5, a.shape).astype(dtype), empty)
+    v = jax.tree.map(lambda a: rng.standard_normal(a.shape).astype(dtype), empty)
+    x, labels = rng.standard_normal((4, 6, 5, 1)).astype(dtype), np.array([0, 1, 2, 1])
+    ones = np.ones((4, 3), dtype)
+    losses = {
+        "cross-entropy": lambda y: cross_entropy(y, labels).mean(),
+        "squared": lambda y: squared_error(jnp.tanh(y), ones).mean(),  # not convex
+    }
+    plain = {
+        "cross-entropy": lambda y: optax.softmax_cross_entropy_with_integer_labels(y, labels).mean(),
+        "squared": lambda y: jnp.square(jnp.tanh(y) - ones).mean(),
+    }
+    return net, params, x, v, (losses, plain)
+
+
+def flat(f, params):
+    """``f`` of a vector, and the vector."""
+    p, tree = ravel_pytree(params)
+    return lambda p: f(tree(p)), p
+
+
+@pytest.mark.parametrize("error", ["cross-entropy", "squared"])
+@pytest.mark.parametrize("name", NETS)
+def test_hessian(name, error):
+    net, params, x, v, (losses, without) = given(name)
+    plain, p = flat(lambda p: without[error](net.apply(p, x, rules=rules.autodiff)), params)
+    expected = compiled(jax.hessian(plain))(p) @ ravel_pytree(v)[0]
+    found = compiled(lambda p, v: hvp(lambda p: losses[error](net.apply(p, x)), p, v))(params, v)
+    assert jax.tree.structure(found) == jax.tree.structure(params)
+    assert_close([ravel_pytree(found)[0]], [expected], 1e-10)
+
+
+@pytest.mark.parametrize("error", ["cross-entropy", "squared"])
+@pytest.mark.parametrize("name", NETS)
+def test_gauss_newton(name, error):
+    net, params, x, v, (losses, without) = given(name)
+    plain, p = flat(lambda p: net.apply(p, x, rules=rules.autodiff).ravel(), params)
+    j, y = compiled(jax.jacfwd(plain))(p), plain(p)
+    h = jax.hessian(lambda y: without[error](y.reshape(4, 3)))
+    expected = j.T @ compiled(h)(y) @ j @ ravel_pytree(v)[0]
+    product = functools.partial(gauss_newton_vp, lambda p: net.apply(p, x), losses[error])
+    assert_close([ravel_pytree(compiled(product)(params, v))[0]], [expected], 1e-10)
+
+
+def test_finite_differences():
+    net, params, x, v, (losses, _) = given("smooth")
+    gradient = jax.grad(lambda p: losses["squared"](net.apply(p, x)))
+
+    def at(t):
+        return ravel_pytree(gradient(jax.tree.map(lambda p, v: p + t * v, params, v)))[0]
+
+    found = ravel_pytree(hvp(lambda p: losses["squared"](net.apply(p, x)), params, v))[0]
+    assert_close([found], [(at(1e-5) - at(-1e-5)) / 2e-5], 1e-8)
+
+
+def test_positive_where_the_error_is_convex():
+    net, params, x, v, (losses, _) = given("residual, norm")
+    found = gauss_newton_vp(lambda p: net.apply(p, x), losses["cross-entropy"], params, v)
+    assert float(ravel_pytree(v)[0] @ ravel_pytree(found)[0]) > 0
+
+
+def test_linear_in_v_and_mapped_over_it():
+    net, params, x, v, (losses, _) = given("pooled")
+    product = functools.partial(hvp, lambda p: losses["cross-entropy"](net.apply(p, x)), params)
+    many = jax.tree.map(lambda a: np.stack([a, -2 * a, 0 * a]), v)
+    found, one = compiled(jax.vmap(product))(many), compiled(product)(v)
+    expected = jax.tree.map(lambda a: np.stack([a, -2 * a, 0 * a]), one)
+    assert_close(jax.tree.leaves(found), jax.tree.leaves(expected), 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_dtypes_stay(dtype):
+    net, params, x, v, (losses, _) = given("pooled", dtype)
+    of_net = functools.partial(hvp, lambda p: losses["cross-entropy"](net.apply(p, x)))
+    of_model = functools.partial(gauss_newton_vp, lambda p: net.apply(p, x), losses["cross-entropy"])
+    for product in (of_net, of_model):
+        assert {a.dtype for a in jax.tree.leaves(product(params, v))} == {jnp.dtype(dtype)}
+
+
+def test_trees_of_outputs():
+    params, v = {"w": np.array([1.0, 2.0])}, {"w": np.array([3.0, -1.0])}
+
+    def model(p):
+        return {"a": p["w"] ** 2, "b": (p["w"].sum(),)}
+
+    def loss(y):
+        return (y["a"] ** 2).sum() + 3 * y["b"][0] ** 2
+
+    j = np.array([[2.0, 0.0], [0.0, 4.0], [1.0, 1.0]])
+    expected = j.T @ np.diag([2.0, 2.0, 6.0]) @ j @ v["w"]
+    np.testing.assert_allclose(gauss_newton_vp(model, loss, params, v)["w"], expected, rtol=1e-12)
+
+
+P, COUNTS = {"w": np.zeros((2, 3))}, {"n": np.arange(2)}
+REFUSED = [
+    (ValueError, "v expected a tree like params, ", lambda op: op(P, {"v": P["w"]})),
+    (ValueError, r"v\['w'\] expected the shape of params\['w'\], \(2, 3\), got \(3,\)",
+     lambda op: op(P, {"w": P["w"][0]})),
+    (TypeError, r"params\['n'\] expected a floating array, got int64", lambda op: op(COUNTS, COUNTS)),
+]  # fmt: skip
+OPS = {
+    "hvp": lambda loss: functools.partial(hvp, lambda p: loss(p["w"])),
+    "gauss_newton_vp": lambda loss: functools.partial(gauss_newton_vp, lambda p: p["w"], loss),
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("kind", "message", "call"), REFUSED)
+def test_what_is_refused(op, kind, message, call):
+    with pytest.raises(kind, match=f"^{op}: {message}"):
+        call(OPS[op](jnp.sum))
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    ("got", "loss"),
+    [
+        (r"float64\[3\]", lambda w: w.sum(0)),
+        (r"int64\[\]", lambda w: jnp.argmax(w)),
+        ("tuple", lambda w: (w.sum(), w)),
+    ],
+)
+def test_losses_that_are_no_scalar(op, got, loss):
+    with pytest.raises(TypeError, match=f"^{op}: loss expected to return a floating scalar, got {got}"):
+        OPS[op](loss)(P, P)
