@@ -409,15 +409,11 @@ ARRAYS = {
 }  # fmt: skip
 
 
-LOSSES = (squared_error, softmax_cross_entropy, labelled)  # the ops that take no rule
-
-
 def rows_of_every_op():
     for op, (call, names, arrays) in ARRAYS.items():
-        if op not in {loss.__name__ for loss in LOSSES}:
-            for rule in (3, "autodiff", []):
-                message = f"rule expected None, autodiff or a hashable function (call, delta), got {rule!r}"
-                yield kind(f"{op}: {message}", call, *arrays, rule=rule)
+        for rule in (3, "autodiff", []):
+            message = f"rule expected None, autodiff or a hashable function (call, delta), got {rule!r}"
+            yield kind(f"{op}: {message}", call, *arrays, rule=rule)
         for i, name in enumerate(names):
 
             def called(wrong, call=call, arrays=arrays, i=i):

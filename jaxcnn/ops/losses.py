@@ -1,5 +1,6 @@
 """Errors at the output layer, where δ begins: per example, unreduced, as in optax, whose other losses fit as well."""
 
+import functools
 from typing import Any
 
 import jax
@@ -10,10 +11,10 @@ from jax.typing import ArrayLike
 
 from jaxcnn.geometry import fail
 from jaxcnn.kernels.windows import accumulator
-from jaxcnn.ops.rule import array, arrays
+from jaxcnn.ops.rule import Rule, array, arrays, with_rule
 
 
-def squared_error(y: ArrayLike, target: ArrayLike) -> Array:
+def squared_error(y: ArrayLike, target: ArrayLike, *, rule: Rule | None = None) -> Array:
     """Squared error, entry by entry: ``E = (y − target)²``.
 
     Backward: ``δ_y = 2δ(y − target)``, ``δ_target = −δ_y``.
@@ -21,6 +22,7 @@ def squared_error(y: ArrayLike, target: ArrayLike) -> Array:
     Args:
         y: any shape and float dtype.
         target: of the same shape and dtype.
+        rule: another backward half; see `jaxcnn.rules`.
 
     Returns: the same shape.
 
@@ -34,19 +36,19 @@ def squared_error(y: ArrayLike, target: ArrayLike) -> Array:
     y, target = arrays("squared_error", y=y, target=target)
     if y.shape != target.shape:
         fail("squared_error", f"y and target expected the same shape, got y {y.shape}, target {target.shape}")
-    return _squared_error(y, target)
+    return with_rule(_squared_error, rule, squared_error_plain)(None, y, target)
 
 
-@jax.custom_vjp
-def _squared_error(y: Array, target: Array) -> Array:
-    return jnp.square(y - target)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _squared_error(geometry: None, y: Array, target: Array) -> Array:
+    return squared_error_plain(None, y, target)
 
 
-def _squared_error_fwd(y: Array, target: Array) -> Any:
-    return _squared_error(y, target), y - target
+def _squared_error_fwd(geometry: None, y: Array, target: Array) -> Any:
+    return squared_error_plain(None, y, target), y - target
 
 
-def _squared_error_bwd(difference: Array, delta: Array) -> Any:
+def _squared_error_bwd(geometry: None, difference: Array, delta: Array) -> Any:
     """δ_y = 2δ(y − target), δ_target = −δ_y."""
     delta_y = 2 * delta * difference
     return delta_y, -delta_y
@@ -55,10 +57,15 @@ def _squared_error_bwd(difference: Array, delta: Array) -> Any:
 _squared_error.defvjp(_squared_error_fwd, _squared_error_bwd)
 
 
+def squared_error_plain(geometry: None, y: Array, target: Array) -> Array:
+    """Squared error in stock JAX."""
+    return jnp.square(y - target)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def softmax_cross_entropy(logits: ArrayLike, targets: ArrayLike) -> Array:
+def softmax_cross_entropy(logits: ArrayLike, targets: ArrayLike, *, rule: Rule | None = None) -> Array:
     """Cross entropy between ``targets`` and p = softmax(logits): ``E = −Σ_c targets_c·log p_c``.
 
     Backward: ``δ_logits = δ(p·Σ targets − targets)``, ``δ_targets = −δ·log p``.
@@ -66,6 +73,7 @@ def softmax_cross_entropy(logits: ArrayLike, targets: ArrayLike) -> Array:
     Args:
         logits: ``(…, C)``, any float dtype.
         targets: probabilities ``(…, C)``, of the same dtype; they need not sum to 1.
+        rule: another backward half; see `jaxcnn.rules`.
 
     Returns: ``(…)``.
 
@@ -82,19 +90,19 @@ def softmax_cross_entropy(logits: ArrayLike, targets: ArrayLike) -> Array:
             "softmax_cross_entropy",
             f"logits and targets expected the same shape (…, C), got logits {logits.shape}, targets {targets.shape}",
         )
-    return _softmax_cross_entropy(logits, targets)
+    return with_rule(_softmax_cross_entropy, rule, softmax_cross_entropy_plain)(None, logits, targets)
 
 
-@jax.custom_vjp
-def _softmax_cross_entropy(logits: Array, targets: Array) -> Array:
-    return -_times(_wide(targets), _log_softmax(logits)).sum(-1).astype(logits.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _softmax_cross_entropy(geometry: None, logits: Array, targets: Array) -> Array:
+    return softmax_cross_entropy_plain(None, logits, targets)
 
 
-def _softmax_cross_entropy_fwd(logits: Array, targets: Array) -> Any:
-    return _softmax_cross_entropy(logits, targets), (_log_softmax(logits), targets)
+def _softmax_cross_entropy_fwd(geometry: None, logits: Array, targets: Array) -> Any:
+    return softmax_cross_entropy_plain(None, logits, targets), (_log_softmax(logits), targets)
 
 
-def _softmax_cross_entropy_bwd(saved: Any, delta: Array) -> Any:
+def _softmax_cross_entropy_bwd(geometry: None, saved: Any, delta: Array) -> Any:
     """δ_logits = δ(p·Σ targets − targets);  δ_targets = −δ·log p."""
     log_p, targets = saved
     dtype, delta, targets = targets.dtype, _wide(delta)[..., None], _wide(targets)
@@ -103,6 +111,11 @@ def _softmax_cross_entropy_bwd(saved: Any, delta: Array) -> Any:
 
 
 _softmax_cross_entropy.defvjp(_softmax_cross_entropy_fwd, _softmax_cross_entropy_bwd)
+
+
+def softmax_cross_entropy_plain(geometry: None, logits: Array, targets: Array) -> Array:
+    """Cross entropy in stock JAX."""
+    return -_times(_wide(targets), _log_softmax(logits)).sum(-1).astype(logits.dtype)
 
 
 def _wide(x: Array) -> Array:
@@ -122,7 +135,9 @@ def _times(targets: Array, log_p: Array) -> Array:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def softmax_cross_entropy_with_integer_labels(logits: ArrayLike, labels: ArrayLike) -> Array:
+def softmax_cross_entropy_with_integer_labels(
+    logits: ArrayLike, labels: ArrayLike, *, rule: Rule | None = None
+) -> Array:
     """Cross entropy of the true class, p = softmax(logits): ``E = −log p[label]``.
 
     Backward: ``δ_logits = δ(p − onehot(label))``.
@@ -130,6 +145,7 @@ def softmax_cross_entropy_with_integer_labels(logits: ArrayLike, labels: ArrayLi
     Args:
         logits: ``(…, C)``, any float dtype.
         labels: integers ``(…)`` in 0 … C − 1.
+        rule: another backward half; see `jaxcnn.rules`.
 
     Returns: ``(…)``.
 
@@ -157,19 +173,20 @@ def softmax_cross_entropy_with_integer_labels(logits: ArrayLike, labels: ArrayLi
         if lowest < 0 or highest >= classes:
             fail(op, f"labels expected 0 … {classes - 1}, got {lowest} … {highest}")
     # 8 and 16 bits cannot hold every number of classes that labels are compared with.
-    return _cross_entropy_of_labels(logits, at if at.dtype.itemsize > 2 else at.astype(jnp.int32))
+    at = at if at.dtype.itemsize > 2 else at.astype(jnp.int32)
+    return with_rule(_cross_entropy_of_labels, rule, cross_entropy_of_labels_plain, op)(None, logits, at)
 
 
-@jax.custom_vjp
-def _cross_entropy_of_labels(logits: Array, labels: Array) -> Array:
-    return -_picked(_log_softmax(logits), labels).astype(logits.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_entropy_of_labels(geometry: None, logits: Array, labels: Array) -> Array:
+    return cross_entropy_of_labels_plain(None, logits, labels)
 
 
-def _cross_entropy_of_labels_fwd(logits: Array, labels: Array) -> Any:
-    return _cross_entropy_of_labels(logits, labels), (_log_softmax(logits), labels)
+def _cross_entropy_of_labels_fwd(geometry: None, logits: Array, labels: Array) -> Any:
+    return cross_entropy_of_labels_plain(None, logits, labels), (_log_softmax(logits), labels)
 
 
-def _cross_entropy_of_labels_bwd(saved: Any, delta: Array) -> Any:
+def _cross_entropy_of_labels_bwd(geometry: None, saved: Any, delta: Array) -> Any:
     """δ_logits = δ(p − onehot(label))."""
     log_p, labels = saved
     onehot = jax.nn.one_hot(labels, log_p.shape[-1], dtype=log_p.dtype)
@@ -178,6 +195,11 @@ def _cross_entropy_of_labels_bwd(saved: Any, delta: Array) -> Any:
 
 
 _cross_entropy_of_labels.defvjp(_cross_entropy_of_labels_fwd, _cross_entropy_of_labels_bwd)
+
+
+def cross_entropy_of_labels_plain(geometry: None, logits: Array, labels: Array) -> Array:
+    """Cross entropy of the true class in stock JAX."""
+    return -_picked(_log_softmax(logits), labels).astype(logits.dtype)
 
 
 def _picked(log_p: Array, labels: Array) -> Array:

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import jaxcnn
+from jaxcnn.rules import autodiff
 from tests.agreement import CLOSE, pulled, random_delta
 
 INF = np.inf
@@ -136,3 +137,37 @@ def test_squared_error_of_what_is_not_finite():
     y, pull = jax.vjp(jaxcnn.squared_error, np.array([INF, 1e200, np.nan]), np.array([0.0, 0.0, 1.0]))
     np.testing.assert_array_equal(y, [INF, INF, np.nan])
     np.testing.assert_array_equal(pull(jnp.array([1.0, 2.0, 1.0]))[0], [INF, 4e200, np.nan])
+
+
+LABELS = np.array([0, 2, 1])
+LOSSES = {
+    "squared_error": lambda y, rule: jaxcnn.squared_error(y, np.ones((3, 4)), rule=rule),
+    "softmax_cross_entropy": lambda y, rule: jaxcnn.softmax_cross_entropy(y, np.full((3, 4), 0.25), rule=rule),
+    "softmax_cross_entropy_with_integer_labels": (
+        lambda y, rule: jaxcnn.softmax_cross_entropy_with_integer_labels(y, LABELS, rule=rule)
+    ),
+}  # fmt: skip
+
+
+def doubled(call, delta):
+    """A rule that also knows its op, and the op elsewhere."""
+    assert call.name in LOSSES
+    y, *others = call.inputs
+    assert call.at(y + 1, *others).output.shape == call.output.shape
+    delta_y, *_ = call.exact(delta)
+    return 2 * delta_y, *(None for _ in others)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_another_rule(name):
+    rng = np.random.default_rng(0)
+    y = rng.standard_normal((3, 4))
+    delta = rng.standard_normal(jax.eval_shape(LOSSES[name], y, None).shape)
+    (found,), (exact,), (plain,) = (
+        jax.vjp(lambda y, rule=rule: LOSSES[name](y, rule), y)[1](delta) for rule in (doubled, None, autodiff)
+    )
+    np.testing.assert_array_equal(found, 2 * exact)
+    np.testing.assert_allclose(plain, exact, rtol=1e-12, atol=1e-15)
+    tangent = rng.standard_normal(y.shape)
+    _, forward = jax.jvp(lambda y: LOSSES[name](y, autodiff), (y,), (tangent,))
+    np.testing.assert_allclose((forward * delta).sum(), (exact * tangent).sum(), rtol=1e-12)
