@@ -24,7 +24,8 @@ import numpy as np
 from jax import Array, lax
 
 from jaxcnn.geometry import Correlation, Window
-from jaxcnn.kernels.windows import accumulator, at_tap, tap_slices, unpad
+from jaxcnn.kernels import winograd
+from jaxcnn.kernels.windows import accumulator, at_tap, divisor, tap_slices, unpad
 
 Lowering = Callable[[Correlation, Array, Array], Array]
 
@@ -78,6 +79,7 @@ def applies(lowering: str, c: Correlation, inputs: int) -> bool:
         "pointwise": c.groups == 1 and c.window.entries == 1 and not c.window.padded,
         "spare_rows": all(s == 1 for s in c.window.stride),
         "rows": c.groups == 1,
+        "winograd": winograd.applies(c),
         "depthwise": c.groups == inputs,
     }
     return can.get(lowering, True)
@@ -94,7 +96,22 @@ def choose_correlate(c: Correlation, x: Array, w: Array) -> str:
         return "depthwise" if applies("depthwise", c, inputs) else "by_group"
     if applies("pointwise", c, inputs):
         return "pointwise"
+    if _winograd_pays(c, x, w.shape[-2:]):
+        return "winograd"
     return "spare_rows" if _spare_rows_pay(c, inputs, w.shape[-1], c.window.shape[0], c.window.out[0]) else "xla"
+
+
+def _winograd_pays(c: Correlation, a: Array, channels: Sequence[int]) -> bool:
+    """Whether it more than halves the multiplications of a picture that people did not ask the last digits of.
+
+    Patches of 3 × 3 have too few of them for that to outweigh the transforms.
+    """
+    exact = c.precision is not None or jax.config.jax_default_matmul_precision is not None
+    wide = jnp.promote_types(a.dtype, c.dtype).itemsize > 4
+    if exact or wide or c.window.ndim != 2 or c.window.size != (5, 5) or not winograd.applies(c):
+        return False
+    direct = a.shape[0] * math.prod(c.window.out) * c.window.entries * math.prod(channels)
+    return direct >= 2 * winograd.cost(c, a.shape[0], *channels)
 
 
 def _spare_rows_pay(c: Correlation, inputs: int, outputs: int, before: int, after: int) -> bool:
@@ -142,6 +159,7 @@ def _correlate_by_group(c: Correlation, x: Array, w: Array) -> Array:
 
 CORRELATE: dict[str, Lowering] = {
     "xla": _correlate_xla,
+    "winograd": winograd.correlate,
     "spare_rows": _correlate_spare_rows,
     "pointwise": _correlate_pointwise,
     "depthwise": _correlate_depthwise,
@@ -159,6 +177,8 @@ def choose_spread(c: Correlation, y: Array, w: Array) -> str:
         return "depthwise" if applies("depthwise", c, inputs) else "by_group"
     if applies("pointwise", c, inputs):
         return "pointwise"
+    if _winograd_pays(c, y, w.shape[-2:]):
+        return "winograd"
     return "spare_rows" if _spare_rows_pay(c, w.shape[-1], inputs, c.window.out[0], c.window.shape[0]) else "xla"
 
 
@@ -221,6 +241,7 @@ def _spread_by_group(c: Correlation, y: Array, w: Array) -> Array:
 
 SPREAD: dict[str, Lowering] = {
     "xla": _spread_xla,
+    "winograd": winograd.spread,
     "spare_rows": _spread_spare_rows,
     "pointwise": _spread_pointwise,
     "depthwise": _spread_depthwise,
@@ -238,6 +259,8 @@ def choose_match(c: Correlation, x: Array, y: Array) -> str:
         return "depthwise" if applies("depthwise", c, inputs) else "by_group"
     if applies("pointwise", c, inputs):
         return "pointwise"
+    if _winograd_pays(c, x, (inputs, y.shape[-1])):
+        return "winograd"
     return "rows" if c.window.ndim > 1 else "xla"
 
 
@@ -277,7 +300,7 @@ def _match_rows(c: Correlation, x: Array, y: Array) -> Array:
     x = fit(win, x)
     *rows, width = win.size
     entries = width * channels * math.prod(win.span[:-1]) * win.out[-1] + math.prod(y.shape[1:])
-    block = _divisor(x.shape[0], BLOCK_BYTES // max(entries * x.dtype.itemsize, 1))
+    block = divisor(x.shape[0], BLOCK_BYTES // max(entries * x.dtype.itemsize, 1))
 
     def one_block(x: Array, y: Array) -> Array:
         x = jnp.moveaxis(jnp.moveaxis(x, 0, -2), -1, 0)  # (I, *span, N)
@@ -324,6 +347,7 @@ def _match_by_group(c: Correlation, x: Array, y: Array) -> Array:
 
 MATCH: dict[str, Lowering] = {
     "xla": _match_xla,
+    "winograd": winograd.match,
     "pointwise": _match_pointwise,
     "rows": _match_rows,
     "depthwise": _match_depthwise,
@@ -390,8 +414,3 @@ def _sum_pixels(x: Array) -> Array:
         x = x[:half] + x[half : 2 * half]
         x = jnp.concatenate([x, rest]) if rest.shape[0] else x
     return x.sum(0)
-
-
-def _divisor(n: int, most: int) -> int:
-    """The largest divisor of ``n`` that is at most ``most``, and at least 1."""
-    return next((k for k in range(min(n, max(most, 1)), 0, -1) if n % k == 0), 0)

@@ -279,3 +279,8 @@ def _inside(win: Window, tap: tuple[int, ...]) -> np.ndarray:
     """``out``: in which windows this tap meets the picture, not padding."""
     per_dim = (win.inside(dim)[:, k] for dim, k in enumerate(tap))
     return functools.reduce(np.multiply.outer, per_dim)
+
+
+def divisor(n: int, most: int) -> int:
+    """The largest divisor of ``n`` that is at most ``most``, and at least 1."""
+    return next((k for k in range(min(n, max(most, 1)), 0, -1) if n % k == 0), 0)
