@@ -96,22 +96,24 @@ def choose_correlate(c: Correlation, x: Array, w: Array) -> str:
         return "depthwise" if applies("depthwise", c, inputs) else "by_group"
     if applies("pointwise", c, inputs):
         return "pointwise"
-    if _winograd_pays(c, x, w.shape[-2:]):
+    if _winograd_pays(c, x, *w.shape[-2:]):
         return "winograd"
     return "spare_rows" if _spare_rows_pay(c, inputs, w.shape[-1], c.window.shape[0], c.window.out[0]) else "xla"
 
 
-def _winograd_pays(c: Correlation, a: Array, channels: Sequence[int]) -> bool:
-    """Whether it more than halves the multiplications of a picture that people did not ask the last digits of.
+def _winograd_pays(c: Correlation, a: Array, inputs: int, outputs: int, least: int = 0) -> bool:
+    """Whether it halves the multiplications of a product that nobody asked all digits of.
 
-    Patches of 3 × 3 have too few of them for that to outweigh the transforms.
+    Patches of 3 × 3 save too few of them to outweigh the transforms, unless both channel counts are ``least``.
     """
-    exact = c.precision is not None or jax.config.jax_default_matmul_precision is not None
-    wide = jnp.promote_types(a.dtype, c.dtype).itemsize > 4
-    if exact or wide or c.window.ndim != 2 or c.window.size != (5, 5) or not winograd.applies(c):
+    default = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    exact = c.precision is not None or default is not None
+    if exact or jnp.promote_types(a.dtype, c.dtype).itemsize > 4 or not applies("winograd", c, inputs):
         return False
-    direct = a.shape[0] * math.prod(c.window.out) * c.window.entries * math.prod(channels)
-    return direct >= 2 * winograd.cost(c, a.shape[0], *channels)
+    if c.window.size != (5, 5) and not (c.window.size == (3, 3) and 0 < least <= min(inputs, outputs)):
+        return False
+    direct = a.shape[0] * math.prod(c.window.out) * c.window.entries * inputs * outputs
+    return direct >= 2 * winograd.cost(c, a.shape[0], inputs, outputs)
 
 
 def _spare_rows_pay(c: Correlation, inputs: int, outputs: int, before: int, after: int) -> bool:
@@ -177,7 +179,7 @@ def choose_spread(c: Correlation, y: Array, w: Array) -> str:
         return "depthwise" if applies("depthwise", c, inputs) else "by_group"
     if applies("pointwise", c, inputs):
         return "pointwise"
-    if _winograd_pays(c, y, w.shape[-2:]):
+    if _winograd_pays(c, y, *w.shape[-2:]):
         return "winograd"
     return "spare_rows" if _spare_rows_pay(c, w.shape[-1], inputs, c.window.out[0], c.window.shape[0]) else "xla"
 
@@ -259,7 +261,7 @@ def choose_match(c: Correlation, x: Array, y: Array) -> str:
         return "depthwise" if applies("depthwise", c, inputs) else "by_group"
     if applies("pointwise", c, inputs):
         return "pointwise"
-    if _winograd_pays(c, x, (inputs, y.shape[-1])):
+    if _winograd_pays(c, x, inputs, y.shape[-1], least=64):
         return "winograd"
     return "rows" if c.window.ndim > 1 else "xla"
 

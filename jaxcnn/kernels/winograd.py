@@ -98,7 +98,7 @@ def match(c: Correlation, x: Array, y: Array) -> Array:
 def _in_blocks(c: Correlation, a: Array, inputs: int, outputs: int) -> Array:
     """A batch ``(N, …)`` as ``(blocks, N/blocks, …)``."""
     one = _numbers(c.window) * math.prod(_tiles(c.window)) * max(inputs, outputs) * a.dtype.itemsize
-    size = divisor(a.shape[0], BLOCK_BYTES // one)
+    size = divisor(a.shape[0], BLOCK_BYTES // max(one, 1))
     return a.reshape(a.shape[0] // size if size else 0, size, *a.shape[1:])
 
 
@@ -116,16 +116,9 @@ def _map(f: Callable[[Array], Array], blocks: Array) -> Array:
 
 def _of_picture(c: Correlation, x: Array) -> Array:
     """``Bᵀ·x``, ``(n·n, N·tiles, I)``."""
-    win, tiles = c.window, _tiles(c.window)
-    spans = [t * OUTPUTS + size - 1 for t, size in zip(tiles, win.size, strict=True)]
-    pads = [(lo, span - lo - n, 0) for span, n, (lo, _) in zip(spans, win.shape, win.padding, strict=True)]
-    x = lax.pad(x, np.zeros((), x.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
-    entries = []
-    for at in np.ndindex(*(OUTPUTS + size - 1 for size in win.size)):
-        ends = [i + (t - 1) * OUTPUTS + 1 for i, t in zip(at, tiles, strict=True)]
-        steps = (1, *(OUTPUTS,) * win.ndim, 1)
-        entries.append(lax.slice(x, (0, *at, 0), (x.shape[0], *ends, x.shape[-1]), steps))
-    return _times(_kron(win, "B"), jnp.stack(entries).reshape(len(entries), -1, x.shape[-1]), c)
+    win = c.window
+    entries = tuple(OUTPUTS + size - 1 for size in win.size)
+    return _times(_kron(win, "B"), _in_tiles(win, x, entries, [lo for lo, _ in win.padding]), c)
 
 
 def _of_patch(c: Correlation, w: Array) -> Array:
@@ -135,13 +128,21 @@ def _of_patch(c: Correlation, w: Array) -> Array:
 
 def _of_result(c: Correlation, y: Array) -> Array:
     """``A·y``, ``(n·n, N·tiles, O)``."""
-    win, tiles, m = c.window, _tiles(c.window), OUTPUTS
-    more = [(0, t * m - o, 0) for t, o in zip(tiles, win.out, strict=True)]
-    y = lax.pad(y, np.zeros((), y.dtype), [(0, 0, 0), *more, (0, 0, 0)])
-    y = y.reshape(y.shape[0], *(n for t in tiles for n in (t, m)), y.shape[-1])
-    within = range(2, 2 * win.ndim + 1, 2)
-    y = y.transpose(*within, 0, *(axis - 1 for axis in within), y.ndim - 1)
-    return _times(_kron(win, "A").T, y.reshape(m**win.ndim, -1, y.shape[-1]), c)
+    win = c.window
+    return _times(_kron(win, "A").T, _in_tiles(win, y, (OUTPUTS,) * win.ndim, [0] * win.ndim), c)
+
+
+def _in_tiles(win: Window, a: Array, entries: tuple[int, ...], before: list[int]) -> Array:
+    """``(N, *spatial, C)`` to ``(entries, N·tiles, C)``: a picture for each entry of a tile, padded where tiles end."""
+    tiles = _tiles(win)
+    spans = [(t - 1) * OUTPUTS + size for t, size in zip(tiles, entries, strict=True)]
+    pads = [(lo, span - lo - n, 0) for span, n, lo in zip(spans, a.shape[1:-1], before, strict=True)]
+    a = lax.pad(a, np.zeros((), a.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
+    found = []
+    for at in np.ndindex(*entries):
+        ends = [i + (t - 1) * OUTPUTS + 1 for i, t in zip(at, tiles, strict=True)]
+        found.append(lax.slice(a, (0, *at, 0), (a.shape[0], *ends, a.shape[-1]), (1, *(OUTPUTS,) * win.ndim, 1)))
+    return jnp.stack(found).reshape(len(found), a.shape[0] * math.prod(tiles), a.shape[-1])
 
 
 def _times(matrix: np.ndarray, x: Array, c: Correlation) -> Array:

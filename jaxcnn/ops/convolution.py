@@ -69,7 +69,7 @@ def conv(
         groups: output channels ``g·O/groups …`` see input channels ``g·I/groups …`` alone.
         dimension_numbers: the layouts of x, w and y, such as ``("NCHW", "OIHW", "NCHW")``; default channels last.
         preferred_element_type: dtype of the result, if not that of x.  16-bit inputs accumulate in float32 anyway.
-        precision: as in `jax.lax`.
+        precision: as in `jax.lax`; with None, CPU may trade digits for speed (6e-6 in float32: `kernels.winograd`).
         rule: another backward half, over channels-last arrays; see `jaxcnn.rules`.
 
     Returns: ``(N, *out, O)``.
@@ -115,7 +115,7 @@ def depthwise_conv(
         dilation: the distance between a patch's entries.
         dimension_numbers: as in `conv`.
         preferred_element_type: as in `conv`.
-        precision: as in `jax.lax`.
+        precision: as in `jax.lax`; with None, CPU may trade digits for speed (6e-6 in float32: `kernels.winograd`).
         rule: another backward half, over channels-last arrays; see `jaxcnn.rules`.
 
     Returns: ``(N, *out, C·M)``.
@@ -256,7 +256,7 @@ def conv_transpose(
         groups: input channels ``g·I/groups …`` reach output channels ``g·O/groups …`` alone.
         dimension_numbers: the layouts of x, w and y, such as ``("NCHW", "OIHW", "NCHW")``, w's as that of a `conv`.
         preferred_element_type: as in `conv`.
-        precision: as in `jax.lax`.
+        precision: as in `jax.lax`; with None, CPU may trade digits for speed (6e-6 in float32: `kernels.winograd`).
         rule: another backward half, over channels-last arrays; see `jaxcnn.rules`.
 
     Returns: ``(N, *out, O)``, out = (spatial − 1)·stride + (K − 1)·dilation + 1 − padding + output_padding.

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from jax import lax
 
 from jaxcnn.geometry import Correlation, Window
-from jaxcnn.kernels import correlation, windows
+from jaxcnn.kernels import correlation, windows, winograd
 from tests import oracles
 from tests.cases import CASES, compiled, covering, normal, ties, with_cotangents
 from tests.checks import drawn
@@ -93,6 +93,69 @@ def test_lowering(product, name):
         close(compiled(lambda a, b: table[name](c, a, b))(a, b), definition(c, a, b))
 
     equals_definition()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Winograd's form, which trades digits for speed
+
+
+@pytest.mark.parametrize("size", winograd.POINTS)
+def test_winograds_matrices_correlate(size):
+    """y = Aᵀ[(G·w) ∘ (Bᵀ·x)], and so with its arguments one by one: for all x, w is for a basis of both."""
+    a, g, b = winograd.matrices(size)
+    x, w = numbers((size + winograd.OUTPUTS - 1,), (size,))
+    np.testing.assert_allclose(a @ ((g @ w) * (b @ x)), np.correlate(x, w, "valid"), rtol=1e-12)
+
+
+def second_layer(dtype=np.float32, precision=None, batch=128):
+    """The lecture's: 5 × 5, from 32 to 64 channels."""
+    c = Correlation(Window((12, 12), (5, 5), (1, 1), ((0, 0), (0, 0)), (1, 1)), 1, np.dtype(dtype), precision)
+    return c, *(a.astype(dtype) for a in numbers((batch, 12, 12, 32), (5, 5, 32, 64), (batch, 8, 8, 64)))
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_winograds_digits(product):
+    table, choose, run, _ = PRODUCTS[product]
+    c, *of_layer = second_layer()
+    a, b = operands(product, *of_layer)
+    assert choose(c, a, b) == "winograd"
+    expected = compiled(lambda a, b: table["xla"](second_layer(np.float64)[0], a, b))(
+        a.astype(np.float64), b.astype(np.float64)
+    )
+    found = compiled(lambda a, b: run(c, a, b))(a, b)
+    assert found.dtype == np.float32
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert 1e-6 < error < 1e-5, error  # below the first, it would not be Winograd's form
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_who_asks_for_digits_gets_them(product):
+    _, choose, *_ = PRODUCTS[product]
+
+    def chosen(*options):
+        c, *of_layer = second_layer(*options)
+        return choose(c, *operands(product, *of_layer))
+
+    assert chosen() == chosen(jnp.bfloat16) == "winograd"
+    assert "winograd" not in {chosen(np.float64), chosen(np.float32, lax.Precision.HIGHEST)}
+    assert chosen(np.float32, None, 1) != "winograd"  # too few tiles to pay for the patch's transform
+    with jax.default_matmul_precision("highest"):
+        assert chosen() != "winograd"
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("pictures", [1, 4, 6])
+def test_winograds_form_in_blocks_of_pictures(monkeypatch, product, pictures):
+    table, _, _, definition = PRODUCTS[product]
+    c = Correlation(Window((7, 6), (3, 5), (1, 1), ((0, 1), (2, 2)), (1, 1)), 1, np.dtype(np.float64))
+    a, b = operands(product, *numbers((pictures, 7, 6, 2), (3, 5, 2, 3), (pictures, *c.window.out, 3)))
+    for block_bytes in (1, 10_000, 1 << 20):  # one picture, two, all
+        monkeypatch.setattr(winograd, "BLOCK_BYTES", block_bytes)
+        close(compiled(lambda a, b: table["winograd"](c, a, b))(a, b), definition(c, a, b))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is chosen
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
