@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
@@ -135,19 +136,10 @@ def train(name: str, seed: int, dataset: Dataset, steps: int, batch_size: int) -
     import jaxcnn
     from experiments.train import make_optimizer
 
-    loss = jaxcnn.softmax_cross_entropy_with_integer_labels
     model = net(len(dataset.class_names))
-    rules = rules_of(name, seed, batch_size)
     optimizer = make_optimizer("adam", LEARNING_RATE, steps)
     state = jaxcnn.TrainState.create(model, optimizer, jax.random.key(seed), dataset.image_shape)
-    step = jaxcnn.make_train_step(model, loss, optimizer, rules=rules)
-
-    @jax.jit
-    def angles(params: Any, images: Any, labels: Any) -> dict[str, jax.Array]:
-        def gradient(rules: Any) -> Any:
-            return jax.grad(lambda p: loss(model.apply(p, images, rules=rules), labels).mean())(params)
-
-        return layer_angles(gradient(rules), gradient(None))
+    step, angles = compiled(name, seed if name == "feedback alignment" else 0, model, steps, batch_size)
 
     looks = set(np.linspace(0, steps - 1, min(LOOKS, steps)).round().astype(int).tolist())
     images, labels = dataset.train_images, dataset.train_labels
@@ -159,8 +151,33 @@ def train(name: str, seed: int, dataset: Dataset, steps: int, batch_size: int) -
         state, metrics = step(state, batch)
     if not np.isfinite(metrics["loss"]):
         raise RunError(f"{name}, seed {seed}: expected a finite loss, got {float(metrics['loss'])}")
-    tested = jaxcnn.evaluate(model, loss, state.params, batches(dataset.test_images, dataset.test_labels, 1000))
+    loss, tests = jaxcnn.softmax_cross_entropy_with_integer_labels, (dataset.test_images, dataset.test_labels)
+    tested = jaxcnn.evaluate(model, loss, state.params, batches(*tests, 1000))
     return Trained(name, seed, found, tested["accuracy"])
+
+
+@functools.cache
+def compiled(name: str, seed: int, model: "Serial", steps: int, batch_size: int) -> tuple[Any, Any]:
+    """Return a training step, and a function of parameters and a batch to angles; each compiles once for all seeds.
+
+    `seed` is that of the rule, not of the training.
+    """
+    import jax
+
+    import jaxcnn
+    from experiments.train import make_optimizer
+
+    loss, rules = jaxcnn.softmax_cross_entropy_with_integer_labels, rules_of(name, seed, batch_size)
+
+    @jax.jit
+    def angles(params: Any, images: Any, labels: Any) -> dict[str, jax.Array]:
+        def gradient(rules: Any) -> Any:
+            return jax.grad(lambda p: loss(model.apply(p, images, rules=rules), labels).mean())(params)
+
+        return layer_angles(gradient(rules), gradient(None))
+
+    optimizer = make_optimizer("adam", LEARNING_RATE, steps)
+    return jaxcnn.make_train_step(model, loss, optimizer, rules=rules), angles
 
 
 def layer_angles(found: Mapping[str, Any], true: Mapping[str, Any]) -> dict[str, Any]:

@@ -136,12 +136,12 @@ def maps(trained: Trained, x: np.ndarray, target: np.ndarray, seed: int) -> dict
 
 def table(images: Sequence[int], found: Mapping[str, Maps]) -> str:
     """Return Σ of each map beside what the method promises to conserve; the rest is the share of biases and of ε."""
-    lines = [f"{'':<24}{'Σ map':>10} {'should be':>10} {'rest':>10}"]
+    lines = [f"{'':<34}{'Σ map':>10} {'should be':>10} {'rest':>10}"]
     for title, of in found.items():
         if of.promised is not None:
             name = title.replace("\n", " ")
             lines += [
-                f"{name:<14}{'image ' + str(n):>10}{total:>10.4f} {should:>10.4f} {should - total:>10.4f}"
+                f"{name:<24}{'image ' + str(n):<10}{total:>10.4f} {should:>10.4f} {should - total:>10.4f}"
                 for n, total, should in zip(images, of.total, of.promised, strict=True)
             ]
     return "\n".join(lines)

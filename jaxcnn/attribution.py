@@ -246,7 +246,8 @@ def occlusion(
     x = _examples(x)
     win = _covering(picture("attribute", x), window, stride)
     cover = static_float("attribute", "value", value)
-    covered = jnp.asarray(_covered(win))
+    windows = _covered(win)
+    covered = jnp.asarray(windows)
     y, seed = _output(net, params, x, target)
     full = (y * seed).sum(1)
 
@@ -255,7 +256,7 @@ def occlusion(
         return full - (net.apply(params, at) * seed).sum(1)
 
     falls = jax.lax.map(fall, covered)
-    times = covered.sum(0).astype(falls.dtype)
+    times = jnp.asarray(windows.sum(0), falls.dtype)
     heat = jnp.tensordot(falls, covered.astype(falls.dtype), (0, 0)) / times
     return jnp.broadcast_to(heat[..., None], x.shape).astype(x.dtype)
 

@@ -296,21 +296,28 @@ def test_batch_norm_by_statistics_is_a_product_with_a_bias():
     np.testing.assert_allclose(found, a * x * delta / (z + 0.1 * np.sign(z)), **CLOSE)
 
 
-@pytest.mark.parametrize("composite", [attribution.epsilon_plus, attribution.epsilon_alpha2_beta1])
-def test_sums_and_other_convolutions_and_pools_conserve(composite):
-    """All that the composites cover, without biases; α2β1 only where every output has terms of both signs."""
+NO_EPSILON = {"epsilon": 1e-14, "stabilizer": 1e-14}
+WHOLE = {
+    "plus": attribution.epsilon_plus(**NO_EPSILON),
+    "alpha 2 beta 1": attribution.epsilon_alpha2_beta1(**NO_EPSILON),
+    "epsilon": {jaxcnn.Relu: passed, jaxcnn.Residual: Epsilon(1e-14), jaxcnn.AdaptiveMaxPool: None,
+                jaxcnn.Layer: Epsilon(1e-14)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rules", WHOLE.values(), ids=WHOLE)
+def test_sums_and_other_convolutions_and_pools_conserve(rules):
+    """All that the composites cover, without biases; patches so large that every output has terms of both signs."""
+    block = (Conv(8, 3, padding=1, bias=False), jaxcnn.Relu(), Conv(8, 3, padding=1, bias=False))
     net = jaxcnn.serial(
-        Conv(6, 3, padding=1, bias=False), jaxcnn.Relu(),
-        jaxcnn.residual(Conv(6, 3, padding=1, bias=False), jaxcnn.Relu(), Conv(6, 1, bias=False)),
-        jaxcnn.residual(jaxcnn.residual(Conv(6, 1, bias=False)), jaxcnn.Relu()),
-        DepthwiseConv(3, 2, bias=False), LpPool(3, 2, 2), ConvTranspose(4, 3, stride=2, groups=2, bias=False),
-        AdaptiveAvgPool((4, 3)), jaxcnn.AdaptiveMaxPool(3), Conv(4, 1, bias=False), GlobalAvgPool(),
-        Dense(5, bias=False),
+        Conv(8, 3, padding=1, bias=False), jaxcnn.Relu(), jaxcnn.residual(*block),
+        jaxcnn.residual(jaxcnn.residual(block[0]), jaxcnn.Relu()), DepthwiseConv(5, 2, bias=False), LpPool(3, 2, 2),
+        ConvTranspose(4, 3, padding=1, groups=2, bias=False), AdaptiveAvgPool((4, 3)), jaxcnn.AdaptiveMaxPool(3),
+        GlobalAvgPool(), Dense(5, bias=False),
     )  # fmt: skip
     params = net.init(jax.random.key(0), (12, 11, 3), jnp.float64)
     x = np.random.default_rng(0).uniform(0, 1, (3, 12, 11, 3))
     y = np.asarray(compiled(net.apply)(params, x))[:, 2]
-    rules = composite(epsilon=1e-14, stabilizer=1e-14)
     found = compiled(functools.partial(jaxcnn.attribute, net, rules=rules))(params, x, 2)
     np.testing.assert_allclose(found.sum((1, 2, 3)), y, rtol=1e-6)
 
