@@ -10,6 +10,7 @@ from jaxcnn.curvature import hvp as hvp
 from jaxcnn.examples import clipped_gradient as clipped_gradient
 from jaxcnn.examples import per_example_gradients as per_example_gradients
 from jaxcnn.examples import per_example_norms as per_example_norms
+from jaxcnn.folding import fold_batch_norm as fold_batch_norm
 from jaxcnn.layers import AdaptiveAvgPool as AdaptiveAvgPool
 from jaxcnn.layers import AdaptiveMaxPool as AdaptiveMaxPool
 from jaxcnn.layers import AvgPool as AvgPool
@@ -46,6 +47,7 @@ from jaxcnn.layers import Softplus as Softplus
 from jaxcnn.layers import Softsign as Softsign
 from jaxcnn.layers import Squareplus as Squareplus
 from jaxcnn.layers import Tanh as Tanh
+from jaxcnn.net import Residual as Residual
 from jaxcnn.net import Serial as Serial
 from jaxcnn.net import residual as residual
 from jaxcnn.net import serial as serial

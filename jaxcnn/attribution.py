@@ -12,7 +12,7 @@ it is out of range, the map is NaN.
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -21,10 +21,31 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from jaxcnn.folding import fold_batch_norm
 from jaxcnn.geometry import PerDim, Window, fail, positive, static_float, static_int, window
-from jaxcnn.layers import AvgPool, Conv, Dense, Dropout, HiddenLayer, Layer, Params, _Activation
-from jaxcnn.net import Rules, Serial
-from jaxcnn.ops.rule import Rule, array, arrays, one_key, picture
+from jaxcnn.layers import (
+    AdaptiveAvgPool,
+    AdaptiveMaxPool,
+    AvgPool,
+    BatchNorm,
+    Conv,
+    ConvTranspose,
+    Dense,
+    DepthwiseConv,
+    Dropout,
+    Flatten,
+    GlobalAvgPool,
+    GlobalMaxPool,
+    HiddenLayer,
+    Layer,
+    LpPool,
+    MaxPool,
+    Params,
+    Relu,
+    _Activation,
+)
+from jaxcnn.net import Residual, Rules, Serial, _check_rules, _located, _rule_for, _rule_of_sum
+from jaxcnn.ops.rule import Call, Rule, array, arrays, autodiff, one_key, picture
 from jaxcnn.rules.relevance import AlphaBeta, Epsilon, Gamma, ZBox, ZPlus, passed, rescale
 
 
@@ -106,11 +127,21 @@ def relevance(net: Serial, params: Params, x: ArrayLike, target: ArrayLike, *, r
         params: its parameters.
         x: ``(N, …)``.
         target: a class, or one for each example.
-        rules: `epsilon_plus`, `epsilon_alpha2_beta1`, `epsilon_gamma_box`, or a mapping of your own.
+        rules: `epsilon_plus`, `epsilon_alpha2_beta1`, `epsilon_gamma_box`, or a mapping of your own.  Max pooling and
+            ReLU need no rule; a batch norm without one is folded into its neighbour first (`fold_batch_norm`), and
+            taken by `Epsilon` where it has none.
 
-    Source: Bach et al. 2015.
+    Raises: ValueError for other layers without a rule, whose gradient is no relevance, for rules that do not fit, and
+        for batch norm without statistics; each names the layer.  Source: Bach et al. 2015.
     """
-    return _swept(net, params, _examples(x), target, rules, lambda y: y)
+    x = _examples(x)
+    if isinstance(rules, Mapping):
+        _check_rules(rules, [name for name, _ in net.walk()])
+        given = {name for name, layer in net.walk() if _rule_for(rules, name, layer) is not None}
+        net, params = fold_batch_norm(net, params, leave=given)
+        rules = {**rules, BatchNorm: rules.get(BatchNorm, Epsilon())}
+        _check_all_have_rules(net, rules)
+    return _swept(net, params, x, target, rules, lambda y: y)
 
 
 def integrated_gradients(
@@ -215,7 +246,8 @@ def occlusion(
     x = _examples(x)
     win = _covering(picture("attribute", x), window, stride)
     cover = static_float("attribute", "value", value)
-    covered = jnp.asarray(_covered(win))
+    windows = _covered(win)
+    covered = jnp.asarray(windows)
     y, seed = _output(net, params, x, target)
     full = (y * seed).sum(1)
 
@@ -224,7 +256,7 @@ def occlusion(
         return full - (net.apply(params, at) * seed).sum(1)
 
     falls = jax.lax.map(fall, covered)
-    times = covered.sum(0).astype(falls.dtype)
+    times = jnp.asarray(windows.sum(0), falls.dtype)
     heat = jnp.tensordot(falls, covered.astype(falls.dtype), (0, 0)) / times
     return jnp.broadcast_to(heat[..., None], x.shape).astype(x.dtype)
 
@@ -263,7 +295,7 @@ def grad_cam(
     if a.ndim < 3:
         _fail(f"layer expected one whose output is pictures, got {layer!r} with output {a.shape}")
 
-    probed, path = _with_probe(net, layer), layer.split("/")
+    probed, path, rules = _with_probe(net, layer), layer.split("/"), _with_names(net, rules)
 
     def output(shift: Array) -> Array:
         return probed.apply(_put(params, [*path[:-1], f"{path[-1]} probe"], {"shift": shift}), x, rules=rules)
@@ -292,7 +324,8 @@ def deep_lift(net: Serial, params: Params, x: ArrayLike, target: ArrayLike, *, r
     """
     x = _examples(x)
     x0 = _like(x, "reference", reference)
-    y, pull = jax.vjp(lambda both: net.apply(params, both, rules=rescale), jnp.concatenate([x, x0]))
+    rules = _with_names(net, rescale)
+    y, pull = jax.vjp(lambda both: net.apply(params, both, rules=rules), jnp.concatenate([x, x0]))
     seed = _seed(y[: x.shape[0]], target)
     m = pull(jnp.concatenate([seed, seed]))[0][: x.shape[0]]
     return _told((x - x0) * m, seed)
@@ -319,9 +352,10 @@ METHODS: Mapping[str, Callable[..., Array]] = {
 
 
 def epsilon_plus(*, epsilon: float = 1e-6, stabilizer: float = 1e-6) -> dict[Any, Rule]:
-    """z⁺ for convolutions, ε for dense layers and average pooling; R passes activations.  As zennit's EpsilonPlus.
+    """z⁺ for convolutions, ε for dense layers, average pooling and sums; R passes activations.
 
-    Max pooling keeps its exact rule, R to the winner.  Source: Montavon et al. 2019; Kohlbrenner et al. 2020.
+    As zennit's EpsilonPlus.  Convolutions of every kind; the sums are those of residual nets.  Max pooling keeps its
+    exact rule, R to the winner.  Source: Montavon et al. 2019; Kohlbrenner et al. 2020.
     """
     return _composite(ZPlus(stabilizer), epsilon, stabilizer)
 
@@ -348,19 +382,33 @@ def epsilon_gamma_box(
     Raises: TypeError without bounds.
     """
     box = ZBox(low, high, stabilizer)
-    first = [name for name, layer in net.walk() if isinstance(layer, Conv | HiddenLayer)][:1]
+    first = [name for name, layer in net.walk() if isinstance(layer, _PATCHES)][:1]
     return {**dict.fromkeys(first, box), **_composite(Gamma(gamma, stabilizer), epsilon, stabilizer)}
 
 
 def _composite(of_patches: Rule, epsilon: float, stabilizer: float) -> dict[Any, Rule]:
     return {
-        Conv: of_patches,
-        HiddenLayer: of_patches,
+        **dict.fromkeys(_PATCHES, of_patches),
         Dense: Epsilon(epsilon),
-        AvgPool: Epsilon(stabilizer),
+        **dict.fromkeys((AvgPool, GlobalAvgPool, AdaptiveAvgPool, LpPool, Residual), Epsilon(stabilizer)),
         _Activation: passed,
         Dropout: passed,
     }
+
+
+_PATCHES = (Conv, DepthwiseConv, ConvTranspose, HiddenLayer)
+#: Layers whose exact rule hands relevance on: to the winner, through an open ReLU, or all of it.
+_NEED_NO_RULE = (MaxPool, GlobalMaxPool, AdaptiveMaxPool, Relu, Flatten, Dropout)
+
+
+def _check_all_have_rules(net: Serial, rules: Mapping[Any, Rule]) -> None:
+    for name, layer in net.walk():
+        if isinstance(layer, Residual):
+            found, kind = _rule_of_sum(rules), "the sum of Residual"
+        else:
+            found, kind = _rule_for(rules, name, layer), type(layer).__name__
+        if found is None and not (isinstance(layer, _NEED_NO_RULE) or type(layer) is Serial):
+            _fail(f"{name}: expected a rule for {kind}, whose gradient is no relevance; rules has none")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -376,9 +424,44 @@ def _swept(
     start: Callable[[Array], Any] = lambda y: 1,
 ) -> Array:
     """The net's δ of x, for δ of the outputs: ``start(y)`` at the target, 0 elsewhere."""
+    rules = _with_names(net, rules)
     y, pull = jax.vjp(lambda x: net.apply(params, x, rules=rules), x)
     seed = _seed(y, target)
     return _told(pull(start(y) * seed)[0], seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Named:
+    """A rule that puts the name of its layer in front of what it raises."""
+
+    rule: Rule
+    name: str
+
+    def __call__(self, call: Call, delta: Any) -> tuple[Any, ...]:
+        with _located(self.name):
+            return self.rule(call, delta)
+
+    def __repr__(self) -> str:
+        return f"{getattr(self.rule, '__name__', repr(self.rule))} of {self.name}"
+
+
+def _with_names(net: Serial, rules: Rules | None) -> Rules | None:
+    """The same rules, each with the name of its layer: on the way back no net stands around it to tell."""
+    if rules is None or rules is autodiff:
+        return rules
+    if isinstance(rules, Mapping):
+        _check_rules(rules, [name for name, _ in net.walk()])
+
+    def named(rule: Any, name: str) -> Any:
+        fit = callable(rule) and isinstance(rule, Hashable) and rule is not autodiff
+        return _Named(rule, name) if fit else rule
+
+    leaves = {name: layer for name, layer in net.walk() if not isinstance(layer, Serial)}
+    found: dict[Any, Rule | None] = {
+        (lambda at, _, name=name: at == name): named(_rule_for(rules, name, layer), name)
+        for name, layer in leaves.items()
+    }
+    return {**found, Residual: named(_rule_of_sum(rules), "Residual")}
 
 
 def _output(net: Serial, params: Params, x: Array, target: ArrayLike) -> tuple[Array, Array]:

@@ -17,7 +17,8 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxcnn.layers import Layer, Params, out_shape
-from jaxcnn.ops.rule import Rule, array, one_key
+from jaxcnn.ops import linear
+from jaxcnn.ops.rule import Rule, array, autodiff, one_key
 from jaxcnn.taps import tap
 
 #: One rule for all layers, or for each that a key matches: a layer type, a name, or a predicate (name, layer) → bool.
@@ -64,7 +65,7 @@ class Serial(Layer):
             key: from `jax.random.key`; its presence means training (dropout is on).
             rules: other backward halves: one for all layers, or a mapping whose keys are layer types, names
                 ("conv1", "residual1/conv2", "residual1" for all in it) or predicates ``(name, layer) → bool``; the
-                first that matches wins.
+                first that matches wins.  `Residual` stands for the sums that residual nets end in.
             rule: for a net inside a net: the same as ``rules``.
             path: the names of the nets around this one.
 
@@ -140,12 +141,16 @@ class Residual(Serial):
         rule: Rule | None = None,
         path: str = "",
     ) -> Array:
-        """``x + layers(x)``; the arguments of `Serial.apply`."""
+        """``x + layers(x)``; the arguments of `Serial.apply`.
+
+        The sum keeps δ as it is for both terms, unless ``rules`` is a mapping with the key `Residual`.
+        """
         x = jnp.asarray(x)
         y = Serial.apply(self, params, x, key=key, rules=rules, rule=rule, path=path)
         if y.shape != x.shape:
             raise ValueError(f"residual: layers expected to keep the shape {x.shape}, got {y.shape}")
-        return x + y
+        own = _rule_of_sum(rule if rules is None else rules)
+        return x + y if own is None or own is autodiff else linear.add(x, y, rule=own)
 
     def _rows(self, shape: tuple[int, ...], path: str) -> Iterator["Row"]:
         """Its layers, and the sum."""
@@ -270,6 +275,12 @@ def _rule_for(rules: Rules | None, name: str, layer: Layer) -> Rule | None:
         if matches:
             return rule
     return None
+
+
+def _rule_of_sum(rules: Rules | None) -> Rule | None:
+    """Keys that are made for layers, such as `Layer` or a name, do not reach the sum: few rules fit two inputs."""
+    keys = rules if isinstance(rules, Mapping) else {}
+    return next((rule for key, rule in keys.items() if isinstance(key, type) and issubclass(key, Residual)), None)
 
 
 def _check_rules(rules: Mapping[Any, Rule], names: list[str]) -> None:

@@ -252,8 +252,13 @@ def cotangents_twice(f: Callable[..., Array]) -> Callable[..., Any]:
 
 
 def compiled(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Jitted for a quick compilation instead of quick code: a sixth of the time, and that is most of these tests'."""
+    """Jitted for a quick compilation instead of quick code: that is most of these tests' time."""
     return jax.jit(f, compiler_options=quick_to_compile())
+
+
+def optimised(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Jitted as people do it, with all of XLA's and LLVM's optimisations, which `tests/conftest.py` turns off."""
+    return jax.jit(f, compiler_options={"xla_backend_optimization_level": 3})
 
 
 @functools.cache

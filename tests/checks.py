@@ -20,7 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_vjp
 
 from tests import oracles
-from tests.cases import Case, compiled, with_cotangents
+from tests.cases import Case, compiled, optimised, with_cotangents
 
 Arrays = Sequence[Any]
 
@@ -163,7 +163,7 @@ def jit_equals_eager(case: Case) -> None:
     run = with_cotangents(case.function)
     eager = run(tuple(map(jnp.asarray, args)), jnp.asarray(delta))
     assert_close(flat(eager), flat(case.run(args, delta)), within(case))
-    assert_close(flat(jax.jit(run)(args, delta)), flat(case.run(args, delta)), within(case))
+    assert_close(flat(optimised(run)(args, delta)), flat(case.run(args, delta)), within(case))
 
 
 def vmap_equals_a_loop(case: Case) -> None:

@@ -1,6 +1,7 @@
 """How the tests run: in float64, on two CPU devices, with strict dtypes."""
 
 import importlib.util
+import os
 import sys
 import types
 
@@ -9,6 +10,8 @@ import jax
 import pytest
 import torch
 
+# Most of the time is compilation: no LLVM optimisations but where `optimised` asks for them.  Read when XLA starts.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 # Two devices, so that a batch can be split.  Takes effect only before JAX first looks for devices.
 jax.config.update("jax_num_cpu_devices", 2)
 # PyTorch's threads would only contend with XLA's for pictures this small.

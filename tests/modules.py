@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import zennit.layer
 from torch import nn
 
 import jaxcnn
@@ -18,8 +19,14 @@ class Flatten(nn.Module):
 
 
 class Residual(nn.Sequential):
+    """Its sum is a module too, as zennit has it."""
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + super().forward(x)
+        *branch, total = self
+        y = x
+        for part in branch:
+            y = part(y)
+        return total(torch.stack([x, y], -1))
 
 
 def sequential(net: jaxcnn.Serial, params: Mapping[str, Any]) -> nn.Sequential:
@@ -27,6 +34,8 @@ def sequential(net: jaxcnn.Serial, params: Mapping[str, Any]) -> nn.Sequential:
     made = (Residual if type(net).__name__ == "Residual" else nn.Sequential)()
     for name, layer in net.layers:
         made.add_module(name, module(layer, params.get(name, {})))
+    if isinstance(made, Residual):
+        made.add_module("sum", zennit.layer.Sum())
     return made.double().eval()
 
 
@@ -46,6 +55,28 @@ def module(layer: jaxcnn.Layer, own: Mapping[str, Any]) -> nn.Module:
                 layer.groups, bias="b" in own,
             )  # fmt: skip
             return filled(made, w, own.get("b"))
+        case jaxcnn.DepthwiseConv():
+            features = np.shape(own["w"])[-1]
+            groups = features // layer.multiplier
+            conv = jaxcnn.Conv(features, layer.patch, layer.stride, layer.padding, layer.dilation, groups)
+            return module(conv, own)
+        case jaxcnn.ConvTranspose():
+            w = np.moveaxis(np.asarray(own["w"]), (-1, -2), (0, 1))
+            padding = 0 if layer.padding == "VALID" else layer.padding
+            made = nn.ConvTranspose2d(
+                w.shape[0], layer.features, w.shape[2:], layer.stride, padding, layer.output_padding, layer.groups,
+                bias="b" in own, dilation=layer.dilation,
+            )  # fmt: skip
+            return filled(made, w, own.get("b"))
+        case jaxcnn.BatchNorm():
+            made = filled(nn.BatchNorm2d(len(own["mean"]), layer.eps), own["scale"], own["bias"])
+            made.running_mean.copy_(torch.tensor(np.asarray(own["mean"])))
+            made.running_var.copy_(torch.tensor(np.asarray(own["var"])))
+            return made
+        case jaxcnn.GlobalAvgPool():
+            return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        case jaxcnn.AdaptiveAvgPool():
+            return nn.AdaptiveAvgPool2d(layer.size)
         case jaxcnn.Dense():
             w = np.asarray(own["w"]).T
             return filled(nn.Linear(*w.shape[::-1], bias="b" in own), w, own.get("b"))

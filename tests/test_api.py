@@ -23,7 +23,8 @@ ROOMS = {
     "taps": set(),  # apart from backprop, which imports nets, because nets tap their layers
     "net": {"geometry", "ops", "layers", "taps"},
     "backprop": {"geometry", "ops", "rules", "layers", "net", "taps"},
-    "attribution": {"geometry", "ops", "rules", "layers", "net", "backprop"},
+    "folding": {"geometry", "layers", "net"},
+    "attribution": {"geometry", "ops", "rules", "layers", "net", "backprop", "folding"},
     # kernels: the products of single examples, which no op has
     "examples": {"geometry", "kernels", "ops", "layers", "net", "backprop"},
     "curvature": {"geometry"},

@@ -11,26 +11,35 @@ import numpy as np
 import pytest
 import torch
 import zennit.attribution
+import zennit.canonizers
 import zennit.composites
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxcnn
 from jaxcnn import (
+    AdaptiveAvgPool,
     AvgPool,
+    BatchNorm,
     Conv,
+    ConvTranspose,
     Dense,
+    DepthwiseConv,
     Dropout,
     Flatten,
+    GroupNorm,
     HiddenLayer,
+    LayerNorm,
     MaxPool,
     Relu,
+    Residual,
     Tanh,
     attribute,
     attribution,
     residual,
+    rules,
     serial,
 )
-from jaxcnn.rules import ZBox, ZPlus
+from jaxcnn.rules import Epsilon, ZBox, ZPlus, passed
 from tests import modules
 from tests.agreement import CLOSE
 from tests.cases import compiled
@@ -85,6 +94,46 @@ COMPOSITES = {
         lambda: zennit.composites.EpsilonGammaBox(-1.0, 1.0, gamma=0.5),
     ),
 }
+
+
+#: After folding, zennit's batch norms divide by √(1 + ε) still: with this ε that is 1.
+NORM = BatchNorm(eps=1e-14)
+NORMED = serial(
+    Conv(6, 3, padding=1, bias=False), NORM, Relu(),
+    residual(Conv(6, 3, padding=1), NORM, Relu(), Conv(6, 1), NORM), Relu(), MaxPool(2),
+    DepthwiseConv(3, 2), NORM, Relu(), ConvTranspose(4, 2), NORM, Relu(),
+    AdaptiveAvgPool(3), Flatten(), Dense(5),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("composite", COMPOSITES)
+def test_composites_with_batch_norm_and_sums_are_zennits(composite):
+    """Whose canonizer folds batch norm into the convolution before it; the sum of a residual net is a module there."""
+    ours, theirs = COMPOSITES[composite]
+    params, x = normed()
+    heat = np.asarray(compiled(functools.partial(attribute, NORMED, rules=ours(NORMED)))(params, x, TARGET))
+    model = modules.sequential(NORMED, params)
+    np.testing.assert_allclose(
+        modules.channels_last(model(modules.channels_first(x))), compiled(NORMED.apply)(params, x), rtol=1e-10
+    )
+    composite = theirs()
+    composite.canonizers = [zennit.canonizers.SequentialMergeBatchNorm()]
+    one_hot = torch.nn.functional.one_hot(torch.tensor(TARGET), 5)
+    with zennit.attribution.Gradient(model, composite) as attributor:
+        _, expected = attributor(modules.channels_first(x), lambda y: y * one_hot)
+    expected = modules.channels_last(expected)
+    assert np.abs(expected).max() > 0
+    np.testing.assert_allclose(heat, expected, rtol=1e-7, atol=1e-7 * np.abs(expected).max())
+
+
+@functools.cache
+def normed():
+    """Parameters with statistics that are not trivial, and pictures."""
+    rng = np.random.default_rng(3)
+    _, x = drawn(NORMED)
+    params = NORMED.init(jax.random.key(1), SHAPE, jnp.float64)
+    params = jax.tree.map(lambda a: a if a.ndim > 1 else a + 0.3 * rng.standard_normal(a.shape), params)
+    return jaxcnn.calibrate(NORMED, params, [(x, None)]), x
 
 
 @pytest.mark.parametrize("net", NETS)
@@ -398,6 +447,58 @@ def test_what_is_refused(error, message, options):
     params, x = drawn(net)
     with pytest.raises(error, match=f"^{re.escape(message)}(?=\n|$)"):
         attribute(net, params, x, **{"target": 2, **options})
+
+
+UNFIT = [
+    # message, layers before a Dense, rules, method
+    ("fold_batch_norm: batch_norm1: expected statistics from jaxcnn.calibrate beside its parameters, got bias, scale",
+     (Conv(2, 3), BatchNorm(), Flatten()), attribution.epsilon_plus(), "relevance"),
+    ("fold_batch_norm: residual1/norm: expected statistics from jaxcnn.calibrate beside its parameters, got bias, "
+     "scale", (residual(BatchNorm(name="norm")), Flatten()), attribution.epsilon_plus(), "relevance"),
+    ("batch_norm1: batch_norm: rule rescale: expected statistics from jaxcnn.calibrate; by the batch's own, examples "
+     "mix", (Conv(2, 3), BatchNorm(), Flatten()), None, "deep_lift"),
+    ("attribute: layer_norm1: expected a rule for LayerNorm, whose gradient is no relevance; rules has none",
+     (LayerNorm(), Flatten()), attribution.epsilon_plus(), "relevance"),
+    ("attribute: inner/norm: expected a rule for GroupNorm, whose gradient is no relevance; rules has none",
+     (serial(GroupNorm(groups=1, name="norm"), name="inner"), Flatten()), attribution.epsilon_plus(), "relevance"),
+    ("attribute: residual1: expected a rule for the sum of Residual, whose gradient is no relevance; rules has none",
+     (residual(Conv(3, 1)), Flatten()), {Conv: ZPlus(), Dense: Epsilon()}, "relevance"),
+    ("attribute: square1: expected a rule for Square, whose gradient is no relevance; rules has none",
+     (Square(), Flatten()), attribution.epsilon_plus(), "relevance"),
+    ("conv2: conv: rule guided_relu: expected as a rule of relu, hidden_layer",
+     (Conv(2, 3), Conv(2, 3), Flatten()), {"conv2": rules.guided_relu}, "gradient"),
+    ("Residual: add: rule ZPlus(stabilizer=1e-06): expected as a rule of conv, depthwise_conv, conv_transpose, dense, "
+     "hidden_layer; Epsilon and Flat fit add", (residual(Relu()), Flatten()), {Residual: ZPlus(), Dense: Epsilon()},
+     "relevance"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("message", "layers", "given", "method"), UNFIT)
+def test_what_a_rule_refuses_is_told_with_the_name_of_the_layer(message, layers, given, method):
+    net = serial(*layers, Dense(5))
+    params, x = drawn(net)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}(?=\n|$)"):
+        jax.eval_shape(lambda: attribute(net, params, x, 2, method=method, **({"rules": given} if given else {})))
+
+
+def test_a_batch_norm_that_has_a_rule_is_not_folded():
+    """By its type or its name; one without a neighbour is taken by ε."""
+    net = serial(Relu(), BatchNorm(), Relu(), Flatten(), Dense(5))
+    params, x = drawn(net)
+    params = jaxcnn.calibrate(net, params, [(x, None)])
+    seen = []
+
+    def seeing(call, delta):
+        seen.append(call.name)
+        return (delta, *(None,) * (len(call.inputs) - 1))
+
+    others = {Dense: Epsilon(), Relu: passed}
+    run = functools.partial(attribute, net, params, x, 2)
+    assert not np.allclose(run(rules={BatchNorm: seeing, **others}), run(rules=others))
+    by_name, by_type = (run(rules={key: seeing, **others}) for key in ("batch_norm1", BatchNorm))
+    np.testing.assert_array_equal(by_name, by_type)
+    assert seen == ["batch_norm"] * 3
+    np.testing.assert_array_equal(run(rules=others), run(rules={BatchNorm: Epsilon(), **others}))
 
 
 def test_other_things_that_are_refused():

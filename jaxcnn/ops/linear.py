@@ -1,4 +1,7 @@
-"""The fully connected layer: δ_l = w δ_{l+1}, and ∂E/∂w the product of δ with the layer's input (lecture §3)."""
+"""The fully connected layer: δ_l = w δ_{l+1}, and ∂E/∂w the product of δ with the layer's input (lecture §3).
+
+And the sum of two arrays, which a residual net ends in, as an op, so that it can be given another rule.
+"""
 
 import functools
 from typing import Any
@@ -67,3 +70,45 @@ _dense.defvjp(_dense_fwd, _dense_bwd)
 def _dense_plain(geometry: None, x: Array, w: Array, b: Array | None) -> Array:
     y = jnp.matmul(x, w)
     return y if b is None else y + b
+
+
+def add(x: ArrayLike, y: ArrayLike, *, rule: Rule | None = None) -> Array:
+    """The sum ``z = x + y`` of two arrays of one shape and float dtype.
+
+    Backward: ``δ_x = δ_y = δ``.  Another rule says how much of δ each of the two is sent; see `jaxcnn.rules`.
+
+    Raises: ValueError for shapes that differ, TypeError for dtypes.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from jaxcnn import rules
+    >>> from jaxcnn.ops.linear import add
+    >>> z, pull = jax.vjp(lambda x, y: add(x, y, rule=rules.Epsilon()), jnp.array([1.0]), jnp.array([3.0]))
+    >>> [round(float(share[0]), 3) for share in pull(z)]  # of z = 1 + 3
+    [1.0, 3.0]
+    """
+    x, y = arrays("add", x=x, y=y)
+    if x.shape != y.shape:
+        fail("add", f"expected x and y of one shape, got x {x.shape}, y {y.shape}")
+    return with_rule(_add, rule, _add_plain)(None, x, y)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _add(geometry: None, x: Array, y: Array) -> Array:
+    return x + y
+
+
+def _add_fwd(geometry: None, x: Array, y: Array) -> Any:
+    return _add(None, x, y), None
+
+
+def _add_bwd(geometry: None, saved: None, delta: Array) -> Any:
+    """δ_x = δ_y = δ."""
+    return delta, delta
+
+
+_add.defvjp(_add_fwd, _add_bwd)
+
+
+def _add_plain(geometry: None, x: Array, y: Array) -> Array:
+    return x + y

@@ -11,6 +11,9 @@ safe by ``stabilised``: R / (z + ε·sign z) with sign 0 = 1.  Parameters get no
 x⁺ = max(x, 0) and x⁻ = min(x, 0), entry by entry, and so for w and b.  Conventions are those of zennit 0.5.1,
 with whose numbers the rules agree.  `hidden_layer` is taken as the three ops that it is: R goes to the winner of each
 window, through the ReLU as it is, and is then divided by the convolution's rule.
+
+The sum of a residual net is the op "add" with the terms x and y, both of which get their share.  What has no x·w, such
+as a pool, an "add" or a batch norm by given statistics, is divided by `Epsilon`; `Flat` fits the sums among them.
 """
 
 import dataclasses
@@ -26,9 +29,11 @@ from jaxcnn.ops import hidden
 from jaxcnn.ops.rule import Call
 
 #: Ops z = x·w + b.
-PATCHES = ("conv", "dense")
+PATCHES = ("conv", "depthwise_conv", "conv_transpose", "dense")
 #: Ops that weigh their inputs by constants, all of them positive.
-SUMS = ("avg_pool", "block_sum", "kron_up")
+SUMS = ("avg_pool", "global_avg_pool", "adaptive_avg_pool", "block_sum", "kron_up", "add")
+#: Ops that send δ to the winner.
+MAXIMA = ("max_pool", "global_max_pool", "adaptive_max_pool")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +50,18 @@ class _Relevance:
         elif call.name not in self.fits:
             ops = ", ".join((*self.fits, "hidden_layer"))
             fail(call.name, f"rule {self!r}: expected as a rule of {ops}{_instead(call.name)}")
+        if call.name == "add":
+            return self.of_sum(call, delta)
+        if _by_the_batch(call):
+            fail(call.name, f"rule {self!r}: {STATISTICS}")
         return _of_x(call, self.relevance(call, delta))
 
     def relevance(self, call: Call, delta: Array) -> Array:
         """R_x."""
+        raise NotImplementedError
+
+    def of_sum(self, call: Call, delta: Array) -> tuple[Array, Array]:
+        """R_x and R_y, for the sum x + y."""
         raise NotImplementedError
 
 
@@ -58,7 +71,9 @@ class Epsilon(_Relevance):
 
     A larger ε keeps what was weak or contradicts itself from the input.  With ε = 0 it is LRP-0, and gradient × input
     in a net of ReLUs and max pooling whose last R is a logit.  For sums such as `avg_pool` w is the constant that they
-    weigh with (zennit's Norm).  Conserves Σ R but for the shares of ε and b.
+    weigh with (zennit's Norm); for the sum of a residual net ``R_x = x ∘ s``, ``R_y = y ∘ s``.  `lp_pool` is divided by
+    the shares of xᵖ in Σ xᵖ; `batch_norm` by given statistics is x·w + b with one w for each channel.  Conserves Σ R
+    but for the shares of ε and b.
 
     Raises: TypeError or ValueError, when it is made, for an epsilon that is no finite number >= 0; ValueError, when R
     comes, for an op it does not fit.  Source: Bach et al. 2015, eq. 58.
@@ -72,7 +87,7 @@ class Epsilon(_Relevance):
     """
 
     epsilon: float = 1e-6
-    fits: ClassVar[tuple[str, ...]] = PATCHES + SUMS
+    fits: ClassVar[tuple[str, ...]] = (*PATCHES, *SUMS, "lp_pool", "batch_norm")
 
     def __post_init__(self) -> None:
         _check(self, "epsilon")
@@ -82,6 +97,12 @@ class Epsilon(_Relevance):
         x, *_ = call.inputs
         s = delta / stabilised(call.output, self.epsilon)
         return x * call.exact(s)[0]
+
+    def of_sum(self, call: Call, delta: Array) -> tuple[Array, Array]:
+        """R_x = x ∘ s, R_y = y ∘ s, s = R / (z + ε·sign z), z = x + y."""
+        x, y = call.inputs
+        s = delta / stabilised(call.output, self.epsilon)
+        return x * s, y * s
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +227,11 @@ class Flat(_Relevance):
         ones = call.at(jnp.ones_like(x), *(None if i else jnp.ones_like(w) for i, w in enumerate(rest)))
         return ones.exact(delta / stabilised(ones.output, self.stabilizer))[0]
 
+    def of_sum(self, call: Call, delta: Array) -> tuple[Array, Array]:
+        """R_x = R_y = R / 2."""
+        half = delta / stabilised(2 * jnp.ones_like(delta), self.stabilizer)
+        return half, half
+
 
 @dataclasses.dataclass(frozen=True)
 class ZBox(_Relevance):
@@ -285,16 +311,20 @@ def rescale(call: Call, delta: Array) -> tuple[Any, ...]:
         (delta,) = rescale(pool, delta)
         (delta,) = rescale(relu, delta)
         return _of_x(call, conv.exact(delta)[0])
-    if call.name in (*PATCHES, *SUMS, "dropout"):
+    if call.name == "add":
+        return call.exact(delta)
+    if _by_the_batch(call):
+        fail(call.name, f"rule rescale: {STATISTICS}")
+    if call.name in (*PATCHES, *SUMS, "dropout", "batch_norm"):
         return _of_x(call, call.exact(delta)[0])
     x, *others = call.inputs
-    if others or (call.name != "max_pool" and call.output.shape != x.shape):
+    if others or (call.name not in MAXIMA and call.output.shape != x.shape):
         fail(call.name, "rule rescale: expected as a rule of an activation, max_pool or a linear op")
     if x.ndim < 1 or x.shape[0] % 2:
         fail(call.name, f"rule rescale: expected examples and as many references after them, got x {x.shape}")
     dx, dy = _differences(x), _differences(call.output)
     d, _ = jnp.split(delta, 2)
-    if call.name == "max_pool":
+    if call.name in MAXIMA:
         gain, loss = jnp.maximum(dy, 0), jnp.minimum(dy, 0)
         at_x, at_reference = jnp.split(call.exact(jnp.concatenate([d * gain, d * loss]))[0], 2)
         total = at_x + at_reference
@@ -344,12 +374,25 @@ def _of_x(call: Call, relevance: Array) -> tuple[Any, ...]:
     return (relevance, *(None,) * (len(call.inputs) - 1))
 
 
+#: Of batch norm.
+STATISTICS = "expected statistics from jaxcnn.calibrate; by the batch's own, examples mix"
+
+
+def _by_the_batch(call: Call) -> bool:
+    """Whether a batch norm mixes examples: beside x, scale and bias no mean and var went in."""
+    return call.name == "batch_norm" and len(call.inputs) < 5
+
+
 def _instead(op: str) -> str:
     """What does fit an op."""
-    if op == "max_pool":
-        return "; max_pool keeps its exact rule, R to the winner"
+    if op in MAXIMA:
+        return f"; {op} keeps its exact rule, R to the winner"
     if op in SUMS:
         return f"; Epsilon and Flat fit {op}"
+    if op in Epsilon.fits:
+        return f"; Epsilon fits {op}"
+    if op in ("layer_norm", "group_norm"):
+        return f"; of the ready-made rules none fits {op}"
     return "; rules.passed fits activations and dropout"
 
 

@@ -14,7 +14,21 @@ import zennit.rules
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxcnn
-from jaxcnn import AvgPool, Conv, Dense, HiddenLayer, MaxPool, attribution
+from jaxcnn import (
+    AdaptiveAvgPool,
+    AvgPool,
+    BatchNorm,
+    Conv,
+    ConvTranspose,
+    Dense,
+    DepthwiseConv,
+    GlobalAvgPool,
+    HiddenLayer,
+    LpPool,
+    MaxPool,
+    attribution,
+)
+from jaxcnn.ops.linear import add
 from jaxcnn.rules import AlphaBeta, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus, passed, rescale
 from tests import modules
 from tests.agreement import CLOSE, random_delta
@@ -61,6 +75,9 @@ LAYERS = {
     "conv, dilation": (Conv(5, 2, dilation=2, padding=1), (2, 6, 5, 3)),
     "conv, groups": (Conv(6, 3, groups=2, padding=1, stride=2), (2, 6, 5, 4)),
     "conv, depthwise, no bias": (Conv(6, 3, groups=3, bias=False), (2, 6, 5, 3)),
+    # Of these two every output sees many inputs, so that it has terms of both signs to be conserved.
+    "depthwise": (DepthwiseConv(5, 2, padding=1), (2, 8, 7, 3)),
+    "transposed": (ConvTranspose(4, 4, stride=2, padding=3, groups=2), (2, 4, 5, 12)),
     "dense": (Dense(6), (3, 12)),
     "dense, no bias": (Dense(6, bias=False), (3, 12)),
     "hidden layer": (HiddenLayer(5, 3), (2, 8, 9, 3)),
@@ -71,6 +88,8 @@ POOLS = {
     "avg_pool, windows overlap": (AvgPool(3, 2), (2, 7, 8, 3)),
     "avg_pool, padding counts": (AvgPool(3, 2, padding=1), (2, 7, 8, 3)),
     "avg_pool, padding does not": (AvgPool(3, 2, padding=1, count_include_pad=False), (2, 7, 8, 3)),
+    "adaptive_avg_pool, windows overlap": (AdaptiveAvgPool((3, 2)), (2, 7, 8, 3)),
+    "global_avg_pool": (GlobalAvgPool(), (2, 7, 8, 3)),
 }
 POOLING_RULES = {
     "norm": (lambda n: Epsilon(), lambda n, rank: zennit.rules.Norm()),
@@ -115,8 +134,8 @@ def relevance_by_zennit(layer, params, rule, x, delta):
 
 #: Rules, and layers, that show all there is to conserve.
 EACH = [name for name in RULES if name not in OTHER]
-FEW = ["conv, padding", "conv, groups", "dense", "hidden layer, windows overlap"]
-PAIRS = [(a, r) for a in LAYERS for r in EACH] + [(a, r) for a in FEW[1:3] for r in OTHER]
+FEW = ["conv, padding", "conv, groups", "depthwise", "transposed", "dense", "hidden layer, windows overlap"]
+PAIRS = [(a, r) for a in LAYERS for r in EACH] + [(a, r) for a in ("conv, groups", "dense") for r in OTHER]
 
 
 @pytest.mark.parametrize(("layer", "rule"), PAIRS + [(a, r) for a in POOLS for r in POOLING_RULES])
@@ -190,7 +209,10 @@ def test_relevance_is_conserved_with_bias(layer, rule):
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("layer", ["avg_pool", "avg_pool, windows overlap", "avg_pool, padding does not"])
+CONSERVING = [name for name in POOLS if name != "avg_pool, padding counts"]
+
+
+@pytest.mark.parametrize("layer", CONSERVING)
 @pytest.mark.parametrize("rule", [Epsilon(), Flat()])
 def test_relevance_is_conserved_by_pooling(layer, rule):
     found, expected = sums(layer, rule, bias=False)
@@ -234,6 +256,70 @@ def test_a_whole_net_hands_the_output_to_the_pixels():
     for name, rules in composites.items():
         found = compiled(functools.partial(jaxcnn.attribute, net, rules=rules))(params, x, target)
         np.testing.assert_allclose(found.sum((1, 2, 3)), y, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("p", [1, 2, 3.5])
+def test_a_power_pool_divides_by_powers(p):
+    """R_x = xᵖ / Σ xᵖ · R, of inputs that are not negative; windows overlap."""
+    layer, x = LpPool(3, p, 2), np.random.default_rng(0).uniform(0, 1, (2, 7, 9, 3))
+    delta, found = relevance(layer, Epsilon(1e-14), x, {})
+    expected = np.zeros_like(x)
+    for i, j in np.ndindex(3, 4):
+        part = x[:, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3] ** p
+        share = part / part.sum((1, 2), keepdims=True)
+        expected[:, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3] += share * delta[:, i : i + 1, j : j + 1]
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_sum_gives_each_of_its_terms_a_share():
+    x, y, delta = np.random.default_rng(0).standard_normal((3, 4, 5))
+    of_epsilon = pulled_by(functools.partial(add, rule=Epsilon(0.1)), (x, y), delta)[1]
+    s = delta / (x + y + 0.1 * np.sign(x + y))
+    np.testing.assert_allclose(of_epsilon[0], x * s, **CLOSE)
+    np.testing.assert_allclose(of_epsilon[1], y * s, **CLOSE)
+    of_flat = pulled_by(functools.partial(add, rule=Flat(0.0)), (x, y), delta)[1]
+    np.testing.assert_allclose(of_flat, [delta / 2, delta / 2], **CLOSE)
+    of_rescale = pulled_by(functools.partial(add, rule=rescale), (x, y), delta)[1]
+    np.testing.assert_array_equal(of_rescale, [delta, delta])
+
+
+def test_batch_norm_by_statistics_is_a_product_with_a_bias():
+    """R_x = a·x / (a·x + c) · R, a = γ/√(v + ε), c = β − a·m."""
+    rng = np.random.default_rng(0)
+    x, delta = rng.standard_normal((2, 4, 5, 5, 3))
+    scale, bias, mean = rng.standard_normal((3, 3))
+    var = rng.uniform(0.5, 2, 3)
+    params = {"scale": scale, "bias": bias, "mean": mean, "var": var}
+    a = scale / np.sqrt(var + 1e-5)
+    z = a * x + bias - a * mean
+    found = relevance(BatchNorm(), Epsilon(0.1), x, params, delta)[1]
+    np.testing.assert_allclose(found, a * x * delta / (z + 0.1 * np.sign(z)), **CLOSE)
+
+
+NO_EPSILON = {"epsilon": 1e-14, "stabilizer": 1e-14}
+WHOLE = {
+    "plus": attribution.epsilon_plus(**NO_EPSILON),
+    "alpha 2 beta 1": attribution.epsilon_alpha2_beta1(**NO_EPSILON),
+    "epsilon": {jaxcnn.Relu: passed, jaxcnn.Residual: Epsilon(1e-14), jaxcnn.AdaptiveMaxPool: None,
+                jaxcnn.Layer: Epsilon(1e-14)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rules", WHOLE.values(), ids=WHOLE)
+def test_sums_and_other_convolutions_and_pools_conserve(rules):
+    """All that the composites cover, without biases; patches so large that every output has terms of both signs."""
+    block = (Conv(8, 3, padding=1, bias=False), jaxcnn.Relu(), Conv(8, 3, padding=1, bias=False))
+    net = jaxcnn.serial(
+        Conv(8, 3, padding=1, bias=False), jaxcnn.Relu(), jaxcnn.residual(*block),
+        jaxcnn.residual(jaxcnn.residual(block[0]), jaxcnn.Relu()), DepthwiseConv(5, 2, bias=False), LpPool(3, 2, 2),
+        ConvTranspose(4, 3, padding=1, groups=2, bias=False), AdaptiveAvgPool((4, 3)), jaxcnn.AdaptiveMaxPool(3),
+        GlobalAvgPool(), Dense(5, bias=False),
+    )  # fmt: skip
+    params = net.init(jax.random.key(0), (12, 11, 3), jnp.float64)
+    x = np.random.default_rng(0).uniform(0, 1, (3, 12, 11, 3))
+    y = np.asarray(compiled(net.apply)(params, x))[:, 2]
+    found = compiled(functools.partial(jaxcnn.attribute, net, rules=rules))(params, x, 2)
+    np.testing.assert_allclose(found.sum((1, 2, 3)), y, rtol=1e-6)
 
 
 def test_epsilon_of_nearly_nothing_is_gradient_times_input():
@@ -342,10 +428,17 @@ PAIRED = {
     **{name: getattr(jaxcnn, name) for name in ACTIVATIONS},
     "max_pool": functools.partial(jaxcnn.max_pool, window=2),
     "max_pool, windows overlap": functools.partial(jaxcnn.max_pool, window=3, stride=1, padding=1),
+    "global_max_pool": jaxcnn.global_max_pool,
+    "adaptive_max_pool": functools.partial(jaxcnn.adaptive_max_pool, size=3),
     "avg_pool": functools.partial(jaxcnn.avg_pool, window=3, stride=1),
+    "adaptive_avg_pool": functools.partial(jaxcnn.adaptive_avg_pool, size=3),
+    "batch_norm": lambda x, rule=None: jaxcnn.batch_norm(x, *W[0, 0, :3, :3], V, rule=rule),
+    "conv_transpose": lambda x, rule=None: jaxcnn.conv_transpose(x, W.swapaxes(2, 3), rule=rule),
+    "depthwise_conv": lambda x, rule=None: jaxcnn.depthwise_conv(x, W[:, :, :1, :3], rule=rule),
     "hidden_layer": lambda x, rule=None: jaxcnn.hidden_layer(x, W, B, window=3, pool_stride=2, rule=rule),
     "conv": lambda x, rule=None: jaxcnn.conv(x, W, B, rule=rule),
 }
+V = np.array([0.5, 1.0, 2.0])
 W, B = np.random.default_rng(5).standard_normal((3, 3, 3, 4)), np.random.default_rng(6).standard_normal(4)
 
 
@@ -377,19 +470,33 @@ def test_where_two_points_meet_the_slope_is_that_of_one():
 
 X = np.ones((2, 6, 6, 4), np.float32)
 KEY = jax.random.key(0)
-OPS = "conv, dense, hidden_layer"
-WITH_SUMS = "conv, dense, avg_pool, block_sum, kron_up, hidden_layer"
+OPS = "conv, depthwise_conv, conv_transpose, dense"
+SUMS = "avg_pool, global_avg_pool, adaptive_avg_pool, block_sum, kron_up, add"
+EPSILON = f"{OPS}, {SUMS}, lp_pool, batch_norm, hidden_layer"
+BATCH = "expected statistics from jaxcnn.calibrate; by the batch's own, examples mix"
 
 REFUSED = [
     # error, message, call of one picture with a rule
-    ("relu: rule ZPlus(stabilizer=1e-06): expected as a rule of " + OPS + "; rules.passed fits activations and dropout",
+    ("relu: rule ZPlus(stabilizer=1e-06): expected as a rule of " + OPS
+     + ", hidden_layer; rules.passed fits activations and dropout",
      lambda x: jaxcnn.relu(x, rule=ZPlus())),
-    ("gelu: rule Epsilon(epsilon=1e-06): expected as a rule of " + WITH_SUMS
+    ("add: rule ZPlus(stabilizer=1e-06): expected as a rule of " + OPS + ", hidden_layer; Epsilon and Flat fit add",
+     lambda x: add(x, x, rule=ZPlus())),
+    ("lp_pool: rule ZPlus(stabilizer=1e-06): expected as a rule of " + OPS + ", hidden_layer; Epsilon fits lp_pool",
+     lambda x: jaxcnn.lp_pool(x, 2, rule=ZPlus())),
+    ("global_max_pool: rule Flat(stabilizer=1e-06): expected as a rule of " + OPS + ", " + SUMS
+     + ", hidden_layer; global_max_pool keeps its exact rule, R to the winner",
+     lambda x: jaxcnn.global_max_pool(x, rule=Flat())),
+    ("layer_norm: rule Epsilon(epsilon=1e-06): expected as a rule of " + EPSILON
+     + "; of the ready-made rules none fits layer_norm", lambda x: jaxcnn.layer_norm(x, rule=Epsilon())),
+    ("batch_norm: rule Epsilon(epsilon=1e-06): " + BATCH, lambda x: jaxcnn.batch_norm(x, rule=Epsilon())),
+    ("batch_norm: rule rescale: " + BATCH, lambda x: jaxcnn.batch_norm(x, rule=rescale)),
+    ("gelu: rule Epsilon(epsilon=1e-06): expected as a rule of " + EPSILON
      + "; rules.passed fits activations and dropout", lambda x: jaxcnn.gelu(x, rule=Epsilon())),
-    ("max_pool: rule Epsilon(epsilon=1e-06): expected as a rule of " + WITH_SUMS
+    ("max_pool: rule Epsilon(epsilon=1e-06): expected as a rule of " + EPSILON
      + "; max_pool keeps its exact rule, R to the winner", lambda x: jaxcnn.max_pool(x, 2, rule=Epsilon())),
     ("avg_pool: rule Gamma(gamma=0.25, stabilizer=1e-06): expected as a rule of " + OPS
-     + "; Epsilon and Flat fit avg_pool", lambda x: jaxcnn.avg_pool(x, 2, rule=Gamma())),
+     + ", hidden_layer; Epsilon and Flat fit avg_pool", lambda x: jaxcnn.avg_pool(x, 2, rule=Gamma())),
     ("conv: rule passed: expected as a rule of an activation or of dropout, entry by entry",
      lambda x: jaxcnn.conv(x, np.ones((1, 1, 4, 4), np.float32), rule=passed)),
     ("max_pool: rule passed: expected as a rule of an activation or of dropout, entry by entry",

@@ -1,0 +1,130 @@
+"""A trained net to look into: one that a run left behind, or one trained for the purpose."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from experiments import train
+from experiments.data import SOURCES, Dataset, load
+from experiments.errors import CheckpointError, UsageError
+from experiments.runs import Run
+
+if TYPE_CHECKING:
+    from experiments.checkpoints import Params
+    from jaxcnn import Serial
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trained:
+    """A net, its parameters, and the images it was trained on."""
+
+    model: str
+    net: "Serial"
+    params: "Params"
+    dataset: Dataset
+
+
+def restore(folder: Path) -> Trained:
+    """Return what the run in `folder` left; raises CheckpointError or DataError."""
+    run = Run(folder)
+    config = read_config(run)
+    dataset = load(config["data"], Path(config["data_dir"]) if config["data_dir"] else None)
+    if dataset.sha256 != config["data_sha256"]:
+        raise CheckpointError(f"{run.folder}: expected data {config['data_sha256']}, got {dataset.sha256}")
+
+    import jax
+
+    from experiments import checkpoints
+    from experiments.models import MODELS
+
+    net = MODELS[config["model"]](len(dataset.class_names))
+    like = jax.eval_shape(lambda: net.init(jax.random.key(0), dataset.image_shape))
+    return Trained(config["model"], net, checkpoints.load(run.weights, like), dataset)
+
+
+class Asked(Protocol):
+    """The options of a script that looks into a net: which run, or how to train one, and at which test images."""
+
+    @property
+    def run(self) -> Path | None:
+        """The run's folder; None: train."""
+
+    @property
+    def images(self) -> tuple[int, ...]:
+        """Test images."""
+
+    @property
+    def model(self) -> str:
+        """The net to train."""
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the images."""
+
+    @property
+    def max_steps(self) -> int | None:
+        """Stop after so many steps."""
+
+    @property
+    def seed(self) -> int:
+        """Of the training."""
+
+
+def prepare(asked: Asked, folder: Path) -> Trained:
+    """Return the net of a run, or train one, whose run is left in `folder`/run.
+
+    Raises UsageError (before anything is trained), CheckpointError, DataError or RunError.
+    """
+    wanted = train.Config(
+        asked.model, epochs=asked.epochs, max_steps=asked.max_steps, seed=asked.seed, out=folder / "run"
+    )
+    if asked.run is not None:
+        for name in ("model", "epochs", "max_steps"):
+            if getattr(asked, name) != getattr(type(asked), name):
+                raise UsageError(f"--{name.replace('_', '-')}: expected without --run, whose net is trained already")
+        trained = restore(asked.run)
+        check_images(asked.images, trained.dataset)
+        return trained
+    check_images(asked.images, load(wanted.data))
+    if train.train(wanted):
+        raise KeyboardInterrupt
+    return restore(folder / "run")
+
+
+def check_images(images: Sequence[int], dataset: Dataset) -> None:
+    """Raise UsageError for test images that are not there, or none at all."""
+    if not images:
+        raise UsageError("--images: expected at least one, got none")
+    for n in images:
+        if not 0 <= n < len(dataset.test_labels):
+            raise UsageError(f"--images: expected 0 to {len(dataset.test_labels) - 1}, got {n}")
+
+
+def newest(runs: Path = Path("runs")) -> Path:
+    """Return the run in `runs` whose weights were written last; raises UsageError if there is none."""
+    weights = sorted(runs.glob("*/weights.safetensors"), key=lambda path: path.stat().st_mtime)
+    if not weights:
+        raise UsageError(f"--run: expected a run's folder, since {runs.absolute()} holds none")
+    return weights[-1].parent
+
+
+def read_config(run: Run) -> dict[str, Any]:
+    """Return a run's config.json; raises CheckpointError if it is missing or not one that training wrote."""
+    from experiments.models import MODELS
+
+    path = run.folder / "config.json"
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: expected a run's config, got {error.strerror}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: expected a run's config, got no JSON ({error})") from None
+    wanted = {"model", "data", "data_dir", "data_sha256"}
+    if not isinstance(config, dict) or not wanted <= set(config):
+        raise CheckpointError(f"{path}: expected a run's config with {', '.join(sorted(wanted))}, got others")
+    for key, names in (("model", MODELS), ("data", SOURCES)):
+        if config[key] not in names:
+            raise CheckpointError(f"{path}: {key}: expected one of {', '.join(names)}, got {config[key]!r}")
+    return config

@@ -1,0 +1,134 @@
+"""Batch norm folded into its neighbour: at evaluation both are one affine map.  Rooms: imports `jaxcnn.net`.
+
+With statistics of the training data m and v beside the parameters (`jaxcnn.calibrate`) batch norm is
+
+    y = a·x + c        a = γ/√(v + ε)        c = β − a·m
+
+channel by channel.  After a layer x·w + b that is a layer with w·a and b·a + c; before one, a layer with a·w and
+b + c·w, as long as no padding of zeros comes between them.
+"""
+
+import dataclasses
+from collections.abc import Container
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxcnn.geometry import PADDING_MODES, fail
+from jaxcnn.layers import BatchNorm, Conv, ConvTranspose, Dense, DepthwiseConv, HiddenLayer, Layer, Params
+from jaxcnn.net import Serial
+
+#: Layers that can take what comes after them, and what comes before.
+_TAKE_AFTER = (Conv, DepthwiseConv, ConvTranspose, Dense)
+_TAKE_BEFORE = (Conv, DepthwiseConv, Dense, HiddenLayer)
+
+
+def fold_batch_norm(net: Serial, params: Params, *, leave: Container[str] = ()) -> tuple[Serial, Params]:
+    """A net and parameters that evaluate to the same outputs, with each batch norm folded into a layer beside it.
+
+    Into the convolution (of any kind) or dense layer before it; else into that after it, if it pads with no zeros.  A
+    batch norm that has no such neighbour stays as it is.  Both work under jit, with ``params`` traced.
+
+    Args:
+        net: from `serial`; nets inside it are folded too.
+        params: with statistics, from `calibrate`.
+        leave: full names of batch norms to leave as they are.
+
+    Returns: the net and its parameters; layers keep their names, a layer that had no bias has one.
+
+    Raises: ValueError for a batch norm without statistics: by the batch's own it is no affine map.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> net = jaxcnn.serial(jaxcnn.Conv(4, 3, bias=False), jaxcnn.BatchNorm(), jaxcnn.Relu())
+    >>> x = jax.random.normal(jax.random.key(1), (8, 6, 6, 1))
+    >>> params = jaxcnn.calibrate(net, net.init(jax.random.key(0), (6, 6, 1)), [(x, None)])
+    >>> folded, of_folded = jaxcnn.fold_batch_norm(net, params)
+    >>> [name for name, _ in folded.walk()], sorted(of_folded["conv1"])
+    (['conv1', 'relu1'], ['b', 'w'])
+    >>> bool(jnp.allclose(folded.apply(of_folded, x), net.apply(params, x), atol=1e-5))
+    True
+    """
+    return _folded(net, params, "", leave)
+
+
+def _folded(net: Serial, params: Params, path: str, leave: Container[str]) -> tuple[Any, Params]:
+    """One net of them, its layers from first to last."""
+    kept: list[tuple[str, Layer]] = []
+    found = {name: own for name, own in params.items() if name not in dict(net.layers)}
+    waiting = ""  # the batch norm, just before, that no layer before it could take
+    for name, layer in net.layers:
+        own = params.get(name, {})
+        if isinstance(layer, Serial):
+            layer, own = _folded(layer, own, f"{path}{name}/", leave)
+        elif type(layer) is BatchNorm and f"{path}{name}" not in leave:
+            _check_statistics(f"{path}{name}", own)
+            before, of_before = kept[-1] if kept else ("", layer)
+            if type(of_before) in _TAKE_AFTER and "w" in found.get(before, {}):
+                kept[-1] = before, _with_bias(of_before)
+                found[before] = _after(of_before, found[before], *_affine(layer, own))
+                continue
+            kept.append((name, layer))
+            found[name] = own
+            waiting = name
+            continue
+        elif waiting and type(layer) in _TAKE_BEFORE and not _pads_zeros(layer) and "w" in own:
+            _, norm = kept.pop()
+            own = _before(layer, own, *_affine(norm, found.pop(waiting)))
+            layer = _with_bias(layer)
+        waiting = ""
+        kept.append((name, layer))
+        if own:
+            found[name] = own
+    return dataclasses.replace(net, layers=tuple(kept)), found
+
+
+def _check_statistics(name: str, own: Params) -> None:
+    if "mean" not in own or "var" not in own:
+        expected = "expected statistics from jaxcnn.calibrate beside its parameters"
+        fail("fold_batch_norm", f"{name}: {expected}, got {', '.join(sorted(own)) or 'none'}")
+
+
+def _affine(norm: Any, own: Params) -> tuple[Array, Array]:
+    """Both factors: a and c."""
+    a = 1 / jnp.sqrt(own["var"] + norm.eps)
+    a = a if own.get("scale") is None else a * own["scale"]
+    c = -a * own["mean"]
+    return a, c if own.get("bias") is None else c + own["bias"]
+
+
+def _after(layer: Any, own: Params, a: Array, c: Array) -> Params:
+    """w·a and b·a + c, a for each output channel."""
+    w, b = own["w"], own.get("b")
+    scale = a
+    if isinstance(layer, ConvTranspose):  # (*K, O/groups, I): input channels of group g see output channels of group g
+        scale = jnp.repeat(a.reshape(layer.groups, -1), w.shape[-1] // layer.groups, axis=0).T
+    return {**own, "w": (w * scale).astype(w.dtype), "b": (c if b is None else b * a + c).astype(w.dtype)}
+
+
+def _before(layer: Any, own: Params, a: Array, c: Array) -> Params:
+    """a·w and b + c·w, a for each input channel."""
+    w, b = own["w"], own.get("b")
+    groups = len(a) if isinstance(layer, DepthwiseConv) else getattr(layer, "groups", 1)
+
+    def beside(each: Array) -> Array:
+        """``(I/groups, O)``: for each output channel, those input channels that it sees."""
+        return jnp.repeat(each.reshape(groups, -1), w.shape[-1] // groups, axis=0).T
+
+    shift = (w * beside(c)).sum(range(w.ndim - 1))
+    return {**own, "w": (w * beside(a)).astype(w.dtype), "b": (shift if b is None else b + shift).astype(w.dtype)}
+
+
+def _with_bias(layer: Any) -> Any:
+    return dataclasses.replace(layer, bias=True) if getattr(layer, "bias", True) is False else layer
+
+
+def _pads_zeros(layer: Any) -> bool:
+    """Whether zeros come between a batch norm and this layer, to which c would have to be added but is not."""
+    padding = getattr(layer, "padding", "VALID")
+    if isinstance(padding, str):
+        return padding not in ("VALID", *PADDING_MODES)
+    return bool(np.any(np.asarray(padding) != 0))

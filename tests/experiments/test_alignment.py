@@ -1,0 +1,126 @@
+import csv
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+import jaxcnn
+from experiments import alignment, data
+
+LOSS = jaxcnn.softmax_cross_entropy_with_integer_labels
+
+
+def main(*argv: object) -> int:
+    return alignment.main([str(arg) for arg in argv])
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_table_csv_and_plot(tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = ("--rules", "exact", "feedback alignment", "--seeds", 2, "--steps", 3, "--batch-size", 16, "--out", out)
+    assert main(*argv) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["accuracy.csv", "alignment.png", "angles.csv"]
+    assert min(imread(out / "alignment.png").shape[:2]) > 250
+
+    angles = read(out / "angles.csv")
+    assert [(r["rule"], r["seed"], r["step"], r["layer"]) for r in angles] == [
+        (rule, seed, step, layer)
+        for rule in ("exact", "feedback alignment") for seed in "01" for step in "012"
+        for layer in ("conv1", "conv2", "dense1")
+    ]  # fmt: skip
+    by_rule = {
+        (rule, layer): [float(r["degrees"]) for r in angles if (r["rule"], r["layer"]) == (rule, layer)]
+        for rule, layer in {(r["rule"], r["layer"]) for r in angles}
+    }
+    for (rule, layer), found in by_rule.items():
+        if rule == "exact" or layer == "dense1":  # whose δ comes from the loss itself
+            assert max(found) < 0.1
+        else:
+            assert min(found) > 20
+            assert max(found) < 160
+    assert by_rule["feedback alignment", "conv1"][0] != by_rule["feedback alignment", "conv1"][3]  # of another seed
+
+    accuracies = read(out / "accuracy.csv")
+    assert [(r["rule"], r["seed"]) for r in accuracies] == [
+        (rule, seed) for rule in ("exact", "feedback alignment") for seed in "01"
+    ]
+    text = capsys.readouterr().out
+    for r in accuracies:
+        assert f"{r['rule']:<18} seed {r['seed']}   test accuracy {float(r['test_accuracy']):.4f}" in text
+    mean = np.mean(by_rule["feedback alignment", "conv2"][::3])
+    assert f"{mean:.1f}° → " in text
+
+
+def test_angles_are_what_the_definition_says():
+    rng = np.random.default_rng(0)
+    one, two = ({"conv1": {"w": rng.standard_normal((3, 4)), "b": rng.standard_normal(4)}} for _ in range(2))
+    flat = [np.concatenate([tree["conv1"]["w"].ravel(), tree["conv1"]["b"]]) for tree in (one, two)]
+    expected = np.degrees(np.arccos(flat[0] @ flat[1] / np.linalg.norm(flat[0]) / np.linalg.norm(flat[1])))
+    assert float(alignment.layer_angles(one, two)["conv1"]) == pytest.approx(expected, rel=1e-4)
+    for factor, degrees in ((3.0, 0), (-0.5, 180)):
+        scaled = jax.tree.map(lambda a, factor=factor: factor * a, one)
+        assert float(alignment.layer_angles(scaled, one)["conv1"]) == pytest.approx(degrees, abs=1e-3)
+    nothing = jax.tree.map(np.zeros_like, one)
+    assert np.isnan(alignment.layer_angles(nothing, one)["conv1"])
+
+
+@pytest.mark.parametrize("name", alignment.RULES[1:])
+def test_every_rule_turns_the_gradient_and_leaves_the_output(name):
+    """By less than a right angle, but for rules that send δ elsewhere; forward all nets are one."""
+    net = alignment.net(10)
+    params = net.init(jax.random.key(0), (28, 28, 1))
+    sample = data.load("fashion-mnist-sample")
+    x, labels = sample.train_images[:32], sample.train_labels[:32]
+
+    @jax.jit
+    def both(params, x, labels):
+        def error(params, rules):
+            outputs = net.apply(params, x, rules=rules)
+            return LOSS(outputs, labels).mean(), outputs
+
+        return [
+            jax.grad(error, has_aux=True)(params, rules) for rules in (alignment.rules_of(name, 0, 32), None)
+        ]  # fmt: skip
+
+    (found, outputs), (true, exact) = both(params, x, labels)
+    np.testing.assert_allclose(outputs, exact, rtol=1e-5, atol=1e-6)
+    angles = {layer: float(a) for layer, a in alignment.layer_angles(found, true).items()}
+    assert angles["conv1"] > 0.1
+    if name in ("sign-symmetric", "clipped δ", "8-bit δ"):
+        assert max(angles.values()) < 60
+    if name in ("literal up", "feedback alignment", "sign-symmetric"):
+        assert angles["dense1"] < 0.1
+
+
+def test_it_learns():
+    trained = alignment.train("8-bit δ", 1, data.load("fashion-mnist-sample"), 60, 32)
+    assert trained.accuracy > 0.5
+    assert len(trained.angles) == alignment.LOOKS
+    assert (min(trained.angles), max(trained.angles)) == (0, 59)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (("--rules", "up"), "--rules: expected all, or of exact, literal up, feedback alignment, "),
+        (("--rules", "sign-symetric"), "got 'sign-symetric'; did you mean sign-symmetric?"),
+        (("--rules",), "--rules"),
+        (("--seeds", 0), "--seeds: expected at least 1, got 0"),
+        (("--steps", -3), "--steps: expected at least 1, got -3"),
+        (("--batch-size", 10_001), "--batch-size: expected at most 10000, got 10001"),
+        (("--step", 3), "unknown option --step; did you mean --steps?"),
+    ],
+)
+def test_what_means_nothing_is_told_in_a_line(tmp_path, capsys, argv, expected):
+    assert main(*argv, "--out", tmp_path / "out") == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert expected in line
+    assert not (tmp_path / "out").exists()

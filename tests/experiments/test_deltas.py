@@ -1,0 +1,127 @@
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+import jaxcnn
+from experiments import deltas, train
+from experiments.trained import restore
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "lenet5"
+    assert train.main(["--model", "lenet5", "--max-steps", "30", "--out", str(folder)]) == 0
+    return folder
+
+
+def main(*argv: object) -> int:
+    return deltas.main([str(arg) for arg in argv])
+
+
+def test_a_picture_for_each_image(run, tmp_path, capsys):
+    assert main("--run", run, "--images", 3, 0, "--channels", 2, "--out", tmp_path / "out") == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["deltas-0.png", "deltas-3.png"]
+    shapes = [imread(tmp_path / "out" / f"deltas-{n}.png").shape for n in (0, 3)]
+    assert shapes[0] == shapes[1]
+    height, width, _ = shapes[0]
+    assert height > 1000  # of eleven layers
+    assert width > 300
+    out = capsys.readouterr().out
+    trained = restore(run)
+    names, labels = trained.dataset.class_names, trained.dataset.test_labels
+    for n in (3, 0):
+        assert f"test image {n}: {names[labels[n]]}, taken for " in out
+    assert "  conv1                                  28×28×6   max|a| " in out
+
+
+def test_without_a_run_it_trains_one(tmp_path, capsys):
+    assert main("--model", "mlp", "--max-steps", 3, "--images", 1, "--out", tmp_path / "out") == 0
+    assert (tmp_path / "out" / "run" / "weights.safetensors").exists()
+    assert (tmp_path / "out" / "deltas-1.png").exists()
+    assert "mlp, 3 steps of 32 images" in capsys.readouterr().out
+
+
+def test_delta_is_what_autodiff_says(run):
+    """Of the logits p − onehot; of a layer on the way, by jax.grad of the rest of the net; each image for itself."""
+    trained = restore(run)
+    images = [5, 7, 2]
+    found = deltas.sweep(trained, images)
+    labels = trained.dataset.test_labels[images]
+    logits = found.activations[deltas.last(trained.net)]
+    np.testing.assert_allclose(
+        logits, trained.net.apply(trained.params, trained.dataset.test_images[images]), rtol=1e-4, atol=1e-5
+    )
+    p = deltas.softmax(logits)
+    np.testing.assert_allclose(p.sum(1), 1, rtol=1e-5)
+    np.testing.assert_allclose(found.deltas["dense3"], p - np.eye(10)[labels], atol=1e-6)
+    at = [name for name, _ in trained.net.layers].index("conv2") + 1
+    rest = jaxcnn.Serial(trained.net.layers[at:])
+    loss = jaxcnn.softmax_cross_entropy_with_integer_labels
+    for i in range(3):
+        a = found.activations["conv2"][i : i + 1]
+        expected = jax.grad(lambda a, i=i: loss(rest.apply(trained.params, a), labels[i : i + 1])[0])(a)[0]
+        np.testing.assert_allclose(found.deltas["conv2"][i], expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
+
+
+def test_channels_are_those_that_matter_most(run):
+    trained = restore(run)
+    found = deltas.sweep(trained, [4])
+    row = deltas.row(trained.net, found, ("conv2",), 0, 3)
+    a, delta = found.activations["conv2"][0], found.deltas["conv2"][0]
+    size = np.abs(a * delta).sum((0, 1))
+    assert row.shape == (10, 10, 16)
+    assert list(row.channels) == sorted(range(16), key=lambda c: -size[c])[:3]
+    np.testing.assert_array_equal(row.activation, a[..., list(row.channels)])
+    np.testing.assert_array_equal(row.delta, delta[..., list(row.channels)])
+    assert len(deltas.row(trained.net, found, ("conv1",), 0, 99).channels) == 6
+    assert deltas.row(trained.net, found, ("dense1",), 0, 3).channels == ()
+
+
+def test_every_layer_has_a_place():
+    net = jaxcnn.serial(
+        jaxcnn.residual(jaxcnn.serial(jaxcnn.Conv(1, 1))), jaxcnn.Flatten(), jaxcnn.Dropout(0.5), jaxcnn.Dense(3)
+    )
+    groups = [
+        ("residual1/serial1/conv1", "residual1/serial1"), ("residual1", "flatten1", "dropout1"), ("dense1",)
+    ]  # fmt: skip
+    assert {name for group in groups for name in group} == {name for name, _ in net.walk()}
+    assert deltas.groups(net) == groups
+    assert deltas.groups(jaxcnn.serial(jaxcnn.Flatten(), jaxcnn.Dense(3))) == [("flatten1",), ("dense1",)]
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "expected"),
+    [
+        (("--images", 2000), 2, "--images: expected 0 to 1999, got 2000"),
+        (("--images",), 2, "--images"),
+        (("--channels", 0), 2, "--channels: expected at least 1, got 0"),
+        (("--channel", 3), 2, "unknown option --channel; did you mean --channels?"),
+        (("--epochs", 3), 2, "--epochs: expected without --run, whose net is trained already"),
+        (("--run", "nowhere"), 1, "config.json: expected a run's config, got No such file"),
+        (("--out", __file__), 1, "expected a folder or nothing"),
+    ],
+)
+def test_what_it_cannot_do_is_told_in_a_line(run, tmp_path, capsys, argv, status, expected):
+    given = argv if argv[0] == "--run" else ("--run", run, *argv)
+    out = () if argv[0] == "--out" else ("--out", tmp_path / "out")
+    assert main(*given, *out) == status
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert expected in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [(("--model", "mlpp"), "did you mean mlp?"), (("--images", 2000), "--images: expected 0 to 1999, got 2000")],
+)
+def test_what_cannot_be_trained_is_told_before_it_is(tmp_path, capsys, argv, expected):
+    assert main(*argv, "--out", tmp_path / "out") == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert expected in captured.err
+    assert not (tmp_path / "out").exists()
