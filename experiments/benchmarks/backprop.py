@@ -45,6 +45,7 @@ def compare(config: Config) -> int:
     from experiments.models import MODELS
     from jaxcnn import backprop, softmax_cross_entropy_with_integer_labels
 
+    results.check_out(config.out)
     if config.model not in MODELS:
         raise UsageError(f"--model: expected one of {', '.join(MODELS)}, got {config.model!r}")
     key = jax.random.key(0)

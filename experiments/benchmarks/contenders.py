@@ -75,11 +75,11 @@ def jaxcnn_step(timed: Timed) -> Step:
     return Step(run, seconds, temporary)
 
 
-def flax_net(timed: Timed) -> Any:
+def flax_net(timed: Timed, seed: int = 0) -> Any:
     """Return the net as an `nnx.Sequential`."""
     from flax import nnx
 
-    rngs = nnx.Rngs(0)
+    rngs = nnx.Rngs(seed)
 
     def module(layer: Layer, shape: tuple[int, ...]) -> Any:
         match layer:
