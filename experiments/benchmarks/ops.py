@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -58,6 +59,8 @@ class Measured:
     product: str
     times: Mapping[str, "Times"]
     note: str = ""
+    #: Whether XLA made the same program of ours and of stock JAX's: then a ratio other than 1 is noise.
+    same: bool = False
     #: Of the GEMM rate measured among the row's own turns.
     gemm_share: float | None = None
 
@@ -70,6 +73,11 @@ class Measured:
     def compared(self) -> bool:
         """Whether the ratio to stock JAX says anything: it is there and computes the same."""
         return STOCK in self.times and STOCK not in self.note
+
+    @property
+    def below(self) -> bool:
+        """Whether stock JAX is faster by more than the bar allows, and not by noise."""
+        return self.compared and not self.same and self.ratio < BAR
 
     @property
     def ratio(self) -> float:
@@ -142,6 +150,7 @@ def measure(row: "Row", wanted: Sequence[str], config: Config) -> Iterator[Measu
     for product in wanted:
         timed: dict[str, Callable[[], Any]] = {}
         found: dict[str, Any] = {}
+        programs: dict[str, Callable[[], str]] = {}
         notes = []
         for name, build in contenders.items():
             if name.startswith(TORCH) and product in row.torch_crashes:
@@ -151,6 +160,8 @@ def measure(row: "Row", wanted: Sequence[str], config: Config) -> Iterator[Measu
                 call = build(product)
                 found[name] = call.result()
                 timed[name] = call.run
+                if call.program is not None:
+                    programs[name] = call.program
             except NotImplementedError:
                 if name == OURS:
                     raise
@@ -163,7 +174,8 @@ def measure(row: "Row", wanted: Sequence[str], config: Config) -> Iterator[Measu
         share = None
         if row.flops is not None and GEMM in times:
             share = (row.flops / times[OURS].minimum) / (2 * GEMM_SIZE**3 / times[GEMM].minimum)
-        yield Measured(row.name, product, times, "; ".join(notes), share)
+        same = STOCK in programs and programs[OURS]() == programs[STOCK]()
+        yield Measured(row.name, product, times, "; ".join(notes), same, share)
 
 
 def judged(results: Mapping[str, Any], equal: float) -> list[str]:
@@ -203,6 +215,19 @@ class Call:
 
     run: Callable[[], Any]
     result: Callable[[], Sequence[Any]]
+    #: What XLA runs, without names.
+    program: Callable[[], str] | None = None
+
+
+def program(jitted: Any, *arguments: Any) -> str:
+    """Return what XLA compiled, without the names and sources of its parts, which are numbered instead."""
+    text = jitted.lower(*arguments).compile().as_text()
+    text = text[text.index("\n\n") :]  # the first lines name the module and the files it comes from
+    text = text[text.index("\n%") if "\n%" in text else text.index("\nENTRY") :]
+    text = re.sub(r", metadata={[^}]*}", "", text)
+    text = re.sub(r"(?<=[( ])[\w.\-]+(?=: )", "", text)  # of parameters
+    numbers: dict[str, str] = {}
+    return re.sub(r"%[\w.\-]+", lambda found: numbers.setdefault(found[0], f"%{len(numbers)}"), text)
 
 
 def cotangent(shape: Sequence[int]) -> np.ndarray:
@@ -222,7 +247,7 @@ def jax_call(f: Callable[..., Any], arguments: Mapping[str, np.ndarray], product
 
     if product == FORWARD:
         forward = jax.jit(positional)
-        return Call(lambda: forward(arguments), lambda: [forward(arguments)])
+        return Call(lambda: forward(arguments), lambda: [forward(arguments)], lambda: program(forward, arguments))
     delta = jax.device_put(cotangent(jax.eval_shape(positional, arguments).shape))
 
     def halves(arguments: Any, of: Sequence[str]) -> Any:
@@ -241,10 +266,10 @@ def jax_call(f: Callable[..., Any], arguments: Mapping[str, np.ndarray], product
             y, found = jitted(arguments, delta)
             return [y, *(found[name] for name in of)]
 
-        return Call(lambda: jitted(arguments, delta), result)
+        return Call(lambda: jitted(arguments, delta), result, lambda: program(jitted, arguments, delta))
     _, pull = jax.jit(lambda arguments: halves(arguments, [product.removeprefix("δ_")]))(arguments)
     back = jax.jit(lambda pull, delta: pull(delta)[0])
-    return Call(lambda: back(pull, delta), lambda: list(back(pull, delta).values()))
+    return Call(lambda: back(pull, delta), lambda: list(back(pull, delta).values()), lambda: program(back, pull, delta))
 
 
 def layouts(shape: Sequence[int]) -> list[str]:
@@ -355,7 +380,9 @@ def line(measured: Measured) -> str:
     said = [measured.note] if measured.note else []
     if measured.gemm_share is not None:
         said.append(f"{measured.gemm_share:.0%} of the GEMM rate")
-    if measured.compared and measured.ratio < BAR:
+    if measured.same:
+        said.append("the same program as stock JAX's")
+    if measured.below:
         said.append(f"below {BAR}")
     ours = seconds(measured.times[OURS].minimum)
     return f"{measured.name:66} {ours:>9}  stock{stock}  torch{torch}  {'; '.join(said)}".rstrip()
@@ -369,11 +396,13 @@ def summary(found: Iterable[Measured]) -> list[str]:
     compared = [measured for measured in found if measured.compared]
     texts = []
     if compared:
-        low = min(compared, key=lambda measured: measured.ratio)
-        below = sum(measured.ratio < BAR for measured in compared)
+        own = [measured for measured in compared if not measured.same]
+        low = min(own or compared, key=lambda measured: measured.ratio)
+        below = sum(measured.below for measured in compared)
         texts.append(
-            f"stock JAX: geometric mean over {len(compared)} rows {geometric_mean(m.ratio for m in compared):.2f}×, "
-            f"minimum {low.ratio:.2f}× ({low.name}); {below} rows below {BAR}"
+            f"stock JAX: geometric mean over {len(compared)} rows {geometric_mean(m.ratio for m in compared):.2f}×; "
+            f"{len(compared) - len(own)} rows are the same program; of the others the minimum is {low.ratio:.2f}× "
+            f"({low.name}), and {below} are below {BAR}"
         )
     theirs = [(m.torch_ratio, m.name) for m in found if m.torch_ratio is not None]
     if theirs:
@@ -391,6 +420,7 @@ def plain(measured: Measured) -> dict[str, Any]:
         "seconds": dict(measured.times),
         "stock_ratio": measured.ratio if measured.compared else None,
         "torch_ratio": measured.torch_ratio,
+        "same_program": measured.same,
         "gemm_share": measured.gemm_share,
         "note": measured.note,
     }

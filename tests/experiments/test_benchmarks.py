@@ -109,11 +109,26 @@ def test_summary_counts_rows_below_the_bar_and_leaves_out_what_is_wrong():
         measured(1.0, 100.0, name="bad", note="stock JAX differs by inf"),
     ]
     first, *rest = ops.summary(found)
-    assert "geometric mean over 2 rows 1.00×, minimum 0.25× (slow, forward); 1 rows below 0.95" in first
+    assert "geometric mean over 2 rows 1.00×; 0 rows are the same program; of the others the minimum is" in first
+    assert "0.25× (slow, forward), and 1 are below 0.95" in first
     assert rest == ["bad, forward: stock JAX differs by inf"]
     assert "below 0.95" in ops.line(found[1])
     assert "below" not in ops.line(found[0])
     assert ops.plain(found[2])["stock_ratio"] is None
+
+
+def test_the_same_program_is_not_below_the_bar():
+    """XLA makes one of two ways to write a sum, and two of a sum and a product."""
+    x = jnp.ones((4, 3))
+    texts = [ops.program(jax.jit(f), x) for f in (lambda x: x + x * 3, lambda y: jnp.add(y, 3 * y), lambda x: x * x)]
+    assert texts[0] == texts[1] != texts[2]
+    slow = dataclasses.replace(measured(1.0, 0.25), same=True)
+    assert not slow.below
+    assert "below" not in ops.line(slow)
+    (row,) = ops.measure(row_called("relu "), ["forward"], ops.Config(quick=True, torch=False))
+    assert row.same
+    (row,) = ops.measure(row_called("kron_up"), ["δ_x"], ops.Config(quick=True, torch=False))
+    assert not row.same
 
 
 @pytest.mark.parametrize(
