@@ -129,6 +129,33 @@ def test_weight_gradient_in_blocks_of_pictures(monkeypatch, pictures):
         close(compiled(lambda x, y: correlation.MATCH["rows"](c, x, y))(x, y), oracles.match(c, x, y))
 
 
+@pytest.mark.parametrize(("joined", "groups_left"), [(2, 6), (4, 3), (6, 2), (12, 1)])
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_groups_are_joined_up_to_so_many_channels(monkeypatch, product, joined, groups_left):
+    """Six groups of 2 channels into three of 4, two of 6, one of 12; chosen where it is four of them or more."""
+    monkeypatch.setattr(correlation, "JOINED", joined)
+    table, choose, _, definition = PRODUCTS[product]
+    c = Correlation(Window((4, 5), (3, 2), (1, 2), ((1, 0), (0, 0)), (1, 1)), 6, np.dtype(np.float64))
+    a, b = numbers(*operands(product, (2, 4, 5, 12), (3, 2, 2, 6), (2, *c.window.out, 6)))
+    assert 6 // correlation._neighbours(c, 12, 6) == groups_left
+    assert choose(c, a, b) == ("joined" if groups_left == 1 else "by_group")
+    close(compiled(lambda a, b: table["joined"](c, a, b))(a, b), definition(c, a, b))
+
+
+@pytest.mark.parametrize("spoilt", [np.nan, np.inf])
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_joined_groups_keep_to_themselves(product, spoilt):
+    """What is not finite in one group's channels is seen by that group alone."""
+    c = Correlation(Window((4, 5), (3, 2), (1, 2), ((1, 0), (0, 0)), (1, 1)), 6, np.dtype(np.float64))
+    a, b = numbers(*operands(product, (2, 4, 5, 12), (3, 2, 2, 6), (2, *c.window.out, 6)))
+    a[..., 0] = spoilt
+    table, _, _, definition = PRODUCTS[product]
+    found, expected = compiled(lambda a, b: table["joined"](c, a, b))(a, b), definition(c, a, b)
+    np.testing.assert_array_equal(np.isfinite(found), np.isfinite(expected))
+    assert np.isfinite(expected).any()
+    assert not np.isfinite(expected).all()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Nothing emits negative padding (openxla/xla#48713)
 
