@@ -150,7 +150,9 @@ def test_joined_groups_keep_to_themselves(product, spoilt):
     a, b = numbers(*operands(product, (2, 4, 5, 12), (3, 2, 2, 6), (2, *c.window.out, 6)))
     a[..., 0] = spoilt
     table, _, _, definition = PRODUCTS[product]
-    found, expected = compiled(lambda a, b: table["joined"](c, a, b))(a, b), definition(c, a, b)
+    found = compiled(lambda a, b: table["joined"](c, a, b))(a, b)
+    with np.errstate(invalid="ignore"):  # inf − inf
+        expected = definition(c, a, b)
     np.testing.assert_array_equal(np.isfinite(found), np.isfinite(expected))
     assert np.isfinite(expected).any()
     assert not np.isfinite(expected).all()
