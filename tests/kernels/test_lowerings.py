@@ -240,6 +240,30 @@ def test_largest(form, win, batch, draw, seed):
     assert winner.dtype == windows.winner_dtype(win)
 
 
+@pytest.mark.parametrize("reduced", [0, 10**6])
+@over_examples
+@given(
+    st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(0, 2)), min_size=1, max_size=3),
+    st.sampled_from(BATCHES),
+    st.sampled_from((spoiled, ties, lowest)),
+    st.integers(0),
+)
+def test_largest_side_by_side(monkeypatch, reduced, dims, batch, draw, seed):
+    """With what is left over at the end; windows reduced, and tap by tap."""
+    monkeypatch.setattr(windows, "REDUCED", reduced)
+    out, size, rest = zip(*dims, strict=True)
+    shape = tuple(o * k + min(r, k - 1) for o, k, r in zip(out, size, rest, strict=True))
+    win = Window(shape, size, size, ((0, 0),) * len(size), (1,) * len(size))
+    assert win.tiles
+    assert win.out == out
+    x = draw(np.random.default_rng(seed), (batch, *shape, 3))
+    y, winner = compiled(lambda x: windows.largest(win, x))(x)
+    expected, first = oracles.largest(win, x)
+    np.testing.assert_array_equal(y, expected)
+    np.testing.assert_array_equal(winner, first)
+    assert winner.dtype == windows.winner_dtype(win)
+
+
 @over_examples
 @given(drawn_windows(pads=(1, 0, 2)), st.sampled_from(BATCHES), st.sampled_from((0.5, 1.0, 0.0)), st.integers(0))
 def test_take_and_place(form, win, batch, passed, seed):
