@@ -25,7 +25,7 @@ class Config:
     rounds: int = 30
     """How often each contender takes its turn."""
     out: Annotated[Path | None, arg(metavar="PATH")] = None
-    """A file for all numbers, as JSON."""
+    """A file for all numbers, as JSON; a bar chart of the ratios goes beside it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,10 +41,11 @@ def compare(config: Config) -> int:
 
     import jax
 
-    from experiments.benchmarks import timing
+    from experiments.benchmarks import results, timing
     from experiments.models import MODELS
     from jaxcnn import backprop, softmax_cross_entropy_with_integer_labels
 
+    results.check_out(config.out)
     if config.model not in MODELS:
         raise UsageError(f"--model: expected one of {', '.join(MODELS)}, got {config.model!r}")
     key = jax.random.key(0)
@@ -67,14 +68,14 @@ def compare(config: Config) -> int:
     }
     machine = timing.machine(("jax", "jaxlib"))
     times = timing.interleaved(contenders, config.rounds)
-    timing.show(
-        f"{config.model}, batch {config.batch_size}, {config.rounds} rounds: one forward and one backward",
-        machine,
-        times,
-        "value_and_grad",
-    )
+    title = f"{config.model}, batch {config.batch_size}, {config.rounds} rounds: one forward and one backward"
+    results.heading(machine, title)
+    results.contenders(times, "value_and_grad")
     if config.out is not None:
-        timing.write(config.out, machine, dataclasses.asdict(config), times)
+        results.write(config.out, machine, config, seconds=times)
+        ratios = {name: t.median / times["value_and_grad"].median for name, t in times.items()}
+        label = "time, as a multiple of value_and_grad's (median)"
+        results.bars(config.out.with_suffix(".png"), title, label, ratios, ours="backprop")
     return 0
 
 

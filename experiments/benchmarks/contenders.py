@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -75,13 +75,11 @@ def jaxcnn_step(timed: Timed) -> Step:
     return Step(run, seconds, temporary)
 
 
-def flax_step(timed: Timed) -> Step:
-    """Return the step in flax nnx, split and merged inside `jax.jit`, which costs less at each call than `nnx.jit`."""
-    import jax
-    import optax
+def flax_net(timed: Timed, seed: int = 0) -> Any:
+    """Return the net as an `nnx.Sequential`."""
     from flax import nnx
 
-    rngs = nnx.Rngs(0)
+    rngs = nnx.Rngs(seed)
 
     def module(layer: Layer, shape: tuple[int, ...]) -> Any:
         match layer:
@@ -123,7 +121,16 @@ def flax_step(timed: Timed) -> Step:
         def __call__(self, x: Any) -> Any:
             return x + self.inner(x)
 
-    net = nnx.Sequential(*(module(*part) for part in parts(timed.net, timed.shape)))
+    return nnx.Sequential(*(module(*part) for part in parts(timed.net, timed.shape)))
+
+
+def flax_step(timed: Timed) -> Step:
+    """Return the step in flax nnx, split and merged inside `jax.jit`, which costs less at each call than `nnx.jit`."""
+    import jax
+    import optax
+    from flax import nnx
+
+    net = flax_net(timed)
     graph, state = nnx.split((net, nnx.Optimizer(net, optax.adam(LEARNING_RATE), wrt=nnx.Param)))
     batch = jax.device_put(images(timed))
 
@@ -149,12 +156,11 @@ def flax_step(timed: Timed) -> Step:
     return Step(run, seconds, temporary)
 
 
-def equinox_step(timed: Timed) -> Step:
-    """Return the step in equinox, whose layers are channels first, for one example, under vmap."""
+def equinox_net(timed: Timed) -> Any:
+    """Return the net as an `eqx.nn.Sequential`, for one example, channels first."""
     import equinox as eqx
     import jax
     import jax.numpy as jnp
-    import optax
 
     keys = iter(jax.random.split(jax.random.key(0), 64))
 
@@ -195,7 +201,16 @@ def equinox_step(timed: Timed) -> Step:
         def __call__(self, x: Any, *, key: Any = None) -> Any:
             return x + self.inner(x, key=key)
 
-    net = eqx.nn.Sequential([module(*part) for part in parts(timed.net, timed.shape)])
+    return eqx.nn.Sequential([module(*part) for part in parts(timed.net, timed.shape)])
+
+
+def equinox_step(timed: Timed) -> Step:
+    """Return the step in equinox, whose layers are channels first, for one example, under vmap."""
+    import equinox as eqx
+    import jax
+    import optax
+
+    net = equinox_net(timed)
     optimizer = optax.adam(LEARNING_RATE)
     params, static = eqx.partition(net, eqx.is_inexact_array)
     state = (params, optimizer.init(params), jax.random.key(0))
@@ -288,16 +303,9 @@ def _named(padding: Any) -> Any:
 # PyTorch
 
 
-def torch_step(timed: Timed, *, channels_last: bool, compiled: bool) -> Step:
-    """Return the step in PyTorch, on as many threads as there are cores."""
-    import os
-
-    import torch
+def torch_net(timed: Timed) -> Any:
+    """Return the net as an `nn.Sequential`."""
     from torch import nn
-
-    device = "cuda" if os.environ.get("JAXCNN_BENCHMARK_DEVICE") == "gpu" else "cpu"
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
 
     class Sum(nn.Module):
         def __init__(self, inner: nn.Module) -> None:
@@ -329,8 +337,20 @@ def torch_step(timed: Timed, *, channels_last: bool, compiled: bool) -> Step:
                 return Sum(nn.Sequential(*(module(*part) for part in parts(layer, shape))))
         raise NotImplementedError(type(layer).__name__)
 
-    net: Any = nn.Sequential(*(module(*part) for part in parts(timed.net, timed.shape)))
-    net = net.to(device).to(memory_format=layout)
+    return nn.Sequential(*(module(*part) for part in parts(timed.net, timed.shape)))
+
+
+def torch_step(timed: Timed, *, channels_last: bool, compiled: bool) -> Step:
+    """Return the step in PyTorch, on as many threads as there are cores."""
+    import os
+
+    import torch
+    from torch import nn
+
+    device = "cuda" if os.environ.get("JAXCNN_BENCHMARK_DEVICE") == "gpu" else "cpu"
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    net = torch_net(timed).to(device).to(memory_format=layout)
     optimizer = torch.optim.Adam(net.parameters(), LEARNING_RATE, fused=True)
     pictures, labels = images(timed)
     x = torch.from_numpy(np.moveaxis(pictures, -1, 1).copy()).to(device).to(memory_format=layout)
@@ -368,6 +388,68 @@ def _torch_conv(nn: Any, layer: Conv, shape: tuple[int, ...]) -> Any:
         return conv(padding=(pads[0] // 2, pads[1] // 2))
     (top, bottom), (left, right) = ((pad // 2, pad - pad // 2) for pad in pads)
     return nn.Sequential(nn.ZeroPad2d((left, right, top, bottom)), conv(padding=0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same parameters in every library, for nets that are one layer after the other
+
+
+def weights(
+    timed: Timed, params: Mapping[str, Any], *, channels_first: bool
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (w, b) of each layer that has them; channels first, w is (O, I, …) and reads a flattened picture so."""
+    picture = None
+    of = iter([params[name] for name, _ in timed.net.walk() if name in params])
+    for layer, shape in parts(timed.net, timed.shape):
+        if isinstance(layer, Flatten):
+            picture = shape
+        if not isinstance(layer, Conv | Dense):
+            continue
+        w, b = (np.asarray(a) for a in map(next(of).__getitem__, ("w", "b")))
+        if channels_first:
+            if picture is not None:
+                w = np.moveaxis(w.reshape(*picture, -1), -2, 0).reshape(w.shape)
+                picture = None
+            w = np.moveaxis(w, (-1, -2), (0, 1))
+        yield w, b
+
+
+def load_flax(net: Any, timed: Timed, params: Mapping[str, Any]) -> Any:
+    """Return the net of `flax_net` with these parameters of jaxcnn."""
+    from flax import nnx
+
+    own: Any = (layer for layer in net.layers if isinstance(layer, nnx.Conv | nnx.Linear))
+    for layer, (w, b) in zip(own, weights(timed, params, channels_first=False), strict=True):
+        layer.kernel[...], layer.bias[...] = w, b
+    return net
+
+
+def load_equinox(net: Any, timed: Timed, params: Mapping[str, Any]) -> Any:
+    """Return the net of `equinox_net` with these parameters of jaxcnn."""
+    import equinox as eqx
+    import jax.numpy as jnp
+
+    found = iter(weights(timed, params, channels_first=True))
+    layers: list[Any] = []
+    for layer in net.layers:
+        if isinstance(layer, eqx.nn.Conv | eqx.nn.Linear) and layer.bias is not None:
+            w, b = next(found)
+            new = (jnp.asarray(w), jnp.asarray(b).reshape(layer.bias.shape))
+            layer = eqx.tree_at(lambda layer: (layer.weight, layer.bias), layer, new)
+        layers.append(layer)
+    return eqx.nn.Sequential(layers)
+
+
+def load_torch(net: Any, timed: Timed, params: Mapping[str, Any]) -> Any:
+    """Return the net of `torch_net` with these parameters of jaxcnn."""
+    import torch
+
+    own: Any = (layer for layer in net if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear))
+    with torch.no_grad():
+        for layer, (w, b) in zip(own, weights(timed, params, channels_first=True), strict=True):
+            layer.weight.copy_(torch.from_numpy(w.copy()))
+            layer.bias.copy_(torch.from_numpy(b.copy()))
+    return net
 
 
 CONTENDERS: Mapping[str, Callable[[Timed], Step]] = {

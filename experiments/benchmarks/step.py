@@ -1,7 +1,6 @@
 """Whole training steps beside other libraries: python -m experiments.benchmarks.step --help."""
 
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,6 @@ from tyro.conf import arg
 
 from experiments import cli
 from experiments.errors import UsageError
-from experiments.files import replacing
 
 if TYPE_CHECKING:
     from experiments.benchmarks.timing import Times
@@ -84,6 +82,7 @@ def compare(config: Config) -> int:
 
 def check(config: Config) -> list[str]:
     """Return who takes part, jaxcnn first; raise UsageError for whatever can be known to be wrong."""
+    from experiments.benchmarks import results
     from experiments.benchmarks.contenders import CONTENDERS
     from experiments.benchmarks.nets import NETS
 
@@ -98,8 +97,7 @@ def check(config: Config) -> list[str]:
     ):
         if got not in known:
             raise UsageError(f"{flag}: expected one of {', '.join(known)}, got {got!r}{cli.did_you_mean(got, known)}")
-    if config.out is not None and config.out.is_dir():
-        raise UsageError(f"--out: expected a file, got the folder {config.out}")
+    results.check_out(config.out)
     chosen = list(CONTENDERS) if "all" in config.contenders else list(config.contenders)
     return ["jaxcnn", *(name for name in dict.fromkeys(chosen) if name != "jaxcnn")]
 
@@ -108,52 +106,23 @@ def report(
     config: Config, machine: Mapping[str, Any], times: "Mapping[str, Times]", told: "Mapping[str, Told]"
 ) -> None:
     """Print the table, and write the numbers and the chart if a file was named."""
+    from experiments.benchmarks import results
     from experiments.benchmarks.nets import NETS
 
-    batch = config.batch_size or NETS[config.net]().batch
-    print("  ".join(f"{name} {value}" for name, value in machine.items()))
-    turns = f"{config.rounds} turns of {config.steps} steps"
-    print(f"{config.net}, batch {batch}, one training step, {config.allocator} allocator, {turns}")
-    head = f"{'':28}  {'median':>9}  {'minimum':>9}  {'spread':>6}  {'jaxcnn is faster by':>19}"
-    print(f"{head}  {'compile':>7}  {'temporary':>9}")
-    ours = times["jaxcnn"]
-    for name, t in times.items():
-        ratio = f"{t.median / ours.median:.2f}× ({t.minimum / ours.minimum:.2f}×)"
-        line = f"{name:28}  {t.median * 1e3:6.1f} ms  {t.minimum * 1e3:6.1f} ms  {t.spread:6.0%}  {ratio:>19}"
-        compiling, temporary = told[name].compile_seconds, told[name].temporary_bytes
-        line += f"  {'' if compiling is None else f'{compiling:.1f} s':>7}"
-        print(line + f"  {'' if temporary is None else f'{temporary / 1e6:.1f} MB':>9}")
-    print("ratios of medians (of minima); spread: between the quartiles, of the median")
+    config = dataclasses.replace(config, batch_size=config.batch_size or NETS[config.net]().batch)
+    title = f"{config.net}, batch {config.batch_size}, {config.allocator} allocator"
+    results.heading(machine, f"{title}, one training step, {config.rounds} turns of {config.steps} steps")
+    compiling = {name: f"{t.compile_seconds:.1f} s" for name, t in told.items() if t.compile_seconds is not None}
+    temporary = {name: results.megabytes(t.temporary_bytes) for name, t in told.items() if t.temporary_bytes}
+    results.contenders(times, "jaxcnn", {"compile": compiling, "temporary": temporary})
     if config.out is not None:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        numbers = {
-            "machine": machine,
-            "config": {**dataclasses.asdict(config), "out": str(config.out), "batch_size": batch},
-            "contenders": {name: {"seconds": t.seconds, **dataclasses.asdict(told[name])} for name, t in times.items()},
-        }
-        with replacing(config.out) as temporary_file:
-            temporary_file.write_text(json.dumps(numbers, indent=1))
-        chart(config.out.with_suffix(".png"), f"{config.net}, batch {batch}, {config.allocator} allocator", times)
-
-
-def chart(path: Path, title: str, times: "Mapping[str, Times]") -> None:
-    """Draw how much longer each contender takes than jaxcnn."""
-    from matplotlib.figure import Figure
-
-    names = sorted(times, key=lambda name: times[name].median)
-    ratios = [times[name].median / times["jaxcnn"].median for name in names]
-    figure = Figure(figsize=(7, 0.6 + 0.36 * len(names)), layout="constrained")
-    axes = figure.subplots()
-    bars = axes.barh(names, ratios, color=["#c0392b" if name == "jaxcnn" else "#95a5a6" for name in names])
-    labels = [f"{ratio:.2f}×  {times[name].median * 1e3:.0f} ms" for name, ratio in zip(names, ratios, strict=True)]
-    axes.bar_label(bars, labels, padding=4)
-    axes.invert_yaxis()
-    axes.set_xlim(0, max(ratios) * 1.25)
-    axes.set_title(f"one training step: {title}", fontsize=10, loc="left")
-    axes.set_xlabel("time, as a multiple of jaxcnn's (median)")
-    axes.spines[["top", "right"]].set_visible(False)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
+        numbers = {name: {"seconds": t, **dataclasses.asdict(told[name])} for name, t in times.items()}
+        results.write(config.out, machine, config, contenders=numbers)
+        ratios = {name: t.median / times["jaxcnn"].median for name, t in times.items()}
+        notes = [f"{ratios[name]:.2f}×  {t.median * 1e3:.0f} ms" for name, t in times.items()]
+        label = "time, as a multiple of jaxcnn's (median)"
+        picture = config.out.with_suffix(".png")
+        results.bars(picture, f"one training step: {title}", label, ratios, notes=notes, ours="jaxcnn")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.metadata
-import json
 import os
 import platform
 import statistics
@@ -13,8 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-
-from experiments.files import replacing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +58,31 @@ def interleaved(contenders: Mapping[str, Callable[[], Any]], rounds: int, warmup
     return {name: Times(tuple(s)) for name, s in seconds.items()}
 
 
+def in_turns(
+    contenders: Mapping[str, Callable[[], Any]], rounds: int, *, most: float = 0.1, calls: int = 5, pause: float = 0.02
+) -> dict[str, Times]:
+    """Seconds for each call; the contenders take turns of some calls each, after one that is not counted.
+
+    A turn is up to `calls` calls and about `most` seconds. A pause goes before it, for threads of other libraries that
+    still spin. What a call returns is waited for. Each round begins with another contender.
+    """
+    names = list(contenders)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(rounds):
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            call = contenders[name]
+            time.sleep(pause)
+            jax.block_until_ready(call())
+            spent: list[float] = []
+            while len(spent) < calls and (not spent or sum(spent) < most):
+                start = time.perf_counter()
+                jax.block_until_ready(call())
+                spent.append(time.perf_counter() - start)
+            seconds[name] += spent
+    return {name: Times(tuple(s)) for name, s in seconds.items()}
+
+
 def machine(packages: tuple[str, ...], others: tuple[str, ...] = ()) -> dict[str, Any]:
     """What ran, on what, how busy it was, and how fast it multiplies and copies at this moment.
 
@@ -97,28 +119,3 @@ def _processor() -> str:
         return platform.processor()
     names = (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name"))
     return next(names, platform.processor())
-
-
-def show(title: str, machine: Mapping[str, Any], times: Mapping[str, Times], base: str) -> None:
-    """Print what ran, and a line for each contender; the last column says how many times `base` it took."""
-    print("  ".join(f"{name} {value}" for name, value in machine.items()))
-    print(title)
-    width = max(map(len, times))
-    print(f"{'':{width}}  {'median':>9}  {'minimum':>9}  {'spread':>6}  {'times ' + base:>{max(16, len(base) + 6)}}")
-    of = times[base]
-    for name, t in times.items():
-        ratio = f"{t.median / of.median:.2f} ({t.minimum / of.minimum:.2f})"
-        print(
-            f"{name:{width}}  {t.median * 1e3:6.1f} ms  {t.minimum * 1e3:6.1f} ms  {t.spread:6.0%}  "
-            f"{ratio:>{max(16, len(base) + 6)}}"
-        )
-    print("ratios of medians (of minima)")
-
-
-def write(path: Path, machine: Mapping[str, Any], config: Mapping[str, Any], times: Mapping[str, Times]) -> None:
-    """Write every round's seconds as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    plain = {name: str(v) if isinstance(v, Path) else v for name, v in config.items()}
-    found = {"machine": machine, "config": plain, "seconds": {name: t.seconds for name, t in times.items()}}
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(found, indent=1))

@@ -35,6 +35,9 @@ ONE_THREAD = tuple(map(int, jaxlib.version.__version__.split(".")[:2])) < (0, 11
 #: Target for a batch block, one kernel row of its patches and its δ, in bytes: most of a core's second-level cache.
 BLOCK_BYTES = 5 << 18
 
+#: Groups are joined up to so many channels: a vector of float32, and what jaxlib 0.10 still runs on all threads.
+JOINED = 16
+
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def correlate(c: Correlation, x: Array, w: Array) -> Array:
@@ -85,6 +88,18 @@ def applies(lowering: str, c: Correlation, inputs: int) -> bool:
     return can.get(lowering, True)
 
 
+def _choose_grouped(c: Correlation, inputs: int, outputs: int) -> str:
+    """For more than one group, the same in all three products."""
+    if applies("depthwise", c, inputs):
+        return "depthwise"
+    return "joined" if _neighbours(c, inputs, outputs) >= 4 else "by_group"  # two do not pay
+
+
+def _neighbours(c: Correlation, inputs: int, outputs: int) -> int:
+    """How many groups side by side make up to `JOINED` channels."""
+    return max(_divisor(c.groups, JOINED * c.groups // max(inputs, outputs, 1)), 1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # correlate
 
@@ -93,7 +108,7 @@ def choose_correlate(c: Correlation, x: Array, w: Array) -> str:
     """What runs on CPU."""
     inputs = x.shape[-1]
     if c.groups > 1:
-        return "depthwise" if applies("depthwise", c, inputs) else "by_group"
+        return _choose_grouped(c, inputs, w.shape[-1])
     if applies("pointwise", c, inputs):
         return "pointwise"
     if _winograd_pays(c, x, *w.shape[-2:]):
@@ -159,6 +174,14 @@ def _correlate_by_group(c: Correlation, x: Array, w: Array) -> Array:
     return jnp.concatenate([CORRELATE[choose_correlate(one, a, b)](one, a, b) for a, b in parts], -1)
 
 
+def _correlate_joined(c: Correlation, x: Array, w: Array) -> Array:
+    """Neighbouring groups as one, with zeros in w between them: full vectors are worth more than products saved.
+
+    Not where x has a NaN or infinity, which times zero would reach other groups.
+    """
+    return _joined(CORRELATE, choose_correlate, c, x, w)
+
+
 CORRELATE: dict[str, Lowering] = {
     "xla": _correlate_xla,
     "winograd": winograd.correlate,
@@ -166,6 +189,7 @@ CORRELATE: dict[str, Lowering] = {
     "pointwise": _correlate_pointwise,
     "depthwise": _correlate_depthwise,
     "by_group": _correlate_by_group,
+    "joined": _correlate_joined,
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,7 +200,7 @@ def choose_spread(c: Correlation, y: Array, w: Array) -> str:
     """What runs on CPU."""
     inputs = w.shape[-2] * c.groups
     if c.groups > 1:
-        return "depthwise" if applies("depthwise", c, inputs) else "by_group"
+        return _choose_grouped(c, inputs, w.shape[-1])
     if applies("pointwise", c, inputs):
         return "pointwise"
     if _winograd_pays(c, y, *w.shape[-2:]):
@@ -241,6 +265,11 @@ def _spread_by_group(c: Correlation, y: Array, w: Array) -> Array:
     return jnp.concatenate([SPREAD[choose_spread(one, a, b)](one, a, b) for a, b in parts], -1)
 
 
+def _spread_joined(c: Correlation, y: Array, w: Array) -> Array:
+    """As `_correlate_joined`."""
+    return _joined(SPREAD, choose_spread, c, y, w)
+
+
 SPREAD: dict[str, Lowering] = {
     "xla": _spread_xla,
     "winograd": winograd.spread,
@@ -248,6 +277,7 @@ SPREAD: dict[str, Lowering] = {
     "pointwise": _spread_pointwise,
     "depthwise": _spread_depthwise,
     "by_group": _spread_by_group,
+    "joined": _spread_joined,
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,7 +288,7 @@ def choose_match(c: Correlation, x: Array, y: Array) -> str:
     """What runs on CPU."""
     inputs = x.shape[-1]
     if c.groups > 1:
-        return "depthwise" if applies("depthwise", c, inputs) else "by_group"
+        return _choose_grouped(c, inputs, y.shape[-1])
     if applies("pointwise", c, inputs):
         return "pointwise"
     if _winograd_pays(c, x, inputs, y.shape[-1], least=64):
@@ -287,9 +317,9 @@ def _match_xla(c: Correlation, x: Array, y: Array) -> Array:
 
 
 def _match_pointwise(c: Correlation, x: Array, y: Array) -> Array:
+    """One GEMM, its left side entry by entry: turned by XLA:CPU itself it takes two to five times as long."""
     (entries,) = tap_slices(c.window, x, 0)
-    pixels = tuple(range(x.ndim - 1))
-    w = lax.dot_general(entries, y, ((pixels, pixels), ((), ())), precision=c.precision)
+    w = _dot(entries.reshape(-1, x.shape[-1]).T, y.reshape(-1, y.shape[-1]), 1, 0, c)
     return w.reshape(*c.window.size, *w.shape)
 
 
@@ -299,12 +329,12 @@ def _match_rows(c: Correlation, x: Array, y: Array) -> Array:
     The blocks keep the patches in cache; the K-major form is the GEMM that runs fastest on CPU.
     """
     win, channels = c.window, x.shape[-1]
-    x = fit(win, x)
     *rows, width = win.size
     entries = width * channels * math.prod(win.span[:-1]) * win.out[-1] + math.prod(y.shape[1:])
     block = divisor(x.shape[0], BLOCK_BYTES // max(entries * x.dtype.itemsize, 1))
 
     def one_block(x: Array, y: Array) -> Array:
+        x = fit(win, x)  # a block at a time: no padded copy of the whole
         x = jnp.moveaxis(jnp.moveaxis(x, 0, -2), -1, 0)  # (I, *span, N)
         y = jnp.moveaxis(y, 0, -2).reshape(-1, y.shape[-1])  # (*out·N, O)
         axis, s, d = win.ndim, win.stride[-1], win.dilation[-1]
@@ -347,6 +377,16 @@ def _match_by_group(c: Correlation, x: Array, y: Array) -> Array:
     return jnp.concatenate([MATCH[choose_match(one, a, b)](one, a, b) for a, b in parts], -1)
 
 
+def _match_joined(c: Correlation, x: Array, y: Array) -> Array:
+    """Neighbouring groups as one; what of one group met δ of another is dropped."""
+    m = _neighbours(c, x.shape[-1], y.shape[-1])
+    fewer = dataclasses.replace(c, groups=c.groups // m)
+    name = choose_match(fewer, x, y) if fewer.groups == 1 else "by_group"
+    w = MATCH[name](fewer, x, y).reshape(*c.window.size, m, x.shape[-1] // c.groups, fewer.groups, m, -1)
+    own = jnp.stack([w[..., j, :, :, j, :] for j in range(m)], -2)  # (*size, I, groups / m, m, O)
+    return own.reshape(*c.window.size, x.shape[-1] // c.groups, y.shape[-1])
+
+
 MATCH: dict[str, Lowering] = {
     "xla": _match_xla,
     "winograd": winograd.match,
@@ -354,6 +394,7 @@ MATCH: dict[str, Lowering] = {
     "rows": _match_rows,
     "depthwise": _match_depthwise,
     "by_group": _match_by_group,
+    "joined": _match_joined,
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -397,6 +438,28 @@ def fit(win: Window, x: Array) -> Array:
 
 def _dot(a: Array, b: Array, over_a: int, over_b: int, c: Correlation) -> Array:
     return lax.dot_general(a, b, (((over_a,), (over_b,)), ((), ())), precision=c.precision)
+
+
+def _joined(
+    table: dict[str, Lowering], choose: Callable[[Correlation, Array, Array], str], c: Correlation, a: Array, w: Array
+) -> Array:
+    """A product with w, in fewer groups: those of `_neighbours` stand on the diagonal of one."""
+    *size, inputs, outputs = w.shape
+    m = _neighbours(c, inputs * c.groups, outputs)
+    fewer = dataclasses.replace(c, groups=c.groups // m)
+    parts = w.reshape(*size, 1, inputs, fewer.groups, m, outputs // c.groups)
+    own = np.eye(m, dtype=bool).reshape(m, 1, 1, m, 1)
+
+    def joined(a: Array, w: Array, diagonal: Array) -> Array:
+        name = choose(fewer, a, diagonal) if fewer.groups == 1 else "by_group"
+        return table[name](fewer, a, diagonal)
+
+    def apart(a: Array, w: Array, diagonal: Array) -> Array:
+        return table["by_group"](c, a, w)
+
+    diagonal = jnp.where(own, parts, 0).reshape(*size, m * inputs, outputs)
+    finite = jnp.isfinite(a).all(range(1, a.ndim)).all()
+    return lax.cond(finite, joined, apart, a, w, diagonal)
 
 
 def _split(a: Array, groups: int) -> list[Array]:

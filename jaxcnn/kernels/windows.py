@@ -22,6 +22,9 @@ from jaxcnn.geometry import Window
 #: Windows of up to this many taps are written out tap by tap.
 UNROLLED = 64
 
+#: Windows side by side of more than this many taps are reduced: XLA would find the winner anew for each entry it meets.
+REDUCED = 16
+
 
 def winner_dtype(win: Window) -> np.dtype:
     """The smallest integer that numbers a window's entries and has its largest value to spare (see `nothing`)."""
@@ -43,6 +46,8 @@ def largest(win: Window, x: Array) -> tuple[Array, Array]:
 
     Ties go to the first in row-major order, NaN wins over numbers, and padding never wins.
     """
+    if win.tiles and win.entries > REDUCED:
+        return _largest_tiles(win, x)
     return _largest(win, x) if win.entries <= UNROLLED else _largest_long(win, x)
 
 
@@ -58,6 +63,19 @@ def _largest(win: Window, x: Array) -> tuple[Array, Array]:
             wins &= real[..., None]
         winner = jnp.where(wins, dtype.type(number), winner)
     return y, winner
+
+
+def _largest_tiles(win: Window, x: Array) -> tuple[Array, Array]:
+    """Side by side: two reductions, the largest entry, then the least number among its equals."""
+    covered = [o * k for o, k in zip(win.out, win.size, strict=True)]
+    x = lax.slice(x, (0,) * x.ndim, (x.shape[0], *covered, x.shape[-1]))
+    tiles = x.reshape(x.shape[0], *(n for pair in zip(win.out, win.size, strict=True) for n in pair), x.shape[-1])
+    within = tuple(range(2, 2 * win.ndim + 1, 2))
+    y = tiles.max(within, keepdims=True)
+    dtype = winner_dtype(win)
+    number = np.arange(win.entries, dtype=dtype).reshape(*(n for k in win.size for n in (1, k)), 1)
+    winner = jnp.where((tiles == y) | (tiles != tiles), number, jnp.asarray(nothing(win))).min(within)
+    return y.reshape(winner.shape), winner
 
 
 def _largest_long(win: Window, x: Array) -> tuple[Array, Array]:

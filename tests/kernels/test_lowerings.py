@@ -193,6 +193,35 @@ def test_weight_gradient_in_blocks_of_pictures(monkeypatch, pictures):
         close(compiled(lambda x, y: correlation.MATCH["rows"](c, x, y))(x, y), oracles.match(c, x, y))
 
 
+@pytest.mark.parametrize(("joined", "groups_left"), [(2, 6), (4, 3), (6, 2), (12, 1)])
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_groups_are_joined_up_to_so_many_channels(monkeypatch, product, joined, groups_left):
+    """Six groups of 2 channels into three of 4, two of 6, one of 12; chosen where it is four of them or more."""
+    monkeypatch.setattr(correlation, "JOINED", joined)
+    table, choose, _, definition = PRODUCTS[product]
+    c = Correlation(Window((4, 5), (3, 2), (1, 2), ((1, 0), (0, 0)), (1, 1)), 6, np.dtype(np.float64))
+    a, b = numbers(*operands(product, (2, 4, 5, 12), (3, 2, 2, 6), (2, *c.window.out, 6)))
+    assert 6 // correlation._neighbours(c, 12, 6) == groups_left
+    assert choose(c, a, b) == ("joined" if groups_left == 1 else "by_group")
+    close(compiled(lambda a, b: table["joined"](c, a, b))(a, b), definition(c, a, b))
+
+
+@pytest.mark.parametrize("spoilt", [np.nan, np.inf])
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_joined_groups_keep_to_themselves(product, spoilt):
+    """What is not finite in one group's channels is seen by that group alone."""
+    c = Correlation(Window((4, 5), (3, 2), (1, 2), ((1, 0), (0, 0)), (1, 1)), 6, np.dtype(np.float64))
+    a, b = numbers(*operands(product, (2, 4, 5, 12), (3, 2, 2, 6), (2, *c.window.out, 6)))
+    a[..., 0] = spoilt
+    table, _, _, definition = PRODUCTS[product]
+    found = compiled(lambda a, b: table["joined"](c, a, b))(a, b)
+    with np.errstate(invalid="ignore"):  # inf − inf
+        expected = definition(c, a, b)
+    np.testing.assert_array_equal(np.isfinite(found), np.isfinite(expected))
+    assert np.isfinite(expected).any()
+    assert not np.isfinite(expected).all()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Nothing emits negative padding (openxla/xla#48713)
 
@@ -268,6 +297,30 @@ over_examples = settings(max_examples=40, suppress_health_check=[HealthCheck.fun
 def test_largest(form, win, batch, draw, seed):
     assume(some_is_real(win))
     x = draw(np.random.default_rng(seed), (batch, *win.shape, 3))
+    y, winner = compiled(lambda x: windows.largest(win, x))(x)
+    expected, first = oracles.largest(win, x)
+    np.testing.assert_array_equal(y, expected)
+    np.testing.assert_array_equal(winner, first)
+    assert winner.dtype == windows.winner_dtype(win)
+
+
+@pytest.mark.parametrize("reduced", [0, 10**6])
+@over_examples
+@given(
+    st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(0, 2)), min_size=1, max_size=3),
+    st.sampled_from(BATCHES),
+    st.sampled_from((spoiled, ties, lowest)),
+    st.integers(0),
+)
+def test_largest_side_by_side(monkeypatch, reduced, dims, batch, draw, seed):
+    """With what is left over at the end; windows reduced, and tap by tap."""
+    monkeypatch.setattr(windows, "REDUCED", reduced)
+    out, size, rest = zip(*dims, strict=True)
+    shape = tuple(o * k + min(r, k - 1) for o, k, r in zip(out, size, rest, strict=True))
+    win = Window(shape, size, size, ((0, 0),) * len(size), (1,) * len(size))
+    assert win.tiles
+    assert win.out == out
+    x = draw(np.random.default_rng(seed), (batch, *shape, 3))
     y, winner = compiled(lambda x: windows.largest(win, x))(x)
     expected, first = oracles.largest(win, x)
     np.testing.assert_array_equal(y, expected)

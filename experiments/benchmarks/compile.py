@@ -1,0 +1,84 @@
+"""How long a training step takes to compile: python -m experiments.benchmarks.compile --help."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import arg
+
+from experiments import cli
+from experiments.errors import UsageError
+
+PROG = "python -m experiments.benchmarks.compile"
+LIBRARIES = ("jaxcnn", "flax nnx", "equinox")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Time the tracing, lowering and compiling of a training step, each time in a fresh process, in turns.
+
+    Imports, making parameters and the compilation cache are not part of it: the cache is off.
+    """
+
+    net: str = "lecture"
+    """lecture, lenet5, vgg, mobile or resnext."""
+    libraries: tuple[str, ...] = LIBRARIES[1:]
+    """Whom to compare jaxcnn with: "flax nnx", equinox."""
+    batch_size: Annotated[int | None, arg(metavar="INT")] = None
+    """Images a step; without it, 128 for pictures of 28×28 and 64 for larger ones."""
+    rounds: int = 5
+    """Processes of each library."""
+    out: Annotated[Path | None, arg(metavar="PATH")] = None
+    """A file for all numbers, as JSON; a bar chart of the ratios goes beside it."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (None: the process's own) and return the exit status."""
+    return cli.run(Config, compare, argv, prog=PROG)
+
+
+def compare(config: Config) -> int:
+    """Compile and print. Returns 0."""
+    from experiments.benchmarks import results, timing
+    from experiments.benchmarks.nets import NETS
+    from experiments.benchmarks.turn import Contender
+
+    for flag, number in (("--batch-size", config.batch_size), ("--rounds", config.rounds)):
+        if number is not None and number < 1:
+            raise UsageError(f"{flag}: expected a whole number >= 1, got {number}")
+    for flag, got, known in (
+        ("--net", config.net, list(NETS)),
+        *(("--libraries", name, list(LIBRARIES[1:])) for name in config.libraries),
+    ):
+        if got not in known:
+            raise UsageError(f"{flag}: expected one of {', '.join(known)}, got {got!r}{cli.did_you_mean(got, known)}")
+    results.check_out(config.out)
+    names = ["jaxcnn", *config.libraries]
+    environment = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    machine = timing.machine(("jax", "jaxlib"), others=("flax", "equinox"))
+    for i in range(config.rounds):
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            contender = Contender(name, config.net, config.batch_size, environment)
+            try:
+                told = contender.ready()
+            finally:
+                contender.stop()
+            seconds[name].append(told.compile_seconds or 0.0)
+    times = {name: timing.Times(tuple(s)) for name, s in seconds.items()}
+    title = f"{config.net}: trace, lower and compile a training step"
+    results.heading(machine, f"{title}, {config.rounds} fresh processes each")
+    results.contenders(times, "jaxcnn")
+    if config.out is not None:
+        results.write(config.out, machine, config, seconds=times)
+        ratios = {name: t.median / times["jaxcnn"].median for name, t in times.items()}
+        label = "time, as a multiple of jaxcnn's (median)"
+        results.bars(config.out.with_suffix(".png"), title, label, ratios, ours="jaxcnn")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

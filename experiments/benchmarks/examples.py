@@ -1,0 +1,203 @@
+"""Gradients of each example alone, beside vmap of grad: python -m experiments.benchmarks.examples --help."""
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+from tyro.conf import arg
+
+from experiments import cli
+from experiments.errors import RunError, UsageError
+
+if TYPE_CHECKING:
+    from experiments.benchmarks.nets import Timed
+
+PROG = "python -m experiments.benchmarks.examples"
+LIBRARIES = ("jaxcnn", "flax nnx", "equinox")
+#: Relative L2 distance of two results that are called equal.
+EQUAL = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Time each example's gradient, its norm, and the sum of clipped ones, in jaxcnn and by vmap(grad) of the same net.
+
+    All nets have the same parameters, and their results are compared before anything is timed.
+    """
+
+    net: str = "lecture"
+    """lecture or lenet5."""
+    batch_size: int = 64
+    """Examples at a time."""
+    libraries: tuple[str, ...] = LIBRARIES[1:]
+    """Whom to compare jaxcnn with: "flax nnx", equinox."""
+    max_norm: float = 1.0
+    """Longer gradients are clipped to it."""
+    rounds: int = 10
+    """How often each contender takes its turn."""
+    out: Annotated[Path | None, arg(metavar="PATH")] = None
+    """A file for all numbers, as JSON; a bar chart of the ratios goes beside it."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (None: the process's own) and return the exit status."""
+    return cli.run(Config, compare, argv, prog=PROG)
+
+
+def compare(config: Config) -> int:
+    """Compare, time and print the contenders. Returns 0."""
+    from experiments.benchmarks import results, timing
+    from experiments.benchmarks.nets import NETS
+
+    check(config)
+    results.check_out(config.out)
+    timed = dataclasses.replace(NETS[config.net](), batch=config.batch_size)
+    calls = contenders(timed, ["jaxcnn", *config.libraries], config.max_norm)
+    for what in WHAT:
+        expected = calls["jaxcnn", what]()
+        for name in config.libraries:
+            d = apart(calls[name, what](), expected)
+            if not d <= EQUAL:
+                raise RunError(f"{name}: {what} differ from jaxcnn's by {d:.1g}")
+    machine = timing.machine(("jax", "jaxlib"), others=("flax", "equinox"))
+    results.heading(machine, f"{config.net}, batch {config.batch_size}, {config.rounds} rounds; results are equal")
+    times: dict[str, Any] = {}
+    ratios = {}
+    for what in WHAT:
+        print(f"\n{what}")
+        times[what] = timing.in_turns({name: call for (name, w), call in calls.items() if w == what}, config.rounds)
+        results.contenders(times[what], "jaxcnn")
+        for name in config.libraries:
+            ratios[f"{what}, {name}"] = times[what][name].median / times[what]["jaxcnn"].median
+    if config.out is not None:
+        results.write(config.out, machine, config, seconds=times)
+        label = "time, as a multiple of jaxcnn's (median)"
+        title = f"{config.net}, batch {config.batch_size}: against vmap(grad)"
+        if ratios:
+            results.bars(config.out.with_suffix(".png"), title, label, ratios)
+    return 0
+
+
+def check(config: Config) -> None:
+    """Raise UsageError for whatever can be known to be wrong."""
+    for flag, number in (("--batch-size", config.batch_size), ("--rounds", config.rounds)):
+        if number < 1:
+            raise UsageError(f"{flag}: expected a whole number >= 1, got {number}")
+    if not config.max_norm > 0:
+        raise UsageError(f"--max-norm: expected a number > 0, got {config.max_norm}")
+    for flag, got, known in (
+        ("--net", config.net, ["lecture", "lenet5"]),
+        *(("--libraries", name, list(LIBRARIES[1:])) for name in config.libraries),
+    ):
+        if got not in known:
+            raise UsageError(f"{flag}: expected one of {', '.join(known)}, got {got!r}{cli.did_you_mean(got, known)}")
+
+
+WHAT = ("gradients", "norms", "clipped sums")
+
+
+def contenders(timed: "Timed", names: Sequence[str], max_norm: float) -> dict[tuple[str, str], Callable[[], Any]]:
+    """Return, by library and what it computes, a call that computes it."""
+    import jax
+
+    from experiments.benchmarks.contenders import images
+
+    x, labels = images(timed)
+    params = timed.net.init(jax.random.key(0), timed.shape)
+    found: dict[tuple[str, str], Callable[[], Any]] = {}
+    for name in names:
+        pictures = np.moveaxis(x, -1, 1).copy() if name == "equinox" else x
+        functions = ours(timed, params) if name == "jaxcnn" else theirs(name, timed, params)
+        for what, (f, own) in functions.items():
+            arguments = jax.device_put((own, pictures, labels, max_norm))
+            found[name, what] = functools.partial(f, *arguments)
+    return found
+
+
+def ours(timed: "Timed", params: Any) -> Mapping[str, tuple[Any, Any]]:
+    """By the rules: one sweep, and a product for each layer and example."""
+    import jax
+
+    import jaxcnn
+
+    loss = jaxcnn.softmax_cross_entropy_with_integer_labels
+    f: dict[str, Callable[..., Any]] = {
+        "gradients": lambda p, x, y, most: jaxcnn.per_example_gradients(timed.net, p, x, y, loss),
+        "norms": lambda p, x, y, most: jaxcnn.per_example_norms(timed.net, p, x, y, loss),
+        "clipped sums": lambda p, x, y, most: jaxcnn.clipped_gradient(timed.net, p, x, y, loss, most),
+    }
+    return {what: (jax.jit(function), params) for what, function in f.items()}
+
+
+def theirs(name: str, timed: "Timed", params: Any) -> Mapping[str, tuple[Any, Any]]:
+    """By `jax.vmap` of `jax.grad` of one example's error, dropout off."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    logits, own = model(name, timed, params)
+
+    def error(own: Any, x: Any, label: Any) -> Any:
+        return optax.softmax_cross_entropy_with_integer_labels(logits(own, x), label)
+
+    def norm(tree: Any) -> Any:
+        return jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(tree)))
+
+    def gradients(own: Any, x: Any, labels: Any, most: Any) -> Any:
+        return jax.vmap(jax.grad(error), (None, 0, 0))(own, x, labels)
+
+    def norms(own: Any, x: Any, labels: Any, most: Any) -> Any:
+        return jax.vmap(lambda *one: norm(jax.grad(error)(own, *one)))(x, labels)
+
+    def clipped(own: Any, x: Any, labels: Any, most: Any) -> Any:
+        each = gradients(own, x, labels, most)
+        factors = jnp.minimum(1, most / jax.vmap(norm)(each))
+        return jax.tree.map(lambda g: jnp.einsum("n,n...->...", factors, g), each)
+
+    found = {"gradients": gradients, "norms": norms, "clipped sums": clipped}
+    return {what: (jax.jit(function), own) for what, function in found.items()}
+
+
+def model(name: str, timed: "Timed", params: Any) -> tuple[Callable[[Any, Any], Any], Any]:
+    """Return a function from (parameters, one example) to logits, and the parameters."""
+    from experiments.benchmarks import contenders
+
+    if name == "flax nnx":
+        from flax import nnx
+
+        net = contenders.load_flax(contenders.flax_net(timed), timed, params)
+        net.eval()
+        graph, *states = nnx.split(net, nnx.Param, ...)
+        return lambda own, x: nnx.merge(graph, own, *states[1:])(x[None])[0], states[0]
+    import equinox as eqx
+
+    net = eqx.nn.inference_mode(contenders.load_equinox(contenders.equinox_net(timed), timed, params))
+    own, static = eqx.partition(net, eqx.is_inexact_array)
+    return lambda own, x: eqx.combine(own, static)(x), own
+
+
+def apart(found: Any, expected: Any) -> float:
+    """Relative L2 distance of two results, array by array; inf if they are not as many and as large.
+
+    The numbers of each are sorted first: equinox has channels first.
+    """
+    import jax
+
+    def arrays(tree: Any) -> list[Any]:
+        leaves = (np.sort(np.asarray(leaf, np.float64), axis=None) for leaf in jax.tree.leaves(tree))
+        return sorted(leaves, key=len)
+
+    a: list[Any] = arrays(found)
+    b: list[Any] = arrays(expected)
+    if [len(one) for one in a] != [len(one) for one in b]:
+        return float("inf")
+    distances = [float(np.linalg.norm(x - y)) / max(float(np.linalg.norm(y)), 1e-30) for x, y in zip(a, b, strict=True)]
+    return max(d if np.isfinite(d) else float("inf") for d in distances)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

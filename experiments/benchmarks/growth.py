@@ -1,0 +1,136 @@
+"""How the time of a training step grows: python -m experiments.benchmarks.growth --help."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import arg
+
+from experiments import cli
+from experiments.errors import UsageError
+
+if TYPE_CHECKING:
+    from experiments.benchmarks.nets import Timed
+
+PROG = "python -m experiments.benchmarks.growth"
+SIZES: Mapping[str, Sequence[int]] = {
+    "batch": (16, 32, 64, 128, 256, 512, 1024),
+    "side": (16, 32, 64, 112, 224),
+    "channels": (8, 16, 32, 64, 128, 256),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Time training steps of ever larger size in jaxcnn and in flax nnx, in turns.
+
+    batch: the lecture's net. side: 16 and 32 channels over ever larger pictures, 8 of them. channels: two convolutions
+    of as many over 16×16, 8 pictures.
+    """
+
+    what: tuple[str, ...] = tuple(SIZES)
+    """What grows: batch, side, channels."""
+    most: int = 1024
+    """No larger than this."""
+    rounds: int = 3
+    """How often each contender takes its turn."""
+    out: Annotated[Path | None, arg(metavar="PATH")] = None
+    """A file for all numbers, as JSON; a plot goes beside it."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (None: the process's own) and return the exit status."""
+    return cli.run(Config, measure, argv, prog=PROG)
+
+
+def measure(config: Config) -> int:
+    """Time all sizes and print them. Returns 0."""
+    if config.rounds < 1:
+        raise UsageError(f"--rounds: expected a whole number >= 1, got {config.rounds}")
+    for what in config.what:
+        if what not in SIZES:
+            raise UsageError(f"--what: expected some of {', '.join(SIZES)}, got {what!r}")
+    sizes = {what: [size for size in SIZES[what] if size <= config.most] for what in config.what}
+    if not all(sizes.values()):
+        raise UsageError(f"--most: expected at least {max(s[0] for s in SIZES.values())}, got {config.most}")
+
+    from experiments.benchmarks import results, timing
+
+    results.check_out(config.out)
+    machine = timing.machine(("jax", "jaxlib"), others=("flax",))
+    results.heading(machine, f"one training step, {config.rounds} rounds of turns; minima")
+    found: dict[str, Any] = {}
+    panels: dict[str, dict[str, dict[int, float]]] = {}
+    for what in config.what:
+        found[what] = {size: timing.in_turns(steps(what, size), config.rounds, most=0.5) for size in sizes[what]}
+        curves = per_image(what, {size: {n: t.minimum for n, t in of.items()} for size, of in found[what].items()})
+        panels[what] = curves
+        print()
+        results.table([what, *(f"{name}: an image" for name in curves), "flax nnx / jaxcnn"], list(table(curves)))
+        if what == "batch" and (flat := flatness(curves["jaxcnn"])) is not None:
+            print(f"jaxcnn, from batch 64 on: the dearest image costs {flat:.2f} times the cheapest")
+    if config.out is not None:
+        results.write(config.out, machine, config, seconds=found)
+        results.lines(config.out.with_suffix(".png"), "one training step", panels, "seconds an image")
+    return 0
+
+
+def table(curves: Mapping[str, Mapping[int, float]]) -> Iterator[list[str]]:
+    """Yield a line for each size."""
+    from experiments.benchmarks.results import seconds
+
+    for size in curves["jaxcnn"]:
+        costs = [curve[size] for curve in curves.values()]
+        yield [str(size), *map(seconds, costs), f"{curves['flax nnx'][size] / curves['jaxcnn'][size]:.2f}"]
+
+
+def per_image(what: str, minima: Mapping[int, Mapping[str, float]]) -> dict[str, dict[int, float]]:
+    """From {size: {contender: seconds a step}} to {contender: {size: seconds an image}}."""
+    images = {size: size if what == "batch" else PICTURES for size in minima}
+    names = next(iter(minima.values()))
+    return {name: {size: of[name] / images[size] for size, of in minima.items()} for name in names}
+
+
+def flatness(curve: Mapping[int, float], least: int = 64) -> float | None:
+    """Largest over smallest cost of an image, from a batch of `least` on; None if there are not two."""
+    costs = [cost for size, cost in curve.items() if size >= least]
+    return max(costs) / min(costs) if len(costs) > 1 else None
+
+
+PICTURES = 8
+
+
+def steps(what: str, size: int) -> dict[str, Callable[[], Any]]:
+    """Return a training step of each contender."""
+    from experiments.benchmarks.contenders import flax_step, jaxcnn_step
+
+    timed = grown(what, size)
+    return {"jaxcnn": jaxcnn_step(timed).run, "flax nnx": flax_step(timed).run}
+
+
+def grown(what: str, size: int) -> "Timed":
+    """Return a net, its pictures and their number."""
+    from experiments.benchmarks.nets import CLASSES, NETS, Timed
+    from jaxcnn import Conv, Dense, Flatten, MaxPool, Relu, serial
+
+    if what == "batch":
+        return dataclasses.replace(NETS["lecture"](), batch=size)
+    first, second = (16, 32) if what == "side" else (size, size)
+    net = serial(
+        Conv(first, 3, padding="SAME"),
+        Relu(),
+        MaxPool(2),
+        Conv(second, 3, padding="SAME"),
+        Relu(),
+        MaxPool(2),
+        Flatten(),
+        Dense(CLASSES),
+    )
+    side, inputs = (size, 3) if what == "side" else (16, size)
+    return Timed(net, (side, side, inputs), PICTURES)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

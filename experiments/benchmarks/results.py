@@ -1,0 +1,149 @@
+"""What every benchmark ends with: a table on the terminal, JSON with all numbers, a chart of ratios."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.benchmarks.timing import Times
+from experiments.errors import UsageError
+from experiments.files import replacing
+
+OURS, THEIRS = "#c0392b", "#95a5a6"
+
+
+def check_out(out: Path | None) -> None:
+    """Raise UsageError if results cannot go where `--out` says."""
+    if out is not None and out.is_dir():
+        raise UsageError(f"--out: expected a file, got the folder {out}")
+
+
+def heading(machine: Mapping[str, Any], title: str) -> None:
+    """Print what ran on what, then what was done."""
+    print("  ".join(f"{name} {value}" for name, value in machine.items()))
+    print(title)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print rows under their columns: the first to the left, numbers to the right."""
+    lines = [tuple(columns), *map(tuple, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for name, *numbers in lines:
+        cells = (number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True))
+        print("  ".join([name.ljust(widths[0]), *cells]).rstrip())
+
+
+def contenders(times: Mapping[str, Times], base: str, more: Mapping[str, Mapping[str, str]] | None = None) -> None:
+    """Print a line for each contender: its times, how many times `base`'s they are, and `more` columns by name."""
+    more = more or {}
+    rows = []
+    for name, t in times.items():
+        ratio = f"{t.median / times[base].median:.2f} ({t.minimum / times[base].minimum:.2f})"
+        rows.append([name, seconds(t.median), seconds(t.minimum), f"{t.spread:.0%}", ratio])
+        rows[-1] += [column.get(name, "") for column in more.values()]
+    table(["", "median", "minimum", "spread", f"times {base}", *more], rows)
+    print("ratios of medians (of minima); spread: between the quartiles, of the median")
+
+
+def seconds(s: float) -> str:
+    """In the unit that leaves one to three digits before the point."""
+    return f"{s:.2f} s" if s >= 1 else f"{s * 1e3:.1f} ms" if s >= 1e-3 else f"{s * 1e6:.0f} µs"
+
+
+def megabytes(count: float) -> str:
+    """10⁶ bytes."""
+    return f"{count / 1e6:.2f} MB"
+
+
+def geometric_mean(ratios: Iterable[float]) -> float:
+    """The mean of ratios that does not depend on which is over which; NaN of none."""
+    logs = [math.log(ratio) for ratio in ratios]
+    return math.exp(sum(logs) / len(logs)) if logs else math.nan
+
+
+def write(path: Path, machine: Mapping[str, Any], config: Any, **found: Any) -> None:
+    """Write the machine, the options and what was found as JSON; `Times` as every round's seconds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    numbers = {"machine": machine, "config": dataclasses.asdict(config), **found}
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(numbers, indent=1, default=_plain, ensure_ascii=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Times):
+        return value.seconds
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)  # type: ignore[arg-type]
+
+
+def bars(
+    path: Path,
+    title: str,
+    label: str,
+    ratios: Mapping[str, float],
+    *,
+    notes: Sequence[str] = (),
+    ours: str | None = None,
+    dots: Mapping[str, Mapping[str, float]] | None = None,
+    log: bool = False,
+) -> None:
+    """Draw a bar for each ratio, from the smallest; `dots` are other ratios of some of them, by what they are."""
+    from matplotlib.figure import Figure
+
+    notes = notes or [f"{ratio:.2f}×" for ratio in ratios.values()]
+    order = sorted(range(len(ratios)), key=lambda i: list(ratios.values())[i])
+    names, values = [list(ratios)[i] for i in order], [list(ratios.values())[i] for i in order]
+    figure = Figure(figsize=(7 if not log else 9, 0.9 + (0.36 if not log else 0.19) * len(names)), layout="constrained")
+    axes = figure.subplots()
+    own = [name == ours if ours else ratio < 1 for name, ratio in zip(names, values, strict=True)]
+    # On a logarithmic axis a bar begins at 1, and to its left stands what is slower.
+    left = 1.0 if log else 0.0
+    drawn = axes.barh(names, [v - left for v in values], left=left, color=[OURS if one else THEIRS for one in own])
+    axes.bar_label(drawn, [notes[i] for i in order], padding=4, fontsize=None if not log else 6)
+    axes.invert_yaxis()
+    if log:
+        for color, (what, others) in zip(("#2980b9", "#27ae60"), (dots or {}).items(), strict=False):
+            at = [name for name in names if name in others]
+            axes.scatter([others[name] for name in at], at, s=9, color=color, label=what, zorder=3)
+        axes.set_xscale("log")
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.tick_params("y", labelsize=6)
+        axes.margins(y=0.005)
+        if dots:
+            axes.legend(loc="lower right", fontsize=8)
+    else:
+        axes.set_xlim(0, max(values) * 1.25)
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel(label)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def lines(
+    path: Path,
+    title: str,
+    panels: Mapping[str, Mapping[str, Mapping[int, float]]],
+    label: str,
+) -> None:
+    """Draw a panel for each thing that grows: {what grows: {contender: {how large: what it costs}}}."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(panels), 3.4), layout="constrained")
+    for axes, (what, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for color, (name, curve) in zip((OURS, "#2c3e50", "#2980b9", "#27ae60"), curves.items(), strict=False):
+            axes.plot(list(curve), list(curve.values()), "o-", color=color, label=name, markersize=4)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel(what)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=8)
+    figure.axes[0].set_ylabel(label)
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)

@@ -1,0 +1,424 @@
+"""What the benchmarks compare, count and tell; never how long anything takes."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.benchmarks import (
+    accuracy,
+    backprop,
+    compile,
+    examples,
+    growth,
+    memory,
+    ops,
+    results,
+    rows,
+    step,
+    timing,
+)
+from experiments.benchmarks.contenders import equinox_net, flax_net, load_equinox, load_flax, load_torch, torch_net
+from experiments.benchmarks.nets import NETS, Timed
+from experiments.benchmarks.timing import Times
+from jaxcnn import Conv, Dense, Dropout, Flatten, MaxPool, Relu, serial
+
+SMALL = Timed(
+    serial(Conv(4, 3), Relu(), MaxPool(2), Conv(6, 3), Relu(), Flatten(), Dropout(0.5), Dense(10)), (12, 12, 2), 3
+)
+
+
+@pytest.fixture
+def still(monkeypatch):
+    """The machine is not measured."""
+    monkeypatch.setattr(timing, "machine", lambda *args, **kwargs: {"machine": "none"})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables, JSON, charts
+
+
+def test_columns_line_up(capsys):
+    results.table(["", "n", "long name"], [["first", "1", "2"], ["x", "1000", ""]])
+    assert capsys.readouterr().out.splitlines() == ["          n  long name", "first     1          2", "x      1000"]
+
+
+def test_ratios_of_contenders(capsys):
+    times = {"a": Times((1.0, 2.0, 3.0)), "b": Times((3.0, 4.0, 8.0))}
+    results.contenders(times, "a", {"more": {"b": "yes"}})
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["median", "minimum", "spread", "times", "a", "more"]
+    assert lines[1] == ["a", "2.00", "s", "1.00", "s", "100%", "1.00", "(1.00)"]
+    assert lines[2] == ["b", "4.00", "s", "3.00", "s", "125%", "2.00", "(3.00)", "yes"]
+
+
+@pytest.mark.parametrize(("s", "text"), [(2, "2.00 s"), (0.0123, "12.3 ms"), (45e-6, "45 µs")])
+def test_seconds(s, text):
+    assert results.seconds(s) == text
+
+
+def test_geometric_mean():
+    assert results.geometric_mean([0.5, 2, 8]) == pytest.approx(2)
+    assert math.isnan(results.geometric_mean([]))
+
+
+def test_json_is_read_back(tmp_path):
+    path = tmp_path / "new" / "a.json"
+    config = ops.Config(out=path)
+    results.write(path, {"cores": 2}, config, times={"a": Times((0.5, 1.0))}, bytes={"n": memory.Bytes(1, 2)})
+    found = json.loads(path.read_text())
+    assert found["config"]["out"] == str(path)
+    assert found["times"] == {"a": [0.5, 1.0]}
+    assert found["bytes"] == {"n": {"temporary": 1, "kept": 2}}
+
+
+def test_turns(monkeypatch):
+    """Each round begins with another contender; a turn's first call does not count."""
+    seen = []
+    calls = {"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}
+    times = timing.in_turns(calls, 2, calls=2, most=10.0, pause=0)
+    assert "".join(seen) == "aaabbb" + "bbbaaa"
+    assert {name: len(t.seconds) for name, t in times.items()} == {"a": 4, "b": 4}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ops
+
+
+def measured(ours, stock, *, torch=None, note="", name="row"):
+    times = {ops.OURS: Times((ours, 2 * ours)), ops.STOCK: Times((stock, 3 * stock))}
+    times |= {f"torch {i}": Times((t,)) for i, t in enumerate(torch or [])}
+    return ops.Measured(name, "forward", times, note)
+
+
+def test_ratio_is_of_minima_and_torch_is_the_better_form():
+    one = measured(2.0, 6.0, torch=[8.0, 5.0])
+    assert one.ratio == 3
+    assert one.torch_ratio == 2.5
+    assert measured(1.0, 1.0).torch_ratio is None
+
+
+def test_summary_counts_rows_below_the_bar_and_leaves_out_what_is_wrong():
+    found = [
+        measured(1.0, 4.0),
+        measured(1.0, 0.25, name="slow"),
+        measured(1.0, 100.0, name="bad", note="stock JAX differs by inf"),
+    ]
+    first, *rest = ops.summary(found)
+    assert "geometric mean over 2 rows 1.00×; 0 rows are the same program; of the others the minimum is" in first
+    assert "0.25× (slow, forward), and 1 are below 0.95" in first
+    assert rest == ["bad, forward: stock JAX differs by inf"]
+    assert "below 0.95" in ops.line(found[1])
+    assert "below" not in ops.line(found[0])
+    assert ops.plain(found[2])["stock_ratio"] is None
+
+
+def test_the_same_program_is_not_below_the_bar():
+    """XLA makes one of two ways to write a sum, and two of a sum and a product."""
+    x = jnp.ones((4, 3))
+    texts = [ops.program(jax.jit(f), x) for f in (lambda x: x + x * 3, lambda y: jnp.add(y, 3 * y), lambda x: x * x)]
+    assert texts[0] == texts[1] != texts[2]
+    slow = dataclasses.replace(measured(1.0, 0.25), same=True)
+    assert not slow.below
+    assert "below" not in ops.line(slow)
+    (row,) = ops.measure(row_called("relu "), ["forward"], ops.Config(quick=True, torch=False))
+    assert row.same
+    (row,) = ops.measure(row_called("kron_up"), ["δ_x"], ops.Config(quick=True, torch=False))
+    assert not row.same
+
+
+@pytest.mark.parametrize(
+    ("results", "said"),
+    [
+        ({"jaxcnn": 1.0, "stock JAX": 1.0, "torch": 1.0}, []),
+        ({"jaxcnn": 1.0, "stock JAX": 1.1, "torch": 1.0}, ["stock JAX differs by 0.1"]),
+        ({"jaxcnn": 1.0, "stock JAX": np.nan, "torch": 1.0}, ["stock JAX differs by inf"]),
+        ({"jaxcnn": 1.0, "stock JAX": 1.0, "torch": 1.1}, ["jaxcnn differs from torch by 0.1"]),
+        ({"jaxcnn": 1.0, "stock JAX": 1.1}, ["jaxcnn differs from stock JAX by 0.1"]),
+        (
+            {"jaxcnn": 1.0, "stock JAX": 1.1, "torch": 1.1},
+            ["jaxcnn differs from stock JAX by 0.1", "jaxcnn differs from torch by 0.1"],
+        ),
+    ],
+)
+def test_who_is_wrong(results, said):
+    results = {name: [np.full(3, value)] for name, value in results.items()}
+    assert ops.judged(results, 1e-4) == said
+
+
+def test_distance_sees_shapes_and_every_array():
+    assert ops.distance([np.ones((2, 1))], [np.ones(2)]) == math.inf
+    assert ops.distance([np.ones(2), np.zeros(2)], [np.ones(2), np.ones(2)]) == pytest.approx(1)
+    assert ops.distance([np.zeros(2)], [np.zeros(2)]) == 0
+
+
+def row_called(name):
+    (found,) = (row for row in rows.rows() if row.name.startswith(name))
+    return found
+
+
+def test_names_of_rows_are_their_own():
+    names = [row.name for row in rows.rows()]
+    assert len(set(names)) == len(names)
+    kinds = "conv , conv depthwise, conv 8 groups, conv_transpose, conv 1-D, conv 3-D, max_pool, avg_pool, lp_pool"
+    for op in (*kinds.split(", "), "kron_up", "block_sum", "relu", "dense", "batch_norm", "hidden_layer"):
+        assert any(name.startswith(op) for name in names), op
+
+
+def test_products_of_a_row():
+    assert ops.products(row_called("conv 5×5 1→32")) == ["forward", "δ_x", "δ_w"]
+    assert ops.products(row_called("relu ")) == ["forward", "δ_x", "both halves"]
+    assert ops.products(row_called("relu "), "δ_") == ["δ_x"]
+    assert ops.products(row_called("softmax_cross_entropy 1024"), "softmax")[1:3] == ["δ_logits", "δ_targets"]
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("conv 8 groups 3×3 64→64 stride", ["forward", "δ_w"]),
+        ("conv_transpose 1-D", ["forward", "δ_w"]),
+        ("kron_up", ["forward", "δ_x"]),
+        ("hidden_layer 5×5 32", ["both halves"]),
+    ],
+)
+def test_contenders_compute_the_same(name, wanted):
+    """Layouts go to PyTorch and back; δs come under their names."""
+    for one in ops.measure(row_called(name), wanted, ops.Config(quick=True)):
+        assert one.note == "", one.name
+        assert {"jaxcnn", "stock JAX", "torch"} <= set(one.times)
+
+
+def test_a_wrong_contender_is_caught():
+    row = row_called("avg_pool 1-D")
+    wrong = dataclasses.replace(row, stock=lambda x: 1.01 * row.stock(x))
+    (one,) = ops.measure(wrong, ["δ_x"], ops.Config(quick=True))
+    assert one.note == "stock JAX differs by 0.01"
+    assert not one.compared
+    wrong = dataclasses.replace(row, ours=lambda x: row.ours(x) + 0.1)
+    (one,) = ops.measure(wrong, ["forward"], ops.Config(quick=True))
+    assert one.note.startswith("jaxcnn differs from stock JAX")
+
+
+def test_what_stock_jax_cannot_is_said():
+    (one,) = ops.measure(row_called("max_pool 2×2 dilation 2"), ["δ_x"], ops.Config(quick=True, torch=False))
+    assert one.note == "stock JAX cannot"
+    assert not one.compared
+    assert "–" in ops.line(one)
+
+
+def test_a_run_of_ops(tmp_path, capsys, still):
+    out = tmp_path / "ops.json"
+    assert ops.main(["--quick", "--only", "kron_up", "--no-torch", "--out", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines[2:4]] == ["kron_up 2"] * 2
+    found = json.loads(out.read_text())["rows"]
+    assert [row["product"] for row in found] == ["forward", "δ_x"]
+    for row in found:
+        assert row["stock_ratio"] == pytest.approx(min(row["seconds"]["stock JAX"]) / min(row["seconds"]["jaxcnn"]))
+    assert out.with_suffix(".png").stat().st_size > 1000
+
+
+def test_a_wrong_result_of_ours_is_status_1(monkeypatch, capsys, still):
+    wrong = dataclasses.replace(row_called("kron_up"), ours=lambda x: jnp.repeat(jnp.repeat(2 * x, 2, 1), 2, 2))
+    monkeypatch.setattr(rows, "rows", lambda: [wrong])
+    assert ops.main(["--quick", "--only", "forward", "--no-torch"]) == 1
+    assert "jaxcnn differs from stock JAX by 0.5" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Wrong options
+
+
+@pytest.mark.parametrize(
+    ("script", "argv", "said"),
+    [
+        (ops, "--only nothing-like-it", "--only: expected a part of a row's name, got 'nothing-like-it'"),
+        (ops, "--rounds 0", "--rounds: expected a whole number >= 1, got 0"),
+        (ops, "--device tpu", "--device: expected one of cpu, gpu, got 'tpu'"),
+        (memory, "--nets lectur", "--nets: expected some of"),
+        (memory, "--batch-size 0", "--batch-size: expected a whole number >= 1, got 0"),
+        (compile, "--net vg", "did you mean vgg?"),
+        (compile, "--libraries torch", "--libraries: expected one of flax nnx, equinox, got 'torch'"),
+        (growth, "--what weight", "--what: expected some of batch, side, channels, got 'weight'"),
+        (growth, "--most 4", "--most: expected at least 16, got 4"),
+        (examples, "--net vgg", "--net: expected one of lecture, lenet5, got 'vgg'"),
+        (examples, "--max-norm 0", "--max-norm: expected a number > 0, got 0.0"),
+        (accuracy, "--target 90", "--target: expected an accuracy between 0 and 1, got 90.0"),
+        (accuracy, "--data digits", "--data: expected one of fashion-mnist"),
+        (accuracy, "--turns 0", "--turns: expected a whole number >= 1, got 0"),
+        (step, "--net vg", "did you mean vgg?"),
+        (backprop, "--rounds 0", "--rounds: expected a whole number >= 1, got 0"),
+    ],
+)
+def test_wrong_options(script, argv, said, capsys):
+    assert script.main(argv.split()) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("script", [ops, memory, compile, growth, examples, step, backprop])
+def test_out_is_a_file(script, tmp_path, capsys):
+    assert script.main(["--out", str(tmp_path)]) == 2
+    assert f"--out: expected a file, got the folder {tmp_path}" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same parameters everywhere
+
+
+def test_libraries_compute_the_same_net():
+    import equinox as eqx
+    import torch
+    from flax import nnx
+
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, *SMALL.shape)).astype(np.float32)
+    first = np.moveaxis(x, -1, 1).copy()
+    params = SMALL.net.init(jax.random.key(0), SMALL.shape)
+    expected = jax.jit(SMALL.net.apply)(params, x)
+    flax = load_flax(flax_net(SMALL), SMALL, params)
+    flax.eval()
+    graph, state = nnx.split(flax)
+    equinox = eqx.nn.inference_mode(load_equinox(equinox_net(SMALL), SMALL, params))
+    by_flax = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
+    net = load_torch(torch_net(SMALL), SMALL, params)
+    net.eval()
+    for found in (by_flax(state, x), jax.jit(jax.vmap(equinox))(first), net(torch.from_numpy(first)).detach()):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# memory
+
+
+def test_what_is_kept_is_counted_once_and_without_arguments():
+    def f(x):
+        y = jnp.sin(x)  # keeps cos x
+        return (y * jax.jit(lambda y: y)(y) * x).sum()  # keeps y, y·y or so; x is an argument
+
+    x = jnp.ones((8, 4))
+    assert memory.kept_bytes(lambda x: jnp.sin(x).sum(), x) == 8 * 4 * 4
+    assert memory.kept_bytes(lambda x: (x * x).sum(), x) == 0
+    assert memory.kept_bytes(f, x) in (2 * 128, 3 * 128)
+
+
+def test_max_pool_keeps_a_byte_and_stock_jax_its_picture():
+    import jaxcnn
+
+    x = jnp.ones((2, 8, 8, 3))
+    assert memory.kept_bytes(lambda x: jaxcnn.max_pool(2 * x, 2).sum(), x) == 2 * 4 * 4 * 3
+    stock = row_called("max_pool 2×2, ").stock
+    assert memory.kept_bytes(lambda x: stock(2 * x).sum(), x) == 4 * x.size
+
+
+def test_a_run_of_memory(tmp_path, monkeypatch, capsys, still):
+    monkeypatch.setitem(NETS, "lenet5", lambda: SMALL)
+    out = tmp_path / "memory.json"
+    assert memory.main(["--nets", "lenet5", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())["bytes"]["lenet5"]
+    assert set(found) == {"jaxcnn", "flax nnx", "equinox"}
+    assert found["jaxcnn"]["kept"] < found["flax nnx"]["kept"]
+    assert all(of["temporary"] > 0 for of in found.values())
+    assert "lenet5" in capsys.readouterr().out
+    assert out.with_suffix(".png").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# growth, examples, accuracy
+
+
+def test_cost_of_an_image():
+    found = growth.per_image("batch", {16: {"jaxcnn": 0.16, "flax nnx": 0.32}, 64: {"jaxcnn": 0.32, "flax nnx": 6.4}})
+    assert found == {"jaxcnn": {16: 0.01, 64: 0.005}, "flax nnx": {16: 0.02, 64: 0.1}}
+    assert growth.per_image("side", {16: {"jaxcnn": 0.16}}) == {"jaxcnn": {16: 0.02}}
+    assert growth.flatness({16: 9.0, 64: 2.0, 128: 2.5}) == 1.25
+    assert growth.flatness({16: 9.0, 64: 2.0}) is None
+    (line, _) = growth.table({"jaxcnn": {16: 1.0, 64: 1.0}, "flax nnx": {16: 2.5, 64: 1.0}})
+    assert line == ["16", "1.00 s", "2.50 s", "2.50"]
+
+
+def test_what_grows():
+    assert growth.grown("batch", 32).batch == 32
+    assert growth.grown("side", 112).shape == (112, 112, 3)
+    assert growth.grown("channels", 8).shape == (16, 16, 8)
+
+
+def test_a_run_of_growth(tmp_path, monkeypatch, capsys, still):
+    monkeypatch.setitem(growth.SIZES, "channels", (2, 4))
+    out = tmp_path / "growth.json"
+    assert growth.main(["--what", "channels", "--most", "2", "--rounds", "1", "--out", str(out)]) == 0
+    assert set(json.loads(out.read_text())["seconds"]["channels"]) == {"2"}
+    assert out.with_suffix(".png").exists()
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setitem(NETS, "lecture", lambda: SMALL)
+
+
+@pytest.mark.usefixtures("small", "still")
+def test_a_run_of_examples(tmp_path, capsys):
+    out = tmp_path / "examples.json"
+    assert examples.main(["--batch-size", "3", "--rounds", "1", "--max-norm", "0.5", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())["seconds"]
+    assert set(found) == {"gradients", "norms", "clipped sums"}
+    assert set(found["norms"]) == {"jaxcnn", "flax nnx", "equinox"}
+
+
+@pytest.mark.usefixtures("small", "still")
+def test_examples_that_differ_are_an_error(monkeypatch, capsys):
+    load = examples.model
+
+    def wrong(name, timed, params):
+        logits, own = load(name, timed, params)
+        return (lambda own, x: 1.1 * logits(own, x)), own
+
+    monkeypatch.setattr(examples, "model", wrong)
+    assert examples.main(["--batch-size", "3", "--rounds", "1", "--libraries", "flax nnx"]) == 1
+    assert "flax nnx: gradients differ from jaxcnn's by" in capsys.readouterr().err
+
+
+def test_apart():
+    a = {"w": np.arange(6.0), "b": np.ones(2)}
+    assert examples.apart(a, [np.ones(2), np.arange(6.0)[::-1]]) == 0
+    assert examples.apart(a, [np.ones(2), np.arange(6.0) + 1]) > 0.1
+    assert examples.apart(a, [np.ones(3), np.arange(6.0)]) == math.inf
+    assert examples.apart([np.array([np.nan])], [np.ones(1)]) == math.inf
+
+
+def trained(accuracies):
+    one = accuracy.Trained(lambda batches: None, lambda: 0.0)
+    one.accuracies, one.seconds = list(accuracies), [2.0] * len(accuracies)
+    one.epochs = [0.5 * (i + 1) for i in range(len(accuracies))]
+    return one
+
+
+def test_time_to_the_target():
+    assert trained([0.8, 0.89, 0.91, 0.9]).reached(0.9) == (6.0, 1.5)
+    assert trained([0.8, 0.89]).reached(0.9) is None
+    found = {"jaxcnn": trained([0.95]), "torch": trained([0.8, 0.85])}
+    assert accuracy.lines(found, 0.9) == [
+        ["jaxcnn", "2.0 s", "0.50", "0.9500", "2.0 s"],
+        ["torch", "not reached", "", "0.8500", "4.0 s"],
+    ]
+    assert accuracy.mean_seconds({0: found, 1: {"jaxcnn": trained([0.1, 0.9])}}, 0.9) == {"jaxcnn": 3.0}
+
+
+def test_a_race(tmp_path, capsys, still, monkeypatch):
+    """All begin with the same parameters, and get the same batches."""
+    tiny = Timed(serial(Conv(2, 5), Relu(), MaxPool(4), Flatten(), Dense(10)), (28, 28, 1), 32)
+    monkeypatch.setitem(NETS, "lecture", lambda: tiny)
+    out = tmp_path / "accuracy.json"
+    argv = ["--data", "fashion-mnist-sample", "--batch-size", "32", "--max-steps", "2", "--turns", "100"]
+    assert accuracy.main([*argv, "--target", "0.99", "--out", str(out)]) == 0
+    assert "not reached" in capsys.readouterr().out
+    found = json.loads(out.read_text())["seeds"]["0"]
+    assert set(found) == {"jaxcnn", "flax nnx", "torch"}
+    for of in found.values():
+        assert len(of["seconds"]) == len(of["accuracies"]) == 1
+        assert 0.02 < of["accuracies"][0] < 0.9
