@@ -5,7 +5,7 @@ VENV   ?= .venv
 ARGS   ?=
 PY     := $(VENV)/bin/python
 
-.PHONY: train lecture test lint types docs smoke bench check clean
+.PHONY: train lecture test fuzz lint types docs smoke bench check clean
 
 train: $(VENV)/experiments  ## train on the embedded images; ARGS="--data fashion-mnist --epochs 10"
 	$(PY) -m experiments.train $(ARGS)
@@ -15,6 +15,9 @@ lecture: $(VENV)/experiments  ## every statement of the lecture, with pictures
 
 test: $(VENV)/experiments,test $(VENV)/zennit  ## all tests and doctests
 	$(PY) -m pytest -n 2 $(ARGS)
+
+fuzz: $(VENV)/experiments,test  ## 10,000 geometries against PyTorch; ARGS="--count 1000 --seed 1"
+	$(PY) -m tests.conformance.fuzz $(ARGS)
 
 lint: $(VENV)/all
 	$(VENV)/bin/ruff check .

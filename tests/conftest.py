@@ -9,6 +9,8 @@ import jax
 import pytest
 import torch
 
+from tests.conformance.summary import pytest_terminal_summary as pytest_terminal_summary
+
 # Two devices, so that a batch can be split.  Takes effect only before JAX first looks for devices.
 jax.config.update("jax_num_cpu_devices", 2)
 # PyTorch's threads would only contend with XLA's for pictures this small.
