@@ -1,11 +1,10 @@
 """Geometries that Hypothesis draws, as rows of `tests/cases.py`, and the comparison with PyTorch.
 
-`STRATEGIES` has one for each op with a geometry; `agrees` holds a row against PyTorch, forward and gradient.
+`STRATEGIES` has one for each op with a geometry; `agree` holds rows against PyTorch, forward and gradient.
 """
 
-import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import hypothesis.strategies as st
@@ -13,15 +12,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from hypothesis import assume
 
 import jaxcnn
 from tests import oracles
-from tests.agreement import assert_agrees, pulled, pulled_in_torch, random_delta
-from tests.cases import Case, compiled, positive, row, ties
+from tests.agreement import CLOSE, pulled_in_torch, random_delta
+from tests.cases import Case, compiled, positive, row, ties, with_cotangents
 from tests.checks import assert_close, within
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
+
+
+class Unfit(Exception):
+    """What was drawn is no geometry."""
+
+
+def must(fit: bool) -> None:
+    """As Hypothesis's `assume`, but only this geometry is given up, not all that are drawn together."""
+    if not fit:
+        raise Unfit
+
+
+def fitting(body: Callable[..., Case]) -> Callable[..., st.SearchStrategy[Case | None]]:
+    """As `st.composite`: None for what does not fit."""
+
+    @st.composite
+    def one(draw: Draw, *args: Any) -> Case | None:
+        try:
+            return body(draw, *args)
+        except Unfit:
+            return None
+
+    return one
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Parts.  Hypothesis begins with the first of each choice and comes back to it: the dull ones stand last.
@@ -102,13 +124,13 @@ def padded_patch(draw: Draw) -> tuple[tuple[int, ...], tuple[int, ...], dict[str
     stride = each(draw, ndim, (2, 1, 3))
     steps, distances = (oracles.per_dim(value, ndim) for value in (stride, dilation))
     pads = oracles.pad_widths(padding, spatial, size, steps, distances)
-    assume(all(e <= lo + n + hi for n, e, (lo, hi) in zip(spatial, extent, pads, strict=True)))
+    must(all(e <= lo + n + hi for n, e, (lo, hi) in zip(spatial, extent, pads, strict=True)))
     if padding in ("REFLECT", "CIRCULAR"):  # which have no more to repeat than there is
-        assume(all(max(pair) <= n - (padding == "REFLECT") for n, pair in zip(spatial, pads, strict=True)))
+        must(all(max(pair) <= n - (padding == "REFLECT") for n, pair in zip(spatial, pads, strict=True)))
     return spatial, size, without(DEFAULTS, stride=stride, padding=padding, dilation=dilation)
 
 
-@st.composite
+@fitting
 def convs(draw: Draw) -> Case:
     spatial, size, options = padded_patch(draw)
     groups, i, o = draw(st.sampled_from((1, 1, 2, 3))), draw(CHANNELS), draw(CHANNELS)
@@ -118,7 +140,7 @@ def convs(draw: Draw) -> Case:
     return row("conv", x, w, *bias, stock=False, **options)
 
 
-@st.composite
+@fitting
 def depthwise_convs(draw: Draw) -> Case:
     spatial, size, options = padded_patch(draw)
     channels, outputs = draw(CHANNELS), draw(st.sampled_from((1, 2, 3)))
@@ -128,7 +150,7 @@ def depthwise_convs(draw: Draw) -> Case:
     return row("depthwise_conv", x, w, *bias, stock=False, **options)
 
 
-@st.composite
+@fitting
 def conv_transposes(draw: Draw) -> Case:
     ndim = draw(RANKS)
     size = tuple(draw(st.tuples(*[st.sampled_from(PATCHES[ndim])] * ndim)))
@@ -143,7 +165,7 @@ def conv_transposes(draw: Draw) -> Case:
         pads = oracles.pad_widths(padding, sizes, size, steps, oracles.per_dim(dilation, ndim))
         full = [(n - 1) * s + e for n, s, e in zip(spatial, steps, reaches(size, dilation), strict=True)]
         # Once without what is added at the end: PyTorch's oracle cuts before it adds.
-        assume(all(n > lo + hi for n, (lo, hi) in zip(full, pads, strict=True)))
+        must(all(n > lo + hi for n, (lo, hi) in zip(full, pads, strict=True)))
     groups, i, o = draw(st.sampled_from((1, 1, 2, 3))), draw(CHANNELS), draw(CHANNELS)
     x, w = (draw(BATCHES), *spatial, groups * i), (*size, o, groups * i)
     bias = [(groups * o,)] if draw(st.booleans()) else []
@@ -172,7 +194,7 @@ def pool(draw: Draw) -> tuple[tuple[int, ...], dict[str, Any]]:
     steps, distances = oracles.per_dim(window if stride is None else stride, ndim), oracles.per_dim(dilation, ndim)
     pads = oracles.pad_widths(padding, spatial, size, steps, distances)
     dims = zip(spatial, extent, steps, distances, pads, strict=True)
-    assume(all(meets(*dim, ceil_mode=ceil_mode) for dim in dims))
+    must(all(meets(*dim, ceil_mode=ceil_mode) for dim in dims))
     options = without(DEFAULTS, padding=padding, dilation=dilation, ceil_mode=ceil_mode)
     options |= {} if stride is None else {"stride": stride}
     return (draw(BATCHES), *spatial, draw(CHANNELS)), {"window": window, **options}
@@ -190,7 +212,7 @@ def meets(n: int, extent: int, stride: int, dilation: int, pads: tuple[int, int]
     return all(any(0 <= start + k - lo < n for k in range(0, extent, dilation)) for start in starts)
 
 
-@st.composite
+@fitting
 def max_pools(draw: Draw, op: str) -> Case:
     x, options = pool(draw)
     return row(op, x, stock=False, draw=ties if draw(st.booleans()) else None, **options)
@@ -201,24 +223,24 @@ def for_averages(draw: Draw) -> tuple[tuple[int, ...], dict[str, Any]]:
     x, options = pool(draw)
     size = oracles.per_dim(options["window"], len(x) - 2)
     larger = len(size) == 3 and any(k > n for k, n in zip(size, x[1:], strict=False))
-    assume(not (options.get("ceil_mode") and (larger or "dilation" in options)))
+    must(not (options.get("ceil_mode") and (larger or "dilation" in options)))
     return x, options
 
 
-@st.composite
+@fitting
 def avg_pools(draw: Draw) -> Case:
     x, options = for_averages(draw)
     return row("avg_pool", x, stock=False, **options, **({"count_include_pad": False} if draw(st.booleans()) else {}))
 
 
-@st.composite
+@fitting
 def lp_pools(draw: Draw) -> Case:
     x, options = for_averages(draw)
     p = draw(st.sampled_from((2, 3, 1.5, 4, 1)))
     return row("lp_pool", x, stock=False, draw=positive if p in (3, 1.5) else None, p=p, **options)
 
 
-@st.composite
+@fitting
 def max_unpools(draw: Draw) -> Case:
     ndim = draw(RANKS)
     small = st.integers(1, 6 - ndim)
@@ -226,7 +248,7 @@ def max_unpools(draw: Draw) -> Case:
     return row("max_unpool", (draw(BATCHES), *y, draw(CHANNELS)), stock=False, spatial_shape=spatial)
 
 
-@st.composite
+@fitting
 def adaptive_pools(draw: Draw, op: str) -> Case:
     ndim = draw(RANKS)
     spatial = tuple(draw(st.integers(1, (13, 9, 6)[ndim - 1])) for _ in range(ndim))
@@ -252,31 +274,31 @@ def scaled(draw: Draw, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
 EPS = st.sampled_from(({}, {"eps": 0.1}))
 
 
-@st.composite
+@fitting
 def batch_norms(draw: Draw) -> Case:
     x = (draw(st.integers(2, 4)), *features(draw), draw(CHANNELS))
     given = [x[-1:]] * 4 if draw(st.booleans()) else scaled(draw, x[-1:])
     return row("batch_norm", x, *given, stock=False, **draw(EPS))
 
 
-@st.composite
+@fitting
 def layer_norms(draw: Draw) -> Case:
     x = (draw(BATCHES), *features(draw), draw(st.integers(2, 6)))
     axes = draw(st.sets(st.integers(1, len(x) - 1), min_size=1).map(sorted).map(tuple))
-    assume(math.prod(x[a] for a in axes) > 1)
+    must(math.prod(x[a] for a in axes) > 1)
     options = {} if axes == (len(x) - 1,) else {"axes": axes}
     return row("layer_norm", x, *scaled(draw, tuple(x[a] for a in axes)), stock=False, **options, **draw(EPS))
 
 
-@st.composite
+@fitting
 def group_norms(draw: Draw) -> Case:
     groups, channels = draw(st.sampled_from((2, 1, 3))), draw(st.integers(1, 4))
     x = (draw(BATCHES), *features(draw), groups * channels)
-    assume(math.prod(x[1:-1]) * channels > 1)
+    must(math.prod(x[1:-1]) * channels > 1)
     return row("group_norm", x, *scaled(draw, x[-1:]), stock=False, groups=groups, **draw(EPS))
 
 
-STRATEGIES: dict[str, st.SearchStrategy[Case]] = {
+STRATEGIES: dict[str, st.SearchStrategy[Case | None]] = {
     "conv": convs(),
     "conv_transpose": conv_transposes(),
     "depthwise_conv": depthwise_convs(),
@@ -309,40 +331,63 @@ DTYPES = {
 }
 
 
-def agrees(case: Case, dtype: Any = np.float64) -> None:
-    """Value and cotangents are PyTorch's: in float64 entry by entry, else to what rounding costs."""
-    args = case.arrays(dtype)
-    if dtype is np.float64:
-        assert_agrees(case.function, case.oracle, *args)
-        if case.op == "max_pool_with_indices":
-            indices_agree(case, args[0])
+Geometry = tuple[Case, Any]
+
+
+def agree(geometries: Sequence[Geometry]) -> None:
+    """Values and cotangents are PyTorch's, of rows in a dtype each: one program for all, for compiling is what costs.
+
+    In float64 entry by entry, else to what rounding costs.
+    """
+    arrays = [case.arrays(dtype) for case, dtype in geometries]
+    results = [jax.eval_shape(case.function, *args) for (case, _), args in zip(geometries, arrays, strict=True)]
+    deltas = [random_delta(y) for y in results]
+
+    @compiled
+    def run(arrays: Any, deltas: Any) -> Any:
+        rows = zip(geometries, arrays, deltas, strict=True)
+        return [with_cotangents(case.function)(args, delta) for (case, _), args, delta in rows]
+
+    found = run(arrays, deltas)
+    for (case, dtype), args, delta, (y, cotangents) in zip(geometries, arrays, deltas, found, strict=True):
+        wide = tuple(a.astype(np.float64) for a in args)
+        expected_y, expected = pulled_in_torch(case.oracle, wide, delta.astype(np.float64))
+        assert [a.dtype for a in (y, *cotangents)] == [dtype] * (1 + len(args)), str(case)
+        try:
+            if dtype is not np.float64:
+                assert_close([y, *cotangents], [expected_y, *expected], within(case, dtype))
+                continue
+            for i, (a, b) in enumerate(zip((y, *cotangents), (expected_y, *expected), strict=True)):
+                np.testing.assert_allclose(a, b, err_msg=f"cotangent {i - 1}" if i else "value", **CLOSE)
+        except AssertionError as error:
+            raise AssertionError(f"{case}\n{error}") from None
+    indices_agree(geometries)
+
+
+def indices_agree(geometries: Sequence[Geometry]) -> None:
+    """PyTorch's `return_indices`; the pictures are finite, so that padding of −∞ never wins."""
+    pools = [(case.options, case.arrays(dtype)[0]) for case, dtype in geometries if "indices" in case.op]
+    if not pools:
         return
-    delta = random_delta(jax.eval_shape(case.function, *args))
-    y, found = pulled(case.function, args, delta)
-    wide = tuple(a.astype(np.float64) for a in args)
-    expected_y, expected = pulled_in_torch(case.oracle, wide, delta.astype(np.float64))
-    assert [c.dtype for c in (y, *found)] == [dtype] * (1 + len(args))
-    assert_close([y, *found], [expected_y, *expected], within(case, dtype))
-
-
-def indices_agree(case: Case, x: np.ndarray) -> None:
-    """PyTorch's `return_indices`; the picture is finite, so that padding of −∞ never wins."""
-    size, stride, pads, dilation = oracles.pool_options(
-        torch.tensor(x), *map(case.options.get, ("window", "stride", "padding", "dilation"), (2, None, "VALID", 1))
+    run = compiled(
+        lambda pictures: [jaxcnn.max_pool_with_indices(x, **of)[1] for (of, _), x in zip(pools, pictures, strict=True)]
     )
-    _, found = compiled(functools.partial(jaxcnn.max_pool_with_indices, **case.options))(x)
+    for (options, x), found in zip(pools, run([x for _, x in pools]), strict=True):
+        np.testing.assert_array_equal(found, indices_in_torch(x.astype(np.float64), **options), err_msg=f"{options}")
+
+
+def indices_in_torch(x: np.ndarray, window, stride=None, padding="VALID", dilation=1, ceil_mode=False) -> np.ndarray:
+    size, stride, pads, dilation = oracles.pool_options(torch.tensor(x), window, stride, padding, dilation)
     own, padded = oracles.native(pads, size), torch.tensor(x).movedim(-1, 1)
     if own is None:
         padded = torch.nn.functional.pad(padded, oracles.flat(pads), value=-math.inf)
-    _, at = oracles.MAX_POOL[len(size)](
-        padded, size, stride, own or 0, dilation, case.options.get("ceil_mode", False), return_indices=True
-    )
-    expected = at.movedim(1, -1).numpy()
-    if own is None:  # numbers of entries of the padded picture
-        places = np.unravel_index(expected, padded.shape[2:])
-        places = [place - lo for place, (lo, _) in zip(places, pads, strict=True)]
-        expected = np.ravel_multi_index(places, x.shape[1:-1])
-    np.testing.assert_array_equal(found, expected, err_msg="indices")
+    pool = oracles.MAX_POOL[len(size)]
+    _, at = pool(padded, size, stride, own or 0, dilation, ceil_mode, return_indices=True)
+    found = at.movedim(1, -1).numpy()
+    if own is not None:
+        return found
+    places = np.unravel_index(found, padded.shape[2:])  # numbers of entries of the padded picture
+    return np.ravel_multi_index([at - lo for at, (lo, _) in zip(places, pads, strict=True)], x.shape[1:-1])
 
 
 def pasteable(case: Case) -> str:
