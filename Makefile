@@ -5,7 +5,7 @@ VENV   ?= .venv
 ARGS   ?=
 PY     := $(VENV)/bin/python
 
-.PHONY: train lecture test lint types docs smoke bench check clean
+.PHONY: train lecture test fuzz test-all coverage lint types docs build smoke bench check clean
 
 train: $(VENV)/experiments  ## train on the embedded images; ARGS="--data fashion-mnist --epochs 10"
 	$(PY) -m experiments.train $(ARGS)
@@ -16,6 +16,15 @@ lecture: $(VENV)/experiments  ## every statement of the lecture, with pictures
 test: $(VENV)/experiments,test $(VENV)/zennit  ## all tests and doctests
 	$(PY) -m pytest -n 2 $(ARGS)
 
+test-all:  ## the suite on each Python that is installed, in .venv-3.11, .venv-3.12, …
+	$(PYTHON) -m tests.on_each_python $(ARGS)
+
+coverage: $(VENV)/experiments,test $(VENV)/zennit  ## lines of jaxcnn/ that no test reaches
+	$(PY) -m pytest -n 2 --cov=jaxcnn --cov-report=term-missing:skip-covered --cov-fail-under=97 $(ARGS)
+
+fuzz: $(VENV)/experiments,test  ## 10,000 geometries against PyTorch; ARGS="--count 1000 --seed 1"
+	$(PY) -m tests.conformance.fuzz $(ARGS)
+
 lint: $(VENV)/all
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -25,6 +34,11 @@ types: $(VENV)/all
 
 docs: $(VENV)/all  ## the pages in docs/_build, warnings as errors
 	$(VENV)/bin/sphinx-build -W -q -b html docs docs/_build
+
+build: $(VENV)/all  ## wheel and sdist in dist/, each installed in an environment of its own, where it trains
+	rm -rf dist
+	$(PY) -m build --outdir dist .
+	$(PY) -m tests.built dist
 
 smoke: $(VENV)/all  ## a short run of every experiment
 	rm -rf runs/smoke
@@ -47,10 +61,10 @@ smoke: $(VENV)/all  ## a short run of every experiment
 bench: $(VENV)/all  ## training steps side by side with other libraries
 	$(PY) -m experiments.benchmarks.step $(ARGS)
 
-check: lint types test docs smoke  ## all that CI runs
+check: lint types test docs build smoke  ## all that CI runs
 
 clean:
-	rm -rf $(VENV) runs dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-3.* runs dist .pytest_cache .mypy_cache .ruff_cache
 
 # Without its dependencies: its torchvision would bring another PyTorch.
 $(VENV)/zennit: $(VENV)/experiments,test

@@ -7,6 +7,7 @@ Each check is a function of a case that raises AssertionError.  `tests/test_rule
 is blind to every error that moves entries about.
 """
 
+import copy
 import functools
 import itertools
 from collections.abc import Sequence
@@ -75,6 +76,16 @@ def shapes_and_dtypes(case: Case) -> None:
         y, found = jax.eval_shape(with_cotangents(case.function), args, delta)
         assert (y.shape, y.dtype) == (shape, case.options.get("preferred_element_type", dtype))
         assert [(c.shape, c.dtype) for c in found] == [(a.shape, dtype) for a in args]
+
+
+def weak_types_change_nothing(case: Case) -> None:
+    """Arrays made of Python's numbers are taken as others are, and nothing that comes of others is weak."""
+    args = case.arrays()  # float64: what is weak has JAX's default dtype
+    weak = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=True) for a in args)
+    delta = jax.eval_shape(case.function, *args)
+    strong, of_weak = (jax.eval_shape(with_cotangents(case.function), given, delta) for given in (args, weak))
+    assert not any(a.weak_type for a in flat(strong))
+    assert [(a.shape, a.dtype) for a in flat(of_weak)] == [(a.shape, a.dtype) for a in flat(strong)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,6 +177,28 @@ def jit_equals_eager(case: Case) -> None:
     assert_close(flat(optimised(run)(args, delta)), flat(case.run(args, delta)), within(case))
 
 
+def equal_geometry_compiles_once(case: Case) -> None:
+    """Called once more, op by op and with options of its own, nothing is compiled: all static halves are equal."""
+    args, delta = drawn(case)
+
+    def run() -> Any:
+        again = functools.partial(case.function.func, **copy.deepcopy(dict(case.options)))
+        return jax.block_until_ready(with_cotangents(again)(tuple(map(jnp.asarray, args)), jnp.asarray(delta)))
+
+    run()
+    compilations: list[str] = []
+
+    def count(event: str, duration: float, **_: Any) -> None:
+        compilations.extend([event] * (event == "/jax/core/compile/backend_compile_duration"))
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        run()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    assert not compilations, f"{len(compilations)} programs were compiled again"
+
+
 def vmap_equals_a_loop(case: Case) -> None:
     """Over each argument alone, and over all together."""
     one, other = case.arrays(seed=0), case.arrays(seed=1)
@@ -192,6 +225,22 @@ def mesh_equals_one_device(case: Case) -> None:
     assert_close(flat((y, found)), flat(case.run(args, delta)), within(case))
 
 
+def shard_map_equals_its_shards(case: Case) -> None:
+    """Each device has half of the batch, and alone what it has; the cotangents of what they share are summed."""
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
+    split, whole = PartitionSpec("batch"), PartitionSpec()
+    args, delta = drawn(case)
+    of_args = tuple(split if i in case.batched else whole for i in range(len(args)))
+    run = with_cotangents(case.function)
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=(of_args, split), out_specs=(split, of_args))
+    found = flat(compiled(sharded)(args, delta))
+    halves = [tuple(np.split(a, 2)[i] if j in case.batched else a for j, a in enumerate(args)) for i in range(2)]
+    alone = [flat(case.run(half, d)) for half, d in zip(halves, np.split(delta, 2), strict=True)]
+    joined = [True, *(i in case.batched for i in range(len(args)))]
+    expected = [np.concatenate(pair) if j else sum(pair) for j, *pair in zip(joined, *alone, strict=True)]
+    assert_close(found, expected, within(case))
+
+
 def scan_and_checkpoint_equal_a_loop(case: Case) -> None:
     """`lax.scan` over the first argument, its steps made again on the way back; the others' cotangents are summed."""
     first, *rest = case.arrays(seed=0)
@@ -212,15 +261,15 @@ def scan_and_checkpoint_equal_a_loop(case: Case) -> None:
 # 16 bits, no pictures, another rule
 
 
-def sixteen_bits_are_float32_rounded(case: Case) -> None:
-    """From the same numbers, bfloat16 gives what float32 gives, to its own rounding."""
-    args, delta = drawn(case, jnp.bfloat16)
+def sixteen_bits_are_float32_rounded(case: Case, dtype: Any = jnp.bfloat16) -> None:
+    """From the same numbers, 16 bits give what float32 gives, to their own rounding."""
+    args, delta = drawn(case, dtype)
     wide = tuple(a.astype(np.float32) for a in args)
     y, found = case.run(args, delta)
     expected_y, expected = case.run(wide, delta.astype(jax.eval_shape(case.function, *wide).dtype))
-    assert_close([y], [expected_y], within(case, jnp.bfloat16))
+    assert_close([y], [expected_y], within(case, dtype))
     if case.op != "hidden_layer":  # rounded before its pooling, entries become alike, and another of them wins
-        assert_close(found, expected, within(case, jnp.bfloat16))
+        assert_close(found, expected, within(case, dtype))
 
 
 def no_pictures_no_gradient(case: Case) -> None:

@@ -10,6 +10,8 @@ import jax
 import pytest
 import torch
 
+from tests.conformance.summary import pytest_terminal_summary as pytest_terminal_summary
+
 # Most of the time is compilation: no LLVM optimisations but where `optimised` asks for them.  Read when XLA starts.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 # Two devices, so that a batch can be split.  Takes effect only before JAX first looks for devices.

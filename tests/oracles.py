@@ -79,7 +79,8 @@ def conv_transpose(
         space = [d for d in of_w if d not in "OI"]
         x = x.permute([of_x.index(d) for d in ["N", *space, "C"]])
         w = w.permute([of_w.index(d) for d in [*space, "I", "O"]])
-        y = conv_transpose(x, w, b, stride=stride, padding=padding, output_padding=output_padding, groups=groups)
+        options = {"stride": stride, "padding": padding, "output_padding": output_padding, "dilation": dilation}
+        y = conv_transpose(x, w, b, **options, groups=groups)
         return y.permute([["N", *space, "C"].index(d) for d in of_y])
     spatial, size = x.shape[1:-1], w.shape[:-2]
     ndim = len(spatial)
@@ -187,7 +188,8 @@ def avg_pool(
     size, stride, pads, dilation = pool_options(x, window, stride, padding, dilation)
     x = x.movedim(-1, 1)
     own = native(pads, size)
-    if own is not None and set(dilation) == {1}:
+    larger = len(size) == 3 and any(k > n for k, n in zip(size, x.shape[2:], strict=True))  # refused, padded or not
+    if own is not None and set(dilation) == {1} and not larger:
         pool = AVG_POOL[len(size)]
         return pool(x, size, stride, own, ceil_mode=ceil_mode, count_include_pad=count_include_pad).movedim(1, -1)
     assert not ceil_mode, "PyTorch has no such pooling"

@@ -5,6 +5,7 @@ rows: each op, rank, option and named value of an option at least once.  What ha
 each.
 """
 
+import numpy as np
 import pytest
 
 from tests import checks
@@ -26,6 +27,11 @@ def smooth(case: Case) -> bool:
 @rows(CASES)
 def test_shapes_and_dtypes(case):
     checks.shapes_and_dtypes(case)
+
+
+@rows(CASES)
+def test_weak_types_change_nothing(case):
+    checks.weak_types_change_nothing(case)
 
 
 @rows([case for case in CASES if case.plain is not None])
@@ -66,6 +72,7 @@ def test_adjoint(case):
 @rows(ONE_EACH)
 def test_jit_equals_eager(case):
     checks.jit_equals_eager(case)
+    checks.equal_geometry_compiles_once(case)  # here, where all that runs op by op is compiled already
 
 
 @rows(FEW)
@@ -78,6 +85,11 @@ def test_mesh_equals_one_device(case):
     checks.mesh_equals_one_device(case)
 
 
+@rows([case for case in FEW if case.batched])
+def test_shard_map_equals_its_shards(case):
+    checks.shard_map_equals_its_shards(case)
+
+
 @rows(FEW)
 def test_scan_and_checkpoint_equal_a_loop(case):
     checks.scan_and_checkpoint_equal_a_loop(case)
@@ -86,6 +98,11 @@ def test_scan_and_checkpoint_equal_a_loop(case):
 @rows([*FEW, *LONG_SUMS])
 def test_sixteen_bits_are_float32_rounded(case):
     checks.sixteen_bits_are_float32_rounded(case)
+
+
+@rows(ONE_EACH)
+def test_float16_is_float32_rounded(case):
+    checks.sixteen_bits_are_float32_rounded(case, np.float16)
 
 
 @rows([case for case in FEW if case.batched])

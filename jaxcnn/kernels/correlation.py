@@ -222,8 +222,22 @@ def _spread_xla(c: Correlation, y: Array, w: Array, more: int = 0) -> Array:
     grouped = flipped.reshape(*w.shape[:-1], c.groups, w.shape[-1] // c.groups)
     swapped = jnp.swapaxes(grouped, -3, -1).reshape(*w.shape[:-2], w.shape[-1] // c.groups, -1)
     (before, after), *others = pads
-    pads = ((before, after + more), *others)
-    return _conv(c, y, swapped, padding=pads, y_dilation=win.stride, w_dilation=win.dilation, groups=c.groups)
+    wanted = ((before, after + more), *others)
+    pads = never_of_groups(win, wanted)
+    x = _conv(c, y, swapped, padding=pads, y_dilation=win.stride, w_dilation=win.dilation, groups=c.groups)
+    if pads == wanted:
+        return x
+    return lax.slice(x, (0,) * x.ndim, (x.shape[0], win.shape[0] + more, *win.shape[1:], x.shape[-1]))
+
+
+def never_of_groups(win: Window, pads: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+    """How to pad a spaced picture under a patch, one more than wanted where XLA would abort the process.
+
+    It takes a dim of two entries a patch, spaced by two and not padded, for one that stands for groups; where the patch
+    is larger than the picture it then makes them change places, and finds its own result malformed (jaxlib 0.10–0.12).
+    """
+    dims = zip(win.size, win.stride, win.dilation, pads, strict=True)
+    return tuple((lo, hi + ((k, s, d, lo, hi) == (2, 2, 1, 0, 0))) for k, s, d, (lo, hi) in dims)
 
 
 def _spread_spare_rows(c: Correlation, y: Array, w: Array) -> Array:

@@ -308,13 +308,14 @@ def _conv_transpose_plain(c: Correlation, x: Array, w: Array, b: Array | None) -
     starts = [extent - 1 - lo for extent, (lo, _) in zip(win.extent, win.padding, strict=True)]
     full = [(n - 1) * s + e for n, s, e in zip(x.shape[1:-1], win.stride, win.extent, strict=True)]
     ends = [n + lo - f + e - 1 for n, (lo, _), f, e in zip(win.shape, win.padding, full, win.extent, strict=True)]
+    pads = tuple((max(start, 0), max(end, 0)) for start, end in zip(starts, ends, strict=True))
     turned = lax.rev(w, range(win.ndim)).reshape(*w.shape[:-1], groups, w.shape[-1] // groups)
     turned = jnp.swapaxes(turned, -3, -1).reshape(*w.shape[:-2], w.shape[-1] // groups, -1)
     y = lax.conv_general_dilated(
         x.astype(c.dtype),
         turned.astype(c.dtype),
         (1,) * win.ndim,
-        [(max(start, 0), max(end, 0)) for start, end in zip(starts, ends, strict=True)],
+        kernels.never_of_groups(win, pads),
         lhs_dilation=win.stride,
         rhs_dilation=win.dilation,
         dimension_numbers=lax.ConvDimensionNumbers(layout, (channels, channels - 1, *range(win.ndim)), layout),

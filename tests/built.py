@@ -1,0 +1,84 @@
+"""What is built is what is installed: python -m tests.built dist.
+
+The wheel holds the package and nothing else; wheel and sdist, each in an environment of its own with nothing but what
+they ask for, import, know their version, and train.
+"""
+
+import email
+import subprocess
+import sys
+import tarfile
+import tempfile
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+
+#: Run outside of the clone: only the installed package can be imported.
+TRAINS = f"""
+import importlib.metadata, pathlib, sys
+import jax, jax.numpy as jnp, optax
+import jaxcnn
+assert pathlib.Path(jaxcnn.__file__).is_relative_to(sys.prefix), jaxcnn.__file__
+assert importlib.metadata.version("jaxcnn") == {VERSION!r}, importlib.metadata.version("jaxcnn")
+assert (pathlib.Path(jaxcnn.__file__).parent / "py.typed").is_file()
+net = jaxcnn.serial(jaxcnn.Conv(4, 3), jaxcnn.Relu(), jaxcnn.MaxPool(2), jaxcnn.Flatten(), jaxcnn.Dense(3))
+error, adam = jaxcnn.softmax_cross_entropy_with_integer_labels, optax.adam(1e-2)
+state = jaxcnn.TrainState.create(net, adam, jax.random.key(0), (8, 8, 1))
+step = jaxcnn.make_train_step(net, error, adam)
+batch = jax.random.normal(jax.random.key(1), (6, 8, 8, 1)), jnp.arange(6) % 3
+losses = []
+for _ in range(20):
+    state, metrics = step(state, batch)
+    losses.append(float(metrics["loss"]))
+assert losses[-1] < losses[0] / 2, losses
+print("jaxcnn", {VERSION!r}, "jax", jax.__version__, "trains:", round(losses[0], 3), "to", round(losses[-1], 3))
+"""
+
+
+def wheel_holds_the_package_only(wheel: Path) -> None:
+    package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "jaxcnn").rglob("*") if path.suffix == ".py"}
+    package.add("jaxcnn/py.typed")
+    info = f"jaxcnn-{VERSION}.dist-info"
+    with zipfile.ZipFile(wheel) as archive:
+        found = {name for name in archive.namelist() if not name.startswith(f"{info}/")}
+        metadata = email.message_from_bytes(archive.read(f"{info}/METADATA"))
+    assert found == package, f"{wheel.name}: {sorted(found ^ package)}"
+    core = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
+    names = {line.split(">")[0].split("<")[0].split("=")[0].strip() for line in core}
+    assert names == {"jax", "jaxlib", "optax"}, core
+
+
+def sdist_can_be_tested(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "Makefile"}
+    wanted |= {"jaxcnn/py.typed", "tests/cases.py", "experiments/train.py", "docs/index.md"}
+    assert wanted <= names, f"{sdist.name} lacks {sorted(wanted - names)}"
+
+
+def installs_and_trains(built: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        venv.create(folder, with_pip=True)
+        python = Path(folder, "bin", "python")
+        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, built.resolve()], check=True, cwd=folder)
+        subprocess.run([python, "-I", "-W", "error", "-c", TRAINS], check=True, cwd=folder)
+
+
+def main() -> int:
+    """Check the one wheel and the one sdist of a folder."""
+    dist = Path(sys.argv[1])
+    (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
+    wheel_holds_the_package_only(wheel)
+    sdist_can_be_tested(sdist)
+    for built in (wheel, sdist):
+        installs_and_trains(built)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

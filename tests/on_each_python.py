@@ -1,0 +1,62 @@
+"""The suite on each Python that is installed: python -m tests.on_each_python [arguments of pytest].
+
+Each has an environment of its own, .venv-3.12 and so on, with the newest jax that fits, and runs the suite twice where
+jax has another implementation of `custom_vjp` to choose (JAX_CUSTOM_VJP3).
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+VERSIONS = ("3.11", "3.12", "3.13")
+ROOT = Path(__file__).parents[1]
+
+
+def interpreters() -> Iterator[tuple[str, Path]]:
+    """Those on the PATH and of pyenv; a shim of pyenv that leads nowhere is none."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
+    for version in VERSIONS:
+        on_path = shutil.which(f"python{version}")
+        for python in [on_path] * bool(on_path) + sorted(pyenv.glob(f"{version}.*/bin/python")):
+            if subprocess.run([python, "-c", ""], capture_output=True).returncode == 0:
+                yield version, Path(python)
+                break
+
+
+def installed(version: str, interpreter: Path) -> Path:
+    """The Python of its environment, with all that the tests need."""
+    folder = ROOT / f".venv-{version}"
+    python = folder / "bin" / "python"
+    if not python.exists():
+        subprocess.run([interpreter, "-m", "venv", folder], check=True)
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "--upgrade", "--upgrade-strategy", "eager", "--editable", ".[experiments,test]"], check=True)
+    subprocess.run([*pip, "--no-deps", "zennit==0.5.1"], check=True)  # whose torchvision would bring another PyTorch
+    return python
+
+
+def main() -> int:
+    """Return how many runs failed."""
+    failed = []
+    found = list(interpreters())
+    for version, interpreter in found:
+        python = installed(version, interpreter)
+        probe = "import jax; print(jax.__version__, hasattr(jax.config, 'jax_custom_vjp3'))"
+        said = subprocess.run([python, "-c", probe], check=True, capture_output=True, text=True).stdout
+        jax, has_switch = said.split()
+        for switch in ("", "1") if has_switch == "True" else ("",):
+            run = f"Python {version}, jax {jax}{', JAX_CUSTOM_VJP3=1' if switch else ''}"
+            print(f"\n{run}", flush=True)
+            environment = os.environ | ({"JAX_CUSTOM_VJP3": switch} if switch else {})
+            done = subprocess.run([python, "-m", "pytest", "-n", "2", *sys.argv[1:]], env=environment)
+            failed += [run] * (done.returncode != 0)
+    print("\nfound:", ", ".join(version for version, _ in found), "\nfailed:", "; ".join(failed) or "none")
+    return len(failed)
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    sys.exit(main())
