@@ -97,7 +97,7 @@ def _choose_grouped(c: Correlation, inputs: int, outputs: int) -> str:
 
 def _neighbours(c: Correlation, inputs: int, outputs: int) -> int:
     """How many groups side by side make up to `JOINED` channels."""
-    return max(_divisor(c.groups, JOINED * c.groups // max(inputs, outputs, 1)), 1)
+    return max(divisor(c.groups, JOINED * c.groups // max(inputs, outputs, 1)), 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
