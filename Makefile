@@ -51,12 +51,12 @@ smoke: $(VENV)/all  ## a short run of every experiment
 	$(PY) -m experiments.alignment --rules exact sign-symmetric --seeds 1 --steps 3 --out runs/smoke/alignment
 	JAXCNN_TUTORIAL_STEPS=3 $(PY) -m experiments.tutorial
 	$(PY) -m experiments.benchmarks.step --contenders "flax nnx" torch --rounds 1 --batch-size 8 --out runs/smoke/step.json
-	$(PY) -m experiments.benchmarks.ops --quick --only hidden_layer --out runs/smoke/ops.json
+	$(PY) -m experiments.benchmarks.ops --quick --only kron_up --out runs/smoke/ops.json
 	$(PY) -m experiments.benchmarks.memory --nets lenet5 --batch-size 8 --out runs/smoke/memory.json
 	$(PY) -m experiments.benchmarks.compile --net lenet5 --libraries "flax nnx" --rounds 1 --out runs/smoke/compile.json
 	$(PY) -m experiments.benchmarks.growth --what channels --most 8 --rounds 1 --out runs/smoke/growth.json
-	$(PY) -m experiments.benchmarks.examples --net lenet5 --batch-size 4 --rounds 1 --out runs/smoke/examples.json
-	$(PY) -m experiments.benchmarks.accuracy --data fashion-mnist-sample --max-steps 2 --out runs/smoke/accuracy.json
+	$(PY) -m experiments.benchmarks.examples --net lenet5 --libraries "flax nnx" --batch-size 4 --rounds 1 --out runs/smoke/examples.json
+	$(PY) -m experiments.benchmarks.accuracy --data fashion-mnist-sample --libraries jaxcnn torch --max-steps 2 --out runs/smoke/accuracy.json
 
 bench: $(VENV)/all  ## training steps side by side with other libraries
 	$(PY) -m experiments.benchmarks.step $(ARGS)

@@ -166,7 +166,7 @@ def measure(row: "Row", wanted: Sequence[str], config: Config) -> Iterator[Measu
                 if name == OURS:
                     raise
                 notes.append(f"{name} cannot")
-        notes += judged(found, EQUAL[config.device])
+        notes += judged(found, max(EQUAL[config.device], row.equal))
         if row.flops is not None and not config.quick:
             timed[GEMM] = gemm()
         rounds, most, calls_a_turn = (1, 0.0, 1) if config.quick else (config.rounds, 0.1, 10)
