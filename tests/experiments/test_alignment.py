@@ -8,6 +8,7 @@ from matplotlib.image import imread
 
 import jaxcnn
 from experiments import alignment, data
+from tests.cases import compiled
 
 LOSS = jaxcnn.softmax_cross_entropy_with_integer_labels
 
@@ -23,38 +24,33 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def test_table_csv_and_plot(tmp_path, capsys):
     out = tmp_path / "out"
-    argv = ("--rules", "exact", "feedback alignment", "--seeds", 2, "--steps", 3, "--batch-size", 16, "--out", out)
+    argv = ("--rules", "sign-symmetric", "exact", "--seeds", 2, "--steps", 40, "--batch-size", 32, "--out", out)
     assert main(*argv) == 0
     assert sorted(path.name for path in out.iterdir()) == ["accuracy.csv", "alignment.png", "angles.csv"]
     assert min(imread(out / "alignment.png").shape[:2]) > 250
 
     angles = read(out / "angles.csv")
-    assert [(r["rule"], r["seed"], r["step"], r["layer"]) for r in angles] == [
+    rules, steps = ("exact", "sign-symmetric"), sorted({int(r["step"]) for r in angles})
+    assert (len(steps), steps[0], steps[-1]) == (alignment.LOOKS, 0, 39)
+    assert [(r["rule"], r["seed"], int(r["step"]), r["layer"]) for r in angles] == [
         (rule, seed, step, layer)
-        for rule in ("exact", "feedback alignment") for seed in "01" for step in "012"
-        for layer in ("conv1", "conv2", "dense1")
+        for rule in rules for seed in "01" for step in steps for layer in ("conv1", "conv2", "dense1")
     ]  # fmt: skip
-    by_rule = {
-        (rule, layer): [float(r["degrees"]) for r in angles if (r["rule"], r["layer"]) == (rule, layer)]
-        for rule, layer in {(r["rule"], r["layer"]) for r in angles}
-    }
-    for (rule, layer), found in by_rule.items():
-        if rule == "exact" or layer == "dense1":  # whose δ comes from the loss itself
-            assert max(found) < 0.1
+    for r in angles:
+        if r["rule"] == "exact" or r["layer"] == "dense1":  # whose δ comes from the loss itself
+            assert float(r["degrees"]) < 0.1
         else:
-            assert min(found) > 20
-            assert max(found) < 160
-    assert by_rule["feedback alignment", "conv1"][0] != by_rule["feedback alignment", "conv1"][3]  # of another seed
+            assert 1 < float(r["degrees"]) < 90
 
     accuracies = read(out / "accuracy.csv")
-    assert [(r["rule"], r["seed"]) for r in accuracies] == [
-        (rule, seed) for rule in ("exact", "feedback alignment") for seed in "01"
-    ]
+    assert [(r["rule"], r["seed"]) for r in accuracies] == [(rule, seed) for rule in rules for seed in "01"]
     text = capsys.readouterr().out
     for r in accuracies:
+        assert float(r["test_accuracy"]) > 0.3  # of chance, 0.1
         assert f"{r['rule']:<18} seed {r['seed']}   test accuracy {float(r['test_accuracy']):.4f}" in text
-    mean = np.mean(by_rule["feedback alignment", "conv2"][::3])
-    assert f"{mean:.1f}° → " in text
+    of_conv2 = [r for r in angles if (r["rule"], r["layer"]) == ("sign-symmetric", "conv2")]
+    first, last = (np.mean([float(r["degrees"]) for r in of_conv2 if int(r["step"]) == step]) for step in (0, 39))
+    assert f"{first:.1f}° → {last:.1f}°" in text
 
 
 def test_angles_are_what_the_definition_says():
@@ -78,7 +74,7 @@ def test_every_rule_turns_the_gradient_and_leaves_the_output(name):
     sample = data.load("fashion-mnist-sample")
     x, labels = sample.train_images[:32], sample.train_labels[:32]
 
-    @jax.jit
+    @compiled
     def both(params, x, labels):
         def error(params, rules):
             outputs = net.apply(params, x, rules=rules)
@@ -98,11 +94,10 @@ def test_every_rule_turns_the_gradient_and_leaves_the_output(name):
         assert angles["dense1"] < 0.1
 
 
-def test_it_learns():
-    trained = alignment.train("8-bit δ", 1, data.load("fashion-mnist-sample"), 60, 32)
-    assert trained.accuracy > 0.5
-    assert len(trained.angles) == alignment.LOOKS
-    assert (min(trained.angles), max(trained.angles)) == (0, 59)
+def test_each_seed_has_random_patches_of_its_own():
+    w = np.ones((5, 5, 1, 8), np.float32)
+    one, two = (alignment.rules_of("feedback alignment", seed, 32)[jaxcnn.Conv].patch(w) for seed in (0, 1))
+    assert not np.allclose(one, two)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +109,7 @@ def test_it_learns():
         (("--seeds", 0), "--seeds: expected at least 1, got 0"),
         (("--steps", -3), "--steps: expected at least 1, got -3"),
         (("--batch-size", 10_001), "--batch-size: expected at most 10000, got 10001"),
-        (("--step", 3), "unknown option --step; did you mean --steps?"),
+        (("--step", 3), "unknown option --step, 3; did you mean --steps?"),
     ],
 )
 def test_what_means_nothing_is_told_in_a_line(tmp_path, capsys, argv, expected):

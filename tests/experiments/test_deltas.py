@@ -6,15 +6,15 @@ import pytest
 from matplotlib.image import imread
 
 import jaxcnn
-from experiments import deltas, train
+from experiments import deltas
 from experiments.trained import restore
+from tests.cases import compiled
+from tests.runs import untrained
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "lenet5"
-    assert train.main(["--model", "lenet5", "--max-steps", "30", "--out", str(folder)]) == 0
-    return folder
+    return untrained("lenet5", tmp_path_factory.mktemp("runs") / "lenet5")
 
 
 def main(*argv: object) -> int:
@@ -52,7 +52,7 @@ def test_delta_is_what_autodiff_says(run):
     labels = trained.dataset.test_labels[images]
     logits = found.activations[deltas.last(trained.net)]
     np.testing.assert_allclose(
-        logits, trained.net.apply(trained.params, trained.dataset.test_images[images]), rtol=1e-4, atol=1e-5
+        logits, compiled(trained.net.apply)(trained.params, trained.dataset.test_images[images]), rtol=1e-4, atol=1e-5
     )
     p = deltas.softmax(logits)
     np.testing.assert_allclose(p.sum(1), 1, rtol=1e-5)
@@ -60,10 +60,10 @@ def test_delta_is_what_autodiff_says(run):
     at = [name for name, _ in trained.net.layers].index("conv2") + 1
     rest = jaxcnn.Serial(trained.net.layers[at:])
     loss = jaxcnn.softmax_cross_entropy_with_integer_labels
-    for i in range(3):
-        a = found.activations["conv2"][i : i + 1]
-        expected = jax.grad(lambda a, i=i: loss(rest.apply(trained.params, a), labels[i : i + 1])[0])(a)[0]
-        np.testing.assert_allclose(found.deltas["conv2"][i], expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
+    error = compiled(jax.grad(lambda a, label: loss(rest.apply(trained.params, a[None]), label[None])[0]))
+    for a, delta, label in zip(found.activations["conv2"], found.deltas["conv2"], labels, strict=True):
+        expected = error(a, label)
+        np.testing.assert_allclose(delta, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
 
 
 def test_channels_are_those_that_matter_most(run):
@@ -98,7 +98,7 @@ def test_every_layer_has_a_place():
         (("--images", 2000), 2, "--images: expected 0 to 1999, got 2000"),
         (("--images",), 2, "--images"),
         (("--channels", 0), 2, "--channels: expected at least 1, got 0"),
-        (("--channel", 3), 2, "unknown option --channel; did you mean --channels?"),
+        (("--channel", 3), 2, "unknown option --channel, 3; did you mean --channels?"),
         (("--epochs", 3), 2, "--epochs: expected without --run, whose net is trained already"),
         (("--run", "nowhere"), 1, "config.json: expected a run's config, got No such file"),
         (("--out", __file__), 1, "expected a folder or nothing"),

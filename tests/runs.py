@@ -1,0 +1,20 @@
+"""A run's folder with first weights, for tests that need a net and no training."""
+
+from pathlib import Path
+
+import jax
+
+from experiments import checkpoints, data
+from experiments.models import MODELS
+from experiments.runs import Run
+
+
+def untrained(model: str, folder: Path) -> Path:
+    """What `experiments.train` would leave in ``folder``, before its first step; biases are not zero."""
+    sample = data.load("fashion-mnist-sample")
+    config = {"model": model, "data": sample.name, "data_dir": None, "data_sha256": sample.sha256}
+    run = Run.start(folder, config)
+    net = MODELS[model](len(sample.class_names))
+    params = jax.jit(lambda: net.init(jax.random.key(0), sample.image_shape))()
+    checkpoints.save(run.weights, jax.tree.map(lambda a: a if a.ndim > 1 else a + 0.1, params))
+    return folder
