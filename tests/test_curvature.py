@@ -122,7 +122,7 @@ def test_dtypes_stay(dtype):
     of_net = functools.partial(hvp, lambda p: losses["cross-entropy"](net.apply(p, x)))
     of_model = functools.partial(gauss_newton_vp, lambda p: net.apply(p, x), losses["cross-entropy"])
     for product in (of_net, of_model):
-        assert {a.dtype for a in jax.tree.leaves(product(params, v))} == {jnp.dtype(dtype)}
+        assert {a.dtype for a in jax.tree.leaves(jax.eval_shape(product, params, v))} == {jnp.dtype(dtype)}
 
 
 def test_trees_of_outputs():

@@ -279,14 +279,18 @@ def test_ghost_norms_are_norms(name):
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((3, *spatial, inputs)), rng.standard_normal((3, *c.window.out, outputs))
     w = rng.standard_normal((*size, inputs // groups, outputs))
-    each = [
-        jax.vjp(lambda w, n=n: jaxcnn.conv(x[n : n + 1], w, rule=rules.autodiff, **options), w)[1](y[n : n + 1])[0]
-        for n in range(3)
-    ]
-    np.testing.assert_allclose(kernels.match_each(c, x, y), np.stack(each), rtol=1e-10, atol=1e-12)
+
+    @compiled
+    def one(x, y, w):
+        return jax.vjp(lambda w: jaxcnn.conv(x, w, rule=rules.autodiff, **options), w)[1](y)[0]
+
+    each = [one(x[n : n + 1], y[n : n + 1], w) for n in range(3)]
+    np.testing.assert_allclose(
+        compiled(lambda x, y: kernels.match_each(c, x, y))(x, y), np.stack(each), rtol=1e-10, atol=1e-12
+    )
     expected = [np.square(w).sum() for w in each]
-    np.testing.assert_allclose(kernels._ghost_squares(c, x, y), expected, rtol=1e-10)
-    np.testing.assert_allclose(kernels.match_squares(c, x, y), expected, rtol=1e-10)
+    for squares in (kernels._ghost_squares, kernels.match_squares):
+        np.testing.assert_allclose(compiled(functools.partial(squares, c))(x, y), expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize(("places", "inputs", "outputs"), [(1, 5, 4), (2, 9, 8), (40, 3, 2)])

@@ -16,7 +16,7 @@ import torch
 import jaxcnn
 from tests import oracles
 from tests.agreement import CLOSE, pulled_in_torch, random_delta
-from tests.cases import Case, compiled, positive, row, ties, with_cotangents
+from tests.cases import OPS, Case, compiled, positive, row, ties, with_cotangents
 from tests.checks import assert_close, within
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
@@ -392,10 +392,6 @@ def indices_in_torch(x: np.ndarray, window, stride=None, padding="VALID", dilati
 
 def pasteable(case: Case) -> str:
     """The line of `tests/cases.py` that is this case."""
-    drawn = next((f"draw={d.__name__}" for d in case.draw if d in (ties, positive)), None)
-    options = [f"{name}={value!r}" for name, value in case.options.items()]
-    return (
-        f"row({', '.join([repr(case.op), *map(repr, case.shapes), *options, *([drawn] if drawn else [])])}),".replace(
-            "'", '"'
-        )
-    )
+    options = [f"{option}={value!r}" for option, value in case.options.items()]
+    drawn = [] if case.draw == OPS[case.op].draw else [f"draw={case.draw[0].__name__}"]
+    return f"row({', '.join([repr(case.op), *map(repr, case.shapes), *options, *drawn])}),".replace("'", '"')

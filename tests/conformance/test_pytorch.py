@@ -7,7 +7,7 @@ from tests.conformance.geometries import SHARES, STRATEGIES
 from tests.conformance.summary import agreed
 
 #: Geometries in all.
-COUNT = 500
+COUNT = 400
 
 
 @pytest.mark.parametrize("op", STRATEGIES)
