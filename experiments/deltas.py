@@ -130,7 +130,8 @@ def last(net: "Serial") -> str:
 def row(net: "Serial", found: "Sweep", names: tuple[str, ...], i: int, channels: int) -> Row:
     """Return what is drawn of a layer for image `i`: of a picture the `channels` that matter most, in order."""
     a, delta = np.asarray(found.activations[names[0]][i]), np.asarray(found.deltas[names[0]][i])
-    shape, chosen = a.shape, ()
+    shape = a.shape
+    chosen: tuple[int, ...] = ()
     if a.ndim == 3:
         weight = np.abs(a * delta).sum((0, 1))
         chosen = tuple(int(c) for c in np.argsort(-weight, kind="stable")[:channels])
@@ -159,11 +160,11 @@ def describe(dataset: Dataset, n: int, probabilities: np.ndarray) -> str:
 
 def picture(path: Path, dataset: Dataset, n: int, probabilities: np.ndarray, rows: Sequence[Row]) -> None:
     """Write a PNG: the image on top; below, a row for each layer, activations at the left and δ at the right."""
-    from experiments.lecture.drawing import BLUE, RED, figure, grey, plain, signed
+    from experiments.lecture.drawing import BLUE, RED, figure, grey, parts, plain, signed
 
     wide = max([row.activation.shape[-1] for row in rows if row.activation.ndim == 3], default=4)
     made = figure(2.2 * wide + 1.2, 1.95 + 1.55 * len(rows))
-    head, *parts = made.subfigures(len(rows) + 1, 1, height_ratios=[1.2, *[1] * len(rows)])
+    head, *below = parts(made, len(rows) + 1, 1, height_ratios=[1.2, *[1] * len(rows)])
     key = "left: activation a; right: δ = ∂E/∂a of the same channels; red above 0, blue below, each on its own scale ±"
     head.suptitle(f"{describe(dataset, n, probabilities)}\n{key}", fontsize=10.5)
     shown, bars = head.subplots(1, 2, width_ratios=[1, 3])
@@ -174,8 +175,8 @@ def picture(path: Path, dataset: Dataset, n: int, probabilities: np.ndarray, row
     plain(bars, "", "", "probability")
     bars.set_xticks(range(len(probabilities)), dataset.class_names, rotation=30, ha="right")
     bars.tick_params(labelsize=7)
-    for part, line in zip(parts, rows, strict=True):
-        left, right = part.subfigures(1, 2)
+    for part, line in zip(below, rows, strict=True):
+        left, right = parts(part, 1, 2)
         size = "×".join(map(str, line.shape))
         for side, values, what in ((left, line.activation, "a"), (right, line.delta, "δ")):
             limit = top(values) or 1.0
