@@ -45,7 +45,7 @@ smoke: $(VENV)/all  ## a short run of every experiment
 	$(PY) -m experiments.train --max-steps 3 --check-grads --out runs/smoke/train
 	$(PY) -m experiments.train --model mlp --max-steps 3 --out runs/smoke/mlp
 	$(PY) -m experiments.train --model lenet5 --max-steps 3 --out runs/smoke/lenet5
-	$(PY) -m experiments.lecture --out runs/smoke/lecture
+	$(PY) -m experiments.lecture.s09_delta --out runs/smoke/lecture
 	$(PY) -m experiments.deltas --run runs/smoke/lenet5 --images 0 --out runs/smoke/deltas
 	$(PY) -m experiments.attributions --run runs/smoke/train --images 0 --out runs/smoke/attributions
 	$(PY) -m experiments.alignment --rules exact sign-symmetric --seeds 1 --steps 3 --out runs/smoke/alignment

@@ -200,18 +200,25 @@ def equal_geometry_compiles_once(case: Case) -> None:
 
 
 def vmap_equals_a_loop(case: Case) -> None:
-    """Over each argument alone, and over all together."""
+    """Over all arguments together."""
+    mapped_equals_a_loop(case, (True,) * len(case.shapes))
+
+
+def vmap_over_each_equals_a_loop(case: Case) -> None:
+    """Over each argument alone: x, or w."""
+    for i in range(len(case.shapes)):
+        mapped_equals_a_loop(case, tuple(j == i for j in range(len(case.shapes))))
+
+
+def mapped_equals_a_loop(case: Case, over: tuple[bool, ...]) -> None:
     one, other = case.arrays(seed=0), case.arrays(seed=1)
-    stacked = tuple(map(np.stack, zip(one, other, strict=True)))
     deltas = np.stack([cotangent(case, one, seed) for seed in (1, 2)])
-    alone = [tuple(j == i for j in range(len(one))) for i in range(len(one))]
-    for over in {*alone, (True,) * len(one)}:
-        args = tuple(s if mapped else a for s, a, mapped in zip(stacked, one, over, strict=True))
-        axes = tuple(0 if mapped else None for mapped in over)
-        found = compiled(jax.vmap(with_cotangents(case.function), (axes, 0)))(args, deltas)
-        turns = (tuple(a[i] if mapped else a for a, mapped in zip(args, over, strict=True)) for i in range(2))
-        expected = [flat(case.run(turn, delta)) for turn, delta in zip(turns, deltas, strict=True)]
-        assert_close(flat(found), [np.stack(pair) for pair in zip(*expected, strict=True)], within(case))
+    args = tuple(np.stack(pair) if mapped else a for a, *pair, mapped in zip(one, one, other, over, strict=True))
+    axes = tuple(0 if mapped else None for mapped in over)
+    found = compiled(jax.vmap(with_cotangents(case.function), (axes, 0)))(args, deltas)
+    turns = (tuple(a[i] if mapped else a for a, mapped in zip(args, over, strict=True)) for i in range(2))
+    expected = [flat(case.run(turn, delta)) for turn, delta in zip(turns, deltas, strict=True)]
+    assert_close(flat(found), [np.stack(pair) for pair in zip(*expected, strict=True)], within(case))
 
 
 def mesh_equals_one_device(case: Case) -> None:

@@ -75,12 +75,17 @@ def test_jit_equals_eager(case):
     checks.equal_geometry_compiles_once(case)  # here, where all that runs op by op is compiled already
 
 
+@rows([case for case in ONE_EACH if len(case.shapes) > 1])
+def test_vmap_over_each_argument_equals_a_loop(case):
+    checks.vmap_over_each_equals_a_loop(case)
+
+
 @rows(FEW)
 def test_vmap_equals_a_loop(case):
     checks.vmap_equals_a_loop(case)
 
 
-@rows([case for case in FEW if case.batched])
+@rows([case for case in ONE_EACH if case.batched])
 def test_mesh_equals_one_device(case):
     checks.mesh_equals_one_device(case)
 
@@ -90,7 +95,7 @@ def test_shard_map_equals_its_shards(case):
     checks.shard_map_equals_its_shards(case)
 
 
-@rows(FEW)
+@rows(ONE_EACH)
 def test_scan_and_checkpoint_equal_a_loop(case):
     checks.scan_and_checkpoint_equal_a_loop(case)
 
