@@ -725,9 +725,9 @@ def test_every_message_is_one_line_and_begins_with_its_op():
         assert "\n" not in row.message
     ops = {name for name in dir(jaxcnn) if callable(getattr(jaxcnn, name)) and name[0].islower()}
     nets = {"serial", "residual", "calibrate", "evaluate", "make_train_step"}
-    elsewhere = {  # tests/ops/test_signal.py, tests/test_{attribution, backprop, examples, curvature}.py
+    elsewhere = {  # tests/ops/test_signal.py, tests/test_{attribution, backprop, examples, curvature, folding}.py
         "convolve", "correlate", "autocorrelate", "match_template", "attribute", "backprop", "tap",
         "value_grad_and_deltas", "per_example_gradients", "per_example_norms", "clipped_gradient", "hvp",
-        "gauss_newton_vp",
+        "gauss_newton_vp", "fold_batch_norm",
     }  # fmt: skip
     assert {row.message.split(":")[0] for row in rows} == ops - nets - elsewhere
