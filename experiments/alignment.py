@@ -270,8 +270,8 @@ def picture(path: Path, trainings: Sequence[Trained]) -> None:
             label = t.rule if t.seed == 0 else None
             axes.plot(steps, [t.angles[s][name] for s in steps], color=colours[t.rule], linewidth=1.3, label=label)
         axes.axhline(90, color="0.8", linewidth=0.8, linestyle=":")
-        axes.set_ylim(-3, 100)
-        axes.set_yticks(range(0, 91, 15))
+        axes.set_ylim(-5, 185)
+        axes.set_yticks(range(0, 181, 30))
         plain(axes, name, "step", "degrees" if axes is charts[0] else "")
     for i, (rule, of) in enumerate(by_rule(trainings).items()):
         last.plot([t.accuracy for t in of], [-i] * len(of), "o", color=colours[rule], alpha=0.7, markersize=6)
