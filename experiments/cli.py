@@ -58,6 +58,19 @@ def did_you_mean(got: str, names: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def check_choice(flag: str, got: str, known: Iterable[str]) -> None:
+    """Raise UsageError for what is none of the names a flag takes."""
+    known = list(known)
+    if got not in known:
+        raise UsageError(f"{flag}: expected one of {', '.join(known)}, got {got!r}{did_you_mean(got, known)}")
+
+
+def check_count(flag: str, number: int | None) -> None:
+    """Raise UsageError for a number below 1; None is a flag that was not given."""
+    if number is not None and number < 1:
+        raise UsageError(f"{flag}: expected a whole number >= 1, got {number}")
+
+
 def _options(config_type: type) -> dict[str, str]:
     """Return {"--learning-rate": "a number", …}: the flags of a dataclass and what each expects."""
     expected = {int: "a whole number", float: "a number"}

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -138,9 +138,9 @@ def check(config: Config) -> None:
     """Raise UsageError for whatever can be known to be wrong before anything is read or made."""
     from experiments.models import MODELS
 
-    _one_of("--data", config.data, SOURCES)
-    _one_of("--optimizer", config.optimizer, LEARNING_RATES)
-    _one_of("--model", config.model, MODELS)
+    cli.check_choice("--data", config.data, SOURCES)
+    cli.check_choice("--optimizer", config.optimizer, LEARNING_RATES)
+    cli.check_choice("--model", config.model, MODELS)
     for flag, number in {
         "--epochs": config.epochs,
         "--batch-size": config.batch_size,
@@ -155,11 +155,6 @@ def check(config: Config) -> None:
         raise UsageError(f"--learning-rate: expected a finite number above 0, got {rate}")
     if config.data_dir is not None and config.data != "fashion-mnist":
         raise UsageError(f"--data-dir: expected with --data fashion-mnist only, got --data {config.data}")
-
-
-def _one_of(flag: str, got: str, names: Iterable[str]) -> None:
-    if got not in names:
-        raise UsageError(f"{flag}: expected one of {', '.join(names)}, got {got!r}{cli.did_you_mean(got, names)}")
 
 
 def build(config: Config, dataset: Dataset) -> "tuple[Serial, str]":

@@ -9,7 +9,7 @@ Rooms: layers import `jaxcnn.ops`; `jaxcnn.net` puts them in a row.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -377,6 +377,14 @@ class GroupNorm(_Normalization):
 
 
 class _Activation(Layer):
+    #: Its options are the fields of the layer.
+    op: ClassVar[Callable[..., Array]]
+
+    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
+        """``op(x)``."""
+        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "name"}
+        return self.op(x, **options, rule=rule)
+
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
         """1 for each entry."""
         return math.prod(out)
@@ -386,172 +394,131 @@ class _Activation(Layer):
 class Relu(_Activation):
     """`jaxcnn.relu`."""
 
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``relu(x)``."""
-        return activation.relu(x, rule=rule)
+    op = staticmethod(activation.relu)
 
 
 @dataclasses.dataclass(frozen=True)
 class LeakyRelu(_Activation):
     """`jaxcnn.leaky_relu`."""
 
+    op = staticmethod(activation.leaky_relu)
     negative_slope: float = 0.01
-
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``leaky_relu(x)``."""
-        return activation.leaky_relu(x, negative_slope=self.negative_slope, rule=rule)
 
 
 @dataclasses.dataclass(frozen=True)
 class Elu(_Activation):
     """`jaxcnn.elu`."""
 
+    op = staticmethod(activation.elu)
     alpha: float = 1.0
-
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``elu(x)``."""
-        return activation.elu(x, alpha=self.alpha, rule=rule)
 
 
 @dataclasses.dataclass(frozen=True)
 class Gelu(_Activation):
     """`jaxcnn.gelu`."""
 
+    op = staticmethod(activation.gelu)
     approximate: bool = False
-
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``gelu(x)``."""
-        return activation.gelu(x, approximate=self.approximate, rule=rule)
 
 
 @dataclasses.dataclass(frozen=True)
 class Silu(_Activation):
     """`jaxcnn.silu`."""
 
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``silu(x)``."""
-        return activation.silu(x, rule=rule)
+    op = staticmethod(activation.silu)
 
 
 @dataclasses.dataclass(frozen=True)
 class Softplus(_Activation):
     """`jaxcnn.softplus`."""
 
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``softplus(x)``."""
-        return activation.softplus(x, rule=rule)
+    op = staticmethod(activation.softplus)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sigmoid(_Activation):
     """`jaxcnn.sigmoid`."""
 
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``sigmoid(x)``."""
-        return activation.sigmoid(x, rule=rule)
+    op = staticmethod(activation.sigmoid)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tanh(_Activation):
     """`jaxcnn.tanh`."""
 
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``tanh(x)``."""
-        return activation.tanh(x, rule=rule)
+    op = staticmethod(activation.tanh)
 
 
 @dataclasses.dataclass(frozen=True)
 class Selu(_Activation):
     """`jaxcnn.selu`."""
 
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``selu(x)``."""
-        return activation.selu(x, rule=rule)
+    op = staticmethod(activation.selu)
 
 
 @dataclasses.dataclass(frozen=True)
 class Celu(_Activation):
     """`jaxcnn.celu`."""
 
+    op = staticmethod(activation.celu)
     alpha: float = 1.0
-
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``celu(x)``."""
-        return activation.celu(x, alpha=self.alpha, rule=rule)
 
 
 @dataclasses.dataclass(frozen=True)
 class Relu6(_Activation):
     """`jaxcnn.relu6`."""
 
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``relu6(x)``."""
-        return activation.relu6(x, rule=rule)
+    op = staticmethod(activation.relu6)
 
 
 @dataclasses.dataclass(frozen=True)
 class HardTanh(_Activation):
     """`jaxcnn.hard_tanh`."""
 
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``hard_tanh(x)``."""
-        return activation.hard_tanh(x, rule=rule)
+    op = staticmethod(activation.hard_tanh)
 
 
 @dataclasses.dataclass(frozen=True)
 class HardSigmoid(_Activation):
     """`jaxcnn.hard_sigmoid`."""
 
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``hard_sigmoid(x)``."""
-        return activation.hard_sigmoid(x, rule=rule)
+    op = staticmethod(activation.hard_sigmoid)
 
 
 @dataclasses.dataclass(frozen=True)
 class HardSwish(_Activation):
     """`jaxcnn.hard_swish`."""
 
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``hard_swish(x)``."""
-        return activation.hard_swish(x, rule=rule)
+    op = staticmethod(activation.hard_swish)
 
 
 @dataclasses.dataclass(frozen=True)
 class Mish(_Activation):
     """`jaxcnn.mish`."""
 
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``mish(x)``."""
-        return activation.mish(x, rule=rule)
+    op = staticmethod(activation.mish)
 
 
 @dataclasses.dataclass(frozen=True)
 class Softsign(_Activation):
     """`jaxcnn.softsign`."""
 
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``softsign(x)``."""
-        return activation.softsign(x, rule=rule)
+    op = staticmethod(activation.softsign)
 
 
 @dataclasses.dataclass(frozen=True)
 class Squareplus(_Activation):
     """`jaxcnn.squareplus`."""
 
+    op = staticmethod(activation.squareplus)
     b: float = 4.0
-
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``squareplus(x)``."""
-        return activation.squareplus(x, b=self.b, rule=rule)
 
 
 @dataclasses.dataclass(frozen=True)
 class LogSigmoid(_Activation):
     """`jaxcnn.log_sigmoid`."""
 
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``log_sigmoid(x)``."""
-        return activation.log_sigmoid(x, rule=rule)
+    op = staticmethod(activation.log_sigmoid)
 
 
 class _Pool(Layer):

@@ -108,9 +108,7 @@ def compare(config: Config) -> int:
 def check(config: Config) -> None:
     """Raise UsageError for whatever can be known to be wrong."""
     for name in ("epochs", "turns", "batch_size", "max_steps"):
-        number = getattr(config, name)
-        if number is not None and number < 1:
-            raise UsageError(f"--{name.replace('_', '-')}: expected a whole number >= 1, got {number}")
+        cli.check_count(f"--{name.replace('_', '-')}", getattr(config, name))
     if not 0 < config.target < 1:
         raise UsageError(f"--target: expected an accuracy between 0 and 1, got {config.target}")
     images = [name for name in SOURCES if name.startswith("fashion-mnist")]
@@ -118,8 +116,7 @@ def check(config: Config) -> None:
         ("--data", config.data, images),
         *(("--libraries", name, list(LIBRARIES)) for name in config.libraries),
     ):
-        if got not in known:
-            raise UsageError(f"{flag}: expected one of {', '.join(known)}, got {got!r}{cli.did_you_mean(got, known)}")
+        cli.check_choice(flag, got, known)
 
 
 def told(trained: Trained) -> dict[str, Sequence[float]]:

@@ -36,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compare(config: Config) -> int:
     """Build, time and print the contenders. Returns 0."""
     for name in ("batch_size", "rounds"):
-        if getattr(config, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')}: expected a whole number >= 1, got {getattr(config, name)}")
+        cli.check_count(f"--{name.replace('_', '-')}", getattr(config, name))
 
     import jax
 
@@ -69,13 +68,7 @@ def compare(config: Config) -> int:
     machine = timing.machine(("jax", "jaxlib"))
     times = timing.interleaved(contenders, config.rounds)
     title = f"{config.model}, batch {config.batch_size}, {config.rounds} rounds: one forward and one backward"
-    results.heading(machine, title)
-    results.contenders(times, "value_and_grad")
-    if config.out is not None:
-        results.write(config.out, machine, config, seconds=times)
-        ratios = {name: t.median / times["value_and_grad"].median for name, t in times.items()}
-        label = "time, as a multiple of value_and_grad's (median)"
-        results.bars(config.out.with_suffix(".png"), title, label, ratios, ours="backprop")
+    results.report(config.out, machine, config, title, times, "value_and_grad", "backprop")
     return 0
 
 

@@ -9,7 +9,6 @@ from typing import Annotated
 from tyro.conf import arg
 
 from experiments import cli
-from experiments.errors import UsageError
 
 PROG = "python -m experiments.benchmarks.compile"
 LIBRARIES = ("jaxcnn", "flax nnx", "equinox")
@@ -46,14 +45,12 @@ def compare(config: Config) -> int:
     from experiments.benchmarks.turn import Contender
 
     for flag, number in (("--batch-size", config.batch_size), ("--rounds", config.rounds)):
-        if number is not None and number < 1:
-            raise UsageError(f"{flag}: expected a whole number >= 1, got {number}")
+        cli.check_count(flag, number)
     for flag, got, known in (
         ("--net", config.net, list(NETS)),
         *(("--libraries", name, list(LIBRARIES[1:])) for name in config.libraries),
     ):
-        if got not in known:
-            raise UsageError(f"{flag}: expected one of {', '.join(known)}, got {got!r}{cli.did_you_mean(got, known)}")
+        cli.check_choice(flag, got, known)
     results.check_out(config.out)
     names = ["jaxcnn", *config.libraries]
     environment = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
@@ -69,14 +66,8 @@ def compare(config: Config) -> int:
                 contender.stop()
             seconds[name].append(told.compile_seconds or 0.0)
     times = {name: timing.Times(tuple(s)) for name, s in seconds.items()}
-    title = f"{config.net}: trace, lower and compile a training step"
-    results.heading(machine, f"{title}, {config.rounds} fresh processes each")
-    results.contenders(times, "jaxcnn")
-    if config.out is not None:
-        results.write(config.out, machine, config, seconds=times)
-        ratios = {name: t.median / times["jaxcnn"].median for name, t in times.items()}
-        label = "time, as a multiple of jaxcnn's (median)"
-        results.bars(config.out.with_suffix(".png"), title, label, ratios, ours="jaxcnn")
+    title = f"{config.net}: trace, lower and compile a training step, {config.rounds} fresh processes each"
+    results.report(config.out, machine, config, title, times, "jaxcnn", "jaxcnn")
     return 0
 
 

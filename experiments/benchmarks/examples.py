@@ -85,16 +85,14 @@ def compare(config: Config) -> int:
 def check(config: Config) -> None:
     """Raise UsageError for whatever can be known to be wrong."""
     for flag, number in (("--batch-size", config.batch_size), ("--rounds", config.rounds)):
-        if number < 1:
-            raise UsageError(f"{flag}: expected a whole number >= 1, got {number}")
+        cli.check_count(flag, number)
     if not config.max_norm > 0:
         raise UsageError(f"--max-norm: expected a number > 0, got {config.max_norm}")
     for flag, got, known in (
         ("--net", config.net, ["lecture", "lenet5"]),
         *(("--libraries", name, list(LIBRARIES[1:])) for name in config.libraries),
     ):
-        if got not in known:
-            raise UsageError(f"{flag}: expected one of {', '.join(known)}, got {got!r}{cli.did_you_mean(got, known)}")
+        cli.check_choice(flag, got, known)
 
 
 WHAT = ("gradients", "norms", "clipped sums")

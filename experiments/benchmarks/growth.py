@@ -47,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(config: Config) -> int:
     """Time all sizes and print them. Returns 0."""
-    if config.rounds < 1:
-        raise UsageError(f"--rounds: expected a whole number >= 1, got {config.rounds}")
+    cli.check_count("--rounds", config.rounds)
     for what in config.what:
         if what not in SIZES:
             raise UsageError(f"--what: expected some of {', '.join(SIZES)}, got {what!r}")

@@ -56,8 +56,7 @@ def compare(config: Config) -> int:
     for name in config.nets:
         if name not in NETS:
             raise UsageError(f"--nets: expected some of {', '.join(NETS)}, got {name!r}{cli.did_you_mean(name, NETS)}")
-    if config.batch_size is not None and config.batch_size < 1:
-        raise UsageError(f"--batch-size: expected a whole number >= 1, got {config.batch_size}")
+    cli.check_count("--batch-size", config.batch_size)
     results.check_out(config.out)
     machine = timing.machine(("jax", "jaxlib"), others=("flax", "equinox"))
     results.heading(machine, "one training step: XLA's temporary bytes, and bytes kept between forward and backward")

@@ -47,6 +47,25 @@ def contenders(times: Mapping[str, Times], base: str, more: Mapping[str, Mapping
     print("ratios of medians (of minima); spread: between the quartiles, of the median")
 
 
+def report(
+    out: Path | None,
+    machine: Mapping[str, Any],
+    config: Any,
+    title: str,
+    times: Mapping[str, Times],
+    base: str,
+    ours: str,
+) -> None:
+    """Print what ran and a line for each contender; write the numbers and the chart of ratios if a file was named."""
+    heading(machine, title)
+    contenders(times, base)
+    if out is not None:
+        write(out, machine, config, seconds=times)
+        ratios = {name: t.median / times[base].median for name, t in times.items()}
+        label = f"time, as a multiple of {base}'s (median)"
+        bars(out.with_suffix(".png"), title, label, ratios, ours=ours)
+
+
 def seconds(s: float) -> str:
     """In the unit that leaves one to three digits before the point."""
     return f"{s:.2f} s" if s >= 1 else f"{s * 1e3:.1f} ms" if s >= 1e-3 else f"{s * 1e6:.0f} µs"

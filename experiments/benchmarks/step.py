@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import arg
 
 from experiments import cli
-from experiments.errors import UsageError
 
 if TYPE_CHECKING:
     from experiments.benchmarks.timing import Times
@@ -87,16 +86,14 @@ def check(config: Config) -> list[str]:
     from experiments.benchmarks.nets import NETS
 
     for flag, number in {"--batch-size": config.batch_size, "--rounds": config.rounds, "--steps": config.steps}.items():
-        if number is not None and number < 1:
-            raise UsageError(f"{flag}: expected a whole number >= 1, got {number}")
+        cli.check_count(flag, number)
     for flag, got, known in (
         ("--net", config.net, list(NETS)),
         ("--allocator", config.allocator, ["stock", "tuned"]),
         ("--device", config.device, ["cpu", "gpu"]),
         *(("--contenders", name, ["all", *CONTENDERS]) for name in config.contenders),
     ):
-        if got not in known:
-            raise UsageError(f"{flag}: expected one of {', '.join(known)}, got {got!r}{cli.did_you_mean(got, known)}")
+        cli.check_choice(flag, got, known)
     results.check_out(config.out)
     chosen = list(CONTENDERS) if "all" in config.contenders else list(config.contenders)
     return ["jaxcnn", *(name for name in dict.fromkeys(chosen) if name != "jaxcnn")]

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from experiments import cli
-from experiments.errors import UsageError
 
 PROG = "python -m experiments.benchmarks.wrong_gradients"
 
@@ -55,8 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report(config: Config) -> int:
     """Print what is wrong, and the counts. Returns 0, or 1 if jaxcnn is wrong anywhere."""
-    if config.channels < 1:
-        raise UsageError(f"--channels: expected a whole number >= 1, got {config.channels}")
+    cli.check_count("--channels", config.channels)
     import jax
 
     found = list(sweep(config))
