@@ -490,6 +490,7 @@ CASES = [
     row("lp_pool", (2, 5, 7, 3), window=2, stride=1, p=1.5, draw=positive),
     row("lp_pool", (2, 5, 7, 3), window=2, p=1),
     row("lp_pool", (2, 5, 7, 3), window=3, stride=2, p=4, ceil_mode=True),
+    row("lp_pool", (2, 14, 8, 2), window=9, stride=1, p=4, padding=1, ceil_mode=True),
     row("lp_pool", (2, 5, 6, 3), window=(3, 2), stride=2, padding=((2, 0), (0, 1))),
     row("lp_pool", (2, 5, 6, 3), window=3, padding="SAME"),
     row("lp_pool", (2, 6, 7, 3), window=2, stride=1, dilation=2),

@@ -525,8 +525,9 @@ def _lp_pool(norm: Norm, x: Array) -> Array:
 
 
 def _lp_pool_fwd(norm: Norm, x: Array) -> Any:
-    y = _lp_pool(norm, x)
-    return y, (x, y)
+    # Kept unrounded: y^(1−p) of a 16-bit y would be off by p − 1 times its rounding.
+    y = _lp_pool(norm, x.astype(kernels.accumulator(x.dtype)))
+    return y.astype(x.dtype), (x, y)
 
 
 def _lp_pool_bwd(norm: Norm, saved: Any, delta: Array) -> Any:
