@@ -30,8 +30,8 @@ from hypothesis import HealthCheck, Phase, settings
 from tests.cases import Case
 from tests.conformance.geometries import DTYPES, SHARES, STRATEGIES, Geometry, agree, pasteable
 
-#: Geometries of one turn, after which the compiled programs are forgotten, and of one program.
-TURN, TOGETHER = 100, 10
+#: Geometries of one turn, after which the compiled programs are forgotten, and of one program; turns of one process.
+TURN, TOGETHER, TURNS = 100, 10, 10
 
 
 @dataclasses.dataclass
@@ -114,6 +114,19 @@ def in_process(task: tuple[str, int, int], notes: str) -> Found:
     return found
 
 
+def in_processes(tasks: Sequence[tuple[str, int, int]], processes: int, notes: str) -> Iterator[Found]:
+    """What each turn compared, as they end.
+
+    Processes are renewed after some turns, for their memory grows; not by ``max_tasks_per_child``, with which the pool
+    of Python 3.11 can wait for ever (gh-115634).
+    """
+    at_once = processes * TURNS
+    for start in range(0, len(tasks), at_once):
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+            turns_of_these = [pool.submit(in_process, task, notes) for task in tasks[start : start + at_once]]
+            yield from (turn.result() for turn in as_completed(turns_of_these))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (None: the process's own) and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.conformance.fuzz", description=__doc__.splitlines()[0])
@@ -125,12 +138,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     started, drawn, distinct = time.monotonic(), collections.Counter(), collections.defaultdict(set)
     mismatches = 0
     tasks = list(turns(options.count, options.seed, options.ops))
-    context = multiprocessing.get_context("spawn")
-    with TemporaryDirectory() as notes, ProcessPoolExecutor(options.processes, context, max_tasks_per_child=10) as pool:
-        running = [pool.submit(in_process, task, notes) for task in tasks]
+    with TemporaryDirectory() as notes:
         try:
-            for done, finished in enumerate(as_completed(running), start=1):
-                found = finished.result()
+            for done, found in enumerate(in_processes(tasks, options.processes, notes), start=1):
                 drawn[found.op] += len(found.compared)
                 distinct[found.op] |= found.compared
                 mismatches += len(found.mismatches)
