@@ -285,9 +285,9 @@ def test_ghost_norms_are_norms(name):
         return jax.vjp(lambda w: jaxcnn.conv(x, w, rule=rules.autodiff, **options), w)[1](y)[0]
 
     each = [one(x[n : n + 1], y[n : n + 1], w) for n in range(3)]
-    np.testing.assert_allclose(
-        compiled(lambda x, y: kernels.match_each(c, x, y))(x, y), np.stack(each), rtol=1e-10, atol=1e-12
-    )
+    for match_each in (kernels.match_each, kernels._by_patches, kernels._one_by_one):
+        w = compiled(functools.partial(match_each, c))(x, y)
+        np.testing.assert_allclose(w, np.stack(each), rtol=1e-10, atol=1e-12)
     expected = [np.square(w).sum() for w in each]
     for squares in (kernels._ghost_squares, kernels.match_squares):
         np.testing.assert_allclose(compiled(functools.partial(squares, c))(x, y), expected, rtol=1e-10)

@@ -28,27 +28,36 @@ from jaxcnn.kernels.windows import accumulator, tap_slices
 def match_each(c: Correlation, x: Array, y: Array) -> Array:
     """``(N, *size, I/groups, O)``, in what sums of the wider dtype are taken in.
 
-    On CPU `match` of one picture is GEMMs, which vectorise as they are; elsewhere it is a convolution, which would turn
-    into one with a group for each picture.
+    One product of all patches, or, on CPU and where a picture's patches would leave the cache, `match` of one picture:
+    there it is GEMMs, which vectorise as they are; elsewhere it is a convolution, which would turn into one with a
+    group for each picture.
     """
     x, y = _wide(x, y)
-    if c.window.ndim == 1:
-        return _by_entries(c, x, y)
+    if c.window.ndim == 1 or math.prod(c.window.out) <= MANY_PLACES:
+        return _by_patches(c, x, y)
     return lax.platform_dependent(
-        x, y, cpu=functools.partial(_one_by_one, c), default=functools.partial(_by_entries, c)
+        x, y, cpu=functools.partial(_one_by_one, c), default=functools.partial(_by_patches, c)
     )
+
+
+#: Places of a picture up to which all its patches at once are the quicker way on CPU (measured with 3x3 and 5x5).
+MANY_PLACES = 256
 
 
 def _one_by_one(c: Correlation, x: Array, y: Array) -> Array:
     return jax.vmap(lambda x, y: match(c, x[None], y[None]))(x, y)
 
 
-def _by_entries(c: Correlation, x: Array, y: Array) -> Array:
-    n, inputs, outputs = x.shape[0], x.shape[-1], y.shape[-1]
-    entries = jnp.stack(list(tap_slices(c.window, x, 0)), 1)
-    entries = entries.reshape(n, c.window.entries, math.prod(c.window.out), c.groups, inputs // c.groups)
-    y = y.reshape(n, math.prod(c.window.out), c.groups, outputs // c.groups)
-    w = jnp.einsum("ntpgi,npgo->ntigo", entries, y, precision=c.precision)
+def _by_patches(c: Correlation, x: Array, y: Array) -> Array:
+    n, inputs, outputs, places = x.shape[0], x.shape[-1], y.shape[-1], math.prod(c.window.out)
+    patches = jnp.stack(list(tap_slices(c.window, x, 0)), 1)
+    if c.groups == 1:  # spelled out: with a group of one, XLA:CPU turns the product's result around
+        patches, y = patches.reshape(n, c.window.entries, places, inputs), y.reshape(n, places, outputs)
+        w = jnp.einsum("nkpi,npo->nkio", patches, y, precision=c.precision)
+    else:
+        patches = patches.reshape(n, c.window.entries, places, c.groups, inputs // c.groups)
+        y = y.reshape(n, places, c.groups, outputs // c.groups)
+        w = jnp.einsum("nkpgi,npgo->nkigo", patches, y, precision=c.precision)
     return w.reshape(n, *c.window.size, inputs // c.groups, outputs)
 
 
