@@ -12,7 +12,6 @@ import contextlib
 import gzip
 import hashlib
 import math
-import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from typing import BinaryIO, Literal, cast
 import numpy as np
 
 from experiments.errors import DataError
-from experiments.files import replacing
+from experiments.files import cache_dir, replacing
 
 Batch = tuple[np.ndarray, np.ndarray]
 """Images (B, H, W, C) float32 and labels (B,) int32."""
@@ -32,7 +31,6 @@ Part = Literal["train_images", "train_labels", "test_images", "test_labels"]
 
 SAMPLE_DIR = Path(__file__).parent / "data" / "fashion-mnist-sample"
 SYSTEM_DIR = Path("/usr/share/datasets/fashion-mnist")
-CACHE_VARIABLE = "JAXCNN_CACHE"
 FASHION_MNIST_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 FASHION_MNIST_CLASSES = (
     "T-shirt/top",
@@ -261,13 +259,6 @@ SOURCES: Mapping[str, Callable[[Path | None], Dataset]] = {
 }
 
 
-def cache_dir() -> Path:
-    """Return the folder that downloads are kept in: $JAXCNN_CACHE, else the operating system's cache for jaxcnn."""
-    import pooch
-
-    return Path(os.environ.get(CACHE_VARIABLE) or pooch.os_cache("jaxcnn")) / "fashion-mnist"
-
-
 def download(url: str, path: Path, sha256: str) -> None:
     """Fetch `url` to `path`, which appears only if its decompressed bytes have this SHA-256. Raises DataError."""
     import pooch
@@ -299,7 +290,7 @@ def _sha256_inside(path: Path, name: str) -> str:
 
 
 def _cached() -> Path:
-    folder = cache_dir()
+    folder = cache_dir("fashion-mnist")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

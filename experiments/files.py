@@ -1,9 +1,12 @@
-"""Files appear whole or not at all."""
+"""Files appear whole or not at all; what may be kept lies in one cache."""
 
+import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+CACHE_VARIABLE = "JAXCNN_CACHE"
 
 
 @contextmanager
@@ -19,3 +22,10 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def cache_dir(kind: str) -> Path:
+    """Return the folder of what is kept of a kind: in $JAXCNN_CACHE, else in the system's cache for jaxcnn."""
+    import pooch
+
+    return Path(os.environ.get(CACHE_VARIABLE) or pooch.os_cache("jaxcnn")) / kind

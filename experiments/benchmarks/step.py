@@ -8,19 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
-from experiments import cli
+from experiments import cli, process
 
 if TYPE_CHECKING:
     from experiments.benchmarks.timing import Times
     from experiments.benchmarks.turn import Told
 
 PROG = "python -m experiments.benchmarks.step"
-TUNED = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
-    "MALLOC_TOP_PAD_": str(1 << 28),
-}
-"""glibc keeps the memory that is freed; see the README of the benchmarks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +51,8 @@ def compare(config: Config) -> int:
     from experiments.benchmarks import timing
     from experiments.benchmarks.turn import Contender
 
-    environment = {**(TUNED if config.allocator == "tuned" else {}), "JAXCNN_BENCHMARK_DEVICE": config.device}
+    tuned = {name: str(number) for name, number in process.TUNED.items()}
+    environment = {**(tuned if config.allocator == "tuned" else {}), "JAXCNN_BENCHMARK_DEVICE": config.device}
     environment["JAX_PLATFORMS"] = "cuda" if config.device == "gpu" else "cpu"
     machine = timing.machine(("jax", "jaxlib", "optax"), others=("flax", "equinox", "keras", "torch"))
     contenders: dict[str, Contender] = {}
@@ -89,7 +84,7 @@ def check(config: Config) -> list[str]:
         cli.check_count(flag, number)
     for flag, got, known in (
         ("--net", config.net, list(NETS)),
-        ("--allocator", config.allocator, ["stock", "tuned"]),
+        ("--allocator", config.allocator, process.ALLOCATORS),
         ("--device", config.device, ["cpu", "gpu"]),
         *(("--contenders", name, ["all", *CONTENDERS]) for name in config.contenders),
     ):

@@ -13,6 +13,7 @@ XLA:CPU computes wrongly (openxla/xla#48713).
 
 import dataclasses
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -379,10 +380,27 @@ def _match_rows(c: Correlation, x: Array, y: Array) -> Array:
 
 
 def _match_depthwise(c: Correlation, x: Array, y: Array) -> Array:
+    """Every tap's products, summed eight at a time; first over parts of a dim, before anything is stored.
+
+    XLA:CPU reduces leading dims on one thread, and what is stored costs more here than what is computed.
+    """
     win, multiplier = c.window, y.shape[-1] // c.groups
     x = jnp.repeat(x, multiplier, -1) if multiplier > 1 else x
-    entries = tap_slices(win, x, 0)
-    return jnp.stack([_sum_pixels(entry * y) for entry in entries]).reshape(*win.size, 1, -1)
+    axis = next((axis for axis, n in enumerate(y.shape[:-1]) if n >= 8), 0)
+    w = jnp.stack([_sum_of_eights(entry * y, axis) for entry in tap_slices(win, x, 0)])
+    w = w.reshape(win.entries, math.prod(w.shape[1:-1]), w.shape[-1])
+    while w.shape[1] > 1:
+        w = _sum_of_eights(w, 1)
+    return w.sum(1).reshape(*win.size, 1, -1)
+
+
+def _sum_of_eights(x: Array, axis: int) -> Array:
+    """An eighth as long: the parts of x, one on the other; what is left over stands behind."""
+    n = x.shape[axis]
+    parts = max(min(n, 8), 1)
+    ends = [n // parts * i for i in range(parts + 1)]
+    total = _sum(lax.slice_in_dim(x, start, end, axis=axis) for start, end in itertools.pairwise(ends))
+    return total if ends[-1] == n else jnp.concatenate([total, lax.slice_in_dim(x, ends[-1], n, axis=axis)], axis)
 
 
 def _match_by_group(c: Correlation, x: Array, y: Array) -> Array:
@@ -482,14 +500,3 @@ def _split(a: Array, groups: int) -> list[Array]:
 
 def _sum(terms: "Sequence[Array] | object") -> Array:
     return functools.reduce(operator.add, terms)  # type: ignore[arg-type]
-
-
-def _sum_pixels(x: Array) -> Array:
-    """Σ over all but channels, as a tree of halvings: XLA:CPU reduces leading dims on one thread."""
-    x = x.reshape(-1, x.shape[-1])
-    while x.shape[0] > 1:
-        half = x.shape[0] // 2
-        rest = x[2 * half :]
-        x = x[:half] + x[half : 2 * half]
-        x = jnp.concatenate([x, rest]) if rest.shape[0] else x
-    return x.sum(0)

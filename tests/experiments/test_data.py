@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import data
+from experiments import data, files
 from experiments.errors import DataError
 from experiments.make_sample import SIZES, first, same
 
@@ -284,7 +284,7 @@ def served(tmp_path, monkeypatch) -> Iterator[Path]:
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv(data.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(files.CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(data, "SYSTEM_DIR", tmp_path / "no-system-copy")
     monkeypatch.setattr(data, "FASHION_MNIST_URL", f"http://127.0.0.1:{server.server_port}/")
     yield folder
@@ -309,9 +309,9 @@ def test_downloads_land_in_the_cache_and_are_used_from_there(served, monkeypatch
     small_hashes(monkeypatch)
     write_set(served)
     downloaded = data.load("fashion-mnist")
-    assert downloaded.source == str(data.cache_dir())
+    assert downloaded.source == str(files.cache_dir("fashion-mnist"))
     np.testing.assert_array_equal(downloaded.train_labels, LABELS)
-    names = sorted(path.name for path in data.cache_dir().iterdir())
+    names = sorted(path.name for path in files.cache_dir("fashion-mnist").iterdir())
     assert names == sorted(f"{file.name}.gz" for file in data.FASHION_MNIST_FILES.values())
 
     for path in served.iterdir():
@@ -332,21 +332,21 @@ def test_the_wrong_bytes_never_land(served):
     ) as caught:
         data.load("fashion-mnist")
     message(caught)
-    assert list(data.cache_dir().iterdir()) == []
+    assert list(files.cache_dir("fashion-mnist").iterdir()) == []
 
 
 def test_a_file_that_the_server_does_not_have(served):
     with pytest.raises(DataError, match=r"download failed .*404.*--data-dir") as caught:
         data.load("fashion-mnist")
     message(caught)
-    assert list(data.cache_dir().iterdir()) == []
+    assert list(files.cache_dir("fashion-mnist").iterdir()) == []
 
 
 def test_a_server_that_is_not_there(served, monkeypatch):
     monkeypatch.setattr(data, "FASHION_MNIST_URL", "http://127.0.0.1:1/")
     with pytest.raises(DataError, match="download failed"):
         data.load("fashion-mnist")
-    assert list(data.cache_dir().iterdir()) == []
+    assert list(files.cache_dir("fashion-mnist").iterdir()) == []
 
 
 def test_a_corrupt_file_from_the_server(served):
@@ -354,7 +354,7 @@ def test_a_corrupt_file_from_the_server(served):
     with pytest.raises(DataError, match=r"http://.*: .*got a truncated or corrupt gzip file") as caught:
         data.load("fashion-mnist")
     message(caught)
-    assert list(data.cache_dir().iterdir()) == []
+    assert list(files.cache_dir("fashion-mnist").iterdir()) == []
 
 
 def test_a_connection_that_ends_early(served, tmp_path):
