@@ -54,7 +54,7 @@ class Config:
     check_grads: FlagCreatePairsOff[bool] = False
     """First compare the rules with autodiff on this net and its first batch; stop if they differ."""
     allocator: str = "tuned"
-    """tuned lets glibc keep the memory that is freed, stock leaves it as it is (on CPU up to a third slower)."""
+    """tuned lets glibc keep the memory that is freed, stock leaves it as it is (large steps on CPU: a third slower)."""
     keep_compiled: FlagCreatePairsOff[bool] = False
     """Keep compiled programs in the user's cache, so that the next run of the same net starts sooner."""
     out: Annotated[Path | None, arg(metavar="PATH")] = None
