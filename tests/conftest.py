@@ -1,6 +1,7 @@
 """How the tests run: in float64, on two CPU devices, with strict dtypes."""
 
 import importlib.util
+import itertools
 import os
 import sys
 import types
@@ -38,3 +39,14 @@ def strict():
     """
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"), jax.legacy_prng_key("error"):
         yield
+
+
+ENDED = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def memory():
+    """Compiled programs are forgotten now and then: those of all tests would take five gigabytes a process."""
+    yield
+    if next(ENDED) % 250 == 0:
+        jax.clear_caches()

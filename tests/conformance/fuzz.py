@@ -52,7 +52,7 @@ def turn(op: str, seed: int, count: int, note: Path | None = None) -> Found:
     drawn = st.lists(st.tuples(STRATEGIES[op], DTYPES[op]), min_size=TOGETHER, max_size=TOGETHER)
 
     @hypothesis.seed(seed)
-    @settings(max_examples=3 * count // TOGETHER + 3, phases=[Phase.generate], suppress_health_check=list(HealthCheck),
+    @settings(max_examples=8 * count // TOGETHER + 8, phases=[Phase.generate], suppress_health_check=list(HealthCheck),
               deadline=None, database=None)  # fmt: skip
     @hypothesis.given(drawn)
     def compare(drawn: list[tuple[Case | None, Any]]) -> None:
