@@ -52,6 +52,9 @@ def make_train_step(
     The state is donated: use the one that comes back.  ``metrics`` holds the mean "loss" of the batch, and "accuracy"
     where targets are integer labels; both before the update, with dropout on.
 
+    A small net waits for Python at every step.  Over batches that are on the device already, several steps are one
+    call: ``jax.lax.scan(step, state, (xs, targets))``, with xs ``(steps, N, …)``; its metrics have a leading dim, too.
+
     Args:
         net: from `serial`.
         loss: error of each example, such as `softmax_cross_entropy_with_integer_labels`; its mean is minimised.
@@ -71,6 +74,9 @@ def make_train_step(
     >>> state, metrics = step(state, (jnp.ones((8, 28, 28, 1)), jnp.zeros(8, jnp.int32)))
     >>> int(state.step), sorted(metrics)
     (1, ['accuracy', 'loss'])
+    >>> state, metrics = jax.lax.scan(step, state, (jnp.ones((3, 8, 28, 28, 1)), jnp.zeros((3, 8), jnp.int32)))
+    >>> int(state.step), metrics["loss"].shape
+    (4, (3,))
     """
 
     @functools.partial(jax.jit, donate_argnums=0)

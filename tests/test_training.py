@@ -123,6 +123,20 @@ OPTIMIZERS = {
 }
 
 
+def test_a_scan_takes_the_same_steps():
+    step = make_train_step(WITH_DROPOUT, labelled, optax.adam(1e-2))
+    batches = [batch(seed=seed) for seed in range(3)]
+    state, losses = begun(WITH_DROPOUT, optax.adam(1e-2)), []
+    for one in batches:
+        state, metrics = step(state, one)
+        losses.append(metrics["loss"])
+    stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
+    scanned, metrics = jax.jit(lambda state: jax.lax.scan(step, state, stacked))(begun(WITH_DROPOUT, optax.adam(1e-2)))
+    assert scanned.step == 3
+    np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-5)
+    chex.assert_trees_all_close(scanned.params, state.params, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_steps_are_those_of_pytorch_from_the_same_weights(name):
     """Also the metrics: loss and accuracy of each batch before its update."""

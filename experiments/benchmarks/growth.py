@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
-from experiments import cli
+from experiments import cli, process
 from experiments.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ class Config:
     """No larger than this."""
     rounds: int = 3
     """How often each contender takes its turn."""
+    allocator: str = "stock"
+    """stock or tuned: how glibc keeps memory, the same for both."""
     out: Annotated[Path | None, arg(metavar="PATH")] = None
     """A file for all numbers, as JSON; a plot goes beside it."""
 
@@ -48,18 +50,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(config: Config) -> int:
     """Time all sizes and print them. Returns 0."""
     cli.check_count("--rounds", config.rounds)
+    cli.check_choice("--allocator", config.allocator, process.ALLOCATORS)
     for what in config.what:
         if what not in SIZES:
             raise UsageError(f"--what: expected some of {', '.join(SIZES)}, got {what!r}")
     sizes = {what: [size for size in SIZES[what] if size <= config.most] for what in config.what}
     if not all(sizes.values()):
         raise UsageError(f"--most: expected at least {max(s[0] for s in SIZES.values())}, got {config.most}")
+    tuned = config.allocator == "tuned" and process.keep_freed_memory()
 
     from experiments.benchmarks import results, timing
 
     results.check_out(config.out)
     machine = timing.machine(("jax", "jaxlib"), others=("flax",))
-    results.heading(machine, f"one training step, {config.rounds} rounds of turns; minima")
+    results.heading(
+        machine,
+        f"one training step, {config.rounds} rounds of turns; minima{'; freed memory is kept' if tuned else ''}",
+    )
     found: dict[str, Any] = {}
     panels: dict[str, dict[str, dict[int, float]]] = {}
     for what in config.what:
