@@ -244,6 +244,7 @@ def test_a_wrong_result_of_ours_is_status_1(monkeypatch, capsys, still):
         (compile, "--net vg", "did you mean vgg?"),
         (compile, "--libraries torch", "--libraries: expected one of flax nnx, equinox, got 'torch'"),
         (growth, "--what weight", "--what: expected some of batch, side, channels, got 'weight'"),
+        (growth, "--allocator mine", "--allocator: expected one of tuned, stock, got 'mine'"),
         (growth, "--most 4", "--most: expected at least 16, got 4"),
         (examples, "--net vgg", "--net: expected one of lecture, lenet5, got 'vgg'"),
         (examples, "--max-norm 0", "--max-norm: expected a number > 0, got 0.0"),
