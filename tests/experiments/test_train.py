@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxcnn
-from experiments import checkpoints, data, gradients, report, train
+from experiments import checkpoints, data, gradients, process, report, train
 from experiments.models import MODELS
 
 ROOT = Path(train.__file__).parent.parent
@@ -78,6 +78,22 @@ def test_the_main_job_from_banner_to_weights(out, capsys):
     assert config["data_sha256"].startswith("0e03de1643cd")
     assert config["versions"]["jax"] == jax.__version__
     assert [row["step"] for row in rows(out)] == ["3"]
+
+
+@pytest.mark.parametrize(("choice", "said"), [("tuned", "freed memory is kept"), ("stock", "the allocator's own")])
+def test_the_allocator_is_as_chosen(out, capsys, monkeypatch, choice, said):
+    asked = []
+    monkeypatch.setattr(process, "keep_freed_memory", lambda: asked.append(choice) or True)
+    assert main("--model", "mlp", "--max-steps", 1, "--allocator", choice, "--out", out) == 0
+    assert asked == ["tuned"] * (choice == "tuned")
+    assert re.search(rf"^memory +{said}", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_compiled_programs_are_kept_where_asked(out, monkeypatch):
+    kept = []
+    monkeypatch.setattr(process, "keep_compiled_programs", lambda: kept.append(True))
+    assert main("--model", "mlp", "--max-steps", 1, "--keep-compiled", "--out", out) == 0
+    assert kept == [True]
 
 
 def test_it_learns_and_its_weights_give_the_accuracy_it_reports(out):
@@ -196,6 +212,7 @@ def test_rules_that_differ_from_autodiff_stop_the_run_before_it_begins(out, caps
             "did you mean fashion-mnist?",
         ),
         (["--optimizer", "adamw"], 2, "--optimizer: expected one of adam, sgd, got 'adamw'; did you mean adam?"),
+        (["--allocator", "mine"], 2, "--allocator: expected one of tuned, stock, got 'mine'"),
         (["--epochs", "0"], 2, "--epochs: expected 1 or more, got 0"),
         (["--epochs", "-3"], 2, "--epochs: expected 1 or more, got -3"),
         (["--epochs", "many"], 2, "--epochs: expected a whole number, got 'many'"),
