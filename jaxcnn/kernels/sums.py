@@ -1,7 +1,7 @@
 """Sums of what is computed on the way there.
 
-XLA:CPU gives a reduction to a library that is fast for a sum, and for one of products of two arrays, but takes what comes
-before term by term, or to one thread.  Halves that are added are a loop like any other: on all threads, with everything
+XLA:CPU hands a reduction to a library that is fast for plain terms and for products of two arrays; where terms are made
+of more, it goes array by array.  Halves that are added are a loop like any other: on all threads, and with everything
 that the terms are made of in it.
 """
 

@@ -63,8 +63,8 @@ def relu_plain(geometry: None, x: Array) -> Array:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The table: g, what the forward half keeps (g' itself, unless something smaller says as much), and g' of that.  c is the
-# op's constant.
+# The table: g, what the forward half keeps (g' itself, unless something smaller says as much), and g' of what is kept.
+# c is the op's constant.
 
 
 @dataclasses.dataclass(frozen=True)
