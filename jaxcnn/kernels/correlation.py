@@ -25,7 +25,7 @@ from jax import Array, lax
 
 from jaxcnn.geometry import Correlation, Window
 from jaxcnn.kernels import winograd
-from jaxcnn.kernels.windows import accumulator, at_tap, divisor, tap_slices, unpad
+from jaxcnn.kernels.windows import accumulator, at_tap, divisor, pad_axis, tap_slices, unpad
 
 Lowering = Callable[[Correlation, Array, Array], Array]
 
@@ -34,6 +34,9 @@ ONE_THREAD = tuple(map(int, jaxlib.version.__version__.split(".")[:2])) < (0, 11
 
 #: Target for a batch block, one kernel row of its patches and its δ, in bytes: most of a core's second-level cache.
 BLOCK_BYTES = 5 << 18
+
+#: Target for what a batch block's δ times all of the patch make: more than any cache, but few page faults.
+PRODUCT_BYTES = 1 << 23
 
 #: Groups are joined up to so many channels: a vector of float32, and what jaxlib 0.10 still runs on all threads.
 JOINED = 16
@@ -82,6 +85,7 @@ def applies(lowering: str, c: Correlation, inputs: int) -> bool:
         "pointwise": c.groups == 1 and c.window.entries == 1 and not c.window.padded,
         "spare_rows": all(s == 1 for s in c.window.stride),
         "rows": c.groups == 1,
+        "products": c.groups == 1,
         "winograd": winograd.applies(c),
         "depthwise": c.groups == inputs,
     }
@@ -203,9 +207,17 @@ def choose_spread(c: Correlation, y: Array, w: Array) -> str:
         return _choose_grouped(c, inputs, w.shape[-1])
     if applies("pointwise", c, inputs):
         return "pointwise"
+    if _products_pay(c.window, inputs):
+        return "products"
     if _winograd_pays(c, y, *w.shape[-2:]):
         return "winograd"
     return "spare_rows" if _spare_rows_pay(c, w.shape[-1], inputs, c.window.out[0], c.window.shape[0]) else "xla"
+
+
+def _products_pay(win: Window, inputs: int) -> bool:
+    """Whether few numbers come of each δ, or XLA's convolution is slow: in 3-D, and with most of its δ zeros."""
+    strided = any(s > 1 for s in win.stride)
+    return win.ndim == 3 or inputs <= (32 if strided else 6)
 
 
 def _spread_xla(c: Correlation, y: Array, w: Array, more: int = 0) -> Array:
@@ -267,6 +279,44 @@ def _spread_pointwise(c: Correlation, y: Array, w: Array) -> Array:
     return at_tap(c.window, tap, x)
 
 
+def _spread_products(c: Correlation, y: Array, w: Array) -> Array:
+    """Every δ times the whole patch, one GEMM, then sums of what meets in one entry; a block of pictures at a time.
+
+    No product has a zero of the stride as a factor.
+    """
+    win = c.window
+    bytes_each = math.prod(win.out) * win.entries * w.shape[-2] * y.dtype.itemsize
+    block = divisor(y.shape[0], PRODUCT_BYTES // max(bytes_each, 1))
+
+    def one_block(y: Array) -> Array:
+        products = _dot(y, w, y.ndim - 1, w.ndim - 1, c)  # (N, *out, *size, I)
+        for dim in range(win.ndim):
+            products = _met(win, dim, products)
+        return products
+
+    if block == y.shape[0]:
+        return one_block(y)
+    x = lax.map(one_block, y.reshape(-1, block, *y.shape[1:]))
+    return x.reshape(y.shape[0], *x.shape[2:])
+
+
+def _met(win: Window, dim: int, products: Array) -> Array:
+    """Sums along one dim of the patch, the first that is left: what meets in an entry of the picture along ``dim``.
+
+    Entries that are a multiple of the stride apart meet the same taps, so that they are one sum of shifted slices.
+    """
+    axis, taps, n, s = dim + 1, win.ndim + 1, win.shape[dim], win.stride[dim]
+    length = -(-n // s)
+    none = np.zeros((*products.shape[:axis], length, *products.shape[axis + 1 : taps], *products.shape[taps + 1 :]))
+    sums = [jnp.asarray(none, products.dtype)] * s
+    for tap in range(win.size[dim]):
+        shift, start = divmod(tap * win.dilation[dim] - win.padding[dim][0], s)
+        one = lax.index_in_dim(products, tap, taps, keepdims=False)
+        sums[start] += pad_axis(one, axis, shift, length - win.out[dim] - shift)
+    x = jnp.stack(sums, axis + 1) if s > 1 else sums[0]
+    return lax.slice_in_dim(x.reshape(*none.shape[:axis], length * s, *none.shape[axis + 1 :]), 0, n, axis=axis)
+
+
 def _spread_depthwise(c: Correlation, y: Array, w: Array) -> Array:
     win, multiplier = c.window, w.shape[-1] // c.groups
     x = unpad(win, _sum(at_tap(win, tap, y * w[(*tap, 0)]) for tap in win.taps()))
@@ -289,6 +339,7 @@ SPREAD: dict[str, Lowering] = {
     "winograd": winograd.spread,
     "spare_rows": _spread_spare_rows,
     "pointwise": _spread_pointwise,
+    "products": _spread_products,
     "depthwise": _spread_depthwise,
     "by_group": _spread_by_group,
     "joined": _spread_joined,

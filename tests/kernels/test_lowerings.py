@@ -31,6 +31,7 @@ MADE_FOR = {
     "pointwise": {"sizes": (1,), "pads": (0,), "groups": (1,)},
     "spare_rows": {"strides": (1,)},
     "rows": {"groups": (1,)},
+    "products": {"groups": (1,)},
     "depthwise": {"inputs": (1,)},
     "winograd": {"sizes": (3, 5), "strides": (1,), "groups": (1,)},
 }
