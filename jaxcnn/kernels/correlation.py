@@ -215,9 +215,16 @@ def choose_spread(c: Correlation, y: Array, w: Array) -> str:
 
 
 def _products_pay(win: Window, inputs: int) -> bool:
-    """Whether few numbers come of each δ, or XLA's convolution is slow: in 3-D, and with most of its δ zeros."""
-    strided = any(s > 1 for s in win.stride)
-    return win.ndim == 3 or inputs <= (32 if strided else 6)
+    """Whether few numbers come of each δ, or XLA's convolution is slow: in 3-D, and with zeros between δ.
+
+    Also for small patches where δ of windows in padding would have to be cut off first, a copy.
+    """
+    if win.ndim == 3 or all(k <= s for k, s in zip(win.size, win.stride, strict=True)):
+        return True
+    if any(s > 1 for s in win.stride):
+        return win.entries * inputs <= 160
+    cut = any(_reached(win, dim)[:2] != (0, out) for dim, out in enumerate(win.out))
+    return inputs <= 6 or (cut and win.entries <= 3)
 
 
 def _spread_xla(c: Correlation, y: Array, w: Array, more: int = 0) -> Array:
