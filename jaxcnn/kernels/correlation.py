@@ -365,13 +365,16 @@ def choose_match(c: Correlation, x: Array, y: Array) -> str:
         return "pointwise"
     if _winograd_pays(c, x, inputs, y.shape[-1], least=64):
         return "winograd"
-    return "rows" if c.window.ndim > 1 else "xla"
+    few = c.window.ndim == 2 and y.shape[-1] <= 16  # outputs, of which a GEMM would like more
+    return "xla" if few or c.window.ndim == 1 else "rows"
 
 
 def _match_xla(c: Correlation, x: Array, y: Array) -> Array:
     """A valid correlation of the picture with δ: batch and channels change places, stride and dilation too."""
     win = c.window
-    x = fit(win, x)
+    pads = [(lo, span - lo - n) for span, n, (lo, _) in zip(win.span, win.shape, win.padding, strict=True)]
+    if any(hi < 0 for _, hi in pads):
+        x, pads = fit(win, x), [(0, 0)] * win.ndim
     spatial = tuple(range(1, win.ndim + 1))
     roles = lax.ConvDimensionNumbers(  # (batch, feature, *spatial) of x, of y as the patch, and of w
         (x.ndim - 1, 0, *spatial), (x.ndim - 1, 0, *spatial), (win.ndim, win.ndim + 1, *range(win.ndim))
@@ -380,7 +383,7 @@ def _match_xla(c: Correlation, x: Array, y: Array) -> Array:
         x,
         y,
         window_strides=win.dilation,
-        padding=[(0, 0)] * win.ndim,
+        padding=pads,
         rhs_dilation=win.stride,
         dimension_numbers=roles,
         batch_group_count=c.groups,
