@@ -117,7 +117,7 @@ def choose_correlate(c: Correlation, x: Array, w: Array) -> str:
         return "pointwise"
     if _winograd_pays(c, x, *w.shape[-2:]):
         return "winograd"
-    return "spare_rows" if _spare_rows_pay(c, inputs, w.shape[-1], c.window.shape[0], c.window.out[0]) else "xla"
+    return "spare_rows" if _spare_rows_pay(c, x, w.shape[-1], c.window.out[0]) else "xla"
 
 
 def _winograd_pays(c: Correlation, a: Array, inputs: int, outputs: int, least: int = 0) -> bool:
@@ -135,9 +135,15 @@ def _winograd_pays(c: Correlation, a: Array, inputs: int, outputs: int, least: i
     return direct >= 2 * winograd.cost(c, a.shape[0], inputs, outputs)
 
 
-def _spare_rows_pay(c: Correlation, inputs: int, outputs: int, before: int, after: int) -> bool:
-    """Whether a convolution from ``before`` to ``after`` rows is large enough for two threads to pay for more rows."""
+def _spare_rows_pay(c: Correlation, a: Array, outputs: int, after: int) -> bool:
+    """Whether a convolution of ``a`` to ``after`` rows is large enough for two threads to pay for more rows.
+
+    Not of one picture, which Eigen does not divide, nor of so many channels that the other library divides them itself.
+    """
+    batch, before, *_, inputs = a.shape
     if not (ONE_THREAD and c.window.ndim == 2 and applies("spare_rows", c, inputs) and after <= before):
+        return False
+    if batch < 2 or inputs * outputs > 9000:
         return False
     return c.window.entries * inputs >= 512 and outputs >= 32 and before + 1 <= 1.7 * after
 
@@ -211,7 +217,7 @@ def choose_spread(c: Correlation, y: Array, w: Array) -> str:
         return "products"
     if _winograd_pays(c, y, *w.shape[-2:]):
         return "winograd"
-    return "spare_rows" if _spare_rows_pay(c, w.shape[-1], inputs, c.window.out[0], c.window.shape[0]) else "xla"
+    return "spare_rows" if _spare_rows_pay(c, y, inputs, c.window.shape[0]) else "xla"
 
 
 def _products_pay(win: Window, inputs: int) -> bool:
