@@ -320,14 +320,16 @@ def _met(win: Window, dim: int, products: Array) -> Array:
     """
     axis, taps, n, s = dim + 1, win.ndim + 1, win.shape[dim], win.stride[dim]
     length = -(-n // s)
-    none = np.zeros((*products.shape[:axis], length, *products.shape[axis + 1 : taps], *products.shape[taps + 1 :]))
-    sums = [jnp.asarray(none, products.dtype)] * s
+    before, after = products.shape[:axis], (*products.shape[axis + 1 : taps], *products.shape[taps + 1 :])
+    sums = [jnp.zeros((*before, length, *after), products.dtype)] * s
     for tap in range(win.size[dim]):
         shift, start = divmod(tap * win.dilation[dim] - win.padding[dim][0], s)
-        one = lax.index_in_dim(products, tap, taps, keepdims=False)
-        sums[start] += pad_axis(one, axis, shift, length - win.out[dim] - shift)
+        begin, end = max(-shift, 0), min(win.out[dim], length - shift)
+        if begin < end:  # else what the tap makes lies in padding, as do the entries cut off here
+            one = lax.slice_in_dim(lax.index_in_dim(products, tap, taps, keepdims=False), begin, end, axis=axis)
+            sums[start] += pad_axis(one, axis, begin + shift, length - end - shift)
     x = jnp.stack(sums, axis + 1) if s > 1 else sums[0]
-    return lax.slice_in_dim(x.reshape(*none.shape[:axis], length * s, *none.shape[axis + 1 :]), 0, n, axis=axis)
+    return lax.slice_in_dim(x.reshape(*before, length * s, *after), 0, n, axis=axis)
 
 
 def _spread_depthwise(c: Correlation, y: Array, w: Array) -> Array:
@@ -379,7 +381,9 @@ def _match_xla(c: Correlation, x: Array, y: Array) -> Array:
     """A valid correlation of the picture with δ: batch and channels change places, stride and dilation too."""
     win = c.window
     pads = [(lo, span - lo - n) for span, n, (lo, _) in zip(win.span, win.shape, win.padding, strict=True)]
-    if any(hi < 0 for _, hi in pads):
+    longer = [(out - 1) * s + 1 - n for out, s, n in zip(win.out, win.stride, win.shape, strict=True)]
+    if any(min(lo, hi) < max(more, 0) for (lo, hi), more in zip(pads, longer, strict=True)):
+        # Below zero here, or once XLA has made x and δ change places: padded before.
         x, pads = fit(win, x), [(0, 0)] * win.ndim
     spatial = tuple(range(1, win.ndim + 1))
     roles = lax.ConvDimensionNumbers(  # (batch, feature, *spatial) of x, of y as the patch, and of w

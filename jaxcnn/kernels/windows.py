@@ -273,7 +273,7 @@ def at_tap(win: Window, tap: tuple[int, ...], y: Array) -> Array:
 
 
 def pad_axis(x: Array, axis: int, lo: int, hi: int, interior: int = 0) -> Array:
-    """Zeros before, behind and between the entries along one dim; below zero, entries are cut off instead."""
+    """Zeros before, behind and between the entries along one dim."""
     config = [(0, 0, 0)] * x.ndim
     config[axis] = (lo, hi, interior)
     return lax.pad(x, np.zeros((), x.dtype), config)
