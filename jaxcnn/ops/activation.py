@@ -1,6 +1,7 @@
 """Activations: entry by entry, y = g(x), so that δ_x = δ ∘ g'(x) (lecture §3 and §6).
 
-`relu` is written out.  The others are rows of one table of (g, g'), and share its rule.
+`relu` is written out.  The others are rows of one table of g and g', and share its rule: the forward half keeps what δ is
+to be multiplied with, so that the backward half has nothing to compute twice.
 """
 
 import dataclasses

@@ -12,8 +12,8 @@ The rule is the same.  With g = δ·γ, and means over the stretch,
 
     δ_x = r·(g − mean(g) − x̂·mean(g·x̂))        ∂E/∂γ = Σ δ·x̂        ∂E/∂β = Σ δ
 
-Closed under differentiation: the rule reads x, m and r; m and r come from `moments`, which has a rule of its own, and
-what is left are products and means.
+Closed under differentiation: the rule reads x, m and r; m and r come from `moments` and Σ δ·x̂ from `inner`, which have
+rules of their own, and what is left are products and means.
 """
 
 import dataclasses
