@@ -1,7 +1,7 @@
 """Activations: entry by entry, y = g(x), so that δ_x = δ ∘ g'(x) (lecture §3 and §6).
 
-`relu` is written out.  The others are rows of one table of g and g', and share its rule: the forward half keeps what δ is
-to be multiplied with, so that the backward half has nothing to compute twice.
+`relu` is written out.  The others are rows of one table of g and g', and share its rule: the forward half keeps what δ
+is multiplied with, so that the backward half computes nothing twice.
 """
 
 import dataclasses
