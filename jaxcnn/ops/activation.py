@@ -95,8 +95,8 @@ _SELU_SCALE, _SELU_ALPHA = 1.0507009873554805, 1.6732632423543772
 
 def _gelu_slope(x: Array, y: Array, c: float) -> Array:
     """g'(x) = Φ(x) + x·φ(x), with φ and Φ the normal density and distribution."""
-    z = x * _INV_SQRT_2
-    return _normal(x) + x * _INV_SQRT_2PI * jnp.exp(-z * z)  # as erfc has it, so that XLA takes it once
+    z = -x * _INV_SQRT_2
+    return _normal(x) + x * _INV_SQRT_2PI * jnp.exp(-(z * z))  # written as in erfc, so that XLA takes it once
 
 
 def _normal(x: Array) -> Array:
