@@ -26,7 +26,7 @@ from jax import Array, lax
 
 from jaxcnn.geometry import Correlation, Window
 from jaxcnn.kernels import winograd
-from jaxcnn.kernels.windows import accumulator, at_tap, divisor, tap_slices, unpad
+from jaxcnn.kernels.windows import accumulator, at_tap, divisor, pad_axis, tap_slices, unpad
 
 Lowering = Callable[[Correlation, Array, Array], Array]
 
@@ -35,6 +35,9 @@ ONE_THREAD = tuple(map(int, jaxlib.version.__version__.split(".")[:2])) < (0, 11
 
 #: Target for a batch block, one kernel row of its patches and its δ, in bytes: most of a core's second-level cache.
 BLOCK_BYTES = 5 << 18
+
+#: Target for what a batch block's δ times all of the patch make: more than any cache, but few page faults.
+PRODUCT_BYTES = 1 << 23
 
 #: Groups are joined up to so many channels: a vector of float32, and what jaxlib 0.10 still runs on all threads.
 JOINED = 16
@@ -84,6 +87,7 @@ def applies(lowering: str, c: Correlation, inputs: int) -> bool:
         "spare_rows": all(s == 1 for s in c.window.stride),
         "spare_channel": c.groups == 1,
         "rows": c.groups == 1,
+        "products": c.groups == 1,
         "winograd": winograd.applies(c),
         "depthwise": c.groups == inputs,
     }
@@ -117,7 +121,7 @@ def choose_correlate(c: Correlation, x: Array, w: Array) -> str:
         return "winograd"
     if ONE_THREAD and c.window.ndim == 2 and inputs % 2 and inputs >= 3 and 16 < w.shape[-1] <= 32:
         return "spare_channel"
-    return "spare_rows" if _spare_rows_pay(c, inputs, w.shape[-1], c.window.shape[0], c.window.out[0]) else "xla"
+    return "spare_rows" if _spare_rows_pay(c, x, w.shape[-1], c.window.out[0]) else "xla"
 
 
 def _winograd_pays(c: Correlation, a: Array, inputs: int, outputs: int, least: int = 0) -> bool:
@@ -135,9 +139,15 @@ def _winograd_pays(c: Correlation, a: Array, inputs: int, outputs: int, least: i
     return direct >= 2 * winograd.cost(c, a.shape[0], inputs, outputs)
 
 
-def _spare_rows_pay(c: Correlation, inputs: int, outputs: int, before: int, after: int) -> bool:
-    """Whether a convolution from ``before`` to ``after`` rows is large enough for two threads to pay for more rows."""
+def _spare_rows_pay(c: Correlation, a: Array, outputs: int, after: int) -> bool:
+    """Whether a convolution of ``a`` to ``after`` rows is large enough for two threads to pay for more rows.
+
+    Not of one picture, which Eigen does not divide, nor of so many channels that the other library divides them itself.
+    """
+    batch, before, *_, inputs = a.shape
     if not (ONE_THREAD and c.window.ndim == 2 and applies("spare_rows", c, inputs) and after <= before):
+        return False
+    if batch < 2 or inputs * outputs > 9000:
         return False
     return c.window.entries * inputs >= 512 and outputs >= 32 and before + 1 <= 1.7 * after
 
@@ -215,9 +225,24 @@ def choose_spread(c: Correlation, y: Array, w: Array) -> str:
         return _choose_grouped(c, inputs, w.shape[-1])
     if applies("pointwise", c, inputs):
         return "pointwise"
+    if _products_pay(c.window, inputs):
+        return "products"
     if _winograd_pays(c, y, *w.shape[-2:]):
         return "winograd"
-    return "spare_rows" if _spare_rows_pay(c, w.shape[-1], inputs, c.window.out[0], c.window.shape[0]) else "xla"
+    return "spare_rows" if _spare_rows_pay(c, y, inputs, c.window.shape[0]) else "xla"
+
+
+def _products_pay(win: Window, inputs: int) -> bool:
+    """Whether few numbers come of each δ, or XLA's convolution is slow: in 3-D, and with zeros between δ.
+
+    Also for small patches where δ of windows in padding would have to be cut off first, a copy.
+    """
+    if win.ndim == 3 or all(k <= s for k, s in zip(win.size, win.stride, strict=True)):
+        return True
+    if any(s > 1 for s in win.stride):
+        return win.entries * inputs <= 160
+    cut = any(_reached(win, dim)[:2] != (0, out) for dim, out in enumerate(win.out))
+    return inputs <= 6 or (cut and win.entries <= 3)
 
 
 def _spread_xla(c: Correlation, y: Array, w: Array, more: int = 0) -> Array:
@@ -279,6 +304,46 @@ def _spread_pointwise(c: Correlation, y: Array, w: Array) -> Array:
     return at_tap(c.window, tap, x)
 
 
+def _spread_products(c: Correlation, y: Array, w: Array) -> Array:
+    """Every δ times the whole patch, one GEMM, then sums of what meets in one entry; a block of pictures at a time.
+
+    No product has a zero of the stride as a factor.
+    """
+    win = c.window
+    bytes_each = math.prod(win.out) * win.entries * w.shape[-2] * y.dtype.itemsize
+    block = divisor(y.shape[0], PRODUCT_BYTES // max(bytes_each, 1))
+
+    def one_block(y: Array) -> Array:
+        products = _dot(y, w, y.ndim - 1, w.ndim - 1, c)  # (N, *out, *size, I)
+        for dim in range(win.ndim):
+            products = _met(win, dim, products)
+        return products
+
+    if block == y.shape[0]:
+        return one_block(y)
+    x = lax.map(one_block, y.reshape(-1, block, *y.shape[1:]))
+    return x.reshape(y.shape[0], *x.shape[2:])
+
+
+def _met(win: Window, dim: int, products: Array) -> Array:
+    """Sums along one dim of the patch, the first that is left: what meets in an entry of the picture along ``dim``.
+
+    Entries that are a multiple of the stride apart meet the same taps, so that they are one sum of shifted slices.
+    """
+    axis, taps, n, s = dim + 1, win.ndim + 1, win.shape[dim], win.stride[dim]
+    length = -(-n // s)
+    before, after = products.shape[:axis], (*products.shape[axis + 1 : taps], *products.shape[taps + 1 :])
+    sums = [jnp.zeros((*before, length, *after), products.dtype)] * s
+    for tap in range(win.size[dim]):
+        shift, start = divmod(tap * win.dilation[dim] - win.padding[dim][0], s)
+        begin, end = max(-shift, 0), min(win.out[dim], length - shift)
+        if begin < end:  # else what the tap makes lies in padding, as do the entries cut off here
+            one = lax.slice_in_dim(lax.index_in_dim(products, tap, taps, keepdims=False), begin, end, axis=axis)
+            sums[start] += pad_axis(one, axis, begin + shift, length - end - shift)
+    x = jnp.stack(sums, axis + 1) if s > 1 else sums[0]
+    return lax.slice_in_dim(x.reshape(*before, length * s, *after), 0, n, axis=axis)
+
+
 def _spread_depthwise(c: Correlation, y: Array, w: Array) -> Array:
     win, multiplier = c.window, w.shape[-1] // c.groups
     x = unpad(win, _sum(at_tap(win, tap, y * w[(*tap, 0)]) for tap in win.taps()))
@@ -301,6 +366,7 @@ SPREAD: dict[str, Lowering] = {
     "winograd": winograd.spread,
     "spare_rows": _spread_spare_rows,
     "pointwise": _spread_pointwise,
+    "products": _spread_products,
     "depthwise": _spread_depthwise,
     "by_group": _spread_by_group,
     "joined": _spread_joined,
@@ -319,13 +385,18 @@ def choose_match(c: Correlation, x: Array, y: Array) -> str:
         return "pointwise"
     if _winograd_pays(c, x, inputs, y.shape[-1], least=64):
         return "winograd"
-    return "rows" if c.window.ndim > 1 else "xla"
+    few = c.window.ndim == 2 and y.shape[-1] <= 16  # outputs, of which a GEMM would like more
+    return "xla" if few or c.window.ndim == 1 else "rows"
 
 
 def _match_xla(c: Correlation, x: Array, y: Array) -> Array:
     """A valid correlation of the picture with δ: batch and channels change places, stride and dilation too."""
     win = c.window
-    x = fit(win, x)
+    pads = [(lo, span - lo - n) for span, n, (lo, _) in zip(win.span, win.shape, win.padding, strict=True)]
+    longer = [(out - 1) * s + 1 - n for out, s, n in zip(win.out, win.stride, win.shape, strict=True)]
+    if any(min(lo, hi) < max(more, 0) for (lo, hi), more in zip(pads, longer, strict=True)):
+        # Below zero here, or once XLA has made x and δ change places: padded before.
+        x, pads = fit(win, x), [(0, 0)] * win.ndim
     spatial = tuple(range(1, win.ndim + 1))
     roles = lax.ConvDimensionNumbers(  # (batch, feature, *spatial) of x, of y as the patch, and of w
         (x.ndim - 1, 0, *spatial), (x.ndim - 1, 0, *spatial), (win.ndim, win.ndim + 1, *range(win.ndim))
@@ -334,7 +405,7 @@ def _match_xla(c: Correlation, x: Array, y: Array) -> Array:
         x,
         y,
         window_strides=win.dilation,
-        padding=[(0, 0)] * win.ndim,
+        padding=pads,
         rhs_dilation=win.stride,
         dimension_numbers=roles,
         batch_group_count=c.groups,

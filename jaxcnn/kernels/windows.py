@@ -213,14 +213,14 @@ def _spread_dim(win: Window, dim: int, y: Array) -> Array:
     k, s, d, out, axis = win.size[dim], win.stride[dim], win.dilation[dim], win.out[dim], dim + 1
     length = sum(win.padding[dim]) + win.shape[dim]
     if out == 1 and d == 1:
-        return _pad_axis(jnp.repeat(y, k, axis), axis, 0, length - k)
+        return pad_axis(jnp.repeat(y, k, axis), axis, 0, length - k)
     if k <= UNROLLED:
         rest = length - ((out - 1) * s + 1)
-        return functools.reduce(operator.add, (_pad_axis(y, axis, i * d, rest - i * d, s - 1) for i in range(k)))
+        return functools.reduce(operator.add, (pad_axis(y, axis, i * d, rest - i * d, s - 1) for i in range(k)))
     reach = (k - 1) * d
-    spaced = _pad_axis(y, axis, reach, reach, s - 1)
+    spaced = pad_axis(y, axis, reach, reach, s - 1)
     full = _reduce_dim(spaced, axis, k, 1, d)
-    return _pad_axis(full, axis, 0, length - full.shape[axis])
+    return pad_axis(full, axis, 0, length - full.shape[axis])
 
 
 def _reduce_dim(x: Array, axis: int, k: int, stride: int, dilation: int) -> Array:
@@ -272,7 +272,8 @@ def at_tap(win: Window, tap: tuple[int, ...], y: Array) -> Array:
     return lax.pad(y, np.zeros((), y.dtype), [(0, 0, 0), *widths, (0, 0, 0)])
 
 
-def _pad_axis(x: Array, axis: int, lo: int, hi: int, interior: int = 0) -> Array:
+def pad_axis(x: Array, axis: int, lo: int, hi: int, interior: int = 0) -> Array:
+    """Zeros before, behind and between the entries along one dim."""
     config = [(0, 0, 0)] * x.ndim
     config[axis] = (lo, hi, interior)
     return lax.pad(x, np.zeros((), x.dtype), config)

@@ -1,6 +1,7 @@
 """Activations: entry by entry, y = g(x), so that δ_x = δ ∘ g'(x) (lecture §3 and §6).
 
-`relu` is written out.  The others are rows of one table of (g, g'), and share its rule.
+`relu` is written out.  The others are rows of one table of g and g', and share its rule: the forward half keeps what δ
+is multiplied with, so that the backward half computes nothing twice.
 """
 
 import dataclasses
@@ -63,7 +64,8 @@ def relu_plain(geometry: None, x: Array) -> Array:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The table: g, then g' of what the residual keeps (x, or y where g' is shorter in y).  c is the op's constant.
+# The table: g, what the forward half keeps (g' itself, unless something smaller says as much), and g' of what is kept.
+# c is the op's constant.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +76,15 @@ class Activation:
     constant: float = 0.0
 
 
+def _itself(kept: Array, c: Array) -> Array:
+    return kept
+
+
 @dataclasses.dataclass(frozen=True)
 class _Row:
     g: Callable[[Array, float], Array]
-    slope: Callable[[Array, float], Array]
-    keeps: str
+    keeps: Callable[[Array, Array, float], Array]
+    slope: Callable[[Array, Array], Array] = _itself
 
 
 _INV_SQRT_2PI = 0.3989422804014327
@@ -87,9 +93,10 @@ _SQRT_2_PI = 0.7978845608028654
 _SELU_SCALE, _SELU_ALPHA = 1.0507009873554805, 1.6732632423543772
 
 
-def _gelu_slope(x: Array, c: float) -> Array:
+def _gelu_slope(x: Array, y: Array, c: float) -> Array:
     """g'(x) = Φ(x) + x·φ(x), with φ and Φ the normal density and distribution."""
-    return _normal(x) + x * _INV_SQRT_2PI * jnp.exp(-x * x / 2)
+    z = -x * _INV_SQRT_2
+    return _normal(x) + x * _INV_SQRT_2PI * jnp.exp(-(z * z))  # written as in erfc, so that XLA takes it once
 
 
 def _normal(x: Array) -> Array:
@@ -102,16 +109,16 @@ def _clipped(x: Array, low: float, high: float) -> Array:
     return jnp.where(x <= low, _of(low, x), jnp.where(x >= high, _of(high, x), x))
 
 
-def _between(x: Array, low: float, high: float, slope: float | Array) -> Array:
-    """The slope where low < x < high, and 0 elsewhere, also at both ends."""
-    return jnp.where((x > low) & (x < high), jnp.asarray(slope, x.dtype), 0)
+def _between(x: Array, low: float, high: float) -> Array:
+    """Whether low < x < high: not at either end."""
+    return (x > low) & (x < high)
 
 
 def _of(c: float, x: Array) -> Array:
     return jnp.asarray(c, x.dtype)
 
 
-def _silu_slope(x: Array, c: float) -> Array:
+def _silu_slope(x: Array, y: Array, c: float) -> Array:
     """g'(x) = s + x·s·(1 − s), with s = sigmoid(x)."""
     s = jax.nn.sigmoid(x)
     return s * (1 + x * (1 - s))
@@ -121,16 +128,33 @@ def _gelu_tanh(x: Array, c: float) -> Array:
     return x * (1 + jnp.tanh(_SQRT_2_PI * (x + 0.044715 * x**3))) / 2
 
 
-def _gelu_tanh_slope(x: Array, c: float) -> Array:
+def _gelu_tanh_slope(x: Array, y: Array, c: float) -> Array:
     """g'(x) = (1 + t)/2 + x·(1 − t²)·u'/2, with t = tanh u, u = √(2/π)·(x + 0.044715·x³)."""
     t = jnp.tanh(_SQRT_2_PI * (x + 0.044715 * x**3))
     return (1 + t) / 2 + x * (1 - t * t) * _SQRT_2_PI * (1 + 3 * 0.044715 * x * x) / 2
 
 
-def _mish_slope(x: Array, c: float) -> Array:
-    """g'(x) = t + x·(1 − t²)·sigmoid(x), with t = tanh(softplus(x))."""
-    t = jnp.tanh(jnp.logaddexp(x, 0))
-    return t + x * (1 - t * t) * jax.nn.sigmoid(x)
+def _mish(x: Array, c: float) -> Array:
+    """x·t, with t = n/d."""
+    _, _, n, d = _mish_parts(x)
+    return x * (n / d)
+
+
+def _mish_slope(x: Array, y: Array, c: float) -> Array:
+    """g'(x) = t + x·(1 − t²)·sigmoid(x), with t = n/d and (1 − t²)·sigmoid(x) = 4e(1 + e)w/d²."""
+    e, w, n, d = _mish_parts(x)
+    return (n * d + 4 * x * e * (1 + e) * w) / (d * d)
+
+
+def _mish_parts(x: Array) -> tuple[Array, Array, Array, Array]:
+    """e, w, n, d with e = exp(−|x|) and tanh(log(1 + eˣ)) = n/d: one exponential, which cannot overflow.
+
+    With E = eˣ that is (E² + 2E)/(E² + 2E + 2); where x > 0, both divided by E², and w is e instead of 1.
+    """
+    e = jnp.exp(jnp.where(x > 0, -x, x))
+    w = jnp.where(x > 0, e, 1)  # XLA would make another exponential of e·e, but not of w·w
+    n = jnp.where(x > 0, 1 + 2 * e, e * (2 + e))
+    return e, w, n, n + 2 * w * w
 
 
 def _squareplus(x: Array, c: float) -> Array:
@@ -140,29 +164,31 @@ def _squareplus(x: Array, c: float) -> Array:
 
 
 _TABLE = {
-    # name:        g(x)                                     g'                                              of
-    "leaky_relu": _Row(lambda x, c: jnp.where(x > 0, x, c * x), lambda x, c: jnp.where(x > 0, 1, _of(c, x)), "x"),
+    # name:        g(x)                                     what is kept of x and y,  and g' of that
+    "leaky_relu": _Row(lambda x, c: jnp.where(x > 0, x, c * x),
+                       lambda x, y, c: x > 0, lambda positive, c: jnp.where(positive, 1, c)),
+    "relu6": _Row(lambda x, c: _clipped(x, 0, 6), lambda x, y, c: _between(x, 0, 6)),
+    "hard_tanh": _Row(lambda x, c: _clipped(x, -1, 1), lambda x, y, c: _between(x, -1, 1)),
+    "hard_sigmoid": _Row(lambda x, c: _clipped(x + 3, 0, 6) / 6,
+                         lambda x, y, c: _between(x, -3, 3), lambda inside, c: jnp.where(inside, _of(1 / 6, c), 0)),
+    "sigmoid": _Row(lambda x, c: jax.nn.sigmoid(x), lambda x, y, c: y, lambda y, c: y * (1 - y)),
+    "tanh": _Row(lambda x, c: jnp.tanh(x), lambda x, y, c: y, lambda y, c: (1 - y) * (1 + y)),
     "elu": _Row(lambda x, c: jnp.where(x > 0, x, c * jnp.expm1(jnp.minimum(x, 0))),
-                lambda x, c: jnp.where(x > 0, 1, c * jnp.exp(jnp.minimum(x, 0))), "x"),
+                lambda x, y, c: jnp.where(x > 0, 1, c * jnp.exp(jnp.minimum(x, 0)))),
     "selu": _Row(lambda x, c: _SELU_SCALE * jnp.where(x > 0, x, _SELU_ALPHA * jnp.expm1(jnp.minimum(x, 0))),
-                 lambda x, c: _SELU_SCALE * jnp.where(x > 0, 1, _SELU_ALPHA * jnp.exp(jnp.minimum(x, 0))), "x"),
+                 lambda x, y, c: _SELU_SCALE * jnp.where(x > 0, 1, _SELU_ALPHA * jnp.exp(jnp.minimum(x, 0)))),
     "celu": _Row(lambda x, c: jnp.where(x > 0, x, c * jnp.expm1(jnp.minimum(x, 0) / c)),
-                 lambda x, c: jnp.where(x > 0, 1, jnp.exp(jnp.minimum(x, 0) / c)), "x"),
-    "relu6": _Row(lambda x, c: _clipped(x, 0, 6), lambda x, c: _between(x, 0, 6, 1), "x"),
-    "hard_tanh": _Row(lambda x, c: _clipped(x, -1, 1), lambda x, c: _between(x, -1, 1, 1), "x"),
-    "hard_sigmoid": _Row(lambda x, c: _clipped(x + 3, 0, 6) / 6, lambda x, c: _between(x, -3, 3, 1 / 6), "x"),
+                 lambda x, y, c: jnp.where(x > 0, 1, jnp.exp(jnp.minimum(x, 0) / c))),
     "hard_swish": _Row(lambda x, c: x * (_clipped(x + 3, 0, 6) / 6),
-                       lambda x, c: jnp.where(x >= 3, 1, _between(x, -3, 3, x / 3 + 0.5)), "x"),
-    "gelu": _Row(lambda x, c: x * _normal(x), _gelu_slope, "x"),
-    "gelu_tanh": _Row(_gelu_tanh, _gelu_tanh_slope, "x"),
-    "mish": _Row(lambda x, c: x * jnp.tanh(jnp.logaddexp(x, 0)), _mish_slope, "x"),
-    "softsign": _Row(lambda x, c: x / (1 + jnp.abs(x)), lambda x, c: 1 / jnp.square(1 + jnp.abs(x)), "x"),
-    "squareplus": _Row(_squareplus, lambda x, c: _squareplus(x, c) / jnp.sqrt(x * x + c), "x"),
-    "log_sigmoid": _Row(lambda x, c: -jnp.logaddexp(-x, 0), lambda x, c: jax.nn.sigmoid(-x), "x"),
-    "silu": _Row(lambda x, c: x * jax.nn.sigmoid(x), _silu_slope, "x"),
-    "softplus": _Row(lambda x, c: jnp.logaddexp(x, 0), lambda x, c: jax.nn.sigmoid(x), "x"),
-    "sigmoid": _Row(lambda x, c: jax.nn.sigmoid(x), lambda y, c: y * (1 - y), "y"),
-    "tanh": _Row(lambda x, c: jnp.tanh(x), lambda y, c: (1 - y) * (1 + y), "y"),
+                       lambda x, y, c: jnp.where(x >= 3, 1, jnp.where(x > -3, x / 3 + 0.5, 0))),
+    "gelu": _Row(lambda x, c: x * _normal(x), _gelu_slope),
+    "gelu_tanh": _Row(_gelu_tanh, _gelu_tanh_slope),
+    "mish": _Row(_mish, _mish_slope),
+    "softsign": _Row(lambda x, c: x / (1 + jnp.abs(x)), lambda x, y, c: 1 / jnp.square(1 + jnp.abs(x))),
+    "squareplus": _Row(_squareplus, lambda x, y, c: y / jnp.sqrt(x * x + c)),
+    "log_sigmoid": _Row(lambda x, c: -jnp.logaddexp(-x, 0), lambda x, y, c: jax.nn.sigmoid(-x)),
+    "silu": _Row(lambda x, c: x * jax.nn.sigmoid(x), _silu_slope),
+    "softplus": _Row(lambda x, c: jnp.logaddexp(x, 0), lambda x, y, c: jax.nn.sigmoid(x)),
 }  # fmt: skip
 
 
@@ -178,12 +204,12 @@ def _activation(activation: Activation, x: Array) -> Array:
 
 def _activation_fwd(activation: Activation, x: Array) -> Any:
     y = _activation(activation, x)
-    return y, {"x": x, "y": y}[_TABLE[activation.name].keeps]
+    return y, _TABLE[activation.name].keeps(x, y, activation.constant)
 
 
-def _activation_bwd(activation: Activation, saved: Array, delta: Array) -> Any:
+def _activation_bwd(activation: Activation, kept: Array, delta: Array) -> Any:
     """δ_x = δ ∘ g'(x)."""
-    return (delta * _TABLE[activation.name].slope(saved, activation.constant),)
+    return (delta * _TABLE[activation.name].slope(kept, _of(activation.constant, delta)),)
 
 
 _activation.defvjp(_activation_fwd, _activation_bwd)

@@ -99,14 +99,14 @@ def _softmax_cross_entropy(geometry: None, logits: Array, targets: Array) -> Arr
 
 
 def _softmax_cross_entropy_fwd(geometry: None, logits: Array, targets: Array) -> Any:
-    return softmax_cross_entropy_plain(None, logits, targets), (_log_softmax(logits), targets)
+    return softmax_cross_entropy_plain(None, logits, targets), (_softmax(logits), _log_softmax(logits), targets)
 
 
 def _softmax_cross_entropy_bwd(geometry: None, saved: Any, delta: Array) -> Any:
     """δ_logits = δ(p·Σ targets − targets);  δ_targets = −δ·log p."""
-    log_p, targets = saved
+    p, log_p, targets = saved
     dtype, delta, targets = targets.dtype, _wide(delta)[..., None], _wide(targets)
-    delta_logits = delta * (jnp.exp(log_p) * targets.sum(-1, keepdims=True) - targets)
+    delta_logits = delta * (p * targets.sum(-1, keepdims=True) - targets)
     return delta_logits.astype(dtype), (-delta * log_p).astype(dtype)
 
 
@@ -122,8 +122,13 @@ def _wide(x: Array) -> Array:
     return x.astype(accumulator(x.dtype))
 
 
+def _softmax(logits: Array) -> Array:
+    """p; of 16-bit logits in float32."""
+    return jax.nn.softmax(_wide(logits))
+
+
 def _log_softmax(logits: Array) -> Array:
-    """Log p; of 16-bit logits in float32."""
+    """Log p, likewise."""
     return jax.nn.log_softmax(_wide(logits))
 
 
@@ -183,29 +188,31 @@ def _cross_entropy_of_labels(geometry: None, logits: Array, labels: Array) -> Ar
 
 
 def _cross_entropy_of_labels_fwd(geometry: None, logits: Array, labels: Array) -> Any:
-    return cross_entropy_of_labels_plain(None, logits, labels), (_log_softmax(logits), labels)
+    return cross_entropy_of_labels_plain(None, logits, labels), (_softmax(logits), labels)
 
 
 def _cross_entropy_of_labels_bwd(geometry: None, saved: Any, delta: Array) -> Any:
     """δ_logits = δ(p − onehot(label))."""
-    log_p, labels = saved
-    onehot = jax.nn.one_hot(labels, log_p.shape[-1], dtype=log_p.dtype)
-    p_less_onehot = jnp.where(_known(labels, log_p), jnp.exp(log_p) - onehot, jnp.nan)
-    return (_wide(delta)[..., None] * p_less_onehot).astype(delta.dtype), None
+    p, labels = saved
+    onehot = jnp.arange(p.shape[-1]) == labels[..., None]
+    known = jnp.where(_known(labels, p), _wide(delta)[..., None], jnp.nan)
+    return (known * jnp.where(onehot, p - 1, p)).astype(delta.dtype), None
 
 
 _cross_entropy_of_labels.defvjp(_cross_entropy_of_labels_fwd, _cross_entropy_of_labels_bwd)
 
 
 def cross_entropy_of_labels_plain(geometry: None, logits: Array, labels: Array) -> Array:
-    """Cross entropy of the true class in stock JAX."""
-    return -_picked(_log_softmax(logits), labels).astype(logits.dtype)
+    """Cross entropy of the true class in stock JAX: ``log Σ exp(logits − m) − (logits[label] − m)``, m the largest.
+
+    m is taken from both before they meet: 10⁴ − 10⁴ leaves the digits of log 3, 10⁴ + log 3 does not.
+    """
+    wide = _wide(logits)
+    m = jax.lax.stop_gradient(wide.max(-1, keepdims=True))
+    picked = jnp.take_along_axis(wide, labels[..., None], -1, mode="clip") - m
+    error = jnp.log(jnp.exp(wide - m).sum(-1, keepdims=True)) - picked
+    return jnp.where(_known(labels, wide), error, jnp.nan)[..., 0].astype(logits.dtype)
 
 
-def _picked(log_p: Array, labels: Array) -> Array:
-    found = jnp.take_along_axis(log_p, labels[..., None], -1, mode="clip")
-    return jnp.where(_known(labels, log_p), found, jnp.nan)[..., 0]
-
-
-def _known(labels: Array, log_p: Array) -> Array:
-    return ((labels >= 0) & (labels < log_p.shape[-1]))[..., None]
+def _known(labels: Array, logits: Array) -> Array:
+    return ((labels >= 0) & (labels < logits.shape[-1]))[..., None]

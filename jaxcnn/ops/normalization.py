@@ -12,8 +12,8 @@ The rule is the same.  With g = δ·γ, and means over the stretch,
 
     δ_x = r·(g − mean(g) − x̂·mean(g·x̂))        ∂E/∂γ = Σ δ·x̂        ∂E/∂β = Σ δ
 
-Closed under differentiation: the rule reads x, m and r; m and r come from `moments`, which has a rule of its own, and
-what is left are products and means.
+Closed under differentiation: the rule reads x, m and r; m and r come from `moments` and Σ δ·x̂ from `inner`, which have
+rules of their own, and what is left are products and means.
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxcnn.geometry import fail, static_float, static_int
+from jaxcnn.kernels.sums import sum_computed
 from jaxcnn.kernels.windows import accumulator
 from jaxcnn.ops.rule import Rule, array, arrays, with_rule
 
@@ -195,8 +196,11 @@ class Normalization:
 
     def gathered(self, x: Array, like: Array) -> Array:
         """The adjoint of `beside`: the sum over all other dims."""
-        others = tuple(dim for dim in range(x.ndim) if dim not in self.along)
-        return x.sum(others).reshape(like.shape).astype(like.dtype)
+        return x.sum(self.others(x)).reshape(like.shape).astype(like.dtype)
+
+    def others(self, x: Array) -> tuple[int, ...]:
+        """The dims of a view x that scale and bias do not run along."""
+        return tuple(dim for dim in range(x.ndim) if dim not in self.along)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,12 +224,32 @@ def _normalized_bwd(norm: Normalization, saved: Any, delta: Array) -> Any:
     x_hat = (norm.view(x) - m) * r
     g = delta if scale is None else delta * norm.beside(delta, scale)
     delta_x = r * (g - _mean(norm, g) - x_hat * _mean(norm, g * x_hat))
-    grad_scale = None if scale is None else norm.gathered(delta * x_hat, scale)
+    grad_scale = None if scale is None else inner(norm, delta, x_hat).reshape(scale.shape).astype(scale.dtype)
     grad_bias = None if bias is None else norm.gathered(delta, bias)
     return delta_x.reshape(x.shape).astype(x.dtype), grad_scale, grad_bias
 
 
 _normalized.defvjp(_normalized_fwd, _normalized_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def inner(norm: Normalization, a: Array, b: Array) -> Array:
+    """Σ a·b of two views, over the dims that scale does not run along."""
+    return sum_computed(norm.others(a), a * b)
+
+
+def _inner_fwd(norm: Normalization, a: Array, b: Array) -> Any:
+    return inner(norm, a, b), (a, b)
+
+
+def _inner_bwd(norm: Normalization, saved: Any, xi: Array) -> Any:
+    """⟨inner(a, b), ξ⟩ = ⟨a, ξ·b⟩ = ⟨b, ξ·a⟩."""
+    a, b = saved
+    xi = norm.beside(a, xi)
+    return xi * b, xi * a
+
+
+inner.defvjp(_inner_fwd, _inner_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

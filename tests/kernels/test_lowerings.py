@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from jax import lax
 
 from jaxcnn.geometry import Correlation, Window
-from jaxcnn.kernels import correlation, windows, winograd
+from jaxcnn.kernels import correlation, sums, windows, winograd
 from tests import oracles
 from tests.cases import CASES, compiled, covering, normal, ties, with_cotangents
 from tests.checks import drawn
@@ -31,6 +31,7 @@ MADE_FOR = {
     "pointwise": {"sizes": (1,), "pads": (0,), "groups": (1,)},
     "spare_rows": {"strides": (1,)},
     "rows": {"groups": (1,)},
+    "products": {"groups": (1,)},
     "depthwise": {"inputs": (1,)},
     "winograd": {"sizes": (3, 5), "strides": (1,), "groups": (1,)},
 }
@@ -370,3 +371,16 @@ def test_winner_is_numbered_in_the_smallest_integer(size, dtype):
     assert winner.dtype == dtype
     assert winner.item() == win.entries - 1
     assert windows.nothing(win) == np.iinfo(dtype).max > win.entries - 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sums by halves
+
+
+@pytest.mark.parametrize("shape", [(8, 4, 6, 3), (5, 7, 3, 2), (12, 1, 10, 3), (0, 4, 2, 3), (3, 0, 2, 3)], ids=str)
+@pytest.mark.parametrize("dims", [(0, 1, 2), (1, 2), (0,), (0, 2)], ids=str)
+def test_sums_by_halves(shape, dims):
+    """Of even and odd lengths, of one, and of none."""
+    (x,) = numbers(shape)
+    for found in (sums.halved(dims, x), compiled(lambda x: sums.sum_computed(dims, x))(x)):
+        np.testing.assert_allclose(found, x.sum(dims), rtol=1e-12, atol=1e-13)

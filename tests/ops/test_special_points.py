@@ -417,6 +417,9 @@ def test_a_stretch_that_holds_nan_is_nan_and_the_others_are_not(name):
 PICTURE, PATCH, BIAS = np.ones((2, 32, 32, 3), np.float32), np.ones((5, 5, 3, 4), np.float32), np.ones(4, np.float32)
 RESIDUALS = {
     "relu: the bit": (jaxcnn.relu, (PICTURE,), {("bool", (2, 32, 32, 3))}),
+    "leaky_relu: the bit": (jaxcnn.leaky_relu, (PICTURE,), {("bool", (2, 32, 32, 3))}),
+    "hard_sigmoid: the bit": (jaxcnn.hard_sigmoid, (PICTURE,), {("bool", (2, 32, 32, 3))}),
+    "mish: its slope": (jaxcnn.mish, (PICTURE,), {("float32", (2, 32, 32, 3))}),
     "avg_pool: nothing": (lambda x: jaxcnn.avg_pool(x, 2), (PICTURE,), set()),
     "max_pool: a byte": (lambda x: jaxcnn.max_pool(x, 2), (PICTURE,), {("uint8", (2, 16, 16, 3))}),
     "max_pool_with_indices: a byte": (

@@ -1,0 +1,26 @@
+"""Sums of what is computed on the way there.
+
+XLA:CPU hands a reduction to a library that is fast for plain terms and for products of two arrays; where terms are made
+of more, it goes array by array.  Halves that are added are a loop like any other: on all threads, and with everything
+that the terms are made of in it.
+"""
+
+import functools
+
+import jax
+from jax import Array, lax
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def sum_computed(dims: tuple[int, ...], x: Array) -> Array:
+    """Σ x over dims, where x comes of a product of more than two arrays."""
+    return lax.platform_dependent(x, cpu=functools.partial(halved, dims), default=lambda x: x.sum(dims))
+
+
+def halved(dims: tuple[int, ...], x: Array) -> Array:
+    """Σ x over dims: halves while there are two alike, then the rest.  The first dim, often the batch, comes last."""
+    for dim in (*dims[1:], *dims[:1]):
+        while x.shape[dim] and x.shape[dim] % 2 == 0:
+            first, second = lax.split(x, (x.shape[dim] // 2,) * 2, axis=dim)
+            x = first + second
+    return x.sum(dims)
