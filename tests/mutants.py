@@ -157,7 +157,7 @@ def outcomes(drawn: Iterator[Mutant], budget: float, jobs: int, notes: Path) -> 
     running: dict[int, tuple[Mutant, Path]] = {}
     for mutant in itertools.chain(drawn, itertools.repeat(None)):
         if mutant is not None:
-            note = notes / str(hash(mutant))
+            note = notes / mutant.digest
             running[in_child(mutant, chosen(mutant, budget), note, 60 + 4 * int(budget))] = mutant, note
         if not running:
             return
@@ -182,6 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--files", nargs="+", choices=FILES, default=FILES, metavar="FILE")
     parser.add_argument("--seconds", type=float, default=30, help="of tests against each mutant")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--resume", action="store_true", help="what earlier runs killed need not be killed again")
     parser.add_argument("--see", nargs="+", default=(), help="tests that are new since the whole suite was seen")
     options = parser.parse_args(argv)
     os.chdir(ROOT)
@@ -194,11 +195,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     started, known = time.monotonic(), equivalent()
     counts = {path: collections.Counter[str]() for path in options.files}
     killers, survivors = set(), []
+    (log := SEEN / "killed").touch()
+    before = dict(line.split(" ", 1) for line in log.read_text().splitlines()) if options.resume else {}
 
     def others() -> Iterator[Mutant]:
         for mutant in itertools.islice(mutants(options.files, options.seed), options.sample):
             counts[mutant.path].update(["mutants"] + ["equivalent"] * (mutant.key in known))
-            if mutant.key not in known:
+            if killer := before.get(mutant.digest):
+                counts[mutant.path]["killed"] += 1
+                killers.add(killer)
+            elif mutant.key not in known:
                 yield mutant
 
     with TemporaryDirectory() as notes:
@@ -206,7 +212,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for number, (mutant, what, killer) in enumerate(found, start=1):
             counts[mutant.path][what] += 1
             survivors += [mutant] * (what == "survived")
-            killers |= {killer} - {""}
+            if what == "killed" and killer:
+                killers.add(killer)
+                with log.open("a") as lines:
+                    print(mutant.digest, killer, file=lines)
             print(f"{number}, {(time.monotonic() - started) / 60:.1f} min: {what} {killer}\n  {mutant}", flush=True)
 
     print(f"\n{len(survivors)} survived", *sorted(map(str, survivors)), sep="\n  ")

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import hashlib
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,6 +34,10 @@ class Mutant:
     @property
     def key(self) -> tuple[str, ...]:
         return self.path, self.where, self.before, self.after
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(f"{self.path}\n{self.source}".encode()).hexdigest()
 
     def __str__(self) -> str:
         return f"{self.path}:{min(self.lines[0])} {self.where}\n    - {self.before}\n    + {self.after}"
