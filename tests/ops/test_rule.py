@@ -1,5 +1,6 @@
 """``rule=``: another backward half, for every op that takes one."""
 
+import copy
 import functools
 
 import jax
@@ -11,7 +12,9 @@ import jaxcnn
 from jaxcnn.geometry import Correlation, Window
 from jaxcnn.ops.activation import Activation
 from jaxcnn.ops.hidden import Hidden
+from jaxcnn.ops.linear import add
 from tests.agreement import CLOSE, random_delta
+from tests.cases import CASES, one_each, with_cotangents
 
 
 def normal(*shape, seed=0):
@@ -124,6 +127,32 @@ def test_no_cotangent_is_zero():
     delta_x, grad_w = pull(random_delta(y))
     np.testing.assert_array_equal(grad_w, np.zeros_like(w))
     assert np.any(delta_x)
+
+
+@pytest.mark.parametrize("case", [case for case in one_each(CASES) if case.takes_rule], ids=str)
+def test_equal_calls_have_equal_geometry(case):
+    """Hashable, as what is static must be: a rule may hand it to a function that is jitted or cached."""
+    seen = []
+
+    def note(call, delta):
+        seen.append(call.geometry)
+        return call.exact(delta)
+
+    args = case.arrays()
+    for _ in range(2):
+        options = copy.deepcopy(dict(case.options))
+        op = functools.partial(case.function.func, **options, rule=note)
+        jax.eval_shape(with_cotangents(op), args, jax.eval_shape(case.function, *args))
+    assert len(seen) == 2
+    assert len({*seen}) == 1
+
+
+@pytest.mark.parametrize("rule", [None, jaxcnn.rules.autodiff])
+def test_the_sum_where_a_residual_comes_back(rule):
+    x, y, delta = (normal(2, 3, seed=seed) for seed in range(3))
+    z, pull = jax.vjp(functools.partial(add, rule=rule), x, y)
+    np.testing.assert_array_equal(z, x + y)
+    np.testing.assert_array_equal(pull(delta), (delta, delta))
 
 
 def test_a_rule_that_is_not_called_costs_nothing():
