@@ -10,13 +10,14 @@ is blind to every error that moves entries about.
 import copy
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_vjp
 
@@ -76,6 +77,20 @@ def shapes_and_dtypes(case: Case) -> None:
         y, found = jax.eval_shape(with_cotangents(case.function), args, delta)
         assert (y.shape, y.dtype) == (shape, case.options.get("preferred_element_type", dtype))
         assert [(c.shape, c.dtype) for c in found] == [(a.shape, dtype) for a in args]
+
+
+def float32_stays_float32(case: Case) -> None:
+    """Nothing that either half computes on the way is wider."""
+
+    def computed(jaxpr: Any) -> Iterator[Any]:
+        for equation in jaxpr.eqns:
+            yield from (v.aval for v in equation.outvars if v.aval.shape)
+            for inner in jaxprs_in_params(equation.params):
+                yield from computed(inner)
+
+    program = jax.make_jaxpr(with_cotangents(case.function))(*drawn(case, np.float32))
+    wider = {str(a) for a in computed(program.jaxpr) if a.dtype == np.float64}
+    assert not wider, f"float64 on the way: {', '.join(wider)}"
 
 
 def weak_types_change_nothing(case: Case) -> None:

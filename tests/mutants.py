@@ -76,8 +76,22 @@ def reached(path: str) -> dict[int, set[str]]:
     return {line: {context.rpartition("|")[0] for context in contexts} - {""} for line, contexts in by_line}
 
 
+@functools.cache
+def reach(path: str) -> dict[str, frozenset[int]]:
+    """The lines of a file that each test reaches."""
+    by_test = collections.defaultdict(set)
+    for line, tests in reached(path).items():
+        for test in tests:
+            by_test[test].add(line)
+    return {test: frozenset(lines) for test, lines in by_test.items()}
+
+
 def chosen(mutant: Mutant, budget: float) -> list[str]:
-    """Tests that reach a mutant, for so many seconds; each test function has as much time as the others."""
+    """Tests that reach a mutant, for so many seconds.
+
+    Each test function has as much time as the others, and so have tests that reach different lines of the file; of
+    those that are alike the quickest comes first.
+    """
     tests: set[str] = set()
     for among in mutant.lines:
         tests = tests or {test for line in among for test in reached(mutant.path).get(line, ())}
@@ -86,11 +100,12 @@ def chosen(mutant: Mutant, budget: float) -> list[str]:
         path, _, name = test.partition("::")
         return seconds().get(f"{path.removesuffix('.py').replace('/', '.')}::{name}", 1)
 
-    spent: collections.Counter[str] = collections.Counter()
+    spent: collections.Counter[Any] = collections.Counter()
     turns = []
     for test in sorted(tests, key=lambda test: (took(test), test)):
-        spent[function := test.partition("[")[0]] += took(test)
-        turns.append((spent[function], test))
+        alike = test.partition("[")[0], reach(mutant.path)[test]
+        spent.update(dict.fromkeys(alike, took(test)))
+        turns.append((sum(spent[kind] for kind in alike), test))
     ordered = [test for _, test in sorted(turns)]
     before = itertools.accumulate(map(took, ordered), initial=0)
     return [test for test, sofar in zip(ordered, before, strict=False) if sofar < budget]
