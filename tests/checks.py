@@ -21,6 +21,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_vjp
 
+import jaxcnn
 from tests import oracles
 from tests.cases import Case, compiled, optimised, with_cotangents
 
@@ -110,6 +111,13 @@ def weak_types_change_nothing(case: Case) -> None:
 def rule_against_autodiff(case: Case) -> None:
     """Value and δ rule against stock JAX of the undecorated forward, in float64."""
     assert_close(flat(case.run(*drawn(case))), flat(case.run_plain(*drawn(case))), within(case))
+
+
+def value_of_autodiff(case: Case) -> None:
+    """The op in stock JAX has the same value also where stock JAX has no derivative of it, or a wrong one."""
+    args, delta = drawn(case)
+    plain = functools.partial(case.function, rule=jaxcnn.rules.autodiff)
+    assert_close([compiled(plain)(*args)], [case.run(args, delta)[0]], within(case))
 
 
 def rule_against_pytorch(case: Case) -> None:

@@ -44,6 +44,11 @@ def test_rule_against_autodiff(case):
     checks.rule_against_autodiff(case)
 
 
+@rows([case for case in CASES if case.plain is None and case.takes_rule])
+def test_value_of_autodiff(case):
+    checks.value_of_autodiff(case)
+
+
 @rows(CASES)
 def test_rule_against_pytorch(case):
     checks.rule_against_pytorch(case)
