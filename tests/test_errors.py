@@ -61,6 +61,7 @@ from jaxcnn import (
     softmax_cross_entropy_with_integer_labels,
     squared_error,
 )
+from jaxcnn.ops.pooling import pool_window
 
 NAN, INF = float("nan"), float("inf")
 X, W, B = np.ones((2, 6, 6, 4), np.float32), np.ones((3, 3, 4, 8), np.float32), np.zeros(8, np.float32)
@@ -99,6 +100,8 @@ LAYOUTS = "three strings such as ('NCHW', 'OIHW', 'NCHW')"
 ONE_KEY = "one typed key from jax.random.key(seed)"
 
 CALLS = [
+    value("max_pool: window expected fewer than 2**32 entries, got (65536, 65536)", pool_window,
+          "max_pool", (2**16, 2**16), 2**16, None, 0, 1, False),
     # ceil_mode pads nothing where no window fits
     value("max_pool: window (5, 5) is larger than the padded picture; spatial dims (2, 2), padding ((0, 0), (0, 0))",
           max_pool, X[:, :2, :2], 5, stride=2, ceil_mode=True),

@@ -39,6 +39,7 @@ CORNERS = {
     "a dilated patch that misses the middle": ((2, 3, 3, 1), (2, 2, 1, 2), {"dilation": 2}),
     "groups of one channel": ((2, 6, 7, 3), (3, 2, 1, 6), {"groups": 3, "stride": 2, "padding": 1}),
     "one output channel a group": ((2, 6, 7, 4), (3, 2, 2, 2), {"groups": 2, "padding": 1}),
+    "a border repeated more often than the picture is long": ((2, 2, 3), (7, 3, 2), {"padding": "REPLICATE"}),
     "one picture, one channel": ((1, 3, 3, 1), (2, 2, 1, 1), {}),
 }
 

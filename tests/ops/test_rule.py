@@ -161,6 +161,8 @@ def test_the_sum_where_a_residual_comes_back(rule):
     z, pull = jax.vjp(functools.partial(add, rule=rule), x, y)
     np.testing.assert_array_equal(z, x + y)
     np.testing.assert_array_equal(pull(delta), (delta, delta))
+    with pytest.raises(ValueError, match=r"^add: expected x and y of one shape, got x \(2, 3\), y \(3,\)$"):
+        add(x, y[0], rule=rule)
 
 
 def test_a_rule_that_is_not_called_costs_nothing():
