@@ -168,7 +168,7 @@ def run(tests: Sequence[str], note: Path) -> int:
 
 
 def outcomes(drawn: Iterator[Mutant], budget: float, jobs: int, notes: Path) -> Iterator[tuple[Mutant, str, str]]:
-    """Every mutant as it comes: "killed" by which test, "timeout" or "survived"."""
+    """Every mutant as it comes: "killed" by which test, if not when it was imported, "timeout" or "survived"."""
     running: dict[int, tuple[Mutant, Path]] = {}
     for mutant in itertools.chain(drawn, itertools.repeat(None)):
         if mutant is not None:
