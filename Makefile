@@ -5,7 +5,7 @@ VENV   ?= .venv
 ARGS   ?=
 PY     := $(VENV)/bin/python
 
-.PHONY: train lecture test fuzz test-all coverage lint types docs build smoke bench check clean
+.PHONY: train lecture test fuzz test-all coverage mutants lint types docs build smoke bench check clean
 
 train: $(VENV)/experiments  ## train on the embedded images; ARGS="--data fashion-mnist --epochs 10"
 	$(PY) -m experiments.train $(ARGS)
@@ -21,6 +21,9 @@ test-all:  ## the suite on each Python that is installed, in .venv-3.11, .venv-3
 
 coverage: $(VENV)/experiments,test $(VENV)/zennit  ## lines of jaxcnn/ that no test reaches
 	$(PY) -m pytest -n 2 --cov=jaxcnn --cov-report=term-missing:skip-covered --cov-fail-under=97 $(ARGS)
+
+mutants: $(VENV)/experiments,test $(VENV)/zennit  ## small errors in ops/ and geometry.py, that tests must find; ARGS="--sample 400"
+	$(PY) -m tests.mutants $(ARGS)
 
 fuzz: $(VENV)/experiments,test  ## 10,000 geometries against PyTorch; ARGS="--count 1000 --seed 1"
 	$(PY) -m tests.conformance.fuzz $(ARGS)

@@ -10,16 +10,18 @@ is blind to every error that moves entries about.
 import copy
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_vjp
 
+import jaxcnn
 from tests import oracles
 from tests.cases import Case, compiled, optimised, with_cotangents
 
@@ -78,6 +80,20 @@ def shapes_and_dtypes(case: Case) -> None:
         assert [(c.shape, c.dtype) for c in found] == [(a.shape, dtype) for a in args]
 
 
+def float32_stays_float32(case: Case) -> None:
+    """Nothing that either half computes on the way is wider."""
+
+    def computed(jaxpr: Any) -> Iterator[Any]:
+        for equation in jaxpr.eqns:
+            yield from (v.aval for v in equation.outvars if v.aval.shape)
+            for inner in jaxprs_in_params(equation.params):
+                yield from computed(inner)
+
+    program = jax.make_jaxpr(with_cotangents(case.function))(*drawn(case, np.float32))
+    wider = {str(a) for a in computed(program.jaxpr) if a.dtype == np.float64}
+    assert not wider, f"float64 on the way: {', '.join(wider)}"
+
+
 def weak_types_change_nothing(case: Case) -> None:
     """Arrays made of Python's numbers are taken as others are, and nothing that comes of others is weak."""
     args = case.arrays()  # float64: what is weak has JAX's default dtype
@@ -95,6 +111,13 @@ def weak_types_change_nothing(case: Case) -> None:
 def rule_against_autodiff(case: Case) -> None:
     """Value and δ rule against stock JAX of the undecorated forward, in float64."""
     assert_close(flat(case.run(*drawn(case))), flat(case.run_plain(*drawn(case))), within(case))
+
+
+def value_of_autodiff(case: Case) -> None:
+    """The op in stock JAX has the same value also where stock JAX has no derivative of it, or a wrong one."""
+    args, delta = drawn(case)
+    plain = functools.partial(case.function, rule=jaxcnn.rules.autodiff)
+    assert_close([compiled(plain)(*args)], [case.run(args, delta)[0]], within(case))
 
 
 def rule_against_pytorch(case: Case) -> None:

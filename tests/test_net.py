@@ -11,15 +11,24 @@ import torch
 
 import jaxcnn
 from jaxcnn import (
+    AdaptiveAvgPool,
+    AdaptiveMaxPool,
     AvgPool,
+    BatchNorm,
     Conv,
+    ConvTranspose,
     Dense,
+    DepthwiseConv,
     Dropout,
     Elu,
     Flatten,
     Gelu,
+    GlobalAvgPool,
+    GlobalMaxPool,
     HiddenLayer,
+    LayerNorm,
     LeakyRelu,
+    LpPool,
     MaxPool,
     Relu,
     Sigmoid,
@@ -259,6 +268,15 @@ FLOPS = {
     ),
     "a net in a net": ((serial(Dense(4)),), (7,), 4 * (7 + 6 + 1)),
     "residual: and the sum": ((residual(Dense(7)),), (7,), 7 * (7 + 6 + 1) + 7),
+    "depthwise": ((DepthwiseConv(3, 2),), (5, 5, 2), 3 * 3 * 4 * (9 + 8 + 1)),
+    "transposed": ((ConvTranspose(4, 3),), (5, 5, 2), 5 * 5 * 2 * 9 * 4 * 2 + 7 * 7 * 4),
+    "normalised by given statistics": ((BatchNorm(),), (4, 4, 3), 48 * 4),
+    "normalised by its own": ((LayerNorm(),), (4, 4, 3), 48 * 7),
+    "root of a sum of powers": ((LpPool(2),), (4, 4, 3), 2 * 2 * 3 * (4 + 3 + 1)),
+    "largest of all": ((GlobalMaxPool(),), (4, 4, 3), 15 * 3),
+    "mean of all": ((GlobalAvgPool(),), (4, 4, 3), 16 * 3),
+    "largest of overlapping bins": ((AdaptiveMaxPool(3),), (4, 4, 3), 3 * 3 * 3 * (4 - 1)),
+    "mean of overlapping bins": ((AdaptiveAvgPool(3),), (4, 4, 3), 3 * 3 * 3 * 4),
 }  # fmt: skip
 
 

@@ -304,6 +304,10 @@ def float32_cotangent(x):
     return wrong(x)
 
 
+def float64_on_the_way(x):
+    return jaxcnn.relu(x.astype(np.float64)).astype(x.dtype)
+
+
 def summed_in_16_bits(x):
     return lax.reduce_window(x, np.zeros((), x.dtype), lax.add, (1, 48, 48, 1), (1, 48, 48, 1), "VALID")
 
@@ -393,6 +397,10 @@ PLANTED = [
     Planted(
         "relu: cotangent in float32", row("relu", (4, 3)), float32_cotangent,
         (checks.shapes_and_dtypes,), is_rule=False,
+    ),
+    Planted(
+        "relu: float64 on the way", row("relu", (4, 3)), float64_on_the_way,
+        (checks.float32_stays_float32,), is_rule=False,
     ),
     Planted(
         "block_sum: summed in 16 bits", row("block_sum", (2, 48, 48, 2), factor=48), summed_in_16_bits,

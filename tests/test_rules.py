@@ -29,6 +29,11 @@ def test_shapes_and_dtypes(case):
     checks.shapes_and_dtypes(case)
 
 
+@rows([case for case in ONE_EACH if case.op != "dropout"])  # jax.random draws in float64 where there is float64
+def test_float32_stays_float32(case):
+    checks.float32_stays_float32(case)
+
+
 @rows(CASES)
 def test_weak_types_change_nothing(case):
     checks.weak_types_change_nothing(case)
@@ -37,6 +42,11 @@ def test_weak_types_change_nothing(case):
 @rows([case for case in CASES if case.plain is not None])
 def test_rule_against_autodiff(case):
     checks.rule_against_autodiff(case)
+
+
+@rows([case for case in CASES if case.plain is None and case.takes_rule])
+def test_value_of_autodiff(case):
+    checks.value_of_autodiff(case)
 
 
 @rows(CASES)

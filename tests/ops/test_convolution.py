@@ -5,6 +5,8 @@ import itertools
 import jax
 import numpy as np
 import pytest
+from jax import lax
+from jax.extend.core import jaxprs_in_params
 
 import jaxcnn
 from tests import oracles
@@ -37,6 +39,7 @@ CORNERS = {
     "a dilated patch that misses the middle": ((2, 3, 3, 1), (2, 2, 1, 2), {"dilation": 2}),
     "groups of one channel": ((2, 6, 7, 3), (3, 2, 1, 6), {"groups": 3, "stride": 2, "padding": 1}),
     "one output channel a group": ((2, 6, 7, 4), (3, 2, 2, 2), {"groups": 2, "padding": 1}),
+    "a border repeated more often than the picture is long": ((2, 2, 3), (7, 3, 2), {"padding": "REPLICATE"}),
     "one picture, one channel": ((1, 3, 3, 1), (2, 2, 1, 1), {}),
 }
 
@@ -148,3 +151,48 @@ def test_the_patch_is_turned_on_the_way_back():
     np.testing.assert_allclose(pull(delta)[0], differences, atol=1e-8)
     np.testing.assert_allclose(full(w[::-1, ::-1]), differences, atol=1e-8)
     assert np.linalg.norm(full(w) - differences) > 0.5 * np.linalg.norm(differences)
+
+
+def precisions(jaxpr):
+    """Of every product of a program, wherever it stands."""
+    for equation in jaxpr.eqns:
+        if equation.primitive in (lax.conv_general_dilated_p, lax.dot_general_p):
+            yield equation.params["precision"]
+        for inner in jaxprs_in_params(equation.params):
+            yield from precisions(inner)
+
+
+HIGH, HIGHEST = lax.Precision.HIGH, lax.Precision.HIGHEST
+SPELLED = {
+    "a name": ("highest", (HIGHEST,) * 2),
+    "a value": (HIGH, (HIGH,) * 2),
+    "one for each": (("high", "highest"), (HIGH, HIGHEST)),
+}
+LAYERS = {
+    # name: (op of x and w, x shape, w shape)
+    "conv": (jaxcnn.conv, (2, 6, 6, 4), (3, 3, 4, 8)),
+    "conv_transpose": (jaxcnn.conv_transpose, (2, 6, 6, 4), (3, 3, 8, 4)),
+    "depthwise_conv": (jaxcnn.depthwise_conv, (2, 6, 6, 4), (3, 3, 1, 8)),
+    "hidden_layer": (
+        lambda x, w, **options: jaxcnn.hidden_layer(x, w, np.zeros(8, np.float32), **options),
+        (2, 6, 6, 4),
+        (3, 3, 4, 8),
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", [None, jaxcnn.rules.autodiff])
+@pytest.mark.parametrize("spelled", SPELLED)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_precision_is_that_of_every_product(layer, spelled, rule):
+    """Of the forward half and of both cotangents: on CPU no number would show it."""
+    op, *shapes = LAYERS[layer]
+    precision, expected = SPELLED[spelled]
+
+    def both_halves(x, w):
+        y, pull = jax.vjp(lambda x, w: op(x, w, precision=precision, rule=rule), x, w)
+        return pull(y)
+
+    found = [*precisions(jax.make_jaxpr(both_halves)(*(np.ones(shape, np.float32) for shape in shapes)).jaxpr)]
+    assert len(found) >= 3
+    assert {frozenset(pair) for pair in found} == {frozenset(expected)}

@@ -1,5 +1,6 @@
 """``rule=``: another backward half, for every op that takes one."""
 
+import copy
 import functools
 
 import jax
@@ -11,7 +12,9 @@ import jaxcnn
 from jaxcnn.geometry import Correlation, Window
 from jaxcnn.ops.activation import Activation
 from jaxcnn.ops.hidden import Hidden
+from jaxcnn.ops.linear import add
 from tests.agreement import CLOSE, random_delta
+from tests.cases import CASES, one_each, with_cotangents
 
 
 def normal(*shape, seed=0):
@@ -33,6 +36,8 @@ OPS = {
     "kron_up": (functools.partial(jaxcnn.kron_up, factor=2), (PICTURE,), Window),
     "block_sum": (functools.partial(jaxcnn.block_sum, factor=2), (PICTURE,), Window),
     "hidden_layer": (jaxcnn.hidden_layer, (PICTURE, normal(3, 3, 3, 4), normal(4)), Hidden),
+    "squared_error": (jaxcnn.squared_error, (normal(4, 3), normal(4, 3, seed=1)), type(None)),
+    "softmax_cross_entropy": (jaxcnn.softmax_cross_entropy, (normal(4, 3), normal(4, 3, seed=1)), type(None)),
 }
 
 
@@ -68,19 +73,24 @@ def test_what_a_rule_may_read(name):
     assert len(calls) == 1
 
 
-def test_a_rule_of_avg_pool_and_of_dropout():
+def test_a_rule_of_avg_pool_dropout_and_the_error_of_labels():
     """Their inputs are not only arrays that have a δ, or their geometry has no public type."""
 
     def doubled(call, delta):
         first, *rest = call.exact(delta)
         return (2 * first, *rest)
 
-    key = jax.random.key(0)
-    for op in (functools.partial(jaxcnn.avg_pool, window=2), lambda x, rule: jaxcnn.dropout(x, 0.5, key, rule=rule)):
+    key, labels = jax.random.key(0), np.ones(PICTURE.shape[:-1], np.int32)
+    for op in (
+        functools.partial(jaxcnn.avg_pool, window=2),
+        lambda x, rule: jaxcnn.dropout(x, 0.5, key, rule=rule),
+        lambda x, rule: jaxcnn.softmax_cross_entropy_with_integer_labels(x, labels, rule=rule),
+    ):
         y, pull = jax.vjp(functools.partial(op, rule=None), PICTURE)
         delta = random_delta(y)
-        found = jax.vjp(functools.partial(op, rule=doubled), PICTURE)[1](delta)[0]
-        np.testing.assert_allclose(found, 2 * pull(delta)[0], **CLOSE)
+        for rule, times in ((doubled, 2), (jaxcnn.rules.autodiff, 1)):
+            found = jax.vjp(functools.partial(op, rule=rule), PICTURE)[1](delta)[0]
+            np.testing.assert_allclose(found, times * pull(delta)[0], **CLOSE)
 
 
 def backwards(call, delta):
@@ -124,6 +134,35 @@ def test_no_cotangent_is_zero():
     delta_x, grad_w = pull(random_delta(y))
     np.testing.assert_array_equal(grad_w, np.zeros_like(w))
     assert np.any(delta_x)
+
+
+@pytest.mark.parametrize("case", [case for case in one_each(CASES) if case.takes_rule], ids=str)
+def test_equal_calls_have_the_same_name_and_equal_geometry(case):
+    """Hashable, as what is static must be: a rule may hand it to a function that is jitted or cached."""
+    seen = []
+
+    def note(call, delta):
+        seen.append((call.name, call.geometry))
+        return call.exact(delta)
+
+    args = case.arrays()
+    for _ in range(2):
+        options = copy.deepcopy(dict(case.options))
+        op = functools.partial(case.function.func, **options, rule=note)
+        jax.eval_shape(with_cotangents(op), args, jax.eval_shape(case.function, *args))
+    assert len(seen) == 2
+    ((name, _),) = {*seen}
+    assert name == case.op
+
+
+@pytest.mark.parametrize("rule", [None, jaxcnn.rules.autodiff])
+def test_the_sum_where_a_residual_comes_back(rule):
+    x, y, delta = (normal(2, 3, seed=seed) for seed in range(3))
+    z, pull = jax.vjp(functools.partial(add, rule=rule), x, y)
+    np.testing.assert_array_equal(z, x + y)
+    np.testing.assert_array_equal(pull(delta), (delta, delta))
+    with pytest.raises(ValueError, match=r"^add: expected x and y of one shape, got x \(2, 3\), y \(3,\)$"):
+        add(x, y[0], rule=rule)
 
 
 def test_a_rule_that_is_not_called_costs_nothing():

@@ -311,6 +311,15 @@ def test_direct_is_exact_on_whole_numbers():
     np.testing.assert_array_equal(convolve(a, v, method="direct"), np.convolve(a, v))
 
 
+@pytest.mark.parametrize("op", [convolve, correlate, autocorrelate])
+def test_direct_is_direct_on_the_way_back(op):
+    """One NaN of δ stays in reach of the operands; a Fourier transform would spread it to all entries."""
+    shapes = ((140,), (130,)) if op is not autocorrelate else ((140,),)
+    y, pull = jax.vjp(functools.partial(op, method="direct"), *drawn(*shapes))
+    for cotangent in pull(y.at[0].set(jnp.nan)):
+        assert 0 < np.isnan(cotangent).sum() < cotangent.size
+
+
 def test_fast_lengths():
     for n in range(1, 2000):
         length = fourier.fast_length(n)

@@ -75,6 +75,13 @@ def test_squareplus_keeps_its_digits():
     np.testing.assert_allclose(jaxcnn.squareplus(x), jaxcnn.squareplus(x.astype(np.float64)), rtol=1e-6)
 
 
+@pytest.mark.parametrize("rule", [None, jaxcnn.rules.autodiff])
+def test_celu_bends_sharply_without_overflow(rule):
+    """With a small alpha the branch that is not taken would be e^(x / alpha)."""
+    celu = functools.partial(jaxcnn.celu, alpha=1e-4, rule=rule)
+    assert [float(f(0.5)) for f in (celu, jax.grad(celu), jax.grad(jax.grad(celu)))] == [0.5, 1, 0]
+
+
 def test_gelu_by_tanh_where_it_saturates():
     x = np.array([0.0, -0.0, 1e4, -1e4, 40.0, -40.0, 1.0, -1.0])
     assert_agrees(jaxcnn.gelu, oracles.gelu, x, options={"approximate": True})
