@@ -320,6 +320,15 @@ def test_direct_is_direct_on_the_way_back(op):
         assert 0 < np.isnan(cotangent).sum() < cotangent.size
 
 
+@pytest.mark.parametrize("op", [convolve, correlate])
+def test_fft_is_a_transform(op):
+    """One NaN is everywhere, and by the definition it is not."""
+    a, v = drawn((9,), (3,))
+    a = a.at[0].set(jnp.nan)
+    assert np.isnan(op(a, v, method="fft")).all()
+    assert np.isfinite(op(a, v, method="direct")).any()
+
+
 def test_fast_lengths():
     for n in range(1, 2000):
         length = fourier.fast_length(n)
