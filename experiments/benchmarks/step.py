@@ -51,9 +51,10 @@ def compare(config: Config) -> int:
     from experiments.benchmarks import timing
     from experiments.benchmarks.turn import Contender
 
-    tuned = {name: str(number) for name, number in process.TUNED.items()}
-    environment = {**(tuned if config.allocator == "tuned" else {}), "JAXCNN_BENCHMARK_DEVICE": config.device}
-    environment["JAX_PLATFORMS"] = "cuda" if config.device == "gpu" else "cpu"
+    platform = "cuda" if config.device == "gpu" else "cpu"
+    environment = {"JAXCNN_BENCHMARK_DEVICE": config.device, "JAX_PLATFORMS": platform}
+    if config.allocator == "tuned":
+        environment |= {name: str(number) for name, number in process.TUNED.items()}
     machine = timing.machine(("jax", "jaxlib", "optax"), others=("flax", "equinox", "keras", "torch"))
     contenders: dict[str, Contender] = {}
     told: dict[str, Told] = {}

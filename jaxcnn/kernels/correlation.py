@@ -13,7 +13,6 @@ XLA:CPU computes wrongly (openxla/xla#48713).
 
 import dataclasses
 import functools
-import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from jax import Array, lax
 
 from jaxcnn.geometry import Correlation, Window
 from jaxcnn.kernels import winograd
+from jaxcnn.kernels.sums import sum_of_eights
 from jaxcnn.kernels.windows import accumulator, at_tap, divisor, pad_axis, tap_slices, unpad
 
 Lowering = Callable[[Correlation, Array, Array], Array]
@@ -119,7 +119,7 @@ def choose_correlate(c: Correlation, x: Array, w: Array) -> str:
         return "pointwise"
     if _winograd_pays(c, x, *w.shape[-2:]):
         return "winograd"
-    if ONE_THREAD and c.window.ndim == 2 and inputs % 2 and inputs >= 3 and 16 < w.shape[-1] <= 32:
+    if _spare_channel_pays(c, inputs, w.shape[-1]):
         return "spare_channel"
     return "spare_rows" if _spare_rows_pay(c, x, w.shape[-1], c.window.out[0]) else "xla"
 
@@ -150,6 +150,11 @@ def _spare_rows_pay(c: Correlation, a: Array, outputs: int, after: int) -> bool:
     if batch < 2 or inputs * outputs > 9000:
         return False
     return c.window.entries * inputs >= 512 and outputs >= 32 and before + 1 <= 1.7 * after
+
+
+def _spare_channel_pays(c: Correlation, inputs: int, outputs: int) -> bool:
+    """Whether jaxlib 0.10 is slow for so many channels: odd numbers of them, to one vector of outputs or two."""
+    return ONE_THREAD and c.window.ndim == 2 and inputs >= 3 and inputs % 2 == 1 and 16 < outputs <= 32
 
 
 def _correlate_xla(c: Correlation, x: Array, w: Array) -> Array:
@@ -469,20 +474,11 @@ def _match_depthwise(c: Correlation, x: Array, y: Array) -> Array:
     win, multiplier = c.window, y.shape[-1] // c.groups
     x = jnp.repeat(x, multiplier, -1) if multiplier > 1 else x
     axis = next((axis for axis, n in enumerate(y.shape[:-1]) if n >= 8), 0)
-    w = jnp.stack([_sum_of_eights(entry * y, axis) for entry in tap_slices(win, x, 0)])
+    w = jnp.stack([sum_of_eights(entry * y, axis) for entry in tap_slices(win, x, 0)])
     w = w.reshape(win.entries, math.prod(w.shape[1:-1]), w.shape[-1])
     while w.shape[1] > 1:
-        w = _sum_of_eights(w, 1)
+        w = sum_of_eights(w, 1)
     return w.sum(1).reshape(*win.size, 1, -1)
-
-
-def _sum_of_eights(x: Array, axis: int) -> Array:
-    """An eighth as long: the parts of x, one on the other; what is left over stands behind."""
-    n = x.shape[axis]
-    parts = max(min(n, 8), 1)
-    ends = [n // parts * i for i in range(parts + 1)]
-    total = _sum(lax.slice_in_dim(x, start, end, axis=axis) for start, end in itertools.pairwise(ends))
-    return total if ends[-1] == n else jnp.concatenate([total, lax.slice_in_dim(x, ends[-1], n, axis=axis)], axis)
 
 
 def _match_by_group(c: Correlation, x: Array, y: Array) -> Array:
