@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import os
+import shutil
 import sys
 import types
 
@@ -29,6 +30,23 @@ if importlib.util.find_spec("torchvision") is None:
         sys.modules[name] = types.ModuleType(name)
     for name in ("BasicBlock", "Bottleneck"):
         setattr(sys.modules["torchvision.models.resnet"], name, type(name, (), {}))
+
+
+KEPT = 2 * 2**30  # bytes; programs of older versions of the library are never asked for again
+
+
+def pytest_configure(config):
+    """Compiled programs are kept in .pytest_cache: JAX asks for them by the program itself, its options and versions.
+
+    So a second run takes a third of the time, on another Python with the same jaxlib too.
+    """
+    if not hasattr(config, "cache"):  # -p no:cacheprovider
+        return
+    folder = config.cache.mkdir("compiled")
+    if not hasattr(config, "workerinput") and sum(file.stat().st_size for file in folder.iterdir()) > KEPT:
+        shutil.rmtree(folder)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
