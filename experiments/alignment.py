@@ -90,14 +90,11 @@ def align(config: Config) -> int:
 def check(config: Config) -> list[str]:
     """Return the rules that are meant; raises UsageError."""
     for flag, value in (("--seeds", config.seeds), ("--steps", config.steps), ("--batch-size", config.batch_size)):
-        if value < 1:
-            raise UsageError(f"{flag}: expected at least 1, got {value}")
+        cli.check_count(flag, value)
     if not config.rules:
         raise UsageError("--rules: expected at least one, got none")
     for name in config.rules:
-        if name not in ("all", *RULES):
-            hint = cli.did_you_mean(name, RULES)
-            raise UsageError(f"--rules: expected all, or of {', '.join(RULES)}, got {name!r}{hint}")
+        cli.check_choice("--rules", name, ("all", *RULES))
     return [name for name in RULES if "all" in config.rules or name in config.rules]
 
 

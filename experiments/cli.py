@@ -68,7 +68,7 @@ def check_choice(flag: str, got: str, known: Iterable[str]) -> None:
 def check_count(flag: str, number: int | None) -> None:
     """Raise UsageError for a number below 1; None is a flag that was not given."""
     if number is not None and number < 1:
-        raise UsageError(f"{flag}: expected a whole number >= 1, got {number}")
+        raise UsageError(f"{flag}: expected 1 or more, got {number}")
 
 
 def _options(config_type: type) -> dict[str, str]:

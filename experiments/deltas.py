@@ -11,7 +11,6 @@ from tyro.conf import arg
 
 from experiments import cli
 from experiments.data import Dataset
-from experiments.errors import UsageError
 from experiments.files import replacing
 from experiments.runs import choose_folder
 from experiments.trained import Trained, prepare
@@ -65,8 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def draw(config: Config) -> int:
     """Train or load, sweep, draw. Returns 0; raises UsageError, CheckpointError, DataError or RunError."""
-    if config.channels < 1:
-        raise UsageError(f"--channels: expected at least 1, got {config.channels}")
+    cli.check_count("--channels", config.channels)
     folder = choose_folder(config.out, "deltas")
     trained = prepare(config, folder)
 

@@ -155,8 +155,7 @@ def check(config: Config) -> None:
         "--batch-size": config.batch_size,
         "--max-steps": config.max_steps,
     }.items():
-        if number is not None and number < 1:
-            raise UsageError(f"{flag}: expected 1 or more, got {number}")
+        cli.check_count(flag, number)
     if not 0 <= config.seed < 2**32:
         raise UsageError(f"--seed: expected 0 to {2**32 - 1}, got {config.seed}")
     rate = config.learning_rate

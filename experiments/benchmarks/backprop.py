@@ -9,7 +9,6 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from experiments import cli
-from experiments.errors import UsageError
 
 PROG = "python -m experiments.benchmarks.backprop"
 
@@ -45,8 +44,7 @@ def compare(config: Config) -> int:
     from jaxcnn import backprop, softmax_cross_entropy_with_integer_labels
 
     results.check_out(config.out)
-    if config.model not in MODELS:
-        raise UsageError(f"--model: expected one of {', '.join(MODELS)}, got {config.model!r}")
+    cli.check_choice("--model", config.model, MODELS)
     key = jax.random.key(0)
     net = MODELS[config.model](10)
     x = jax.random.normal(key, (config.batch_size, 28, 28, 1))

@@ -52,8 +52,7 @@ def measure(config: Config) -> int:
     cli.check_count("--rounds", config.rounds)
     cli.check_choice("--allocator", config.allocator, process.ALLOCATORS)
     for what in config.what:
-        if what not in SIZES:
-            raise UsageError(f"--what: expected some of {', '.join(SIZES)}, got {what!r}")
+        cli.check_choice("--what", what, SIZES)
     sizes = {what: [size for size in SIZES[what] if size <= config.most] for what in config.what}
     if not all(sizes.values()):
         raise UsageError(f"--most: expected at least {max(s[0] for s in SIZES.values())}, got {config.most}")

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import arg
 
 from experiments import cli
-from experiments.errors import UsageError
 
 if TYPE_CHECKING:
     from experiments.benchmarks.nets import Timed
@@ -54,8 +53,7 @@ def compare(config: Config) -> int:
     from experiments.benchmarks.nets import NETS
 
     for name in config.nets:
-        if name not in NETS:
-            raise UsageError(f"--nets: expected some of {', '.join(NETS)}, got {name!r}{cli.did_you_mean(name, NETS)}")
+        cli.check_choice("--nets", name, NETS)
     cli.check_count("--batch-size", config.batch_size)
     results.check_out(config.out)
     machine = timing.machine(("jax", "jaxlib"), others=("flax", "equinox"))

@@ -99,8 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compare(config: Config) -> int:
     """Compare and time all rows, and print them as they come. Returns 1 if a result of jaxcnn is wrong, else 0."""
     cli.check_count("--rounds", config.rounds)
-    if config.device not in EQUAL:
-        raise UsageError(f"--device: expected one of {', '.join(EQUAL)}, got {config.device!r}")
+    cli.check_choice("--device", config.device, EQUAL)
     os.environ["JAX_PLATFORMS"] = "cuda" if config.device == "gpu" else "cpu"
 
     from experiments.benchmarks import results, timing

@@ -103,11 +103,11 @@ def test_each_seed_has_random_patches_of_its_own():
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (("--rules", "up"), "--rules: expected all, or of exact, literal up, feedback alignment, "),
+        (("--rules", "up"), "--rules: expected one of all, exact, literal up, feedback alignment, "),
         (("--rules", "sign-symetric"), "got 'sign-symetric'; did you mean sign-symmetric?"),
         (("--rules",), "--rules"),
-        (("--seeds", 0), "--seeds: expected at least 1, got 0"),
-        (("--steps", -3), "--steps: expected at least 1, got -3"),
+        (("--seeds", 0), "--seeds: expected 1 or more, got 0"),
+        (("--steps", -3), "--steps: expected 1 or more, got -3"),
         (("--batch-size", 10_001), "--batch-size: expected at most 10000, got 10001"),
         (("--step", 3), "unknown option --step, 3; did you mean --steps?"),
     ],

@@ -97,7 +97,7 @@ def test_every_layer_has_a_place():
     [
         (("--images", 2000), 2, "--images: expected 0 to 1999, got 2000"),
         (("--images",), 2, "--images"),
-        (("--channels", 0), 2, "--channels: expected at least 1, got 0"),
+        (("--channels", 0), 2, "--channels: expected 1 or more, got 0"),
         (("--channel", 3), 2, "unknown option --channel, 3; did you mean --channels?"),
         (("--epochs", 3), 2, "--epochs: expected without --run, whose net is trained already"),
         (("--run", "nowhere"), 1, "config.json: expected a run's config, got No such file"),

@@ -57,4 +57,4 @@ def test_what_is_printed(monkeypatch, capsys):
 
 def test_no_channels_are_refused(capsys):
     assert wrong_gradients.main(["--channels", "0"]) != 0
-    assert "--channels: expected a whole number >= 1, got 0" in capsys.readouterr().err
+    assert "--channels: expected 1 or more, got 0" in capsys.readouterr().err
