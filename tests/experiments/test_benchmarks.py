@@ -33,6 +33,13 @@ SMALL = Timed(
 
 
 @pytest.fixture
+def others():
+    """The libraries that jaxcnn is compared with: the extra called bench."""
+    for name in ("flax", "equinox"):
+        pytest.importorskip(name)
+
+
+@pytest.fixture
 def still(monkeypatch):
     """The machine is not measured."""
     monkeypatch.setattr(timing, "machine", lambda *args, **kwargs: {"machine": "none"})
@@ -272,6 +279,7 @@ def test_out_is_a_file(script, tmp_path, capsys):
 # The same parameters everywhere
 
 
+@pytest.mark.usefixtures("others")
 def test_libraries_compute_the_same_net():
     import equinox as eqx
     import torch
@@ -317,6 +325,7 @@ def test_max_pool_keeps_a_byte_and_stock_jax_its_picture():
     assert memory.kept_bytes(lambda x: stock(2 * x).sum(), x) == 4 * x.size
 
 
+@pytest.mark.usefixtures("others")
 def test_a_run_of_memory(tmp_path, monkeypatch, capsys, still):
     monkeypatch.setitem(NETS, "lenet5", lambda: SMALL)
     out = tmp_path / "memory.json"
@@ -349,6 +358,7 @@ def test_what_grows():
     assert growth.grown("channels", 8).shape == (16, 16, 8)
 
 
+@pytest.mark.usefixtures("others")
 def test_a_run_of_growth(tmp_path, monkeypatch, capsys, still):
     monkeypatch.setitem(growth.SIZES, "channels", (2, 4))
     out = tmp_path / "growth.json"
@@ -362,7 +372,7 @@ def small(monkeypatch):
     monkeypatch.setitem(NETS, "lecture", lambda: SMALL)
 
 
-@pytest.mark.usefixtures("small", "still")
+@pytest.mark.usefixtures("others", "small", "still")
 def test_a_run_of_examples(tmp_path, capsys):
     out = tmp_path / "examples.json"
     assert examples.main(["--batch-size", "3", "--rounds", "1", "--max-norm", "0.5", "--out", str(out)]) == 0
@@ -371,7 +381,7 @@ def test_a_run_of_examples(tmp_path, capsys):
     assert set(found["norms"]) == {"jaxcnn", "flax nnx", "equinox"}
 
 
-@pytest.mark.usefixtures("small", "still")
+@pytest.mark.usefixtures("others", "small", "still")
 def test_examples_that_differ_are_an_error(monkeypatch, capsys):
     load = examples.model
 
@@ -410,6 +420,7 @@ def test_time_to_the_target():
     assert accuracy.mean_seconds({0: found, 1: {"jaxcnn": trained([0.1, 0.9])}}, 0.9) == {"jaxcnn": 3.0}
 
 
+@pytest.mark.usefixtures("others")
 def test_a_race(tmp_path, capsys, still, monkeypatch):
     """All begin with the same parameters, and get the same batches."""
     tiny = Timed(serial(Conv(2, 5), Relu(), MaxPool(4), Flatten(), Dense(10)), (28, 28, 1), 32)
