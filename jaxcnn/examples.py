@@ -29,6 +29,7 @@ from jaxcnn.kernels import examples as kernels
 from jaxcnn.layers import Layer, Params
 from jaxcnn.net import Residual, Serial
 from jaxcnn.ops import convolution, hidden, pooling
+from jaxcnn.ops.rule import on_any_mesh
 
 
 class Loss(Protocol):
@@ -175,7 +176,7 @@ class _Patches:
 
     def summed(self, factors: Array) -> Params:
         delta = _times(self.delta, factors)
-        w = convolution.match(self.c, self.x, delta)
+        w = on_any_mesh(convolution.match, self.c, self.x, delta)
         return _of_dtypes(self.own, {"w": w, "b": convolution.sum_pixels(delta)})
 
 
@@ -196,7 +197,7 @@ class _Rows:
 
     def summed(self, factors: Array) -> Params:
         delta = _times(self.delta, factors)
-        w = jnp.einsum("npi,npo->io", self.x, delta)
+        w = on_any_mesh(jnp.einsum, "npi,npo->io", self.x, delta)
         return _of_dtypes(self.own, {"w": w, "b": convolution.sum_pixels(delta)})
 
 

@@ -244,15 +244,21 @@ def mapped_equals_a_loop(case: Case, over: tuple[bool, ...]) -> None:
     assert_close(flat(found), [np.stack(pair) for pair in zip(*expected, strict=True)], within(case))
 
 
+#: Axes of a mesh over which XLA splits what it likes, and such as arrays name in their types (what `make_mesh` makes).
+SPLIT_BY = (AxisType.Auto, AxisType.Explicit)
+
+
 def mesh_equals_one_device(case: Case) -> None:
     """The batch split over two devices; what has no batch is on both."""
-    mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
-    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("batch",), ()))
     args, delta = drawn(case)
-    shardings = tuple(split if i in case.batched else whole for i in range(len(args)))
-    y, found = case.run(jax.device_put(args, shardings), jax.device_put(delta, split))
-    assert len(y.sharding.device_set) == 2
-    assert_close(flat((y, found)), flat(case.run(args, delta)), within(case))
+    expected = flat(case.run(args, delta))
+    for axis_type in SPLIT_BY:
+        mesh = jax.make_mesh((2,), ("batch",), axis_types=(axis_type,))
+        split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("batch",), ()))
+        shardings = tuple(split if i in case.batched else whole for i in range(len(args)))
+        y, found = case.run(jax.device_put(args, shardings), jax.device_put(delta, split))
+        assert len(y.sharding.device_set) == 2
+        assert_close(flat((y, found)), expected, within(case))
 
 
 def shard_map_equals_its_shards(case: Case) -> None:

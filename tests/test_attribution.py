@@ -13,7 +13,7 @@ import torch
 import zennit.attribution
 import zennit.canonizers
 import zennit.composites
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxcnn
 from jaxcnn import (
@@ -43,6 +43,7 @@ from jaxcnn.rules import Epsilon, ZBox, ZPlus, passed
 from tests import modules
 from tests.agreement import CLOSE
 from tests.cases import compiled
+from tests.checks import SPLIT_BY
 
 with warnings.catch_warnings():  # of its dependencies
     warnings.simplefilter("ignore")
@@ -366,10 +367,11 @@ def test_jit_vmap_and_a_split_batch(method):
     if method != "smooth_grad":  # whose noise is drawn for the batch as a whole
         mapped = compiled(jax.vmap(run))(x[:, None], target[:, None])
         np.testing.assert_allclose(mapped[:, 0], expected, **CLOSE)
-    mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
-    split = NamedSharding(mesh, PartitionSpec("batch"))
-    parted = compiled(run)(*jax.device_put((x, target), split))
-    np.testing.assert_allclose(parted, expected, **CLOSE)
+    for axis_type in SPLIT_BY:
+        mesh = jax.make_mesh((2,), ("batch",), axis_types=(axis_type,))
+        split = NamedSharding(mesh, PartitionSpec("batch"))
+        parted = compiled(run)(*jax.device_put((x, target), split))
+        np.testing.assert_allclose(parted, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("method", WAYS)

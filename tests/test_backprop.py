@@ -31,6 +31,7 @@ from jaxcnn import (
 )
 from jaxcnn import softmax_cross_entropy_with_integer_labels as cross_entropy
 from tests.cases import compiled
+from tests.checks import SPLIT_BY
 
 NETS = {
     # name: (net, shape of an example)
@@ -180,9 +181,10 @@ def test_vmap_equals_a_loop():
     assert_same(found, jax.tree.map(lambda *leaves: np.stack(leaves), *turns))
 
 
-def test_a_split_batch():
+@pytest.mark.parametrize("axis_type", SPLIT_BY, ids=str)
+def test_a_split_batch(axis_type):
     net, params, x, error = given("nested")
-    mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(axis_type,))
     split = jax.device_put(x, NamedSharding(mesh, PartitionSpec("batch")))
     run = compiled(functools.partial(backprop, net, error=error))
     found = run(jax.device_put(params, NamedSharding(mesh, PartitionSpec())), split)

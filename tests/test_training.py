@@ -11,7 +11,7 @@ import optax
 import pytest
 import torch
 import torch.nn.functional as F
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxcnn
 from jaxcnn import (
@@ -31,6 +31,7 @@ from jaxcnn import (
 )
 from tests.agreement import net_in_torch, numbers, tensors
 from tests.cases import compiled
+from tests.checks import SPLIT_BY
 
 SHAPE, CLASSES = (10, 10, 1), 4
 NET = serial(HiddenLayer(4, 3), Flatten(), Dense(CLASSES))
@@ -282,10 +283,11 @@ def test_losses_of_optax_fit():
 
 
 @pytest.mark.parametrize("net", [NET, WITH_DROPOUT], ids=["plain", "dropout"])
-def test_a_batch_split_over_devices_takes_the_same_steps(net):
+@pytest.mark.parametrize("axis_type", SPLIT_BY, ids=str)
+def test_a_batch_split_over_devices_takes_the_same_steps(net, axis_type):
     optimizer = optax.sgd(0.1, momentum=0.9)
     step = make_train_step(net, labelled, optimizer)
-    mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(axis_type,))
     everywhere, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("batch",)))
     one, two = begun(net, optimizer), jax.device_put(begun(net, optimizer), everywhere)
     for seed in range(2):

@@ -1,5 +1,6 @@
 """``rule=``: another backward half, for every op that takes one."""
 
+import contextlib
 import copy
 import functools
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxcnn
 from jaxcnn.geometry import Correlation, Window
@@ -186,3 +188,32 @@ def test_forward_mode_with_autodiff_alone(name):
     np.testing.assert_allclose(np.vdot(along, delta), backward, rtol=1e-10)
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(op, arrays, tangents)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arrays that name the axes of a mesh in their types
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["jax.set_mesh", "no mesh set"])
+def test_a_split_is_part_of_the_type(inside):
+    """The batch's for pictures; whoever splits the patch gets the numbers, and its gradient split like the patch."""
+    mesh = jax.make_mesh((2,), ("devices",), axis_types=(AxisType.Explicit,))
+    x, w = PICTURE, normal(3, 3, 3, 4)
+
+    def error(x, w):
+        return (jaxcnn.max_pool(jaxcnn.conv(x, w, padding="SAME"), 2) ** 3).sum()
+
+    gradients = jax.grad(error, (0, 1))
+    of_gradients = jax.grad(lambda x, w: (gradients(x, w)[0] ** 2).sum(), (0, 1))
+    for spec_of_x, spec_of_w in ((("devices",), ()), ((), (None, None, None, "devices")), ((None, "devices"), ())):
+        specs = PartitionSpec(*spec_of_x), PartitionSpec(*spec_of_w)
+        split = tuple(jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in zip((x, w), specs, strict=True))
+        with jax.set_mesh(mesh) if inside else contextlib.nullcontext():
+            y = jaxcnn.conv(*split)
+            found = jax.jit(gradients)(*split), jax.jit(of_gradients)(*split)
+        assert jax.typeof(y).sharding.spec == PartitionSpec(*spec_of_x[:1], *(None,) * (4 - len(spec_of_x[:1])))
+        np.testing.assert_allclose(y, jaxcnn.conv(x, w), **CLOSE)
+        for got, expected in zip(found, (gradients(x, w), of_gradients(x, w)), strict=True):
+            for a, b, like in zip(got, expected, split, strict=True):
+                assert jax.typeof(a).sharding == jax.typeof(like).sharding
+                np.testing.assert_allclose(a, b, **CLOSE)

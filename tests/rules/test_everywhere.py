@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxcnn
 from jaxcnn import Conv, Dense, Flatten, HiddenLayer, MaxPool, Relu, make_train_step, rules, serial
 from tests.cases import compiled, with_cotangents
-from tests.checks import assert_close
+from tests.checks import SPLIT_BY, assert_close
 
 RELU, POOL, PATCH = ("relu",), ("max_pool",), ("conv", "depthwise_conv", "conv_transpose", "dense")
 ANY = (*RELU, *POOL, "conv", "dense")
@@ -99,8 +99,9 @@ def test_vmap_equals_a_loop(rule, op):
 
 
 @pytest.mark.parametrize(("rule", "op"), FITTING, ids=name_of)
-def test_a_split_batch(rule, op):
-    mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
+@pytest.mark.parametrize("axis_type", SPLIT_BY, ids=str)
+def test_a_split_batch(rule, op, axis_type):
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(axis_type,))
     split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("batch",), ()))
     run, args, delta = drawn(op, rule)
     spread = (jax.device_put(args[0], split), *(jax.device_put(a, whole) for a in args[1:]))

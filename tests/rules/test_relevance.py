@@ -34,6 +34,7 @@ from tests import modules
 from tests.agreement import CLOSE, random_delta
 from tests.agreement import pulled as pulled_by
 from tests.cases import compiled, quick_to_compile
+from tests.checks import SPLIT_BY
 
 #: Bounds of pixels, one for each of up to 12 channels.
 LOW, HIGH = np.random.default_rng(7).uniform((-4,), (-3,), (2, 12)) * [[1], [-1]]
@@ -352,11 +353,13 @@ def test_jit_vmap_and_a_split_batch(rule):
     expected = compiled(run)(x, delta)
     mapped = compiled(jax.vmap(run))(x[:, None], delta[:, None])
     np.testing.assert_allclose(mapped[:, 0], expected, **CLOSE)
+    for axis_type in SPLIT_BY:
+        mesh = jax.make_mesh((2,), ("batch",), axis_types=(axis_type,))
+        split = NamedSharding(mesh, PartitionSpec("batch"))
+        parted = compiled(run)(*jax.device_put((x, delta), split))
+        assert len(parted.sharding.device_set) == 2
+        np.testing.assert_allclose(parted, expected, **CLOSE)
     mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
-    split = NamedSharding(mesh, PartitionSpec("batch"))
-    parted = compiled(run)(*jax.device_put((x, delta), split))
-    assert len(parted.sharding.device_set) == 2
-    np.testing.assert_allclose(parted, expected, **CLOSE)
     by_hand = jax.shard_map(run, mesh=mesh, in_specs=PartitionSpec("batch"), out_specs=PartitionSpec("batch"))
     np.testing.assert_allclose(compiled(by_hand)(x, delta), expected, **CLOSE)
 
