@@ -55,6 +55,8 @@ def make_train_step(
     A small net waits for Python at every step.  Over batches that are on the device already, several steps are one
     call: ``jax.lax.scan(step, state, (xs, targets))``, with xs ``(steps, N, …)``; its metrics have a leading dim, too.
 
+    On several devices, put the state on all of them and split the batch; the step is the same.
+
     Args:
         net: from `serial`.
         loss: error of each example, such as `softmax_cross_entropy_with_integer_labels`; its mean is minimised.
@@ -77,6 +79,12 @@ def make_train_step(
     >>> state, metrics = jax.lax.scan(step, state, (jnp.ones((3, 8, 28, 28, 1)), jnp.zeros((3, 8), jnp.int32)))
     >>> int(state.step), metrics["loss"].shape
     (4, (3,))
+    >>> mesh = jax.make_mesh((jax.device_count(),), ("batch",))
+    >>> everywhere, split = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in ((), ("batch",)))
+    >>> batch = jax.device_put((jnp.ones((8, 28, 28, 1)), jnp.zeros(8, jnp.int32)), split)
+    >>> state, metrics = step(jax.device_put(state, everywhere), batch)
+    >>> int(state.step)
+    5
     """
 
     @functools.partial(jax.jit, donate_argnums=0)
