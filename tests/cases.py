@@ -388,6 +388,7 @@ CASES = [
     row("conv_transpose", (2, 3, 4, 3), (3, 4, 2, 3), (2,), padding="SAME", stride=2),
     row("conv_transpose", (2, 3, 4, 3), (4, 3, 2, 3), padding="SAME_LOWER", stride=(1, 2)),
     row("conv_transpose", (2, 3, 4, 2), (2, 1, 2, 2), padding="SAME", stride=3),  # a stride larger than the patch
+    row("conv_transpose", (2, 4, 3), (2, 2, 3), padding="SAME_LOWER", stride=3),
     row("conv_transpose", (2, 6, 2), (3, 3, 2), padding="CAUSAL", stride=2, output_padding=1),
     row("conv_transpose", (2, 3, 4, 3), (3, 2, 4, 3), dilation=2, padding=(1, 0)),
     row("conv_transpose", (2, 4, 3, 2), (2, 3, 3, 2), dilation=(3, 2), stride=(2, 3), padding=1, output_padding=1),

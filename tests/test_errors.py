@@ -61,6 +61,7 @@ from jaxcnn import (
     softmax_cross_entropy_with_integer_labels,
     squared_error,
 )
+from jaxcnn.ops.linear import add
 from jaxcnn.ops.pooling import pool_window
 
 NAN, INF = float("nan"), float("inf")
@@ -183,6 +184,7 @@ CALLS = [
           BACK, groups=3),
     value("conv_transpose: groups expected an int >= 1, got 0", conv_transpose, X, BACK, groups=0),
     kind("conv_transpose: groups expected ints, got None", conv_transpose, X, BACK, groups=None),
+    kind("conv_transpose: groups expected ints, got 1.5", conv_transpose, X, BACK, groups=1.5),
     value("conv_transpose: b expected shape (8,), one number for each output channel, got (4,)", conv_transpose, X,
           BACK, B[:4]),
     value("conv_transpose: b expected shape (16,), one number for each output channel, got (8,)", conv_transpose, X,
@@ -199,6 +201,8 @@ CALLS = [
     kind("conv_transpose: output_padding expected ints, got 0.5", conv_transpose, X, BACK, output_padding=0.5),
     value("conv_transpose: output_padding expected 0 beside padding 'SAME', got 1", conv_transpose, X, BACK, stride=2,
           padding="SAME", output_padding=1),
+    value("conv_transpose: output_padding expected 0 beside padding 'same_lower', got (0, 1)", conv_transpose, X, BACK,
+          stride=2, padding="same_lower", output_padding=(0, 1)),
     value("conv_transpose: padding ((4, 4), (0, 0)) leaves nothing: the result would have spatial dims (0, 8); "
           "x (2, 6, 6, 4), w (3, 3, 8, 4)", conv_transpose, X, BACK, padding=((4, 4), (0, 0))),
     value(f"conv_transpose: padding expected one of {NAMES}, an int, or an int or pair per dim; got 'REFLECT'",
@@ -303,7 +307,10 @@ CALLS = [
     value("squareplus: b expected a number > 0, got 0", jaxcnn.squareplus, X, b=0),
     kind("squareplus: b expected a Python float, got ndarray", jaxcnn.squareplus, X, b=B),
     kind("gelu: approximate expected a bool, got 'tanh'", jaxcnn.gelu, X, approximate="tanh"),
-    # dense
+    # dense, add
+    kind("add: expected one dtype for all arrays, got x float32, y float64", add, X, X.astype(np.float64)),
+    kind("add: y expected an array, got 'one'", add, X, "one"),
+    value("add: expected x and y of one shape, got x (2, 6, 6, 4), y (2, 6, 4)", add, X, ROW),
     value("dense: expected x (…, I) and w (I, O), got x (2, 6, 6, 4), w (3, 8)", dense, X, W[0, 0, :3]),
     value("dense: expected x (…, I) and w (I, O), got x (2, 6, 6, 4), w (3, 3, 4, 8)", dense, X, W),
     value("dense: expected x (…, I) and w (I, O), got x (), w (4, 8)", dense, B[0], W[0, 0]),
@@ -537,6 +544,19 @@ def delta_itself(call, delta):
     return (delta, None, None)
 
 
+@dataclasses.dataclass(frozen=True)
+class First:
+    """So many of the cotangents; it has no name but its repr."""
+
+    count: int
+
+    def __call__(self, call, delta):
+        return call.exact(delta)[: self.count]
+
+    def __repr__(self):
+        return "<the first>"
+
+
 RULES = [
     # of one picture
     value("conv: rule too_few: expected a tuple of 3 cotangents, one for each input; got 1",
@@ -549,6 +569,8 @@ RULES = [
           lambda x: conv(x, W, rule=delta_itself)),
     value("gelu: rule a_list: expected a tuple of 1 cotangents, one for each input; got list",
           lambda x: jaxcnn.gelu(x, rule=a_list)),
+    value("gelu: rule <the first>: expected a tuple of 1 cotangents, one for each input; got 0",
+          lambda x: jaxcnn.gelu(x, rule=First(0))),
     value("dropout: rule delta_itself: expected a tuple of 2 cotangents, one for each input; got 3",
           lambda x: dropout(x, 0.5, KEY, rule=delta_itself)),
     value("conv: rule too_few: expected a tuple of 3 cotangents, one for each input; got 1",
@@ -743,4 +765,5 @@ def test_every_message_is_one_line_and_begins_with_its_op():
         "value_grad_and_deltas", "per_example_gradients", "per_example_norms", "clipped_gradient", "hvp",
         "gauss_newton_vp", "fold_batch_norm",
     }  # fmt: skip
-    assert {row.message.split(":")[0] for row in rows} == ops - nets - elsewhere
+    of_layers = {"add"}
+    assert {row.message.split(":")[0] for row in rows} == (ops | of_layers) - nets - elsewhere

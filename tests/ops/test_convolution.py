@@ -153,6 +153,18 @@ def test_the_patch_is_turned_on_the_way_back():
     assert np.linalg.norm(full(w) - differences) > 0.5 * np.linalg.norm(differences)
 
 
+@pytest.mark.parametrize("padding", ["REFLECT", "REPLICATE", "CIRCULAR"])
+def test_a_gradient_that_is_differentiated_keeps_its_value(padding):
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((2, 5, 6, 3)), rng.standard_normal((3, 4, 3, 2))
+    delta = rng.standard_normal((2, 5, 6, 2))
+
+    def delta_x(w):
+        return jax.vjp(lambda x: jaxcnn.conv(x, w, padding=padding), x)[1](delta)[0]
+
+    np.testing.assert_allclose(jax.vjp(delta_x, w)[0], delta_x(w), rtol=1e-12)
+
+
 #: As MLIR writes it for a product of matrices, and for a convolution.
 PRECISION = r"precision(?:_config)? = \[(?:#stablehlo<precision )?(\w+)>?, (?:#stablehlo<precision )?(\w+)>?\]"
 

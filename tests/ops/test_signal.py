@@ -91,6 +91,13 @@ def test_one_dim_is_numpys_also_where_v_is_longer(op, n, k, mode):
     assert distance(op(a, v, mode), getattr(np, op.__name__)(np.asarray(a), np.asarray(v), mode)) < 1e-12
 
 
+@pytest.mark.parametrize("op", [convolve, correlate])
+@pytest.mark.parametrize(("a", "v"), [((3, 2), (3, 4)), ((3, 4), (3, 2)), ((2, 5, 1), (6, 5, 1))])
+def test_valid_takes_dims_that_are_equal_beside_others(op, a, v):
+    a, v = drawn(a, v)
+    assert distance(op(a, v, "valid"), scipys(op, a, v, "valid")) < 1e-12
+
+
 def test_same_in_one_dim_with_longer_v_has_the_length_of_v():
     a, v = drawn((3,), (8,))
     assert convolve(a, v, "same").shape == correlate(a, v, "same").shape == (8,)
