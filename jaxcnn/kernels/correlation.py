@@ -87,6 +87,7 @@ def applies(lowering: str, c: Correlation, inputs: int) -> bool:
         "spare_rows": all(s == 1 for s in c.window.stride),
         "spare_channel": c.groups == 1,
         "rows": c.groups == 1,
+        "turned": c.groups == 1,
         "products": c.groups == 1,
         "winograd": winograd.applies(c),
         "depthwise": c.groups == inputs,
@@ -391,17 +392,13 @@ def choose_match(c: Correlation, x: Array, y: Array) -> str:
     if _winograd_pays(c, x, inputs, y.shape[-1], least=64):
         return "winograd"
     few = c.window.ndim == 2 and y.shape[-1] <= 16  # outputs, of which a GEMM would like more
-    return "xla" if few or c.window.ndim == 1 else "rows"
+    return "turned" if few or c.window.ndim == 1 else "rows"
 
 
 def _match_xla(c: Correlation, x: Array, y: Array) -> Array:
     """A valid correlation of the picture with δ: batch and channels change places, stride and dilation too."""
     win = c.window
-    pads = [(lo, span - lo - n) for span, n, (lo, _) in zip(win.span, win.shape, win.padding, strict=True)]
-    longer = [(out - 1) * s + 1 - n for out, s, n in zip(win.out, win.stride, win.shape, strict=True)]
-    if any(min(lo, hi) < max(more, 0) for (lo, hi), more in zip(pads, longer, strict=True)):
-        # Below zero here, or once XLA has made x and δ change places: padded before.
-        x, pads = fit(win, x), [(0, 0)] * win.ndim
+    x, pads = _match_pads(win, x)
     spatial = tuple(range(1, win.ndim + 1))
     roles = lax.ConvDimensionNumbers(  # (batch, feature, *spatial) of x, of y as the patch, and of w
         (x.ndim - 1, 0, *spatial), (x.ndim - 1, 0, *spatial), (win.ndim, win.ndim + 1, *range(win.ndim))
@@ -416,6 +413,31 @@ def _match_xla(c: Correlation, x: Array, y: Array) -> Array:
         batch_group_count=c.groups,
         precision=c.precision,
     )
+
+
+def _match_turned(c: Correlation, x: Array, y: Array) -> Array:
+    """The same, turned before and after: XLA:CPU does so by itself, but neither in a loop nor in a branch."""
+    win = c.window
+    x, pads = _match_pads(win, x)
+    w = _conv(
+        c,
+        jnp.swapaxes(x, 0, -1),
+        jnp.moveaxis(y, 0, -2),
+        padding=pads,
+        groups=1,
+        w_dilation=win.stride,
+        stride=win.dilation,
+    )
+    return jnp.moveaxis(w, 0, -2)
+
+
+def _match_pads(win: Window, x: Array) -> tuple[Array, list[tuple[int, int]]]:
+    """The picture and its padding, which is nowhere negative, nor once XLA has made x and δ change places."""
+    pads = [(lo, span - lo - n) for span, n, (lo, _) in zip(win.span, win.shape, win.padding, strict=True)]
+    longer = [(out - 1) * s + 1 - n for out, s, n in zip(win.out, win.stride, win.shape, strict=True)]
+    if any(min(lo, hi) < max(more, 0) for (lo, hi), more in zip(pads, longer, strict=True)):
+        return fit(win, x), [(0, 0)] * win.ndim
+    return x, pads
 
 
 def _match_pointwise(c: Correlation, x: Array, y: Array) -> Array:
@@ -499,6 +521,7 @@ def _match_joined(c: Correlation, x: Array, y: Array) -> Array:
 
 MATCH: dict[str, Lowering] = {
     "xla": _match_xla,
+    "turned": _match_turned,
     "winograd": winograd.match,
     "pointwise": _match_pointwise,
     "rows": _match_rows,
