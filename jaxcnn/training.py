@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.typing import ArrayLike
 
+from jaxcnn.geometry import fail, static_int
 from jaxcnn.layers import BatchNorm, Params
 from jaxcnn.net import Rules, Serial
 from jaxcnn.ops.rule import one_key
@@ -45,7 +47,12 @@ class TrainState:
 
 
 def make_train_step(
-    net: Serial, loss: Loss, optimizer: optax.GradientTransformation, *, rules: Rules | None = None
+    net: Serial,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    *,
+    rules: Rules | None = None,
+    microbatch: int | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A jitted training step: ``state, metrics = step(state, (x, targets))``.
 
@@ -55,15 +62,23 @@ def make_train_step(
     A small net waits for Python at every step.  Over batches that are on the device already, several steps are one
     call: ``jax.lax.scan(step, state, (xs, targets))``, with xs ``(steps, N, …)``; its metrics have a leading dim, too.
 
-    On several devices, put the state on all of them and split the batch; the step is the same.
+    With ``microbatch`` so many examples at a time go through both halves, and what they say of the gradient is added up
+    (gradient accumulation): the activations of one microbatch are all that is kept.  The step is the same but for the
+    rounding, unless layers draw numbers (each microbatch has a key of its own) or look at the whole batch (`BatchNorm`
+    sees a microbatch).  On CPU it is often faster, too: 16 to 64 examples of a large net stay in cache.
+
+    On several devices, put the state on all of them and split the batch; the step is the same.  Microbatches take every
+    so manieth example, so that each device has its part of all of them.
 
     Args:
         net: from `serial`.
         loss: error of each example, such as `softmax_cross_entropy_with_integer_labels`; its mean is minimised.
         optimizer: from optax.
         rules: other backward halves, as in `Serial.apply`.
+        microbatch: how many examples at a time; None: all.  What remains of the batch goes last.
 
-    Raises: when it is first called, what the layers and the loss raise for shapes and dtypes that do not fit.
+    Raises: TypeError or ValueError for a microbatch that is no int >= 1; when the step is first called, what the layers
+    and the loss raise for shapes and dtypes that do not fit.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -85,26 +100,69 @@ def make_train_step(
     >>> state, metrics = step(jax.device_put(state, everywhere), batch)
     >>> int(state.step)
     5
+    >>> frugal = jaxcnn.make_train_step(
+    ...     net, jaxcnn.softmax_cross_entropy_with_integer_labels, optimizer, microbatch=16
+    ... )
+    >>> state, metrics = frugal(state, (jnp.ones((128, 28, 28, 1)), jnp.zeros(128, jnp.int32)))
+    >>> int(state.step)
+    6
     """
+    if microbatch is not None and static_int("make_train_step", "microbatch", microbatch, microbatch) < 1:
+        fail("make_train_step", f"microbatch expected an int >= 1, got {microbatch}")
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def gradients(params: Params, batch: Batch, key: Array) -> tuple[Params, Metrics]:
+        """Of the mean error."""
         x, targets = batch
-        key = jax.random.fold_in(state.key, state.step)
 
         def error(params: Params) -> tuple[Array, Array]:
             outputs = net.apply(params, x, key=key, rules=rules)
             return loss(outputs, targets).mean(), outputs
 
-        (value, outputs), gradients = jax.value_and_grad(error, has_aux=True)(state.params)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        (value, outputs), found = jax.value_and_grad(error, has_aux=True)(params)
         metrics = {"loss": value}
         if _are_labels(outputs, targets):
             metrics["accuracy"] = _correct(outputs, targets).mean()
+        return found, metrics
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        if microbatch is None or microbatch >= batch[0].shape[0]:
+            found, metrics = gradients(state.params, batch, key)
+        else:
+            found, metrics = _accumulated(functools.partial(gradients, state.params), batch, key, microbatch)
+        updates, opt_state = optimizer.update(found, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
     return step
+
+
+def _accumulated(mean: Callable[[Batch, Array], Any], batch: Batch, key: Array, size: int) -> Any:
+    """The mean over a batch, ``size`` examples at a time: Σ (mean of a part)·(its share), in float32 or wider."""
+    examples = batch[0].shape[0]
+    count = examples // size
+
+    def wide(a: Any) -> Any:
+        return jnp.promote_types(a.dtype, jnp.float32)
+
+    def share(part: Batch, i: ArrayLike, of: int) -> Any:
+        found = mean(part, jax.random.fold_in(key, i))
+        return jax.tree.map(lambda a: a.astype(wide(a)) * (of / examples), found)
+
+    def add(total: Any, i: Array) -> tuple[Any, None]:
+        part = jax.tree.map(lambda a: a[: count * size].reshape(size, count, *a.shape[1:])[:, i], batch)
+        return jax.tree.map(jnp.add, total, share(part, i, size)), None
+
+    def rest(a: Array) -> Array:
+        return a[count * size :]
+
+    shapes = jax.eval_shape(mean, batch, key)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, wide(a)), shapes)
+    total, _ = jax.lax.scan(add, zeros, jnp.arange(count))
+    if examples % size:
+        total = jax.tree.map(jnp.add, total, share(jax.tree.map(rest, batch), count, examples % size))
+    return jax.tree.map(lambda a, like: a.astype(like.dtype), total, shapes)
 
 
 def evaluate(net: Serial, loss: Loss, params: Params, batches: Iterable[Batch]) -> dict[str, float]:

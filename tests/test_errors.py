@@ -717,6 +717,13 @@ NETS = [
           [(np.ones((0, *SHAPE), np.float32), None)]),
     kind("calibrate: batches expected a list, or what else can be gone through once for each of 1 layers, got "
          "list_iterator", calibrated, iter([])),
+    # trained
+    value("make_train_step: microbatch expected an int >= 1, got 0", jaxcnn.make_train_step, NET, labelled,
+          optax.sgd(0.1), microbatch=0),
+    kind("make_train_step: microbatch expected ints, got 2.0", jaxcnn.make_train_step, NET, labelled, optax.sgd(0.1),
+         microbatch=2.0),
+    kind("make_train_step: microbatch expected ints, got True", jaxcnn.make_train_step, NET, labelled, optax.sgd(0.1),
+         microbatch=True),
     # evaluated
     value("evaluate: batches expected at least one example, got none",
           lambda: jaxcnn.evaluate(NET, labelled, NET.init(KEY, SHAPE), [])),
@@ -737,11 +744,12 @@ def test_a_layer_that_jax_refuses_is_named():
         built(Branches())
 
 
-def test_the_training_step_refuses_before_it_computes():
+@pytest.mark.parametrize("microbatch", [None, 1])
+def test_the_training_step_refuses_before_it_computes(microbatch):
     """Labels that are one too many, in the trace of the step."""
     optimizer = optax.sgd(0.1)
     state = jaxcnn.TrainState.create(NET, optimizer, KEY, SHAPE)
-    step = jaxcnn.make_train_step(NET, labelled, optimizer)
+    step = jaxcnn.make_train_step(NET, labelled, optimizer, microbatch=microbatch)
     row = value(
         "softmax_cross_entropy_with_integer_labels: expected logits (…, C) and labels (…), got logits (2, 10), "
         "labels (3,)", lambda: step(state, (np.ones((2, *SHAPE), np.float32), np.zeros(3, int)))

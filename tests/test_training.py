@@ -279,14 +279,82 @@ def test_losses_of_optax_fit():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Microbatches
+
+
+def in_float64(net):
+    """A state before a step of plain descent whose rate is 1: the gradient is what the parameters lose."""
+    params = net.init(jax.random.key(0), SHAPE, jnp.float64)
+    return TrainState(jnp.zeros((), jnp.int32), params, optax.sgd(1.0).init(params), jax.random.key(1))
+
+
+def stepped(net, n, microbatch):
+    x, labels = batch(n)
+    step = make_train_step(net, labelled, optax.sgd(1.0), microbatch=microbatch)
+    state, metrics = step(in_float64(net), (x.astype(np.float64), labels))
+    return state.params, metrics
+
+
+@pytest.mark.parametrize(("n", "microbatch"), [(8, 4), (8, 1), (10, 4), (7, 3), (7, 6), (6, 6), (6, 7), (0, 2)])
+def test_microbatches_take_the_same_step(n, microbatch):
+    """Also where they do not divide the batch, and where one is all of it."""
+    chex.assert_trees_all_close(stepped(NET, n, microbatch), stepped(NET, n, None), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "net",
+    [WITH_DROPOUT, serial(Conv(3, 3), BatchNorm(), Flatten(), Dense(CLASSES))],
+    ids=["masks of its own", "statistics of its own"],
+)
+def test_a_microbatch_is_a_batch_by_itself(net):
+    """Two of 3 and one of 1, each every so manieth, under a key folded with its number; their shares of 7 added up."""
+    x, labels = batch(7)
+    before = in_float64(net)
+    key = jax.random.fold_in(before.key, 0)
+    expected, loss = before.params, 0.0
+    for i, part in enumerate([[0, 2, 4], [1, 3, 5], [6]]):
+
+        def share(params, i=i, part=part):
+            outputs = net.apply(params, x[part].astype(np.float64), key=jax.random.fold_in(key, i))
+            return labelled(outputs, labels[part]).sum() / 7
+
+        value, found = jax.value_and_grad(share)(before.params)
+        expected, loss = jax.tree.map(jnp.subtract, expected, found), loss + value
+    params, metrics = stepped(net, 7, 3)
+    chex.assert_trees_all_close(numbers(params), numbers(expected), rtol=1e-9, atol=1e-12)
+    assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-10)
+
+
+def test_shares_of_16_bits_are_added_in_float32():
+    """256 shares of 1/256: a sum in bfloat16 stops growing where a share is less than half of its last bit."""
+    net, n = serial(Dense(1, bias=False)), 256
+    params = {"dense1": {"w": jnp.zeros((1, 1), jnp.bfloat16)}}
+    state = TrainState(jnp.zeros((), jnp.int32), params, optax.sgd(1.0).init(params), jax.random.key(0))
+    x = np.full((n, 1), 1 + 1 / 128, jnp.bfloat16)
+    step = make_train_step(net, lambda y, _: -y[:, 0], optax.sgd(1.0), microbatch=1)
+    state, _ = step(state, (x, np.zeros(n)))
+    assert state.params["dense1"]["w"].dtype == jnp.bfloat16
+    assert float(state.params["dense1"]["w"][0, 0]) == 1 + 1 / 128
+
+
+def test_microbatches_need_less_memory():
+    def temporary(microbatch):
+        step = make_train_step(NET, labelled, optax.sgd(0.1), microbatch=microbatch)
+        return step.lower(begun(), batch(256)).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(16) < temporary(None) / 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Two devices
 
 
 @pytest.mark.parametrize("net", [NET, WITH_DROPOUT], ids=["plain", "dropout"])
 @pytest.mark.parametrize("axis_type", SPLIT_BY, ids=str)
-def test_a_batch_split_over_devices_takes_the_same_steps(net, axis_type):
+@pytest.mark.parametrize("microbatch", [None, 2])
+def test_a_batch_split_over_devices_takes_the_same_steps(net, axis_type, microbatch):
     optimizer = optax.sgd(0.1, momentum=0.9)
-    step = make_train_step(net, labelled, optimizer)
+    step = make_train_step(net, labelled, optimizer, microbatch=microbatch)
     mesh = jax.make_mesh((2,), ("batch",), axis_types=(axis_type,))
     everywhere, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("batch",)))
     one, two = begun(net, optimizer), jax.device_put(begun(net, optimizer), everywhere)

@@ -64,7 +64,8 @@ def jaxcnn_step(timed: Timed) -> Step:
     optimizer = optax.adam(LEARNING_RATE)
     state = TrainState.create(timed.net, optimizer, jax.random.key(0), timed.shape)
     batch = jax.device_put(images(timed))
-    jitted = make_train_step(timed.net, softmax_cross_entropy_with_integer_labels, optimizer)
+    loss = softmax_cross_entropy_with_integer_labels
+    jitted = make_train_step(timed.net, loss, optimizer, microbatch=timed.microbatch)
     step, seconds, temporary = _compiled(jitted, state, batch)
 
     def run() -> None:

@@ -32,6 +32,8 @@ class Config:
 
     what: tuple[str, ...] = tuple(SIZES)
     """What grows: batch, side, channels."""
+    microbatch: Annotated[int | None, arg(metavar="INT")] = None
+    """Images at a time in jaxcnn's step (gradient accumulation), flax takes all; without it, all."""
     most: int = 1024
     """No larger than this."""
     rounds: int = 3
@@ -50,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(config: Config) -> int:
     """Time all sizes and print them. Returns 0."""
     cli.check_count("--rounds", config.rounds)
+    cli.check_count("--microbatch", config.microbatch)
     cli.check_choice("--allocator", config.allocator, process.ALLOCATORS)
     for what in config.what:
         cli.check_choice("--what", what, SIZES)
@@ -64,12 +67,15 @@ def measure(config: Config) -> int:
     machine = timing.machine(("jax", "jaxlib"), others=("flax",))
     results.heading(
         machine,
-        f"one training step, {config.rounds} rounds of turns; minima{'; freed memory is kept' if tuned else ''}",
+        f"one training step, {config.rounds} rounds of turns; minima{'; freed memory is kept' if tuned else ''}"
+        + (f"; jaxcnn {config.microbatch} at a time" if config.microbatch is not None else ""),
     )
     found: dict[str, Any] = {}
     panels: dict[str, dict[str, dict[int, float]]] = {}
     for what in config.what:
-        found[what] = {size: timing.in_turns(steps(what, size), config.rounds, most=0.5) for size in sizes[what]}
+        found[what] = {
+            size: timing.in_turns(steps(what, size, config.microbatch), config.rounds, most=0.5) for size in sizes[what]
+        }
         curves = per_image(what, {size: {n: t.minimum for n, t in of.items()} for size, of in found[what].items()})
         panels[what] = curves
         print()
@@ -107,11 +113,11 @@ def flatness(curve: Mapping[int, float], least: int = 64) -> float | None:
 PICTURES = 8
 
 
-def steps(what: str, size: int) -> dict[str, Callable[[], Any]]:
+def steps(what: str, size: int, microbatch: int | None) -> dict[str, Callable[[], Any]]:
     """Return a training step of each contender."""
     from experiments.benchmarks.contenders import flax_step, jaxcnn_step
 
-    timed = grown(what, size)
+    timed = dataclasses.replace(grown(what, size), microbatch=microbatch)
     return {"jaxcnn": jaxcnn_step(timed).run, "flax nnx": flax_step(timed).run}
 
 

@@ -19,6 +19,8 @@ class Timed:
     net: Serial
     shape: tuple[int, ...]
     batch: int
+    #: How many at a time in jaxcnn's training step; None: all.
+    microbatch: int | None = None
 
 
 def vgg() -> Serial:

@@ -27,6 +27,8 @@ class Config:
     """Whom to compare jaxcnn with, such as --contenders "flax nnx" torch; all is all that the README names."""
     batch_size: Annotated[int | None, arg(metavar="INT")] = None
     """Images a step; without it, 128 for pictures of 28×28 and 64 for larger ones."""
+    microbatch: Annotated[int | None, arg(metavar="INT")] = None
+    """Images at a time in jaxcnn's step (gradient accumulation), the others take all; without it, all."""
     rounds: int = 10
     """How often each contender takes its turn."""
     steps: int = 5
@@ -61,7 +63,7 @@ def compare(config: Config) -> int:
     seconds: dict[str, list[float]] = {name: [] for name in names}
     try:
         for name in names:  # one after the other: compile times are told too
-            contenders[name] = Contender(name, config.net, config.batch_size, environment)
+            contenders[name] = Contender(name, config.net, config.batch_size, config.microbatch, environment)
             told[name] = contenders[name].ready()
         for i in range(config.rounds):
             first = i % len(names)
@@ -81,8 +83,8 @@ def check(config: Config) -> list[str]:
     from experiments.benchmarks.contenders import CONTENDERS
     from experiments.benchmarks.nets import NETS
 
-    for flag, number in {"--batch-size": config.batch_size, "--rounds": config.rounds, "--steps": config.steps}.items():
-        cli.check_count(flag, number)
+    for name in ("batch_size", "microbatch", "rounds", "steps"):
+        cli.check_count(f"--{name.replace('_', '-')}", getattr(config, name))
     for flag, got, known in (
         ("--net", config.net, list(NETS)),
         ("--allocator", config.allocator, process.ALLOCATORS),
@@ -104,6 +106,8 @@ def report(
 
     config = dataclasses.replace(config, batch_size=config.batch_size or NETS[config.net]().batch)
     title = f"{config.net}, batch {config.batch_size}, {config.allocator} allocator"
+    if config.microbatch is not None:
+        title += f", jaxcnn {config.microbatch} at a time"
     results.heading(machine, f"{title}, one training step, {config.rounds} turns of {config.steps} steps")
     compiling = {name: f"{t.compile_seconds:.1f} s" for name, t in told.items() if t.compile_seconds is not None}
     temporary = {name: results.megabytes(t.temporary_bytes) for name, t in told.items() if t.temporary_bytes}

@@ -30,11 +30,13 @@ class Told:
 class Contender:
     """The process of one contender."""
 
-    def __init__(self, name: str, net: str, batch: int | None, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, name: str, net: str, batch: int | None, microbatch: int | None, environment: Mapping[str, str]
+    ) -> None:
         """Start it; it builds its step while the others do."""
         self.name = name
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "experiments.benchmarks.turn", name, net, str(batch or 0)],
+            [sys.executable, "-m", "experiments.benchmarks.turn", name, net, str(batch or 0), str(microbatch or 0)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -69,7 +71,7 @@ class Contender:
         return json.loads(line)
 
 
-def main(name: str, net: str, batch: str) -> None:
+def main(name: str, net: str, batch: str, microbatch: str) -> None:
     """Build the step, then answer each line with the seconds of so many steps."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print goes to stderr
@@ -81,7 +83,7 @@ def main(name: str, net: str, batch: str) -> None:
     from experiments.benchmarks.contenders import CONTENDERS
     from experiments.benchmarks.nets import NETS
 
-    timed = NETS[net]()
+    timed = dataclasses.replace(NETS[net](), microbatch=int(microbatch) or None)
     if int(batch):
         timed = dataclasses.replace(timed, batch=int(batch))
     try:
