@@ -59,7 +59,7 @@ def compare(config: Config) -> int:
     for i in range(config.rounds):
         first = i % len(names)
         for name in names[first:] + names[:first]:
-            contender = Contender(name, config.net, config.batch_size, None, environment)
+            contender = Contender(name, config.net, environment, batch=config.batch_size)
             try:
                 told = contender.ready()
             finally:

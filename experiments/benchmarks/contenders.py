@@ -54,6 +54,26 @@ def _compiled(jitted: Any, *arguments: Any) -> tuple[Any, float, int | None]:
 # JAX libraries
 
 
+def _jitted(timed: Timed, training_step: Callable[[Any, Any], tuple[Any, Any]], state: Any, batch: Any) -> Step:
+    """Compile a step whose state is donated; with `timed.scan` a loop of them over as many batches."""
+    import jax
+    import jax.numpy as jnp
+
+    program: Callable[..., Any] = training_step
+    if (count := timed.scan) is not None:
+        batch = jax.tree.map(lambda a: jnp.stack([a] * count), batch)
+        program = functools.partial(jax.lax.scan, training_step)
+    batch = jax.device_put(batch)
+    step, seconds, temporary = _compiled(jax.jit(program, donate_argnums=0), state, batch)
+
+    def run() -> None:
+        nonlocal state
+        state, metrics = step(state, batch)
+        jax.block_until_ready((state, metrics))
+
+    return Step(run, seconds, temporary)
+
+
 def jaxcnn_step(timed: Timed) -> Step:
     """Return the step by explicit rules."""
     import jax
@@ -63,17 +83,9 @@ def jaxcnn_step(timed: Timed) -> Step:
 
     optimizer = optax.adam(LEARNING_RATE)
     state = TrainState.create(timed.net, optimizer, jax.random.key(0), timed.shape)
-    batch = jax.device_put(images(timed))
     loss = softmax_cross_entropy_with_integer_labels
-    jitted = make_train_step(timed.net, loss, optimizer, microbatch=timed.microbatch)
-    step, seconds, temporary = _compiled(jitted, state, batch)
-
-    def run() -> None:
-        nonlocal state
-        state, metrics = step(state, batch)
-        jax.block_until_ready((state, metrics))
-
-    return Step(run, seconds, temporary)
+    step = make_train_step(timed.net, loss, optimizer, microbatch=timed.microbatch)
+    return _jitted(timed, step, state, images(timed))
 
 
 def flax_net(timed: Timed, seed: int = 0) -> Any:
@@ -127,13 +139,11 @@ def flax_net(timed: Timed, seed: int = 0) -> Any:
 
 def flax_step(timed: Timed) -> Step:
     """Return the step in flax nnx, split and merged inside `jax.jit`, which costs less at each call than `nnx.jit`."""
-    import jax
     import optax
     from flax import nnx
 
     net = flax_net(timed)
     graph, state = nnx.split((net, nnx.Optimizer(net, optax.adam(LEARNING_RATE), wrt=nnx.Param)))
-    batch = jax.device_put(images(timed))
 
     def training_step(state: Any, batch: Any) -> Any:
         net, optimizer = nnx.merge(graph, state)
@@ -147,14 +157,7 @@ def flax_step(timed: Timed) -> Step:
         optimizer.update(net, gradients)
         return nnx.state((net, optimizer)), {"loss": loss, "accuracy": (logits.argmax(-1) == labels).mean()}
 
-    step, seconds, temporary = _compiled(jax.jit(training_step, donate_argnums=0), state, batch)
-
-    def run() -> None:
-        nonlocal state
-        state, metrics = step(state, batch)
-        jax.block_until_ready((state, metrics))
-
-    return Step(run, seconds, temporary)
+    return _jitted(timed, training_step, state, images(timed))
 
 
 def equinox_net(timed: Timed) -> Any:
@@ -216,7 +219,6 @@ def equinox_step(timed: Timed) -> Step:
     params, static = eqx.partition(net, eqx.is_inexact_array)
     state = (params, optimizer.init(params), jax.random.key(0))
     x, labels = images(timed)
-    batch = jax.device_put((np.moveaxis(x, -1, 1).copy(), labels))
 
     def training_step(state: Any, batch: Any) -> Any:
         params, opt_state, key = state
@@ -232,14 +234,7 @@ def equinox_step(timed: Timed) -> Step:
         metrics = {"loss": loss, "accuracy": (logits.argmax(-1) == labels).mean()}
         return (eqx.apply_updates(params, updates), opt_state, key), metrics
 
-    step, seconds, temporary = _compiled(jax.jit(training_step, donate_argnums=0), state, batch)
-
-    def run() -> None:
-        nonlocal state
-        state, metrics = step(state, batch)
-        jax.block_until_ready((state, metrics))
-
-    return Step(run, seconds, temporary)
+    return _jitted(timed, training_step, state, (np.moveaxis(x, -1, 1).copy(), labels))
 
 
 def keras_step(timed: Timed) -> Step:
@@ -464,3 +459,6 @@ CONTENDERS: Mapping[str, Callable[[Timed], Step]] = {
     "torch.compile channels-last": functools.partial(torch_step, channels_last=True, compiled=True),
 }
 """By name, what builds a training step."""
+
+IN_LOOPS = ("jaxcnn", "flax nnx", "equinox")
+"""Whose steps `jax.lax.scan` can take."""

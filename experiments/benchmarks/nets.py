@@ -21,6 +21,8 @@ class Timed:
     batch: int
     #: How many at a time in jaxcnn's training step; None: all.
     microbatch: int | None = None
+    #: So many steps in one call, by `jax.lax.scan`; None: one, without a loop.
+    scan: int | None = None
 
 
 def vgg() -> Serial:

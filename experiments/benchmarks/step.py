@@ -29,10 +29,12 @@ class Config:
     """Images a step; without it, 128 for pictures of 28×28 and 64 for larger ones."""
     microbatch: Annotated[int | None, arg(metavar="INT")] = None
     """Images at a time in jaxcnn's step (gradient accumulation), the others take all; without it, all."""
+    scan: Annotated[int | None, arg(metavar="INT")] = None
+    """So many steps in one call, by jax.lax.scan: for jaxcnn, flax nnx and equinox; without it, one, and no loop."""
     rounds: int = 10
     """How often each contender takes its turn."""
     steps: int = 5
-    """Steps of a turn that are counted."""
+    """Calls of a turn that are counted; what is told is seconds a step."""
     allocator: str = "stock"
     """stock or tuned: how glibc keeps memory, the same for all."""
     device: str = "cpu"
@@ -63,7 +65,14 @@ def compare(config: Config) -> int:
     seconds: dict[str, list[float]] = {name: [] for name in names}
     try:
         for name in names:  # one after the other: compile times are told too
-            contenders[name] = Contender(name, config.net, config.batch_size, config.microbatch, environment)
+            contenders[name] = Contender(
+                name,
+                config.net,
+                environment,
+                batch=config.batch_size,
+                microbatch=config.microbatch,
+                scan=config.scan,
+            )
             told[name] = contenders[name].ready()
         for i in range(config.rounds):
             first = i % len(names)
@@ -80,20 +89,21 @@ def compare(config: Config) -> int:
 def check(config: Config) -> list[str]:
     """Return who takes part, jaxcnn first; raise UsageError for whatever can be known to be wrong."""
     from experiments.benchmarks import results
-    from experiments.benchmarks.contenders import CONTENDERS
+    from experiments.benchmarks.contenders import CONTENDERS, IN_LOOPS
     from experiments.benchmarks.nets import NETS
 
-    for name in ("batch_size", "microbatch", "rounds", "steps"):
+    for name in ("batch_size", "microbatch", "scan", "rounds", "steps"):
         cli.check_count(f"--{name.replace('_', '-')}", getattr(config, name))
+    known_names = list(CONTENDERS if config.scan is None else IN_LOOPS)
     for flag, got, known in (
         ("--net", config.net, list(NETS)),
         ("--allocator", config.allocator, process.ALLOCATORS),
         ("--device", config.device, ["cpu", "gpu"]),
-        *(("--contenders", name, ["all", *CONTENDERS]) for name in config.contenders),
+        *(("--contenders", name, ["all", *known_names]) for name in config.contenders),
     ):
         cli.check_choice(flag, got, known)
     results.check_out(config.out)
-    chosen = list(CONTENDERS) if "all" in config.contenders else list(config.contenders)
+    chosen = known_names if "all" in config.contenders else list(config.contenders)
     return ["jaxcnn", *(name for name in dict.fromkeys(chosen) if name != "jaxcnn")]
 
 
@@ -108,6 +118,8 @@ def report(
     title = f"{config.net}, batch {config.batch_size}, {config.allocator} allocator"
     if config.microbatch is not None:
         title += f", jaxcnn {config.microbatch} at a time"
+    if config.scan is not None:
+        title += f", {config.scan} steps a call"
     results.heading(machine, f"{title}, one training step, {config.rounds} turns of {config.steps} steps")
     compiling = {name: f"{t.compile_seconds:.1f} s" for name, t in told.items() if t.compile_seconds is not None}
     temporary = {name: results.megabytes(t.temporary_bytes) for name, t in told.items() if t.temporary_bytes}

@@ -30,13 +30,11 @@ class Told:
 class Contender:
     """The process of one contender."""
 
-    def __init__(
-        self, name: str, net: str, batch: int | None, microbatch: int | None, environment: Mapping[str, str]
-    ) -> None:
-        """Start it; it builds its step while the others do."""
+    def __init__(self, name: str, net: str, environment: Mapping[str, str], **sizes: int | None) -> None:
+        """Start it; it builds its step while the others do. `sizes` are fields of `nets.Timed`, None for its own."""
         self.name = name
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "experiments.benchmarks.turn", name, net, str(batch or 0), str(microbatch or 0)],
+            [sys.executable, "-m", "experiments.benchmarks.turn", name, net, json.dumps(sizes)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -71,7 +69,7 @@ class Contender:
         return json.loads(line)
 
 
-def main(name: str, net: str, batch: str, microbatch: str) -> None:
+def main(name: str, net: str, sizes: str) -> None:
     """Build the step, then answer each line with the seconds of so many steps."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print goes to stderr
@@ -83,9 +81,8 @@ def main(name: str, net: str, batch: str, microbatch: str) -> None:
     from experiments.benchmarks.contenders import CONTENDERS
     from experiments.benchmarks.nets import NETS
 
-    timed = dataclasses.replace(NETS[net](), microbatch=int(microbatch) or None)
-    if int(batch):
-        timed = dataclasses.replace(timed, batch=int(batch))
+    given = {field: size for field, size in json.loads(sizes).items() if size is not None}
+    timed = dataclasses.replace(NETS[net](), **given)
     try:
         step = CONTENDERS[name](timed)
     except ImportError as error:
@@ -99,7 +96,7 @@ def main(name: str, net: str, batch: str, microbatch: str) -> None:
         for _ in range(int(line) + 1):
             began = time.perf_counter()
             step.run()
-            seconds.append(time.perf_counter() - began)
+            seconds.append((time.perf_counter() - began) / (timed.scan or 1))
         say(seconds=seconds[1:])
 
 

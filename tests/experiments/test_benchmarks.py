@@ -259,6 +259,8 @@ def test_a_wrong_result_of_ours_is_status_1(monkeypatch, capsys, still):
         (accuracy, "--data digits", "--data: expected one of fashion-mnist"),
         (accuracy, "--turns 0", "--turns: expected 1 or more, got 0"),
         (step, "--net vg", "did you mean vgg?"),
+        (step, "--microbatch 0", "--microbatch: expected 1 or more, got 0"),
+        (growth, "--microbatch -1", "--microbatch: expected 1 or more, got -1"),
         (backprop, "--rounds 0", "--rounds: expected 1 or more, got 0"),
     ],
 )
@@ -362,7 +364,9 @@ def test_what_grows():
 def test_a_run_of_growth(tmp_path, monkeypatch, capsys, still):
     monkeypatch.setitem(growth.SIZES, "channels", (2, 4))
     out = tmp_path / "growth.json"
-    assert growth.main(["--what", "channels", "--most", "2", "--rounds", "1", "--out", str(out)]) == 0
+    argv = ["--what", "channels", "--most", "2", "--rounds", "1", "--microbatch", "2", "--out", str(out)]
+    assert growth.main(argv) == 0
+    assert "jaxcnn 2 at a time" in capsys.readouterr().out
     assert set(json.loads(out.read_text())["seconds"]["channels"]) == {"2"}
     assert out.with_suffix(".png").exists()
 
