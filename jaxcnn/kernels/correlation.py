@@ -118,23 +118,27 @@ def choose_correlate(c: Correlation, x: Array, w: Array) -> str:
         return _choose_grouped(c, inputs, w.shape[-1])
     if applies("pointwise", c, inputs):
         return "pointwise"
-    if _winograd_pays(c, x, *w.shape[-2:]):
+    if _winograd_pays(c, x, *w.shape[-2:], whole=True):
         return "winograd"
     if _spare_channel_pays(c, inputs, w.shape[-1]):
         return "spare_channel"
     return "spare_rows" if _spare_rows_pay(c, x, w.shape[-1], c.window.out[0]) else "xla"
 
 
-def _winograd_pays(c: Correlation, a: Array, inputs: int, outputs: int, least: int = 0) -> bool:
+def _winograd_pays(c: Correlation, a: Array, inputs: int, outputs: int, *, whole: bool) -> bool:
     """Whether it halves the multiplications of a product that nobody asked all digits of.
 
-    Patches of 3 × 3 save too few of them to outweigh the transforms, unless both channel counts are ``least``.
+    Patches of 3 × 3 save too few of them to outweigh the transforms of fewer than 64 channels, and those in a loop where
+    the other choice is XLA's convolution: only a ``whole`` batch shares its transforms with the layer's other products.
     """
     default = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     exact = c.precision is not None or default is not None
     if exact or jnp.promote_types(a.dtype, c.dtype).itemsize > 4 or not applies("winograd", c, inputs):
         return False
-    if c.window.size != (5, 5) and not (c.window.size == (3, 3) and 0 < least <= min(inputs, outputs)):
+    if c.window.size == (3, 3):
+        if min(inputs, outputs) < 64 or (whole and not winograd.in_one_block(c, a, inputs, outputs)):
+            return False
+    elif c.window.size != (5, 5):
         return False
     direct = a.shape[0] * math.prod(c.window.out) * c.window.entries * inputs * outputs
     return direct >= 2 * winograd.cost(c, a.shape[0], inputs, outputs)
@@ -233,7 +237,7 @@ def choose_spread(c: Correlation, y: Array, w: Array) -> str:
         return "pointwise"
     if _products_pay(c.window, inputs):
         return "products"
-    if _winograd_pays(c, y, *w.shape[-2:]):
+    if _winograd_pays(c, y, *w.shape[-2:], whole=True):
         return "winograd"
     return "spare_rows" if _spare_rows_pay(c, y, inputs, c.window.shape[0]) else "xla"
 
@@ -389,7 +393,7 @@ def choose_match(c: Correlation, x: Array, y: Array) -> str:
         return _choose_grouped(c, inputs, y.shape[-1])
     if applies("pointwise", c, inputs):
         return "pointwise"
-    if _winograd_pays(c, x, inputs, y.shape[-1], least=64):
+    if _winograd_pays(c, x, inputs, y.shape[-1], whole=False):
         return "winograd"
     few = c.window.ndim == 2 and y.shape[-1] <= 16  # outputs, of which a GEMM would like more
     return "turned" if few or c.window.ndim == 1 else "rows"

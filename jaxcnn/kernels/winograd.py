@@ -29,8 +29,8 @@ from jax import Array, lax
 from jaxcnn.geometry import Correlation, Window
 from jaxcnn.kernels.windows import divisor
 
-#: Target for the largest transform of a batch block.
-BLOCK_BYTES = 8 << 20
+#: Target for the largest transform of a batch block, in bytes: above it, more is lost by page faults than by loops.
+BLOCK_BYTES = 40 << 20
 #: m, the outputs of a tile in each dim.
 OUTPUTS = 4
 #: For each size of a patch the n − 1 points at which polynomials are multiplied; the last is infinity.
@@ -95,10 +95,20 @@ def match(c: Correlation, x: Array, y: Array) -> Array:
     return w.reshape(*c.window.size, inputs, outputs)
 
 
+def in_one_block(c: Correlation, a: Array, inputs: int, outputs: int) -> bool:
+    """Whether the batch is transformed as a whole."""
+    return _block(c, a, inputs, outputs) == a.shape[0]
+
+
+def _block(c: Correlation, a: Array, inputs: int, outputs: int) -> int:
+    """How many of a batch ``(N, …)`` are transformed at a time."""
+    one = _numbers(c.window) * math.prod(_tiles(c.window)) * max(inputs, outputs) * a.dtype.itemsize
+    return divisor(a.shape[0], BLOCK_BYTES // max(one, 1))
+
+
 def _in_blocks(c: Correlation, a: Array, inputs: int, outputs: int) -> Array:
     """A batch ``(N, …)`` as ``(blocks, N/blocks, …)``."""
-    one = _numbers(c.window) * math.prod(_tiles(c.window)) * max(inputs, outputs) * a.dtype.itemsize
-    size = divisor(a.shape[0], BLOCK_BYTES // max(one, 1))
+    size = _block(c, a, inputs, outputs)
     return a.reshape(a.shape[0] // size if size else 0, size, *a.shape[1:])
 
 

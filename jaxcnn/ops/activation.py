@@ -15,6 +15,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxcnn.geometry import fail, static_bool, static_float
+from jaxcnn.kernels.storage import stored, stored_if_small
 from jaxcnn.ops.rule import Rule, arrays, with_rule
 
 
@@ -47,7 +48,7 @@ def _relu(geometry: None, x: Array) -> Array:
 
 def _relu_fwd(geometry: None, x: Array) -> Any:  # the residual is the one bit that the rule reads
     y = _relu(None, x)
-    return y, y > 0
+    return y, stored(y > 0)
 
 
 def _relu_bwd(geometry: None, positive: Array, delta: Array) -> Any:
@@ -204,7 +205,7 @@ def _activation(activation: Activation, x: Array) -> Array:
 
 def _activation_fwd(activation: Activation, x: Array) -> Any:
     y = _activation(activation, x)
-    return y, _TABLE[activation.name].keeps(x, y, activation.constant)
+    return y, stored_if_small(_TABLE[activation.name].keeps(x, y, activation.constant))
 
 
 def _activation_bwd(activation: Activation, kept: Array, delta: Array) -> Any:

@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 
 from jaxcnn.geometry import Correlation, Padding, PerDim, Window, fail
 from jaxcnn.kernels import correlation, windows
+from jaxcnn.kernels.storage import stored
 from jaxcnn.ops import activation, convolution, pooling
 from jaxcnn.ops.rule import Call, Rule, arrays, call_of, with_rule
 
@@ -92,7 +93,7 @@ def _hidden_layer(geometry: Hidden, x: Array, w: Array, b: Array) -> Array:
 
 def _hidden_layer_fwd(geometry: Hidden, x: Array, w: Array, b: Array) -> Any:
     y, passed = _hidden_with_code(geometry, x, w, b)
-    return y, (x, w, passed)
+    return y, (x, w, stored(passed))
 
 
 def _hidden_layer_bwd(geometry: Hidden, saved: Any, delta: Array) -> Any:

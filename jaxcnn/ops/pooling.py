@@ -34,6 +34,7 @@ from jaxcnn.geometry import (
 )
 from jaxcnn.kernels import bins
 from jaxcnn.kernels import windows as kernels
+from jaxcnn.kernels.storage import stored
 from jaxcnn.ops.rule import Rule, array, arrays, picture, with_rule
 
 
@@ -82,7 +83,8 @@ def _max_pool(win: Window, x: Array) -> Array:
 
 
 def _max_pool_fwd(win: Window, x: Array) -> Any:
-    return largest(win, x)
+    y, winner = largest(win, x)
+    return y, stored(winner)
 
 
 def _max_pool_bwd(win: Window, winner: Array, delta: Array) -> Any:
@@ -213,6 +215,7 @@ def _max_pool_with_indices(win: Window, x: Array) -> tuple[Array, Array]:
 
 def _max_pool_with_indices_fwd(win: Window, x: Array) -> Any:
     y, winner = largest(win, x)
+    winner = stored(winner)
     return (y, kernels.flat_index(win, winner)), winner
 
 

@@ -3,6 +3,7 @@
 The definitions are the NumPy loops of `tests/oracles.py`.
 """
 
+import dataclasses
 import re
 
 import hypothesis.strategies as st
@@ -108,33 +109,37 @@ def test_winograds_matrices_correlate(size):
     np.testing.assert_allclose(a @ ((g @ w) * (b @ x)), np.correlate(x, w, "valid"), rtol=1e-12)
 
 
-def second_layer(dtype=np.float32, precision=None, batch=128):
-    """The lecture's: 5 × 5, from 32 to 64 channels."""
-    c = Correlation(Window((12, 12), (5, 5), (1, 1), ((0, 0), (0, 0)), (1, 1)), 1, np.dtype(dtype), precision)
-    return c, *(a.astype(dtype) for a in numbers((batch, 12, 12, 32), (5, 5, 32, 64), (batch, 8, 8, 64)))
+def second_layer(size, dtype=np.float32, precision=None, batch=None):
+    """The lecture's, 5 × 5 from 32 to 64 channels; or one of 3 × 3 from 64 to 128, whose picture is padded."""
+    side, inputs, outputs, pad, pictures = {5: (12, 32, 64, 0, 128), 3: (16, 64, 128, 1, 16)}[size]
+    win = Window((side, side), (size, size), (1, 1), ((pad, pad), (pad, pad)), (1, 1))
+    n = batch or pictures
+    shapes = (n, side, side, inputs), (size, size, inputs, outputs), (n, *win.out, outputs)
+    return Correlation(win, 1, np.dtype(dtype), precision), *(a.astype(dtype) for a in numbers(*shapes))
 
 
+@pytest.mark.parametrize("size", [3, 5])
 @pytest.mark.parametrize("product", PRODUCTS)
-def test_winograds_digits(product):
+def test_winograds_digits(product, size):
     table, choose, run, _ = PRODUCTS[product]
-    c, *of_layer = second_layer()
+    c, *of_layer = second_layer(size)
     a, b = operands(product, *of_layer)
     assert choose(c, a, b) == "winograd"
-    expected = compiled(lambda a, b: table["xla"](second_layer(np.float64)[0], a, b))(
-        a.astype(np.float64), b.astype(np.float64)
-    )
+    exact = dataclasses.replace(c, dtype=np.dtype(np.float64))
+    expected = compiled(lambda a, b: table["xla"](exact, a, b))(a.astype(np.float64), b.astype(np.float64))
     found = compiled(lambda a, b: run(c, a, b))(a, b)
     assert found.dtype == np.float32
     error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
     assert 1e-6 < error < 1e-5, error  # below the first, it would not be Winograd's form
 
 
+@pytest.mark.parametrize("size", [3, 5])
 @pytest.mark.parametrize("product", PRODUCTS)
-def test_who_asks_for_digits_gets_them(product):
+def test_who_asks_for_digits_gets_them(product, size):
     _, choose, *_ = PRODUCTS[product]
 
     def chosen(*options):
-        c, *of_layer = second_layer(*options)
+        c, *of_layer = second_layer(size, *options)
         return choose(c, *operands(product, *of_layer))
 
     assert chosen() == chosen(jnp.bfloat16) == "winograd"
@@ -142,6 +147,17 @@ def test_who_asks_for_digits_gets_them(product):
     assert chosen(np.float32, None, 1) != "winograd"  # too few tiles to pay for the patch's transform
     with jax.default_matmul_precision("highest"):
         assert chosen() != "winograd"
+
+
+def test_patches_of_three_go_against_direct_convolution_in_one_block_alone(monkeypatch):
+    chosen = {}
+    for block_bytes in (winograd.BLOCK_BYTES, 1):
+        monkeypatch.setattr(winograd, "BLOCK_BYTES", block_bytes)
+        c, *of_layer = second_layer(3)
+        chosen[block_bytes] = [choose(c, *operands(p, *of_layer)) for p, (_, choose, *_) in PRODUCTS.items()]
+    whole, cut = chosen.values()
+    assert whole == ["winograd"] * 3
+    assert [name == "winograd" for name in cut] == [False, False, True]
 
 
 @pytest.mark.parametrize("product", PRODUCTS)

@@ -1,0 +1,50 @@
+"""What a forward half keeps is in memory, not computed again in the backward half."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxcnn
+from jaxcnn.kernels.storage import stored, stored_if_small
+from tests.cases import compiled
+
+X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
+W = jnp.asarray(np.random.default_rng(1).normal(size=(3, 3, 3, 3)), jnp.float32)
+
+#: A function of x, and what its rule keeps as XLA writes types.
+KEEPS = {
+    "relu": (lambda x: jaxcnn.relu(2 * x + 1), r"pred\[2,8,8,3\]"),
+    "leaky_relu": (lambda x: jaxcnn.leaky_relu(2 * x + 1), r"pred\[2,8,8,3\]"),
+    "max_pool": (lambda x: jaxcnn.max_pool(2 * x + 1, 2), r"u8\[2,4,4,3\]"),
+    "max_pool_with_indices": (lambda x: jaxcnn.max_pool_with_indices(2 * x + 1, 2)[0], r"u8\[2,4,4,3\]"),
+    "hidden_layer": (lambda x: jaxcnn.hidden_layer(2 * x + 1, W, jnp.zeros(3)), r"u8\[2,3,3,3\]"),
+}
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="other platforms are told nothing")
+@pytest.mark.parametrize("op", KEEPS)
+def test_rules_read_what_was_stored(op):
+    """A call that is not inlined has an array for its argument, and XLA fuses nothing into it."""
+    f, kept = KEEPS[op]
+    program = jax.jit(jax.grad(lambda x: jnp.sum(f(x) ** 2))).lower(X).compile().as_text()
+    assert len(re.findall(rf"= {kept}\S* call\(", program)) == 1, program
+
+
+def test_larger_residuals_are_left_to_xla():
+    def calls(f):
+        return len(re.findall(r" call\(", jax.jit(f).lower(X).compile().as_text()))
+
+    assert calls(lambda x: stored_if_small(jnp.sin(x)) * 2) == 0
+    if jax.default_backend() == "cpu":
+        assert calls(lambda x: stored(jnp.sin(x)) * 2) == 1
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.int32, np.float32, np.float64, jnp.bfloat16, np.complex64])
+def test_stored_changes_nothing(dtype):
+    a = (X * 3).astype(dtype)
+    for found in (stored(a), compiled(stored)(a), jax.vmap(stored)(a), stored_if_small(a)):
+        assert found.dtype == a.dtype
+        np.testing.assert_array_equal(found, a)
