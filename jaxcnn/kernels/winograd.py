@@ -29,8 +29,9 @@ from jax import Array, lax
 from jaxcnn.geometry import Correlation, Window
 from jaxcnn.kernels.windows import divisor
 
-#: Target for the largest transform of a batch block, in bytes: above it, more is lost by page faults than by loops.
-BLOCK_BYTES = 40 << 20
+#: Target for the largest transform of a batch block, in bytes.  All of a block's arrays then are less than 32 MB, from
+#: where on glibc gives memory back at each call and its pages fault again.
+BLOCK_BYTES = 10 << 20
 #: m, the outputs of a tile in each dim.
 OUTPUTS = 4
 #: For each size of a patch the n − 1 points at which polynomials are multiplied; the last is infinity.

@@ -20,7 +20,7 @@ KEEPS = {
     "leaky_relu": (lambda x: jaxcnn.leaky_relu(2 * x + 1), r"pred\[2,8,8,3\]"),
     "max_pool": (lambda x: jaxcnn.max_pool(2 * x + 1, 2), r"u8\[2,4,4,3\]"),
     "max_pool_with_indices": (lambda x: jaxcnn.max_pool_with_indices(2 * x + 1, 2)[0], r"u8\[2,4,4,3\]"),
-    "hidden_layer": (lambda x: jaxcnn.hidden_layer(2 * x + 1, W, jnp.zeros(3)), r"u8\[2,3,3,3\]"),
+    "hidden_layer": (lambda x: jaxcnn.hidden_layer(2 * x + 1, W, jnp.zeros(3, jnp.float32)), r"u8\[2,3,3,3\]"),
 }
 
 
