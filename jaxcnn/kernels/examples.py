@@ -22,21 +22,23 @@ from jax import Array, lax
 
 from jaxcnn.geometry import Correlation
 from jaxcnn.kernels.correlation import fit, match
-from jaxcnn.kernels.windows import accumulator, tap_slices
+from jaxcnn.kernels.storage import stored
+from jaxcnn.kernels.windows import accumulator
 
-#: Places of a picture up to which all its patches at once are the quicker way on CPU (measured with 3x3 and 5x5).
-MANY_PLACES = 256
+#: Bytes of a picture's patches up to which all patches of a batch at once are worth their memory on CPU.
+PATCHES_BYTES = 1 << 20
 
 
 def match_each(c: Correlation, x: Array, y: Array) -> Array:
     """``(N, *size, I/groups, O)``, in what sums of the wider dtype are taken in.
 
-    One product of all patches, or, on CPU and where a picture's patches would leave the cache, `match` of one picture:
-    there it is GEMMs, which vectorise as they are; elsewhere it is a convolution, which would turn into one with a
-    group for each picture.
+    One product of all patches, or, on CPU and where they would be too large, `match` of one picture, no faster: there
+    it is GEMMs, which vectorise as they are; elsewhere it is a convolution, which would turn into one with a group for
+    each picture.
     """
     x, y = _wide(x, y)
-    if c.window.ndim == 1 or math.prod(c.window.out) <= MANY_PLACES:
+    patches_bytes = math.prod(c.window.out) * c.window.entries * x.shape[-1] * x.dtype.itemsize
+    if c.window.ndim == 1 or patches_bytes <= PATCHES_BYTES:
         return _by_patches(c, x, y)
     return lax.platform_dependent(
         x, y, cpu=functools.partial(_one_by_one, c), default=functools.partial(_by_patches, c)
@@ -48,16 +50,21 @@ def _one_by_one(c: Correlation, x: Array, y: Array) -> Array:
 
 
 def _by_patches(c: Correlation, x: Array, y: Array) -> Array:
-    n, inputs, outputs, places = x.shape[0], x.shape[-1], y.shape[-1], math.prod(c.window.out)
-    patches = jnp.stack(list(tap_slices(c.window, x, 0)), 1)
+    win, n, inputs, outputs, places = c.window, x.shape[0], x.shape[-1], y.shape[-1], math.prod(c.window.out)
+    patches = stored(jnp.moveaxis(fit(win, x), -1, 1))  # (N, I, *span): places last, as a GEMM likes them
+    for dim in reversed(range(win.ndim)):  # dim by dim: fewer slices than one for each tap
+        axis, s, last = dim - win.ndim, win.stride[dim], (win.out[dim] - 1) * win.stride[dim] + 1
+        starts = range(0, win.size[dim] * win.dilation[dim], win.dilation[dim])
+        patches = stored(jnp.stack([lax.slice_in_dim(patches, k, k + last, s, axis) for k in starts], 1))
+    patches = lax.collapse(patches, 2 + win.ndim)  # (N, *size, I, places)
     if c.groups == 1:  # spelled out: with a group of one, XLA:CPU turns the product's result around
-        patches, y = patches.reshape(n, c.window.entries, places, inputs), y.reshape(n, places, outputs)
-        w = jnp.einsum("nkpi,npo->nkio", patches, y, precision=c.precision)
+        patches, y = lax.collapse(patches, 1, -1), y.reshape(n, places, outputs)
+        w = jnp.einsum("nkp,npo->nko", patches, y, precision=c.precision)
     else:
-        patches = patches.reshape(n, c.window.entries, places, c.groups, inputs // c.groups)
+        patches = lax.collapse(patches, 1, -2).reshape(n, win.entries, c.groups, inputs // c.groups, places)
         y = y.reshape(n, places, c.groups, outputs // c.groups)
-        w = jnp.einsum("nkpgi,npgo->nkigo", patches, y, precision=c.precision)
-    return w.reshape(n, *c.window.size, inputs // c.groups, outputs)
+        w = jnp.einsum("nkgip,npgo->nkigo", patches, y, precision=c.precision)
+    return w.reshape(n, *win.size, inputs // c.groups, outputs)
 
 
 def match_squares(c: Correlation, x: Array, y: Array) -> Array:
