@@ -128,8 +128,8 @@ def choose_correlate(c: Correlation, x: Array, w: Array) -> str:
 def _winograd_pays(c: Correlation, a: Array, inputs: int, outputs: int, *, whole: bool) -> bool:
     """Whether it halves the multiplications of a product that nobody asked all digits of.
 
-    Patches of 3 × 3 save too few of them to outweigh the transforms of fewer than 64 channels, and those in a loop where
-    the other choice is XLA's convolution: only a ``whole`` batch shares its transforms with the layer's other products.
+    Patches of 3 × 3 save too few of them to outweigh the transforms of fewer than 64 channels; nor, where the other
+    choice is XLA's convolution, of a batch in blocks: a ``whole`` one shares them with the layer's other products.
     """
     default = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     exact = c.precision is not None or default is not None
