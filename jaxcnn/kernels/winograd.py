@@ -29,9 +29,9 @@ from jax import Array, lax
 from jaxcnn.geometry import Correlation, Window
 from jaxcnn.kernels.windows import divisor
 
-#: Target for the largest transform of a batch block, in bytes.  All of a block's arrays then are less than 32 MB, from
-#: where on glibc gives memory back at each call and its pages fault again.
-BLOCK_BYTES = 10 << 20
+#: Target for the transforms of a batch block, in bytes: below 32 MB, from where on glibc gives memory back at each call,
+#: so that its pages fault again.
+BLOCK_BYTES = 30 << 20
 #: m, the outputs of a tile in each dim.
 OUTPUTS = 4
 #: For each size of a patch the n − 1 points at which polynomials are multiplied; the last is infinity.
@@ -64,7 +64,7 @@ def correlate(c: Correlation, x: Array, w: Array) -> Array:
         products = lax.dot_general(_of_picture(c, x), of_w, (((2,), (1,)), ((0,), (0,))), precision=c.precision)
         return _from_tiles(c.window, _times(_kron(c.window, "A"), products, c), x.shape[0])
 
-    return _map(block, _in_blocks(c, x, *w.shape[-2:]))
+    return _map(block, _in_blocks(c, x, sum(w.shape[-2:])))
 
 
 def spread(c: Correlation, y: Array, w: Array) -> Array:
@@ -75,7 +75,7 @@ def spread(c: Correlation, y: Array, w: Array) -> Array:
         products = lax.dot_general(_of_result(c, y), of_w, (((2,), (2,)), ((0,), (0,))), precision=c.precision)
         return _add_tiles(c.window, _times(_kron(c.window, "B").T, products, c), y.shape[0])
 
-    return _map(block, _in_blocks(c, y, *w.shape[-2:]))
+    return _map(block, _in_blocks(c, y, sum(w.shape[-2:])))
 
 
 def match(c: Correlation, x: Array, y: Array) -> Array:
@@ -86,7 +86,7 @@ def match(c: Correlation, x: Array, y: Array) -> Array:
         of_x, of_y = _of_picture(c, x), _of_result(c, y)
         return lax.dot_general(of_x, of_y, (((1,), (1,)), ((0,), (0,))), precision=c.precision)
 
-    blocks = [_in_blocks(c, a, inputs, outputs) for a in (x, y)]
+    blocks = [_in_blocks(c, a, 2 * inputs + outputs) for a in (x, y)]  # of the picture, the tiles are held too
     if len(blocks[0]) == 1:
         products = one_block(x, y)
     else:
@@ -97,19 +97,19 @@ def match(c: Correlation, x: Array, y: Array) -> Array:
 
 
 def in_one_block(c: Correlation, a: Array, inputs: int, outputs: int) -> bool:
-    """Whether the batch is transformed as a whole."""
-    return _block(c, a, inputs, outputs) == a.shape[0]
+    """Whether `correlate` and `spread` transform the batch as a whole."""
+    return _block(c, a, inputs + outputs) == a.shape[0]
 
 
-def _block(c: Correlation, a: Array, inputs: int, outputs: int) -> int:
-    """How many of a batch ``(N, …)`` are transformed at a time."""
-    one = _numbers(c.window) * math.prod(_tiles(c.window)) * max(inputs, outputs) * a.dtype.itemsize
+def _block(c: Correlation, a: Array, channels: int) -> int:
+    """How many of a batch ``(N, …)`` are transformed at a time, if so many channels are held."""
+    one = _numbers(c.window) * math.prod(_tiles(c.window)) * channels * a.dtype.itemsize
     return divisor(a.shape[0], BLOCK_BYTES // max(one, 1))
 
 
-def _in_blocks(c: Correlation, a: Array, inputs: int, outputs: int) -> Array:
+def _in_blocks(c: Correlation, a: Array, channels: int) -> Array:
     """A batch ``(N, …)`` as ``(blocks, N/blocks, …)``."""
-    size = _block(c, a, inputs, outputs)
+    size = _block(c, a, channels)
     return a.reshape(a.shape[0] // size if size else 0, size, *a.shape[1:])
 
 
