@@ -29,8 +29,8 @@ from jax import Array, lax
 from jaxcnn.geometry import Correlation, Window
 from jaxcnn.kernels.windows import divisor
 
-#: Target for the transforms of a batch block, in bytes: below 32 MB, from where on glibc gives memory back at each call,
-#: so that its pages fault again.
+#: Target for the transforms of a batch block, in bytes: below 32 MB, from where on glibc gives memory back at each
+#: call, so that its pages fault again.
 BLOCK_BYTES = 30 << 20
 #: m, the outputs of a tile in each dim.
 OUTPUTS = 4
