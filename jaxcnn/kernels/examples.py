@@ -23,6 +23,7 @@ from jax import Array, lax
 from jaxcnn.geometry import Correlation
 from jaxcnn.kernels.correlation import fit, match
 from jaxcnn.kernels.storage import stored
+from jaxcnn.kernels.threads import batched_product
 from jaxcnn.kernels.windows import accumulator
 
 #: Bytes of a picture's patches up to which all patches of a batch at once are worth their memory on CPU.
@@ -59,7 +60,7 @@ def _by_patches(c: Correlation, x: Array, y: Array) -> Array:
     patches = lax.collapse(patches, 2 + win.ndim)  # (N, *size, I, places)
     if c.groups == 1:  # spelled out: with a group of one, XLA:CPU turns the product's result around
         patches, y = lax.collapse(patches, 1, -1), y.reshape(n, places, outputs)
-        w = jnp.einsum("nkp,npo->nko", patches, y, precision=c.precision)
+        w = batched_product(patches, y, 2, 1, c.precision)
     else:
         patches = lax.collapse(patches, 1, -2).reshape(n, win.entries, c.groups, inputs // c.groups, places)
         y = y.reshape(n, places, c.groups, outputs // c.groups)
