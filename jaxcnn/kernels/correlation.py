@@ -19,19 +19,16 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import jaxlib.version
 import numpy as np
 from jax import Array, lax
 
 from jaxcnn.geometry import Correlation, Window
 from jaxcnn.kernels import winograd
 from jaxcnn.kernels.sums import sum_of_eights
+from jaxcnn.kernels.threads import ONE_THREAD, on_all_threads
 from jaxcnn.kernels.windows import accumulator, at_tap, divisor, pad_axis, tap_slices, unpad
 
 Lowering = Callable[[Correlation, Array, Array], Array]
-
-#: jaxlib 0.10 sends most 2-D convolutions to a library that runs on one thread; later ones give it a pool of them.
-ONE_THREAD = tuple(map(int, jaxlib.version.__version__.split(".")[:2])) < (0, 11)
 
 #: Target for a batch block, one kernel row of its patches and its δ, in bytes: most of a core's second-level cache.
 BLOCK_BYTES = 5 << 18
@@ -84,7 +81,6 @@ def applies(lowering: str, c: Correlation, inputs: int) -> bool:
     """Whether a lowering can compute its product for ``inputs`` channels at all; `choose_…` picks among those."""
     can = {
         "pointwise": c.groups == 1 and c.window.entries == 1 and not c.window.padded,
-        "spare_rows": all(s == 1 for s in c.window.stride),
         "spare_channel": c.groups == 1,
         "rows": c.groups == 1,
         "turned": c.groups == 1,
@@ -122,7 +118,7 @@ def choose_correlate(c: Correlation, x: Array, w: Array) -> str:
         return "winograd"
     if _spare_channel_pays(c, inputs, w.shape[-1]):
         return "spare_channel"
-    return "spare_rows" if _spare_rows_pay(c, x, w.shape[-1], c.window.out[0]) else "xla"
+    return "all_threads" if _all_threads_pay(c, x, w.shape[-1], c.window.out) else "xla"
 
 
 def _winograd_pays(c: Correlation, a: Array, inputs: int, outputs: int, *, whole: bool) -> bool:
@@ -144,17 +140,18 @@ def _winograd_pays(c: Correlation, a: Array, inputs: int, outputs: int, *, whole
     return direct >= 2 * winograd.cost(c, a.shape[0], inputs, outputs)
 
 
-def _spare_rows_pay(c: Correlation, a: Array, outputs: int, after: int) -> bool:
-    """Whether a convolution of ``a`` to ``after`` rows is large enough for two threads to pay for more rows.
+def _all_threads_pay(c: Correlation, a: Array, outputs: int, after: tuple[int, ...]) -> bool:
+    """Whether jaxlib 0.10 runs a convolution of ``a``, to pictures of size ``after``, on one thread, and for long.
 
-    Not of one picture, which Eigen does not divide, nor of so many channels that the other library divides them itself.
+    Those that grow a picture, and those of at most 16 channels, Eigen runs, on all threads; so many channels that the
+    other library divides them itself need no help.
     """
-    batch, before, *_, inputs = a.shape
-    if not (ONE_THREAD and c.window.ndim == 2 and applies("spare_rows", c, inputs) and after <= before):
+    batch, *before, inputs = a.shape
+    if not ONE_THREAD or c.window.ndim != 2 or any(more > n for more, n in zip(after, before, strict=True)):
         return False
-    if batch < 2 or inputs * outputs > 9000:
+    if max(inputs, outputs) <= 16 or inputs * outputs > 9000:
         return False
-    return c.window.entries * inputs >= 512 and outputs >= 32 and before + 1 <= 1.7 * after
+    return batch * math.prod(after) * c.window.entries * inputs * outputs >= 3 << 24
 
 
 def _spare_channel_pays(c: Correlation, inputs: int, outputs: int) -> bool:
@@ -167,23 +164,16 @@ def _correlate_xla(c: Correlation, x: Array, w: Array) -> Array:
     return _conv(c, x, w, stride=win.stride, padding=win.padding, w_dilation=win.dilation, groups=c.groups)
 
 
-def _correlate_spare_rows(c: Correlation, x: Array, w: Array) -> Array:
-    """So many rows that the result has one more than the picture, then dropped (stride 1).
-
-    Convolutions that grow are left to Eigen, which runs on all threads; see `ONE_THREAD`.
-    """
-    win = c.window
-    (lo, hi), *others = win.padding
-    more = max(win.shape[0] + 1 - win.out[0], 0)
-    grown = dataclasses.replace(win, padding=((lo, hi + more), *others))
-    return lax.slice_in_dim(_correlate_xla(dataclasses.replace(c, window=grown), x, w), 0, win.out[0], axis=1)
+def _correlate_all_threads(c: Correlation, x: Array, w: Array) -> Array:
+    """`kernels.threads` tells how."""
+    return on_all_threads(_correlate_xla(c, x, w), x, w)
 
 
 def _correlate_spare_channel(c: Correlation, x: Array, w: Array) -> Array:
     """One more channel, of zeros: colours, three at a time, take jaxlib 0.10 two to seven times as long as four."""
     whole = ((0, 0),) * (x.ndim - 2)
     x = jnp.pad(x, ((0, 0), *whole, (0, 1)))
-    return _correlate_xla(c, x, jnp.pad(w, (*whole, (0, 1), (0, 0))))
+    return _correlate_all_threads(c, x, jnp.pad(w, (*whole, (0, 1), (0, 0))))
 
 
 def _correlate_pointwise(c: Correlation, x: Array, w: Array) -> Array:
@@ -216,7 +206,7 @@ def _correlate_joined(c: Correlation, x: Array, w: Array) -> Array:
 CORRELATE: dict[str, Lowering] = {
     "xla": _correlate_xla,
     "winograd": winograd.correlate,
-    "spare_rows": _correlate_spare_rows,
+    "all_threads": _correlate_all_threads,
     "spare_channel": _correlate_spare_channel,
     "pointwise": _correlate_pointwise,
     "depthwise": _correlate_depthwise,
@@ -239,7 +229,7 @@ def choose_spread(c: Correlation, y: Array, w: Array) -> str:
         return "products"
     if _winograd_pays(c, y, *w.shape[-2:], whole=True):
         return "winograd"
-    return "spare_rows" if _spare_rows_pay(c, y, inputs, c.window.shape[0]) else "xla"
+    return "all_threads" if _all_threads_pay(c, y, inputs, c.window.shape) else "xla"
 
 
 def _products_pay(win: Window, inputs: int) -> bool:
@@ -255,11 +245,8 @@ def _products_pay(win: Window, inputs: int) -> bool:
     return inputs <= 6 or (cut and win.entries <= 3)
 
 
-def _spread_xla(c: Correlation, y: Array, w: Array, more: int = 0) -> Array:
-    """The full correlation of δ, spaced by the stride, with the patch turned by 180° and its channels swapped.
-
-    ``more`` rows of zeros are added at the end.
-    """
+def _spread_xla(c: Correlation, y: Array, w: Array) -> Array:
+    """The full correlation of δ, spaced by the stride, with the patch turned by 180° and its channels swapped."""
     win = c.window
     starts, ends, pads = zip(*(_reached(win, dim) for dim in range(win.ndim)), strict=True)
     if any(end <= start for start, end in zip(starts, ends, strict=True)):  # every window lies in padding
@@ -268,13 +255,11 @@ def _spread_xla(c: Correlation, y: Array, w: Array, more: int = 0) -> Array:
     flipped = lax.rev(w, range(win.ndim))
     grouped = flipped.reshape(*w.shape[:-1], c.groups, w.shape[-1] // c.groups)
     swapped = jnp.swapaxes(grouped, -3, -1).reshape(*w.shape[:-2], w.shape[-1] // c.groups, -1)
-    (before, after), *others = pads
-    wanted = ((before, after + more), *others)
-    pads = never_of_groups(win, wanted)
+    wanted, pads = pads, never_of_groups(win, pads)
     x = _conv(c, y, swapped, padding=pads, y_dilation=win.stride, w_dilation=win.dilation, groups=c.groups)
     if pads == wanted:
         return x
-    return lax.slice(x, (0,) * x.ndim, (x.shape[0], win.shape[0] + more, *win.shape[1:], x.shape[-1]))
+    return lax.slice(x, (0,) * x.ndim, (x.shape[0], *win.shape, x.shape[-1]))
 
 
 def never_of_groups(win: Window, pads: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
@@ -287,11 +272,9 @@ def never_of_groups(win: Window, pads: tuple[tuple[int, int], ...]) -> tuple[tup
     return tuple((lo, hi + ((k, s, d, lo, hi) == (2, 2, 1, 0, 0))) for k, s, d, (lo, hi) in dims)
 
 
-def _spread_spare_rows(c: Correlation, y: Array, w: Array) -> Array:
-    """As `_correlate_spare_rows`."""
-    win = c.window
-    more = max(win.out[0] + 1 - win.shape[0], 0)
-    return lax.slice_in_dim(_spread_xla(c, y, w, more), 0, win.shape[0], axis=1)
+def _spread_all_threads(c: Correlation, y: Array, w: Array) -> Array:
+    """As `_correlate_all_threads`."""
+    return on_all_threads(_spread_xla(c, y, w), y, w)
 
 
 def _reached(win: Window, dim: int) -> tuple[int, int, tuple[int, int]]:
@@ -374,7 +357,7 @@ def _spread_joined(c: Correlation, y: Array, w: Array) -> Array:
 SPREAD: dict[str, Lowering] = {
     "xla": _spread_xla,
     "winograd": winograd.spread,
-    "spare_rows": _spread_spare_rows,
+    "all_threads": _spread_all_threads,
     "pointwise": _spread_pointwise,
     "products": _spread_products,
     "depthwise": _spread_depthwise,

@@ -1,8 +1,8 @@
 """Products on all threads, where jaxlib 0.10 would run them on one.
 
-Its library for convolutions and matrix products (YNN) divides a product between threads if one matrix is large; many small
-ones, or a convolution, run on one thread.  Not so where the same program has a reduction beside the product: then it
-divides their common result.  `on_all_threads` adds such a reduction's result to the product, a zero that XLA cannot
+Its library for convolutions and matrix products (YNN) divides a product between threads if one matrix is large; many
+small ones, or a convolution, run on one thread.  Not so where the same program has a reduction beside the product: then
+it divides their common result.  `on_all_threads` adds such a reduction's result to the product, a zero that XLA cannot
 foresee.  Later jaxlibs divide all products.
 """
 
