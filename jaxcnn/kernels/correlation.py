@@ -151,7 +151,7 @@ def _all_threads_pay(c: Correlation, a: Array, outputs: int, after: tuple[int, .
         return False
     if max(inputs, outputs) <= 16 or inputs * outputs > 9000:
         return False
-    return batch * math.prod(after) * c.window.entries * inputs * outputs >= 3 << 24
+    return batch * math.prod(after) * c.window.entries * inputs * outputs >= 1 << 24
 
 
 def _spare_channel_pays(c: Correlation, inputs: int, outputs: int) -> bool:

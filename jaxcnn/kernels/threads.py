@@ -20,7 +20,7 @@ ONE_THREAD = tuple(map(int, jaxlib.version.__version__.split(".")[:2])) < (0, 11
 ENTRIES = 8192
 
 #: Multiplications of a matrix product from which threads pay, and entries of its left side that are divided anyhow.
-WORTH, LARGE = 1 << 21, 1 << 17
+WORTH, LARGE = 1 << 18, 1 << 17
 
 
 def on_all_threads(product: Array, a: Array, b: Array) -> Array:

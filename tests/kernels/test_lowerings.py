@@ -30,7 +30,6 @@ LOWERINGS = [(product, name) for product, (table, *_) in PRODUCTS.items() for na
 #: Geometries that a lowering is made for; `correlation.applies` has the last word.
 MADE_FOR = {
     "pointwise": {"sizes": (1,), "pads": (0,), "groups": (1,)},
-    "spare_rows": {"strides": (1,)},
     "rows": {"groups": (1,)},
     "products": {"groups": (1,)},
     "depthwise": {"inputs": (1,)},

@@ -1,0 +1,134 @@
+"""Products on all threads are the same products, to the last bit, and jaxlib 0.10 does divide them."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcnn.geometry import Correlation, Window
+from jaxcnn.kernels import correlation
+from jaxcnn.kernels.threads import ONE_THREAD, WORTH, batched_product, on_all_threads
+from tests.cases import compiled, normal
+
+A, B = (jnp.asarray(np.random.default_rng(seed).normal(size=(4, 64, 64)), jnp.float32) for seed in (0, 1))
+
+
+@pytest.mark.parametrize("first", [np.nan, np.inf, -np.inf, 0.0, -0.0, 3e38, -3e38])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, jnp.bfloat16])
+def test_nothing_is_added(first, dtype):
+    """Whatever stands where the zero is made."""
+    product = jnp.array([[1.5, -0.0, 0.0], [np.inf, -np.inf, np.nan]], dtype)
+    for a, b in ((A.at[0, 0, 0].set(first), B), (A, B.at[0, 0, 0].set(first)), (A, B.at[0, 0, 0].set(np.nan))):
+        found = compiled(on_all_threads)(product, a.astype(dtype), b.astype(dtype))
+        assert found.dtype == product.dtype
+        found, expected = (np.asarray(a, np.float64) for a in (found, product))
+        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(np.signbit(found[:, :2]), np.signbit(expected[:, :2]))  # NaN has none to keep
+
+
+def test_of_nothing():
+    product = jnp.zeros((2, 3), jnp.float32)
+    np.testing.assert_array_equal(on_all_threads(product, jnp.zeros((2, 0)), jnp.zeros((0, 3))), product)
+
+
+@pytest.mark.parametrize(("over_a", "over_b"), [(2, 1), (2, 2), (1, 1)])
+@pytest.mark.parametrize("shape", [(3, 2), (64, 64), (512, 256)], ids=["small", "divided", "large"])
+def test_batched_product(over_a, over_b, shape):
+    rng = np.random.default_rng(0)
+    rows, summed = shape
+    a = normal(rng, (2, rows, summed) if over_a == 2 else (2, summed, rows))
+    b = normal(rng, (2, summed, 5 * rows) if over_b == 1 else (2, 5 * rows, summed))
+    assert (rows * summed * 5 * rows >= WORTH) == (rows > 3)
+    letters = f"n{'ik' if over_a == 2 else 'ki'},n{'kj' if over_b == 1 else 'jk'}->nij"
+    for dtype, tolerance in ((np.float32, 1e-5), (np.float64, 1e-12)):
+        found = compiled(lambda a, b: batched_product(a, b, over_a, over_b, None))(a.astype(dtype), b.astype(dtype))
+        assert found.dtype == dtype
+        np.testing.assert_allclose(found, np.einsum(letters, a, b), rtol=tolerance, atol=20 * tolerance)
+
+
+def test_derivatives_pass_the_zero_by():
+    def error(a, b):
+        return jnp.sum(jnp.sin(batched_product(a, b, 2, 1, None)))
+
+    def plain(a, b):
+        return jnp.sum(jnp.sin(a @ b))
+
+    for found, expected in zip(jax.grad(error, (0, 1))(A, B), jax.grad(plain, (0, 1))(A, B), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_under_vmap_and_scan():
+    def product(a, b):
+        return batched_product(a, b, 2, 1, None)
+
+    many = jnp.stack([A, 2 * A])
+    expected = jnp.einsum("xnij,njk->xnik", many, B)
+    np.testing.assert_allclose(jax.vmap(product, (0, None))(many, B), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(jax.lax.map(lambda a: product(a, B), many), expected, rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What XLA makes of it
+
+ONLY = pytest.mark.skipif(jax.default_backend() != "cpu" or not ONE_THREAD, reason="of jaxlib 0.10, on CPU")
+
+
+def _correlation(batch, side, inputs, outputs):
+    win = Window((side, side), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
+    x = jax.ShapeDtypeStruct((batch, side, side, inputs), np.float32)
+    return Correlation(win, 1, np.dtype(np.float32)), x, jax.ShapeDtypeStruct((3, 3, inputs, outputs), np.float32)
+
+
+def _divided(f, *arguments):
+    """How many products stand in one computation with a reduction, and how many stand without."""
+    computations = re.split(r"\n(?=%|ENTRY)", jax.jit(f).lower(*arguments).compile().as_text())
+    found = [(len(re.findall(r" (?:convolution|dot)\(", c)), len(re.findall(r" reduce\(", c))) for c in computations]
+    return sum(n for n, reductions in found if reductions), sum(n for n, reductions in found if not reductions)
+
+
+@ONLY
+def test_convolutions_stand_beside_a_reduction():
+    c, x, w = _correlation(64, 16, 32, 32)
+    assert correlation.choose_correlate(c, x, w) == correlation.choose_spread(c, x, w) == "all_threads"
+    assert _divided(lambda x, w: correlation.correlate(c, x, w), x, w) == (1, 0)
+    assert _divided(lambda x, w: correlation.spread(c, x, w), x, w) == (1, 0)
+    assert _divided(lambda x, w: correlation.CORRELATE["xla"](c, x, w), x, w) == (0, 1)
+
+
+@ONLY
+def test_each_beside_its_own():
+    """Also two of one picture, and in a loop with one patch."""
+    c, x, w = _correlation(64, 16, 32, 32)
+
+    def two(x, v, w):
+        return correlation.correlate(c, x, v), correlation.correlate(c, x, w)
+
+    def loop(many, w):
+        return jax.lax.map(lambda x: correlation.correlate(c, x, w), many)
+
+    assert _divided(two, x, w, w) == (2, 0)
+    assert _divided(loop, jax.ShapeDtypeStruct((3, *x.shape), x.dtype), w) == (1, 0)
+
+
+@ONLY
+def test_batched_products_stand_beside_a_reduction():
+    def f(a, b):
+        return batched_product(a, b, 2, 1, None)
+
+    assert _divided(f, A, B) == (1, 0)
+    assert _divided(f, A[:, :8], B[:, :, :8]) == (0, 1)  # too little to divide
+
+
+@pytest.mark.parametrize(
+    ("of", "why"),
+    [
+        ((64, 16, 16, 16), "Eigen's"),
+        ((64, 16, 128, 128), "divided by themselves"),
+        ((2, 8, 32, 32), "too little"),
+    ],
+)
+def test_others_are_left_to_xla(of, why):
+    c, x, w = _correlation(*of)
+    assert not correlation._all_threads_pay(c, x, w.shape[-1], c.window.out), why
