@@ -165,7 +165,7 @@ def _correlate_xla(c: Correlation, x: Array, w: Array) -> Array:
 
 
 def _correlate_all_threads(c: Correlation, x: Array, w: Array) -> Array:
-    """`kernels.threads` tells how."""
+    """XLA's, divided between threads; `kernels.threads` tells how."""
     return on_all_threads(_correlate_xla(c, x, w), x, w)
 
 

@@ -98,6 +98,23 @@ def test_convolutions_stand_beside_a_reduction():
 
 
 @ONLY
+@pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (1, 2)])
+def test_float32_divided_is_float64_rounded(stride, dilation):
+    """The lowerings that Hypothesis draws are in float64, which is not divided."""
+    win = Window((19, 17), (3, 3), (stride, stride), ((dilation, dilation), (dilation, dilation)), (dilation, dilation))
+    rng = np.random.default_rng(0)
+    x, w, y = (normal(rng, shape) for shape in ((48, 19, 17, 24), (3, 3, 24, 40), (48, *win.out, 40)))
+
+    def run(lowering, dtype, *factors):
+        c = Correlation(win, 1, np.dtype(dtype))
+        return compiled(lambda a, w: lowering(c, a, w))(*(a.astype(dtype) for a in factors))
+
+    for table, a in ((correlation.CORRELATE, x), (correlation.SPREAD, y)):
+        found, expected = run(table["all_threads"], np.float32, a, w), run(table["xla"], np.float64, a, w)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+
+
+@ONLY
 def test_each_beside_its_own():
     """Also two of one picture, and in a loop with one patch."""
     c, x, w = _correlation(64, 16, 32, 32)
