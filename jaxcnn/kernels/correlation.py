@@ -14,7 +14,6 @@ XLA:CPU computes wrongly (openxla/xla#48713).
 import dataclasses
 import functools
 import math
-import operator
 from collections.abc import Callable, Sequence
 
 import jax
@@ -23,10 +22,9 @@ import numpy as np
 from jax import Array, lax
 
 from jaxcnn.geometry import Correlation, Window
-from jaxcnn.kernels import winograd
-from jaxcnn.kernels.sums import sum_of_eights
+from jaxcnn.kernels import unrolled, winograd
 from jaxcnn.kernels.threads import ONE_THREAD, on_all_threads
-from jaxcnn.kernels.windows import accumulator, at_tap, divisor, pad_axis, tap_slices, unpad
+from jaxcnn.kernels.windows import accumulator, at_tap, divisor, pad_axis, tap_slices
 
 Lowering = Callable[[Correlation, Array, Array], Array]
 
@@ -38,6 +36,10 @@ PRODUCT_BYTES = 1 << 23
 
 #: Groups are joined up to so many channels: a vector of float32, and what jaxlib 0.10 still runs on all threads.
 JOINED = 16
+
+#: Up to what a product is unrolled: channels of a group, and its terms, for the compiler's sake; where there is but one
+#: group, multiplications for a place; and, of weight gradients, sums over all places.
+UNROLLED = {"channels": 15, "terms": 512, "multiplications": 640, "sums": 160}
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
@@ -86,21 +88,22 @@ def applies(lowering: str, c: Correlation, inputs: int) -> bool:
         "turned": c.groups == 1,
         "products": c.groups == 1,
         "winograd": winograd.applies(c),
-        "depthwise": c.groups == inputs,
+        "by_depth": c.window.ndim == 3,
     }
     return can.get(lowering, True)
 
 
 def _choose_grouped(c: Correlation, inputs: int, outputs: int) -> str:
-    """For more than one group, the same in all three products."""
-    if applies("depthwise", c, inputs):
-        return "depthwise"
-    return "joined" if _neighbours(c, inputs, outputs) >= 4 else "by_group"  # two do not pay
+    """For more than one group, in `correlate` and `spread`: from so many channels to so many."""
+    inputs, outputs = inputs // c.groups, outputs // c.groups
+    few = max(inputs, outputs) <= UNROLLED["channels"] and c.window.entries * inputs <= UNROLLED["terms"]
+    return "unrolled" if few else "by_group"
 
 
-def _neighbours(c: Correlation, inputs: int, outputs: int) -> int:
-    """How many groups side by side make up to `JOINED` channels."""
-    return max(divisor(c.groups, JOINED * c.groups // max(inputs, outputs, 1)), 1)
+def _unrolled_pays(c: Correlation, inputs: int, outputs: int) -> bool:
+    """For one group, in `correlate` and `spread`: whether the terms make one loop, and few channels."""
+    terms = c.window.entries * inputs
+    return terms <= unrolled.TERMS and terms * outputs <= UNROLLED["multiplications"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -114,6 +117,10 @@ def choose_correlate(c: Correlation, x: Array, w: Array) -> str:
         return _choose_grouped(c, inputs, w.shape[-1])
     if applies("pointwise", c, inputs):
         return "pointwise"
+    if _unrolled_pays(c, inputs, w.shape[-1]):
+        return "unrolled"
+    if applies("by_depth", c, inputs):
+        return "by_depth"
     if _winograd_pays(c, x, *w.shape[-2:], whole=True):
         return "winograd"
     if _spare_channel_pays(c, inputs, w.shape[-1]):
@@ -182,11 +189,14 @@ def _correlate_pointwise(c: Correlation, x: Array, w: Array) -> Array:
     return _dot(entries, w.reshape(w.shape[-2:]), entries.ndim - 1, 0, c)
 
 
-def _correlate_depthwise(c: Correlation, x: Array, w: Array) -> Array:
-    """Shift, multiply, add: every tap is one number a channel."""
-    win, multiplier = c.window, w.shape[-1] // c.groups
-    x = jnp.repeat(x, multiplier, -1) if multiplier > 1 else x
-    return _sum(entry * w[(*tap, 0)] for tap, entry in zip(win.taps(), tap_slices(win, x, 0), strict=True))
+def _correlate_by_depth(c: Correlation, x: Array, w: Array) -> Array:
+    """The sum of what each slice of the patch makes of pictures that are slices: XLA is five times as long in 3-D."""
+    flat = _flat(c)
+    found = [
+        CORRELATE[choose_correlate(flat, at, of_w)](flat, at, of_w)
+        for at, of_w in zip(_depth_slices(c.window, x), w, strict=True)
+    ]
+    return sum(found[1:], found[0]).reshape(x.shape[0], *c.window.out, w.shape[-1])
 
 
 def _correlate_by_group(c: Correlation, x: Array, w: Array) -> Array:
@@ -195,23 +205,15 @@ def _correlate_by_group(c: Correlation, x: Array, w: Array) -> Array:
     return jnp.concatenate([CORRELATE[choose_correlate(one, a, b)](one, a, b) for a, b in parts], -1)
 
 
-def _correlate_joined(c: Correlation, x: Array, w: Array) -> Array:
-    """Neighbouring groups as one, with zeros in w between them: full vectors are worth more than products saved.
-
-    Not where x has a NaN or infinity, which times zero would reach other groups.
-    """
-    return _joined(CORRELATE, choose_correlate, c, x, w)
-
-
 CORRELATE: dict[str, Lowering] = {
     "xla": _correlate_xla,
     "winograd": winograd.correlate,
     "all_threads": _correlate_all_threads,
     "spare_channel": _correlate_spare_channel,
     "pointwise": _correlate_pointwise,
-    "depthwise": _correlate_depthwise,
+    "unrolled": unrolled.correlate,
+    "by_depth": _correlate_by_depth,
     "by_group": _correlate_by_group,
-    "joined": _correlate_joined,
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,6 +227,10 @@ def choose_spread(c: Correlation, y: Array, w: Array) -> str:
         return _choose_grouped(c, inputs, w.shape[-1])
     if applies("pointwise", c, inputs):
         return "pointwise"
+    if _unrolled_pays(c, w.shape[-1], inputs):
+        return "unrolled"
+    if applies("by_depth", c, inputs) and not _few_meet(c.window):
+        return "by_depth"
     if _products_pay(c.window, inputs):
         return "products"
     if _winograd_pays(c, y, *w.shape[-2:], whole=True):
@@ -243,6 +249,11 @@ def _products_pay(win: Window, inputs: int) -> bool:
         return win.entries * inputs <= 160
     cut = any(_reached(win, dim)[:2] != (0, out) for dim, out in enumerate(win.out))
     return inputs <= 6 or (cut and win.entries <= 3)
+
+
+def _few_meet(win: Window) -> bool:
+    """Whether patches overlap, but not in all of their taps."""
+    return any(1 < s < k for k, s in zip(win.size, win.stride, strict=True))
 
 
 def _spread_xla(c: Correlation, y: Array, w: Array) -> Array:
@@ -337,10 +348,19 @@ def _met(win: Window, dim: int, products: Array) -> Array:
     return lax.slice_in_dim(x.reshape(*before, length * s, *after), 0, n, axis=axis)
 
 
-def _spread_depthwise(c: Correlation, y: Array, w: Array) -> Array:
-    win, multiplier = c.window, w.shape[-1] // c.groups
-    x = unpad(win, _sum(at_tap(win, tap, y * w[(*tap, 0)]) for tap in win.taps()))
-    return x.reshape(*x.shape[:-1], c.groups, multiplier).sum(-1) if multiplier > 1 else x
+def _spread_by_depth(c: Correlation, y: Array, w: Array) -> Array:
+    """The adjoint: what each slice of the patch makes of δ, put where that slice stood, and added."""
+    flat, win = _flat(c), c.window
+    depth, k, s, d, out, (lo, hi) = (
+        win.shape[0], win.size[0], win.stride[0], win.dilation[0], win.out[0], win.padding[0],
+    )  # fmt: skip
+    rest = lo + depth + hi - ((out - 1) * s + 1)
+    slices = y.reshape(-1, *y.shape[2:])
+    x = jnp.zeros((), y.dtype)
+    for tap in range(k):
+        one = SPREAD[choose_spread(flat, slices, w[tap])](flat, slices, w[tap])
+        x += pad_axis(one.reshape(y.shape[0], out, *one.shape[1:]), 1, tap * d, rest - tap * d, s - 1)
+    return lax.slice_in_dim(x, lo, lo + depth, axis=1)
 
 
 def _spread_by_group(c: Correlation, y: Array, w: Array) -> Array:
@@ -349,20 +369,15 @@ def _spread_by_group(c: Correlation, y: Array, w: Array) -> Array:
     return jnp.concatenate([SPREAD[choose_spread(one, a, b)](one, a, b) for a, b in parts], -1)
 
 
-def _spread_joined(c: Correlation, y: Array, w: Array) -> Array:
-    """As `_correlate_joined`."""
-    return _joined(SPREAD, choose_spread, c, y, w)
-
-
 SPREAD: dict[str, Lowering] = {
     "xla": _spread_xla,
     "winograd": winograd.spread,
     "all_threads": _spread_all_threads,
     "pointwise": _spread_pointwise,
     "products": _spread_products,
-    "depthwise": _spread_depthwise,
+    "unrolled": unrolled.spread,
+    "by_depth": _spread_by_depth,
     "by_group": _spread_by_group,
-    "joined": _spread_joined,
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -372,10 +387,16 @@ SPREAD: dict[str, Lowering] = {
 def choose_match(c: Correlation, x: Array, y: Array) -> str:
     """What runs on CPU."""
     inputs = x.shape[-1]
+    if c.groups == inputs > 1:
+        return "unrolled"
     if c.groups > 1:
-        return _choose_grouped(c, inputs, y.shape[-1])
+        return "joined" if _neighbours(c, inputs, y.shape[-1]) >= 4 else "by_group"  # two do not pay
     if applies("pointwise", c, inputs):
         return "pointwise"
+    if inputs == 1 and c.window.entries * y.shape[-1] <= UNROLLED["sums"]:
+        return "unrolled"
+    if applies("by_depth", c, inputs):
+        return "by_depth"
     if _winograd_pays(c, x, inputs, y.shape[-1], whole=False):
         return "winograd"
     few = c.window.ndim == 2 and y.shape[-1] <= 16  # outputs, of which a GEMM would like more
@@ -475,25 +496,22 @@ def _match_rows(c: Correlation, x: Array, y: Array) -> Array:
     return w.reshape(*win.size, channels, y.shape[-1])
 
 
-def _match_depthwise(c: Correlation, x: Array, y: Array) -> Array:
-    """Every tap's products, summed eight at a time; first over parts of a dim, before anything is stored.
-
-    XLA:CPU reduces leading dims on one thread, and what is stored costs more here than what is computed.
-    """
-    win, multiplier = c.window, y.shape[-1] // c.groups
-    x = jnp.repeat(x, multiplier, -1) if multiplier > 1 else x
-    axis = next((axis for axis, n in enumerate(y.shape[:-1]) if n >= 8), 0)
-    w = jnp.stack([sum_of_eights(entry * y, axis) for entry in tap_slices(win, x, 0)])
-    w = w.reshape(win.entries, math.prod(w.shape[1:-1]), w.shape[-1])
-    while w.shape[1] > 1:
-        w = sum_of_eights(w, 1)
-    return w.sum(1).reshape(*win.size, 1, -1)
+def _match_by_depth(c: Correlation, x: Array, y: Array) -> Array:
+    """Slice by slice of the patch."""
+    flat = _flat(c)
+    y = y.reshape(-1, *y.shape[2:])
+    return jnp.stack([MATCH[choose_match(flat, at, y)](flat, at, y) for at in _depth_slices(c.window, x)])
 
 
 def _match_by_group(c: Correlation, x: Array, y: Array) -> Array:
     one = dataclasses.replace(c, groups=1)
     parts = zip(_split(x, c.groups), _split(y, c.groups), strict=True)
     return jnp.concatenate([MATCH[choose_match(one, a, b)](one, a, b) for a, b in parts], -1)
+
+
+def _neighbours(c: Correlation, inputs: int, outputs: int) -> int:
+    """How many groups side by side make up to `JOINED` channels."""
+    return max(divisor(c.groups, JOINED * c.groups // max(inputs, outputs, 1)), 1)
 
 
 def _match_joined(c: Correlation, x: Array, y: Array) -> Array:
@@ -512,7 +530,8 @@ MATCH: dict[str, Lowering] = {
     "winograd": winograd.match,
     "pointwise": _match_pointwise,
     "rows": _match_rows,
-    "depthwise": _match_depthwise,
+    "unrolled": unrolled.match,
+    "by_depth": _match_by_depth,
     "by_group": _match_by_group,
     "joined": _match_joined,
 }
@@ -560,31 +579,20 @@ def _dot(a: Array, b: Array, over_a: int, over_b: int, c: Correlation) -> Array:
     return lax.dot_general(a, b, (((over_a,), (over_b,)), ((), ())), precision=c.precision)
 
 
-def _joined(
-    table: dict[str, Lowering], choose: Callable[[Correlation, Array, Array], str], c: Correlation, a: Array, w: Array
-) -> Array:
-    """A product with w, in fewer groups: those of `_neighbours` stand on the diagonal of one."""
-    *size, inputs, outputs = w.shape
-    m = _neighbours(c, inputs * c.groups, outputs)
-    fewer = dataclasses.replace(c, groups=c.groups // m)
-    parts = w.reshape(*size, 1, inputs, fewer.groups, m, outputs // c.groups)
-    own = np.eye(m, dtype=bool).reshape(m, 1, 1, m, 1)
+def _flat(c: Correlation) -> Correlation:
+    """Without the first spatial dim, the depth."""
+    win = c.window
+    flat = Window(win.shape[1:], win.size[1:], win.stride[1:], win.padding[1:], win.dilation[1:])
+    return dataclasses.replace(c, window=flat)
 
-    def joined(a: Array, w: Array, diagonal: Array) -> Array:
-        name = choose(fewer, a, diagonal) if fewer.groups == 1 else "by_group"
-        return table[name](fewer, a, diagonal)
 
-    def apart(a: Array, w: Array, diagonal: Array) -> Array:
-        return table["by_group"](c, a, w)
-
-    diagonal = jnp.where(own, parts, 0).reshape(*size, m * inputs, outputs)
-    finite = jnp.isfinite(a).all(range(1, a.ndim)).all()
-    return lax.cond(finite, joined, apart, a, w, diagonal)
+def _depth_slices(win: Window, x: Array) -> list[Array]:
+    """For every tap of the depth the slices that it meets, one after the other: ``(N·out, *spatial, C)``."""
+    x = pad_axis(x, 1, *win.padding[0])
+    s, last = win.stride[0], (win.out[0] - 1) * win.stride[0] + 1
+    starts = [k * win.dilation[0] for k in range(win.size[0])]
+    return [lax.collapse(lax.slice_in_dim(x, at, at + last, s, 1), 0, 2) for at in starts]
 
 
 def _split(a: Array, groups: int) -> list[Array]:
     return jnp.split(a, groups, axis=-1)
-
-
-def _sum(terms: "Sequence[Array] | object") -> Array:
-    return functools.reduce(operator.add, terms)  # type: ignore[arg-type]

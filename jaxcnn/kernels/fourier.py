@@ -97,8 +97,8 @@ def _picture(a: Array) -> Array:
 
 
 def _run(table: dict, by_tap: bool, c: Correlation, a: Array, b: Array) -> Array:
-    """With one channel "depthwise" is the plain loop over taps."""
+    """With one channel "unrolled" is the plain loop over taps."""
     everywhere = functools.partial(table["xla"], c)
     if not by_tap:
         return everywhere(a, b)
-    return lax.platform_dependent(a, b, cpu=functools.partial(table["depthwise"], c), default=everywhere)
+    return lax.platform_dependent(a, b, cpu=functools.partial(table["unrolled"], c), default=everywhere)

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from jax import lax
 
 from jaxcnn.geometry import Correlation, Window
-from jaxcnn.kernels import correlation, sums, windows, winograd
+from jaxcnn.kernels import correlation, sums, unrolled, windows, winograd
 from tests import oracles
 from tests.cases import CASES, compiled, covering, normal, ties, with_cotangents
 from tests.checks import drawn
@@ -32,7 +32,8 @@ MADE_FOR = {
     "pointwise": {"sizes": (1,), "pads": (0,), "groups": (1,)},
     "rows": {"groups": (1,)},
     "products": {"groups": (1,)},
-    "depthwise": {"inputs": (1,)},
+    "unrolled": {"inputs": (2, 1, 3)},
+    "by_depth": {"dims": (3,), "groups": (1,)},
     "winograd": {"sizes": (3, 5), "strides": (1,), "groups": (1,)},
 }
 
@@ -43,15 +44,15 @@ BATCHES = (2, 1, 0)
 
 
 @st.composite
-def drawn_windows(draw, sizes=(2, 3, 1), strides=(2, 1, 3), pads=(1, 0, 2, 4)):
+def drawn_windows(draw, sizes=(2, 3, 1), strides=(2, 1, 3), pads=(1, 0, 2, 4), dims=(2, 1, 3)):
     """Windows over 1 to 3 dims, with remainders, gaps, dilation, and padding that windows may lie in altogether."""
-    dims = []
-    for _ in range(draw(st.sampled_from((2, 1, 3)))):
+    drawn = []
+    for _ in range(draw(st.sampled_from(dims))):
         k, s, d = (draw(st.sampled_from(choices)) for choices in (sizes, strides, (2, 1)))
         lo, hi = draw(st.sampled_from(pads)), draw(st.sampled_from(pads))
         least = max((k - 1) * d + 1 - lo - hi, 1)
-        dims.append((draw(st.integers(least, least + 3)), k, s, (lo, hi), d))
-    return Window(*zip(*dims, strict=True))
+        drawn.append((draw(st.integers(least, least + 3)), k, s, (lo, hi), d))
+    return Window(*zip(*drawn, strict=True))
 
 
 @st.composite
@@ -210,27 +211,66 @@ def test_weight_gradient_in_blocks_of_pictures(monkeypatch, pictures):
 
 
 @pytest.mark.parametrize(("joined", "groups_left"), [(2, 6), (4, 3), (6, 2), (12, 1)])
-@pytest.mark.parametrize("product", PRODUCTS)
-def test_groups_are_joined_up_to_so_many_channels(monkeypatch, product, joined, groups_left):
+def test_groups_are_joined_up_to_so_many_channels(monkeypatch, joined, groups_left):
     """Six groups of 2 channels into three of 4, two of 6, one of 12; chosen where it is four of them or more."""
     monkeypatch.setattr(correlation, "JOINED", joined)
-    table, choose, _, definition = PRODUCTS[product]
     c = Correlation(Window((4, 5), (3, 2), (1, 2), ((1, 0), (0, 0)), (1, 1)), 6, np.dtype(np.float64))
-    a, b = numbers(*operands(product, (2, 4, 5, 12), (3, 2, 2, 6), (2, *c.window.out, 6)))
+    x, y = numbers((2, 4, 5, 12), (2, *c.window.out, 6))
     assert 6 // correlation._neighbours(c, 12, 6) == groups_left
-    assert choose(c, a, b) == ("joined" if groups_left == 1 else "by_group")
-    close(compiled(lambda a, b: table["joined"](c, a, b))(a, b), definition(c, a, b))
+    assert correlation.choose_match(c, x, y) == ("joined" if groups_left == 1 else "by_group")
+    close(compiled(lambda x, y: correlation.MATCH["joined"](c, x, y))(x, y), oracles.match(c, x, y))
+
+
+@pytest.mark.parametrize("product", ["correlate", "spread"])
+@pytest.mark.parametrize(("terms", "chains"), [(80, 4), (5, 2), (3, 1), (1, 4)])
+def test_sums_in_loops_and_chains(monkeypatch, product, terms, chains):
+    """Twelve terms of three inputs a group, or eight of two outputs, as one loop, some, and each alone."""
+    monkeypatch.setattr(unrolled, "TERMS", terms)
+    monkeypatch.setattr(unrolled, "CHAINS", chains)
+    table, _, _, definition = PRODUCTS[product]
+    c = Correlation(Window((5, 4), (2, 2), (1, 2), ((1, 0), (0, 1)), (2, 1)), 2, np.dtype(np.float64))
+    a, b = numbers(*operands(product, (2, 5, 4, 6), (2, 2, 3, 4), (2, *c.window.out, 4)))
+    close(compiled(lambda a, b: table["unrolled"](c, a, b))(a, b), definition(c, a, b))
+
+
+@pytest.mark.parametrize(
+    ("product", "side", "inputs", "outputs", "groups", "dims", "chosen"),
+    [
+        ("correlate", 28, 1, 6, 1, 2, "unrolled"),  # a first layer
+        ("correlate", 28, 3, 64, 1, 2, "xla"),
+        ("correlate", 28, 16, 3, 1, 2, "xla"),  # more terms than a loop takes
+        ("spread", 28, 16, 3, 1, 2, "unrolled"),
+        ("spread", 28, 3, 16, 1, 2, "products"),
+        ("match", 28, 1, 6, 1, 2, "unrolled"),
+        ("match", 28, 3, 6, 1, 2, "turned"),
+        *(("correlate", 8, 64, 64, groups, 2, "unrolled") for groups in (64, 32, 8)),
+        *(("correlate", 8, 64, 64, groups, 2, "by_group") for groups in (4, 2)),
+        ("spread", 8, 64, 64, 8, 2, "unrolled"),
+        ("spread", 8, 64, 64, 4, 2, "by_group"),
+        ("match", 8, 64, 64, 64, 2, "unrolled"),
+        ("match", 8, 64, 64, 32, 2, "joined"),
+        ("match", 8, 64, 64, 8, 2, "by_group"),
+        *((product, 8, 64, 64, 1, 3, "by_depth") for product in PRODUCTS),
+    ],
+)
+def test_few_channels_are_unrolled_and_depth_is_summed(product, side, inputs, outputs, groups, dims, chosen):
+    c = Correlation(Window((side,) * dims, (3,) * dims, *((n,) * dims for n in (1, (1, 1), 1))), groups, np.dtype("f"))
+    shapes = (2, *c.window.shape, inputs), (*c.window.size, inputs // groups, outputs), (2, *c.window.out, outputs)
+    _, choose, *_ = PRODUCTS[product]
+    assert choose(c, *(jax.ShapeDtypeStruct(shape, c.dtype) for shape in operands(product, *shapes))) == chosen
 
 
 @pytest.mark.parametrize("spoilt", [np.nan, np.inf])
-@pytest.mark.parametrize("product", PRODUCTS)
-def test_joined_groups_keep_to_themselves(product, spoilt):
+@pytest.mark.parametrize(
+    ("product", "name"), [pair for pair in LOWERINGS if pair[1] in ("joined", "by_group", "unrolled")]
+)
+def test_groups_keep_to_themselves(product, name, spoilt):
     """What is not finite in one group's channels is seen by that group alone."""
+    table, _, _, definition = PRODUCTS[product]
     c = Correlation(Window((4, 5), (3, 2), (1, 2), ((1, 0), (0, 0)), (1, 1)), 6, np.dtype(np.float64))
     a, b = numbers(*operands(product, (2, 4, 5, 12), (3, 2, 2, 6), (2, *c.window.out, 6)))
     a[..., 0] = spoilt
-    table, _, _, definition = PRODUCTS[product]
-    found = compiled(lambda a, b: table["joined"](c, a, b))(a, b)
+    found = compiled(lambda a, b: table[name](c, a, b))(a, b)
     with np.errstate(invalid="ignore"):  # inf − inf
         expected = definition(c, a, b)
     np.testing.assert_array_equal(np.isfinite(found), np.isfinite(expected))

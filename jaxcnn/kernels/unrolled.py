@@ -1,0 +1,141 @@
+"""Shift, multiply, add: the products of `kernels.correlation` as sums with a term for each tap and channel.
+
+    correlate    y[o, g, j] = Σ_k Σ_i x[o·s + k·d − lo, g, i] · w[k, i, g, j]
+    spread       x[i, g, i'] = Σ_k Σ_j y[(i + lo − k·d) / s, g, j] · w[k, i', g, j]      where the quotient is whole
+    match        w[k, i, g, j] = Σ_o x[o·s + k·d − lo, g, i] · y[o, g, j]
+
+XLA:CPU makes one loop of such a sum, over vectors of what comes out, and stores nothing on the way.  Where few channels
+meet, a GEMM has no vectors to fill.
+"""
+
+import functools
+import itertools
+import math
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jaxcnn.geometry import Correlation, Window
+from jaxcnn.kernels.storage import stored
+from jaxcnn.kernels.sums import sum_of_eights
+from jaxcnn.kernels.windows import at_tap, tap_slices, unpad
+
+#: Sums that a sum is made of: each waits for its own last term alone.
+CHAINS = 4
+
+#: Terms of one loop.  From about 110 XLA stores parts of them, and takes ten times as long.
+TERMS = 80
+
+#: Terms up to which it pays to pad each by itself; for each, XLA asks of every entry whether it is padding.
+AT_TAPS = 9
+
+
+def correlate(c: Correlation, x: Array, w: Array) -> Array:
+    """``(N, *out, O)``."""
+    win, groups = c.window, c.groups
+    inputs, outputs = w.shape[-2], w.shape[-1] // groups
+    if inputs == 1:  # vectors reach over groups
+        x = jnp.repeat(x, outputs, -1) if outputs > 1 else x
+        return _sum(entries * w[(*tap, 0)] for tap, entries in zip(win.taps(), tap_slices(win, x, 0), strict=True))
+
+    x = stored(x)  # it would be computed again for every term, and the sum for all that read it
+
+    def terms() -> Iterator[Array]:
+        for tap, entries in zip(win.taps(), tap_slices(win, x, 0), strict=True):
+            entries = entries.reshape(*entries.shape[:-1], groups, inputs)
+            for i in range(inputs):
+                yield entries[..., i : i + 1] * w[(*tap, i)].reshape(groups, outputs)
+
+    return lax.collapse(stored(_sum(terms())), win.ndim + 1)
+
+
+def spread(c: Correlation, y: Array, w: Array) -> Array:
+    """``(N, *shape, I)``: entries that are a multiple of the stride apart meet the same taps, and are one sum."""
+    win, batch, groups = c.window, y.shape[0], c.groups
+    inputs, outputs = w.shape[-2], w.shape[-1] // groups
+    if win.entries <= AT_TAPS and win.stride == (1,) * win.ndim and inputs == outputs == 1:  # no padded copy of δ
+        return unpad(win, _sum(at_tap(win, tap, y * w[(*tap, 0)]) for tap in win.taps()))
+    met = [_met(win, dim) for dim in range(win.ndim)]
+    length = [-(-n // s) for n, s in zip(win.shape, win.stride, strict=True)]
+    shifts = [[shift for phase in phases for _, shift in phase] for phases in met]
+    before = [max(-min(of, default=0), 0) for of in shifts]
+    after = [max(max(of, default=0) + n - out, 0) for of, n, out in zip(shifts, length, win.out, strict=True)]
+    pads = [(0, 0, 0), *((lo, hi, 0) for lo, hi in zip(before, after, strict=True)), (0, 0, 0)]
+    y = lax.pad(stored(y), np.zeros((), y.dtype), pads)
+    y = y.reshape(*y.shape[:-1], groups, outputs)
+    turned = stored(jnp.moveaxis(w.reshape(*w.shape[:-1], groups, outputs), (-1, -3), (-3, -1)))  # (…, O, groups, I)
+
+    def terms(taps: Sequence[tuple[int, ...]], starts: Sequence[tuple[int, ...]]) -> Iterator[Array]:
+        for tap, start in zip(taps, starts, strict=True):
+            ends = [at + n for at, n in zip(start, length, strict=True)]
+            entries = lax.slice(y, (0, *start, 0, 0), (batch, *ends, groups, outputs))
+            for j in range(outputs):
+                yield entries[..., j : j + 1] * turned[(*tap, j)]
+
+    phases = []
+    for pairs in itertools.product(*met):
+        which = list(itertools.product(*pairs))
+        taps = [tuple(k for k, _ in one) for one in which]
+        starts = [tuple(shift + lo for (_, shift), lo in zip(one, before, strict=True)) for one in which]
+        zero = jnp.zeros((batch, *length, groups, inputs), y.dtype)
+        phase = _sum(terms(taps, starts)) if taps else zero
+        phases.append(stored(phase) if outputs > 1 else phase)
+    return lax.collapse(_interleaved(win, phases), win.ndim + 1)
+
+
+def match(c: Correlation, x: Array, y: Array) -> Array:
+    """``(*size, I/groups, O)``: the products of every tap and channel, summed eight at a time.
+
+    First over parts of a dim, before anything is stored: XLA:CPU reduces leading dims on one thread, and what is stored
+    costs more here than what is computed.
+    """
+    win, groups, inputs = c.window, c.groups, x.shape[-1] // c.groups
+    y = y.reshape(*y.shape[:-1], groups, y.shape[-1] // groups)
+    axis = next((axis for axis, n in enumerate(y.shape[:-2]) if n >= 8), 0)
+
+    def sums() -> Iterator[Array]:
+        for entries in tap_slices(win, x, 0):
+            entries = entries.reshape(*entries.shape[:-1], groups, inputs)
+            for i in range(inputs):
+                yield sum_of_eights(entries[..., i : i + 1] * y, axis)
+
+    w = jnp.stack(list(sums()))
+    w = w.reshape(w.shape[0], math.prod(w.shape[1:-2]), math.prod(w.shape[-2:]))
+    while w.shape[1] > 1:
+        w = sum_of_eights(w, 1)
+    return w.sum(1).reshape(*win.size, inputs, -1)
+
+
+def _met(win: Window, dim: int) -> list[list[tuple[int, int]]]:
+    """Of entry ``i·s + r``, for each r: the taps that meet it, and in which window, counted from i."""
+    s, d, lo = win.stride[dim], win.dilation[dim], win.padding[dim][0]
+    return [[(k, (r + lo - k * d) // s) for k in range(win.size[dim]) if (r + lo - k * d) % s == 0] for r in range(s)]
+
+
+def _interleaved(win: Window, phases: Sequence[Array]) -> Array:
+    """A picture for every remainder by the stride, ``(N, *spatial, groups, I)``, as one."""
+    if len(phases) == 1:
+        return phases[0]
+    batch, *length, groups, inputs = phases[0].shape
+    x = jnp.stack(phases).reshape(*win.stride, batch, *length, groups, inputs)
+    pairs = [axis for dim in range(win.ndim) for axis in (win.ndim + 1 + dim, dim)]
+    x = x.transpose(win.ndim, *pairs, x.ndim - 2, x.ndim - 1)
+    x = x.reshape(batch, *(n * s for n, s in zip(length, win.stride, strict=True)), groups, inputs)
+    return lax.slice(x, (0,) * x.ndim, (batch, *win.shape, groups, inputs))
+
+
+def _sum(terms: Iterable[Array]) -> Array:
+    """In loops of at most `TERMS`, each in `CHAINS`."""
+    terms = list(terms)
+    loops = -(-len(terms) // TERMS)
+    size = -(-len(terms) // loops)
+    sums = [_chained(terms[at : at + size]) for at in range(0, len(terms), size)]
+    return sums[0] if loops == 1 else functools.reduce(operator.add, map(stored, sums))
+
+
+def _chained(terms: Sequence[Array]) -> Array:
+    chains = [functools.reduce(operator.add, terms[i::CHAINS]) for i in range(min(CHAINS, len(terms)))]
+    return functools.reduce(operator.add, chains)
