@@ -23,6 +23,7 @@ from jax import Array, lax
 
 from jaxcnn.geometry import Correlation, Window
 from jaxcnn.kernels import unrolled, winograd
+from jaxcnn.kernels.storage import stored
 from jaxcnn.kernels.threads import ONE_THREAD, on_all_threads
 from jaxcnn.kernels.windows import accumulator, at_tap, divisor, pad_axis, tap_slices
 
@@ -505,7 +506,7 @@ def _match_by_depth(c: Correlation, x: Array, y: Array) -> Array:
 
 def _match_by_group(c: Correlation, x: Array, y: Array) -> Array:
     one = dataclasses.replace(c, groups=1)
-    parts = zip(_split(x, c.groups), _split(y, c.groups), strict=True)
+    parts = zip(map(stored, _split(x, c.groups)), map(stored, _split(y, c.groups)), strict=True)
     return jnp.concatenate([MATCH[choose_match(one, a, b)](one, a, b) for a, b in parts], -1)
 
 
