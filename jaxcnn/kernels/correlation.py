@@ -32,6 +32,9 @@ Lowering = Callable[[Correlation, Array, Array], Array]
 #: Target for a batch block, one kernel row of its patches and its δ, in bytes: most of a core's second-level cache.
 BLOCK_BYTES = 5 << 18
 
+#: The same for the patches themselves, each entry as often as it is met.
+PATCHES_BYTES = 1 << 22
+
 #: Target for what a batch block's δ times all of the patch make: more than any cache, but few page faults.
 PRODUCT_BYTES = 1 << 23
 
@@ -86,6 +89,7 @@ def applies(lowering: str, c: Correlation, inputs: int) -> bool:
         "pointwise": c.groups == 1 and c.window.entries == 1 and not c.window.padded,
         "spare_channel": c.groups == 1,
         "rows": c.groups == 1,
+        "patches": c.groups == 1,
         "turned": c.groups == 1,
         "products": c.groups == 1,
         "winograd": winograd.applies(c),
@@ -400,6 +404,8 @@ def choose_match(c: Correlation, x: Array, y: Array) -> str:
         return "by_depth"
     if _winograd_pays(c, x, inputs, y.shape[-1], whole=False):
         return "winograd"
+    if c.window.ndim > 1 and any(s > 1 for s in c.window.stride):
+        return "patches"
     few = c.window.ndim == 2 and y.shape[-1] <= 16  # outputs, of which a GEMM would like more
     return "turned" if few or c.window.ndim == 1 else "rows"
 
@@ -486,15 +492,39 @@ def _match_rows(c: Correlation, x: Array, y: Array) -> Array:
             found.append(_dot(row.reshape(width * channels, -1), y, 1, 0, c))
         return jnp.stack(found)
 
+    w = _sum_of_blocks(one_block, block, x, y, (math.prod(rows), width * channels, y.shape[-1]))
+    return w.reshape(*win.size, channels, y.shape[-1])
+
+
+def _match_patches(c: Correlation, x: Array, y: Array) -> Array:
+    """Whole patches, their taps side by side: δᵀ times them, one GEMM for a block of pictures.
+
+    Copied as they lie, which takes longer than `rows` where patches overlap in most of their entries.
+    """
+    win, channels = c.window, x.shape[-1]
+    entries = math.prod(win.out) * win.entries * channels
+    block = divisor(x.shape[0], PATCHES_BYTES // max(entries * x.dtype.itemsize, 1))
+
+    def one_block(x: Array, y: Array) -> Array:
+        patches = jnp.concatenate(list(tap_slices(win, x, 0)), -1)
+        return _dot(lax.collapse(y, 0, -1), lax.collapse(patches, 0, -1), 0, 0, c)
+
+    w = _sum_of_blocks(one_block, block, x, y, (y.shape[-1], win.entries * channels))
+    return w.T.reshape(*win.size, channels, y.shape[-1])
+
+
+def _sum_of_blocks(
+    one_block: Callable[[Array, Array], Array], block: int, x: Array, y: Array, shape: tuple[int, ...]
+) -> Array:
+    """Σ of what each ``block`` pictures of a batch make; 0 for no pictures."""
+
     def add_block(i: int, w: Array) -> Array:
         part = functools.partial(lax.dynamic_slice_in_dim, start_index=i * block, slice_size=block)
         return w + one_block(part(x), part(y))
 
-    shape = (math.prod(rows), width * channels, y.shape[-1])
-    zero = jnp.zeros(shape, y.dtype)
     blocks = x.shape[0] // block if block else 0
-    w = one_block(x, y) if blocks == 1 else lax.fori_loop(0, blocks, add_block, zero)
-    return w.reshape(*win.size, channels, y.shape[-1])
+    zero = jnp.zeros(shape, y.dtype)
+    return one_block(x, y) if blocks == 1 else lax.fori_loop(0, blocks, add_block, zero)
 
 
 def _match_by_depth(c: Correlation, x: Array, y: Array) -> Array:
@@ -531,6 +561,7 @@ MATCH: dict[str, Lowering] = {
     "winograd": winograd.match,
     "pointwise": _match_pointwise,
     "rows": _match_rows,
+    "patches": _match_patches,
     "unrolled": unrolled.match,
     "by_depth": _match_by_depth,
     "by_group": _match_by_group,

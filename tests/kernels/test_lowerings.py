@@ -31,6 +31,7 @@ LOWERINGS = [(product, name) for product, (table, *_) in PRODUCTS.items() for na
 MADE_FOR = {
     "pointwise": {"sizes": (1,), "pads": (0,), "groups": (1,)},
     "rows": {"groups": (1,)},
+    "patches": {"groups": (1,)},
     "products": {"groups": (1,)},
     "unrolled": {"inputs": (2, 1, 3)},
     "by_depth": {"dims": (3,), "groups": (1,)},
@@ -200,14 +201,15 @@ def test_products_are_adjoint(shapes):
     np.testing.assert_allclose(inner, inner[0], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize(("name", "target"), [("rows", "BLOCK_BYTES"), ("patches", "PATCHES_BYTES")])
 @pytest.mark.parametrize("pictures", [1, 2, 3, 4, 6, 7])
-def test_weight_gradient_in_blocks_of_pictures(monkeypatch, pictures):
+def test_weight_gradient_in_blocks_of_pictures(monkeypatch, name, target, pictures):
     """A batch is cut into blocks that fit the cache: into single pictures if it is small, and into a few of them."""
     c = Correlation(Window((5, 6), (3, 2), (1, 1), ((0, 0), (0, 0)), (1, 1)), 1, np.dtype(np.float64))
     x, y = numbers((pictures, 5, 6, 2), (pictures, *c.window.out, 3))
-    for block_bytes in (1, 3500, 7000):  # one picture, three, six
-        monkeypatch.setattr(correlation, "BLOCK_BYTES", block_bytes)
-        close(compiled(lambda x, y: correlation.MATCH["rows"](c, x, y))(x, y), oracles.match(c, x, y))
+    for block_bytes in (1, 3500, 7000):  # one picture, some, more
+        monkeypatch.setattr(correlation, target, block_bytes)
+        close(compiled(lambda x, y: correlation.MATCH[name](c, x, y))(x, y), oracles.match(c, x, y))
 
 
 @pytest.mark.parametrize(("joined", "groups_left"), [(2, 6), (4, 3), (6, 2), (12, 1)])
@@ -258,6 +260,17 @@ def test_few_channels_are_unrolled_and_depth_is_summed(product, side, inputs, ou
     shapes = (2, *c.window.shape, inputs), (*c.window.size, inputs // groups, outputs), (2, *c.window.out, outputs)
     _, choose, *_ = PRODUCTS[product]
     assert choose(c, *(jax.ShapeDtypeStruct(shape, c.dtype) for shape in operands(product, *shapes))) == chosen
+
+
+@pytest.mark.parametrize(
+    ("stride", "chosen"), [((1, 1), "rows"), ((2, 1), "patches"), ((1, 2), "patches"), ((2,), "turned")]
+)
+def test_patches_a_stride_apart_are_copied_whole(stride, chosen):
+    dims = len(stride)
+    win = Window((9,) * dims, (3,) * dims, stride, ((0, 0),) * dims, (1,) * dims)
+    x, y = ((2, *size, 32) for size in (win.shape, win.out))
+    c = Correlation(win, 1, np.dtype("f"))
+    assert correlation.choose_match(c, *(jax.ShapeDtypeStruct(shape, c.dtype) for shape in (x, y))) == chosen
 
 
 @pytest.mark.parametrize("spoilt", [np.nan, np.inf])
