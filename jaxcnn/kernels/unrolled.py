@@ -34,17 +34,16 @@ AT_TAPS = 9
 
 
 def correlate(c: Correlation, x: Array, w: Array) -> Array:
-    """``(N, *out, O)``."""
+    """``(N, *out, O)``, stored: the sum would be computed again for all that read it, and x for every term."""
     win, groups = c.window, c.groups
     inputs, outputs = w.shape[-2], w.shape[-1] // groups
     if inputs == 1:  # vectors reach over groups
         x = jnp.repeat(x, outputs, -1) if outputs > 1 else x
-        return _sum(entries * w[(*tap, 0)] for tap, entries in zip(win.taps(), tap_slices(win, x, 0), strict=True))
-
-    x = stored(x)  # it would be computed again for every term, and the sum for all that read it
+        taps = zip(win.taps(), tap_slices(win, x, 0), strict=True)
+        return stored(_sum(entries * w[(*tap, 0)] for tap, entries in taps))
 
     def terms() -> Iterator[Array]:
-        for tap, entries in zip(win.taps(), tap_slices(win, x, 0), strict=True):
+        for tap, entries in zip(win.taps(), tap_slices(win, stored(x), 0), strict=True):
             entries = entries.reshape(*entries.shape[:-1], groups, inputs)
             for i in range(inputs):
                 yield entries[..., i : i + 1] * w[(*tap, i)].reshape(groups, outputs)
