@@ -137,8 +137,10 @@ def relevance(net: Serial, params: Params, x: ArrayLike, target: ArrayLike, *, r
     x = _examples(x)
     if isinstance(rules, Mapping):
         _check_rules(rules, [name for name, _ in net.walk()])
-        given = {name for name, layer in net.walk() if _rule_for(rules, name, layer) is not None}
+        whole, given = net, {name for name, layer in net.walk() if _rule_for(rules, name, layer) is not None}
         net, params = fold_batch_norm(net, params, leave=given)
+        folded = {name for name, _ in whole.walk()} - {name for name, _ in net.walk()}
+        rules = {key: rule for key, rule in rules.items() if key not in folded}
         rules = {**rules, BatchNorm: rules.get(BatchNorm, Epsilon())}
         _check_all_have_rules(net, rules)
     return _swept(net, params, x, target, rules, lambda y: y)
@@ -402,7 +404,7 @@ _NEED_NO_RULE = (MaxPool, GlobalMaxPool, AdaptiveMaxPool, Relu, Flatten, Dropout
 
 
 def _check_all_have_rules(net: Serial, rules: Mapping[Any, Rule]) -> None:
-    for name, layer in net.walk():
+    for name, layer in (("the net", net), *net.walk()):
         if isinstance(layer, Residual):
             found, kind = _rule_of_sum(rules), "the sum of Residual"
         else:

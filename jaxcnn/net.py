@@ -6,6 +6,7 @@ Rooms: nets import `jaxcnn.layers` and `jaxcnn.taps`.
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -288,8 +289,17 @@ def _check_rules(rules: Mapping[Any, Rule], names: list[str]) -> None:
         if isinstance(key, str) and key not in names:
             near = difflib.get_close_matches(key, names, n=3, cutoff=0.0)
             raise ValueError(f"rules: expected names of layers, got {key!r}; the nearest are {', '.join(near)}")
-        if not isinstance(key, str) and not (issubclass(key, Layer) if isinstance(key, type) else callable(key)):
+        if not isinstance(key, str) and not (issubclass(key, Layer) if isinstance(key, type) else _predicate(key)):
             raise TypeError(f"rules: expected layer types, names or predicates as keys, got {key!r}")
+
+
+def _predicate(key: Any) -> bool:
+    """Whether it can be asked about a name and a layer."""
+    try:
+        inspect.signature(key).bind("name", None)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 @contextlib.contextmanager

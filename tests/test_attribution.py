@@ -483,6 +483,41 @@ def test_what_a_rule_refuses_is_told_with_the_name_of_the_layer(message, layers,
         jax.eval_shape(lambda: attribute(net, params, x, 2, method=method, **({"rules": given} if given else {})))
 
 
+def test_a_net_that_is_a_residual_needs_a_rule_for_its_sum():
+    """Its gradient would give x to both branches: twice the relevance."""
+    net = residual(Dense(3, bias=False))
+    params = net.init(jax.random.key(0), (3,))
+    x = np.random.default_rng(0).standard_normal((2, 3)).astype(np.float32)
+    message = (
+        "attribute: the net: expected a rule for the sum of Residual, whose gradient is no relevance; rules has none"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        attribute(net, params, x, 1, rules={Dense: Epsilon(1e-14)})
+    heat = attribute(net, params, x, 1, rules={Dense: Epsilon(1e-14), jaxcnn.Residual: Epsilon(1e-14)})
+    np.testing.assert_allclose(heat.sum(1), net.apply(params, x)[:, 1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("key", [BatchNorm, "batch_norm1"])
+def test_a_norm_passes_relevance_on(key):
+    net = serial(Dense(4), BatchNorm(), Relu(), Dense(5))
+    params = net.init(jax.random.key(0), (6,))
+    x = np.random.default_rng(0).standard_normal((3, 6)).astype(np.float32)
+    params = jaxcnn.calibrate(net, params, [(x, None)])
+    seen = []
+
+    def seeing(call, delta):
+        seen.append((delta, passed(call, delta)))
+        return seen[-1][1]
+
+    attribute(net, params, x, 2, rules={key: seeing, **attribution.epsilon_plus()})
+    ((delta, (of_x, *others)),) = seen
+    np.testing.assert_array_equal(of_x, delta)
+    assert others == [None] * len(others)
+    # As if folded, where the name is of no layer any more.
+    named = attribute(net, params, x, 2, rules={"batch_norm1": None, **attribution.epsilon_plus()})
+    np.testing.assert_array_equal(named, attribute(net, params, x, 2, rules=attribution.epsilon_plus()))
+
+
 def test_a_batch_norm_that_has_a_rule_is_not_folded():
     """By its type or its name; one without a neighbour is taken by ε."""
     net = serial(Relu(), BatchNorm(), Relu(), Flatten(), Dense(5))

@@ -429,9 +429,19 @@ class Unhashable(list):
         return call.exact(delta)
 
 
+@dataclasses.dataclass(frozen=True)
+class Holding:
+    """Hashable by its type, not by what it holds; and as a class, no rule yet."""
+
+    scale: np.ndarray
+
+    def __call__(self, call, delta):
+        return call.exact(self.scale * delta)
+
+
 def rows_of_every_op():
     for op, (call, names, arrays) in ARRAYS.items():
-        for rule in (3, "autodiff", Unhashable()):
+        for rule in (3, "autodiff", Unhashable(), Holding(np.ones(2)), Holding):
             message = f"rule expected None, autodiff or a hashable function (call, delta), got {rule!r}"
             yield kind(f"{op}: {message}", call, *arrays, rule=rule)
         for i, name in enumerate(names):
@@ -703,6 +713,8 @@ NETS = [
     kind("rules: expected layer types, names or predicates as keys, got Relu(name=None)", applied,
          rules={Relu(): AUTO}),
     kind("rules: expected layer types, names or predicates as keys, got <class 'int'>", applied, rules={int: AUTO}),
+    kind(f"rules: expected layer types, names or predicates as keys, got {jaxcnn.relu!r}", applied,
+         rules={jaxcnn.relu: AUTO}),
     kind("conv: rule expected None, autodiff or a hashable function (call, delta), got 'autodiff'", applied,
          rules="autodiff"),
     kind("conv: rule expected None, autodiff or a hashable function (call, delta), got 3", applied, rules={Conv: 3}),

@@ -294,8 +294,30 @@ def test_ghost_norms_are_norms(name):
         w = compiled(functools.partial(match_each, c))(x, y)
         np.testing.assert_allclose(w, np.stack(each), rtol=1e-10, atol=1e-12)
     expected = [np.square(w).sum() for w in each]
-    for squares in (kernels._ghost_squares, kernels.match_squares):
-        np.testing.assert_allclose(compiled(functools.partial(squares, c))(x, y), expected, rtol=1e-10)
+    terms = compiled(functools.partial(kernels._ghost_terms, c))(x, y)
+    np.testing.assert_allclose(np.sum(terms, (1, 2, 3)), expected, rtol=1e-10)
+    np.testing.assert_allclose(compiled(functools.partial(kernels.match_squares, c))(x, y), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("layers", [(Conv(64, 3, bias=False),), (Dense(256, bias=False),)], ids=["conv", "dense"])
+def test_norms_whose_ghosts_cancel(layers):
+    """A large mean of a under δ that sum to about nothing, in float32: to clip by such a norm is a promise."""
+    net, rng = serial(*layers), np.random.default_rng(0)
+    shape = (8, 8, 64) if isinstance(layers[0], Conv) else (8, 256)
+    params = jax.tree.map(np.zeros_like, net.init(jax.random.key(0), shape))
+    x = (1000 + 0.1 * rng.standard_normal((6, *shape))).astype(np.float32)
+    y = rng.standard_normal(net.apply(params, x).shape).astype(np.float32)
+    y -= y.mean(tuple(range(1, y.ndim - 1)), keepdims=True)
+
+    def loss(z, y):
+        return (z * y).sum(tuple(range(1, z.ndim)))
+
+    each = compiled(functools.partial(per_example_gradients, net, loss=loss))(params, x, y)
+    norms = compiled(functools.partial(per_example_norms, net, loss=loss))(params, x, y)
+    np.testing.assert_allclose(norms, norms_of(each), rtol=1e-5)
+    for n in range(len(x)):
+        clipped = clipped_gradient(net, params, x[n : n + 1], y[n : n + 1], loss, 1.0)
+        assert np.sqrt(sum(np.square(g).sum() for g in jax.tree.leaves(clipped))) < 1 + 1e-4
 
 
 @pytest.mark.parametrize(("places", "inputs", "outputs"), [(1, 5, 4), (2, 9, 8), (40, 3, 2)])

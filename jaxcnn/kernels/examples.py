@@ -9,12 +9,14 @@ The size can be had without w (*ghost norms*): with P the patches that windows m
     ⟨P[o], P[o']⟩ = Σ_k ⟨x[o·s + k·d − lo], x[o'·s + k·d − lo]⟩
 
 where the last inner products, of pixels, are computed once for all patches.  That is cheaper where patches are many
-numbers and places are few; `ghost_is_cheaper` counts.
+numbers and places are few; `ghost_is_cheaper` counts.  Its terms have signs, those of ‖w‖² itself have none: where they
+cancel, the digits are gone, and w is made after all.
 """
 
 import functools
 import math
 import operator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,9 @@ from jaxcnn.kernels.correlation import fit, match
 from jaxcnn.kernels.storage import stored
 from jaxcnn.kernels.threads import batched_product
 from jaxcnn.kernels.windows import accumulator
+
+#: What the terms of a ghost norm must come to, of the sum of their sizes.  Nets have a tenth and more.
+KEPT = 1 / 64
 
 #: Bytes of a picture's patches up to which all patches of a batch at once are worth their memory on CPU.
 PATCHES_BYTES = 1 << 20
@@ -71,7 +76,7 @@ def _by_patches(c: Correlation, x: Array, y: Array) -> Array:
 def match_squares(c: Correlation, x: Array, y: Array) -> Array:
     """``(N,)``: ‖match_each(c, x, y)[n]‖²."""
     if ghost_is_cheaper(c, x.shape[-1], y.shape[-1]):
-        return _ghost_squares(c, *_wide(x, y))
+        return _kept_or(lambda: squares(match_each(c, x, y)), _ghost_terms(c, *_wide(x, y)))
     return squares(match_each(c, x, y))
 
 
@@ -84,8 +89,15 @@ def ghost_is_cheaper(c: Correlation, inputs: int, outputs: int) -> bool:
     return ghost < direct
 
 
-def _ghost_squares(c: Correlation, x: Array, y: Array) -> Array:
-    """Σ over groups and pairs of places.  What a patch's taps sum up is summed dim by dim."""
+def _kept_or(direct: Callable[[], Array], terms: Array) -> Array:
+    """``(N,)``: the sum of each example's terms, or, if those of any example cancel, what ``direct`` makes of all."""
+    dims = range(1, terms.ndim)
+    total, size = terms.sum(dims), jnp.abs(terms).sum(dims)
+    return lax.cond(jnp.all(total >= KEPT * size), lambda: total, direct)
+
+
+def _ghost_terms(c: Correlation, x: Array, y: Array) -> Array:
+    """``(N, groups, places, places)``: for each pair of places.  What a patch's taps sum up is summed dim by dim."""
     win, groups, n, inputs, outputs = c.window, c.groups, x.shape[0], x.shape[-1], y.shape[-1]
     pixels = fit(win, x).reshape(n, math.prod(win.span), groups, inputs // groups)
     of_pixels = jnp.einsum("npgi,nqgi->gnpq", pixels, pixels, precision=c.precision)
@@ -95,7 +107,7 @@ def _ghost_squares(c: Correlation, x: Array, y: Array) -> Array:
         of_patches = _sum_of_slices(of_patches, pair, [range(k * d, k * d + (o - 1) * s + 1, s) for k in range(size)])
     y = y.reshape(n, math.prod(win.out), groups, outputs // groups)
     of_deltas = jnp.einsum("npgo,nqgo->gnpq", y, y, precision=c.precision)
-    return jnp.sum(of_patches.reshape(of_deltas.shape) * of_deltas, (0, 2, 3))
+    return jnp.moveaxis(of_patches.reshape(of_deltas.shape) * of_deltas, 0, 1)
 
 
 def _sum_of_slices(x: Array, axes: tuple[int, int], ranges: list[range]) -> Array:
@@ -125,7 +137,8 @@ def outer_squares(x: Array, y: Array) -> Array:
     x, y = _wide(x, y)
     if places == 1:
         return squares(x) * squares(y)
-    return jnp.sum(jnp.einsum("npi,nqi->npq", x, x) * jnp.einsum("npo,nqo->npq", y, y), (1, 2))
+    terms = jnp.einsum("npi,nqi->npq", x, x) * jnp.einsum("npo,nqo->npq", y, y)
+    return _kept_or(lambda: squares(outer_each(x, y)), terms)
 
 
 def squares(x: Array) -> Array:

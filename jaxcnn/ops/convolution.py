@@ -36,7 +36,7 @@ from jaxcnn.geometry import (
     window,
 )
 from jaxcnn.kernels import correlation as kernels
-from jaxcnn.ops.rule import Rule, arrays, picture, with_rule
+from jaxcnn.ops.rule import Rule, arrays, autodiff, picture, with_rule
 
 
 def conv(
@@ -84,7 +84,7 @@ def conv(
     """
     x, w = arrays("conv", x=x, w=w)
     x, w, back = _channels_last("conv", x, w, dimension_numbers)
-    x, c = geometry("conv", x, w, stride, padding, dilation, groups, preferred_element_type, precision)
+    x, c = geometry("conv", x, w, stride, padding, dilation, groups, preferred_element_type, precision, rule)
     y = with_rule(_conv, rule, conv_plain)(c, x, w, _bias("conv", w, b, w.shape[-1]))
     return y if back is None else jnp.transpose(y, back)
 
@@ -134,7 +134,7 @@ def depthwise_conv(
     if w.ndim != x.ndim or w.shape[-2] != 1 or w.shape[-1] % max(x.shape[-1], 1):
         expected = f"(*K, 1, C·M) with {len(spatial)} spatial dims and C = {x.shape[-1]}, like x"
         fail(op, f"w expected {expected}; x {x.shape}, w {w.shape}")
-    x, c = geometry(op, x, w, stride, padding, dilation, x.shape[-1], preferred_element_type, precision)
+    x, c = geometry(op, x, w, stride, padding, dilation, x.shape[-1], preferred_element_type, precision, rule)
     y = with_rule(_conv, rule, conv_plain, op)(c, x, w, _bias(op, w, b, w.shape[-1]))
     return y if back is None else jnp.transpose(y, back)
 
@@ -346,9 +346,7 @@ def _with_bias(y: Array, b: Array | None) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _extend(mode: str, widths: tuple[tuple[int, int], ...], x: Array) -> Array:
-    """The picture continued past its borders, by its mirror image, its last entry or itself."""
-    modes = {"REFLECT": "reflect", "REPLICATE": "edge", "CIRCULAR": "wrap"}
-    return jnp.pad(x, ((0, 0), *widths, (0, 0)), mode=modes[mode])
+    return _extend_plain(mode, widths, x)
 
 
 def _extend_fwd(mode: str, widths: tuple[tuple[int, int], ...], x: Array) -> Any:
@@ -361,6 +359,12 @@ def _extend_bwd(mode: str, widths: tuple[tuple[int, int], ...], saved: None, del
 
 
 _extend.defvjp(_extend_fwd, _extend_bwd)
+
+
+def _extend_plain(mode: str, widths: tuple[tuple[int, int], ...], x: Array) -> Array:
+    """The picture continued past its borders, by its mirror image, its last entry or itself."""
+    modes = {"REFLECT": "reflect", "REPLICATE": "edge", "CIRCULAR": "wrap"}
+    return jnp.pad(x, ((0, 0), *widths, (0, 0)), mode=modes[mode])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -417,6 +421,7 @@ def geometry(
     groups: int,
     dtype: DTypeLike | None,
     precision: Any,
+    rule: Rule | None = None,
 ) -> tuple[Array, Correlation]:
     """The static half of a call, and the picture extended if the padding repeats it."""
     spatial = picture(op, x)
@@ -436,8 +441,8 @@ def geometry(
     )
     result, precision = _result_dtype(op, x.dtype if dtype is None else dtype), _precision(op, precision)
     if isinstance(padding, str) and padding.upper() in PADDING_MODES:
-        mode = padding.upper()
-        x, padding = _extend(mode, _extension(op, mode, slide(spatial, padding="SAME")), x), "VALID"
+        mode, extend = padding.upper(), _extend_plain if rule is autodiff else _extend
+        x, padding = extend(mode, _extension(op, mode, slide(spatial, padding="SAME")), x), "VALID"
     return x, Correlation(slide(x.shape[1:-1], padding=padding), groups, result, precision)
 
 

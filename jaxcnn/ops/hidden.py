@@ -71,7 +71,7 @@ def hidden_layer(
     (1, 12, 12, 32)
     """
     x, w, b = arrays("hidden_layer", x=x, w=w, b=b)
-    x, c = convolution.geometry("hidden_layer", x, w, stride, padding, dilation, groups, None, precision)
+    x, c = convolution.geometry("hidden_layer", x, w, stride, padding, dilation, groups, None, precision, rule)
     if b.shape != w.shape[-1:]:
         fail("hidden_layer", f"b expected shape {w.shape[-1:]}, one number for each output channel, got {b.shape}")
     win = pooling.pool_window("hidden_layer", c.window.out, window, pool_stride, pool_padding, 1, False, "pool_")

@@ -7,7 +7,7 @@ the backward half may read.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -74,10 +74,19 @@ def with_rule(core: Any, rule: Any, plain: Callable[..., Any], op: str | None = 
     if rule is autodiff:
         return functools.partial(on_any_mesh, plain)
     op = op or core.__name__.lstrip("_")
-    if not (rule is None or (callable(rule) and isinstance(rule, Hashable))):
+    if not (rule is None or (callable(rule) and not isinstance(rule, type) and _hashable(rule))):
         raise TypeError(f"{op}: rule expected None, autodiff or a hashable function (call, delta), got {rule!r}")
     chosen = core if rule is None else _replaced(core, rule, op)
     return lambda geometry, *inputs: on_any_mesh(chosen, geometry, *_varying_alike(inputs))
+
+
+def _hashable(rule: Any) -> bool:
+    """Also what it is made of: a frozen dataclass that holds an array is not."""
+    try:
+        hash(rule)
+    except TypeError:
+        return False
+    return True
 
 
 @functools.lru_cache(maxsize=256)

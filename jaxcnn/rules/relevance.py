@@ -278,9 +278,9 @@ class ZBox(_Relevance):
 
 
 def passed(call: Call, delta: Array) -> tuple[Any, ...]:
-    """``R_x = R``: relevance passes an activation or a dropout as it is.
+    """``R_x = R``: relevance passes an activation, a dropout or a norm as it is.
 
-    Raises: ValueError for an op that changes the shape, or that has parameters.
+    Raises: ValueError for an op that changes the shape, or that mixes entries by parameters.
 
     >>> import jax, jaxcnn
     >>> y, pull = jax.vjp(lambda x: jaxcnn.tanh(x, rule=jaxcnn.rules.passed), 2.0)
@@ -288,8 +288,9 @@ def passed(call: Call, delta: Array) -> tuple[Any, ...]:
     1.0
     """
     x, *others = call.inputs
-    if jnp.shape(delta) != x.shape or any(a is not None and jnp.issubdtype(a.dtype, jnp.floating) for a in others):
-        fail(call.name, "rule passed: expected as a rule of an activation or of dropout, entry by entry")
+    mixes = any(a is not None and jnp.issubdtype(a.dtype, jnp.floating) for a in others) and call.name not in NORMS
+    if mixes or jnp.shape(delta) != x.shape:
+        fail(call.name, "rule passed: expected as a rule of an activation, of dropout or of a norm, entry by entry")
     return _of_x(call, delta)
 
 
@@ -374,6 +375,7 @@ def _of_x(call: Call, relevance: Array) -> tuple[Any, ...]:
     return (relevance, *(None,) * (len(call.inputs) - 1))
 
 
+NORMS = ("batch_norm", "layer_norm", "group_norm")
 #: Of batch norm.
 STATISTICS = "expected statistics from jaxcnn.calibrate; by the batch's own, examples mix"
 
@@ -391,9 +393,7 @@ def _instead(op: str) -> str:
         return f"; Epsilon and Flat fit {op}"
     if op in Epsilon.fits:
         return f"; Epsilon fits {op}"
-    if op in ("layer_norm", "group_norm"):
-        return f"; of the ready-made rules none fits {op}"
-    return "; rules.passed fits activations and dropout"
+    return "; rules.passed fits activations, dropout and norms"
 
 
 def _check(rule: Any, *names: str) -> None:

@@ -210,3 +210,18 @@ def test_precision_is_that_of_every_product(layer, spelled, rule):
     found = [*precisions(both_halves, *(np.ones(shape, np.float32) for shape in shapes))]
     assert len(found) >= 3
     assert {frozenset(pair) for pair in found} == {frozenset(expected)}
+
+
+@pytest.mark.parametrize("padding", ["REFLECT", "REPLICATE", "CIRCULAR"])
+def test_forward_mode_with_a_picture_that_is_repeated(padding):
+    """Also what extends the picture is plain JAX then."""
+    rng = np.random.default_rng(0)
+    x, v = rng.standard_normal((2, 1, 5, 6, 2))
+    w, narrow = rng.standard_normal((3, 3, 2, 2)), rng.standard_normal((3, 3, 1, 2))
+    for f in (
+        lambda x: jaxcnn.conv(x, w, padding=padding, rule=jaxcnn.rules.autodiff),
+        lambda x: jaxcnn.depthwise_conv(x, narrow, padding=padding, rule=jaxcnn.rules.autodiff),
+        lambda x: jaxcnn.hidden_layer(x, w, np.zeros(2), padding=padding, rule=jaxcnn.rules.autodiff),
+    ):
+        y, tangent = jax.jvp(f, (x,), (v,))
+        np.testing.assert_allclose(y + 1e-6 * tangent, f(x + 1e-6 * v), rtol=1e-9, atol=1e-9)

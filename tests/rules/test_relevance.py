@@ -481,7 +481,7 @@ BATCH = "expected statistics from jaxcnn.calibrate; by the batch's own, examples
 REFUSED = [
     # error, message, call of one picture with a rule
     ("relu: rule ZPlus(stabilizer=1e-06): expected as a rule of " + OPS
-     + ", hidden_layer; rules.passed fits activations and dropout",
+     + ", hidden_layer; rules.passed fits activations, dropout and norms",
      lambda x: jaxcnn.relu(x, rule=ZPlus())),
     ("add: rule ZPlus(stabilizer=1e-06): expected as a rule of " + OPS + ", hidden_layer; Epsilon and Flat fit add",
      lambda x: add(x, x, rule=ZPlus())),
@@ -491,18 +491,18 @@ REFUSED = [
      + ", hidden_layer; global_max_pool keeps its exact rule, R to the winner",
      lambda x: jaxcnn.global_max_pool(x, rule=Flat())),
     ("layer_norm: rule Epsilon(epsilon=1e-06): expected as a rule of " + EPSILON
-     + "; of the ready-made rules none fits layer_norm", lambda x: jaxcnn.layer_norm(x, rule=Epsilon())),
+     + "; rules.passed fits activations, dropout and norms", lambda x: jaxcnn.layer_norm(x, rule=Epsilon())),
     ("batch_norm: rule Epsilon(epsilon=1e-06): " + BATCH, lambda x: jaxcnn.batch_norm(x, rule=Epsilon())),
     ("batch_norm: rule rescale: " + BATCH, lambda x: jaxcnn.batch_norm(x, rule=rescale)),
     ("gelu: rule Epsilon(epsilon=1e-06): expected as a rule of " + EPSILON
-     + "; rules.passed fits activations and dropout", lambda x: jaxcnn.gelu(x, rule=Epsilon())),
+     + "; rules.passed fits activations, dropout and norms", lambda x: jaxcnn.gelu(x, rule=Epsilon())),
     ("max_pool: rule Epsilon(epsilon=1e-06): expected as a rule of " + EPSILON
      + "; max_pool keeps its exact rule, R to the winner", lambda x: jaxcnn.max_pool(x, 2, rule=Epsilon())),
     ("avg_pool: rule Gamma(gamma=0.25, stabilizer=1e-06): expected as a rule of " + OPS
      + ", hidden_layer; Epsilon and Flat fit avg_pool", lambda x: jaxcnn.avg_pool(x, 2, rule=Gamma())),
-    ("conv: rule passed: expected as a rule of an activation or of dropout, entry by entry",
+    ("conv: rule passed: expected as a rule of an activation, of dropout or of a norm, entry by entry",
      lambda x: jaxcnn.conv(x, np.ones((1, 1, 4, 4), np.float32), rule=passed)),
-    ("max_pool: rule passed: expected as a rule of an activation or of dropout, entry by entry",
+    ("max_pool: rule passed: expected as a rule of an activation, of dropout or of a norm, entry by entry",
      lambda x: jaxcnn.max_pool(x, 2, rule=passed)),
     ("ZBox: low expected one number or 4, one for each channel, got 3",
      lambda x: jaxcnn.conv(x, np.ones((1, 1, 4, 4), np.float32), rule=ZBox((0.0, 0.0, 0.0), 1.0))),
