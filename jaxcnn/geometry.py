@@ -249,7 +249,10 @@ def static_float(op: str, argument: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         got = TRACED if isinstance(value, jax.core.Tracer) else type(value).__name__
         raise TypeError(f"{op}: {argument} expected a Python float, got {got}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        fail(op, f"{argument} expected a number that a float can hold, got an int of {int(value).bit_length()} bits")
 
 
 def fail(op: str, message: str) -> NoReturn:

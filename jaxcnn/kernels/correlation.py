@@ -49,19 +49,27 @@ UNROLLED = {"channels": 15, "terms": 512, "multiplications": 640, "sums": 160}
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def correlate(c: Correlation, x: Array, w: Array) -> Array:
     """``(N, *out, O)``, in ``c.dtype``."""
+    if x.size == 0 or w.size == 0:
+        return jnp.zeros((x.shape[0], *c.window.out, w.shape[-1]), c.dtype)
     return _run(CORRELATE, choose_correlate(c, x, w), c, x, w, c.dtype)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def spread(c: Correlation, y: Array, w: Array) -> Array:
     """``(N, *shape, I)``, in the wider dtype of the two."""
-    return _run(SPREAD, choose_spread(c, y, w), c, y, w, jnp.promote_types(y.dtype, w.dtype))
+    dtype = jnp.promote_types(y.dtype, w.dtype)
+    if y.size == 0 or w.size == 0:
+        return jnp.zeros((y.shape[0], *c.window.shape, w.shape[-2] * c.groups), dtype)
+    return _run(SPREAD, choose_spread(c, y, w), c, y, w, dtype)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def match(c: Correlation, x: Array, y: Array) -> Array:
     """``(*size, I/groups, O)``, in the wider dtype of the two."""
-    return _run(MATCH, choose_match(c, x, y), c, x, y, jnp.promote_types(x.dtype, y.dtype))
+    dtype = jnp.promote_types(x.dtype, y.dtype)
+    if x.size == 0 or y.size == 0:
+        return jnp.zeros((*c.window.size, x.shape[-1] // c.groups, y.shape[-1]), dtype)
+    return _run(MATCH, choose_match(c, x, y), c, x, y, dtype)
 
 
 def _run(table: dict[str, Lowering], cpu: str, c: Correlation, a: Array, b: Array, dtype: np.dtype) -> Array:
@@ -102,13 +110,13 @@ def _choose_grouped(c: Correlation, inputs: int, outputs: int) -> str:
     """For more than one group, in `correlate` and `spread`: from so many channels to so many."""
     inputs, outputs = inputs // c.groups, outputs // c.groups
     few = max(inputs, outputs) <= UNROLLED["channels"] and c.window.entries * inputs <= UNROLLED["terms"]
-    return "unrolled" if few else "by_group"
+    return "unrolled" if few and min(inputs, outputs) > 0 else "by_group"
 
 
 def _unrolled_pays(c: Correlation, inputs: int, outputs: int) -> bool:
     """For one group, in `correlate` and `spread`: whether the terms make one loop, and few channels."""
     terms = c.window.entries * inputs
-    return terms <= unrolled.TERMS and terms * outputs <= UNROLLED["multiplications"]
+    return terms <= unrolled.TERMS and 0 < terms * outputs <= UNROLLED["multiplications"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -398,7 +406,7 @@ def choose_match(c: Correlation, x: Array, y: Array) -> str:
         return "joined" if _neighbours(c, inputs, y.shape[-1]) >= 4 else "by_group"  # two do not pay
     if applies("pointwise", c, inputs):
         return "pointwise"
-    if inputs == 1 and c.window.entries * y.shape[-1] <= UNROLLED["sums"]:
+    if inputs == 1 and 0 < c.window.entries * y.shape[-1] <= UNROLLED["sums"]:
         return "unrolled"
     if applies("by_depth", c, inputs):
         return "by_depth"

@@ -76,7 +76,8 @@ def _by_patches(c: Correlation, x: Array, y: Array) -> Array:
 def match_squares(c: Correlation, x: Array, y: Array) -> Array:
     """``(N,)``: ‖match_each(c, x, y)[n]‖²."""
     if ghost_is_cheaper(c, x.shape[-1], y.shape[-1]):
-        return _kept_or(lambda: squares(match_each(c, x, y)), _ghost_terms(c, *_wide(x, y)))
+        x, y = _wide(x, y)
+        return _kept_or(lambda x, y: squares(match(c, x[None], y[None])[None])[0], x, y, _ghost_terms(c, x, y))
     return squares(match_each(c, x, y))
 
 
@@ -89,11 +90,15 @@ def ghost_is_cheaper(c: Correlation, inputs: int, outputs: int) -> bool:
     return ghost < direct
 
 
-def _kept_or(direct: Callable[[], Array], terms: Array) -> Array:
-    """``(N,)``: the sum of each example's terms, or, if those of any example cancel, what ``direct`` makes of all."""
+def _kept_or(direct: Callable[[Array, Array], Array], x: Array, y: Array, terms: Array) -> Array:
+    """``(N,)``: the sum of each example's terms, or, if those of any example cancel, what ``direct`` makes of each.
+
+    One after the other: memory for all at once would be asked for whether it is needed or not.
+    """
     dims = range(1, terms.ndim)
     total, size = terms.sum(dims), jnp.abs(terms).sum(dims)
-    return lax.cond(jnp.all(total >= KEPT * size), lambda: total, direct)
+    kept = jnp.all(total >= KEPT * size)
+    return lax.cond(kept, lambda x, y: total, lambda x, y: lax.map(lambda both: direct(*both), (x, y)), x, y)
 
 
 def _ghost_terms(c: Correlation, x: Array, y: Array) -> Array:
@@ -138,7 +143,7 @@ def outer_squares(x: Array, y: Array) -> Array:
     if places == 1:
         return squares(x) * squares(y)
     terms = jnp.einsum("npi,nqi->npq", x, x) * jnp.einsum("npo,nqo->npq", y, y)
-    return _kept_or(lambda: squares(outer_each(x, y)), terms)
+    return _kept_or(lambda x, y: jnp.sum(jnp.square(x.T @ y)), x, y, terms)
 
 
 def squares(x: Array) -> Array:

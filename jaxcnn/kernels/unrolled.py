@@ -55,8 +55,16 @@ def spread(c: Correlation, y: Array, w: Array) -> Array:
     """``(N, *shape, I)``: entries that are a multiple of the stride apart meet the same taps, and are one sum."""
     win, batch, groups = c.window, y.shape[0], c.groups
     inputs, outputs = w.shape[-2], w.shape[-1] // groups
-    if win.entries <= AT_TAPS and win.stride == (1,) * win.ndim and inputs == outputs == 1:  # no padded copy of δ
-        return unpad(win, _sum(at_tap(win, tap, y * w[(*tap, 0)]) for tap in win.taps()))
+    turned = stored(jnp.moveaxis(w.reshape(*w.shape[:-1], groups, outputs), (-1, -3), (-3, -1)))  # (…, O, groups, I)
+    alone = inputs == outputs == 1 and win.stride == (1,) * win.ndim and win.entries <= AT_TAPS
+    if alone or math.prod(win.stride) > 2 * win.entries:  # no padded copy of δ; or most remainders meet no tap
+        y = y.reshape(*y.shape[:-1], groups, outputs)
+
+        def of_tap(tap: tuple[int, ...]) -> Array:
+            found = _sum(y[..., j : j + 1] * turned[(*tap, j)] for j in range(outputs))
+            return at_tap(win, tap, lax.collapse(found, win.ndim + 1))
+
+        return unpad(win, _sum(map(of_tap, win.taps())))
     met = [_met(win, dim) for dim in range(win.ndim)]
     length = [-(-n // s) for n, s in zip(win.shape, win.stride, strict=True)]
     shifts = [[shift for phase in phases for _, shift in phase] for phases in met]
@@ -65,7 +73,6 @@ def spread(c: Correlation, y: Array, w: Array) -> Array:
     pads = [(0, 0, 0), *((lo, hi, 0) for lo, hi in zip(before, after, strict=True)), (0, 0, 0)]
     y = lax.pad(stored(y), np.zeros((), y.dtype), pads)
     y = y.reshape(*y.shape[:-1], groups, outputs)
-    turned = stored(jnp.moveaxis(w.reshape(*w.shape[:-1], groups, outputs), (-1, -3), (-3, -1)))  # (…, O, groups, I)
 
     def terms(taps: Sequence[tuple[int, ...]], starts: Sequence[tuple[int, ...]]) -> Iterator[Array]:
         for tap, start in zip(taps, starts, strict=True):

@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 
 from jaxcnn.geometry import fail, static_bool, static_float
 from jaxcnn.kernels.storage import stored, stored_if_small
+from jaxcnn.kernels.windows import accumulator
 from jaxcnn.ops.rule import Rule, arrays, with_rule
 
 
@@ -205,7 +206,8 @@ def _activation(activation: Activation, x: Array) -> Array:
 
 def _activation_fwd(activation: Activation, x: Array) -> Any:
     y = _activation(activation, x)
-    return y, stored_if_small(_TABLE[activation.name].keeps(x, y, activation.constant))
+    kept = _TABLE[activation.name].keeps(_wide(x), _wide(y), activation.constant)
+    return y, stored_if_small(kept if kept.dtype == bool else _like(x, kept))
 
 
 def _activation_bwd(activation: Activation, kept: Array, delta: Array) -> Any:
@@ -217,7 +219,16 @@ _activation.defvjp(_activation_fwd, _activation_bwd)
 
 
 def _activation_plain(activation: Activation, x: Array) -> Array:
-    return _TABLE[activation.name].g(x, activation.constant)
+    return _like(x, _TABLE[activation.name].g(_wide(x), activation.constant))
+
+
+def _wide(x: Array) -> Array:
+    """16-bit floats in float32, where x² and e^x have room; others as they are, weakly typed or not."""
+    return x if accumulator(x.dtype) == x.dtype else x.astype(accumulator(x.dtype))
+
+
+def _like(x: Array, y: Array) -> Array:
+    return y if y.dtype == x.dtype else y.astype(x.dtype)
 
 
 def leaky_relu(x: ArrayLike, *, negative_slope: float = 0.01, rule: Rule | None = None) -> Array:

@@ -37,7 +37,7 @@ def dropout(x: ArrayLike, rate: float, key: Array, *, rule: Rule | None = None) 
     """
     (x,) = arrays("dropout", x=x)
     rate, key = probability("dropout", rate), one_key("dropout", key)
-    if rate == 0:
+    if rate == 0 and rule is None:
         return x
     return with_rule(_dropout, rule, _dropout_plain)(rate, x, key)
 

@@ -90,6 +90,8 @@ def softmax_cross_entropy(logits: ArrayLike, targets: ArrayLike, *, rule: Rule |
             "softmax_cross_entropy",
             f"logits and targets expected the same shape (…, C), got logits {logits.shape}, targets {targets.shape}",
         )
+    if logits.shape[-1] < 1:
+        fail("softmax_cross_entropy", f"logits expected a class or more, got shape {logits.shape}")
     return with_rule(_softmax_cross_entropy, rule, softmax_cross_entropy_plain)(None, logits, targets)
 
 
@@ -172,6 +174,8 @@ def softmax_cross_entropy_with_integer_labels(
     if logits.ndim < 1 or labels.shape != logits.shape[:-1]:
         fail(op, f"expected logits (…, C) and labels (…), got logits {logits.shape}, labels {labels.shape}")
     classes = logits.shape[-1]
+    if classes < 1:
+        fail(op, f"logits expected a class or more, got shape {logits.shape}")
     if not isinstance(labels, jax.core.Tracer) and labels.size:
         seen = np.asarray(labels)  # inside a trace of something else, jnp would trace this too
         lowest, highest = int(seen.min()), int(seen.max())

@@ -174,6 +174,8 @@ def arrays(op: str, **named: Any) -> tuple[Array, ...]:
     for name, a in found.items():
         if not jnp.issubdtype(a.dtype, jnp.floating):
             raise TypeError(f"{op}: {name} expected a floating dtype, got {a.dtype}")
+        if a.dtype.itemsize < 2:
+            raise TypeError(f"{op}: {name} expected a floating dtype of 16 bits or more, got {a.dtype}")
     if len({a.dtype for a in found.values()}) > 1:
         got = ", ".join(f"{name} {a.dtype}" for name, a in found.items())
         raise TypeError(f"{op}: expected one dtype for all arrays, got {got}")
@@ -186,7 +188,7 @@ def array(op: str, name: str, value: Any) -> Array:
         raise TypeError(f"{op}: {name} expected an array, got {value!r}")
     try:
         return jnp.asarray(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise TypeError(f"{op}: {name} expected an array, got {type(value).__name__}") from None
 
 

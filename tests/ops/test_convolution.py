@@ -225,3 +225,28 @@ def test_forward_mode_with_a_picture_that_is_repeated(padding):
     ):
         y, tangent = jax.jvp(f, (x,), (v,))
         np.testing.assert_allclose(y + 1e-6 * tangent, f(x + 1e-6 * v), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("inputs", "outputs"), [(0, 4), (4, 0), (0, 0)])
+def test_no_channels(inputs, outputs, groups):
+    """Sums over nothing, and gradients of nothing."""
+    x, w = np.ones((2, 6, 5, inputs), np.float32), np.ones((3, 3, inputs // groups, outputs), np.float32)
+    y, pull = jax.vjp(lambda x, w: jaxcnn.conv(x, w, groups=groups), x, w)
+    delta_x, grad_w = pull(np.ones((2, 4, 3, outputs), np.float32))
+    assert (y.shape, delta_x.shape, grad_w.shape) == ((2, 4, 3, outputs), x.shape, w.shape)
+    back = jaxcnn.conv_transpose(y, w, groups=groups)
+    assert back.shape == x.shape
+    assert not any(map(np.any, (y, delta_x, grad_w, back)))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_programs_do_not_grow_with_the_stride(groups):
+    """Most remainders by a long stride meet no tap."""
+    x, w = np.ones((1, 33, 33, 4), np.float32), np.ones((3, 3, 4 // groups, 8), np.float32)
+
+    def program(stride):
+        _, pull = jax.vjp(lambda x: jaxcnn.conv(x, w, stride=stride, groups=groups), x)
+        return len(jax.jit(pull).lower(np.ones((1, *2 * ((33 - 3) // stride + 1,), 8), "f")).as_text().splitlines())
+
+    assert program(15) <= 1.5 * program(5)

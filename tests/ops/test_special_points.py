@@ -590,3 +590,38 @@ def test_hidden_layer_passes_nan_on_and_lets_no_delta_back_there():
     np.testing.assert_array_equal(delta_x, row(0, 0, 0, 5, 0, 0))
     assert grad_b.tolist() == [5]
     assert np.isnan(grad_w).all()  # ∂E/∂w = Σ x·δ reads the NaN
+
+
+@pytest.mark.parametrize(
+    ("f", "x"),
+    [
+        (jaxcnn.squareplus, 256.0),
+        (jaxcnn.squareplus, -300.0),
+        (jaxcnn.mish, 20000.0),
+        (lambda x: jaxcnn.gelu(x, approximate=True), 1000.0),
+        (lambda x: jaxcnn.gelu(x, approximate=True), 33000.0),
+    ],
+)
+def test_activations_of_16_bits_have_room(f, x):
+    """x² and eˣ are taken in float32."""
+    half = jnp.float16(x)
+    y, slope = f(half), jax.grad(lambda x: f(x).astype(np.float32))(half)
+    assert y.dtype == slope.dtype == np.float16
+    np.testing.assert_allclose([y, slope], [f(np.float64(x)), jax.grad(f)(np.float64(x))], rtol=1e-3, atol=1e-4)
+
+
+def test_pictures_without_entries():
+    empty = np.zeros((2, 0, 6, 4), np.float32)
+    assert jaxcnn.block_sum(empty, 2).shape == (2, 0, 3, 4)
+    y, pull = jax.vjp(lambda x: jaxcnn.kron_up(x, 2), empty)
+    assert y.shape == (2, 0, 12, 4)
+    assert pull(y)[0].shape == empty.shape
+
+
+@pytest.mark.parametrize("loss", ["softmax_cross_entropy", "softmax_cross_entropy_with_integer_labels"])
+def test_no_classes(loss):
+    logits = np.zeros((3, 0), np.float32)
+    target = logits if loss == "softmax_cross_entropy" else np.zeros(3, int)
+    for run in (getattr(jaxcnn, loss), jax.jit(getattr(jaxcnn, loss))):
+        with pytest.raises(ValueError, match=rf"^{loss}: logits expected a class or more, got shape \(3, 0\)(?=\n|$)"):
+            run(logits, target)
