@@ -110,13 +110,13 @@ def _choose_grouped(c: Correlation, inputs: int, outputs: int) -> str:
     """For more than one group, in `correlate` and `spread`: from so many channels to so many."""
     inputs, outputs = inputs // c.groups, outputs // c.groups
     few = max(inputs, outputs) <= UNROLLED["channels"] and c.window.entries * inputs <= UNROLLED["terms"]
-    return "unrolled" if few and min(inputs, outputs) > 0 else "by_group"
+    return "unrolled" if few else "by_group"
 
 
 def _unrolled_pays(c: Correlation, inputs: int, outputs: int) -> bool:
     """For one group, in `correlate` and `spread`: whether the terms make one loop, and few channels."""
     terms = c.window.entries * inputs
-    return terms <= unrolled.TERMS and 0 < terms * outputs <= UNROLLED["multiplications"]
+    return terms <= unrolled.TERMS and terms * outputs <= UNROLLED["multiplications"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -406,7 +406,7 @@ def choose_match(c: Correlation, x: Array, y: Array) -> str:
         return "joined" if _neighbours(c, inputs, y.shape[-1]) >= 4 else "by_group"  # two do not pay
     if applies("pointwise", c, inputs):
         return "pointwise"
-    if inputs == 1 and 0 < c.window.entries * y.shape[-1] <= UNROLLED["sums"]:
+    if inputs == 1 and c.window.entries * y.shape[-1] <= UNROLLED["sums"]:
         return "unrolled"
     if applies("by_depth", c, inputs):
         return "by_depth"
