@@ -41,6 +41,9 @@ PRODUCT_BYTES = 1 << 23
 #: Groups are joined up to so many channels: a vector of float32, and what jaxlib 0.10 still runs on all threads.
 JOINED = 16
 
+#: Multiplications up to which, times the groups, XLA's convolution does: other forms take five times as long to compile.
+SMALL = 1 << 14
+
 #: Up to what a product is unrolled: channels of a group, and its terms, for the compiler's sake; where there is but one
 #: group, multiplications for a place; and, of weight gradients, sums over all places.
 UNROLLED = {"channels": 15, "terms": 512, "multiplications": 640, "sums": 160}
@@ -106,6 +109,11 @@ def applies(lowering: str, c: Correlation, inputs: int) -> bool:
     return can.get(lowering, True)
 
 
+def _small(c: Correlation, batch: int, inputs: int, outputs: int) -> bool:
+    """Whether there is so little to do, from so many channels to so many, that compiling it is what takes time."""
+    return batch * math.prod(c.window.out) * c.window.entries * inputs * outputs <= SMALL
+
+
 def _choose_grouped(c: Correlation, inputs: int, outputs: int) -> str:
     """For more than one group, in `correlate` and `spread`: from so many channels to so many."""
     inputs, outputs = inputs // c.groups, outputs // c.groups
@@ -126,6 +134,8 @@ def _unrolled_pays(c: Correlation, inputs: int, outputs: int) -> bool:
 def choose_correlate(c: Correlation, x: Array, w: Array) -> str:
     """What runs on CPU."""
     inputs = x.shape[-1]
+    if _small(c, x.shape[0], inputs, w.shape[-1]):
+        return "xla"
     if c.groups > 1:
         return _choose_grouped(c, inputs, w.shape[-1])
     if applies("pointwise", c, inputs):
@@ -236,6 +246,8 @@ CORRELATE: dict[str, Lowering] = {
 def choose_spread(c: Correlation, y: Array, w: Array) -> str:
     """What runs on CPU."""
     inputs = w.shape[-2] * c.groups
+    if _small(c, y.shape[0], inputs, w.shape[-1]):
+        return "xla"
     if c.groups > 1:
         return _choose_grouped(c, inputs, w.shape[-1])
     if applies("pointwise", c, inputs):
@@ -400,6 +412,8 @@ SPREAD: dict[str, Lowering] = {
 def choose_match(c: Correlation, x: Array, y: Array) -> str:
     """What runs on CPU."""
     inputs = x.shape[-1]
+    if _small(c, x.shape[0], inputs, y.shape[-1]):
+        return "xla"
     if c.groups == inputs > 1:
         return "unrolled"
     if c.groups > 1:

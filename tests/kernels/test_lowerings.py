@@ -176,10 +176,19 @@ def test_winograds_form_in_blocks_of_pictures(monkeypatch, product, pictures):
 # What is chosen
 
 
+@pytest.fixture
+def none_is_small(monkeypatch):
+    monkeypatch.setattr(correlation, "SMALL", 0)
+
+
+# It stays so over all examples, which is what is wanted.
+as_large = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
 @pytest.mark.parametrize("product", PRODUCTS)
-@settings(max_examples=300)
+@settings(as_large, max_examples=300)
 @given(shapes=drawn_correlations())
-def test_what_is_chosen_applies(product, shapes):
+def test_what_is_chosen_applies(none_is_small, product, shapes):
     table, choose, *_ = PRODUCTS[product]
     c, x, w, y = shapes
     a, b = numbers(*operands(product, x, w, y))
@@ -188,11 +197,26 @@ def test_what_is_chosen_applies(product, shapes):
     assert correlation.applies(name, c, x[-1]), name
 
 
-@settings(max_examples=30)
-@given(drawn_correlations())
-def test_products_are_adjoint(shapes):
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_small_products_are_left_to_xla(product, groups):
+    """Up to 2¹⁴ multiplications, times the groups: as many as XLA's convolution makes in the time of a call."""
+    win = Window((4, 4), (2, 2), (1, 1), ((0, 1), (1, 0)), (1, 1))
+    _, choose, *_ = PRODUCTS[product]
+    chosen = []
+    for batch in (32, 33):
+        shapes = (batch, 4, 4, 4), (2, 2, 4 // groups, 2), (batch, 4, 4, 2)
+        c = Correlation(win, groups, np.dtype("f"))
+        chosen.append(choose(c, *(jax.ShapeDtypeStruct(shape, c.dtype) for shape in operands(product, *shapes))))
+    assert (chosen[0] == "xla") > (chosen[1] == "xla")
+
+
+@settings(as_large, max_examples=30)
+@given(shapes=drawn_correlations())
+def test_products_are_adjoint(none_is_small, shapes):
     """⟨correlate(x, w), y⟩ = ⟨x, spread(y, w)⟩ = ⟨w, match(x, y)⟩, whatever lowering each of them takes."""
     c, *of_arrays = shapes
+    jax.clear_caches()  # JAX remembers what was chosen for a geometry
     x, w, y = numbers(*of_arrays)
     found = compiled(
         lambda x, w, y: (correlation.correlate(c, x, w), correlation.spread(c, y, w), correlation.match(c, x, y))
@@ -216,6 +240,7 @@ def test_weight_gradient_in_blocks_of_pictures(monkeypatch, name, target, pictur
 def test_groups_are_joined_up_to_so_many_channels(monkeypatch, joined, groups_left):
     """Six groups of 2 channels into three of 4, two of 6, one of 12; chosen where it is four of them or more."""
     monkeypatch.setattr(correlation, "JOINED", joined)
+    monkeypatch.setattr(correlation, "SMALL", 0)
     c = Correlation(Window((4, 5), (3, 2), (1, 2), ((1, 0), (0, 0)), (1, 1)), 6, np.dtype(np.float64))
     x, y = numbers((2, 4, 5, 12), (2, *c.window.out, 6))
     assert 6 // correlation._neighbours(c, 12, 6) == groups_left

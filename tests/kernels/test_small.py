@@ -1,0 +1,64 @@
+"""Convolutions of the case table by the lowerings that larger ones take: so small ones are left to XLA's own."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from jaxcnn.kernels import correlation
+from tests import checks
+from tests.cases import CASES, covering
+
+# Copies, for a case keeps what it has compiled.
+FAMILY = [dataclasses.replace(case) for case in CASES if case.op in ("conv", "depthwise_conv", "conv_transpose")]
+FEW = list(covering(FAMILY))
+ONE_EACH = [next(case for case in FAMILY if case.op == op) for op in dict.fromkeys(case.op for case in FAMILY)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def none_is_small():
+    """JAX remembers what it traced, and with it what was chosen."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(correlation, "SMALL", 0)
+        jax.clear_caches()
+        yield
+    jax.clear_caches()
+
+
+def rows(cases):
+    return pytest.mark.parametrize("case", cases, ids=str)
+
+
+@rows(FAMILY)
+def test_rule_against_pytorch(case):
+    checks.rule_against_pytorch(case)
+
+
+@rows(FEW)
+def test_rule_of_rule_against_pytorch(case):
+    checks.rule_of_rule_against_pytorch(case)
+
+
+@rows(FEW)
+def test_vmap_equals_a_loop(case):
+    checks.vmap_equals_a_loop(case)
+
+
+@rows(ONE_EACH)
+def test_vmap_over_each_argument_equals_a_loop(case):
+    checks.vmap_over_each_equals_a_loop(case)
+
+
+@rows(ONE_EACH)
+def test_shard_map_equals_its_shards(case):
+    checks.shard_map_equals_its_shards(case)
+
+
+@rows(ONE_EACH)
+def test_scan_and_checkpoint_equal_a_loop(case):
+    checks.scan_and_checkpoint_equal_a_loop(case)
+
+
+@rows(ONE_EACH)
+def test_sixteen_bits_are_float32_rounded(case):
+    checks.sixteen_bits_are_float32_rounded(case)
