@@ -41,7 +41,7 @@ PRODUCT_BYTES = 1 << 23
 #: Groups are joined up to so many channels: a vector of float32, and what jaxlib 0.10 still runs on all threads.
 JOINED = 16
 
-#: Multiplications up to which, times the groups, XLA's convolution does: other forms take five times as long to compile.
+#: Multiplications up to which XLA's convolution does: other forms take five times as long to compile.
 SMALL = 1 << 14
 
 #: Up to what a product is unrolled: channels of a group, and its terms, for the compiler's sake; where there is but one
@@ -110,8 +110,11 @@ def applies(lowering: str, c: Correlation, inputs: int) -> bool:
 
 
 def _small(c: Correlation, batch: int, inputs: int, outputs: int) -> bool:
-    """Whether there is so little to do, from so many channels to so many, that compiling it is what takes time."""
-    return batch * math.prod(c.window.out) * c.window.entries * inputs * outputs <= SMALL
+    """Whether compiling it is what takes time, from so many channels to so many.
+
+    Not of groups: XLA:CPU makes one convolution of them, where what is not finite in one reaches all.
+    """
+    return c.groups == 1 and batch * math.prod(c.window.out) * c.window.entries * inputs * outputs <= SMALL
 
 
 def _choose_grouped(c: Correlation, inputs: int, outputs: int) -> str:
