@@ -27,6 +27,9 @@ PADDINGS = ("VALID", "SAME", "SAME_LOWER", "CAUSAL")
 #: Paddings that repeat the picture instead of adding zeros; same-size, for `conv` only.
 PADDING_MODES = ("REFLECT", "REPLICATE", "CIRCULAR")
 
+#: Most entries of the spatial dims of a picture, padded: beyond, sizes overflow in XLA, which ends the process.
+MOST_ENTRIES = 2**31 - 1
+
 #: What a static argument must not be.
 TRACED = "a value traced by jax; it must be static"
 
@@ -153,7 +156,14 @@ def window(
         if e > lo + n + hi:
             reach = f"{noun} {k}" if all(i == 1 for i in d) else f"{noun} {k} with dilation {d}"
             fail(op, f"{reach} is larger than the padded picture; spatial dims {shape}, padding {pads}")
+    not_too_many(op, "the padded picture", [lo + n + hi for n, (lo, hi) in zip(shape, pads, strict=True)])
     return dataclasses.replace(unsized, padding=pads)
+
+
+def not_too_many(op: str, what: str, spatial: Sequence[int]) -> None:
+    """ValueError if a picture of these spatial dims would have more than `MOST_ENTRIES`."""
+    if math.prod(spatial) > MOST_ENTRIES:
+        fail(op, f"{what} would have spatial dims {tuple(spatial)}, more than 2**31 - 1 entries")
 
 
 def _ceil_excess(n: int, extent: int, stride: int, lo: int, hi: int) -> int:
@@ -188,6 +198,8 @@ def _pad_pair(op: str, argument: str, entry: Any, whole: Any) -> tuple[int, int]
     lo, hi = (static_int(op, argument, p, whole) for p in pair)
     if lo < 0 or hi < 0:
         fail(op, f"{argument} expected ints >= 0, got {whole!r}")
+    if max(lo, hi) > MOST_ENTRIES:
+        fail(op, f"{argument} expected ints < 2**31, got {whole!r}")
     return lo, hi
 
 
@@ -210,7 +222,10 @@ def static_ints(op: str, argument: str, value: PerDim, ndim: int) -> tuple[int, 
     each = tuple(value) if _is_sequence(value) else (value,) * ndim
     if len(each) != ndim:
         fail(op, f"{argument} expected one int or {ndim} of them, got {value!r}")
-    return tuple(static_int(op, argument, v, value) for v in each)
+    ints = tuple(static_int(op, argument, v, value) for v in each)
+    if max(ints, default=0) > MOST_ENTRIES:
+        fail(op, f"{argument} expected ints < 2**31, got {value!r}")
+    return ints
 
 
 def positive(op: str, argument: str, value: PerDim, ndim: int) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxcnn.geometry import fail, static_int
+from jaxcnn.kernels.dtypes import wider
 from jaxcnn.layers import BatchNorm, Params
 from jaxcnn.net import Rules, Serial
 from jaxcnn.ops.rule import one_key
@@ -144,7 +145,7 @@ def _accumulated(mean: Callable[[Batch, Array], Any], batch: Batch, key: Array, 
     count = examples // size
 
     def wide(a: Any) -> Any:
-        return jnp.promote_types(a.dtype, jnp.float32)
+        return wider(a.dtype, jnp.float32)
 
     def share(part: Batch, i: ArrayLike, of: int) -> Any:
         found = mean(part, jax.random.fold_in(key, i))
@@ -273,7 +274,7 @@ def _moments_before(net: Serial, path: str) -> Callable[[Params, Any], tuple[int
     def run(params: Params, x: Any) -> tuple[int, Array, Array]:
         reached = before.apply(params, x)
         pixels = reached.reshape(-1, reached.shape[-1])
-        pixels = pixels.astype(jnp.promote_types(pixels.dtype, jnp.float32))
+        pixels = pixels.astype(wider(pixels.dtype, jnp.float32))
         mean = pixels.sum(0) / max(len(pixels), 1)
         return len(pixels), mean, jnp.square(pixels - mean).sum(0)
 

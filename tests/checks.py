@@ -37,9 +37,10 @@ def within(case: Case, dtype: Any = np.float64) -> float:
     return max(TOLERANCE[jnp.dtype(d)] for d in (dtype, case.options.get("preferred_element_type", dtype)))
 
 
-def assert_close(found: Arrays, expected: Arrays, tolerance: float) -> None:
-    """Pair by pair: equal shapes, and ‖found − expected‖ ≤ tolerance·‖expected‖."""
-    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+def assert_close(found: Arrays, expected: Arrays, tolerance: float | Sequence[float]) -> None:
+    """Pair by pair: equal shapes, and ‖found − expected‖ ≤ tolerance·‖expected‖, one tolerance or one for each."""
+    each = np.broadcast_to(tolerance, len(found))
+    for i, (a, b, tolerance) in enumerate(zip(found, expected, each, strict=True)):
         assert np.shape(a) == np.shape(b), f"array {i} has shape {np.shape(a)}, expected {np.shape(b)}"
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         error, norm = np.linalg.norm(a - b), np.linalg.norm(b)
@@ -102,6 +103,14 @@ def weak_types_change_nothing(case: Case) -> None:
     strong, of_weak = (jax.eval_shape(with_cotangents(case.function), given, delta) for given in (args, weak))
     assert not any(a.weak_type for a in flat(strong))
     assert [(a.shape, a.dtype) for a in flat(of_weak)] == [(a.shape, a.dtype) for a in flat(strong)]
+
+
+def strict_promotion_is_enough(case: Case) -> None:
+    """With JAX set to refuse mixed dtypes both halves run; they convert where they mean to."""
+    for dtype in (np.float64, np.float32, jnp.bfloat16, jnp.float16):
+        args, delta = drawn(case, dtype)
+        with jax.numpy_dtype_promotion("strict"):
+            jax.eval_shape(with_cotangents(case.function), args, delta)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

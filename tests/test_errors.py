@@ -101,8 +101,6 @@ LAYOUTS = "three strings such as ('NCHW', 'OIHW', 'NCHW')"
 ONE_KEY = "one typed key from jax.random.key(seed)"
 
 CALLS = [
-    value("max_pool: window expected fewer than 2**32 entries, got (65536, 65536)", pool_window,
-          "max_pool", (2**16, 2**16), 2**16, None, 0, 1, False),
     # ceil_mode pads nothing where no window fits
     value("max_pool: window (5, 5) is larger than the padded picture; spatial dims (2, 2), padding ((0, 0), (0, 0))",
           max_pool, X[:, :2, :2], 5, stride=2, ceil_mode=True),
@@ -172,8 +170,24 @@ CALLS = [
     value(f"conv: dimension_numbers expected {LAYOUTS}, got 3", conv, X, W, dimension_numbers=3),
     value("conv: dimension_numbers expected the 4 letters 'NCHW' for y, got 'NHWX' of ('NHWC', 'HWIO', 'NHWX')", conv,
           X, W, dimension_numbers=("NHWC", "HWIO", "NHWX")),
-    value("conv: dimension_numbers expected the 4 letters 'NCH' for x, got 'NHC' of ('NHC', 'HIO', 'NHC')", conv, X, W,
+    value(f"conv: x expected 3 dims, as dimension_numbers ('NHC', 'HIO', 'NHC'); got {X.shape}", conv, X, W,
           dimension_numbers=("NHC", "HIO", "NHC")),
+    # Sizes that would overflow in XLA, which ends the process
+    value("conv: padding expected ints < 2**31, got 2147483648", conv, X, W, padding=2**31),
+    value("conv: stride expected ints < 2**31, got 18446744073709551616", conv, X, W, stride=2**64),
+    value("conv: the padded picture would have spatial dims (2000006, 2000006), more than 2**31 - 1 entries", conv,
+          X, W, padding=10**6),
+    value("max_pool: window expected ints < 2**31, got 1099511627776", max_pool, X, 2**40, padding="SAME"),
+    value("max_pool: the padded picture would have spatial dims (65536, 65536), more than 2**31 - 1 entries",
+          pool_window, "max_pool", (2**16, 2**16), 2**16, None, 0, 1, False),
+    value("conv_transpose: the result would have spatial dims (5000003, 5000003), more than 2**31 - 1 entries",
+          conv_transpose, X, BACK, stride=10**6),
+    value("kron_up: the result would have spatial dims (6000000, 6000000), more than 2**31 - 1 entries", kron_up, X,
+          10**6),
+    value("max_unpool: the result would have spatial dims (100000, 100000), more than 2**31 - 1 entries", max_unpool, X,
+          np.zeros(X.shape, np.int32), 10**5),
+    value("adaptive_max_pool: the result would have spatial dims (100000, 100000), more than 2**31 - 1 entries",
+          adaptive_max_pool, X, 10**5),
     # conv_transpose
     value("conv_transpose: x expected (N, *spatial, C) with 1, 2 or 3 spatial dims, got shape (6, 4)", conv_transpose,
           X[0, 0], BACK),

@@ -76,6 +76,15 @@ def remainder_in_front(call, delta):
     return jnp.roll(delta_x, win.shape[0] - win.span[0], axis=1), *others
 
 
+def remainder_dropped(call, delta):
+    """∂E/∂w of the picture without its first entries, as many as are left over at its end."""
+    x, w, b = call.inputs
+    delta_x, _, grad_b = call.exact(delta)
+    win = call.geometry.window
+    cut = jnp.roll(x, win.span[0] - win.shape[0], axis=1)
+    return delta_x, with_inputs(call, delta, cut, w, b)[1], grad_b
+
+
 def groups_swapped(call, delta):
     delta_x, grad_w, grad_b = call.exact(delta)
     parts = jnp.split(grad_w, call.geometry.groups, axis=-1)
@@ -331,6 +340,7 @@ PLANTED = [
     Planted("conv: channels of the patch swapped", row("conv", (2, 5, 6, 3), (3, 2, 3, 3)), channels_swapped, LINEAR),
     Planted("conv: padding off by one", row("conv", (2, 5, 6, 3), (3, 2, 3, 4), padding=1), padding_off_by_one, LINEAR),
     Planted("conv: remainder in front", row("conv", (2, 8, 9, 3), (3, 2, 3, 4), stride=2), remainder_in_front, LINEAR),
+    Planted("conv: remainder dropped", row("conv", (2, 8, 9, 3), (3, 2, 3, 4), stride=2), remainder_dropped, LINEAR),
     Planted("conv: groups swapped", row("conv", (2, 5, 6, 4), (3, 2, 2, 6), groups=2), groups_swapped, LINEAR),
     Planted("conv: multiplier first", row("conv", (2, 5, 6, 3), (3, 2, 1, 6), groups=3), multiplier_first, LINEAR),
     Planted("conv: mean of pictures", row("conv", (2, 5, 6, 3), (3, 2, 3, 4)), mean_of_pictures, LINEAR),

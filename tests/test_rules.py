@@ -40,6 +40,11 @@ def test_weak_types_change_nothing(case):
     checks.weak_types_change_nothing(case)
 
 
+@rows(FEW)
+def test_strict_promotion_is_enough(case):
+    checks.strict_promotion_is_enough(case)
+
+
 @rows([case for case in CASES if case.plain is not None])
 def test_rule_against_autodiff(case):
     checks.rule_against_autodiff(case)

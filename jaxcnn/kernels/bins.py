@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxcnn.kernels.windows import accumulator
+from jaxcnn.kernels.dtypes import accumulator
 
 
 @functools.cache

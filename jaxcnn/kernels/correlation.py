@@ -23,9 +23,10 @@ from jax import Array, lax
 
 from jaxcnn.geometry import Correlation, Window
 from jaxcnn.kernels import unrolled, winograd
+from jaxcnn.kernels.dtypes import accumulator, wider
 from jaxcnn.kernels.storage import stored
 from jaxcnn.kernels.threads import ONE_THREAD, on_all_threads
-from jaxcnn.kernels.windows import accumulator, at_tap, divisor, pad_axis, tap_slices
+from jaxcnn.kernels.windows import at_tap, divisor, pad_axis, tap_slices
 
 Lowering = Callable[[Correlation, Array, Array], Array]
 
@@ -60,7 +61,7 @@ def correlate(c: Correlation, x: Array, w: Array) -> Array:
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def spread(c: Correlation, y: Array, w: Array) -> Array:
     """``(N, *shape, I)``, in the wider dtype of the two."""
-    dtype = jnp.promote_types(y.dtype, w.dtype)
+    dtype = wider(y.dtype, w.dtype)
     if y.size == 0 or w.size == 0:
         return jnp.zeros((y.shape[0], *c.window.shape, w.shape[-2] * c.groups), dtype)
     return _run(SPREAD, choose_spread(c, y, w), c, y, w, dtype)
@@ -69,7 +70,7 @@ def spread(c: Correlation, y: Array, w: Array) -> Array:
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def match(c: Correlation, x: Array, y: Array) -> Array:
     """``(*size, I/groups, O)``, in the wider dtype of the two."""
-    dtype = jnp.promote_types(x.dtype, y.dtype)
+    dtype = wider(x.dtype, y.dtype)
     if x.size == 0 or y.size == 0:
         return jnp.zeros((*c.window.size, x.shape[-1] // c.groups, y.shape[-1]), dtype)
     return _run(MATCH, choose_match(c, x, y), c, x, y, dtype)
@@ -80,16 +81,16 @@ def _run(table: dict[str, Lowering], cpu: str, c: Correlation, a: Array, b: Arra
 
     16-bit floats accumulate in float32; on other platforms the units do so by themselves.
     """
-    wide = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), dtype)
-    wider = jnp.promote_types(wide, accumulator(wide))
+    wide = wider(a.dtype, b.dtype, dtype)
+    sums = accumulator(wide)
 
     def on_cpu(a: Array, b: Array) -> Array:
-        return table[cpu](c, a.astype(wider), b.astype(wider)).astype(dtype)
+        return table[cpu](c, a.astype(sums), b.astype(sums)).astype(dtype)
 
     def elsewhere(a: Array, b: Array) -> Array:
         return table["xla"](c, a.astype(wide), b.astype(wide)).astype(dtype)
 
-    if cpu == "xla" and wide == wider:
+    if cpu == "xla" and wide == sums:
         return elsewhere(a, b)
     return lax.platform_dependent(a, b, cpu=on_cpu, default=elsewhere)
 
@@ -162,7 +163,7 @@ def _winograd_pays(c: Correlation, a: Array, inputs: int, outputs: int, *, whole
     """
     default = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     exact = c.precision is not None or default is not None
-    if exact or jnp.promote_types(a.dtype, c.dtype).itemsize > 4 or not applies("winograd", c, inputs):
+    if exact or wider(a.dtype, c.dtype).itemsize > 4 or not applies("winograd", c, inputs):
         return False
     if c.window.size == (3, 3):
         if min(inputs, outputs) < 64 or (whole and not winograd.in_one_block(c, a, inputs, outputs)):

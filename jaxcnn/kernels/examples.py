@@ -24,9 +24,9 @@ from jax import Array, lax
 
 from jaxcnn.geometry import Correlation
 from jaxcnn.kernels.correlation import fit, match
+from jaxcnn.kernels.dtypes import accumulator, wider
 from jaxcnn.kernels.storage import stored
 from jaxcnn.kernels.threads import batched_product
-from jaxcnn.kernels.windows import accumulator
 
 #: What the terms of a ghost norm must come to, of the sum of their sizes.  Nets have a tenth and more.
 KEPT = 1 / 64
@@ -152,5 +152,5 @@ def squares(x: Array) -> Array:
 
 
 def _wide(x: Array, y: Array) -> tuple[Array, Array]:
-    wide = accumulator(jnp.promote_types(x.dtype, y.dtype))
+    wide = accumulator(wider(x.dtype, y.dtype))
     return x.astype(wide), y.astype(wide)

@@ -16,7 +16,7 @@ from jax import Array, lax
 
 from jaxcnn.geometry import Correlation, Window
 from jaxcnn.kernels.correlation import CORRELATE, MATCH
-from jaxcnn.kernels.windows import accumulator
+from jaxcnn.kernels.dtypes import accumulator
 
 METHODS = ("auto", "direct", "fft")
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxcnn.geometry import Window
-from jaxcnn.kernels.windows import accumulator
+from jaxcnn.kernels.dtypes import accumulator
 
 Stretch = tuple[Array, Array, int]
 

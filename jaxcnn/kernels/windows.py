@@ -18,6 +18,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxcnn.geometry import Window
+from jaxcnn.kernels.dtypes import accumulator
 
 #: Windows of up to this many taps are written out tap by tap.
 UNROLLED = 64
@@ -90,7 +91,7 @@ def _largest_long(win: Window, x: Array) -> tuple[Array, Array]:
         y = rows.max(axis + 1)
         wins = (rows == jnp.expand_dims(y, axis + 1)) | (rows != rows)
         inside = win.inside(dim).reshape(win.out[dim], win.size[dim], *(1,) * (rows.ndim - axis - 2))
-        first = jnp.expand_dims(jnp.argmax(wins & inside, axis + 1), axis + 1)
+        first = jnp.expand_dims(lax.argmax(wins & inside, axis + 1, np.int32), axis + 1)
         behind = jnp.take_along_axis(jnp.take(winner, at, axis=axis), first, axis + 1)
         winner = jnp.squeeze(first * number + behind, axis + 1)
         number *= win.size[dim]
@@ -231,11 +232,6 @@ def _reduce_dim(x: Array, axis: int, k: int, stride: int, dilation: int) -> Arra
 
     zero = np.zeros((), x.dtype)
     return lax.reduce_window(x, zero, lax.add, along(k), along(stride), "VALID", window_dilation=along(dilation))
-
-
-def accumulator(dtype: np.dtype) -> np.dtype:
-    """What sums of this dtype are taken in: float32 for 16-bit floats, otherwise itself."""
-    return np.dtype(np.float32) if dtype.itemsize < 4 else np.dtype(dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

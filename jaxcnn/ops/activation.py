@@ -15,8 +15,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxcnn.geometry import fail, static_bool, static_float
+from jaxcnn.kernels.dtypes import accumulator
 from jaxcnn.kernels.storage import stored, stored_if_small
-from jaxcnn.kernels.windows import accumulator
 from jaxcnn.ops.rule import Rule, arrays, with_rule
 
 
@@ -212,7 +212,8 @@ def _activation_fwd(activation: Activation, x: Array) -> Any:
 
 def _activation_bwd(activation: Activation, kept: Array, delta: Array) -> Any:
     """δ_x = δ ∘ g'(x)."""
-    return (delta * _TABLE[activation.name].slope(kept, _of(activation.constant, delta)),)
+    slope = _TABLE[activation.name].slope(kept, _of(activation.constant, delta))
+    return (jnp.where(slope, delta, 0) if slope.dtype == bool else delta * slope,)
 
 
 _activation.defvjp(_activation_fwd, _activation_bwd)

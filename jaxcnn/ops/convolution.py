@@ -29,6 +29,7 @@ from jaxcnn.geometry import (
     PerDim,
     Window,
     fail,
+    not_too_many,
     pad_widths,
     positive,
     static_int,
@@ -36,6 +37,7 @@ from jaxcnn.geometry import (
     window,
 )
 from jaxcnn.kernels import correlation as kernels
+from jaxcnn.kernels.dtypes import accumulator, wider
 from jaxcnn.ops.rule import Rule, arrays, autodiff, picture, with_rule
 
 
@@ -280,7 +282,7 @@ def conv_transpose(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _conv_transpose(c: Correlation, x: Array, w: Array, b: Array | None) -> Array:
-    wide = jnp.promote_types(x.dtype, c.dtype)
+    wide = wider(x.dtype, c.dtype)
     return _with_bias(kernels.spread(c, x.astype(wide), w).astype(c.dtype), b)
 
 
@@ -369,7 +371,11 @@ def _extend_plain(mode: str, widths: tuple[tuple[int, int], ...], x: Array) -> A
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _fold(mode: str, widths: tuple[tuple[int, int], ...], delta: Array) -> Array:
-    """The adjoint of `_extend`: what lies past the borders is added to the entries it shows."""
+    """The adjoint of `_extend`: what lies past the borders is added to the entries it shows.
+
+    Of 16 bits in float32; but each of what is added was rounded before.
+    """
+    dtype, delta = delta.dtype, delta.astype(accumulator(delta.dtype))
     for axis, (lo, hi) in enumerate(widths, start=1):
         n = delta.shape[axis] - lo - hi
         part = functools.partial(lax.slice_in_dim, delta, axis=axis)
@@ -384,7 +390,7 @@ def _fold(mode: str, widths: tuple[tuple[int, int], ...], delta: Array) -> Array
                 _put(after.sum(axis, keepdims=True), axis, n - 1, n),
             )
         delta = inner + ends[0] + ends[1]
-    return delta
+    return delta.astype(dtype)
 
 
 def _fold_fwd(mode: str, widths: tuple[tuple[int, int], ...], delta: Array) -> Any:
@@ -489,6 +495,7 @@ def _transposed_geometry(
         )
     if min(sizes) < 1:
         fail(op, f"padding {pads} leaves nothing: the result would have spatial dims {sizes}; {shapes}")
+    not_too_many(op, "the result", sizes)
     result, precision = _result_dtype(op, x.dtype if dtype is None else dtype), _precision(op, precision)
     return Correlation(Window(sizes, k, s, pads, d), groups, result, precision)
 
@@ -546,12 +553,11 @@ def _channels_last(
     of_x, of_w, of_y = layouts
     space = "".join(d for d in of_w if d not in "OI")
     for name, layout, array, letters in (("x", of_x, x, "NC"), ("w", of_w, w, "OI"), ("y", of_y, x, "NC")):
-        if sorted(layout) != sorted(letters + space) or len(set(layout)) != len(layout) or len(layout) != array.ndim:
-            fail(
-                op,
-                f"dimension_numbers expected the {array.ndim} letters {letters + space!r} for {name}, "
-                f"got {layout!r} of {tuple(layouts)!r}",
-            )
+        if sorted(layout) != sorted(letters + space) or len(set(layout)) != len(layout):
+            expected = f"the {len(letters + space)} letters {letters + space!r}"
+            fail(op, f"dimension_numbers expected {expected} for {name}, got {layout!r} of {tuple(layouts)!r}")
+        if len(layout) != array.ndim:
+            fail(op, f"{name} expected {len(layout)} dims, as dimension_numbers {tuple(layouts)!r}; got {array.shape}")
     x = jnp.transpose(x, [of_x.index(d) for d in f"N{space}C"])
     w = jnp.transpose(w, [of_w.index(d) for d in f"{space}IO"])
     return x, w, tuple(f"N{space}C".index(d) for d in of_y)

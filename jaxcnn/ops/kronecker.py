@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxcnn.geometry import PerDim, Window, fail, positive
+from jaxcnn.geometry import PerDim, Window, fail, not_too_many, positive
 from jaxcnn.ops.pooling import window_spread, window_sum
 from jaxcnn.ops.rule import Rule, arrays, picture, with_rule
 
@@ -99,9 +99,9 @@ def kron_up(x: ArrayLike, factor: PerDim, *, rule: Rule | None = None) -> Array:
     (x,) = arrays("kron_up", x=x)
     spatial = picture("kron_up", x)
     k = positive("kron_up", "factor", factor, len(spatial))
-    return with_rule(_kron_up, rule, _kron_up_plain)(
-        _blocks(tuple(n * f for n, f in zip(spatial, k, strict=True)), k), x
-    )
+    grown = tuple(n * f for n, f in zip(spatial, k, strict=True))
+    not_too_many("kron_up", "the result", grown)
+    return with_rule(_kron_up, rule, _kron_up_plain)(_blocks(grown, k), x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

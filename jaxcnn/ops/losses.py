@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxcnn.geometry import fail
-from jaxcnn.kernels.windows import accumulator
+from jaxcnn.kernels.dtypes import accumulator
 from jaxcnn.ops.rule import Rule, array, arrays, with_rule
 
 
@@ -198,7 +198,7 @@ def _cross_entropy_of_labels_fwd(geometry: None, logits: Array, labels: Array) -
 def _cross_entropy_of_labels_bwd(geometry: None, saved: Any, delta: Array) -> Any:
     """δ_logits = δ(p − onehot(label))."""
     p, labels = saved
-    onehot = jnp.arange(p.shape[-1]) == labels[..., None]
+    onehot = jnp.arange(p.shape[-1], dtype=labels.dtype) == labels[..., None]
     known = jnp.where(_known(labels, p), _wide(delta)[..., None], jnp.nan)
     return (known * jnp.where(onehot, p - 1, p)).astype(delta.dtype), None
 

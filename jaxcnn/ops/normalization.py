@@ -28,8 +28,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxcnn.geometry import fail, static_float, static_int
+from jaxcnn.kernels.dtypes import accumulator
 from jaxcnn.kernels.sums import sum_computed
-from jaxcnn.kernels.windows import accumulator
 from jaxcnn.ops.rule import Rule, array, arrays, with_rule
 
 

@@ -26,6 +26,7 @@ from jaxcnn.geometry import (
     PerDim,
     Window,
     fail,
+    not_too_many,
     pad_widths,
     positive,
     static_bool,
@@ -34,6 +35,7 @@ from jaxcnn.geometry import (
 )
 from jaxcnn.kernels import bins
 from jaxcnn.kernels import windows as kernels
+from jaxcnn.kernels.dtypes import accumulator
 from jaxcnn.kernels.storage import stored
 from jaxcnn.ops.rule import Rule, array, arrays, picture, with_rule
 
@@ -270,6 +272,7 @@ def max_unpool(
         expected = "expected y and indices (N, *out, C) with 1, 2 or 3 spatial dims"
         fail(op, f"{expected}, got y {y.shape}, indices {at.shape}")
     spatial = positive(op, "spatial_shape", spatial_shape, y.ndim - 2)
+    not_too_many(op, "the result", spatial)
     entries = math.prod(spatial)
     if not isinstance(indices, jax.core.Tracer) and indices.size:
         seen = np.asarray(indices)  # inside a trace of something else, jnp would trace this too
@@ -383,7 +386,7 @@ class Average:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _avg_pool(average: Average, x: Array) -> Array:
-    return average.divided(window_sum(average.window, x.astype(kernels.accumulator(x.dtype)))).astype(x.dtype)
+    return average.divided(window_sum(average.window, x.astype(accumulator(x.dtype)))).astype(x.dtype)
 
 
 def _avg_pool_fwd(average: Average, x: Array) -> Any:
@@ -392,7 +395,7 @@ def _avg_pool_fwd(average: Average, x: Array) -> Any:
 
 def _avg_pool_bwd(average: Average, saved: None, delta: Array) -> Any:
     """δ_x = up(δ / count)."""
-    shares = average.divided(delta.astype(kernels.accumulator(delta.dtype)))
+    shares = average.divided(delta.astype(accumulator(delta.dtype)))
     return (window_spread(average.window, shares).astype(delta.dtype),)
 
 
@@ -400,7 +403,7 @@ _avg_pool.defvjp(_avg_pool_fwd, _avg_pool_bwd)
 
 
 def _avg_pool_plain(average: Average, x: Array) -> Array:
-    win, wide = average.window, x.astype(kernels.accumulator(x.dtype))
+    win, wide = average.window, x.astype(accumulator(x.dtype))
 
     def around(inner: tuple[int, ...]) -> tuple[int, ...]:
         return (1, *inner, 1)
@@ -523,19 +526,19 @@ class Norm:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _lp_pool(norm: Norm, x: Array) -> Array:
-    wide = x.astype(kernels.accumulator(x.dtype))
+    wide = x.astype(accumulator(x.dtype))
     return norm.root(norm.whole(window_sum(norm.average.window, norm.power(wide)))).astype(x.dtype)
 
 
 def _lp_pool_fwd(norm: Norm, x: Array) -> Any:
     # Kept unrounded: y^(1−p) of a 16-bit y would be off by p − 1 times its rounding.
-    y = _lp_pool(norm, x.astype(kernels.accumulator(x.dtype)))
+    y = _lp_pool(norm, x.astype(accumulator(x.dtype)))
     return y.astype(x.dtype), (x, y)
 
 
 def _lp_pool_bwd(norm: Norm, saved: Any, delta: Array) -> Any:
     """δ_x = x^(p−1) ∘ up(δ·y^(1−p)), and 0 where y = 0."""
-    x, y, delta = (a.astype(kernels.accumulator(a.dtype)) for a in (*saved, delta))
+    x, y, delta = (a.astype(accumulator(a.dtype)) for a in (*saved, delta))
     shares = jnp.where(y == 0, 0, delta / norm.power(jnp.where(y == 0, 1, y), less=1))
     delta_x = norm.power(x, less=1) * window_spread(norm.average.window, norm.whole(shares))
     return (delta_x.astype(saved[0].dtype),)
@@ -546,7 +549,7 @@ _lp_pool.defvjp(_lp_pool_fwd, _lp_pool_bwd)
 
 def _lp_pool_plain(norm: Norm, x: Array) -> Array:
     """`lp_pool` in stock JAX."""
-    wide = x.astype(kernels.accumulator(x.dtype))
+    wide = x.astype(accumulator(x.dtype))
     mean = _avg_pool_plain(norm.average, norm.power(wide))
     return norm.root(mean * norm.average.window.entries).astype(x.dtype)
 
@@ -568,7 +571,7 @@ def global_max_pool(x: ArrayLike, *, rule: Rule | None = None) -> Array:
            [10., 11.]], dtype=float32)
     """
     (x,) = arrays("global_max_pool", x=x)
-    win = _equal_windows("global_max_pool", x, 1)
+    win = _equal_windows(_bins("global_max_pool", x, 1))
     return with_rule(_max_pool, rule, max_pool_plain, "global_max_pool")(win, x).reshape(x.shape[0], x.shape[-1])
 
 
@@ -585,7 +588,7 @@ def global_avg_pool(x: ArrayLike, *, rule: Rule | None = None) -> Array:
            [8., 9.]], dtype=float32)
     """
     (x,) = arrays("global_avg_pool", x=x)
-    win = _equal_windows("global_avg_pool", x, 1)
+    win = _equal_windows(_bins("global_avg_pool", x, 1))
     average = Average(win, win.padding)
     return with_rule(_avg_pool, rule, _avg_pool_plain, "global_avg_pool")(average, x).reshape(x.shape[0], x.shape[-1])
 
@@ -611,10 +614,9 @@ def adaptive_max_pool(x: ArrayLike, size: PerDim, *, rule: Rule | None = None) -
     """
     op = "adaptive_max_pool"
     (x,) = arrays(op, x=x)
-    sizes = Bins(picture(op, x), positive(op, "size", size, x.ndim - 2))
+    sizes = _bins(op, x, size)
     if sizes.equal:  # the windows of `max_pool`, whose residual is a byte
-        return with_rule(_max_pool, rule, max_pool_plain, op)(_equal_windows(op, x, sizes.size), x)
-    _equal_windows(op, x, 1)
+        return with_rule(_max_pool, rule, max_pool_plain, op)(_equal_windows(sizes), x)
     return with_rule(_adaptive_max_pool, rule, _adaptive_max_pool_plain)(sizes, x)
 
 
@@ -639,11 +641,10 @@ def adaptive_avg_pool(x: ArrayLike, size: PerDim, *, rule: Rule | None = None) -
     """
     op = "adaptive_avg_pool"
     (x,) = arrays(op, x=x)
-    sizes = Bins(picture(op, x), positive(op, "size", size, x.ndim - 2))
+    sizes = _bins(op, x, size)
     if sizes.equal:
-        win = _equal_windows(op, x, sizes.size)
+        win = _equal_windows(sizes)
         return with_rule(_avg_pool, rule, _avg_pool_plain, op)(Average(win, win.padding), x)
-    _equal_windows(op, x, 1)
     return with_rule(_adaptive_avg_pool, rule, _adaptive_avg_pool_plain)(sizes, x)
 
 
@@ -721,7 +722,7 @@ def _adaptive_max_pool_plain(sizes: Bins, x: Array) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _adaptive_avg_pool(sizes: Bins, x: Array) -> Array:
-    wide = x.astype(kernels.accumulator(x.dtype))
+    wide = x.astype(accumulator(x.dtype))
     return sizes.divided(bin_sum(sizes.shape, sizes.size, wide)).astype(x.dtype)
 
 
@@ -731,7 +732,7 @@ def _adaptive_avg_pool_fwd(sizes: Bins, x: Array) -> Any:
 
 def _adaptive_avg_pool_bwd(sizes: Bins, saved: None, delta: Array) -> Any:
     """δ_x = up(δ / count)."""
-    shares = sizes.divided(delta.astype(kernels.accumulator(delta.dtype)))
+    shares = sizes.divided(delta.astype(accumulator(delta.dtype)))
     return (bin_sum(sizes.size, sizes.shape, shares).astype(delta.dtype),)
 
 
@@ -740,7 +741,7 @@ _adaptive_avg_pool.defvjp(_adaptive_avg_pool_fwd, _adaptive_avg_pool_bwd)
 
 def _adaptive_avg_pool_plain(sizes: Bins, x: Array) -> Array:
     """In stock JAX, dim by dim."""
-    y = x.astype(kernels.accumulator(x.dtype))
+    y = x.astype(accumulator(x.dtype))
     for axis, (n, m) in enumerate(zip(sizes.shape, sizes.size, strict=True), start=1):
         parts = [jnp.take(y, at[own], axis).mean(axis) for at, own in zip(*bins.bins(n, m), strict=True)]
         y = jnp.stack(parts, axis)
@@ -765,12 +766,18 @@ def _bin_sum_bwd(shape: tuple[int, ...], size: tuple[int, ...], saved: None, del
 bin_sum.defvjp(_bin_sum_fwd, _bin_sum_bwd)
 
 
-def _equal_windows(op: str, x: Array, size: PerDim) -> Window:
-    """Side by side, as many as ``size``."""
+def _bins(op: str, x: Array, size: PerDim) -> Bins:
     spatial = picture(op, x)
     if not all(spatial):
         fail(op, f"x expected spatial dims >= 1, got shape {x.shape}")
     wanted = positive(op, "size", size, len(spatial))
+    not_too_many(op, "the result", wanted)
+    return Bins(spatial, wanted)
+
+
+def _equal_windows(sizes: Bins) -> Window:
+    """Side by side, as many as ``size``."""
+    spatial, wanted = sizes.shape, sizes.size
     each = tuple(n // m for n, m in zip(spatial, wanted, strict=True))
     return Window(spatial, each, each, ((0, 0),) * len(spatial), (1,) * len(spatial))
 
@@ -792,6 +799,4 @@ def pool_window(
     )  # fmt: skip
     if not all(win.inside(dim).any(1).all() for dim in range(win.ndim)):
         fail(op, f"a window lies wholly in padding; window {win.size}, padding {win.padding}, spatial dims {spatial}")
-    if math.prod(win.size) >= 2**32:
-        fail(op, f"window expected fewer than 2**32 entries, got {win.size}")
     return win

@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 
 from jaxcnn.geometry import Window, fail
 from jaxcnn.kernels import fourier, moments
-from jaxcnn.kernels.windows import accumulator
+from jaxcnn.kernels.dtypes import accumulator
 from jaxcnn.ops import pooling
 from jaxcnn.ops.rule import Rule, arrays, with_rule
 

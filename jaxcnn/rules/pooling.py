@@ -12,6 +12,7 @@ from jax import Array
 
 from jaxcnn.geometry import Window
 from jaxcnn.kernels import windows
+from jaxcnn.kernels.dtypes import accumulator
 from jaxcnn.ops.pooling import window_spread, window_sum
 from jaxcnn.ops.rule import Call
 from jaxcnn.rules.fitting import InHiddenLayer, check_fits
@@ -71,7 +72,7 @@ def proportional(call: Call, delta: Array) -> tuple[Array, ...]:
         return InHiddenLayer(pool=proportional)(call, delta)
     check_fits(proportional, call, "max_pool", "hidden_layer")
     win, (x,) = call.geometry, call.inputs
-    size, wide = (a.astype(windows.accumulator(a.dtype)) for a in (jnp.abs(x), delta))
+    size, wide = (a.astype(accumulator(a.dtype)) for a in (jnp.abs(x), delta))
     total, count = window_sum(win, size), window_sum(win, jnp.ones((1, *win.shape, 1), size.dtype))
     shares = jnp.where(total > 0, wide / jnp.where(total > 0, total, 1), 0)
     even = jnp.where(total > 0, 0, wide / count)
@@ -98,7 +99,7 @@ def even_split(call: Call, delta: Array) -> tuple[Array, ...]:
     check_fits(even_split, call, "max_pool", "hidden_layer")
     win, (x,), y = call.geometry, call.inputs, call.output
     won = [((entry == y) | jnp.isnan(entry)) & inside for entry, inside in _entries(win, x)]
-    wide = windows.accumulator(delta.dtype)
+    wide = accumulator(delta.dtype)
     share = delta.astype(wide) / functools.reduce(operator.add, (w.astype(wide) for w in won))
     sent = (windows.at_tap(win, tap, jnp.where(w, share, 0)) for tap, w in zip(win.taps(), won, strict=True))
     return (windows.unpad(win, functools.reduce(operator.add, sent)),)

@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxcnn.geometry import fail, static_bool, static_float, static_int
-from jaxcnn.kernels.windows import accumulator
+from jaxcnn.kernels.dtypes import accumulator
 from jaxcnn.ops.rule import Call
 from jaxcnn.rules.fitting import InHiddenLayer, check_fits
 
