@@ -1,9 +1,12 @@
 """PyTorch, over geometries that Hypothesis draws: the same each time; `make fuzz` draws others, as many as wanted."""
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from tests.cases import row
 from tests.conformance import fuzz
-from tests.conformance.geometries import STRATEGIES
+from tests.conformance.geometries import STRATEGIES, agree
 from tests.conformance.summary import agreed
 
 #: Geometries in all, and where they begin: `make fuzz` begins at 0.
@@ -15,3 +18,17 @@ def test_drawn_geometries(op, seed, count, record_property):
     found = fuzz.turn(op, seed, count)
     assert not found.mismatches, "\n".join(found.mismatches)
     agreed(record_property, "PyTorch, geometries drawn by Hypothesis", op, len(found.compared))
+
+
+#: What `make fuzz` has found: copies of a repeated picture whose δ were added in bfloat16; sums that nearly cancel.
+FOUND = [
+    (row("depthwise_conv", (3, 1, 1, 1, 2), (3, 2, 3, 1, 4), (4,), stride=(3, 3, 1), padding="REPLICATE",
+         dilation=(1, 3, 1)), jnp.bfloat16),
+    (row("depthwise_conv", (1, 2, 2), (5, 1, 2), padding="REPLICATE", dilation=(1,)), jnp.bfloat16),
+    (row("conv", (3, 16, 5), (3, 5, 1), (1,), stride=(1,), padding=((1, 2),), dilation=(3,)), np.float32),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "dtype"), FOUND, ids=str)
+def test_found_geometries(case, dtype):
+    agree([(case, dtype)])
