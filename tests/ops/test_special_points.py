@@ -106,9 +106,13 @@ def test_relu_slope_at_zero_and_nan_is_zero():
     assert delta_x(jaxcnn.relu, np.array([0.0, -0.0, NAN, INF, -INF]), delta).tolist() == [0, 0, 0, 11, 0]
 
 
-def test_relu_stops_delta_that_is_not_finite():
+@pytest.mark.parametrize(
+    ("op", "x"),
+    [(jaxcnn.relu, [-1.0, -1.0, 1.0]), (jaxcnn.relu6, [-1.0, 7.0, 1.0]), (jaxcnn.hard_tanh, [-2.0, 2.0, 0.5])],
+)
+def test_masks_stop_delta_that_is_not_finite(op, x):
     """A mask, not a product: 0·∞ would be NaN.  Not compiled, for XLA makes a mask of a product with a bool."""
-    _, pull = jax.vjp(jaxcnn.relu, np.array([-1.0, -1.0, 1.0]))
+    _, pull = jax.vjp(op, np.array(x))
     assert pull(jnp.array([INF, NAN, INF]))[0].tolist() == [0, 0, INF]
 
 
