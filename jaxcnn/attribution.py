@@ -44,7 +44,7 @@ from jaxcnn.layers import (
     Relu,
     _Activation,
 )
-from jaxcnn.net import Residual, Rules, Serial, _check_rules, _located, _rule_for, _rule_of_sum
+from jaxcnn.net import Residual, Rules, Serial, _check_rules, _located, _rule_for, _rule_of_sum, expect_net
 from jaxcnn.ops.rule import Call, Rule, array, arrays, autodiff, one_key, picture
 from jaxcnn.rules.relevance import AlphaBeta, Epsilon, Gamma, ZBox, ZPlus, passed, rescale
 
@@ -92,6 +92,7 @@ def attribute(
     >>> jaxcnn.attribute(net, params, x, jnp.array([3, 7]), method="grad_cam", layer="hidden_layer1").shape
     (2, 13, 13)
     """
+    expect_net("attribute", net)
     method = ("gradient" if rules is None else "relevance") if method is None else method
     if method not in METHODS:
         _fail(f"method expected {', '.join(METHODS)}; got {method!r}")

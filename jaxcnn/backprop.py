@@ -13,7 +13,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxcnn.layers import Params
-from jaxcnn.net import Rules, Serial
+from jaxcnn.net import Rules, Serial, expect_net
 from jaxcnn.taps import Collector, probe
 
 
@@ -60,7 +60,8 @@ def backprop(
         key: from `jax.random.key`; its presence means training (dropout is on).
         rules: other backward halves, as in `Serial.apply`: the sweep shows the δ that they send.
 
-    Raises: what the net and the error raise; TypeError if ``error`` returns no floating array, ValueError as in `tap`.
+    Raises: what the net and the error raise; TypeError for what is no net or no function, and if ``error`` returns no
+    floating array; ValueError as in `tap`.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -74,6 +75,9 @@ def backprop(
     >>> sweep.deltas["relu1"].shape, sweep.gradients["conv1"]["w"].shape
     ((8, 3, 3, 4), (3, 3, 1, 4))
     """
+    expect_net("backprop", net)
+    if not callable(error):
+        raise TypeError(f"backprop: error expected a function of the net's outputs, got {error!r}")
 
     def mean_error(params: Params) -> Array:
         found = jnp.asarray(error(net.apply(params, x, key=key, rules=rules)))

@@ -18,7 +18,7 @@ from jax import Array
 
 from jaxcnn.geometry import PADDING_MODES, fail
 from jaxcnn.layers import BatchNorm, Conv, ConvTranspose, Dense, DepthwiseConv, HiddenLayer, Layer, Params
-from jaxcnn.net import Serial
+from jaxcnn.net import Serial, expect_net
 
 #: Layers that can take what comes after them, and what comes before.
 _TAKE_AFTER = (Conv, DepthwiseConv, ConvTranspose, Dense)
@@ -52,6 +52,7 @@ def fold_batch_norm(net: Serial, params: Params, *, leave: Container[str] = ()) 
     >>> bool(jnp.allclose(folded.apply(of_folded, x), net.apply(params, x), atol=1e-5))
     True
     """
+    expect_net("fold_batch_norm", net)
     return _folded(net, params, "", leave)
 
 

@@ -83,7 +83,9 @@ class Serial(Layer):
             one_key("serial", key)
         for i, (name, layer) in enumerate(self.layers):
             here = f"{path}{name}"
-            own = params.get(name, {})
+            own: Any = params.get(name, {})
+            if not isinstance(own, Mapping):
+                raise TypeError(f"{here}: params expected a dict as init makes it, got {type(own).__name__}")
             part = None if key is None else jax.random.fold_in(key, i)
             if isinstance(layer, Serial):
                 x = layer.apply(own, x, key=part, rules=rules, path=f"{here}/")
@@ -261,6 +263,12 @@ def _named(op: str, layers: tuple[Layer, ...]) -> tuple[tuple[str, Layer], ...]:
             raise ValueError(f"{op}: expected names that differ and hold no '/', got {name!r}")
         named[name] = layer
     return tuple(named.items())
+
+
+def expect_net(op: str, net: Any) -> None:
+    """TypeError for what is none."""
+    if not isinstance(net, Serial):
+        raise TypeError(f"{op}: net expected what serial returns, got {net!r}")
 
 
 def _rule_for(rules: Rules | None, name: str, layer: Layer) -> Rule | None:

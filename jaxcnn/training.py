@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from jaxcnn.geometry import fail, static_int
 from jaxcnn.kernels.dtypes import wider
 from jaxcnn.layers import BatchNorm, Params
-from jaxcnn.net import Rules, Serial
+from jaxcnn.net import Rules, Serial, expect_net
 from jaxcnn.ops.rule import one_key
 
 #: Error of each example: (outputs, targets) → (N, …).
@@ -42,6 +42,8 @@ class TrainState:
         cls, net: Serial, optimizer: optax.GradientTransformation, key: Array, input_shape: tuple[int, ...]
     ) -> "TrainState":
         """The state before the first step; ``input_shape`` is one example's."""
+        expect_net("TrainState.create", net)
+        _expect_optimizer("TrainState.create", optimizer)
         init_key, train_key = jax.random.split(one_key("TrainState.create", key))
         params = net.init(init_key, input_shape)
         return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params), train_key)
@@ -78,8 +80,8 @@ def make_train_step(
         rules: other backward halves, as in `Serial.apply`.
         microbatch: how many examples at a time; None: all.  What remains of the batch goes last.
 
-    Raises: TypeError or ValueError for a microbatch that is no int >= 1; when the step is first called, what the layers
-    and the loss raise for shapes and dtypes that do not fit.
+    Raises: TypeError for what is no net, function or optimizer, TypeError or ValueError for a microbatch that is no
+    int >= 1; when the step is first called, what the layers and the loss raise for shapes and dtypes that do not fit.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -108,6 +110,9 @@ def make_train_step(
     >>> int(state.step)
     6
     """
+    expect_net("make_train_step", net)
+    _expect_function("make_train_step", "loss", loss)
+    _expect_optimizer("make_train_step", optimizer)
     if microbatch is not None and static_int("make_train_step", "microbatch", microbatch, microbatch) < 1:
         fail("make_train_step", f"microbatch expected an int >= 1, got {microbatch}")
 
@@ -169,7 +174,7 @@ def _accumulated(mean: Callable[[Batch, Array], Any], batch: Batch, key: Array, 
 def evaluate(net: Serial, loss: Loss, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
     """Mean loss, and accuracy where targets are integer labels, over all examples of ``batches``; dropout is off.
 
-    Raises: ValueError if there are no examples.
+    Raises: ValueError if there are no examples, TypeError for what is no net or no function.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -179,6 +184,8 @@ def evaluate(net: Serial, loss: Loss, params: Params, batches: Iterable[Batch]) 
     >>> jaxcnn.evaluate(net, jaxcnn.squared_error, params, [(jnp.zeros((4, 2)), jnp.ones((4, 1)))])
     {'loss': 1.0}
     """
+    expect_net("evaluate", net)
+    _expect_function("evaluate", "loss", loss)
     run = _evaluator(net, loss)
     totals: dict[str, float] = {}
     examples = 0
@@ -237,6 +244,9 @@ def calibrate(net: Serial, params: Params, batches: Iterable[Batch]) -> Params:
     >>> net.apply(calibrated, jnp.array([[3.0]]))
     Array([[0.]], dtype=float32)
     """
+    expect_net("calibrate", net)
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"calibrate: batches expected (x, targets) pairs, got {batches!r}")
     paths = [path for path, layer in net.walk() if isinstance(layer, BatchNorm)]
     if iter(batches) is batches and paths:
         raise TypeError(
@@ -295,6 +305,16 @@ def _with(params: Params, path: list[str], found: Params) -> Params:
     if not path:
         return {**params, **found}
     return {**params, path[0]: _with(params.get(path[0], {}), path[1:], found)}
+
+
+def _expect_function(op: str, name: str, value: Any) -> None:
+    if not callable(value):
+        raise TypeError(f"{op}: {name} expected a function (outputs, targets), got {value!r}")
+
+
+def _expect_optimizer(op: str, value: Any) -> None:
+    if not (hasattr(value, "init") and hasattr(value, "update")):
+        raise TypeError(f"{op}: optimizer expected one from optax, got {value!r}")
 
 
 def _are_labels(outputs: Array, targets: Any) -> bool:

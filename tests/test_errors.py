@@ -641,6 +641,7 @@ def applied(params=None, x=np.ones((2, *SHAPE), np.float32), **options):  # noqa
     return NET.apply(NET.init(KEY, SHAPE) if params is None else params, x, **options)
 
 
+SGD = optax.sgd(0.1)
 NET = serial(Conv(4, 3), residual(Conv(4, 3, padding="SAME"), Relu()), Flatten(), Dropout(0.5), Dense(10))
 AUTO = jaxcnn.rules.autodiff
 
@@ -727,6 +728,30 @@ NETS = [
     kind("conv: x expected a floating dtype, got uint8", applied, x=np.ones((2, *SHAPE), np.uint8)),
     kind("conv: expected one dtype for all arrays, got x float64, w float32", applied, x=np.ones((2, *SHAPE))),
     kind("serial: x expected an array, got None", applied, x=None),
+    kind("conv1: params expected a dict as init makes it, got NoneType", applied, {"conv1": None}),
+    kind("residual1/conv1: params expected a dict as init makes it, got list", applied,
+         {"conv1": NET.init(KEY, SHAPE)["conv1"], "residual1": {"conv1": [1, 2]}}),
+    # no nets, functions, optimizers
+    kind("make_train_step: net expected what serial returns, got 3", jaxcnn.make_train_step, 3, labelled, SGD),
+    kind("make_train_step: loss expected a function (outputs, targets), got None", jaxcnn.make_train_step, NET, None,
+         SGD),
+    kind("make_train_step: optimizer expected one from optax, got 0.1", jaxcnn.make_train_step, NET, labelled, 0.1),
+    kind("TrainState.create: net expected what serial returns, got Relu(name=None)", jaxcnn.TrainState.create, Relu(),
+         SGD, KEY, SHAPE),
+    kind("TrainState.create: optimizer expected one from optax, got 'adam'", jaxcnn.TrainState.create, NET, "adam", KEY,
+         SHAPE),
+    kind("evaluate: net expected what serial returns, got None", jaxcnn.evaluate, None, labelled, {}, []),
+    kind("evaluate: loss expected a function (outputs, targets), got 3", jaxcnn.evaluate, NET, 3, {}, []),
+    kind("calibrate: net expected what serial returns, got None", jaxcnn.calibrate, None, {}, []),
+    kind("calibrate: batches expected (x, targets) pairs, got 3", calibrated, 3),
+    kind("backprop: net expected what serial returns, got 3", jaxcnn.backprop, 3, {}, X, jnp.sum),
+    kind("backprop: error expected a function of the net's outputs, got 3", jaxcnn.backprop, NET, {}, X, 3),
+    kind("per_example_gradients: net expected what serial returns, got 3", jaxcnn.per_example_gradients, 3, {}, X, X,
+         labelled),
+    kind("per_example_norms: loss expected a function (outputs, targets), got 3", jaxcnn.per_example_norms, NET, {}, X,
+         X, 3),
+    kind("fold_batch_norm: net expected what serial returns, got 3", jaxcnn.fold_batch_norm, 3, {}),
+    kind("attribute: net expected what serial returns, got 3", jaxcnn.attribute, 3, {}, X, 0),
     # given rules
     value("rules: expected names of layers, got 'conv2'; the nearest are conv1, residual1/conv1, dense1", applied,
           rules={"conv2": AUTO}),
