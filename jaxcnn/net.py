@@ -83,7 +83,7 @@ class Serial(Layer):
             one_key("serial", key)
         for i, (name, layer) in enumerate(self.layers):
             here = f"{path}{name}"
-            own: Any = params.get(name, {})
+            own: Params = params.get(name, {})
             if not isinstance(own, Mapping):
                 raise TypeError(f"{here}: params expected a dict as init makes it, got {type(own).__name__}")
             part = None if key is None else jax.random.fold_in(key, i)
