@@ -29,6 +29,7 @@ from jax.typing import ArrayLike
 
 from jaxcnn.geometry import fail, static_float, static_int
 from jaxcnn.kernels.dtypes import accumulator
+from jaxcnn.kernels.storage import stored
 from jaxcnn.kernels.sums import sum_computed
 from jaxcnn.ops.rule import Rule, array, arrays, with_rule
 
@@ -224,7 +225,7 @@ def _normalized_bwd(norm: Normalization, saved: Any, delta: Array) -> Any:
     x_hat = (norm.view(x) - m) * r
     g = delta if scale is None else delta * norm.beside(delta, scale)
     delta_x = r * (g - _mean(norm, g) - x_hat * _mean(norm, g * x_hat))
-    grad_scale = None if scale is None else inner(norm, delta, x_hat).reshape(scale.shape).astype(scale.dtype)
+    grad_scale = None if scale is None else _inner_x_hat(norm, delta, x, m, r).reshape(scale.shape).astype(scale.dtype)
     grad_bias = None if bias is None else norm.gathered(delta, bias)
     return delta_x.reshape(x.shape).astype(x.dtype), grad_scale, grad_bias
 
@@ -232,20 +233,34 @@ def _normalized_bwd(norm: Normalization, saved: Any, delta: Array) -> Any:
 _normalized.defvjp(_normalized_fwd, _normalized_bwd)
 
 
+def _inner_x_hat(norm: Normalization, delta: Array, x: Array, m: Array, r: Array) -> Array:
+    """Σ δ·x̂, over the dims that scale does not run along.
+
+    Of groups by channels, for which m and r are written out: XLA:CPU's loops then run along them.
+    """
+    if norm.groups is None:
+        return inner(norm.others(delta), delta, (norm.view(x) - m) * r)
+    channels = (delta.shape[0], *(1,) * (x.ndim - 2), x.shape[-1])
+    of_group = (*m.shape[:-1], delta.shape[-1])
+    m, r = (stored(jnp.broadcast_to(a, of_group).reshape(channels)) for a in (m, r))
+    x = x.astype(delta.dtype)
+    return inner(tuple(range(x.ndim - 1)), delta.reshape(x.shape), (x - m) * r)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def inner(norm: Normalization, a: Array, b: Array) -> Array:
-    """Σ a·b of two views, over the dims that scale does not run along."""
-    return sum_computed(norm.others(a), a * b)
+def inner(dims: tuple[int, ...], a: Array, b: Array) -> Array:
+    """Σ a·b over dims."""
+    return sum_computed(dims, a * b)
 
 
-def _inner_fwd(norm: Normalization, a: Array, b: Array) -> Any:
-    return inner(norm, a, b), (a, b)
+def _inner_fwd(dims: tuple[int, ...], a: Array, b: Array) -> Any:
+    return inner(dims, a, b), (a, b)
 
 
-def _inner_bwd(norm: Normalization, saved: Any, xi: Array) -> Any:
+def _inner_bwd(dims: tuple[int, ...], saved: Any, xi: Array) -> Any:
     """⟨inner(a, b), ξ⟩ = ⟨a, ξ·b⟩ = ⟨b, ξ·a⟩."""
     a, b = saved
-    xi = norm.beside(a, xi)
+    xi = jnp.expand_dims(xi, dims)
     return xi * b, xi * a
 
 
