@@ -13,6 +13,7 @@ XLA:CPU computes wrongly (openxla/xla#48713).
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -26,7 +27,7 @@ from jaxcnn.kernels import unrolled, winograd
 from jaxcnn.kernels.dtypes import accumulator, wider
 from jaxcnn.kernels.storage import stored
 from jaxcnn.kernels.threads import ONE_THREAD, on_all_threads
-from jaxcnn.kernels.windows import at_tap, divisor, pad_axis, tap_slices
+from jaxcnn.kernels.windows import at_tap, divisor, interleaved, meeting, pad_axis, tap_slices
 
 Lowering = Callable[[Correlation, Array, Array], Array]
 
@@ -104,6 +105,7 @@ def applies(lowering: str, c: Correlation, inputs: int) -> bool:
         "patches": c.groups == 1,
         "turned": c.groups == 1,
         "products": c.groups == 1,
+        "phases": c.groups == 1,
         "winograd": winograd.applies(c),
         "by_depth": c.window.ndim == 3,
     }
@@ -358,6 +360,35 @@ def _spread_products(c: Correlation, y: Array, w: Array) -> Array:
     return x.reshape(y.shape[0], *x.shape[2:])
 
 
+def _spread_phases(c: Correlation, y: Array, w: Array) -> Array:
+    """Entries a multiple of the stride apart meet the same taps: for each remainder a convolution of δ as it lies."""
+    win = c.window
+    met = itertools.product(*(meeting(win, dim) for dim in range(win.ndim)))
+    return interleaved(win, [_phase(c, y, w, pairs) for pairs in met])
+
+
+def _phase(c: Correlation, y: Array, w: Array, pairs: Sequence[Sequence[tuple[int, int]]]) -> Array:
+    """What one remainder by the stride makes: of every dim, taps and shifts of δ."""
+    win = c.window
+    length = [-(-n // s) for n, s in zip(win.shape, win.stride, strict=True)]
+    # The later a tap the less δ is shifted, so that the patch is turned.
+    bounds = [(of[-1][1], of[0][1] + n) if of else (0, 0) for of, n in zip(pairs, length, strict=True)]
+    starts = [max(low, 0) for low, _ in bounds]
+    ends = [min(high, out) for (_, high), out in zip(bounds, win.out, strict=True)]
+    if any(end <= start for start, end in zip(starts, ends, strict=True)):
+        return jnp.zeros((y.shape[0], *length, w.shape[-2]), y.dtype)
+    pads = tuple((max(-low, 0), max(high - out, 0)) for (low, high), out in zip(bounds, win.out, strict=True))
+    dilation = tuple(of[0][1] - of[1][1] if len(of) > 1 else 1 for of in pairs)
+    steps = [of[1][0] - of[0][0] if len(of) > 1 else 1 for of in pairs]
+    first, last = ([of[i][0] for of in pairs] for i in (0, -1))
+    taps = lax.slice(w, (*first, 0, 0), (*(k + 1 for k in last), *w.shape[-2:]), (*steps, 1, 1))
+    turned = jnp.swapaxes(lax.rev(taps, range(win.ndim)), -1, -2)
+    y = lax.slice(y, (0, *starts, 0), (y.shape[0], *ends, y.shape[-1]))
+    sizes, ones = tuple(map(len, pairs)), (1,) * win.ndim
+    plain = dataclasses.replace(c, window=Window(y.shape[1:-1], sizes, ones, pads, dilation), dtype=y.dtype)
+    return CORRELATE[choose_correlate(plain, y, turned)](plain, y, turned)
+
+
 def _met(win: Window, dim: int, products: Array) -> Array:
     """Sums along one dim of the patch, the first that is left: what meets in an entry of the picture along ``dim``.
 
@@ -404,6 +435,7 @@ SPREAD: dict[str, Lowering] = {
     "all_threads": _spread_all_threads,
     "pointwise": _spread_pointwise,
     "products": _spread_products,
+    "phases": _spread_phases,
     "unrolled": unrolled.spread,
     "by_depth": _spread_by_depth,
     "by_group": _spread_by_group,

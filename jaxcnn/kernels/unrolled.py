@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxcnn.geometry import Correlation, Window
+from jaxcnn.geometry import Correlation
 from jaxcnn.kernels.storage import stored
 from jaxcnn.kernels.sums import sum_of_eights
-from jaxcnn.kernels.windows import at_tap, tap_slices, unpad
+from jaxcnn.kernels.windows import at_tap, interleaved, meeting, tap_slices, unpad
 
 #: Sums that a sum is made of: each waits for its own last term alone.
 CHAINS = 4
@@ -65,7 +65,7 @@ def spread(c: Correlation, y: Array, w: Array) -> Array:
             return at_tap(win, tap, lax.collapse(found, win.ndim + 1))
 
         return unpad(win, _sum(map(of_tap, win.taps())))
-    met = [_met(win, dim) for dim in range(win.ndim)]
+    met = [meeting(win, dim) for dim in range(win.ndim)]
     length = [-(-n // s) for n, s in zip(win.shape, win.stride, strict=True)]
     shifts = [[shift for phase in phases for _, shift in phase] for phases in met]
     before = [max(-min(of, default=0), 0) for of in shifts]
@@ -88,8 +88,9 @@ def spread(c: Correlation, y: Array, w: Array) -> Array:
         starts = [tuple(shift + lo for (_, shift), lo in zip(one, before, strict=True)) for one in which]
         zero = jnp.zeros((batch, *length, groups, inputs), y.dtype)
         phase = _sum(terms(taps, starts)) if taps else zero
+        phase = lax.collapse(phase, win.ndim + 1)
         phases.append(stored(phase) if outputs > 1 else phase)
-    return lax.collapse(_interleaved(win, phases), win.ndim + 1)
+    return interleaved(win, phases)
 
 
 def match(c: Correlation, x: Array, y: Array) -> Array:
@@ -113,24 +114,6 @@ def match(c: Correlation, x: Array, y: Array) -> Array:
     while w.shape[1] > 1:
         w = sum_of_eights(w, 1)
     return w.sum(1).reshape(*win.size, inputs, -1)
-
-
-def _met(win: Window, dim: int) -> list[list[tuple[int, int]]]:
-    """Of entry ``i·s + r``, for each r: the taps that meet it, and in which window, counted from i."""
-    s, d, lo = win.stride[dim], win.dilation[dim], win.padding[dim][0]
-    return [[(k, (r + lo - k * d) // s) for k in range(win.size[dim]) if (r + lo - k * d) % s == 0] for r in range(s)]
-
-
-def _interleaved(win: Window, phases: Sequence[Array]) -> Array:
-    """A picture for every remainder by the stride, ``(N, *spatial, groups, I)``, as one."""
-    if len(phases) == 1:
-        return phases[0]
-    batch, *length, groups, inputs = phases[0].shape
-    x = jnp.stack(phases).reshape(*win.stride, batch, *length, groups, inputs)
-    pairs = [axis for dim in range(win.ndim) for axis in (win.ndim + 1 + dim, dim)]
-    x = x.transpose(win.ndim, *pairs, x.ndim - 2, x.ndim - 1)
-    x = x.reshape(batch, *(n * s for n, s in zip(length, win.stride, strict=True)), groups, inputs)
-    return lax.slice(x, (0,) * x.ndim, (batch, *win.shape, groups, inputs))
 
 
 def _sum(terms: Iterable[Array]) -> Array:

@@ -11,7 +11,7 @@ would make the program long instead: they take the forms named ``_long``.
 import functools
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -268,6 +268,24 @@ def at_tap(win: Window, tap: tuple[int, ...], y: Array) -> Array:
         for start, n, s, out, (lo, hi) in zip(win.offset(tap), win.shape, win.stride, win.out, win.padding, strict=True)
     )
     return lax.pad(y, np.zeros((), y.dtype), [(0, 0, 0), *widths, (0, 0, 0)])
+
+
+def meeting(win: Window, dim: int) -> list[list[tuple[int, int]]]:
+    """Of entry ``i·s + r``, for each r: the taps that meet it, and in which window, counted from i."""
+    s, d, lo = win.stride[dim], win.dilation[dim], win.padding[dim][0]
+    return [[(k, (r + lo - k * d) // s) for k in range(win.size[dim]) if (r + lo - k * d) % s == 0] for r in range(s)]
+
+
+def interleaved(win: Window, phases: Sequence[Array]) -> Array:
+    """A picture for every remainder by the stride, each ``(N, *⌈shape/s⌉, C)``, as one."""
+    if len(phases) == 1:
+        return phases[0]
+    batch, *length, channels = phases[0].shape
+    x = jnp.stack(phases).reshape(*win.stride, batch, *length, channels)
+    pairs = [axis for dim in range(win.ndim) for axis in (win.ndim + 1 + dim, dim)]
+    x = x.transpose(win.ndim, *pairs, x.ndim - 1)
+    x = x.reshape(batch, *(n * s for n, s in zip(length, win.stride, strict=True)), channels)
+    return lax.slice(x, (0,) * x.ndim, (batch, *win.shape, channels))
 
 
 def pad_axis(x: Array, axis: int, lo: int, hi: int, interior: int = 0) -> Array:

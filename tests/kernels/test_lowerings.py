@@ -33,6 +33,7 @@ MADE_FOR = {
     "rows": {"groups": (1,)},
     "patches": {"groups": (1,)},
     "products": {"groups": (1,)},
+    "phases": {"groups": (1,)},
     "unrolled": {"inputs": (2, 1, 3)},
     "by_depth": {"dims": (3,), "groups": (1,)},
     "winograd": {"sizes": (3, 5), "strides": (1,), "groups": (1,)},
