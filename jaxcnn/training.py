@@ -14,7 +14,6 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxcnn.geometry import fail, static_int
-from jaxcnn.kernels.dtypes import wider
 from jaxcnn.layers import BatchNorm, Params
 from jaxcnn.net import Rules, Serial, expect_net
 from jaxcnn.ops.rule import one_key
@@ -150,7 +149,7 @@ def _accumulated(mean: Callable[[Batch, Array], Any], batch: Batch, key: Array, 
     count = examples // size
 
     def wide(a: Any) -> Any:
-        return wider(a.dtype, jnp.float32)
+        return np.promote_types(a.dtype, np.float32)
 
     def share(part: Batch, i: ArrayLike, of: int) -> Any:
         found = mean(part, jax.random.fold_in(key, i))
@@ -284,7 +283,7 @@ def _moments_before(net: Serial, path: str) -> Callable[[Params, Any], tuple[int
     def run(params: Params, x: Any) -> tuple[int, Array, Array]:
         reached = before.apply(params, x)
         pixels = reached.reshape(-1, reached.shape[-1])
-        pixels = pixels.astype(wider(pixels.dtype, jnp.float32))
+        pixels = pixels.astype(np.promote_types(pixels.dtype, np.float32))
         mean = pixels.sum(0) / max(len(pixels), 1)
         return len(pixels), mean, jnp.square(pixels - mean).sum(0)
 

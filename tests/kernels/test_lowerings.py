@@ -301,6 +301,18 @@ def test_patches_a_stride_apart_are_copied_whole(stride, chosen):
     assert correlation.choose_match(c, *(jax.ShapeDtypeStruct(shape, c.dtype) for shape in (x, y))) == chosen
 
 
+@pytest.mark.parametrize(
+    ("stride", "dilation", "inputs", "chosen"),
+    [(2, 1, 64, "phases"), (2, 1, 128, "xla"), (2, 2, 128, "phases"), (1, 2, 64, "xla"), (2, 1, 4, "products")],
+)
+def test_delta_is_not_spread_with_zeros_between(monkeypatch, stride, dilation, inputs, chosen):
+    monkeypatch.setattr(correlation, "ONE_THREAD", True)
+    win = Window((32, 32), (3, 3), (stride,) * 2, ((1, 1),) * 2, (dilation,) * 2)
+    y, w = (2, *win.out, 128), (3, 3, inputs, 128)
+    c = Correlation(win, 1, np.dtype("f"))
+    assert correlation.choose_spread(c, *(jax.ShapeDtypeStruct(shape, c.dtype) for shape in (y, w))) == chosen
+
+
 @pytest.mark.parametrize("spoilt", [np.nan, np.inf])
 @pytest.mark.parametrize(
     ("product", "name"), [pair for pair in LOWERINGS if pair[1] in ("joined", "by_group", "unrolled")]
