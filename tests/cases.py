@@ -392,6 +392,8 @@ CASES = [
     row("conv_transpose", (2, 6, 2), (3, 3, 2), padding="CAUSAL", stride=2, output_padding=1),
     row("conv_transpose", (2, 3, 4, 3), (3, 2, 4, 3), dilation=2, padding=(1, 0)),
     row("conv_transpose", (2, 4, 3, 2), (2, 3, 3, 2), dilation=(3, 2), stride=(2, 3), padding=1, output_padding=1),
+    row("conv_transpose", (2, 4, 3, 2), (2, 3, 3, 2), (3,), dilation=(3, 2), padding=1, output_padding=(2, 1)),
+    row("conv_transpose", (2, 4, 2), (2, 3, 2), dilation=6, stride=2, padding=3, output_padding=5),
     row("conv_transpose", (2, 3, 4, 4), (3, 2, 3, 4), (6,), groups=2, stride=2),
     row("conv_transpose", (2, 3, 4, 3), (2, 2, 2, 3), groups=3, padding=1),  # each channel for itself
     row("conv_transpose", (2, 3, 4, 4), (1, 1, 3, 4), stride=2),

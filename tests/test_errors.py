@@ -206,10 +206,12 @@ CALLS = [
     value("conv_transpose: stride expected ints >= 1, got 0", conv_transpose, X, BACK, stride=0),
     value("conv_transpose: dilation expected ints >= 1, got (1, 0)", conv_transpose, X, BACK, dilation=(1, 0)),
     value("conv_transpose: patch expected ints >= 1, got (0, 3)", conv_transpose, X, BACK[:0]),
-    value("conv_transpose: output_padding expected ints >= 0 and less than the stride (1, 1), got 1", conv_transpose, X,
-          BACK, output_padding=1),
-    value("conv_transpose: output_padding expected ints >= 0 and less than the stride (2, 3), got (1, -1)",
-          conv_transpose, X, BACK, stride=(2, 3), output_padding=(1, -1)),
+    value("conv_transpose: output_padding expected ints >= 0 and less than the stride (1, 1) or the dilation (1, 1), "
+          "got 1", conv_transpose, X, BACK, output_padding=1),
+    value("conv_transpose: output_padding expected ints >= 0 and less than the stride (2, 3) or the dilation (1, 2), "
+          "got (1, -1)", conv_transpose, X, BACK, stride=(2, 3), dilation=(1, 2), output_padding=(1, -1)),
+    value("conv_transpose: output_padding expected ints >= 0 and less than the stride (2, 2) or the dilation (4, 1), "
+          "got (3, 2)", conv_transpose, X, BACK, stride=2, dilation=(4, 1), output_padding=(3, 2)),
     value("conv_transpose: output_padding expected one int or 2 of them, got (1, 1, 1)", conv_transpose, X, BACK,
           stride=2, output_padding=(1, 1, 1)),
     kind("conv_transpose: output_padding expected ints, got 0.5", conv_transpose, X, BACK, output_padding=0.5),

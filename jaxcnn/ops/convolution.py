@@ -253,7 +253,7 @@ def conv_transpose(
         padding: of the `conv` that is undone, so it is cut off here: an int, an int or a pair for each dim, "VALID",
             "CAUSAL" (1-D), or "SAME", "SAME_LOWER", of which the result is ``stride`` times as large as x.
         output_padding: how many entries more at the end, less than ``stride``: `conv` leads from all of those sizes to
-            the same one.
+            the same one.  Or less than ``dilation``: as if x went on with zeros.
         dilation: the distance between a patch's entries.
         groups: input channels ``g·I/groups …`` reach output channels ``g·O/groups …`` alone.
         dimension_numbers: the layouts of x, w and y, such as ``("NCHW", "OIHW", "NCHW")``, w's as that of a `conv`.
@@ -276,6 +276,10 @@ def conv_transpose(
     c = _transposed_geometry(
         op, x, w, stride, padding, output_padding, dilation, groups, preferred_element_type, precision
     )
+    for axis, (n, out) in enumerate(zip(x.shape[1:-1], c.window.out, strict=True), start=1):
+        if out > n:
+            rest = jnp.zeros((*x.shape[:axis], out - n, *x.shape[axis + 1 :]), x.dtype)
+            x = jnp.concatenate([x, rest], axis)
     y = with_rule(_conv_transpose, rule, _conv_transpose_plain)(c, x, w, _bias(op, w, b, w.shape[-2] * c.groups))
     return y if back is None else jnp.transpose(y, back)
 
@@ -479,8 +483,9 @@ def _transposed_geometry(
     s, k = positive(op, "stride", stride, ndim), positive(op, "patch", w.shape[:-2], ndim)
     d = positive(op, "dilation", dilation, ndim)
     extra = static_ints(op, "output_padding", output_padding, ndim)
-    if any(not 0 <= e < step for e, step in zip(extra, s, strict=True)):
-        fail(op, f"output_padding expected ints >= 0 and less than the stride {s}, got {output_padding!r}")
+    if any(not 0 <= e < max(pair) for e, *pair in zip(extra, s, d, strict=True)):
+        expected = f"ints >= 0 and less than the stride {s} or the dilation {d}"
+        fail(op, f"output_padding expected {expected}, got {output_padding!r}")
     # The sizes that "SAME" makes equal; the other paddings do not read them.
     sizes = tuple(n * step for n, step in zip(spatial, s, strict=True))
     undone = Window(sizes, k, s, ((0, 0),) * ndim, d)

@@ -161,7 +161,8 @@ def conv_transposes(draw: Draw) -> Case:
     steps = oracles.per_dim(stride, ndim)
     more = 0
     if padding not in ("SAME", "SAME_LOWER"):
-        more = tuple(draw(st.integers(0, s - 1)) for s in steps)
+        distances = oracles.per_dim(dilation, ndim)
+        more = tuple(draw(st.integers(0, max(pair) - 1)) for pair in zip(steps, distances, strict=True))
         sizes = [n * s for n, s in zip(spatial, steps, strict=True)]
         pads = oracles.pad_widths(padding, sizes, size, steps, oracles.per_dim(dilation, ndim))
         full = [(n - 1) * s + e for n, s, e in zip(spatial, steps, reaches(size, dilation), strict=True)]
