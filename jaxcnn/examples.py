@@ -27,7 +27,7 @@ from jaxcnn.backprop import Sweep, value_grad_and_deltas
 from jaxcnn.geometry import Correlation
 from jaxcnn.kernels import examples as kernels
 from jaxcnn.layers import Layer, Params
-from jaxcnn.net import Residual, Serial, expect_net
+from jaxcnn.net import Residual, Serial, expect_loss, expect_net
 from jaxcnn.ops import convolution, hidden, pooling
 from jaxcnn.ops.rule import on_any_mesh
 
@@ -226,8 +226,7 @@ class _Other:
 def _meet(op: str, net: Serial, params: Params, x: ArrayLike, y: Any, loss: Loss, key: Array | None) -> dict[str, _Met]:
     """By name of the layer, for all layers with parameters; E is the sum of the examples' errors."""
     expect_net(op, net)
-    if not callable(loss):
-        raise TypeError(f"{op}: loss expected a function (outputs, targets), got {loss!r}")
+    expect_loss(op, loss)
     for name, layer in net.walk():
         if isinstance(layer, layers.BatchNorm) and (key is not None or "mean" not in _own(params, name)):
             raise ValueError(

@@ -271,6 +271,12 @@ def expect_net(op: str, net: Any) -> None:
         raise TypeError(f"{op}: net expected what serial returns, got {net!r}")
 
 
+def expect_loss(op: str, loss: Any) -> None:
+    """TypeError for what is no function."""
+    if not callable(loss):
+        raise TypeError(f"{op}: loss expected a function (outputs, targets), got {loss!r}")
+
+
 def _rule_for(rules: Rules | None, name: str, layer: Layer) -> Rule | None:
     if not isinstance(rules, Mapping):
         return rules

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from jaxcnn.geometry import fail, static_int
 from jaxcnn.layers import BatchNorm, Params
-from jaxcnn.net import Rules, Serial, expect_net
+from jaxcnn.net import Rules, Serial, expect_loss, expect_net
 from jaxcnn.ops.rule import one_key
 
 #: Error of each example: (outputs, targets) → (N, …).
@@ -110,7 +110,7 @@ def make_train_step(
     6
     """
     expect_net("make_train_step", net)
-    _expect_function("make_train_step", "loss", loss)
+    expect_loss("make_train_step", loss)
     _expect_optimizer("make_train_step", optimizer)
     if microbatch is not None and static_int("make_train_step", "microbatch", microbatch, microbatch) < 1:
         fail("make_train_step", f"microbatch expected an int >= 1, got {microbatch}")
@@ -184,7 +184,7 @@ def evaluate(net: Serial, loss: Loss, params: Params, batches: Iterable[Batch]) 
     {'loss': 1.0}
     """
     expect_net("evaluate", net)
-    _expect_function("evaluate", "loss", loss)
+    expect_loss("evaluate", loss)
     run = _evaluator(net, loss)
     totals: dict[str, float] = {}
     examples = 0
@@ -304,11 +304,6 @@ def _with(params: Params, path: list[str], found: Params) -> Params:
     if not path:
         return {**params, **found}
     return {**params, path[0]: _with(params.get(path[0], {}), path[1:], found)}
-
-
-def _expect_function(op: str, name: str, value: Any) -> None:
-    if not callable(value):
-        raise TypeError(f"{op}: {name} expected a function (outputs, targets), got {value!r}")
 
 
 def _expect_optimizer(op: str, value: Any) -> None:

@@ -277,7 +277,7 @@ def conv_transpose(
         op, x, w, stride, padding, output_padding, dilation, groups, preferred_element_type, precision
     )
     for axis, (n, out) in enumerate(zip(x.shape[1:-1], c.window.out, strict=True), start=1):
-        if out > n:
+        if out > n:  # not by lax.pad, of which autodiff makes negative padding
             rest = jnp.zeros((*x.shape[:axis], out - n, *x.shape[axis + 1 :]), x.dtype)
             x = jnp.concatenate([x, rest], axis)
     y = with_rule(_conv_transpose, rule, _conv_transpose_plain)(c, x, w, _bias(op, w, b, w.shape[-2] * c.groups))

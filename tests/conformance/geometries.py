@@ -164,7 +164,7 @@ def conv_transposes(draw: Draw) -> Case:
         distances = oracles.per_dim(dilation, ndim)
         more = tuple(draw(st.integers(0, max(pair) - 1)) for pair in zip(steps, distances, strict=True))
         sizes = [n * s for n, s in zip(spatial, steps, strict=True)]
-        pads = oracles.pad_widths(padding, sizes, size, steps, oracles.per_dim(dilation, ndim))
+        pads = oracles.pad_widths(padding, sizes, size, steps, distances)
         full = [(n - 1) * s + e for n, s, e in zip(spatial, steps, reaches(size, dilation), strict=True)]
         # Once without what is added at the end: PyTorch's oracle cuts before it adds.
         must(all(n > lo + hi for n, (lo, hi) in zip(full, pads, strict=True)))
