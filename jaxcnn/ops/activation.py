@@ -5,7 +5,6 @@ is multiplied with, so that the backward half computes nothing twice.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,7 @@ from jax.typing import ArrayLike
 from jaxcnn.geometry import fail, static_bool, static_float
 from jaxcnn.kernels.dtypes import accumulator
 from jaxcnn.kernels.storage import stored, stored_if_small
-from jaxcnn.ops.rule import Rule, arrays, with_rule
+from jaxcnn.ops.rule import Rule, arrays, custom_vjp, with_rule
 
 
 def relu(x: ArrayLike, *, rule: Rule | None = None) -> Array:
@@ -42,7 +41,7 @@ def relu(x: ArrayLike, *, rule: Rule | None = None) -> Array:
     return with_rule(_relu, rule, relu_plain)(None, x)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def _relu(geometry: None, x: Array) -> Array:
     return jnp.maximum(x, 0)
 
@@ -199,7 +198,7 @@ def _activate(op: str, x: ArrayLike, rule: Rule | None, constant: float = 0.0, f
     return with_rule(_activation, rule, _activation_plain, op)(Activation(form or op, constant), x)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def _activation(activation: Activation, x: Array) -> Array:
     return _activation_plain(activation, x)
 

@@ -1,6 +1,5 @@
 """Errors at the output layer, where δ begins: per example, unreduced, as in optax, whose other losses fit as well."""
 
-import functools
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxcnn.geometry import fail
 from jaxcnn.kernels.dtypes import accumulator
-from jaxcnn.ops.rule import Rule, array, arrays, with_rule
+from jaxcnn.ops.rule import Rule, array, arrays, custom_vjp, with_rule
 
 
 def squared_error(y: ArrayLike, target: ArrayLike, *, rule: Rule | None = None) -> Array:
@@ -39,7 +38,7 @@ def squared_error(y: ArrayLike, target: ArrayLike, *, rule: Rule | None = None) 
     return with_rule(_squared_error, rule, squared_error_plain)(None, y, target)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def _squared_error(geometry: None, y: Array, target: Array) -> Array:
     return squared_error_plain(None, y, target)
 
@@ -95,7 +94,7 @@ def softmax_cross_entropy(logits: ArrayLike, targets: ArrayLike, *, rule: Rule |
     return with_rule(_softmax_cross_entropy, rule, softmax_cross_entropy_plain)(None, logits, targets)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def _softmax_cross_entropy(geometry: None, logits: Array, targets: Array) -> Array:
     return softmax_cross_entropy_plain(None, logits, targets)
 
@@ -186,7 +185,7 @@ def softmax_cross_entropy_with_integer_labels(
     return with_rule(_cross_entropy_of_labels, rule, cross_entropy_of_labels_plain, op)(None, logits, at)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def _cross_entropy_of_labels(geometry: None, logits: Array, labels: Array) -> Array:
     return cross_entropy_of_labels_plain(None, logits, labels)
 
