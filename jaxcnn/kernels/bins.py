@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 
 from jaxcnn.kernels.dtypes import accumulator
+from jaxcnn.kernels.shapes import beside
 
 
 @functools.cache
@@ -53,7 +54,7 @@ def bin_largest(size: tuple[int, ...], x: Array) -> tuple[Array, Array]:
     for axis in reversed(range(1, x.ndim - 1)):
         rows, own = _rows(y, axis, size[axis - 1])
         y = rows.max(axis + 1)  # what is not a bin's own repeats its last entry
-        wins = own & ((rows == jnp.expand_dims(y, axis + 1)) | (rows != rows))
+        wins = beside(own, rows) & ((rows == jnp.expand_dims(y, axis + 1)) | (rows != rows))
         first = jnp.expand_dims(jnp.argmax(wins, axis + 1), axis + 1)
         index = jnp.squeeze(jnp.take_along_axis(_rows(index, axis, size[axis - 1])[0], first, axis + 1), axis + 1)
     return y, index

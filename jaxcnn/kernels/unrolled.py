@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxcnn.geometry import Correlation
+from jaxcnn.kernels.shapes import beside
 from jaxcnn.kernels.storage import stored
 from jaxcnn.kernels.sums import sum_of_eights
 from jaxcnn.kernels.windows import at_tap, interleaved, meeting, tap_slices, unpad
@@ -40,13 +41,13 @@ def correlate(c: Correlation, x: Array, w: Array) -> Array:
     if inputs == 1:  # vectors reach over groups
         x = jnp.repeat(x, outputs, -1) if outputs > 1 else x
         taps = zip(win.taps(), tap_slices(win, x, 0), strict=True)
-        return stored(_sum(entries * w[(*tap, 0)] for tap, entries in taps))
+        return stored(_sum(entries * beside(w[(*tap, 0)], entries) for tap, entries in taps))
 
     def terms() -> Iterator[Array]:
         for tap, entries in zip(win.taps(), tap_slices(win, stored(x), 0), strict=True):
             entries = entries.reshape(*entries.shape[:-1], groups, inputs)
             for i in range(inputs):
-                yield entries[..., i : i + 1] * w[(*tap, i)].reshape(groups, outputs)
+                yield entries[..., i : i + 1] * beside(w[(*tap, i)].reshape(groups, outputs), entries)
 
     return lax.collapse(stored(_sum(terms())), win.ndim + 1)
 
@@ -61,7 +62,7 @@ def spread(c: Correlation, y: Array, w: Array) -> Array:
         y = y.reshape(*y.shape[:-1], groups, outputs)
 
         def of_tap(tap: tuple[int, ...]) -> Array:
-            found = _sum(y[..., j : j + 1] * turned[(*tap, j)] for j in range(outputs))
+            found = _sum(y[..., j : j + 1] * beside(turned[(*tap, j)], y) for j in range(outputs))
             return at_tap(win, tap, lax.collapse(found, win.ndim + 1))
 
         return unpad(win, _sum(map(of_tap, win.taps())))
@@ -79,7 +80,7 @@ def spread(c: Correlation, y: Array, w: Array) -> Array:
             ends = [at + n for at, n in zip(start, length, strict=True)]
             entries = lax.slice(y, (0, *start, 0, 0), (batch, *ends, groups, outputs))
             for j in range(outputs):
-                yield entries[..., j : j + 1] * turned[(*tap, j)]
+                yield entries[..., j : j + 1] * beside(turned[(*tap, j)], entries)
 
     phases = []
     for pairs in itertools.product(*met):

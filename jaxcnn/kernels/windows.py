@@ -19,6 +19,7 @@ from jax import Array, lax
 
 from jaxcnn.geometry import Window
 from jaxcnn.kernels.dtypes import accumulator
+from jaxcnn.kernels.shapes import beside
 
 #: Windows of up to this many taps are written out tap by tap.
 UNROLLED = 64
@@ -61,7 +62,7 @@ def _largest(win: Window, x: Array) -> tuple[Array, Array]:
     for number, (tap, entry) in reversed(list(enumerate(zip(win.taps(), entries, strict=True)))):
         wins = (entry == y) | (entry != entry)
         if not (real := _inside(win, tap)).all():
-            wins &= real[..., None]
+            wins &= beside(real[..., None], wins)
         winner = jnp.where(wins, dtype.type(number), winner)
     return y, winner
 
@@ -91,7 +92,7 @@ def _largest_long(win: Window, x: Array) -> tuple[Array, Array]:
         y = rows.max(axis + 1)
         wins = (rows == jnp.expand_dims(y, axis + 1)) | (rows != rows)
         inside = win.inside(dim).reshape(win.out[dim], win.size[dim], *(1,) * (rows.ndim - axis - 2))
-        first = jnp.expand_dims(lax.argmax(wins & inside, axis + 1, np.int32), axis + 1)
+        first = jnp.expand_dims(lax.argmax(wins & beside(inside, wins), axis + 1, np.int32), axis + 1)
         behind = jnp.take_along_axis(jnp.take(winner, at, axis=axis), first, axis + 1)
         winner = jnp.squeeze(first * number + behind, axis + 1)
         number *= win.size[dim]
@@ -126,7 +127,8 @@ def place(win: Window, y: Array, winner: Array) -> Array:
 def _place_tiles(win: Window, y: Array, winner: Array) -> Array:
     """Side by side, every entry belongs to one window: up(y), masked to where its own number is the winner's."""
     number = np.arange(win.entries, dtype=winner.dtype).reshape(*(n for k in win.size for n in (1, k)), 1)
-    return _untile(win, jnp.where(_tile(win, winner) == number, _tile(win, y), 0))
+    winner = _tile(win, winner)
+    return _untile(win, jnp.where(winner == beside(number, winner), _tile(win, y), 0))
 
 
 def _take_long(win: Window, x: Array, winner: Array) -> Array:
@@ -144,7 +146,7 @@ def flat_index(win: Window, winner: Array) -> Array:
     for dim in range(win.ndim):
         tap = number // math.prod(win.size[dim + 1 :]) % win.size[dim]
         start = np.arange(win.out[dim], dtype=np.int32) * win.stride[dim] - win.padding[dim][0]
-        at = start.reshape(-1, *(1,) * (win.ndim - dim)) + tap * win.dilation[dim]
+        at = beside(start.reshape(-1, *(1,) * (win.ndim - dim)), tap) + tap * win.dilation[dim]
         index = index * win.shape[dim] + at
     return index
 

@@ -37,6 +37,7 @@ from jaxcnn.geometry import (
 )
 from jaxcnn.kernels import correlation as kernels
 from jaxcnn.kernels.dtypes import accumulator, wider
+from jaxcnn.kernels.shapes import beside
 from jaxcnn.ops.rule import Rule, arrays, autodiff, custom_vjp, picture, with_rule
 
 
@@ -342,7 +343,7 @@ def sum_pixels(delta: Array) -> Array:
 
 
 def _with_bias(y: Array, b: Array | None) -> Array:
-    return y if b is None else y + b.astype(y.dtype)
+    return y if b is None else y + beside(b.astype(y.dtype), y)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 
 from jaxcnn.geometry import Correlation, Padding, PerDim, Window, fail
 from jaxcnn.kernels import correlation, windows
+from jaxcnn.kernels.shapes import beside
 from jaxcnn.kernels.storage import stored
 from jaxcnn.ops import activation, convolution, pooling
 from jaxcnn.ops.rule import Call, Rule, arrays, call_of, custom_vjp, with_rule
@@ -129,7 +130,7 @@ def _forward(geometry: Hidden, x: Array, w: Array, b: Array) -> tuple[Array, Arr
     """``y``, and for each entry the winner of its window, or `nothing` where the ReLU let none pass."""
     # The bias is one number for a channel: the largest entry is the same before and after it.
     best, winner = windows.largest(geometry.window, correlation.correlate(geometry.correlation, x, w))
-    y = jnp.maximum(best + b, 0)
+    y = jnp.maximum(best + beside(b, best), 0)
     return y, jnp.where(y > 0, winner, jnp.asarray(windows.nothing(geometry.window)))
 
 

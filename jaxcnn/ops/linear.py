@@ -10,6 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxcnn.geometry import fail
+from jaxcnn.kernels.shapes import beside
 from jaxcnn.ops.rule import Rule, arrays, custom_vjp, with_rule
 
 
@@ -67,7 +68,7 @@ _dense.defvjp(_dense_fwd, _dense_bwd)
 
 def _dense_plain(geometry: None, x: Array, w: Array, b: Array | None) -> Array:
     y = jnp.matmul(x, w)
-    return y if b is None else y + b
+    return y if b is None else y + beside(b, y)
 
 
 def add(x: ArrayLike, y: ArrayLike, *, rule: Rule | None = None) -> Array:

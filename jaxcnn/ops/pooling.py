@@ -36,6 +36,7 @@ from jaxcnn.geometry import (
 from jaxcnn.kernels import bins
 from jaxcnn.kernels import windows as kernels
 from jaxcnn.kernels.dtypes import accumulator
+from jaxcnn.kernels.shapes import beside
 from jaxcnn.kernels.storage import stored
 from jaxcnn.ops.rule import Rule, array, arrays, custom_vjp, picture, with_rule
 
@@ -381,7 +382,7 @@ class Average:
         """``y / count``; the count is one number wherever it can be."""
         count = self.count()
         first = count.flat[0]
-        return y / (np.asarray(first, y.dtype) if (count == first).all() else count.astype(y.dtype))
+        return y / (np.asarray(first, y.dtype) if (count == first).all() else beside(count.astype(y.dtype), y))
 
 
 @custom_vjp
@@ -672,7 +673,7 @@ class Bins:
 
     def divided(self, y: Array) -> Array:
         """``y / count``."""
-        return y / self.count().astype(y.dtype)
+        return y / beside(self.count().astype(y.dtype), y)
 
 
 @custom_vjp
