@@ -25,6 +25,7 @@ from jax import Array, lax
 from jaxcnn.geometry import Correlation, Window
 from jaxcnn.kernels import unrolled, winograd
 from jaxcnn.kernels.dtypes import accumulator, wider
+from jaxcnn.kernels.split import run_whole
 from jaxcnn.kernels.storage import stored
 from jaxcnn.kernels.threads import ONE_THREAD, on_all_threads
 from jaxcnn.kernels.windows import at_tap, divisor, interleaved, meeting, pad_axis, tap_slices
@@ -59,7 +60,8 @@ def correlate(c: Correlation, x: Array, w: Array) -> Array:
     """``(N, *out, O)``, in ``c.dtype``."""
     if x.size == 0 or w.size == 0:
         return jnp.zeros((x.shape[0], *c.window.out, w.shape[-1]), c.dtype)
-    return _run(CORRELATE, choose_correlate(c, x, w), c, x, w, c.dtype)
+    run = functools.partial(_run, CORRELATE, choose_correlate(c, x, w), c, dtype=c.dtype)
+    return run_whole(run, (x, w), (_places(c), _taps(c)), _places(c))
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
@@ -68,7 +70,8 @@ def spread(c: Correlation, y: Array, w: Array) -> Array:
     dtype = wider(y.dtype, w.dtype)
     if y.size == 0 or w.size == 0:
         return jnp.zeros((y.shape[0], *c.window.shape, w.shape[-2] * c.groups), dtype)
-    return _run(SPREAD, choose_spread(c, y, w), c, y, w, dtype)
+    run = functools.partial(_run, SPREAD, choose_spread(c, y, w), c, dtype=dtype)
+    return run_whole(run, (y, w), (_places(c), _taps(c)), _places(c))
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
@@ -77,7 +80,18 @@ def match(c: Correlation, x: Array, y: Array) -> Array:
     dtype = wider(x.dtype, y.dtype)
     if x.size == 0 or y.size == 0:
         return jnp.zeros((*c.window.size, x.shape[-1] // c.groups, y.shape[-1]), dtype)
-    return _run(MATCH, choose_match(c, x, y), c, x, y, dtype)
+    run = functools.partial(_run, MATCH, choose_match(c, x, y), c, dtype=dtype)
+    return run_whole(run, (x, y), (_places(c), _places(c)), _taps(c))
+
+
+def _places(c: Correlation) -> slice:
+    """The dims of images and results that no device may have a part of: channels too, where they are in groups."""
+    return slice(1, -1 if c.groups == 1 else None)
+
+
+def _taps(c: Correlation) -> slice:
+    """The same of kernels."""
+    return slice(0, -2 if c.groups == 1 else None)
 
 
 def _run(table: dict[str, Lowering], cpu: str, c: Correlation, a: Array, b: Array, dtype: np.dtype) -> Array:
@@ -545,18 +559,18 @@ def _match_rows(c: Correlation, x: Array, y: Array) -> Array:
         x = fit(win, x)  # a block at a time: no padded copy of the whole
         x = jnp.moveaxis(jnp.moveaxis(x, 0, -2), -1, 0)  # (I, *span, N)
         y = jnp.moveaxis(y, 0, -2).reshape(-1, y.shape[-1])  # (*out·N, O)
-        axis, s, d = win.ndim, win.stride[-1], win.dilation[-1]
+        axis, s, d = win.ndim, win.steps[-1], win.dilation[-1]
         last = (win.out[-1] - 1) * s + 1
         patches = jnp.stack([lax.slice_in_dim(x, k * d, k * d + last, s, axis) for k in range(width)])
         found = []
         for tap in np.ndindex(*rows):
             starts = [k * d for k, d in zip(tap, win.dilation, strict=False)]
-            ends = [at + (o - 1) * s + 1 for at, o, s in zip(starts, win.out, win.stride, strict=False)]
+            ends = [at + (o - 1) * s + 1 for at, o, s in zip(starts, win.out, win.steps, strict=False)]
             row = lax.slice(
                 patches,
                 (0, 0, *starts, 0, 0),
                 (*patches.shape[:2], *ends, *patches.shape[-2:]),
-                (1, 1, *win.stride[:-1], 1, 1),
+                (1, 1, *win.steps[:-1], 1, 1),
             )
             found.append(_dot(row.reshape(width * channels, -1), y, 1, 0, c))
         return jnp.stack(found)
@@ -690,7 +704,7 @@ def _flat(c: Correlation) -> Correlation:
 def _depth_slices(win: Window, x: Array) -> list[Array]:
     """For every tap of the depth the slices that it meets, one after the other: ``(N·out, *spatial, C)``."""
     x = pad_axis(x, 1, *win.padding[0])
-    s, last = win.stride[0], (win.out[0] - 1) * win.stride[0] + 1
+    s, last = win.steps[0], (win.out[0] - 1) * win.steps[0] + 1
     starts = [k * win.dilation[0] for k in range(win.size[0])]
     return [lax.collapse(lax.slice_in_dim(x, at, at + last, s, 1), 0, 2) for at in starts]
 

@@ -59,7 +59,7 @@ def _by_patches(c: Correlation, x: Array, y: Array) -> Array:
     win, n, inputs, outputs, places = c.window, x.shape[0], x.shape[-1], y.shape[-1], math.prod(c.window.out)
     patches = stored(jnp.moveaxis(fit(win, x), -1, 1))  # (N, I, *span): places last, as a GEMM likes them
     for dim in reversed(range(win.ndim)):  # dim by dim: fewer slices than one for each tap
-        axis, s, last = dim - win.ndim, win.stride[dim], (win.out[dim] - 1) * win.stride[dim] + 1
+        axis, s, last = dim - win.ndim, win.steps[dim], (win.out[dim] - 1) * win.steps[dim] + 1
         starts = range(0, win.size[dim] * win.dilation[dim], win.dilation[dim])
         patches = stored(jnp.stack([lax.slice_in_dim(patches, k, k + last, s, axis) for k in starts], 1))
     patches = lax.collapse(patches, 2 + win.ndim)  # (N, *size, I, places)
@@ -107,7 +107,7 @@ def _ghost_terms(c: Correlation, x: Array, y: Array) -> Array:
     pixels = fit(win, x).reshape(n, math.prod(win.span), groups, inputs // groups)
     of_pixels = jnp.einsum("npgi,nqgi->gnpq", pixels, pixels, precision=c.precision)
     of_patches = of_pixels.reshape(groups * n, *win.span, *win.span)
-    for dim, (size, s, d, o) in enumerate(zip(win.size, win.stride, win.dilation, win.out, strict=True)):
+    for dim, (size, s, d, o) in enumerate(zip(win.size, win.steps, win.dilation, win.out, strict=True)):
         pair = (1 + dim, 1 + win.ndim + dim)
         of_patches = _sum_of_slices(of_patches, pair, [range(k * d, k * d + (o - 1) * s + 1, s) for k in range(size)])
     y = y.reshape(n, math.prod(win.out), groups, outputs // groups)

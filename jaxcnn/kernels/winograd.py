@@ -153,8 +153,9 @@ def _in_tiles(win: Window, a: Array, entries: tuple[int, ...], before: list[int]
     pads = [(lo, span - lo - n, 0) for span, n, lo in zip(spans, a.shape[1:-1], before, strict=True)]
     a = lax.pad(a, np.zeros((), a.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
     for stacked, dim in enumerate(reversed(range(win.ndim))):  # dim by dim: fewer slices than one for each entry
-        axis, reach = stacked + 1 + dim, (tiles[dim] - 1) * OUTPUTS + 1
-        a = jnp.stack([lax.slice_in_dim(a, i, i + reach, OUTPUTS, axis) for i in range(entries[dim])])
+        axis, step = stacked + 1 + dim, OUTPUTS if tiles[dim] > 1 else 1  # as `Window.steps`
+        reach = (tiles[dim] - 1) * step + 1
+        a = jnp.stack([lax.slice_in_dim(a, i, i + reach, step, axis) for i in range(entries[dim])])
     return a.reshape(math.prod(entries), a.shape[win.ndim] * math.prod(tiles), a.shape[-1])
 
 
