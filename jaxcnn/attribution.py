@@ -45,6 +45,7 @@ from jaxcnn.layers import (
     _Activation,
 )
 from jaxcnn.net import Residual, Rules, Serial, _check_rules, _located, _rule_for, _rule_of_sum, expect_net
+from jaxcnn.ops.mesh import automatic_inside
 from jaxcnn.ops.rule import Call, Rule, array, arrays, autodiff, one_key, picture
 from jaxcnn.rules.relevance import AlphaBeta, Epsilon, Gamma, ZBox, ZPlus, passed, rescale
 
@@ -101,6 +102,7 @@ def attribute(
     return METHODS[method](net, params, x, target, **options)
 
 
+@automatic_inside()
 def gradient(net: Serial, params: Params, x: ArrayLike, target: ArrayLike, *, rules: Rules | None = None) -> Array:
     """∂y_target/∂x.  With ``rules={Relu: guided_relu}`` guided backprop, and so on: δ starts as 1.
 
@@ -109,6 +111,7 @@ def gradient(net: Serial, params: Params, x: ArrayLike, target: ArrayLike, *, ru
     return _swept(net, params, _examples(x), target, rules)
 
 
+@automatic_inside()
 def gradient_times_input(
     net: Serial, params: Params, x: ArrayLike, target: ArrayLike, *, rules: Rules | None = None
 ) -> Array:
@@ -117,6 +120,7 @@ def gradient_times_input(
     return x * _swept(net, params, x, target, rules)
 
 
+@automatic_inside()
 def relevance(net: Serial, params: Params, x: ArrayLike, target: ArrayLike, *, rules: Rules) -> Array:
     """Layer-wise relevance propagation: δ starts as the output y_target itself, and rules hand it back to x.
 
@@ -147,6 +151,7 @@ def relevance(net: Serial, params: Params, x: ArrayLike, target: ArrayLike, *, r
     return _swept(net, params, x, target, rules, lambda y: y)
 
 
+@automatic_inside()
 def integrated_gradients(
     net: Serial,
     params: Params,
@@ -183,6 +188,7 @@ def integrated_gradients(
     return (x - x0) * total
 
 
+@automatic_inside()
 def smooth_grad(
     net: Serial,
     params: Params,
@@ -223,6 +229,7 @@ def smooth_grad(
     return total / samples
 
 
+@automatic_inside()
 def occlusion(
     net: Serial,
     params: Params,
@@ -264,6 +271,7 @@ def occlusion(
     return jnp.broadcast_to(heat[..., None], x.shape).astype(x.dtype)
 
 
+@automatic_inside()
 def grad_cam(
     net: Serial,
     params: Params,
@@ -311,6 +319,7 @@ def grad_cam(
     return jnp.maximum(heat, 0) if relu else heat
 
 
+@automatic_inside()
 def deep_lift(net: Serial, params: Params, x: ArrayLike, target: ArrayLike, *, reference: ArrayLike = 0.0) -> Array:
     """DeepLIFT with the rescale rule: ``(x − x₀) ∘ m``, whose sum is y_target(x) − y_target(x₀).
 

@@ -29,7 +29,7 @@ from jaxcnn.kernels import examples as kernels
 from jaxcnn.layers import Layer, Params
 from jaxcnn.net import Residual, Serial, expect_loss, expect_net
 from jaxcnn.ops import convolution, hidden, pooling
-from jaxcnn.ops.rule import on_any_mesh
+from jaxcnn.ops.mesh import automatic_inside, on_any_mesh
 
 
 class Loss(Protocol):
@@ -39,6 +39,7 @@ class Loss(Protocol):
         """``(N, …)``."""
 
 
+@automatic_inside()
 def per_example_gradients(
     net: Serial, params: Params, x: ArrayLike, y: Any, loss: Loss, *, key: Array | None = None
 ) -> Params:
@@ -74,6 +75,7 @@ def per_example_gradients(
     return _like(params, found, jnp.shape(x)[:1])
 
 
+@automatic_inside()
 def per_example_norms(
     net: Serial, params: Params, x: ArrayLike, y: Any, loss: Loss, *, key: Array | None = None
 ) -> Array:
@@ -99,6 +101,7 @@ def per_example_norms(
     return _norms(met, jnp.asarray(x))
 
 
+@automatic_inside(like="params")
 def clipped_gradient(
     net: Serial, params: Params, x: ArrayLike, y: Any, loss: Loss, max_norm: ArrayLike, *, key: Array | None = None
 ) -> Params:

@@ -61,7 +61,7 @@ def correlate(c: Correlation, x: Array, w: Array) -> Array:
     if x.size == 0 or w.size == 0:
         return jnp.zeros((x.shape[0], *c.window.out, w.shape[-1]), c.dtype)
     run = functools.partial(_run, CORRELATE, choose_correlate(c, x, w), c, dtype=c.dtype)
-    return run_whole(run, (x, w), (_places(c), _taps(c)), _places(c))
+    return run_whole(run, (x, w), (places(c), taps(c)), places(c))
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
@@ -71,7 +71,7 @@ def spread(c: Correlation, y: Array, w: Array) -> Array:
     if y.size == 0 or w.size == 0:
         return jnp.zeros((y.shape[0], *c.window.shape, w.shape[-2] * c.groups), dtype)
     run = functools.partial(_run, SPREAD, choose_spread(c, y, w), c, dtype=dtype)
-    return run_whole(run, (y, w), (_places(c), _taps(c)), _places(c))
+    return run_whole(run, (y, w), (places(c), taps(c)), places(c))
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
@@ -81,15 +81,15 @@ def match(c: Correlation, x: Array, y: Array) -> Array:
     if x.size == 0 or y.size == 0:
         return jnp.zeros((*c.window.size, x.shape[-1] // c.groups, y.shape[-1]), dtype)
     run = functools.partial(_run, MATCH, choose_match(c, x, y), c, dtype=dtype)
-    return run_whole(run, (x, y), (_places(c), _places(c)), _taps(c))
+    return run_whole(run, (x, y), (places(c), places(c)), taps(c))
 
 
-def _places(c: Correlation) -> slice:
+def places(c: Correlation) -> slice:
     """The dims of images and results that no device may have a part of: channels too, where they are in groups."""
     return slice(1, -1 if c.groups == 1 else None)
 
 
-def _taps(c: Correlation) -> slice:
+def taps(c: Correlation) -> slice:
     """The same of kernels."""
     return slice(0, -2 if c.groups == 1 else None)
 

@@ -38,6 +38,7 @@ from jaxcnn.geometry import (
 )
 from jaxcnn.kernels import correlation as kernels
 from jaxcnn.kernels.dtypes import accumulator, wider
+from jaxcnn.kernels.split import run_whole
 from jaxcnn.ops.rule import Rule, arrays, autodiff, picture, with_rule
 
 
@@ -167,17 +168,17 @@ def conv_plain(c: Correlation, x: Array, w: Array, b: Array | None) -> Array:
     win = c.window
     channels = x.ndim - 1
     layout = (0, channels, *range(1, channels))
-    y = lax.conv_general_dilated(
-        x.astype(c.dtype),
-        w.astype(c.dtype),
-        win.stride,
-        win.padding,
+    product = functools.partial(
+        lax.conv_general_dilated,
+        window_strides=win.stride,
+        padding=win.padding,
         rhs_dilation=win.dilation,
         dimension_numbers=lax.ConvDimensionNumbers(layout, (channels, channels - 1, *range(win.ndim)), layout),
         feature_group_count=c.groups,
         precision=c.precision,
     )
-    return _with_bias(y, b)
+    places, taps = kernels.places(c), kernels.taps(c)
+    return _with_bias(run_whole(product, (x.astype(c.dtype), w.astype(c.dtype)), (places, taps), places), b)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -317,17 +318,18 @@ def _conv_transpose_plain(c: Correlation, x: Array, w: Array, b: Array | None) -
     pads = tuple((max(start, 0), max(end, 0)) for start, end in zip(starts, ends, strict=True))
     turned = lax.rev(w, range(win.ndim)).reshape(*w.shape[:-1], groups, w.shape[-1] // groups)
     turned = jnp.swapaxes(turned, -3, -1).reshape(*w.shape[:-2], w.shape[-1] // groups, -1)
-    y = lax.conv_general_dilated(
-        x.astype(c.dtype),
-        turned.astype(c.dtype),
-        (1,) * win.ndim,
-        kernels.never_of_groups(win, pads),
+    product = functools.partial(
+        lax.conv_general_dilated,
+        window_strides=(1,) * win.ndim,
+        padding=kernels.never_of_groups(win, pads),
         lhs_dilation=win.stride,
         rhs_dilation=win.dilation,
         dimension_numbers=lax.ConvDimensionNumbers(layout, (channels, channels - 1, *range(win.ndim)), layout),
         feature_group_count=groups,
         precision=c.precision,
     )
+    places, taps = kernels.places(c), kernels.taps(c)
+    y = run_whole(product, (x.astype(c.dtype), turned.astype(c.dtype)), (places, taps), places)
     for dim, (start, n) in enumerate(zip(starts, win.shape, strict=True)):
         y = lax.slice_in_dim(y, max(-start, 0), max(-start, 0) + n, axis=dim + 1)
     return _with_bias(y, b)
