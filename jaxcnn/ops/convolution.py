@@ -39,6 +39,7 @@ from jaxcnn.geometry import (
 from jaxcnn.kernels import correlation as kernels
 from jaxcnn.kernels.dtypes import accumulator, wider
 from jaxcnn.kernels.split import run_whole
+from jaxcnn.ops.mesh import on_any_mesh
 from jaxcnn.ops.rule import Rule, arrays, autodiff, picture, with_rule
 
 
@@ -277,12 +278,19 @@ def conv_transpose(
     c = _transposed_geometry(
         op, x, w, stride, padding, output_padding, dilation, groups, preferred_element_type, precision
     )
-    for axis, (n, out) in enumerate(zip(x.shape[1:-1], c.window.out, strict=True), start=1):
-        if out > n:  # not by lax.pad, of which autodiff makes negative padding
-            rest = jnp.zeros((*x.shape[:axis], out - n, *x.shape[axis + 1 :]), x.dtype)
-            x = jnp.concatenate([x, rest], axis)
+    if x.shape[1:-1] != c.window.out:
+        x = on_any_mesh(_followed_by_zeros, c.window.out, x)
     y = with_rule(_conv_transpose, rule, _conv_transpose_plain)(c, x, w, _bias(op, w, b, w.shape[-2] * c.groups))
     return y if back is None else jnp.transpose(y, back)
+
+
+def _followed_by_zeros(out: tuple[int, ...], x: Array) -> Array:
+    """``x`` with spatial dims ``out``; not by `lax.pad`, of which autodiff makes negative padding."""
+    for axis, (n, length) in enumerate(zip(x.shape[1:-1], out, strict=True), start=1):
+        if length > n:
+            rest = jnp.zeros((*x.shape[:axis], length - n, *x.shape[axis + 1 :]), x.dtype)
+            x = jnp.concatenate([x, rest], axis)
+    return x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -454,7 +462,8 @@ def geometry(
     result, precision = _result_dtype(op, x.dtype if dtype is None else dtype), _precision(op, precision)
     if isinstance(padding, str) and padding.upper() in PADDING_MODES:
         mode, extend = padding.upper(), _extend_plain if rule is autodiff else _extend
-        x, padding = extend(mode, _extension(op, mode, slide(spatial, padding="SAME")), x), "VALID"
+        widths = _extension(op, mode, slide(spatial, padding="SAME"))
+        x, padding = on_any_mesh(functools.partial(extend, mode), widths, x), "VALID"
     return x, Correlation(slide(x.shape[1:-1], padding=padding), groups, result, precision)
 
 
