@@ -23,7 +23,7 @@ from jax.test_util import check_vjp
 
 import jaxcnn
 from tests import oracles
-from tests.cases import Case, compiled, optimised, with_cotangents
+from tests.cases import Case, compiled, cotangents_twice, optimised, with_cotangents
 
 Arrays = Sequence[Any]
 
@@ -305,6 +305,26 @@ def scan_and_checkpoint_equal_a_loop(case: Case) -> None:
     (y0, (x0, *rest0)), (y1, (x1, *rest1)) = (case.run((x, *rest), delta) for x, delta in zip(xs, deltas, strict=True))
     expected = [np.stack([y0, y1]), np.stack([x0, x1]), *(a + b for a, b in zip(rest0, rest1, strict=True))]
     assert_close(flat((y, found)), expected, within(case))
+
+
+def second_derivative_through_scan(case: Case) -> None:
+    """Grad of grad of `lax.scan` over the first argument; the others, which all steps share, get sums.
+
+    JAX mixes up the residuals of a `custom_vjp` there, silently where their shapes agree, unless its body is opaque.
+    """
+    first, *rest = case.arrays(seed=0)
+    xs, rest = np.stack([first, case.arrays(seed=1)[0]]), tuple(rest)
+    deltas = np.stack([cotangent(case, (first, *rest), seed) for seed in (1, 2)])
+    of_xs, *of_rest = cotangents((xs, *rest))
+
+    def scanned(xs: Any, *rest: Any) -> Any:
+        return lax.scan(lambda carry, x: (carry, case.function(x, *rest)), None, xs)[1]
+
+    found = compiled(cotangents_twice(scanned))((xs, *rest), deltas, (of_xs, *of_rest))
+    turns = [case.twice((x, *rest), delta, (xi, *of_rest)) for x, delta, xi in zip(xs, deltas, of_xs, strict=True)]
+    own = [0, len(turns[0]) - 1]  # x and δ of each step
+    expected = [np.stack(pair) if i in own else sum(pair) for i, pair in enumerate(zip(*turns, strict=True))]
+    assert_close(found, expected, within(case))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

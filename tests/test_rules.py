@@ -116,6 +116,11 @@ def test_scan_and_checkpoint_equal_a_loop(case):
     checks.scan_and_checkpoint_equal_a_loop(case)
 
 
+@rows(FEW)
+def test_second_derivative_through_scan(case):
+    checks.second_derivative_through_scan(case)
+
+
 @rows([*FEW, *LONG_SUMS])
 def test_sixteen_bits_are_float32_rounded(case):
     checks.sixteen_bits_are_float32_rounded(case)

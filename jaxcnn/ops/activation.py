@@ -5,7 +5,6 @@ is multiplied with, so that the backward half computes nothing twice.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,7 @@ from jax.typing import ArrayLike
 from jaxcnn.geometry import fail, static_bool, static_float
 from jaxcnn.kernels.dtypes import accumulator
 from jaxcnn.kernels.storage import stored, stored_if_small
-from jaxcnn.ops.rule import Rule, arrays, with_rule
+from jaxcnn.ops.rule import Rule, arrays, custom_vjp, with_rule
 
 
 def relu(x: ArrayLike, *, rule: Rule | None = None) -> Array:
@@ -42,7 +41,7 @@ def relu(x: ArrayLike, *, rule: Rule | None = None) -> Array:
     return with_rule(_relu, rule, relu_plain)(None, x)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def _relu(geometry: None, x: Array) -> Array:
     return jnp.maximum(x, 0)
 
@@ -78,15 +77,19 @@ class Activation:
     constant: float = 0.0
 
 
-def _itself(kept: Array, c: Array) -> Array:
-    return kept
+def _times(kept: Array, delta: Array, c: Array) -> Array:
+    return delta * kept
+
+
+def _masked(kept: Array, delta: Array, c: Array) -> Array:
+    return jnp.where(kept, delta, 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
     g: Callable[[Array, float], Array]
     keeps: Callable[[Array, Array, float], Array]
-    slope: Callable[[Array, Array], Array] = _itself
+    delta_x: Callable[[Array, Array, Array], Array] = _times
 
 
 _INV_SQRT_2PI = 0.3989422804014327
@@ -136,6 +139,12 @@ def _gelu_tanh_slope(x: Array, y: Array, c: float) -> Array:
     return (1 + t) / 2 + x * (1 - t * t) * _SQRT_2_PI * (1 + 3 * 0.044715 * x * x) / 2
 
 
+def _hard_swish_delta(x: Array, delta: Array) -> Array:
+    """δ∘g'(x) with g'(x) = 0 up to −3, x/3 + ½ between, 1 from 3 on. Selected, so that δ may be infinite."""
+    slope = _like(x, _wide(_clipped(x, -3, 3)) / 3 + 0.5)
+    return jnp.where(x >= 3, delta, jnp.where(x > -3, delta * slope, 0))
+
+
 def _mish(x: Array, c: float) -> Array:
     """x·t, with t = n/d."""
     _, _, n, d = _mish_parts(x)
@@ -166,15 +175,15 @@ def _squareplus(x: Array, c: float) -> Array:
 
 
 _TABLE = {
-    # name:        g(x)                                     what is kept of x and y,  and g' of that
+    # name:        g(x)                                     what is kept of x and y,  and δ_x of that and δ
     "leaky_relu": _Row(lambda x, c: jnp.where(x > 0, x, c * x),
-                       lambda x, y, c: x > 0, lambda positive, c: jnp.where(positive, 1, c)),
-    "relu6": _Row(lambda x, c: _clipped(x, 0, 6), lambda x, y, c: _between(x, 0, 6)),
-    "hard_tanh": _Row(lambda x, c: _clipped(x, -1, 1), lambda x, y, c: _between(x, -1, 1)),
+                       lambda x, y, c: x > 0, lambda positive, delta, c: jnp.where(positive, delta, c * delta)),
+    "relu6": _Row(lambda x, c: _clipped(x, 0, 6), lambda x, y, c: _between(x, 0, 6), _masked),
+    "hard_tanh": _Row(lambda x, c: _clipped(x, -1, 1), lambda x, y, c: _between(x, -1, 1), _masked),
     "hard_sigmoid": _Row(lambda x, c: _clipped(x + 3, 0, 6) / 6,
-                         lambda x, y, c: _between(x, -3, 3), lambda inside, c: jnp.where(inside, _of(1 / 6, c), 0)),
-    "sigmoid": _Row(lambda x, c: jax.nn.sigmoid(x), lambda x, y, c: y, lambda y, c: y * (1 - y)),
-    "tanh": _Row(lambda x, c: jnp.tanh(x), lambda x, y, c: y, lambda y, c: (1 - y) * (1 + y)),
+                         lambda x, y, c: _between(x, -3, 3), lambda inside, delta, c: jnp.where(inside, delta / 6, 0)),
+    "sigmoid": _Row(lambda x, c: jax.nn.sigmoid(x), lambda x, y, c: y, lambda y, delta, c: delta * (y * (1 - y))),
+    "tanh": _Row(lambda x, c: jnp.tanh(x), lambda x, y, c: y, lambda y, delta, c: delta * ((1 - y) * (1 + y))),
     "elu": _Row(lambda x, c: jnp.where(x > 0, x, c * jnp.expm1(jnp.minimum(x, 0))),
                 lambda x, y, c: jnp.where(x > 0, 1, c * jnp.exp(jnp.minimum(x, 0)))),
     "selu": _Row(lambda x, c: _SELU_SCALE * jnp.where(x > 0, x, _SELU_ALPHA * jnp.expm1(jnp.minimum(x, 0))),
@@ -182,7 +191,7 @@ _TABLE = {
     "celu": _Row(lambda x, c: jnp.where(x > 0, x, c * jnp.expm1(jnp.minimum(x, 0) / c)),
                  lambda x, y, c: jnp.where(x > 0, 1, jnp.exp(jnp.minimum(x, 0) / c))),
     "hard_swish": _Row(lambda x, c: x * (_clipped(x + 3, 0, 6) / 6),
-                       lambda x, y, c: jnp.where(x >= 3, 1, jnp.where(x > -3, x / 3 + 0.5, 0))),
+                       lambda x, y, c: x, lambda x, delta, c: _hard_swish_delta(x, delta)),
     "gelu": _Row(lambda x, c: x * _normal(x), _gelu_slope),
     "gelu_tanh": _Row(_gelu_tanh, _gelu_tanh_slope),
     "mish": _Row(_mish, _mish_slope),
@@ -199,7 +208,7 @@ def _activate(op: str, x: ArrayLike, rule: Rule | None, constant: float = 0.0, f
     return with_rule(_activation, rule, _activation_plain, op)(Activation(form or op, constant), x)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def _activation(activation: Activation, x: Array) -> Array:
     return _activation_plain(activation, x)
 
@@ -212,8 +221,7 @@ def _activation_fwd(activation: Activation, x: Array) -> Any:
 
 def _activation_bwd(activation: Activation, kept: Array, delta: Array) -> Any:
     """δ_x = δ ∘ g'(x)."""
-    slope = _TABLE[activation.name].slope(kept, _of(activation.constant, delta))
-    return (jnp.where(slope, delta, 0) if slope.dtype == bool else delta * slope,)
+    return (_TABLE[activation.name].delta_x(kept, delta, _of(activation.constant, delta)),)
 
 
 _activation.defvjp(_activation_fwd, _activation_bwd)

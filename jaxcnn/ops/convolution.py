@@ -15,7 +15,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -40,7 +39,7 @@ from jaxcnn.kernels import correlation as kernels
 from jaxcnn.kernels.dtypes import accumulator, wider
 from jaxcnn.kernels.split import run_whole
 from jaxcnn.ops.mesh import on_any_mesh
-from jaxcnn.ops.rule import Rule, arrays, autodiff, picture, with_rule
+from jaxcnn.ops.rule import Rule, arrays, autodiff, custom_vjp, picture, with_rule
 
 
 def conv(
@@ -143,7 +142,7 @@ def depthwise_conv(
     return y if back is None else jnp.transpose(y, back)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def _conv(c: Correlation, x: Array, w: Array, b: Array | None) -> Array:
     return _with_bias(kernels.correlate(c, x, w), b)
 
@@ -182,7 +181,7 @@ def conv_plain(c: Correlation, x: Array, w: Array, b: Array | None) -> Array:
     return _with_bias(run_whole(product, (x.astype(c.dtype), w.astype(c.dtype)), (places, taps), places), b)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def spread(c: Correlation, delta: Array, w: Array) -> Array:
     """``w ∗ δ``: the full correlation of δ with the patch turned by 180°."""
     return kernels.spread(c, delta, w)
@@ -201,7 +200,7 @@ def _spread_bwd(c: Correlation, saved: Any, xi: Array) -> Any:
 spread.defvjp(_spread_fwd, _spread_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def match(c: Correlation, x: Array, delta: Array) -> Array:
     """``x ⋆ δ``: the valid correlation of the picture with δ, summed over the batch."""
     return kernels.match(c, x, delta)
@@ -293,7 +292,7 @@ def _followed_by_zeros(out: tuple[int, ...], x: Array) -> Array:
     return x
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def _conv_transpose(c: Correlation, x: Array, w: Array, b: Array | None) -> Array:
     wide = wider(x.dtype, c.dtype)
     return _with_bias(kernels.spread(c, x.astype(wide), w).astype(c.dtype), b)
@@ -360,7 +359,7 @@ def _with_bias(y: Array, b: Array | None) -> Array:
 # The picture repeated instead of zeros
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(custom_vjp, static=2)
 def _extend(mode: str, widths: tuple[tuple[int, int], ...], x: Array) -> Array:
     return _extend_plain(mode, widths, x)
 
@@ -383,7 +382,7 @@ def _extend_plain(mode: str, widths: tuple[tuple[int, int], ...], x: Array) -> A
     return jnp.pad(x, ((0, 0), *widths, (0, 0)), mode=modes[mode])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(custom_vjp, static=2)
 def _fold(mode: str, widths: tuple[tuple[int, int], ...], delta: Array) -> Array:
     """The adjoint of `_extend`: what lies past the borders is added to the entries it shows.
 

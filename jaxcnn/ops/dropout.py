@@ -1,6 +1,5 @@
 """Dropout at the output layer while training (lecture §2)."""
 
-import functools
 from typing import Any
 
 import jax
@@ -9,7 +8,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxcnn.geometry import fail, static_float
-from jaxcnn.ops.rule import Rule, arrays, one_key, with_rule
+from jaxcnn.ops.rule import Rule, arrays, custom_vjp, one_key, with_rule
 
 
 def dropout(x: ArrayLike, rate: float, key: Array, *, rule: Rule | None = None) -> Array:
@@ -42,7 +41,7 @@ def dropout(x: ArrayLike, rate: float, key: Array, *, rule: Rule | None = None) 
     return with_rule(_dropout, rule, _dropout_plain)(rate, x, key)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def _dropout(rate: float, x: Array, key: Array) -> Array:
     return _dropout_plain(rate, x, key)
 

@@ -10,10 +10,8 @@ ReLU.  The picture before pooling is never kept.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -22,7 +20,7 @@ from jaxcnn.geometry import Correlation, Padding, PerDim, Window, fail
 from jaxcnn.kernels import correlation, windows
 from jaxcnn.kernels.storage import stored
 from jaxcnn.ops import activation, convolution, pooling
-from jaxcnn.ops.rule import Call, Rule, arrays, call_of, with_rule
+from jaxcnn.ops.rule import Call, Rule, arrays, call_of, custom_vjp, with_rule
 
 
 def hidden_layer(
@@ -86,7 +84,7 @@ class Hidden:
     window: Window
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def _hidden_layer(geometry: Hidden, x: Array, w: Array, b: Array) -> Array:
     return _forward(geometry, x, w, b)[0]
 
@@ -109,7 +107,7 @@ def _hidden_layer_bwd(geometry: Hidden, saved: Any, delta: Array) -> Any:
 _hidden_layer.defvjp(_hidden_layer_fwd, _hidden_layer_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def _hidden_with_code(geometry: Hidden, x: Array, w: Array, b: Array) -> tuple[Array, Array]:
     return _forward(geometry, x, w, b)
 

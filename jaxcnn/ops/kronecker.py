@@ -3,17 +3,15 @@
 ``kron_up`` and ``block_sum`` are adjoint: the rule of each is the other.
 """
 
-import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
 from jaxcnn.geometry import PerDim, Window, fail, not_too_many, positive
 from jaxcnn.ops.pooling import window_spread, window_sum
-from jaxcnn.ops.rule import Rule, arrays, picture, with_rule
+from jaxcnn.ops.rule import Rule, arrays, custom_vjp, picture, with_rule
 
 
 def kron(a: ArrayLike, b: ArrayLike, *, rule: Rule | None = None) -> Array:
@@ -45,7 +43,7 @@ def kron(a: ArrayLike, b: ArrayLike, *, rule: Rule | None = None) -> Array:
     return with_rule(_kron, rule, _kron_plain)(None, a, b)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def _kron(geometry: None, a: Array, b: Array) -> Array:
     return _kron_plain(None, a, b)
 
@@ -104,7 +102,7 @@ def kron_up(x: ArrayLike, factor: PerDim, *, rule: Rule | None = None) -> Array:
     return with_rule(_kron_up, rule, _kron_up_plain)(_blocks(grown, k), x)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def _kron_up(blocks: Window, x: Array) -> Array:
     return window_spread(blocks, x)
 
@@ -155,7 +153,7 @@ def block_sum(x: ArrayLike, factor: PerDim, *, rule: Rule | None = None) -> Arra
     return with_rule(_block_sum, rule, _block_sum_plain)(_blocks(spatial, k), x)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def _block_sum(blocks: Window, x: Array) -> Array:
     return window_sum(blocks, x)
 

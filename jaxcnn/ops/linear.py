@@ -3,16 +3,14 @@
 And the sum of two arrays, which a residual net ends in, as an op, so that it can be given another rule.
 """
 
-import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
 from jaxcnn.geometry import fail
-from jaxcnn.ops.rule import Rule, arrays, with_rule
+from jaxcnn.ops.rule import Rule, arrays, custom_vjp, with_rule
 
 
 def dense(x: ArrayLike, w: ArrayLike, b: ArrayLike | None = None, *, rule: Rule | None = None) -> Array:
@@ -45,7 +43,7 @@ def dense(x: ArrayLike, w: ArrayLike, b: ArrayLike | None = None, *, rule: Rule 
     return with_rule(_dense, rule, _dense_plain)(None, x, w, b)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def _dense(geometry: None, x: Array, w: Array, b: Array | None) -> Array:
     return _dense_plain(None, x, w, b)
 
@@ -93,7 +91,7 @@ def add(x: ArrayLike, y: ArrayLike, *, rule: Rule | None = None) -> Array:
     return with_rule(_add, rule, _add_plain)(None, x, y)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def _add(geometry: None, x: Array, y: Array) -> Array:
     return x + y
 

@@ -1,17 +1,16 @@
 """Errors at the output layer, where δ begins: per example, unreduced, as in optax, whose other losses fit as well."""
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxcnn.geometry import fail
 from jaxcnn.kernels.dtypes import accumulator
-from jaxcnn.ops.rule import Rule, array, arrays, with_rule
+from jaxcnn.ops.rule import Rule, array, arrays, custom_vjp, with_rule
 
 
 def squared_error(y: ArrayLike, target: ArrayLike, *, rule: Rule | None = None) -> Array:
@@ -39,7 +38,7 @@ def squared_error(y: ArrayLike, target: ArrayLike, *, rule: Rule | None = None) 
     return with_rule(_squared_error, rule, squared_error_plain)(None, y, target)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def _squared_error(geometry: None, y: Array, target: Array) -> Array:
     return squared_error_plain(None, y, target)
 
@@ -50,7 +49,7 @@ def _squared_error_fwd(geometry: None, y: Array, target: Array) -> Any:
 
 def _squared_error_bwd(geometry: None, difference: Array, delta: Array) -> Any:
     """δ_y = 2δ(y − target), δ_target = −δ_y."""
-    delta_y = 2 * delta * difference
+    delta_y = _weighted(2 * delta, difference)
     return delta_y, -delta_y
 
 
@@ -95,7 +94,7 @@ def softmax_cross_entropy(logits: ArrayLike, targets: ArrayLike, *, rule: Rule |
     return with_rule(_softmax_cross_entropy, rule, softmax_cross_entropy_plain)(None, logits, targets)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def _softmax_cross_entropy(geometry: None, logits: Array, targets: Array) -> Array:
     return softmax_cross_entropy_plain(None, logits, targets)
 
@@ -108,8 +107,8 @@ def _softmax_cross_entropy_bwd(geometry: None, saved: Any, delta: Array) -> Any:
     """δ_logits = δ(p·Σ targets − targets);  δ_targets = −δ·log p."""
     p, log_p, targets = saved
     dtype, delta, targets = targets.dtype, _wide(delta)[..., None], _wide(targets)
-    delta_logits = delta * (p * targets.sum(-1, keepdims=True) - targets)
-    return delta_logits.astype(dtype), (-delta * log_p).astype(dtype)
+    delta_logits = _weighted(delta, p * targets.sum(-1, keepdims=True) - targets)
+    return delta_logits.astype(dtype), _weighted(-delta, log_p).astype(dtype)
 
 
 _softmax_cross_entropy.defvjp(_softmax_cross_entropy_fwd, _softmax_cross_entropy_bwd)
@@ -132,6 +131,14 @@ def _softmax(logits: Array) -> Array:
 def _log_softmax(logits: Array) -> Array:
     """Log p, likewise."""
     return jax.nn.log_softmax(_wide(logits))
+
+
+def _weighted(delta: Array, slope: Array) -> Array:
+    """``δ·slope``; 0 where δ is 0, also if the slope is infinite or NaN: an error that is masked out has no gradient.
+
+    The slope is replaced, not the product, whose derivative with respect to δ is the slope at δ = 0 as well.
+    """
+    return delta * jnp.where((delta == 0) & ~jnp.isfinite(slope), 0, slope)
 
 
 def _times(targets: Array, log_p: Array) -> Array:
@@ -157,7 +164,8 @@ def softmax_cross_entropy_with_integer_labels(
     Returns: ``(…)``.
 
     Raises: ValueError for shapes that do not fit and for labels out of range; TypeError for dtypes.  Under jit labels
-        cannot be looked at: one that is out of range gives NaN, in the error and in δ.
+        cannot be looked at: one that is out of range gives NaN, in the error and in δ_logits, except that a δ of 0
+        gives 0. ``jnp.where(labels >= 0, error, 0)`` therefore ignores negative labels, as in optax.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -186,7 +194,7 @@ def softmax_cross_entropy_with_integer_labels(
     return with_rule(_cross_entropy_of_labels, rule, cross_entropy_of_labels_plain, op)(None, logits, at)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def _cross_entropy_of_labels(geometry: None, logits: Array, labels: Array) -> Array:
     return cross_entropy_of_labels_plain(None, logits, labels)
 
@@ -198,9 +206,9 @@ def _cross_entropy_of_labels_fwd(geometry: None, logits: Array, labels: Array) -
 def _cross_entropy_of_labels_bwd(geometry: None, saved: Any, delta: Array) -> Any:
     """δ_logits = δ(p − onehot(label))."""
     p, labels = saved
-    onehot = jnp.arange(p.shape[-1], dtype=labels.dtype) == labels[..., None]
-    known = jnp.where(_known(labels, p), _wide(delta)[..., None], jnp.nan)
-    return (known * jnp.where(onehot, p - 1, p)).astype(delta.dtype), None
+    onehot = lax.broadcasted_iota(labels.dtype, p.shape, p.ndim - 1) == labels[..., None]
+    slope = jnp.where(_known(labels, p), jnp.where(onehot, p - 1, p), jnp.nan)
+    return _weighted(_wide(delta)[..., None], slope).astype(delta.dtype), None
 
 
 _cross_entropy_of_labels.defvjp(_cross_entropy_of_labels_fwd, _cross_entropy_of_labels_bwd)
@@ -212,7 +220,7 @@ def cross_entropy_of_labels_plain(geometry: None, logits: Array, labels: Array) 
     m is taken from both before they meet: 10⁴ − 10⁴ leaves the digits of log 3, 10⁴ + log 3 does not.
     """
     wide = _wide(logits)
-    m = jax.lax.stop_gradient(wide.max(-1, keepdims=True))
+    m = lax.stop_gradient(wide.max(-1, keepdims=True))
     picked = jnp.take_along_axis(wide, labels[..., None], -1, mode="clip") - m
     error = jnp.log(jnp.exp(wide - m).sum(-1, keepdims=True)) - picked
     return jnp.where(_known(labels, wide), error, jnp.nan)[..., 0].astype(logits.dtype)

@@ -17,7 +17,6 @@ rules of their own, and what is left are products and means.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -31,7 +30,7 @@ from jaxcnn.geometry import fail, static_float, static_int
 from jaxcnn.kernels.dtypes import accumulator
 from jaxcnn.kernels.storage import stored
 from jaxcnn.kernels.sums import sum_computed
-from jaxcnn.ops.rule import Rule, array, arrays, with_rule
+from jaxcnn.ops.rule import Rule, array, arrays, custom_vjp, with_rule
 
 
 def batch_norm(
@@ -208,7 +207,7 @@ class Normalization:
 # By the stretch's own mean and spread
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def _normalized(norm: Normalization, x: Array, scale: Array | None, bias: Array | None) -> Array:
     m, r = _moments(norm, norm.view(x))
     return _scaled(norm, (norm.view(x) - m) * r, scale, bias).reshape(x.shape).astype(x.dtype)
@@ -247,7 +246,7 @@ def _inner_x_hat(norm: Normalization, delta: Array, x: Array, m: Array, r: Array
     return inner(tuple(range(x.ndim - 1)), delta.reshape(x.shape), (x - m) * r)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def inner(dims: tuple[int, ...], a: Array, b: Array) -> Array:
     """Σ a·b over dims."""
     return sum_computed(dims, a * b)
@@ -267,7 +266,7 @@ def _inner_bwd(dims: tuple[int, ...], saved: Any, xi: Array) -> Any:
 inner.defvjp(_inner_fwd, _inner_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def moments(norm: Normalization, x: Array) -> tuple[Array, Array]:
     """The mean m of every stretch of a view x, and r = 1/√(mean((x − m)²) + ε); its dims stay, of size 1."""
     return _moments(norm, x)
@@ -318,7 +317,7 @@ def _normalized_plain(norm: Normalization, x: Array, scale: Array | None, bias: 
 # By statistics that are given
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def _by_statistics(
     norm: Normalization, x: Array, scale: Array | None, bias: Array | None, mean: Array, var: Array
 ) -> Array:

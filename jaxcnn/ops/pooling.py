@@ -37,7 +37,7 @@ from jaxcnn.kernels import bins
 from jaxcnn.kernels import windows as kernels
 from jaxcnn.kernels.dtypes import accumulator
 from jaxcnn.kernels.storage import stored
-from jaxcnn.ops.rule import Rule, array, arrays, picture, with_rule
+from jaxcnn.ops.rule import Rule, array, arrays, custom_vjp, picture, with_rule
 
 
 def max_pool(
@@ -79,7 +79,7 @@ def max_pool(
     return with_rule(_max_pool, rule, max_pool_plain)(win, x)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def _max_pool(win: Window, x: Array) -> Array:
     return kernels.largest(win, x)[0]
 
@@ -110,7 +110,7 @@ def max_pool_plain(win: Window, x: Array) -> Array:
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def largest(win: Window, x: Array) -> tuple[Array, Array]:
     """The largest entry of every window, and which one it is."""
     return kernels.largest(win, x)
@@ -129,7 +129,7 @@ def _largest_bwd(win: Window, winner: Array, deltas: Any) -> Any:
 largest.defvjp(_largest_fwd, _largest_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def take(win: Window, x: Array, winner: Array) -> Array:
     """What stands at the winner of every window."""
     return kernels.take(win, x, winner)
@@ -147,7 +147,7 @@ def _take_bwd(win: Window, winner: Array, delta: Array) -> Any:
 take.defvjp(_take_fwd, _take_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def place(win: Window, delta: Array, winner: Array) -> Array:
     """Every δ to the winner of its window, zero to the others."""
     return kernels.place(win, delta, winner)
@@ -209,7 +209,7 @@ def max_pool_with_indices(
     return with_rule(_max_pool_with_indices, rule, _max_pool_with_indices_plain)(win, x)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def _max_pool_with_indices(win: Window, x: Array) -> tuple[Array, Array]:
     y, winner = kernels.largest(win, x)
     return y, kernels.flat_index(win, winner)
@@ -283,7 +283,7 @@ def max_unpool(
     return with_rule(unpool, rule, kernels.scatter, op)(spatial, y, at)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def unpool(spatial: tuple[int, ...], y: Array, index: Array) -> Array:
     """Every entry of y to its index in the flattened spatial dims, added up."""
     return kernels.scatter(spatial, y, index)
@@ -301,7 +301,7 @@ def _unpool_bwd(spatial: tuple[int, ...], index: Array, delta: Array) -> Any:
 unpool.defvjp(_unpool_fwd, _unpool_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def pick(spatial: tuple[int, ...], x: Array, index: Array) -> Array:
     """What stands at the index in the flattened spatial dims."""
     return kernels.gather(x, index)
@@ -384,7 +384,7 @@ class Average:
         return y / (np.asarray(first, y.dtype) if (count == first).all() else count.astype(y.dtype))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def _avg_pool(average: Average, x: Array) -> Array:
     return average.divided(window_sum(average.window, x.astype(accumulator(x.dtype)))).astype(x.dtype)
 
@@ -416,7 +416,7 @@ def _avg_pool_plain(average: Average, x: Array) -> Array:
     return average.divided(total).astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def window_sum(win: Window, x: Array) -> Array:
     """The sum of every window."""
     return kernels.window_sum(win, x)
@@ -434,7 +434,7 @@ def _window_sum_bwd(win: Window, saved: None, delta: Array) -> Any:
 window_sum.defvjp(_window_sum_fwd, _window_sum_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def window_spread(win: Window, delta: Array) -> Array:
     """Every δ to all entries of its window."""
     return kernels.window_spread(win, delta)
@@ -524,7 +524,7 @@ class Norm:
         return total if self.p == 1 else jnp.sqrt(total) if self.p == 2 else total ** (1 / self.p)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def _lp_pool(norm: Norm, x: Array) -> Array:
     wide = x.astype(accumulator(x.dtype))
     return norm.root(norm.whole(window_sum(norm.average.window, norm.power(wide)))).astype(x.dtype)
@@ -675,7 +675,7 @@ class Bins:
         return y / self.count().astype(y.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def _adaptive_max_pool(sizes: Bins, x: Array) -> Array:
     return bins.bin_largest(sizes.size, x)[0]
 
@@ -692,7 +692,7 @@ def _adaptive_max_pool_bwd(sizes: Bins, index: Array, delta: Array) -> Any:
 _adaptive_max_pool.defvjp(_adaptive_max_pool_fwd, _adaptive_max_pool_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def largest_of_bins(sizes: Bins, x: Array) -> tuple[Array, Array]:
     """The largest entry of every bin, and its index in the flattened spatial dims."""
     return bins.bin_largest(sizes.size, x)
@@ -720,7 +720,7 @@ def _adaptive_max_pool_plain(sizes: Bins, x: Array) -> Array:
     return x
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def _adaptive_avg_pool(sizes: Bins, x: Array) -> Array:
     wide = x.astype(accumulator(x.dtype))
     return sizes.divided(bin_sum(sizes.shape, sizes.size, wide)).astype(x.dtype)
@@ -748,7 +748,7 @@ def _adaptive_avg_pool_plain(sizes: Bins, x: Array) -> Array:
     return y.astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(custom_vjp, static=2)
 def bin_sum(shape: tuple[int, ...], size: tuple[int, ...], x: Array) -> Array:
     """The sum of every one of ``size`` bins of a picture of ``shape``."""
     return bins.bin_sum(size, x)

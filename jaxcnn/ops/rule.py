@@ -43,6 +43,26 @@ class Call:
 Rule = Callable[[Call, Any], tuple[Any, ...]]
 
 
+def custom_vjp(f: Callable[..., Any], static: int = 1) -> Any:
+    """`jax.custom_vjp` with static leading arguments, correct in loops as well.
+
+    JAX 0.10 to 0.12 compute second derivatives through `lax.scan` wrongly if the function has an equation without
+    inputs (`jnp.zeros`, an iota, `lax.platform_dependent`) and its ``fwd`` returns an argument as a residual. Partial
+    evaluation hoists the equation out of the loop and passes its value as an additional argument, but does not shift
+    the positions of the residuals among the arguments. `jax.checkpoint` keeps the function in one equation, so that
+    nothing is hoisted. It adds nothing to the compiled program. `docs/mathematics.md` has the smallest case.
+
+    Args:
+        f: function of ``static`` hashable arguments and of arrays.
+        static: number of leading arguments that are not differentiated.
+
+    Returns: the `jax.custom_vjp`, without its rule.
+    """
+    leading = tuple(range(static))
+    whole = jax.checkpoint(f, prevent_cse=False, static_argnums=leading)
+    return jax.custom_vjp(jax.jit(whole, static_argnums=leading, inline=True), nondiff_argnums=leading)
+
+
 def call_of(core: Any, name: str, geometry: Any, *inputs: Any) -> Call:
     """The call ``core(geometry, *inputs)``."""
     y, saved = core.fwd(geometry, *inputs)
@@ -94,7 +114,7 @@ def _hashable(rule: Any) -> bool:
 def _replaced(core: Any, rule: Rule, op: str) -> Any:
     """A `custom_vjp` of the same forward half."""
 
-    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+    @custom_vjp
     def other(geometry: Any, *inputs: Any) -> Any:
         return core(geometry, *inputs)
 

@@ -11,10 +11,8 @@ the family of two is closed under differentiation:
 """
 
 import dataclasses
-import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
@@ -24,7 +22,7 @@ from jaxcnn.kernels import fourier, moments
 from jaxcnn.kernels.dtypes import accumulator
 from jaxcnn.kernels.split import run_whole
 from jaxcnn.ops import pooling
-from jaxcnn.ops.rule import Rule, arrays, with_rule
+from jaxcnn.ops.rule import Rule, arrays, custom_vjp, with_rule
 
 MODES = ("full", "same", "valid")
 
@@ -146,7 +144,7 @@ class Lags:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def _convolve(lags: Lags, a: Array, v: Array) -> Array:
     turned, first = _turned(lags, v)
     return fourier.correlate(first, lags.size, lags.method, a, turned)
@@ -175,7 +173,7 @@ def _turned(lags: Lags, v: Array) -> tuple[Array, tuple[int, ...]]:
     return lax.rev(v, range(v.ndim)), tuple(f - (k - 1) for f, k in zip(lags.first, v.shape, strict=True))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def _correlate(lags: Lags, a: Array, v: Array) -> Array:
     return fourier.correlate(lags.first, lags.size, lags.method, a, v)
 
@@ -200,7 +198,7 @@ def _correlate_plain(lags: Lags, a: Array, v: Array) -> Array:
     return run_whole(product, (a[None, None], v[None, None]), (everywhere,) * 2, everywhere)[0, 0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def _autocorrelate(lags: Lags, a: Array) -> Array:
     return _correlate(lags, a, a)
 
@@ -264,7 +262,7 @@ def match_template(image: ArrayLike, template: ArrayLike, *, rule: Rule | None =
     return with_rule(_match_template, rule, _match_template_plain)(win, image, template)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def _match_template(win: Window, image: Array, template: Array) -> Array:
     x, t, _, inv_s, inv_t = _standardised(win, image, template, _moments)
     return (_correlate(_inside(win), x, t) * inv_s * inv_t).astype(image.dtype)
@@ -317,7 +315,7 @@ def _inside(win: Window) -> Lags:
     return Lags((0,) * win.ndim, win.out)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def _moments(win: Window, x: Array) -> tuple[Array, Array]:
     """Of every window the mean m, and s = Σ (x − m)²."""
     return moments.window_moments(win, x)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torch
 
 import jaxcnn
 from jaxcnn.rules import autodiff
@@ -171,3 +172,60 @@ def test_another_rule(name):
     tangent = rng.standard_normal(y.shape)
     _, forward = jax.jvp(lambda y: LOSSES[name](y, autodiff), (y,), (tangent,))
     np.testing.assert_allclose((forward * delta).sum(), (exact * tangent).sum(), rtol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A δ of 0 gives 0
+
+
+@pytest.mark.parametrize("compile_it", [True, False])
+def test_labels_that_are_masked_out_have_no_gradient(compile_it):
+    """The value and the gradient of PyTorch's `ignore_index`, and those of optax."""
+    logits, labels = normal(6, 5), np.array([2, -100, 0, -100, 7, 4])
+
+    def masked(loss):
+        return lambda logits, labels: jnp.where((labels >= 0) & (labels < 5), loss(logits, labels), 0).sum()
+
+    grad = jax.value_and_grad(masked(jaxcnn.softmax_cross_entropy_with_integer_labels))
+    if compile_it:
+        found_y, found = jax.jit(grad)(logits, labels)
+    else:  # traced, though nothing is compiled
+        found_y, found = (a[0] for a in jax.vmap(grad)(logits[None], labels[None]))
+    expected_y, expected = jax.value_and_grad(masked(optax.softmax_cross_entropy_with_integer_labels))(logits, labels)
+    of_torch = torch.tensor(logits, requires_grad=True)
+    given = torch.tensor(np.where(labels == 7, -100, labels))
+    y = torch.nn.functional.cross_entropy(of_torch, given, ignore_index=-100, reduction="sum")
+    y.backward()
+    for value, gradient in ((expected_y, expected), (y.detach(), of_torch.grad)):
+        np.testing.assert_allclose(found_y, value, **CLOSE)
+        np.testing.assert_allclose(found, gradient, **CLOSE)
+
+
+@pytest.mark.parametrize("wrong", [INF, -INF, np.nan])
+@pytest.mark.parametrize("loss", [jaxcnn.squared_error, jaxcnn.softmax_cross_entropy])
+def test_rows_that_are_masked_out_have_no_gradient(loss, wrong):
+    """Predictions and targets of masked rows may be anything; the other rows have the gradient that they have alone."""
+    y, target, keep = normal(4, 3), np.abs(normal(4, 3)), np.array([True, False, True, False])
+    marred = y.copy(), target.copy()
+    marred[0][1], marred[1][3, 0] = wrong, wrong
+    (of_rows,) = [jax.eval_shape(loss, y, target).shape]
+    delta = np.random.default_rng(5).standard_normal(of_rows)
+    delta[~keep] = 0
+    _, found = pulled(loss, marred, delta)
+    _, expected = pulled(loss, (y, target), delta)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, **CLOSE)
+        assert not np.any(a[~keep])
+
+
+def test_the_rule_of_the_rule_where_delta_is_zero():
+    """With respect to δ the derivative at δ = 0 is the slope, as elsewhere."""
+    logits, labels = normal(2, 3), jnp.array([0, 2])
+
+    def pull(delta):
+        return jax.vjp(lambda a: jaxcnn.softmax_cross_entropy_with_integer_labels(a, labels), logits)[1](delta)[0]
+
+    xi = np.random.default_rng(6).standard_normal((2, 3))
+    found = jax.vjp(pull, np.zeros(2))[1](xi)[0]
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    np.testing.assert_allclose(found, (xi * (p - np.eye(3)[[0, 2]])).sum(-1), rtol=1e-6)

@@ -108,7 +108,13 @@ def test_relu_slope_at_zero_and_nan_is_zero():
 
 @pytest.mark.parametrize(
     ("op", "x"),
-    [(jaxcnn.relu, [-1.0, -1.0, 1.0]), (jaxcnn.relu6, [-1.0, 7.0, 1.0]), (jaxcnn.hard_tanh, [-2.0, 2.0, 0.5])],
+    [
+        (jaxcnn.relu, [-1.0, -1.0, 1.0]),
+        (jaxcnn.relu6, [-1.0, 7.0, 1.0]),
+        (jaxcnn.hard_tanh, [-2.0, 2.0, 0.5]),
+        (jaxcnn.hard_sigmoid, [-3.0, 4.0, 1.0]),
+        (jaxcnn.hard_swish, [-3.0, -INF, 4.0]),
+    ],
 )
 def test_masks_stop_delta_that_is_not_finite(op, x):
     """A mask, not a product: 0·∞ would be NaN.  Not compiled, for XLA makes a mask of a product with a bool."""
