@@ -287,25 +287,35 @@ def choose_spread(c: Correlation, y: Array, w: Array) -> str:
         return "phases"
     if _winograd_pays(c, y, *w.shape[-2:], whole=True):
         return "winograd"
+    if _padded_to_twice(c.window) and _products_fit(c.window, inputs):
+        return "products"
     return "all_threads" if _all_threads_pay(c, y, inputs, c.window.shape) else "xla"
 
 
 def _products_pay(win: Window, inputs: int) -> bool:
-    """Whether few numbers come of each δ, or XLA's convolution is slow: in 3-D, and with zeros between δ or around it.
+    """Whether few numbers come of each δ, or XLA's convolution is slow: in 3-D, and with zeros between δ.
 
-    Also for small kernels where δ of windows in padding would have to be cut off first, a copy. Not for kernels of many
-    entries: the program grows with their length, and what a single image's δ makes grows with all of them.
+    Also for small kernels where δ of windows in padding would have to be cut off first, a copy.
     """
-    if max(win.size) > LONGEST or math.prod(win.out) * win.entries * inputs > PRODUCT_BYTES:
+    if not _products_fit(win, inputs):
         return False
     if win.ndim == 3 or all(k <= s for k, s in zip(win.size, win.stride, strict=True)):
         return True
     if any(s > 1 for s in win.stride):
         return win.entries * inputs <= 160
-    if math.prod(win.shape) >= 2 * math.prod(win.out):
-        return True
     cut = any(_reached(win, dim)[:2] != (0, out) for dim, out in enumerate(win.out))
     return inputs <= 6 or (cut and win.entries <= 3)
+
+
+def _products_fit(win: Window, inputs: int) -> bool:
+    """Whether the program stays short, and what a single image's δ makes of the whole kernel stays in memory."""
+    return max(win.size) <= LONGEST and math.prod(win.out) * win.entries * inputs <= PRODUCT_BYTES
+
+
+def _padded_to_twice(win: Window) -> bool:
+    """Whether XLA's convolution multiplies as many zeros around δ as entries of δ: "products" multiplies none."""
+    once = all(s == 1 for s in win.stride)
+    return win.ndim == 2 and once and math.prod(win.shape) >= 2 * math.prod(win.out)
 
 
 def _phases_pay(win: Window, inputs: int, outputs: int) -> bool:

@@ -193,7 +193,8 @@ def _at(canvas: Array, start: Start, out: Sequence[int], stride: Sequence[int]) 
     if isinstance(start, np.ndarray):
         limits = (canvas.shape[0], *(at + span for at, span in zip(start, spans, strict=True)), *rest)
         return lax.slice(canvas, (0, *start, *(0,) * len(rest)), limits, (1, *stride, *(1,) * len(rest)))
-    begin = (0, *start, *(0,) * len(rest))
+    zero = np.int32(0)
+    begin = (zero, *start, *(zero,) * len(rest))
     found = lax.dynamic_slice(canvas, begin, (canvas.shape[0], *spans, *rest), allow_negative_indices=False)
     return lax.slice(found, (0,) * found.ndim, found.shape, (1, *stride, *(1,) * len(rest)))
 
