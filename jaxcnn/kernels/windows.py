@@ -239,6 +239,11 @@ def _reduce_dim(x: Array, axis: int, k: int, stride: int, dilation: int) -> Arra
 # Slices, and their adjoints
 
 
+def padded(win: Window, x: Array) -> Array:
+    """``x`` with zeros around it, as the windows meet it."""
+    return _pad(win, x, 0)
+
+
 def _pad(win: Window, x: Array, fill: float) -> Array:
     if not win.padded:
         return x
