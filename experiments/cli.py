@@ -12,7 +12,7 @@ from typing import TypeVar, get_args, get_type_hints
 
 import tyro
 
-from experiments.errors import ExperimentError, UsageError, explain
+from experiments.errors import ExperimentError, UsageError, check_packages, explain
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C: 128 + SIGINT, as shells have it."""
@@ -30,7 +30,9 @@ def run(config_type: type[Config], body: Callable[[Config], int], argv: Sequence
     their traceback. `--help` raises SystemExit(0), as argparse does.
     """
     try:
-        status = body(parse(config_type, argv, prog=prog))
+        config = parse(config_type, argv, prog=prog)
+        check_packages()
+        status = body(config)
         sys.stdout.flush()
         return status
     except BrokenPipeError:

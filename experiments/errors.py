@@ -1,9 +1,9 @@
 """Errors that the reader of the terminal can mend: one line, and an exit status."""
 
 import errno
+import importlib.util
 import sys
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 EXTRAS: Mapping[str, str] = {
@@ -56,31 +56,59 @@ def explain(error: BaseException) -> str | None:
         return "interrupted"
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
-        if package in EXTRAS:
-            return f"needs the package {package}, which is not installed: pip install 'jaxcnn[{EXTRAS[package]}]'"
-        return None
+        return _missing([package]) if package in EXTRAS else None
     if isinstance(error, OSError):
         # Files are named where they are opened and written; only printing fills a disk without a name.
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
         if error.filename is None and full:
             return f"standard output: must be writable, got {error.strerror}"
         return _joined(error)
-    if isinstance(error, RuntimeError | AssertionError) and _raised_by_backends(error.__traceback__):
+    if isinstance(error, RuntimeError | AssertionError) and _platform_is_missing():
         return _no_platform(error)
     return None
+
+
+def check_packages(extra: str = "experiments") -> None:
+    """Raise UsageError if packages of an extra are missing, so that a script ends before its work and not after it.
+
+    Args:
+        extra: One of the values of EXTRAS.
+    """
+    missing = [package for package, of in EXTRAS.items() if of == extra and not _is_installed(package)]
+    if missing:
+        raise UsageError(_missing(missing))
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # sys.modules says that there is none
+        return False
+
+
+def _missing(packages: Sequence[str]) -> str:
+    what = f"package {packages[0]}, which is" if len(packages) == 1 else f"packages {', '.join(packages)}, which are"
+    return f"needs the {what} not installed: pip install 'jaxcnn[{EXTRAS[packages[0]]}]'"
 
 
 def _joined(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def _raised_by_backends(traceback: TracebackType | None) -> bool:
-    """Whether the innermost frame is that of jax which starts the backends."""
-    if traceback is None:
+def _platform_is_missing() -> bool:
+    """Whether jax, if it was imported, cannot start the platforms that it was asked for.
+
+    Tried again, because jax removes its own frames from tracebacks, and its message is not part of its interface.
+    """
+    if "jax" not in sys.modules:
         return False
-    while traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    return Path(traceback.tb_frame.f_code.co_filename).name == "xla_bridge.py"
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError):
+        return True
+    return False
 
 
 def _no_platform(error: BaseException) -> str:
