@@ -71,7 +71,7 @@ except RunError as error:
 
 
 def started_together(count, folder, *out):
-    """Return what `count` processes say that make their folder in the same moment, each of which goes on for a while."""
+    """Return what `count` processes say that make their folders at once, and then go on."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     processes = [
