@@ -118,7 +118,8 @@ def show(table: Table | None = None) -> Shown:
         draw(patch, found),
         "Left: E over one entry of a patch, with the slope by the rule and the two evaluations that give it by "
         f"differences: parallel, as E is a parabola here (h is 0.6 for the eye, {STEP:g} in the checks). Below, the "
-        f"slopes of all 25. Right: {len(found)} ops, in the row of each a dot for each of its inputs; what is left is the differences' own error.",
+        f"slopes of all 25. Right: {len(found)} ops, in the row of each a dot for each of its inputs; what is left is "
+        "the differences' own error.",
     )
 
 

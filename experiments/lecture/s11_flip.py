@@ -61,8 +61,8 @@ def show(correlate: Any = signal.correlate, convolve: Any = signal.convolve) -> 
     )
     caption = (
         "Each row is one place of the patch; its entries are multiplied with those of the image above them, and the "
-        "sum is at the right. Framed: the patch lies wholly inside. Layers keep only such places, so images shrink; which "
-        "sum is the largest does not matter to them."
+        "sum is at the right. Framed: the patch lies wholly inside. Layers keep only such places, so images shrink; "
+        "whether a sum elsewhere is larger does not matter."
     )
     return Shown(checks, draw(correlate(IMAGE, PATCH), convolve(IMAGE, PATCH), signal.autocorrelate(IMAGE)), caption)
 
@@ -93,7 +93,7 @@ def draw(unflipped: Any, flipped: Any, over_itself: Any) -> Any:
                 axes.text(-0.8, row + 1, "wholly\ninside", ha="right", va="center", fontsize=8.5, color="0.3")
         axes.text(-0.8, -0.35, "image", ha="right", va="center", fontsize=9.5, color="0.3")
         axes.text(8.4, -0.35, "sum", ha="right", va="center", fontsize=9.5, color="0.3")
-        axes.set(xlim=(-3.7, 8.6), ylim=(7.6, -1), aspect="equal")
+        axes.set(xlim=(-3.7, 8.75), ylim=(7.6, -1), aspect="equal")
         axes.axis("off")
     return fig
 
