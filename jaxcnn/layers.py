@@ -373,8 +373,11 @@ class BatchNorm(_Normalization):
             statistics = reached_p.bind(x, *statistics)
         elif key is None and not statistics and HIDING.value:
             names = ", ".join(HIDING.value)
-            fail("calibrate", f"every BatchNorm must be a layer of a Serial, or a field named like its parameters in a "
-                 f"layer; got one that is not, inside one of {names}")
+            fail(
+                "calibrate",
+                f"every BatchNorm must be a layer of a Serial, or a field named like its parameters in a "
+                f"layer; got one that is not, inside one of {names}",
+            )
         # Statistics are not parameters: no gradient reaches them.
         statistics = [jax.lax.stop_gradient(a) for a in statistics]
         return normalization.batch_norm(

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
@@ -13,6 +14,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -23,14 +25,21 @@ from jaxcnn.ops.rule import one_key
 
 #: Error of each example: (outputs, targets) → (N, …).
 Loss = Callable[[Any, Any], Array]
+#: (net, params, x, targets, loss, *, key) → a tree like params, or one gradient for each example.
+Gradient = Callable[..., Any]
 Batch = tuple[Any, Any]
 Metrics = dict[str, Array]
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a training step reads and writes."""
+    """All that a training step reads and writes.
+
+    As a pytree, the state has the raw data of its key as a leaf (`jax.random.key_data`), so that it can be put on the
+    devices of several processes: ``jax.device_put(state, everywhere)``. Every leaf has a buffer of its own: an array
+    that is given twice, as by optimizers that start from a copy of the parameters, is copied, and all can be donated.
+    """
 
     #: How many steps were taken.
     step: Array
@@ -38,6 +47,31 @@ class TrainState:
     opt_state: Any
     #: Each step's own key is this one folded with its number.
     key: Array
+
+    def __post_init__(self) -> None:
+        seen: set[Any] = set()
+        for field in ("step", "params", "opt_state", "key"):
+            object.__setattr__(self, field, jax.tree.map(functools.partial(_own_buffer, seen), getattr(self, field)))
+
+    def tree_flatten_with_keys(self) -> Any:
+        """The fields as children, the key as raw data; what kind of key it is, is static."""
+        key, kind = self.key, self.__dict__.get("_kind")
+        if hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and isinstance(key, Array):
+            key, kind = jax.random.key_data(key), jax.random.key_impl(key)
+        children = {"step": self.step, "params": self.params, "opt_state": self.opt_state, "key": key}
+        return [(jax.tree_util.GetAttrKey(name), child) for name, child in children.items()], kind
+
+    @classmethod
+    def tree_unflatten(cls, kind: Any, children: Any) -> "TrainState":
+        """The state of these fields; a leaf that is not the data of a key, such as a sharding, stays as it is."""
+        state = object.__new__(cls)
+        step, params, opt_state, key = children
+        if isinstance(key, Array | np.ndarray) and key.dtype == np.uint32 and kind is not None:
+            key = jax.random.wrap_key_data(key, impl=kind)
+        fields = {"step": step, "params": params, "opt_state": opt_state, "key": key, "_kind": kind}
+        for name, value in fields.items():
+            object.__setattr__(state, name, value)
+        return state
 
     @classmethod
     def create(
@@ -51,6 +85,20 @@ class TrainState:
         return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params), train_key)
 
 
+def _own_buffer(seen: set[Any], leaf: Any) -> Any:
+    """The leaf, or a copy of it if its buffers are among those that were seen."""
+    if not isinstance(leaf, Array) or isinstance(leaf, jax.core.Tracer):
+        return leaf
+    data = jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+    if data.is_deleted():
+        return leaf
+    buffers = {(s.device, s.data.unsafe_buffer_pointer()) for s in data.addressable_shards if s.data.size}
+    if buffers & seen:
+        return jnp.copy(leaf)
+    seen |= buffers
+    return leaf
+
+
 def make_train_step(
     net: Serial,
     loss: Loss,
@@ -58,11 +106,22 @@ def make_train_step(
     *,
     rules: Rules | None = None,
     microbatch: int | None = None,
+    gradient: Gradient | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A jitted training step: ``state, metrics = step(state, (x, targets))``.
 
-    The state is donated: use the one that comes back.  ``metrics`` holds the mean "loss" of the batch, and "accuracy"
-    where targets are integer labels; both before the update, with dropout on.
+    The state is donated: use the one that comes back.  ``metrics`` holds the mean "loss" of the batch, in float32 or
+    wider, and "accuracy" where targets are integer labels, as in `evaluate`; both before the update, with dropout on.
+
+    An optimizer that asks for ``value``, ``grad`` or ``value_fn`` gets them: the mean loss, its gradient, and the mean
+    loss of the batch as a function of the parameters. Examples are `optax.contrib.reduce_on_plateau`,
+    `optax.polyak_sgd` and `optax.lbfgs`.
+
+    An optimizer that aggregates gradients of single examples, such as `optax.contrib.dpsgd`, needs
+    ``gradient=jaxcnn.per_example_gradients``. In general ``gradient`` is a function that is called instead of taking
+    the gradient of the mean loss, ``gradient(net, params, x, targets, loss, key=key)``. It returns a tree like the
+    parameters, to which it may have done anything, such as clipping and adding noise: see the last example. The key is
+    the one of the step, with which dropout draws; fold a number of your own into it for other draws.
 
     A small net waits for Python at every step.  Over batches that are on the device already, several steps are one
     call: ``jax.lax.scan(step, state, (xs, targets))``, with xs ``(steps, N, …)``; its metrics have a leading dim, too.
@@ -81,9 +140,11 @@ def make_train_step(
         optimizer: from optax.
         rules: other backward halves, as in `Serial.apply`.
         microbatch: how many examples at a time; None: all.  What remains of the batch goes last.
+        gradient: called in place of the gradient of the mean loss; not together with ``rules`` or ``microbatch``.
 
     Raises: TypeError for what is no net, function or optimizer, TypeError or ValueError for a microbatch that is no
-    int >= 1; when the step is first called, what the layers and the loss raise for shapes and dtypes that do not fit.
+    int >= 1; when the step is first called, what the layers and the loss raise for shapes and dtypes that do not fit,
+    and ValueError for an optimizer that needs gradients of single examples and does not get them.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -111,6 +172,21 @@ def make_train_step(
     >>> state, metrics = frugal(state, (jnp.ones((128, 28, 28, 1)), jnp.zeros(128, jnp.int32)))
     >>> int(state.step)
     6
+
+    Private training, every gradient clipped and noise added to their sum:
+
+    >>> def private(net, params, x, targets, loss, *, key):
+    ...     total = jaxcnn.clipped_gradient(net, params, x, targets, loss, 1.0, key=key)
+    ...     leaves, tree = jax.tree.flatten(total)
+    ...     keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
+    ...     noisy = [a + 0.5 * jax.random.normal(key, a.shape) for key, a in zip(keys, leaves)]
+    ...     return jax.tree.unflatten(tree, [a / len(x) for a in noisy])
+    >>> step = jaxcnn.make_train_step(
+    ...     net, jaxcnn.softmax_cross_entropy_with_integer_labels, optimizer, gradient=private
+    ... )
+    >>> state, metrics = step(state, (jnp.ones((8, 28, 28, 1)), jnp.zeros(8, jnp.int32)))
+    >>> int(state.step)
+    7
     """
     expect_net("make_train_step", net)
     expect_loss("make_train_step", loss)
@@ -118,36 +194,110 @@ def make_train_step(
     if microbatch is not None and static_int("make_train_step", "microbatch", microbatch, microbatch) < 1:
         fail("make_train_step", f"microbatch expected an int >= 1, got {microbatch}")
 
-    def gradients(params: Params, batch: Batch, key: Array) -> tuple[Params, Metrics]:
-        """Of the mean error."""
+    if gradient is not None:
+        if not callable(gradient):
+            raise TypeError(f"make_train_step: gradient must be a function, got {gradient!r}")
+        if rules is not None or microbatch is not None:
+            fail("make_train_step", "gradient must not be given together with rules or microbatch")
+    asked = _asked_for(optimizer)
+
+    def error(params: Params, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
+        """The mean error, and how many labels were predicted out of how many."""
         x, targets = batch
+        outputs = net.apply(params, x, key=key, rules=rules)
+        return _widened(loss(outputs, targets)).mean(), _counts(outputs, targets)
 
-        def error(params: Params) -> tuple[Array, Array]:
-            outputs = net.apply(params, x, key=key, rules=rules)
-            return loss(outputs, targets).mean(), outputs
+    def gradients(params: Params, batch: Batch, key: Array) -> tuple[tuple[Array, Params], dict[str, Array]]:
+        """Of the mean error, behind the error itself."""
+        (value, counts), found = jax.value_and_grad(error, has_aux=True)(params, batch, key)
+        return (value, found), counts
 
-        (value, outputs), found = jax.value_and_grad(error, has_aux=True)(params)
-        metrics = {"loss": value}
-        if _are_labels(outputs, targets):
-            metrics["accuracy"] = _correct(outputs, targets).mean()
-        return found, metrics
+    def over_batch(f: Callable[..., Any], batch: Batch, key: Array) -> Any:
+        if microbatch is None or microbatch >= batch[0].shape[0]:
+            return f(batch, key)
+        return _accumulated(f, batch, key, microbatch)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        if microbatch is None or microbatch >= batch[0].shape[0]:
-            found, metrics = gradients(state.params, batch, key)
+        if gradient is None:
+            (value, found), counts = over_batch(functools.partial(gradients, state.params), batch, key)
         else:
-            found, metrics = _accumulated(functools.partial(gradients, state.params), batch, key, microbatch)
-        updates, opt_state = optimizer.update(found, state.opt_state, state.params)
+            value, counts = error(state.params, batch, key)
+            found = gradient(net, state.params, *batch, loss, key=key)
+
+        def value_fn(params: Params) -> Array:
+            return over_batch(functools.partial(error, params), batch, key)[0]
+
+        extra = {name: a for name, a in (("value", value), ("grad", found), ("value_fn", value_fn)) if name in asked}
+        _check_gradient(optimizer, state, found, extra, jnp.shape(batch[0])[:1])
+        updates, opt_state = optimizer.update(found, state.opt_state, state.params, **extra)
         params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": value}
+        if counts:
+            metrics["accuracy"] = counts["right"].astype(np.float32) / counts["labels"].astype(np.float32)
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
     return step
 
 
+def _asked_for(optimizer: Any) -> frozenset[str]:
+    """Which of the extra arguments an optimizer takes."""
+    names = {"value", "grad", "value_fn"}
+    try:
+        parameters = inspect.signature(optimizer.update).parameters.values()
+    except (TypeError, ValueError):
+        return frozenset()
+    everything = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return frozenset(names if everything else names & {p.name for p in parameters})
+
+
+def _check_gradient(optimizer: Any, state: TrainState, found: Any, extra: Any, batch: tuple[int, ...]) -> None:
+    """ValueError unless the optimizer gets what it needs: one gradient, or one for each example."""
+    each = _aggregates(optimizer, state, extra)
+    lead = batch if each else ()
+    if jax.tree.structure(found) == jax.tree.structure(state.params) and all(
+        jnp.shape(a) == (*lead, *jnp.shape(p))
+        for a, p in zip(jax.tree.leaves(found), jax.tree.leaves(state.params), strict=True)
+    ):
+        return
+    if each:
+        fail(
+            "make_train_step",
+            "gradient must return gradients of single examples, which this optimizer aggregates, such as "
+            "gradient=jaxcnn.per_example_gradients; got one gradient for the batch",
+        )
+    got = jax.tree.map(jnp.shape, found)
+    fail("make_train_step", f"gradient must return a tree like params, got shapes {got}")
+
+
+def _aggregates(optimizer: Any, state: TrainState, extra: Any) -> bool:
+    """Whether an optimizer takes a gradient for each example: whether a leading dim of its own goes away."""
+
+    def private(node: Any) -> bool:
+        return isinstance(node, optax.contrib.DifferentiallyPrivateAggregateState)
+
+    if any(map(private, jax.tree.leaves(state.opt_state, is_leaf=private))):
+        return True
+    params = jax.tree.leaves(state.params)
+    each = jax.tree.map(lambda a: jax.ShapeDtypeStruct((3, *jnp.shape(a)), jnp.result_type(a)), state.params)
+
+    def update(found: Any) -> Any:
+        given = {**extra, "grad": found} if "grad" in extra else extra
+        return optimizer.update(found, state.opt_state, state.params, **given)[0]
+
+    try:
+        updates = jax.tree.leaves(jax.eval_shape(update, each))
+    except Exception:  # whatever an optimizer raises for shapes that are not its own
+        return False
+    return len(updates) == len(params) and any(u.shape == jnp.shape(p) for u, p in zip(updates, params, strict=True))
+
+
 def _accumulated(mean: Callable[[Batch, Array], Any], batch: Batch, key: Array, size: int) -> Any:
-    """The mean over a batch, ``size`` examples at a time: Σ (mean of a part)·(its share), in float32 or wider."""
+    """A mean and counts over a batch, ``size`` examples at a time, in float32 or wider.
+
+    ``mean`` returns both for a part. The means are added up by their shares, the counts as they are.
+    """
     examples = batch[0].shape[0]
     count = examples // size
 
@@ -155,8 +305,8 @@ def _accumulated(mean: Callable[[Batch, Array], Any], batch: Batch, key: Array, 
         return np.promote_types(a.dtype, np.float32)
 
     def share(part: Batch, i: ArrayLike, of: int) -> Any:
-        found = mean(part, jax.random.fold_in(key, i))
-        return jax.tree.map(lambda a: a.astype(wide(a)) * (of / examples), found)
+        found, counts = mean(part, jax.random.fold_in(key, i))
+        return jax.tree.map(lambda a: a.astype(wide(a)) * (of / examples), found), counts
 
     def add(total: Any, i: Array) -> tuple[Any, None]:
         part = jax.tree.map(lambda a: a[: count * size].reshape(size, count, *a.shape[1:])[:, i], batch)
@@ -165,18 +315,32 @@ def _accumulated(mean: Callable[[Batch, Array], Any], batch: Batch, key: Array, 
     def rest(a: Array) -> Array:
         return a[count * size :]
 
-    shapes = jax.eval_shape(mean, batch, key)
+    shapes, counts = jax.eval_shape(mean, batch, key)
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, wide(a)), shapes)
-    total, _ = jax.lax.scan(add, zeros, jnp.arange(count))
+    nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), counts)
+    total, _ = jax.lax.scan(add, (zeros, nothing), jnp.arange(count))
     if examples % size:
         total = jax.tree.map(jnp.add, total, share(jax.tree.map(rest, batch), count, examples % size))
-    return jax.tree.map(lambda a, like: a.astype(like.dtype), total, shapes)
+    return jax.tree.map(lambda a, like: a.astype(like.dtype), total[0], shapes), total[1]
 
 
 def evaluate(net: Serial, loss: Loss, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
     """Mean loss, and accuracy where targets are integer labels, over all examples of ``batches``; dropout is off.
 
-    Raises: ValueError if there are no examples, TypeError for what is no net or no function.
+    Every example counts the same, whatever its batch. Where there is one class for each pixel, with outputs
+    ``(N, …, classes)`` and targets ``(N, …)``, the loss of an example is the mean over what ``loss`` returns for it,
+    and the accuracy is the share of pixels that are right. Labels outside of the classes, such as −100 or 255 for pixels to
+    ignore, do not count in the accuracy; what they count in the loss is what ``loss`` returns for them. If no label is
+    in the classes, the accuracy is NaN. Sums are taken in float32, or in float64 where the loss is, and on the host.
+
+    Args:
+        net: from `serial`.
+        loss: error of each example, ``(N, …)``, as in `make_train_step`.
+        params: its parameters, with the statistics of `calibrate` if it has batch norms.
+        batches: ``(x, targets)``, each once.
+
+    Raises: ValueError if there are no examples and for a loss that is not one error for each example; TypeError for
+    what is no net or no function.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -189,30 +353,50 @@ def evaluate(net: Serial, loss: Loss, params: Params, batches: Iterable[Batch]) 
     expect_net("evaluate", net)
     expect_loss("evaluate", loss)
     run = _evaluator(net, loss)
-    totals: dict[str, float] = {}
-    examples = 0
+    total, examples = 0.0, 0
+    totals: dict[str, int] = {}
     for x, targets in batches:
-        for name, total in run(params, (x, targets)).items():
-            totals[name] = totals.get(name, 0.0) + float(total)
+        of_batch, counts = run(params, (x, targets))
+        total += float(of_batch)
+        for name, count in counts.items():
+            totals[name] = totals.get(name, 0) + int(count)
         examples += np.shape(x)[0]
     if not examples:
         raise ValueError("evaluate: batches expected at least one example, got none")
-    return {name: total / examples for name, total in totals.items()}
+    found = {"loss": total / examples}
+    if totals:
+        found["accuracy"] = totals["right"] / totals["labels"] if totals["labels"] else math.nan
+    return found
 
 
-@functools.lru_cache(maxsize=16)
-def _evaluator(net: Serial, loss: Loss) -> Callable[[Params, Batch], Metrics]:
-    """Jitted once for a net and a loss: totals over a batch."""
+def _remembered(make: Callable[..., Any]) -> Callable[..., Any]:
+    """``make`` with a cache for arguments that can be hashed; nets and losses of one's own may not be."""
+    cached = functools.lru_cache(maxsize=64)(make)
+
+    @functools.wraps(make, updated=())
+    def remembered(*args: Any) -> Any:
+        try:
+            hash(args)
+        except TypeError:
+            return make(*args)
+        return cached(*args)
+
+    return remembered
+
+
+@_remembered
+def _evaluator(net: Serial, loss: Loss) -> Callable[[Params, Batch], tuple[Array, dict[str, Array]]]:
+    """Jitted once for a net and a loss: the sum of all errors of a batch, and counts of its labels."""
 
     @jax.jit
-    def run(params: Params, batch: Batch) -> Metrics:
+    def run(params: Params, batch: Batch) -> tuple[Array, dict[str, Array]]:
         x, targets = batch
         outputs = net.apply(params, x)
-        errors = loss(outputs, targets)
-        totals = {"loss": errors.reshape(len(errors), math.prod(errors.shape[1:])).mean(1).sum()}
-        if _are_labels(outputs, targets):
-            totals["accuracy"] = _correct(outputs, targets).sum()
-        return totals
+        errors = _widened(loss(outputs, targets))
+        if errors.shape[:1] != jnp.shape(x)[:1]:
+            expected = f"an error for each of {len(x)} examples, (N, …)"
+            fail("evaluate", f"loss must return {expected}, got shape {errors.shape}")
+        return errors.reshape(len(errors), math.prod(errors.shape[1:])).mean(1).sum(), _counts(outputs, targets)
 
     return run
 
@@ -365,21 +549,6 @@ def _with(params: Any, path: list[str], found: Params) -> Any:
     return type(params)({**params, **part})  # type: ignore[call-arg]
 
 
-def _remembered(make: Callable[..., Any]) -> Callable[..., Any]:
-    """``make`` with a cache for arguments that can be hashed; nets and losses of one's own may not be."""
-    cached = functools.lru_cache(maxsize=64)(make)
-
-    @functools.wraps(make)
-    def remembered(*args: Any) -> Any:
-        try:
-            hash(args)
-        except TypeError:
-            return make(*args)
-        return cached(*args)
-
-    return remembered
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # A net cut at its batch norms
 
@@ -470,8 +639,11 @@ class _Stages:
                 results = self._add(inner.jaxpr if closed else inner, inner.consts if closed else (), of_eqn)
             elif unknown or _reaches(eqn):
                 names = sorted({self._unknown[n][0] for n in unknown}) or ["a BatchNorm"]
-                fail("calibrate", f"{', '.join(names)}: statistics must reach the BatchNorm as they are, outside of "
-                     f"scan, cond, shard_map and the like; got {eqn.primitive.name}")
+                fail(
+                    "calibrate",
+                    f"{', '.join(names)}: statistics must reach the BatchNorm as they are, outside of "
+                    f"scan, cond, shard_map and the like; got {eqn.primitive.name}",
+                )
             else:
                 results = [next(self._numbers) for _ in eqn.outvars]
                 dropped = [isinstance(var, jax.extend.core.DropVar) for var in eqn.outvars]
@@ -493,7 +665,7 @@ class _Stages:
     def _schedule(self, most: int) -> tuple[dict[int, int], dict[str, int]]:
         """The stage at which each value can be computed; for each batch norm, the first that may read its statistics.
 
-        A norm that is called several times is ready when all calls were reached, so that stages are found by repetition.
+        A norm that is called several times is ready when all calls were reached; stages are found by repetition.
         """
         ready: dict[str, int] = {}
         while True:
@@ -594,9 +766,20 @@ def _expect_optimizer(op: str, value: Any) -> None:
         raise TypeError(f"{op}: optimizer expected one from optax, got {value!r}")
 
 
-def _are_labels(outputs: Array, targets: Any) -> bool:
-    return jnp.issubdtype(targets.dtype, jnp.integer) and targets.shape == outputs.shape[:-1]
+def _widened(errors: Any) -> Array:
+    """The errors in the dtype that they are summed in: float32, or wider if they are."""
+    errors = jnp.asarray(errors)
+    floating = jnp.issubdtype(errors.dtype, jnp.floating)
+    return errors.astype(np.promote_types(errors.dtype, np.float32) if floating else np.float32)
 
 
-def _correct(outputs: Array, targets: Any) -> Array:
-    return (jnp.argmax(outputs, -1) == targets).astype(jnp.float32)
+def _counts(outputs: Any, targets: Any) -> dict[str, Array]:
+    """Where targets are integer labels: how many of them are one of the classes, and how many were predicted."""
+    labels = hasattr(targets, "dtype") and jnp.issubdtype(targets.dtype, jnp.integer)
+    if not labels or targets.shape != jnp.shape(outputs)[:-1] or not jnp.ndim(outputs):
+        return {}
+    targets = targets.astype(np.promote_types(targets.dtype, np.int32))  # int8 does not hold the number of classes
+    there = (targets >= 0) & (targets < outputs.shape[-1])
+    predicted = jnp.argmax(outputs, -1).astype(np.int32)
+    right = there & (predicted == jnp.where(there, targets, 0).astype(np.int32))
+    return {"right": right.sum(dtype=np.int32), "labels": there.sum(dtype=np.int32)}
