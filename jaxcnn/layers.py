@@ -372,11 +372,11 @@ class BatchNorm(_Normalization):
         if statistics and all(jnp.shape(a) == UNKNOWN for a in statistics):
             statistics = reached_p.bind(x, *statistics)
         elif key is None and not statistics and HIDING.value:
-            names = ", ".join(HIDING.value)
+            others = ", ".join(HIDING.value)
             fail(
                 "calibrate",
                 f"every BatchNorm must be a layer of a Serial, or a field named like its parameters in a "
-                f"layer; got one that is not, inside one of {names}",
+                f"layer; got one that is not, inside one of {others}",
             )
         # Statistics are not parameters: no gradient reaches them.
         statistics = [jax.lax.stop_gradient(a) for a in statistics]

@@ -71,9 +71,9 @@ class Serial(Layer):
             rule: for a net inside a net: the same as ``rules``.
             path: the names of the nets around this one.
 
-        Raises: ValueError for parameters that are missing, for keys in ``rules`` that match no layer, and for those that
-            match only layers which take no rule, such as `Flatten`; TypeError for what is no dict of parameters, no
-            array, no key or no rules.
+        Raises: ValueError for parameters that are missing, for keys in ``rules`` that match no layer, and for those
+            that match only layers which take no rule, such as `Flatten`; TypeError for what is no dict of parameters,
+            no array, no key or no rules.
         """
         rules = rule if rules is None else rules
         if isinstance(rules, Mapping) and not path:
@@ -228,10 +228,10 @@ def _recorded_rows(net: Serial, shape: tuple[int, ...], path: str) -> list[Row]:
     """The rows of a net with an `apply` of its own: its layers in the order in which it calls them.
 
     Its layers are those that `Serial` holds and those among its other fields. They are replaced by copies that note
-    what they are called with. Of a layer that is called again, the parameters count once and the FLOPs every time.
+    what they are called with. FLOPs count at every call, and parameters once.
     """
     rows: list[Row] = []
-    counted: set[str] = set()
+    counted: list[Any] = []
 
     def noting(name: str, layer: Layer) -> Layer:
         if isinstance(layer, Serial):
@@ -240,9 +240,11 @@ def _recorded_rows(net: Serial, shape: tuple[int, ...], path: str) -> list[Row]:
         def apply(params: Params, x: Array, **options: Any) -> Array:
             y = layer.apply(params, x, **options)
             given, out = tuple(x.shape[1:]), tuple(y.shape[1:])
-            count = 0 if name in counted else _count(params)
-            counted.add(name)
-            rows.append(Row(name, type(layer).__name__, out, count, layer.flops(given, out), layer.inner_shape(given)))
+            new = [leaf for leaf in jax.tree.leaves(params) if not any(leaf is other for other in counted)]
+            counted.extend(new)
+            rows.append(
+                Row(name, type(layer).__name__, out, _count(new), layer.flops(given, out), layer.inner_shape(given))
+            )
             return y
 
         copied = copy.copy(layer)
@@ -275,7 +277,7 @@ def _rest(net: Serial, shape: tuple[int, ...], path: str, rows: list[Row]) -> It
         yield Row(name, type(net).__name__, out_shape(net, params, shape), parameters, 0)
 
 
-def _count(params: Params) -> int:
+def _count(params: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 

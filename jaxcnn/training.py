@@ -67,7 +67,7 @@ class TrainState:
         state = object.__new__(cls)
         step, params, opt_state, key = children
         if isinstance(key, Array | np.ndarray) and key.dtype == np.uint32 and kind is not None:
-            key = jax.random.wrap_key_data(key, impl=kind)
+            key = jax.random.wrap_key_data(jnp.asarray(key), impl=kind)
         fields = {"step": step, "params": params, "opt_state": opt_state, "key": key, "_kind": kind}
         for name, value in fields.items():
             object.__setattr__(state, name, value)
@@ -256,10 +256,8 @@ def _check_gradient(optimizer: Any, state: TrainState, found: Any, extra: Any, b
     """ValueError unless the optimizer gets what it needs: one gradient, or one for each example."""
     each = _aggregates(optimizer, state, extra)
     lead = batch if each else ()
-    if jax.tree.structure(found) == jax.tree.structure(state.params) and all(
-        jnp.shape(a) == (*lead, *jnp.shape(p))
-        for a, p in zip(jax.tree.leaves(found), jax.tree.leaves(state.params), strict=True)
-    ):
+    expected = [(path, (*lead, *jnp.shape(p))) for path, p in jax.tree.leaves_with_path(state.params)]
+    if [(path, jnp.shape(a)) for path, a in jax.tree.leaves_with_path(found)] == expected:
         return
     if each:
         fail(
@@ -329,9 +327,10 @@ def evaluate(net: Serial, loss: Loss, params: Params, batches: Iterable[Batch]) 
 
     Every example counts the same, whatever its batch. Where there is one class for each pixel, with outputs
     ``(N, …, classes)`` and targets ``(N, …)``, the loss of an example is the mean over what ``loss`` returns for it,
-    and the accuracy is the share of pixels that are right. Labels outside of the classes, such as −100 or 255 for pixels to
-    ignore, do not count in the accuracy; what they count in the loss is what ``loss`` returns for them. If no label is
-    in the classes, the accuracy is NaN. Sums are taken in float32, or in float64 where the loss is, and on the host.
+    and the accuracy is the share of pixels that are right. Labels outside of the classes, such as −100 or 255 for
+    pixels to ignore, do not count in the accuracy; what they count in the loss is what ``loss`` returns for them. If no
+    label is in the classes, the accuracy is NaN. The sum over a batch is taken in float32, or in float64 where the loss
+    is; the sum of these in float64.
 
     Args:
         net: from `serial`.
