@@ -421,7 +421,7 @@ def _check_matches(rules: Mapping[Any, Rule], net: Serial) -> None:
         found = [layer for name, layer in layers if _key_matches(key, name, layer)]
         if found and not all(type(layer) is Flatten for layer in found):
             continue
-        said = kind.__name__ if kind is not None else getattr(key, "__name__", repr(key))
+        said = key if isinstance(key, str) else getattr(key if kind is None else kind, "__name__", repr(key))
         if found:
             raise ValueError(f"rules: a key must match a layer that takes a rule, got {said!r}, which matches Flatten")
         if isinstance(key, str) and not any(name.startswith(f"{key}/") for name, _ in layers):
