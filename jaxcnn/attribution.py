@@ -44,7 +44,19 @@ from jaxcnn.layers import (
     Relu,
     _Activation,
 )
-from jaxcnn.net import Residual, Rules, Serial, _check_rules, _located, _rule_for, _rule_of_sum, expect_net
+from jaxcnn.net import (
+    Checked,
+    IfThere,
+    Residual,
+    Rules,
+    Serial,
+    _check_matches,
+    _check_rules,
+    _located,
+    _rule_for,
+    _rule_of_sum,
+    expect_net,
+)
 from jaxcnn.ops.mesh import automatic_inside
 from jaxcnn.ops.rule import Call, Rule, array, arrays, autodiff, one_key, picture
 from jaxcnn.rules.relevance import AlphaBeta, Epsilon, Gamma, ZBox, ZPlus, passed, rescale
@@ -142,11 +154,12 @@ def relevance(net: Serial, params: Params, x: ArrayLike, target: ArrayLike, *, r
     x = _examples(x)
     if isinstance(rules, Mapping):
         _check_rules(rules, [name for name, _ in net.walk()])
+        _check_matches(rules, net)
         whole, given = net, {name for name, layer in net.walk() if _rule_for(rules, name, layer) is not None}
         net, params = fold_batch_norm(net, params, leave=given)
         folded = {name for name, _ in whole.walk()} - {name for name, _ in net.walk()}
         rules = {key: rule for key, rule in rules.items() if key not in folded}
-        rules = {**rules, BatchNorm: rules.get(BatchNorm, Epsilon())}
+        rules = Checked({**rules, IfThere(BatchNorm): rules.get(BatchNorm, Epsilon())})
         _check_all_have_rules(net, rules)
     return _swept(net, params, x, target, rules, lambda y: y)
 
@@ -400,11 +413,11 @@ def epsilon_gamma_box(
 
 def _composite(of_patches: Rule, epsilon: float, stabilizer: float) -> dict[Any, Rule]:
     return {
-        **dict.fromkeys(_PATCHES, of_patches),
-        Dense: Epsilon(epsilon),
-        **dict.fromkeys((AvgPool, GlobalAvgPool, AdaptiveAvgPool, LpPool, Residual), Epsilon(stabilizer)),
-        _Activation: passed,
-        Dropout: passed,
+        **dict.fromkeys(map(IfThere, _PATCHES), of_patches),
+        IfThere(Dense): Epsilon(epsilon),
+        **dict.fromkeys(map(IfThere, (AvgPool, GlobalAvgPool, AdaptiveAvgPool, LpPool, Residual)), Epsilon(stabilizer)),
+        IfThere(_Activation): passed,
+        IfThere(Dropout): passed,
     }
 
 
@@ -463,6 +476,7 @@ def _with_names(net: Serial, rules: Rules | None) -> Rules | None:
         return rules
     if isinstance(rules, Mapping):
         _check_rules(rules, [name for name, _ in net.walk()])
+        _check_matches(rules, net)
 
     def named(rule: Any, name: str) -> Any:
         fit = callable(rule) and isinstance(rule, Hashable) and rule is not autodiff
@@ -473,7 +487,7 @@ def _with_names(net: Serial, rules: Rules | None) -> Rules | None:
         (lambda at, _, name=name: at == name): named(_rule_for(rules, name, layer), name)
         for name, layer in leaves.items()
     }
-    return {**found, Residual: named(_rule_of_sum(rules), "Residual")}
+    return Checked({**found, Residual: named(_rule_of_sum(rules), "Residual")})
 
 
 def _output(net: Serial, params: Params, x: Array, target: ArrayLike) -> tuple[Array, Array]:
