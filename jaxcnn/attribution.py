@@ -81,8 +81,8 @@ def attribute(
 
     Returns: an array of x's shape; "grad_cam" one number for each pixel of the layer, ``(N, *spatial)``.
 
-    Raises: ValueError for a method, layer, target or shape that is not there; TypeError for dtypes, for options that the
-        method does not take, and for a missing option that it needs.
+    Raises: ValueError for a method, layer, target or shape that is not there; TypeError for dtypes, for options that
+        the method does not take, and for a missing option that it needs.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -153,8 +153,9 @@ def relevance(net: Serial, params: Params, x: ArrayLike, target: ArrayLike, *, r
             taken by `Epsilon` where it has none.
 
     Raises: ValueError for other layers without a rule, whose gradient is no relevance, for rules that do not fit, for
-        batch norm without statistics, for a net inside the net with an ``apply`` of its own, and for a layer of your own
-        that lets something pass outside of the ops that get its rule; each names the layer.  TypeError without rules.
+        batch norm without statistics, for a net inside the net with an ``apply`` of its own, and for a layer of your
+        own that lets something pass outside of the ops that get its rule; each names the layer.  TypeError without
+        rules.
 
     Source: Bach et al. 2015.
     """
@@ -284,7 +285,7 @@ def occlusion(
 
     def output(x: Array) -> Array:
         y = net.apply(params, x)
-        return (y * asked.seed(y)).sum(1)
+        return asked.picked(y).sum(1)
 
     full = output(x)
 
@@ -359,7 +360,7 @@ def grad_cam(
         return y, collector.found[layer]
 
     y, pull, a = jax.vjp(output, probe(types[layer]), has_aux=True)
-    (delta,) = pull(asked.seed(y))
+    (delta,) = pull(asked.picked(jnp.ones_like(y)))
     space = tuple(range(1, a.ndim - 1))
     heat = (a * delta.mean(space, keepdims=True)).sum(-1)
     return asked.marked(jnp.maximum(heat, 0) if relu else heat)
@@ -388,7 +389,7 @@ def deep_lift(net: Serial, params: Params, x: ArrayLike, target: ArrayLike, *, r
     _check_rescale_of_own(net, params, x)
     rules = _with_names(net, rescale)
     y, pull = jax.vjp(lambda both: _outputs(net, params, both, rules), jnp.concatenate([x, x0]))
-    seed = asked.seed(y[: x.shape[0]])
+    seed = asked.picked(jnp.ones_like(y[: x.shape[0]]))
     m = pull(jnp.concatenate([seed, seed]))[0][: x.shape[0]]
     return asked.marked((x - x0) * m)
 
@@ -413,9 +414,7 @@ METHODS: Mapping[str, Callable[..., Array]] = {
 # Composites: LRP's rules for a whole net
 
 
-def epsilon_plus(
-    *, epsilon: float = 1e-6, stabilizer: float = 1e-6, zero_params: ZeroParams = ()
-) -> dict[Any, Rule]:
+def epsilon_plus(*, epsilon: float = 1e-6, stabilizer: float = 1e-6, zero_params: ZeroParams = ()) -> dict[Any, Rule]:
     """z⁺ for convolutions, ε for dense layers, average pooling and sums; R passes activations.
 
     As zennit's EpsilonPlus.  Convolutions of every kind; the sums are those of residual nets.  Max pooling keeps its
@@ -490,7 +489,7 @@ def epsilon_gamma_box(
 
     Args:
         net: names the first convolution.
-        low: the smallest value of a pixel, a number or one for each channel, after whatever scaling the net's inputs get.
+        low: the smallest value of a pixel after the scaling of the net's inputs, a number or one for each channel.
         high: the largest value of a pixel.
         epsilon: ε of dense layers.
         gamma: γ of the convolutions.
@@ -554,8 +553,9 @@ def _check_all_have_rules(net: Serial, rules: Mapping[Any, Rule]) -> None:
             found, kind = _rule_of_sum(rules), "the sum of Residual"
         else:
             found, kind = _rule_for(rules, name, layer), type(layer).__name__
-        needs_none = isinstance(layer, _NEED_NO_RULE) and not _is_own(layer)
-        if found in (None, autodiff) and not needs_none and (not isinstance(layer, Serial) or isinstance(layer, Residual)):
+        row_of_layers = isinstance(layer, Serial) and not isinstance(layer, Residual)
+        needs_none = row_of_layers or (isinstance(layer, _NEED_NO_RULE) and not _is_own(layer))
+        if found in (None, autodiff) and not needs_none:
             _fail(f"{name}: expected a rule for {kind}, whose gradient is no relevance; rules has none")
 
 
@@ -569,12 +569,12 @@ def _swept(
     x: Array,
     asked: "_Asked",
     rules: Rules | None,
-    start: Callable[[Array], Any] = lambda y: 1,
+    start: Callable[[Array], Array] = jnp.ones_like,
 ) -> Array:
     """The net's δ of x, for δ of the outputs: ``start(y)`` at the target, 0 elsewhere."""
     rules = _with_names(net, rules)
     y, pull = jax.vjp(lambda x: _outputs(net, params, x, rules), x)
-    return asked.marked(pull(start(y) * asked.seed(y))[0])
+    return asked.marked(pull(asked.picked(start(y)))[0])
 
 
 def _outputs(net: Serial, params: Params, x: Array, rules: Rules | None) -> Array:
@@ -628,10 +628,10 @@ class _Asked:
     #: Whether every target is known to be a class.
     known: bool
 
-    def seed(self, y: Array) -> Array:
-        """``(N, classes)``: 1 at the target, 0 elsewhere."""
+    def picked(self, y: Array) -> Array:
+        """``(N, classes)``: y at the target, 0 elsewhere, whatever y is there."""
         target = jnp.expand_dims(jnp.broadcast_to(self.target, y.shape[:1]), 1)
-        return (target == jnp.arange(self.classes, dtype=target.dtype)).astype(y.dtype)
+        return jnp.where(target == jnp.arange(self.classes, dtype=target.dtype), y, 0)
 
     def marked(self, heat: Array) -> Array:
         """The map, NaN throughout for a target that is no class."""

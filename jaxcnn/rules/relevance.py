@@ -9,9 +9,11 @@ where wᵀ is the op's own transpose, the exact rule at that w.  What b holds of
 safe by ``stabilised``: R / (z + ε·sign z) with sign 0 = 1.  Parameters get no cotangent, which is zero.
 
 x⁺ = max(x, 0) and x⁻ = min(x, 0), entry by entry, and so for w and b.  Conventions are those of zennit 0.5.1,
-with whose numbers the rules agree.  ``zero_params`` names parameters that a rule takes to be 0, "w", "b" or both (zennit's
-"weight" and "bias" are the same): without b, which keeps no share of R then, a rule conserves Σ R.  `hidden_layer` is taken as the three ops that it is: R goes to the winner of each
+with whose numbers the rules agree.  `hidden_layer` is taken as the three ops that it is: R goes to the winner of each
 window, through the ReLU as it is, and is then divided by the convolution's rule.
+
+``zero_params`` names the parameters that a rule takes to be 0: "w", "b" or both; zennit's names "weight" and "bias"
+mean the same.  With b = 0 the bias keeps no share of R.
 
 The sum of a residual net is the op "add" with the terms x and y, both of which get their share.  What has no x·w, such
 as a pool, an "add" or a batch norm by given statistics, is divided by `Epsilon`; `Flat` fits the sums among them.
@@ -52,6 +54,11 @@ class _Relevance:
     #: A field of every rule.
     zero_params: ZeroParams
 
+    def __repr__(self) -> str:
+        """As of a dataclass, without ``zero_params`` where there are none."""
+        fields = [f.name for f in dataclasses.fields(self) if f.name != "zero_params" or self.zero_params]  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in fields)})"
+
     def __call__(self, call: Call, delta: Array) -> tuple[Any, ...]:
         if call.name == "hidden_layer":
             call, _, pool = hidden.parts(call)
@@ -68,9 +75,7 @@ class _Relevance:
     def zeroed(self, call: Call) -> Call:
         """The call with zeros for ``zero_params``."""
         places = {_PLACES[name] for name in self.zero_params if call.name in (*PATCHES, "batch_norm")}
-        inputs = [
-            a if a is None or i not in places else jnp.zeros_like(a) for i, a in enumerate(call.inputs)
-        ]
+        inputs = [a if a is None or i not in places else jnp.zeros_like(a) for i, a in enumerate(call.inputs)]
         return call.at(*inputs) if places else call
 
     def relevance(self, call: Call, delta: Array) -> Array:
@@ -82,7 +87,7 @@ class _Relevance:
         raise NotImplementedError
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Epsilon(_Relevance):
     """LRP-ε: ``R_x = x ∘ wᵀ(R / (z + ε·sign z))``, z = x·w + b.
 
@@ -94,11 +99,11 @@ class Epsilon(_Relevance):
 
     Args:
         epsilon: ε, a finite number >= 0.
-        zero_params: parameters that the rule takes to be 0: "w", "b", or both in a tuple.  Of `batch_norm` w is the scale
-            and b the bias; sums have neither.
+        zero_params: parameters that the rule takes to be 0: "w", "b", or both in a tuple.  Of `batch_norm` w is the
+            scale and b the bias; sums have neither.
 
-    Raises: TypeError or ValueError, when it is made, for an epsilon that is no finite number >= 0 and for names that are
-    not among these; ValueError, when R comes, for an op it does not fit.  Source: Bach et al. 2015, eq. 58.
+    Raises: TypeError or ValueError, when it is made, for an epsilon that is no finite number >= 0 and for names that
+    are not among these; ValueError, when R comes, for an op it does not fit.  Source: Bach et al. 2015, eq. 58.
 
     >>> import jax, jaxcnn
     >>> import jax.numpy as jnp
@@ -129,7 +134,7 @@ class Epsilon(_Relevance):
         return x * s, y * s
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ZPlus(_Relevance):
     """LRP-z⁺: ``R_x = x⁺ ∘ w⁺ᵀ(s) + x⁻ ∘ w⁻ᵀ(s)``, ``s = R / z⁺``, ``z⁺ = x⁺·w⁺ + x⁻·w⁻ + b⁺``.
 
@@ -150,7 +155,7 @@ class ZPlus(_Relevance):
         return _for_and_against(self.zeroed(call), delta, self.stabilizer)[0]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class AlphaBeta(_Relevance):
     """LRP-αβ: what speaks for an output, α times, less what speaks against it, β times; α − β = 1.
 
@@ -177,7 +182,7 @@ class AlphaBeta(_Relevance):
         return self.alpha * speaks_for - self.beta * against
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Gamma(_Relevance):
     """LRP-γ: what speaks for an output's sign counts 1 + γ times.
 
@@ -213,7 +218,7 @@ class Gamma(_Relevance):
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class WSquare(_Relevance):
     """LRP-w²: ``R_x = (w²)ᵀ(R / (1·w² + b²))``: by the patch alone, whatever x is.
 
@@ -235,7 +240,7 @@ class WSquare(_Relevance):
         return squares.exact(delta / stabilised(squares.output, self.stabilizer))[0]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Flat(_Relevance):
     """LRP-flat: ``R_x = 1ᵀ(R / 1·1)``: the same to every input that an output saw.
 
@@ -264,7 +269,7 @@ class Flat(_Relevance):
         return half, half
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ZBox(_Relevance):
     """LRP-zᴮ, for a first layer whose inputs x lie between bounds l and h.
 
