@@ -13,6 +13,7 @@ Layers that are not from this library are exact under the methods that need the 
 `relevance` need more: they refuse, by name, a layer that computes something outside of the ops that get the rule.
 """
 
+import copy
 import dataclasses
 import difflib
 import inspect
@@ -744,9 +745,10 @@ def _watched(layer: Layer, check: Callable[..., None], name: str = "") -> Layer:
     if not isinstance(layer, Serial):
         return layer
     path = f"{name}/" if name else ""
-    return dataclasses.replace(
-        layer, layers=tuple((at, _watched(each, check, f"{path}{at}")) for at, each in layer.layers)
-    )
+    watched = copy.copy(layer)  # of a subclass with any __init__
+    layers = tuple((at, _watched(each, check, f"{path}{at}")) for at, each in layer.layers)
+    object.__setattr__(watched, "layers", layers)
+    return watched
 
 
 @dataclasses.dataclass(frozen=True)
