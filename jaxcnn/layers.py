@@ -625,6 +625,7 @@ class AvgPool(_Pool):
     count_include_pad: bool = True
     dilation: PerDim = dataclasses.field(default=1, kw_only=True)
     ceil_mode: bool = dataclasses.field(default=False, kw_only=True)
+    divisor: float | None = dataclasses.field(default=None, kw_only=True)
 
     def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
         """``avg_pool(x, window)``."""
@@ -636,6 +637,7 @@ class AvgPool(_Pool):
             dilation=self.dilation,
             ceil_mode=self.ceil_mode,
             count_include_pad=self.count_include_pad,
+            divisor=self.divisor,
             rule=rule,
         )
 
