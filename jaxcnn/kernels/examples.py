@@ -147,7 +147,9 @@ def outer_squares(x: Array, y: Array) -> Array:
 
 
 def squares(x: Array) -> Array:
-    """``(N,)``: the sum of squares of each example's entries."""
+    """``(N,)``: the sum of squared absolute values of each example's entries."""
+    if jnp.iscomplexobj(x):
+        return squares(x.real) + squares(x.imag)
     return jnp.sum(jnp.square(x.astype(accumulator(x.dtype))), range(1, x.ndim))
 
 
