@@ -28,7 +28,7 @@ from jaxcnn.geometry import Correlation
 from jaxcnn.kernels import examples as kernels
 from jaxcnn.kernels.dtypes import accumulator
 from jaxcnn.layers import Layer, Params
-from jaxcnn.net import Residual, Serial, expect_loss, expect_net
+from jaxcnn.net import Residual, Serial, expect_loss, expect_net, in_a_row
 from jaxcnn.ops import convolution, hidden, pooling
 from jaxcnn.ops.normalization import dims_of
 from jaxcnn.ops.rule import Rule, _varying_alike, array, on_any_mesh
@@ -160,7 +160,11 @@ class _Alone(Layer):
         """The outputs for a batch; with a key, example n gets that key folded with n."""
         n = jax.tree.leaves(x)[0].shape[0]
         keys = None if key is None else jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(n))
-        return _on_devices(jax.vmap(self.one, (0, None, 0)), x, params, keys)
+
+        def each(x: Any, params: Any, keys: Any) -> Any:
+            return kernels.for_each(lambda x, key: self.one(x, params, key), x, keys)
+
+        return _on_devices(each, x, params, keys)
 
     def one(self, x: Any, params: Any, key: Array | None = None) -> Any:
         """The output for one example, without the batch dim."""
@@ -180,21 +184,12 @@ class _Alone(Layer):
 
 def _applies_as(layer: Layer, *kinds: type[Layer]) -> bool:
     """Whether ``apply`` is exactly that of one of these types: overridden by no subclass and by no attribute."""
-    return getattr(layer.apply, "__func__", None) in [kind.apply for kind in kinds]
-
-
-def _in_a_row(layer: Layer) -> bool:
-    """Whether this is a net that applies its layers one after the other, each with parameters of its own name."""
-    return (
-        isinstance(layer, Serial)
-        and _applies_as(layer, Serial, Residual)
-        and len(dict(layer.layers)) == len(layer.layers)
-    )
+    return "apply" not in vars(layer) and type(layer).apply in [kind.apply for kind in kinds]
 
 
 def _product_of(layer: Layer) -> bool:
     """Whether gradients of single examples are products written in this file."""
-    kinds = (layers.Conv, layers.DepthwiseConv, layers.HiddenLayer, layers.Dense)
+    kinds = (layers.Conv, layers.DepthwiseConv, layers.ConvTranspose, layers.HiddenLayer, layers.Dense)
     return _applies_as(layer, *kinds) and getattr(layer, "dimension_numbers", None) is None
 
 
@@ -207,8 +202,8 @@ def _apart(net: Serial, path: str = "") -> Serial:
     """A net of the same layers and names, in which other people's layers are applied to each example alone."""
 
     def part(name: str, layer: Layer) -> Layer:
-        if _in_a_row(layer):
-            return _apart(layer, f"{name}/")  # type: ignore[arg-type]
+        if in_a_row(layer):
+            return _apart(layer, f"{name}/")
         return layer if _known_apart(layer) else _Alone(layer, name)
 
     kind = Residual if _applies_as(net, Residual) else Serial
@@ -271,9 +266,14 @@ def _arrays(op: str, params: Any) -> Any:
 
 
 def _get(params: Any, name: str) -> Any:
+    """The parameters of the layer that has this full name; ``{}`` if there are none."""
     for part in name.split("/"):
         params = params.get(part, {}) if isinstance(params, Mapping) else {}
     return params
+
+
+def _calibrated(own: Any) -> bool:
+    return isinstance(own, Mapping) and own.get("mean") is not None and own.get("var") is not None
 
 
 def _on_devices(f: Callable[..., Any], *trees: Any) -> Any:
@@ -283,7 +283,7 @@ def _on_devices(f: Callable[..., Any], *trees: Any) -> Any:
     with respect to a shared array would be a sum over devices, and hold other devices' examples.
     """
     leaves, tree = jax.tree.flatten(trees)
-    return on_any_mesh(lambda _, *leaves: f(*tree.unflatten(leaves)), None, *_varying_alike(tuple(leaves)))
+    return on_any_mesh(lambda _, *leaves: f(*jax.tree.unflatten(tree, leaves)), None, *_varying_alike(tuple(leaves)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -305,25 +305,28 @@ class _Met(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class _Patches:
-    """A convolution: inputs x, and δ at its output before anything else."""
+    """A convolution: inputs x, and δ at its output before anything else; of a transposed one, δ and x."""
 
     own: Params
     c: Correlation
     x: Array
     delta: Array
+    transposed: bool = False
 
     def each(self) -> Params:
-        w = kernels.match_each(self.c, self.x, self.delta)
-        return _of_dtypes(self.own, {"w": w, "b": _over_places(self.delta)})
+        w = on_any_mesh(kernels.match_each, self.c, self.x, self.delta)
+        return _of_dtypes(self.own, {"w": w, "b": _over_places(self._at_output())})
 
     def squares(self) -> Array:
-        w = kernels.match_squares(self.c, self.x, self.delta)
-        return w + kernels.squares(_over_places(self.delta)) if "b" in self.own else w
+        w = on_any_mesh(kernels.match_squares, self.c, self.x, self.delta)
+        return w + kernels.squares(_over_places(self._at_output())) if "b" in self.own else w
 
     def summed(self, factors: Array) -> Params:
-        delta = _times(self.delta, factors)
-        w = on_any_mesh(convolution.match, self.c, self.x, delta)
-        return _of_dtypes(self.own, {"w": w, "b": convolution.sum_pixels(delta)})
+        w = on_any_mesh(convolution.match, self.c, self.x, _times(self.delta, factors))
+        return _of_dtypes(self.own, {"w": w, "b": convolution.sum_pixels(_times(self._at_output(), factors))})
+
+    def _at_output(self) -> Array:
+        return self.x if self.transposed else self.delta
 
 
 @dataclasses.dataclass(frozen=True)
@@ -369,10 +372,10 @@ class _Other:
 def _other(layer: Layer, own: Any, x: Any, delta: Any) -> _Other:
     run = layer.one if isinstance(layer, _Alone) else lambda x, own: layer.apply(own, x[None])[0]
 
-    def one(x: Any, delta: Any, own: Any) -> Any:
-        return jax.vjp(functools.partial(run, x), own)[1](delta)[0]
+    def each(x: Any, delta: Any, own: Any) -> Any:
+        return kernels.for_each(lambda x, delta: jax.vjp(functools.partial(run, x), own)[1](delta)[0], x, delta)
 
-    return _Other(_on_devices(jax.vmap(one, (0, 0, None)), x, delta, own))
+    return _Other(_on_devices(each, x, delta, own))
 
 
 class _Meeting(NamedTuple):
@@ -398,11 +401,12 @@ class _Meeting(NamedTuple):
         }
         leaves, tree = jax.tree.flatten(self.params)
         missing = {i: a for i, a in enumerate(leaves) if i not in of_leaf}
-        return tree.unflatten(
+        return jax.tree.unflatten(
+            tree,
             [
                 jnp.zeros((*batch, *missing[i].shape), missing[i].dtype) if i in missing else of_leaf[i]
                 for i in range(len(leaves))
-            ]
+            ],
         )
 
 
@@ -412,7 +416,7 @@ def _meet(op: str, net: Serial, params: Any, x: Any, y: Any, loss: Loss, key: Ar
     expect_loss(op, loss)
     params = _arrays(op, params)
     for name, layer in net.walk():
-        if isinstance(layer, layers.BatchNorm) and (key is not None or _get(_get(params, name), "mean") is None):
+        if isinstance(layer, layers.BatchNorm) and (key is not None or not _calibrated(_get(params, name))):
             raise ValueError(
                 f"{op}: {name}: batch norm by the batch's own statistics mixes examples; expected statistics from "
                 f"jaxcnn.calibrate, and no key"
@@ -426,22 +430,22 @@ def _meet(op: str, net: Serial, params: Any, x: Any, y: Any, loss: Loss, key: Ar
             raise TypeError(f"{op}: loss must return a floating array, got {errors.dtype}")
         varying = [jax.typeof(a).manual_axis_type.varying for a in (errors, jax.tree.leaves(x)[0])]
         if varying[0] - varying[1]:
-            raise ValueError(
-                f"{op}: x must vary over {tuple(varying[0])} as the errors do; expected jax.lax.pcast of x"
-            )
+            raise ValueError(f"{op}: x must vary over {tuple(varying[0])} as the errors do; use jax.lax.pcast")
         if errors.shape[:1] != (n,):
             raise ValueError(f"{op}: loss expected to return an error for each of {n} examples, got {errors.shape}")
         return errors.reshape(n, math.prod(errors.shape[1:])).mean(1).sum()
 
     x = _batch(op, x, (y, params, key))
     n = next((a.shape[0] for a in jax.tree.leaves(x) if a.ndim), 0)
-    apart = _apart(net) if _in_a_row(net) else None
+    apart = _apart(net) if in_a_row(net) else None
     places = None if apart is None else _places(apart, params)
     if apart is None or places is None:
         _refuse_key(op, "net", net, params, key)
         whole = _Alone(net, None)
         outputs = whole.apply(params, x, key=key)
-        other = {"": _other(whole, params, x, jax.grad(total)(outputs))} if jax.tree.leaves(params) else {}
+        other: dict[str, _Met] = (
+            {"": _other(whole, params, x, jax.grad(total)(outputs))} if jax.tree.leaves(params) else {}
+        )
         return _Meeting(other, {"": list(range(len(jax.tree.leaves(params))))}, params, jnp.zeros(n))
 
     read = _read(apart, params)
@@ -476,7 +480,7 @@ def _batch(op: str, x: Any, others: Any) -> Any:
     x = jax.tree.map(jnp.asarray, x) if given and all(map(jnp.ndim, given)) else array(op, "x", x)
     leaves, tree = jax.tree.flatten(x)
     others = [a for a in jax.tree.leaves(others) if isinstance(a, Array)]
-    return tree.unflatten(_varying_alike((*leaves, *others))[: len(leaves)])
+    return jax.tree.unflatten(tree, _varying_alike((*leaves, *others))[: len(leaves)])
 
 
 def _refuse_key(op: str, name: str, layer: Layer, own: Any, key: Array | None) -> None:
@@ -485,17 +489,21 @@ def _refuse_key(op: str, name: str, layer: Layer, own: Any, key: Array | None) -
 
 
 def _met(layer: Layer, own: Any, x: Array, delta: Array) -> _Met:
-    match layer if _product_of(layer) else None:
+    known: Any = layer if _product_of(layer) else None
+    match known:
         case layers.Conv():
-            x, c = _correlation(layer, x, own["w"], layer.groups)
+            x, c = _correlation(known, x, own["w"], known.groups)
             return _Patches(own, c, x, delta)
         case layers.DepthwiseConv():
             x, c = _correlation(layer, x, own["w"], x.shape[-1])
             return _Patches(own, c, x, delta)
+        case layers.ConvTranspose():
+            x, c = _transposed(layer, x, own["w"])
+            return _Patches(own, c, delta, x, transposed=True)
         case layers.HiddenLayer():
-            x, c = _correlation(layer, x, own["w"], layer.groups)
+            x, c = _correlation(known, x, own["w"], known.groups)
             win = pooling.pool_window(
-                "hidden_layer", c.window.out, layer.window, layer.pool_stride, layer.pool_padding, 1, False, "pool_"
+                "hidden_layer", c.window.out, known.window, known.pool_stride, known.pool_padding, 1, False, "pool_"
             )
             # As in the forward half; one program computes it once.
             _, passed = on_any_mesh(hidden._hidden_with_code, hidden.Hidden(c, win), x, own["w"], own["b"])
@@ -509,6 +517,15 @@ def _met(layer: Layer, own: Any, x: Array, delta: Array) -> _Met:
 def _correlation(layer: Any, x: Array, w: Array, groups: int) -> tuple[Array, Correlation]:
     op, more = type(layer).__name__, (getattr(layer, name, None) for name in ("preferred_element_type", "precision"))
     return convolution.geometry(op, x, w, layer.stride, layer.padding, layer.dilation, groups, *more)
+
+
+def _transposed(layer: Any, x: Array, w: Array) -> tuple[Array, Correlation]:
+    """The input, continued by zeros as in `conv_transpose`, and the geometry of the `conv` that is undone."""
+    options = (layer.stride, layer.padding, layer.output_padding, layer.dilation, layer.groups)
+    more = (getattr(layer, name, None) for name in ("preferred_element_type", "precision"))
+    c = convolution._transposed_geometry("conv_transpose", x, w, *options, *more)
+    ends = [(0, out - n) for n, out in zip(x.shape[1:-1], c.window.out, strict=True)]
+    return (jnp.pad(x, ((0, 0), *ends, (0, 0))) if any(end for _, end in ends) else x), c
 
 
 def _over_places(delta: Array) -> Array:
