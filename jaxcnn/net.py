@@ -10,7 +10,7 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -336,6 +336,16 @@ def _named(op: str, layers: tuple[Layer, ...]) -> tuple[tuple[str, Layer], ...]:
             raise ValueError(f"{op}: expected names that differ and hold no '/', got {name!r}")
         named[name] = layer
     return tuple(named.items())
+
+
+def in_a_row(layer: Layer) -> TypeGuard[Serial]:
+    """Whether this is a net that applies its layers one after the other, each to parameters of its own.
+
+    A subclass with another ``apply`` may do anything with the layers inside, and layers of one name share parameters.
+    """
+    if not isinstance(layer, Serial) or "apply" in vars(layer):
+        return False
+    return type(layer).apply in (Serial.apply, Residual.apply) and len(dict(layer.layers)) == len(layer.layers)
 
 
 def expect_net(op: str, net: Any) -> None:

@@ -17,6 +17,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,9 +39,8 @@ PATCHES_BYTES = 1 << 20
 def match_each(c: Correlation, x: Array, y: Array) -> Array:
     """``(N, *size, I/groups, O)``, in what sums of the wider dtype are taken in.
 
-    One product of all patches, or, on CPU and where they would be too large, `match` of one picture, no faster: there
-    it is GEMMs, which vectorise as they are; elsewhere it is a convolution, which would turn into one with a group for
-    each picture.
+    One product of all patches of an example, or, on CPU and where they would be too large, `match` of one example after
+    the other: that runs on all threads, as batched products of such sizes do not.
     """
     x, y = _wide(x, y)
     patches_bytes = math.prod(c.window.out) * c.window.entries * x.shape[-1] * x.dtype.itemsize
@@ -52,7 +52,7 @@ def match_each(c: Correlation, x: Array, y: Array) -> Array:
 
 
 def _one_by_one(c: Correlation, x: Array, y: Array) -> Array:
-    return jax.vmap(lambda x, y: match(c, x[None], y[None]))(x, y)
+    return lax.map(lambda both: match(c, both[0][None], both[1][None]), (x, y))
 
 
 def _by_patches(c: Correlation, x: Array, y: Array) -> Array:
@@ -88,6 +88,34 @@ def ghost_is_cheaper(c: Correlation, inputs: int, outputs: int) -> bool:
     direct = places * win.entries * inputs * outputs // c.groups
     ghost = pixels**2 * (inputs + 8 * c.groups * win.size[0]) + places**2 * (outputs + 8 * c.groups)
     return ghost < direct
+
+
+def for_each(f: Callable[..., Any], *batches: Any) -> Any:
+    """``f`` of each example of trees ``(N, …)``: by `jax.vmap`, unless that has a convolution with N groups in it.
+
+    Such a convolution is slow, and where the batch is split over devices by automatic axes, XLA computes it wrongly
+    (jaxlib 0.10.2: `jax.vmap` of `jax.grad` of a stock convolution is off by all of its digits).  Then examples go one
+    after the other.
+    """
+    n = jax.tree.leaves(batches)[0].shape[0]
+    if isinstance(n, int) and n > 1 and _has_groups_of(n, jax.make_jaxpr(jax.vmap(f))(*batches).jaxpr):
+        return lax.map(lambda one: f(*one), batches)
+    return jax.vmap(f)(*batches)
+
+
+def _has_groups_of(n: int, jaxpr: Any) -> bool:
+    """Whether a convolution in it, at any depth, has a multiple of n groups."""
+
+    def found(params: dict[str, Any]) -> bool:
+        groups = max(params.get("feature_group_count", 1), params.get("batch_group_count", 1))
+        inner = (a for a in jax.tree.leaves(params, is_leaf=_is_jaxpr) if _is_jaxpr(a))
+        return (groups > 1 and groups % n == 0) or any(_has_groups_of(n, getattr(a, "jaxpr", a)) for a in inner)
+
+    return any(found(eqn.params) for eqn in jaxpr.eqns)
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return hasattr(value, "eqns")
 
 
 def _kept_or(direct: Callable[[Array, Array], Array], x: Array, y: Array, terms: Array) -> Array:
@@ -147,7 +175,9 @@ def outer_squares(x: Array, y: Array) -> Array:
 
 
 def squares(x: Array) -> Array:
-    """``(N,)``: the sum of squares of each example's entries."""
+    """``(N,)``: the sum of squared absolute values of each example's entries."""
+    if jnp.iscomplexobj(x):
+        return squares(x.real) + squares(x.imag)
     return jnp.sum(jnp.square(x.astype(accumulator(x.dtype))), range(1, x.ndim))
 
 

@@ -17,6 +17,7 @@ rules of their own, and what is left are products and means.
 """
 
 import dataclasses
+import functools
 import math
 import operator
 from collections.abc import Sequence

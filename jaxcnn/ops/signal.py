@@ -11,6 +11,7 @@ the family of two is closed under differentiation:
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax.numpy as jnp
