@@ -4,7 +4,16 @@ import dataclasses
 import importlib.metadata
 import re
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+from docutils import nodes
+from sphinx import addnodes
+
+import jaxcnn
+
+DOCS = Path(__file__).parent
 
 project = "jaxcnn"
 author = "the jaxcnn authors"
@@ -32,8 +41,64 @@ myst_heading_anchors = 3
 
 def setup(app: Any) -> None:
     """Sphinx calls this."""
+    app.connect("doctree-read", open_sources, priority=400)  # before Sphinx copies what is linked into _downloads
+    app.connect("html-collect-pages", source_pages)
     app.connect("autodoc-process-docstring", keep_formulas, priority=100)  # before napoleon
     app.connect("autodoc-process-signature", name_defaults)
+
+
+SOURCES: dict[str, Path] = {}
+"""The files that the pages link to, by the names of their own pages, such as source/tests/test_lecture."""
+
+
+def open_sources(app: Any, doctree: nodes.document) -> None:
+    """Make a link to a Python file open a page, where Sphinx would let the browser download the file.
+
+    A name that the reference documents leads there: `jaxcnn.conv`. Any other leads to a page of the file's source, at
+    the line that defines the name.
+    """
+    public = {f"jaxcnn.{name}" for name in vars(jaxcnn)}
+    for link in list(doctree.findall(addnodes.download_reference)):
+        name, target = link.astext(), link["reftarget"]
+        file = (DOCS / target).resolve()
+        if file.suffix != ".py":
+            continue
+        break_at_words(link)
+        if name in public or name.startswith("jaxcnn.ops."):
+            reference = addnodes.pending_xref(
+                "",
+                *link.children,
+                refdomain="py",
+                reftype="obj",
+                reftarget=name,
+                refdoc=app.env.docname,
+                refexplicit=True,
+            )
+        else:
+            page = f"source/{file.relative_to(DOCS.parent).with_suffix('').as_posix()}"
+            SOURCES[page] = file
+            lines = file.read_text("utf-8").splitlines()
+            defined = re.compile(rf"(def|class) {re.escape(name)}\b")
+            line = next((n for n, text in enumerate(lines, 1) if defined.match(text)), 1)
+            uri = app.builder.get_relative_uri(app.env.docname, page)
+            reference = nodes.reference("", "", *link.children, refuri=f"{uri}#line-{line}", internal=True)
+        link.replace_self(reference)
+
+
+def break_at_words(link: nodes.Node) -> None:
+    """Let a line of a narrow screen break after the _ and the . of a long name, and nowhere else in it."""
+    for text in list(link.findall(nodes.Text)):
+        text.parent.replace(text, nodes.Text(re.sub(r"(?<=[._])(?=\w)", "\u200b", text)))
+
+
+def source_pages(app: Any) -> Iterator[tuple[str, dict[str, str], str]]:
+    """Yield a page for each file in SOURCES."""
+    for page, file in sorted(SOURCES.items()):
+        code = app.builder.highlighter.highlight_block(
+            file.read_text("utf-8"), "python", lineanchors="line", linespans=None
+        )
+        title = file.relative_to(DOCS.parent).as_posix()
+        yield page, {"title": title, "body": f"<h1>{title}</h1>{code}"}, "page.html"
 
 
 def keep_formulas(app: Any, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:

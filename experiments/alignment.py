@@ -5,18 +5,19 @@ import dataclasses
 import functools
 import itertools
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from tyro.conf import arg
 
-from experiments import cli
+from experiments import cli, report
 from experiments.data import Dataset, batches, load, shuffled_batches
-from experiments.errors import RunError, UsageError
+from experiments.errors import RunError, UsageError, WriteError
 from experiments.files import replacing
-from experiments.runs import choose_folder
+from experiments.runs import check_folder, new_folder
 
 if TYPE_CHECKING:
     from jaxcnn import Serial
@@ -69,21 +70,46 @@ def main(argv: Sequence[str] | None = None) -> int:
 def align(config: Config) -> int:
     """Train with each rule and each seed, print and draw. Returns 0; raises UsageError or RunError."""
     names = check(config)
-    folder = choose_folder(config.out, "alignment")
+    check_folder(config.out)
     dataset = load("fashion-mnist-sample")
     if config.batch_size > len(dataset.train_labels):
         raise UsageError(f"--batch-size: expected at most {len(dataset.train_labels)}, got {config.batch_size}")
+    wanted = list(itertools.product(names, range(config.seeds)))
+    with new_folder(config.out, "alignment") as folder:
+        return train_all(wanted, dataset, config, folder)
 
-    trainings = []
-    for name, seed in itertools.product(names, range(config.seeds)):
-        trainings.append(train(name, seed, dataset, config.steps, config.batch_size))
-        print(f"{name:<18} seed {seed}   test accuracy {trainings[-1].accuracy:.4f}", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    write(folder, trainings)
-    picture(folder / "alignment.png", trainings)
-    print()
-    show(trainings)
-    print(f"\n{folder / 'alignment.png'}")
+
+def train_all(wanted: Sequence[tuple[str, int]], dataset: Dataset, config: Config, folder: Path) -> int:
+    """Train with each rule and seed of `wanted`; the files in `folder` hold, at any moment, what is finished.
+
+    Returns 0, or 130 after Ctrl-C; raises RunError.
+    """
+    trainings: list[Trained] = []
+    stopped: BaseException | None = None
+    try:
+        with report.progress(len(wanted) * config.steps) as progress:
+            for done, (name, seed) in enumerate(wanted):
+
+                def update(step: int, *numbers: float, before: int = done * config.steps) -> None:
+                    progress.update(before + step, *numbers)
+
+                found = train(name, seed, dataset, config.steps, config.batch_size, update)
+                write(folder, [*trainings, found])
+                trainings.append(found)
+                progress.line(f"{name:<18} seed {seed}   test accuracy {trainings[-1].accuracy:.4f}")
+    except (KeyboardInterrupt, RunError) as error:
+        stopped = error
+    if trainings and not isinstance(stopped, WriteError):
+        picture(folder / "alignment.png", trainings)
+        print()
+        show(trainings)
+        print(f"\n{folder / 'alignment.png'}", flush=True)
+    kept = f"{len(trainings)} of {len(wanted)} trainings are kept in {folder}" if trainings else "nothing is kept yet"
+    if isinstance(stopped, RunError):
+        raise RunError(f"{stopped}; {kept}") from stopped
+    if stopped is not None:
+        print(f"{PROG}: interrupted; {kept}", file=sys.stderr)
+        return cli.INTERRUPTED
     return 0
 
 
@@ -126,8 +152,27 @@ def rules_of(name: str, seed: int, batch_size: int) -> Any:
     raise KeyError(name)
 
 
-def train(name: str, seed: int, dataset: Dataset, steps: int, batch_size: int) -> Trained:
-    """Train once; raises RunError if the loss is not finite at the end."""
+def train(
+    name: str,
+    seed: int,
+    dataset: Dataset,
+    steps: int,
+    batch_size: int,
+    update: Callable[[int, float, float, float], None] = lambda *numbers: None,
+) -> Trained:
+    """Train once.
+
+    Args:
+        name: One of RULES.
+        seed: Of the training.
+        dataset: What the net learns.
+        steps: How many.
+        batch_size: Images a step.
+        update: Called now and then with the steps that are done, the loss, the accuracy, and images a second.
+
+    Raises:
+        RunError: The loss is not finite at the end.
+    """
     import jax
 
     import jaxcnn
@@ -142,10 +187,14 @@ def train(name: str, seed: int, dataset: Dataset, steps: int, batch_size: int) -
     images, labels = dataset.train_images, dataset.train_labels
     endless = (b for n in itertools.count() for b in shuffled_batches(images, labels, batch_size, seed=seed, epoch=n))
     found = {}
+    began = time.perf_counter()
     for number, batch in enumerate(itertools.islice(endless, steps)):
         if number in looks:
             found[number] = {layer: float(angle) for layer, angle in angles(state.params, *batch).items()}
         state, metrics = step(state, batch)
+        if number in looks:
+            done, seconds = number + 1, time.perf_counter() - began
+            update(done, float(metrics["loss"]), float(metrics["accuracy"]), done * batch_size / seconds)
     if not np.isfinite(metrics["loss"]):
         raise RunError(f"{name}, seed {seed}: expected a finite loss, got {float(metrics['loss'])}")
     loss, tests = jaxcnn.softmax_cross_entropy_with_integer_labels, (dataset.test_images, dataset.test_labels)

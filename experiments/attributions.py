@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-from tyro.conf import arg
+from tyro.conf import FlagCreatePairsOff, arg
 
 from experiments import cli
 from experiments.deltas import describe, softmax
 from experiments.files import replacing
-from experiments.runs import choose_folder
+from experiments.runs import new_folder
 from experiments.trained import Trained, prepare
 
 if TYPE_CHECKING:
@@ -33,7 +33,9 @@ class Config:
     """
 
     run: Annotated[Path | None, arg(metavar="PATH")] = None
-    """The run's folder; without it, a net is trained."""
+    """The run's folder; without it, the newest in runs/ that is finished, and a net is trained if there is none."""
+    fresh: FlagCreatePairsOff[bool] = False
+    """Train a net, even if there is a run; so does each option of the training but --seed."""
     images: tuple[int, ...] = (0, 1, 12, 17, 23)
     """Which test images, counted from 0."""
     model: str = "lecture"
@@ -64,21 +66,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def draw(config: Config) -> int:
     """Train or load, attribute, draw. Returns 0; raises UsageError, CheckpointError, DataError or RunError."""
-    folder = choose_folder(config.out, "attributions")
-    trained = prepare(config, folder)
-
-    chosen = list(config.images)
-    x = trained.dataset.test_images[chosen]
-    logits = np.asarray(trained.net.apply(trained.params, x))
-    target = logits.argmax(1)
-    found = maps(trained, x, target, config.seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    picture(folder / "attributions.png", trained, chosen, logits, found)
-    for i, n in enumerate(chosen):
-        print(describe(trained.dataset, n, softmax(logits[i])))
-    print()
-    print(table(chosen, found))
-    print(f"\n{folder / 'attributions.png'}")
+    with new_folder(config.out, "attributions") as folder:
+        trained = prepare(config, folder)
+        chosen = list(config.images)
+        x = trained.dataset.test_images[chosen]
+        logits = np.asarray(trained.net.apply(trained.params, x))
+        target = logits.argmax(1)
+        found = maps(trained, x, target, config.seed)
+        picture(folder / "attributions.png", trained, chosen, logits, found)
+        for i, n in enumerate(chosen):
+            print(describe(trained.dataset, n, softmax(logits[i])))
+        print()
+        print(table(chosen, found))
+        print(f"\n{folder / 'attributions.png'}")
     return 0
 
 

@@ -44,6 +44,17 @@ def save(path: Path, params: Params, metadata: Mapping[str, str] | None = None) 
         temporary.write_bytes(serialise(arrays, dict(metadata or {})))
 
 
+def metadata(path: Path) -> dict[str, str]:
+    """Return the metadata of the safetensors file `path`, or an empty dictionary if no such file can be read."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError):
+        return {}
+
+
 def load(path: Path, like: Params) -> Params:
     """Read from `path` NumPy arrays in the tree, shapes and dtypes of `like` (arrays or jax.ShapeDtypeStructs).
 

@@ -12,10 +12,13 @@ from typing import TypeVar, get_args, get_type_hints
 
 import tyro
 
-from experiments.errors import ExperimentError, UsageError
+from experiments.errors import ExperimentError, UsageError, check_packages, explain
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C: 128 + SIGINT, as shells have it."""
+
+NEAR = 0.6
+"""How near a name must be to be suggested."""
 
 Config = TypeVar("Config")
 
@@ -27,17 +30,31 @@ def run(config_type: type[Config], body: Callable[[Config], int], argv: Sequence
     their traceback. `--help` raises SystemExit(0), as argparse does.
     """
     try:
-        return body(parse(config_type, argv, prog=prog))
-    except ExperimentError as error:
-        return _complain(prog, error, error.status)
+        config = parse(config_type, argv, prog=prog)
+        check_packages()
+        status = body(config)
+        sys.stdout.flush()
+        return status
     except BrokenPipeError:
-        # The reader of our output (`| head`) has left: let the interpreter's own last flush go nowhere, silently.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of our output (`| head`) has left: nothing is wrong.
+        _drop_output()
         return 1
-    except OSError as error:
-        return _complain(prog, error, 1)
-    except KeyboardInterrupt:
-        return _complain(prog, "interrupted", INTERRUPTED)
+    except (Exception, KeyboardInterrupt) as error:
+        line = explain(error)
+        if line is None:
+            raise
+        if isinstance(error, OSError) and error.filename is None:
+            _drop_output()
+        print(f"{prog}: {line}", file=sys.stderr)
+        if isinstance(error, ExperimentError):
+            return error.status
+        return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+
+
+def _drop_output() -> None:
+    """Let the interpreter's own last flush of stdout, which would fail again, go nowhere."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parse(config_type: type[Config], argv: Sequence[str] | None, *, prog: str) -> Config:
@@ -53,9 +70,27 @@ def parse(config_type: type[Config], argv: Sequence[str] | None, *, prog: str) -
 
 
 def did_you_mean(got: str, names: Iterable[str]) -> str:
-    """Return "; did you mean X?" for the name nearest to `got`, or "" when none is near."""
-    near = difflib.get_close_matches(got, list(names), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
+    """Return "; did you mean X?" for the name nearest to `got`, or "" when none is near.
+
+    Args:
+        got: What was given.
+        names: What there is. Leading dashes are not compared, so that options are as near as their words are.
+    """
+    names = list(names)
+    nearest = max(names, key=lambda name: _nearness(got, name), default="")
+    return f"; did you mean {nearest}?" if nearest and _nearness(got, nearest) >= NEAR else ""
+
+
+def _nearness(got: str, name: str) -> float:
+    """Return how near two names are, from 0 to 1: initials, beginnings and whole words are nearer than letters."""
+    one, two = (text.lstrip("-").replace("_", "-").lower() for text in (got, name))
+    words = [word for word in re.split(r"[- ]", two) if word]
+    alike = difflib.SequenceMatcher(None, one, two).ratio()
+    if len(one) > 1 and one == "".join(word[0] for word in words):
+        return 0.9 + alike / 10
+    if len(one) > 1 and (two.startswith(one) or one in words or (len(two) > 2 and one.startswith(two))):
+        return 0.8 + alike / 10
+    return min(alike, 0.95)
 
 
 def check_choice(flag: str, got: str, known: Iterable[str]) -> None:
@@ -101,8 +136,3 @@ def _one_line(box: str, options: Mapping[str, str]) -> str:
     if found := re.fullmatch(r"Error parsing (--[\w-]+): .*('.*')\]?\.?", said):
         return f"{found[1]}: expected {options[found[1]]}, got {found[2]}"
     return said or "cannot read the command line"
-
-
-def _complain(prog: str, error: object, status: int) -> int:
-    print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
-    return status

@@ -3,9 +3,10 @@
     load("fashion-mnist-sample")    the 12,000 images that lie beside this file
     load("fashion-mnist")           all 70,000: a given folder, the system's, the cache, or a checked download
     load("digits")                  scikit-learn's 8×8 digits
+    load("idx", folder)             any images and labels in idx files with the names that MNIST gave them
 
-Every set arrives as float32 images in [0, 1] and int32 labels. Both Fashion-MNIST sets go through one reader of idx
-files, which believes nothing that it has not counted.
+A set that has a name is held to its hash, so that nothing else goes by that name. Every set arrives as float32 images
+in [0, 1] and int32 labels. Idx files go through one reader, which believes nothing that it has not counted.
 """
 
 import contextlib
@@ -48,28 +49,42 @@ FASHION_MNIST_CLASSES = (
 
 @dataclass(frozen=True)
 class IdxFile:
-    """One file of Fashion-MNIST: its name without ".gz", and the SHA-256 of its decompressed bytes."""
+    """One file of a set: its name without ".gz", and the SHA-256 of its decompressed bytes, None where any will do."""
 
     name: str
     kind: Kind
-    sha256: str
+    sha256: str | None
+
+
+Files = Mapping[Part, IdxFile]
+
+
+def _files(
+    train_images: str | None, train_labels: str | None, test_images: str | None, test_labels: str | None
+) -> Files:
+    return {
+        "train_images": IdxFile("train-images-idx3-ubyte", "images", train_images),
+        "train_labels": IdxFile("train-labels-idx1-ubyte", "labels", train_labels),
+        "test_images": IdxFile("t10k-images-idx3-ubyte", "images", test_images),
+        "test_labels": IdxFile("t10k-labels-idx1-ubyte", "labels", test_labels),
+    }
 
 
 # The hashes are of what is inside: recompressing a file does not make it another data set.
-FASHION_MNIST_FILES: Mapping[Part, IdxFile] = {
-    "train_images": IdxFile(
-        "train-images-idx3-ubyte", "images", "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"
-    ),
-    "train_labels": IdxFile(
-        "train-labels-idx1-ubyte", "labels", "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"
-    ),
-    "test_images": IdxFile(
-        "t10k-images-idx3-ubyte", "images", "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"
-    ),
-    "test_labels": IdxFile(
-        "t10k-labels-idx1-ubyte", "labels", "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"
-    ),
-}
+FASHION_MNIST_FILES = _files(
+    "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+)
+SAMPLE_FILES = _files(
+    "ed2e37ed5a3a57d212141a69fe0a0de5a7126ffba14ac3f7e76f5f52cc04b1f0",
+    "a69f2dad024ca220a8c4d85f621fdf929042d40c444abde2868903e9220ad517",
+    "862035b0a96959b614c9574f4c2b0ae9584ca234813e8d6d7adb7838b12ca46b",
+    "aa3f574d30afaf0d4d9da084a6f8541771e20693d6a97fae6e9a4953fca8f078",
+)
+DIGITS_SHA256 = "bbaeaefce84743833997df3ec781527fa96c88aa06b683bb49ca5f68045ebbf2"
+"""Of scikit-learn's digits, as `Dataset.sha256` is computed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,8 +114,8 @@ class Dataset:
 def load(name: str, folder: Path | None = None) -> Dataset:
     """Load the set called `name`, one of SOURCES.
 
-    `folder`, for "fashion-mnist" only, is then the one place looked into. Raises DataError: a file is missing,
-    truncated, corrupt or of the wrong kind, a package or the network is missing. KeyError: no such name.
+    `folder`, for IN_FOLDERS only, is then the one place looked into. Raises DataError: a file is missing, truncated,
+    corrupt, of the wrong kind or not that of the set, a package or the network is missing. KeyError: no such name.
     """
     return SOURCES[name](folder)
 
@@ -179,17 +194,27 @@ def _opened(path: Path, expected: str, name: object = None) -> Iterator[BinaryIO
         raise DataError(f"{name}: expected {expected}, got {error.strerror or error}") from None
 
 
-def _read_pair(images_path: Path, labels_path: Path, classes: int) -> Batch:
-    """Read images (N, H, W) and labels (N,), uint8, that belong together. Raises DataError where they do not."""
-    images, labels = read_idx(images_path, "images"), read_idx(labels_path, "labels")
-    if len(labels) != len(images):
+def idx_bytes(array: np.ndarray) -> bytes:
+    """Return what an idx file of uint8 images or labels holds."""
+    return bytes([0, 0, 0x08, array.ndim]) + b"".join(size.to_bytes(4) for size in array.shape) + array.tobytes()
+
+
+def _check_hash(path: Path, file: IdxFile, array: np.ndarray, name: str) -> None:
+    """Raise DataError if `array`, which was read from `path`, is not that of `file` in the set called `name`."""
+    if file.sha256 is not None and (got := hashlib.sha256(idx_bytes(array)).hexdigest()) != file.sha256:
         raise DataError(
-            f"{labels_path}: expected {len(images)} labels, as many as {images_path} has, got {len(labels)}"
+            f"{path}: must be {name}'s, whose decompressed bytes have SHA-256 {file.sha256}, got {got}; "
+            "other images in files of these names are --data idx"
         )
+
+
+def _check_labels(path: Path, labels: np.ndarray, images_path: Path, images: np.ndarray, classes: int) -> None:
+    """Raise DataError if images (N, H, W) and labels (N,), uint8, do not belong together."""
+    if len(labels) != len(images):
+        raise DataError(f"{path}: expected {len(images)} labels, as many as {images_path} has, got {len(labels)}")
     if labels.max() >= classes:
         first = int(np.argmax(labels >= classes))
-        raise DataError(f"{labels_path}: expected labels 0 to {classes - 1}, got {labels[first]} for image {first}")
-    return images, labels
+        raise DataError(f"{path}: expected labels 0 to {classes - 1}, got {labels[first]} for image {first}")
 
 
 def _dataset(name: str, source: str, train: Batch, test: Batch, largest: int, class_names: tuple[str, ...]) -> Dataset:
@@ -219,14 +244,22 @@ def _dataset(name: str, source: str, train: Batch, test: Batch, largest: int, cl
 
 def fashion_mnist_sample(folder: Path | None = None) -> Dataset:
     """Load the first 10,000 training and 2,000 test images of Fashion-MNIST, which this repository holds."""
-    return _fashion_mnist("fashion-mnist-sample", SAMPLE_DIR if folder is None else folder)
+    folder = SAMPLE_DIR if folder is None else folder
+    return _from_folder("fashion-mnist-sample", folder, SAMPLE_FILES, FASHION_MNIST_CLASSES)
 
 
 def fashion_mnist(folder: Path | None = None) -> Dataset:
     """Load Fashion-MNIST (60,000 and 10,000 images) from `folder`, else the system's copy, the cache, the network."""
     if folder is None:
         folder = SYSTEM_DIR if _holds_all(SYSTEM_DIR) else _cached()
-    return _fashion_mnist("fashion-mnist", folder)
+    return _from_folder("fashion-mnist", folder, FASHION_MNIST_FILES, FASHION_MNIST_CLASSES)
+
+
+def idx(folder: Path | None = None) -> Dataset:
+    """Load the images of `folder`, in idx files with Fashion-MNIST's (and MNIST's) names; a class is its number."""
+    if folder is None:
+        raise DataError("idx: must be given a folder, got none")
+    return _from_folder("idx", folder, _files(None, None, None, None), None)
 
 
 def digits(folder: Path | None = None) -> Dataset:
@@ -242,7 +275,7 @@ def digits(folder: Path | None = None) -> Dataset:
     bunch = load_digits()
     images, labels = bunch.images.astype(np.uint8), bunch.target.astype(np.uint8)
     split = 1437
-    return _dataset(
+    found = _dataset(
         "digits",
         "scikit-learn",
         (images[:split], labels[:split]),
@@ -250,16 +283,25 @@ def digits(folder: Path | None = None) -> Dataset:
         largest=16,
         class_names=tuple(map(str, range(10))),
     )
+    if found.sha256 != DIGITS_SHA256:
+        raise DataError(
+            f"digits: the images of scikit-learn must be its 1,797 digits, of SHA-256 {DIGITS_SHA256}, "
+            f"got {found.sha256}"
+        )
+    return found
 
 
 SOURCES: Mapping[str, Callable[[Path | None], Dataset]] = {
     "fashion-mnist-sample": fashion_mnist_sample,
     "fashion-mnist": fashion_mnist,
     "digits": digits,
+    "idx": idx,
 }
+IN_FOLDERS = ("fashion-mnist", "idx")
+"""The sets that are read from a folder which one may choose."""
 
 
-def download(url: str, path: Path, sha256: str) -> None:
+def download(url: str, path: Path, sha256: str | None) -> None:
     """Fetch `url` to `path`, which appears only if its decompressed bytes have this SHA-256. Raises DataError."""
     import pooch
 
@@ -267,6 +309,8 @@ def download(url: str, path: Path, sha256: str) -> None:
         try:
             pooch.HTTPDownloader(timeout=30)(url, str(temporary), None)
         except OSError as error:  # requests' exceptions are OSErrors, and may hold an open connection
+            if error.errno is not None:  # of the file, not of the network: `replacing` names it
+                raise
             if (response := getattr(error, "response", None)) is not None:
                 response.close()
             raise DataError(
@@ -310,21 +354,30 @@ def _holds_all(folder: Path) -> bool:
     return all(_locate(folder, file) for file in FASHION_MNIST_FILES.values())
 
 
-def _fashion_mnist(name: str, folder: Path) -> Dataset:
+def _from_folder(name: str, folder: Path, files: Files, class_names: tuple[str, ...] | None) -> Dataset:
+    """Read the set called `name`; `class_names` None means numbers, as many as the training labels have."""
     if not folder.is_dir():
         raise DataError(f"{folder}: expected a folder with {name}, got {'a file' if folder.exists() else 'nothing'}")
     paths: dict[Part, Path] = {}
-    for part, file in FASHION_MNIST_FILES.items():
+    for part, file in files.items():
         path = _locate(folder, file)
         if path is None:
             raise DataError(f"{folder}: expected {file.name}.gz (or without .gz) in it, got no such file")
         paths[part] = path
-    classes = len(FASHION_MNIST_CLASSES)
-    train = _read_pair(paths["train_images"], paths["train_labels"], classes)
-    test = _read_pair(paths["test_images"], paths["test_labels"], classes)
+    arrays = {part: read_idx(paths[part], file.kind) for part, file in files.items()}
+    for part, file in files.items():
+        _check_hash(paths[part], file, arrays[part], name)
+    if class_names is None:
+        class_names = tuple(map(str, range(int(arrays["train_labels"].max()) + 1)))
+    train, test = (
+        (arrays["train_images"], arrays["train_labels"]),
+        (arrays["test_images"], arrays["test_labels"]),
+    )
+    _check_labels(paths["train_labels"], train[1], paths["train_images"], train[0], len(class_names))
+    _check_labels(paths["test_labels"], test[1], paths["test_images"], test[0], len(class_names))
     if test[0].shape[1:] != train[0].shape[1:]:
         raise DataError(
             f"{paths['test_images']}: expected images of {train[0].shape[1:]} as in {paths['train_images']}, "
             f"got {test[0].shape[1:]}"
         )
-    return _dataset(name, str(folder), train, test, largest=255, class_names=FASHION_MNIST_CLASSES)
+    return _dataset(name, str(folder), train, test, largest=255, class_names=class_names)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-from tyro.conf import arg
+from tyro.conf import FlagCreatePairsOff, arg
 
 from experiments import cli
 from experiments.data import Dataset
 from experiments.files import replacing
-from experiments.runs import choose_folder
+from experiments.runs import new_folder
 from experiments.trained import Trained, prepare
 
 if TYPE_CHECKING:
@@ -25,11 +25,13 @@ PROG = "python -m experiments.deltas"
 class Config:
     """Draw, for each chosen test image, every layer's activation beside its δ: one PNG an image.
 
-    The net is one that a run left behind, or trained briefly first. E is the cross entropy with the true class.
+    The net is that of a run, or is trained briefly first. E is the cross entropy with the true class.
     """
 
     run: Annotated[Path | None, arg(metavar="PATH")] = None
-    """The run's folder; without it, a net is trained."""
+    """The run's folder; without it, the newest in runs/ that is finished, and a net is trained if there is none."""
+    fresh: FlagCreatePairsOff[bool] = False
+    """Train a net, even if there is a run; so does each option of the training but --seed."""
     images: tuple[int, ...] = (0, 12, 17)
     """Which test images, counted from 0."""
     channels: int = 4
@@ -65,21 +67,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def draw(config: Config) -> int:
     """Train or load, sweep, draw. Returns 0; raises UsageError, CheckpointError, DataError or RunError."""
     cli.check_count("--channels", config.channels)
-    folder = choose_folder(config.out, "deltas")
-    trained = prepare(config, folder)
-
-    found = sweep(trained, config.images)
-    probabilities = softmax(np.asarray(found.activations[last(trained.net)]))
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, n in enumerate(config.images):
-        rows = [row(trained.net, found, names, i, config.channels) for names in groups(trained.net)]
-        path = folder / f"deltas-{n}.png"
-        picture(path, trained.dataset, n, probabilities[i], rows)
-        print(describe(trained.dataset, n, probabilities[i]))
-        for line in rows:
-            size = "×".join(map(str, line.shape))
-            print(f"  {line.name:<36} {size:>9}   max|a| {top(line.activation):<9.3g} max|δ| {top(line.delta):.3g}")
-        print(f"  {path}")
+    with new_folder(config.out, "deltas") as folder:
+        trained = prepare(config, folder)
+        found = sweep(trained, config.images)
+        probabilities = softmax(np.asarray(found.activations[last(trained.net)]))
+        for i, n in enumerate(config.images):
+            rows = [row(trained.net, found, names, i, config.channels) for names in groups(trained.net)]
+            path = folder / f"deltas-{n}.png"
+            picture(path, trained.dataset, n, probabilities[i], rows)
+            print(describe(trained.dataset, n, probabilities[i]))
+            for line in rows:
+                size = "×".join(map(str, line.shape))
+                tops = f"max|a| {top(line.activation):<9.3g} max|δ| {top(line.delta):.3g}"
+                print(f"  {line.name:<36} {size:>9}   {tops}")
+            print(f"  {path}", flush=True)
     return 0
 
 
@@ -193,9 +194,11 @@ def picture(path: Path, dataset: Dataset, n: int, probabilities: np.ndarray, row
                 axes.axhline(0, color="0.6", linewidth=0.6)
                 plain(axes, "", "", "")
                 axes.set_ylim(-1.08 * limit, 1.08 * limit)
-                if values.size <= 20:
-                    axes.set_xticks(range(values.size))
                 axes.tick_params(labelsize=7)
+                if line is rows[-1] and values.size == len(dataset.class_names):
+                    axes.set_xticks(range(values.size), dataset.class_names, rotation=30, ha="right")
+                elif values.size <= 20:
+                    axes.set_xticks(range(values.size))
     with replacing(path) as temporary:
         made.savefig(temporary, format="png", dpi=80)
 

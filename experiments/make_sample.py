@@ -12,7 +12,7 @@ import gzip
 import sys
 from pathlib import Path
 
-from experiments.data import FASHION_MNIST_FILES, SAMPLE_DIR, SYSTEM_DIR, IdxFile, Part, read_idx
+from experiments.data import FASHION_MNIST_FILES, SAMPLE_DIR, SYSTEM_DIR, IdxFile, Part, idx_bytes, read_idx
 from experiments.files import replacing
 
 SIZES: dict[Part, int] = {"train_images": 10_000, "train_labels": 10_000, "test_images": 2_000, "test_labels": 2_000}
@@ -21,8 +21,7 @@ SIZES: dict[Part, int] = {"train_images": 10_000, "train_labels": 10_000, "test_
 def first(file: IdxFile, count: int) -> bytes:
     """Return, as an idx file, the first `count` entries of `file` of the full set."""
     array = read_idx(SYSTEM_DIR / f"{file.name}.gz", file.kind)[:count]
-    header = bytes([0, 0, 0x08, array.ndim]) + b"".join(size.to_bytes(4) for size in array.shape)
-    return header + array.tobytes()
+    return idx_bytes(array)
 
 
 def same(path: Path, content: bytes) -> bool:

@@ -30,12 +30,12 @@ def versions() -> dict[str, str]:
 
 
 def describe_device() -> str:
-    """Return the first device and how many there are, e.g. "cpu × 1 (2 cores)"."""
+    """Return the device that is used, the first, e.g. "cpu (2 cores)"; where there are more, how many."""
     import jax
 
     devices = jax.devices()
     cores = f" ({os.cpu_count()} cores)" if devices[0].platform == "cpu" else ""
-    return f"{devices[0].device_kind} × {len(devices)}{cores}"
+    return f"{devices[0].device_kind}{cores}" + (f", the first of {len(devices)}" if len(devices) > 1 else "")
 
 
 def describe_data(dataset: Dataset) -> str:

@@ -1,18 +1,23 @@
 """What a run leaves behind: a folder with config.json, metrics.csv, curves.png and weights.safetensors."""
 
+import contextlib
 import csv
 import dataclasses
+import itertools
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from experiments import checkpoints
 from experiments.errors import RunError
 from experiments.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,25 +38,82 @@ class Epoch:
     images_per_second: float
 
 
-def choose_folder(out: Path | None, model: str, now: datetime | None = None) -> Path:
-    """Return the absolute path of the folder that a run will make; make nothing yet.
+CLAIM = ".in-use"
+"""The file that marks a folder as one run's own, until that run has ended."""
 
-    None means runs/<time>-<model>, numbered when a run of the same second has it. Raises RunError where no folder can
-    be made, or where one already holds files: a run never overwrites another.
+
+def check_folder(out: Path | None) -> None:
+    """Raise RunError if no new folder can be made, before anything is read or computed. Nothing is made yet.
+
+    Args:
+        out: The folder that was asked for; None means one in runs/.
     """
-    if out is None:
-        stem = f"{now or datetime.now():%Y%m%d-%H%M%S}-{model}"
-        names = (stem if n == 1 else f"{stem}-{n}" for n in range(1, 1000))
-        out = next(path for name in names if not (path := Path("runs") / name).exists())
-    out = out.absolute()
-    if out.is_dir() and any(out.iterdir()):
-        raise RunError(f"--out {out}: expected a new or empty folder, got one that holds files")
-    nearest = next(path for path in (out, *out.parents) if path.exists())
+    asked = (Path("runs") if out is None else out).absolute()
+    if out is not None and asked.is_dir() and any(asked.iterdir()):
+        held = "another run is using" if (asked / CLAIM).exists() else "holds files"
+        raise RunError(f"--out {asked}: expected a new or empty folder, got one that {held}")
+    nearest = next(path for path in (asked, *asked.parents) if path.exists())
     if not nearest.is_dir():
-        raise RunError(f"--out {out}: expected a folder or nothing, but {nearest} is a file")
+        raise RunError(f"--out {asked}: expected a folder or nothing, but {nearest} is a file")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise RunError(f"--out {out}: expected a place to write to, but {nearest} is not writable")
-    return out
+        raise RunError(f"--out {asked}: expected a place to write to, but {nearest} is not writable")
+
+
+@contextlib.contextmanager
+def new_folder(out: Path | None, name: str, now: datetime | None = None) -> Iterator[Path]:
+    """Make a folder that belongs to one run alone, and yield its absolute path.
+
+    It is made atomically, so that of two runs started in the same moment each gets its own. A folder that was made
+    here and is still empty when the block ends is removed again.
+
+    Args:
+        out: The folder to make, or an empty one; None means runs/<time>-<name>, with -2, -3, … where that is taken.
+        name: What the run is of.
+        now: The time in the name; None means the present.
+
+    Raises:
+        RunError: No folder can be made, or `out` holds files or is another run's. A run never overwrites another.
+    """
+    check_folder(out)
+    if out is None:
+        stem = Path("runs").absolute() / f"{now or datetime.now():%Y%m%d-%H%M%S}-{name}"
+        names = (stem if n == 1 else stem.with_name(f"{stem.name}-{n}") for n in itertools.count(1))
+    else:
+        names = (path for path in (out.absolute(),))
+    try:
+        claims = ((folder, _claim(folder, may_be_there=out is not None)) for folder in names)
+        folder, made = next(((folder, claim == "made") for folder, claim in claims if claim), (None, False))
+    except OSError as error:
+        raise RunError(f"--out: must be a place to write to, got {error.strerror}: {error.filename}") from error
+    if folder is None:
+        raise RunError(f"--out {out}: must be a new or empty folder, got one that another run is using")
+    try:
+        yield folder
+    finally:
+        (folder / CLAIM).unlink(missing_ok=True)
+        if made:
+            with contextlib.suppress(OSError):  # it holds what the run left
+                folder.rmdir()
+
+
+def _claim(folder: Path, *, may_be_there: bool) -> Literal["made", "found", ""]:
+    """Make `folder`, or find it empty where it may be there, and mark it; "" means that it is another run's."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    how: Literal["made", "found"] = "made"
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        if not may_be_there:
+            return ""
+        how = "found"
+    try:
+        (folder / CLAIM).open("x").close()
+    except (FileExistsError, FileNotFoundError):  # another run came first, or has just removed what it did not need
+        return ""
+    if [path.name for path in folder.iterdir()] != [CLAIM]:  # another run has ended since it was found empty
+        (folder / CLAIM).unlink()
+        return ""
+    return how
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +127,18 @@ class Run:
         """Make `folder` and write `config` (anything that json knows, and paths) into it."""
         folder.mkdir(parents=True, exist_ok=True)
         run = cls(folder)
-        with replacing(folder / "config.json") as temporary:
-            temporary.write_text(json.dumps(config, indent=2, default=str, ensure_ascii=False) + "\n", "utf-8")
+        run.describe(config)
         return run
+
+    def describe(self, config: Mapping[str, Any]) -> None:
+        """Write `config` into config.json, in place of what stood there."""
+        with replacing(self.folder / "config.json") as temporary:
+            temporary.write_text(json.dumps(config, indent=2, default=str, ensure_ascii=False) + "\n", "utf-8")
+
+    def kept(self) -> str:
+        """Return which weights lie in the folder, in a few words."""
+        step = checkpoints.metadata(self.weights).get("step")
+        return "no weights were saved yet" if step is None else f"the weights after step {step} are in {self.weights}"
 
     @property
     def weights(self) -> Path:
@@ -75,13 +146,13 @@ class Run:
         return self.folder / "weights.safetensors"
 
     def save(self, rows: Sequence[Epoch], params: checkpoints.Params, step: int) -> None:
-        """Write the metrics so far, and the parameters after `step` steps."""
+        """Write the parameters after `step` steps, and the metrics so far."""
+        checkpoints.save(self.weights, params, {"step": str(step)})
         with replacing(self.folder / "metrics.csv") as temporary, temporary.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(field.name for field in dataclasses.fields(Epoch))
             # An epoch that was not evaluated has empty cells, which every reader of CSV takes for missing.
             writer.writerows([_cell(value) for value in dataclasses.astuple(row)] for row in rows)
-        checkpoints.save(self.weights, params, {"step": str(step)})
 
     def plot(self, rows: Sequence[Epoch], title: str) -> None:
         """Draw loss and accuracy over the epochs into curves.png; nothing is drawn where nothing was learnt."""
@@ -95,7 +166,12 @@ def _cell(value: float) -> str:
 
 
 def plot_curves(path: Path, rows: Sequence[Epoch], title: str) -> None:
-    """Write a PNG: loss at the left, accuracy at the right; training dashed and grey, test solid."""
+    """Write `draw_curves` as a PNG."""
+    draw_curves(rows, title).savefig(path, format="png")
+
+
+def draw_curves(rows: Sequence[Epoch], title: str) -> "Figure":
+    """Return loss at the left, accuracy at the right; training dashed and grey, test solid; the key below both."""
     # The object interface, not pyplot: no global state, no window, nothing to close.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -106,9 +182,7 @@ def plot_curves(path: Path, rows: Sequence[Epoch], title: str) -> None:
     figure.suptitle(title, fontsize=11)
     epochs = [row.epoch for row in rows]
     marker = "o" if len(rows) < 30 else ""
-    for axes, quantity, corner in zip(
-        figure.subplots(1, 2), ("loss", "accuracy"), ("upper right", "lower right"), strict=True
-    ):
+    for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         train = [getattr(row, f"train_{quantity}") for row in rows]
         test = [getattr(row, f"test_{quantity}") for row in rows]
         axes.plot(epochs, train, "--", color="0.45", marker=marker, markersize=3, label="training, while it learns")
@@ -126,10 +200,13 @@ def plot_curves(path: Path, rows: Sequence[Epoch], title: str) -> None:
                 fontsize=9,
             )
         axes.set(xlabel="epoch", ylabel=quantity)
-        axes.margins(x=0.07, y=0.12)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.margins(y=0.16)
+        beside = max(0.5, 0.07 * (epochs[-1] - epochs[0]))
+        axes.set_xlim(epochs[0] - beside, epochs[-1] + beside)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(color="0.9")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=9, loc=corner)
-    figure.savefig(path, format="png")
+    lines = axes.get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return figure

@@ -4,16 +4,16 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from tyro.conf import FlagCreatePairsOff, arg
 
 from experiments import cli, process, report
-from experiments.data import SOURCES, Batch, Dataset, batches, load, shuffled_batches
-from experiments.errors import RunError, UsageError
-from experiments.runs import Epoch, Run, choose_folder
+from experiments.data import IN_FOLDERS, SOURCES, Batch, Dataset, batches, load, shuffled_batches
+from experiments.errors import RunError, UsageError, WriteError, explain
+from experiments.runs import Epoch, Run, check_folder, new_folder
 
 if TYPE_CHECKING:  # jax takes a second to import, and --help needs none of it
     import optax
@@ -36,9 +36,9 @@ class Config:
     model: str = "lecture"
     """The net: lecture, mlp or lenet5."""
     data: str = "fashion-mnist-sample"
-    """The images: fashion-mnist-sample (10,000, embedded), fashion-mnist (60,000) or digits (8×8)."""
+    """The images: fashion-mnist-sample (10,000, embedded), fashion-mnist (60,000), digits (8×8), or idx (your own)."""
     data_dir: Annotated[Path | None, arg(metavar="PATH")] = None
-    """Folder of the idx files of --data fashion-mnist; without it, the system's, the cache, a download."""
+    """Folder of the idx files of --data fashion-mnist (without it: the system's, the cache, a download) or idx."""
     epochs: int = 10
     """Passes over the training images."""
     batch_size: int = 32
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: Config) -> int:
     """Check everything, then train. Returns 0, or 130 after Ctrl-C; raises UsageError, DataError or RunError."""
     check(config)
-    folder = choose_folder(config.out, config.model)
+    check_folder(config.out)
     dataset = load(config.data, config.data_dir)
     examples = len(dataset.train_labels)
     if config.batch_size > examples:
@@ -79,14 +79,8 @@ def train(config: Config) -> int:
         process.keep_compiled_programs()
     net, table = build(config, dataset)
 
-    import jax
-
-    import jaxcnn
-    from experiments.loop import fit
-
     steps = min(config.epochs * (examples // config.batch_size), config.max_steps or sys.maxsize)
     rate = config.learning_rate or LEARNING_RATES[config.optimizer]
-    optimizer = make_optimizer(config.optimizer, rate, steps)
     facts = {
         "versions": ", ".join(f"{name} {version}" for name, version in report.versions().items()),
         "device": report.describe_device(),
@@ -95,8 +89,37 @@ def train(config: Config) -> int:
         "seed": str(config.seed),
         "memory": "freed memory is kept (--allocator stock: not)" if tuned else "the allocator's own settings",
     }
-    print(report.banner(facts), table, sep="\n\n", end="\n\n", flush=True)
+    with new_folder(config.out, config.model) as folder:
+        print(report.banner(facts), table, sep="\n\n", end="\n\n", flush=True)
+        return learn(config, net, dataset, Run(folder), steps, rate, record(config, facts, dataset, rate))
 
+
+def learn(
+    config: Config, net: "Serial", dataset: Dataset, run: Run, steps: int, rate: float, known: Mapping[str, Any]
+) -> int:
+    """Compile, train, and keep what is learnt.
+
+    Args:
+        config: The options.
+        net: What learns.
+        dataset: What from.
+        run: Where the results go; its folder is there.
+        steps: How many steps in all.
+        rate: The learning rate of the first step.
+        known: What config.json says from the start; how the run ended is added.
+
+    Returns:
+        0, or 130 after Ctrl-C.
+
+    Raises:
+        RunError: The gradients differ, the loss is not finite, or a file cannot be written.
+    """
+    import jax
+
+    import jaxcnn
+    from experiments.loop import fit
+
+    optimizer = make_optimizer(config.optimizer, rate, steps)
     loss = jaxcnn.softmax_cross_entropy_with_integer_labels
     state = jaxcnn.TrainState.create(net, optimizer, jax.random.key(config.seed), dataset.image_shape)
 
@@ -111,25 +134,34 @@ def train(config: Config) -> int:
         check_gradients(net, state, next(epoch(1)))
     step = compiled(jaxcnn.make_train_step(net, loss, optimizer), state, next(epoch(1)))
 
-    run = Run.start(folder, record(config, facts, dataset, rate))
-    began = time.perf_counter()
-    with report.progress(steps) as progress:
-        outcome = fit(
-            step,
-            state,
-            epoch,
-            evaluate,
-            count=config.epochs,
-            batch_size=config.batch_size,
-            max_steps=steps,
-            progress=progress,
-            on_epoch=run.save,
-            describe=lambda row: report.describe_epoch(row, config.epochs),
-        )
-    wall = time.perf_counter() - began
-    run.save(outcome.rows, outcome.params, outcome.step)
-    run.plot(outcome.rows, f"{config.model} on {config.data}, seed {config.seed}")
-    print(summarise(outcome.rows, wall), f"results in {run.folder}", sep="\n", flush=True)
+    try:
+        run.describe(known)
+        began = time.perf_counter()
+        with report.progress(steps) as progress:
+            outcome = fit(
+                step,
+                state,
+                epoch,
+                evaluate,
+                count=config.epochs,
+                batch_size=config.batch_size,
+                max_steps=steps,
+                progress=progress,
+                on_epoch=run.save,
+                describe=lambda row: report.describe_epoch(row, config.epochs),
+            )
+        wall = time.perf_counter() - began
+        run.save(outcome.rows, outcome.params, outcome.step)
+        run.describe({**known, "end": outcome.end, "steps": outcome.step})
+        run.plot(outcome.rows, f"{config.model} on {config.data}, seed {config.seed}")
+        print(summarise(outcome.rows, wall), f"results in {run.folder}", sep="\n", flush=True)
+    except KeyboardInterrupt:  # the second one, which does not wait for the step in hand
+        print(f"{PROG}: interrupted; {run.kept()}", file=sys.stderr)
+        return cli.INTERRUPTED
+    except BrokenPipeError:
+        raise
+    except (OSError, WriteError) as error:
+        raise RunError(f"{explain(error)}; {run.kept()}") from error
 
     if outcome.end == "diverged":
         raise RunError(
@@ -161,8 +193,10 @@ def check(config: Config) -> None:
     rate = config.learning_rate
     if rate is not None and not (math.isfinite(rate) and rate > 0):
         raise UsageError(f"--learning-rate: expected a finite number above 0, got {rate}")
-    if config.data_dir is not None and config.data != "fashion-mnist":
-        raise UsageError(f"--data-dir: expected with --data fashion-mnist only, got --data {config.data}")
+    if config.data_dir is not None and config.data not in IN_FOLDERS:
+        raise UsageError(f"--data-dir: expected with --data {' or '.join(IN_FOLDERS)} only, got --data {config.data}")
+    if config.data_dir is None and config.data == "idx":
+        raise UsageError("--data idx: must come with --data-dir, the folder of its files, got none")
 
 
 def build(config: Config, dataset: Dataset) -> "tuple[Serial, str]":
@@ -229,6 +263,7 @@ def record(config: Config, facts: dict[str, str], dataset: Dataset, rate: float)
     return {
         **dataclasses.asdict(config),
         "learning_rate": rate,
+        "data_dir": None if config.data_dir is None else config.data_dir.absolute(),
         "data_source": dataset.source,
         "data_sha256": dataset.sha256,
         "device": facts["device"],
@@ -242,11 +277,17 @@ def summarise(rows: Sequence[Epoch], wall: float) -> str:
         return "no epoch was finished"
     seconds = sum(row.seconds for row in rows)
     images = sum(row.seconds * row.images_per_second for row in rows)
-    last = rows[-1]
+    tested = [row for row in rows if math.isfinite(row.test_accuracy)]
+    if not tested:
+        accuracy = "not measured, since no epoch was finished"
+    elif tested[-1] is rows[-1]:
+        accuracy = f"{tested[-1].test_accuracy:.4f}"
+    else:
+        accuracy = f"{tested[-1].test_accuracy:.4f} after epoch {tested[-1].epoch}, the last that was finished"
     return (
-        f"\ntrained {last.step:,} steps in {seconds:.1f} s, {images / seconds:,.0f} images/s; "
+        f"\ntrained {rows[-1].step:,} steps in {seconds:.1f} s, {images / seconds:,.0f} images/s; "
         f"{wall - seconds:.1f} s more for evaluating and saving\n"
-        f"test accuracy {last.test_accuracy:.4f}"
+        f"test accuracy {accuracy}"
     )
 
 

@@ -49,7 +49,11 @@ class Asked(Protocol):
 
     @property
     def run(self) -> Path | None:
-        """The run's folder; None: train."""
+        """The run's folder; None: the newest that is finished, or train."""
+
+    @property
+    def fresh(self) -> bool:
+        """Train, even if there is a run."""
 
     @property
     def images(self) -> tuple[int, ...]:
@@ -72,21 +76,40 @@ class Asked(Protocol):
         """Of the training."""
 
 
-def prepare(asked: Asked, folder: Path) -> Trained:
-    """Return the net of a run, or train one, whose run is left in `folder`/run.
+TRAINING = ("model", "epochs", "max_steps")
+"""The options that describe a training, and mean nothing for a net that is trained already."""
 
-    Raises UsageError (before anything is trained), CheckpointError, DataError or RunError.
+
+def prepare(asked: Asked, folder: Path) -> Trained:
+    """Return the net of a run, or train one, whose run is left in `folder`/run; print which.
+
+    The run is the one asked for, else the newest in runs/ that is finished. A net is trained if there is none, or if
+    an option asks for that.
+
+    Args:
+        asked: The options of the script.
+        folder: The script's own folder.
+
+    Raises:
+        UsageError: The options clash, or name images that are not there; nothing is trained then.
+        CheckpointError: The run's files are missing or do not go together.
+        DataError: The images of the run are missing.
+        RunError: The training failed.
     """
+    trains = [name for name in TRAINING if getattr(asked, name) != getattr(type(asked), name)]
+    trains += ["fresh"] if asked.fresh else []
+    if asked.run is not None and trains:
+        raise UsageError(f"--{trains[0].replace('_', '-')}: expected without --run, whose net is trained already")
+    found = asked.run if asked.run is not None or trains else newest_finished()
+    if found is not None:
+        trained = restore(found)
+        check_images(asked.images, trained.dataset)
+        why = "" if asked.run is not None else ", the newest run that is finished; --fresh trains a net"
+        print(f"{trained.model} of {found}{why}", flush=True)
+        return trained
     wanted = train.Config(
         asked.model, epochs=asked.epochs, max_steps=asked.max_steps, seed=asked.seed, out=folder / "run"
     )
-    if asked.run is not None:
-        for name in ("model", "epochs", "max_steps"):
-            if getattr(asked, name) != getattr(type(asked), name):
-                raise UsageError(f"--{name.replace('_', '-')}: expected without --run, whose net is trained already")
-        trained = restore(asked.run)
-        check_images(asked.images, trained.dataset)
-        return trained
     check_images(asked.images, load(wanted.data))
     if train.train(wanted):
         raise KeyboardInterrupt
@@ -104,10 +127,27 @@ def check_images(images: Sequence[int], dataset: Dataset) -> None:
 
 def newest(runs: Path = Path("runs")) -> Path:
     """Return the run in `runs` whose weights were written last; raises UsageError if there is none."""
-    weights = sorted(runs.glob("*/weights.safetensors"), key=lambda path: path.stat().st_mtime)
-    if not weights:
+    found = by_age(runs)
+    if not found:
         raise UsageError(f"--run: expected a run's folder, since {runs.absolute()} holds none")
-    return weights[-1].parent
+    return found[0]
+
+
+def newest_finished(runs: Path = Path("runs")) -> Path | None:
+    """Return the run in `runs` whose weights were written last, of those that ended as planned; None if none did."""
+    for folder in by_age(runs):
+        try:
+            if read_config(Run(folder)).get("end") == "finished":
+                return folder
+        except CheckpointError:  # not a run, or one of another version
+            continue
+    return None
+
+
+def by_age(runs: Path) -> list[Path]:
+    """Return the runs in `runs`, and those that other scripts trained in their own folders there; the newest first."""
+    weights = [path for pattern in ("*", "*/run") for path in runs.glob(f"{pattern}/weights.safetensors")]
+    return [path.parent for path in sorted(weights, key=lambda path: path.stat().st_mtime, reverse=True)]
 
 
 def read_config(run: Run) -> dict[str, Any]:

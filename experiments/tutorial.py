@@ -41,6 +41,7 @@ import matplotlib.pyplot as plt
 
 import jaxcnn
 from experiments.data import load, shuffled_batches
+from experiments.files import replacing
 from jaxcnn import Conv, Dense, Flatten, MaxPool, Relu, Serial, TrainState, evaluate, make_train_step, serial
 from jaxcnn import softmax_cross_entropy_with_integer_labels as cross_entropy
 
@@ -62,6 +63,19 @@ def cosine(a: Any, b: Any) -> float:
     """Return the cosine of the angle between a and b: 1 same direction, 0 unrelated."""
     a, b = np.ravel(a), np.ravel(b)
     return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def key(figure: Any, axes: Any) -> None:
+    """Draw the key of the colors of signed maps at the right of `axes`; each map has its own scale."""
+    colors = plt.cm.ScalarMappable(plt.Normalize(-1, 1), "RdBu_r")
+    bar = figure.colorbar(colors, ax=axes, ticks=[-1, 0, 1], shrink=0.8, aspect=30)
+    bar.ax.set_yticklabels(["−largest", "0", "+largest"])
+
+
+def save(figure: Any, name: str) -> None:
+    """Write a figure into `OUT`, whole or not at all."""
+    with replacing(OUT / name) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
 
 
 # %% [markdown]
@@ -241,8 +255,9 @@ for axis, (title, picture) in zip(axes.flat, panels.items(), strict=True):
     axis.imshow(picture, cmap="RdBu_r", vmin=-limit, vmax=limit)
     axis.set_title(f"{title}  {picture.shape[0]}×{picture.shape[1]}", fontsize=10)
     axis.set_axis_off()
-figure.suptitle("One hidden layer: forward above, backward below (red positive, blue negative)")
-figure.savefig(OUT / "hidden-layer.png", dpi=110)
+figure.suptitle("One hidden layer: forward above, backward below")
+key(figure, axes)
+save(figure, "hidden-layer.png")
 
 # %% [markdown]
 # ## 4. A net learns
@@ -345,7 +360,8 @@ for row, (title, pictures) in zip(axes, rows.items(), strict=True):
         axis.set(xticks=[], yticks=[])
     row[0].set_ylabel(title)
 figure.suptitle("∂(score of the most likely class)/∂x: the same net, two backward halves")
-figure.savefig(OUT / "maps.png", dpi=110)
+key(figure, axes[1:])
+save(figure, "maps.png")
 print(f"pictures in {OUT.absolute()}; {time.perf_counter() - started:.0f} s")
 
 # %% [markdown]

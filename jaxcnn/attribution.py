@@ -5,13 +5,18 @@ as mappings for ``rules=``.  All of them are pure functions of arrays, with the 
 
     heat = jax.jit(lambda params, x, target: attribute(net, params, x, target, rules=epsilon_plus()))
 
-Everywhere x is ``(N, …)``, the net's outputs y are ``(N, classes)``, ``target`` is the class asked about, one int or
-one for each example, and the map is of x's shape.  Dropout is off.  A target that jit traces cannot be looked at: where
-it is out of range, the map is NaN.
+Everywhere x is ``(N, …)``, the net's outputs y are ``(N, classes)``, ``target`` is the class asked about, one int in
+``[0, classes)`` or one for each example, and the map is of x's shape.  Dropout is off.  The value of a traced target is
+not known while the function is traced: where it is out of range, the map of that example is NaN.
+
+Layers that are not from this library are exact under the methods that need the gradient alone.  `deep_lift` and
+`relevance` need more: they refuse, by name, a layer that computes something outside of the ops that get the rule.
 """
 
+import copy
 import dataclasses
 import difflib
+import inspect
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NoReturn
 
@@ -19,10 +24,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.interpreters.partial_eval import dce_jaxpr
 from jax.typing import ArrayLike
 
 from jaxcnn.folding import fold_batch_norm
-from jaxcnn.geometry import PerDim, Window, fail, positive, static_float, static_int, window
+from jaxcnn.geometry import PerDim, Window, fail, positive, static_bool, static_float, static_int, window
+from jaxcnn.kernels.dtypes import accumulator
 from jaxcnn.layers import (
     AdaptiveAvgPool,
     AdaptiveMaxPool,
@@ -44,9 +51,23 @@ from jaxcnn.layers import (
     Relu,
     _Activation,
 )
-from jaxcnn.net import Residual, Rules, Serial, _check_rules, _located, _rule_for, _rule_of_sum, expect_net
+from jaxcnn.net import (
+    Checked,
+    IfThere,
+    Residual,
+    Rules,
+    Serial,
+    _check_matches,
+    _check_rules,
+    _located,
+    _rule_for,
+    _rule_of_sum,
+    expect_net,
+)
+from jaxcnn.ops.mesh import automatic_inside
 from jaxcnn.ops.rule import Call, Rule, array, arrays, autodiff, one_key, picture
-from jaxcnn.rules.relevance import AlphaBeta, Epsilon, Gamma, ZBox, ZPlus, passed, rescale
+from jaxcnn.rules.relevance import AlphaBeta, Epsilon, Flat, Gamma, ZBox, ZeroParams, ZPlus, passed, rescale
+from jaxcnn.taps import Collector, probe
 
 
 def attribute(
@@ -74,8 +95,8 @@ def attribute(
 
     Returns: an array of x's shape; "grad_cam" one number for each pixel of the layer, ``(N, *spatial)``.
 
-    Raises: ValueError for a method, layer, target or shape that is not there; TypeError for dtypes, and for options
-        that the method does not take.
+    Raises: ValueError for a method, layer, target or shape that is not there; TypeError for dtypes, for options that
+        the method does not take, and for a missing option that it needs.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -94,29 +115,45 @@ def attribute(
     """
     expect_net("attribute", net)
     method = ("gradient" if rules is None else "relevance") if method is None else method
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         _fail(f"method expected {', '.join(METHODS)}; got {method!r}")
     if rules is not None:
         options["rules"] = rules
+    _check_options(method, options)
     return METHODS[method](net, params, x, target, **options)
 
 
+def _check_options(method: str, options: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(METHODS[method]).parameters.values()
+    takes = {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}
+    for name in options:
+        if name not in takes:
+            raise TypeError(f"attribute: options of method {method!r} must be among {', '.join(takes)}; got {name}")
+    for name, needed in takes.items():
+        if needed and name not in options:
+            raise TypeError(f"attribute: {name} must be given for method {method!r}, got none")
+
+
+@automatic_inside()
 def gradient(net: Serial, params: Params, x: ArrayLike, target: ArrayLike, *, rules: Rules | None = None) -> Array:
     """∂y_target/∂x.  With ``rules={Relu: guided_relu}`` guided backprop, and so on: δ starts as 1.
 
     Source: Simonyan et al. 2013.
     """
-    return _swept(net, params, _examples(x), target, rules)
+    x = _examples(x)
+    return _swept(net, params, x, _asked(net, params, x, target), rules)
 
 
+@automatic_inside()
 def gradient_times_input(
     net: Serial, params: Params, x: ArrayLike, target: ArrayLike, *, rules: Rules | None = None
 ) -> Array:
     """``x ∘ ∂y_target/∂x``.  Source: Shrikumar et al. 2016."""
     x = _examples(x)
-    return x * _swept(net, params, x, target, rules)
+    return x * _swept(net, params, x, _asked(net, params, x, target), rules)
 
 
+@automatic_inside()
 def relevance(net: Serial, params: Params, x: ArrayLike, target: ArrayLike, *, rules: Rules) -> Array:
     """Layer-wise relevance propagation: δ starts as the output y_target itself, and rules hand it back to x.
 
@@ -132,21 +169,32 @@ def relevance(net: Serial, params: Params, x: ArrayLike, target: ArrayLike, *, r
             ReLU need no rule; a batch norm without one is folded into its neighbour first (`fold_batch_norm`), and
             taken by `Epsilon` where it has none.
 
-    Raises: ValueError for other layers without a rule, whose gradient is no relevance, for rules that do not fit, and
-        for batch norm without statistics; each names the layer.  Source: Bach et al. 2015.
+    Raises: ValueError for other layers without a rule, whose gradient is no relevance, for rules that do not fit, for
+        batch norm without statistics, for a net inside the net with an ``apply`` of its own, and for a layer of your
+        own that lets something pass outside of the ops that get its rule; each names the layer.  TypeError without
+        rules.
+
+    Source: Bach et al. 2015.
     """
     x = _examples(x)
-    if isinstance(rules, Mapping):
-        _check_rules(rules, [name for name, _ in net.walk()])
-        whole, given = net, {name for name, layer in net.walk() if _rule_for(rules, name, layer) is not None}
-        net, params = fold_batch_norm(net, params, leave=given)
-        folded = {name for name, _ in whole.walk()} - {name for name, _ in net.walk()}
-        rules = {key: rule for key, rule in rules.items() if key not in folded}
-        rules = {**rules, BatchNorm: rules.get(BatchNorm, Epsilon())}
-        _check_all_have_rules(net, rules)
-    return _swept(net, params, x, target, rules, lambda y: y)
+    asked = _asked(net, params, x, target)
+    if rules is None:
+        raise TypeError("attribute: rules must be given for method 'relevance', got None")
+    if not isinstance(rules, Mapping):
+        rules = {Layer: rules}
+    _check_rules(rules, [name for name, _ in net.walk()])
+    _check_matches(rules, net)
+    _check_relevance_of_own(net, params, x, rules)
+    whole, given = net, {name for name, layer in net.walk() if _rule_for(rules, name, layer) is not None}
+    net, params = fold_batch_norm(net, params, leave=given)
+    folded = {name for name, _ in whole.walk()} - {name for name, _ in net.walk()}
+    rules = {key: rule for key, rule in rules.items() if key not in folded}
+    rules = Checked({**rules, IfThere(BatchNorm): rules.get(BatchNorm, Epsilon())})
+    _check_all_have_rules(net, rules)
+    return _swept(net, params, x, asked, rules, lambda y: y)
 
 
+@automatic_inside()
 def integrated_gradients(
     net: Serial,
     params: Params,
@@ -172,17 +220,19 @@ def integrated_gradients(
     """
     x = _examples(x)
     x0 = _like(x, "baseline", baseline)
+    asked = _asked(net, params, x, target)
     nodes, weights = np.polynomial.legendre.leggauss(_count("steps", steps))
     points = jnp.asarray((1 + nodes) / 2, x.dtype), jnp.asarray(weights / 2, x.dtype)
 
     def add(total: Array, point: tuple[Array, Array]) -> tuple[Array, None]:
         t, weight = point
-        return total + weight * _swept(net, params, x0 + t * (x - x0), target, rules), None
+        return total + weight * _swept(net, params, x0 + t * (x - x0), asked, rules), None
 
     total, _ = jax.lax.scan(add, jnp.zeros_like(x), points)
     return (x - x0) * total
 
 
+@automatic_inside()
 def smooth_grad(
     net: Serial,
     params: Params,
@@ -211,18 +261,21 @@ def smooth_grad(
     x = _examples(x)
     keys = jax.random.split(one_key("attribute", key), _count("samples", samples))
     of_example = tuple(range(1, x.ndim))
-    sigma = static_float("attribute", "noise", noise) * (
-        x.max(of_example, keepdims=True) - x.min(of_example, keepdims=True)
-    )
+    part = static_float("attribute", "noise", noise)
+    if not 0 <= part < float("inf"):
+        _fail(f"noise must be a finite number >= 0, got {noise}")
+    asked = _asked(net, params, x, target)
+    sigma = part * (x.max(of_example, keepdims=True) - x.min(of_example, keepdims=True))
 
     def add(total: Array, key: Array) -> tuple[Array, None]:
         xi = jax.random.normal(key, x.shape, x.dtype)
-        return total + _swept(net, params, x + sigma * xi, target, rules), None
+        return total + _swept(net, params, x + sigma * xi, asked, rules), None
 
     total, _ = jax.lax.scan(add, jnp.zeros_like(x), keys)
     return total / samples
 
 
+@automatic_inside()
 def occlusion(
     net: Serial,
     params: Params,
@@ -248,22 +301,28 @@ def occlusion(
     """
     x = _examples(x)
     win = _covering(picture("attribute", x), window, stride)
-    cover = static_float("attribute", "value", value)
-    windows = _covered(win)
-    covered = jnp.asarray(windows)
-    y, seed = _output(net, params, x, target)
-    full = (y * seed).sum(1)
+    cover = jnp.asarray(static_float("attribute", "value", value), x.dtype)
+    asked = _asked(net, params, x, target)
 
-    def fall(hidden: Array) -> Array:
-        at = jnp.where(hidden[..., None], jnp.asarray(cover, x.dtype), x)
-        return full - (net.apply(params, at) * seed).sum(1)
+    def output(x: Array) -> Array:
+        y = net.apply(params, x)
+        return asked.picked(y).sum(1)
 
-    falls = jax.lax.map(fall, covered)
-    times = jnp.asarray(windows.sum(0), falls.dtype)
-    heat = jnp.tensordot(falls, covered.astype(falls.dtype), (0, 0)) / times
-    return jnp.broadcast_to(heat[..., None], x.shape).astype(x.dtype)
+    full = output(x)
+
+    def add(total: Array, first: Array) -> tuple[Array, None]:
+        """The mask of one window is made from its place, so that one window is in memory at a time."""
+        hidden = _covered(win, first)
+        fall = full - output(jnp.where(hidden, cover, x))
+        return total + jnp.where(hidden, jnp.expand_dims(fall, range(1, x.ndim)).astype(total.dtype), 0), None
+
+    start = jnp.zeros_like(x[..., :1], accumulator(full.dtype))
+    total, _ = jax.lax.scan(add, start, jnp.asarray(_places(win)))
+    heat = total / jnp.asarray(_times_covered(win), total.dtype)
+    return asked.marked(jnp.broadcast_to(heat, x.shape).astype(x.dtype))
 
 
+@automatic_inside()
 def grad_cam(
     net: Serial,
     params: Params,
@@ -287,30 +346,49 @@ def grad_cam(
 
     Returns: ``(N, *spatial)`` of that layer, to be scaled up to x's size.
 
+    Raises: ValueError for a layer that is not there, whose output is no image, or that `Serial.apply` does not run (a
+        net with an ``apply`` of its own may call it in another way).
+
     Source: Selvaraju et al. 2017.
     """
     x = _examples(x)
+    relu = static_bool("attribute", "relu", relu)
     names = [name for name, _ in net.walk()]
     if layer not in names:
         near = difflib.get_close_matches(str(layer), names, n=3, cutoff=0.0)
         _fail(f"layer expected the name of a layer, got {layer!r}; the nearest are {', '.join(near)}")
-    a = _until(net, layer).apply(params, x)
-    if a.ndim < 3:
-        _fail(f"layer expected one whose output is pictures, got {layer!r} with output {a.shape}")
+    rules = _with_names(net, rules)
 
-    probed, path, rules = _with_probe(net, layer), layer.split("/"), _with_names(net, rules)
+    def tapped(probes: Mapping[str, Array]) -> tuple[Array, Collector]:
+        collector = Collector(probes)
+        with collector.collecting():
+            return _outputs(net, params, x, rules), collector
 
-    def output(shift: Array) -> Array:
-        return probed.apply(_put(params, [*path[:-1], f"{path[-1]} probe"], {"shift": shift}), x, rules=rules)
+    types: dict[str, Any] = {}
 
-    y, pull = jax.vjp(output, jnp.zeros_like(a))
-    seed = _seed(y, target)
-    (delta,) = pull(seed)
+    def look() -> Array:
+        y, collector = tapped({})
+        types.update(collector.types())
+        return y
+
+    asked = _checked_target(x, jax.eval_shape(look), target)
+    if layer not in types:
+        _fail(f"layer must be one that Serial.apply runs and whose output has a floating dtype, got {layer!r}")
+    if types[layer].ndim < 3:
+        _fail(f"layer expected one whose output is pictures, got {layer!r} with output {types[layer].shape}")
+
+    def output(shift: Array) -> tuple[Array, Array]:
+        y, collector = tapped({layer: shift})
+        return y, collector.found[layer]
+
+    y, pull, a = jax.vjp(output, probe(types[layer]), has_aux=True)
+    (delta,) = pull(asked.picked(jnp.ones_like(y)))
     space = tuple(range(1, a.ndim - 1))
-    heat = _told((a * delta.mean(space, keepdims=True)).sum(-1), seed)
-    return jnp.maximum(heat, 0) if relu else heat
+    heat = (a * delta.mean(space, keepdims=True)).sum(-1)
+    return asked.marked(jnp.maximum(heat, 0) if relu else heat)
 
 
+@automatic_inside()
 def deep_lift(net: Serial, params: Params, x: ArrayLike, target: ArrayLike, *, reference: ArrayLike = 0.0) -> Array:
     """DeepLIFT with the rescale rule: ``(x − x₀) ∘ m``, whose sum is y_target(x) − y_target(x₀).
 
@@ -323,15 +401,20 @@ def deep_lift(net: Serial, params: Params, x: ArrayLike, target: ArrayLike, *, r
         target: a class, or one for each example.
         reference: x₀, of a shape that broadcasts to x's.
 
+    Raises: ValueError for an op that the rule does not fit, and for a layer of your own that is not linear outside of
+        the ops that get its rule; both name the layer.
+
     Source: Shrikumar et al. 2017.
     """
     x = _examples(x)
     x0 = _like(x, "reference", reference)
+    asked = _asked(net, params, x, target)
+    _check_rescale_of_own(net, params, x)
     rules = _with_names(net, rescale)
-    y, pull = jax.vjp(lambda both: net.apply(params, both, rules=rules), jnp.concatenate([x, x0]))
-    seed = _seed(y[: x.shape[0]], target)
+    y, pull = jax.vjp(lambda both: _outputs(net, params, both, rules), jnp.concatenate([x, x0]))
+    seed = asked.picked(jnp.ones_like(y[: x.shape[0]]))
     m = pull(jnp.concatenate([seed, seed]))[0][: x.shape[0]]
-    return _told((x - x0) * m, seed)
+    return asked.marked((x - x0) * m)
 
 
 #: The methods of `attribute` by name.
@@ -354,18 +437,65 @@ METHODS: Mapping[str, Callable[..., Array]] = {
 # Composites: LRP's rules for a whole net
 
 
-def epsilon_plus(*, epsilon: float = 1e-6, stabilizer: float = 1e-6) -> dict[Any, Rule]:
+def epsilon_plus(*, epsilon: float = 1e-6, stabilizer: float = 1e-6, zero_params: ZeroParams = ()) -> dict[Any, Rule]:
     """z⁺ for convolutions, ε for dense layers, average pooling and sums; R passes activations.
 
     As zennit's EpsilonPlus.  Convolutions of every kind; the sums are those of residual nets.  Max pooling keeps its
-    exact rule, R to the winner.  Source: Montavon et al. 2019; Kohlbrenner et al. 2020.
+    exact rule, R to the winner.
+
+    Args:
+        epsilon: ε of dense layers.
+        stabilizer: ε of every other fraction.
+        zero_params: parameters that the rules of convolutions and dense layers take to be 0, as in `Epsilon`.
+
+    Source: Montavon et al. 2019; Kohlbrenner et al. 2020.
     """
-    return _composite(ZPlus(stabilizer), epsilon, stabilizer)
+    return _composite(ZPlus(stabilizer, zero_params), epsilon, stabilizer, zero_params)
 
 
-def epsilon_alpha2_beta1(*, epsilon: float = 1e-6, stabilizer: float = 1e-6) -> dict[Any, Rule]:
-    """As `epsilon_plus`, with αβ (α = 2, β = 1) for convolutions.  As zennit's EpsilonAlpha2Beta1."""
-    return _composite(AlphaBeta(2.0, 1.0, stabilizer), epsilon, stabilizer)
+def epsilon_plus_flat(
+    net: Serial, *, epsilon: float = 1e-6, stabilizer: float = 1e-6, zero_params: ZeroParams = ()
+) -> dict[Any, Rule]:
+    """As `epsilon_plus`, with the flat rule for the first layer.  As zennit's EpsilonPlusFlat.
+
+    Args:
+        net: names the first layer that is a convolution or dense.
+        epsilon: ε of dense layers.
+        stabilizer: ε of every other fraction.
+        zero_params: as in `epsilon_plus`.
+
+    Source: Lapuschkin et al. 2019.
+    """
+    first = _first(net, (*_PATCHES, Dense), Flat(stabilizer, zero_params))
+    return {**first, **epsilon_plus(epsilon=epsilon, stabilizer=stabilizer, zero_params=zero_params)}
+
+
+def epsilon_alpha2_beta1(
+    *, epsilon: float = 1e-6, stabilizer: float = 1e-6, zero_params: ZeroParams = ()
+) -> dict[Any, Rule]:
+    """As `epsilon_plus`, with αβ (α = 2, β = 1) for convolutions.  As zennit's EpsilonAlpha2Beta1.
+
+    Args:
+        epsilon: ε of dense layers.
+        stabilizer: ε of every other fraction.
+        zero_params: as in `epsilon_plus`.
+    """
+    return _composite(AlphaBeta(2.0, 1.0, stabilizer, zero_params), epsilon, stabilizer, zero_params)
+
+
+def epsilon_alpha2_beta1_flat(
+    net: Serial, *, epsilon: float = 1e-6, stabilizer: float = 1e-6, zero_params: ZeroParams = ()
+) -> dict[Any, Rule]:
+    """As `epsilon_alpha2_beta1`, with the flat rule for the first layer.  As zennit's EpsilonAlpha2Beta1Flat.
+
+    Args:
+        net: names the first layer that is a convolution or dense.
+        epsilon: ε of dense layers.
+        stabilizer: ε of every other fraction.
+        zero_params: as in `epsilon_plus`.
+    """
+    first = _first(net, (*_PATCHES, Dense), Flat(stabilizer, zero_params))
+    return {**first, **epsilon_alpha2_beta1(epsilon=epsilon, stabilizer=stabilizer, zero_params=zero_params)}
 
 
 def epsilon_gamma_box(
@@ -376,27 +506,68 @@ def epsilon_gamma_box(
     epsilon: float = 1e-6,
     gamma: float = 0.25,
     stabilizer: float = 1e-6,
+    zero_params: ZeroParams = (),
 ) -> dict[Any, Rule]:
     """As `epsilon_plus`, with γ for convolutions and zᴮ for the first of them.  As zennit's EpsilonGammaBox.
 
-    ``net`` tells which layer is the first convolution; ``low`` and ``high`` are the bounds of pixels, a number or one
-    for each channel, after whatever scaling the net's inputs get.
+    Args:
+        net: names the first convolution.
+        low: the smallest value of a pixel after the scaling of the net's inputs, a number or one for each channel.
+        high: the largest value of a pixel.
+        epsilon: ε of dense layers.
+        gamma: γ of the convolutions.
+        stabilizer: ε of every other fraction.
+        zero_params: as in `epsilon_plus`.
 
     Raises: TypeError without bounds.
     """
-    box = ZBox(low, high, stabilizer)
-    first = [name for name, layer in net.walk() if isinstance(layer, _PATCHES)][:1]
-    return {**dict.fromkeys(first, box), **_composite(Gamma(gamma, stabilizer), epsilon, stabilizer)}
+    first = _first(net, _PATCHES, ZBox(low, high, stabilizer, zero_params))
+    return {**first, **_composite(Gamma(gamma, stabilizer, zero_params), epsilon, stabilizer, zero_params)}
 
 
-def _composite(of_patches: Rule, epsilon: float, stabilizer: float) -> dict[Any, Rule]:
+def excitation_backprop(*, stabilizer: float = 1e-6, zero_params: ZeroParams = ()) -> dict[Any, Rule]:
+    """z⁺ for convolutions and dense layers, ε for average pooling and sums; activations keep their exact rule.
+
+    As zennit's ExcitationBackprop.
+
+    Args:
+        stabilizer: ε of every fraction.
+        zero_params: as in `epsilon_plus`.
+
+    Source: Zhang et al. 2016.
+    """
+    plus = ZPlus(stabilizer, zero_params)
+    rest = {**_each((_Activation,), _exact), **_each((Dropout,), passed)}
+    return {**_each((*_PATCHES, Dense), plus), **_sums(stabilizer), **rest}
+
+
+def _composite(of_patches: Rule, epsilon: float, stabilizer: float, zero_params: ZeroParams) -> dict[Any, Rule]:
     return {
-        **dict.fromkeys(_PATCHES, of_patches),
-        Dense: Epsilon(epsilon),
-        **dict.fromkeys((AvgPool, GlobalAvgPool, AdaptiveAvgPool, LpPool, Residual), Epsilon(stabilizer)),
-        _Activation: passed,
-        Dropout: passed,
+        **_each(_PATCHES, of_patches),
+        **_each((Dense,), Epsilon(epsilon, zero_params)),
+        **_sums(stabilizer),
+        **_each((_Activation, Dropout), passed),
     }
+
+
+def _sums(stabilizer: float) -> dict[Any, Rule]:
+    return _each((AvgPool, GlobalAvgPool, AdaptiveAvgPool, LpPool, Residual), Epsilon(stabilizer))
+
+
+def _each(kinds: tuple[type, ...], rule: Rule) -> dict[Any, Rule]:
+    """The rule for each of these layer types, which a net may lack."""
+    return dict.fromkeys(map(IfThere, kinds), rule)
+
+
+def _first(net: Serial, kinds: tuple[type, ...], rule: Rule) -> dict[Any, Rule]:
+    """The rule under the name of the first layer of these kinds, if there is one."""
+    expect_net("attribute", net)
+    return dict.fromkeys([name for name, layer in net.walk() if isinstance(layer, kinds)][:1], rule)
+
+
+def _exact(call: Call, delta: Any) -> tuple[Any, ...]:
+    """The exact rule, where a composite wants it."""
+    return call.exact(delta)
 
 
 _PATCHES = (Conv, DepthwiseConv, ConvTranspose, HiddenLayer)
@@ -410,7 +581,9 @@ def _check_all_have_rules(net: Serial, rules: Mapping[Any, Rule]) -> None:
             found, kind = _rule_of_sum(rules), "the sum of Residual"
         else:
             found, kind = _rule_for(rules, name, layer), type(layer).__name__
-        if found is None and not (isinstance(layer, _NEED_NO_RULE) or type(layer) is Serial):
+        row_of_layers = isinstance(layer, Serial) and not isinstance(layer, Residual)
+        needs_none = row_of_layers or (isinstance(layer, _NEED_NO_RULE) and not _is_own(layer))
+        if found in (None, autodiff) and not needs_none:
             _fail(f"{name}: expected a rule for {kind}, whose gradient is no relevance; rules has none")
 
 
@@ -422,15 +595,18 @@ def _swept(
     net: Serial,
     params: Params,
     x: Array,
-    target: ArrayLike,
+    asked: "_Asked",
     rules: Rules | None,
-    start: Callable[[Array], Any] = lambda y: 1,
+    start: Callable[[Array], Array] = jnp.ones_like,
 ) -> Array:
     """The net's δ of x, for δ of the outputs: ``start(y)`` at the target, 0 elsewhere."""
     rules = _with_names(net, rules)
-    y, pull = jax.vjp(lambda x: net.apply(params, x, rules=rules), x)
-    seed = _seed(y, target)
-    return _told(pull(start(y) * seed)[0], seed)
+    y, pull = jax.vjp(lambda x: _outputs(net, params, x, rules), x)
+    return asked.marked(pull(asked.picked(start(y)))[0])
+
+
+def _outputs(net: Serial, params: Params, x: Array, rules: Rules | None) -> Array:
+    return net.apply(params, x) if rules is None else net.apply(params, x, rules=rules)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -449,48 +625,209 @@ class _Named:
 
 
 def _with_names(net: Serial, rules: Rules | None) -> Rules | None:
-    """The same rules, each with the name of its layer: on the way back no net stands around it to tell."""
+    """The same rules, each with the name of its layer, which the backward sweep does not know."""
     if rules is None or rules is autodiff:
         return rules
+    if not isinstance(rules, Mapping) and not callable(rules):
+        raise TypeError(f"attribute: rules must be a rule or a mapping from layers to rules, got {rules!r}")
     if isinstance(rules, Mapping):
         _check_rules(rules, [name for name, _ in net.walk()])
+        _check_matches(rules, net)
 
     def named(rule: Any, name: str) -> Any:
         fit = callable(rule) and isinstance(rule, Hashable) and rule is not autodiff
         return _Named(rule, name) if fit else rule
 
     leaves = {name: layer for name, layer in net.walk() if not isinstance(layer, Serial)}
-    found: dict[Any, Rule | None] = {
-        (lambda at, _, name=name: at == name): named(_rule_for(rules, name, layer), name)
-        for name, layer in leaves.items()
-    }
-    return {**found, Residual: named(_rule_of_sum(rules), "Residual")}
+    found: dict[Any, Any] = {name: named(_rule_for(rules, name, layer), name) for name, layer in leaves.items()}
+    of_sum = named(_rule_of_sum(rules), "Residual")
+    return Checked(
+        {
+            **{(lambda at, _, name=name: at == name): rule for name, rule in found.items() if rule is not None},
+            **({} if of_sum is None else {Residual: of_sum}),
+        }
+    )
 
 
-def _output(net: Serial, params: Params, x: Array, target: ArrayLike) -> tuple[Array, Array]:
-    y = net.apply(params, x)
-    return y, _seed(y, target)
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """The classes asked about, checked against what the net returns."""
+
+    #: ``()`` or ``(N,)``.
+    target: Any
+    classes: int
+    #: Whether every target is known to be a class.
+    known: bool
+
+    def picked(self, y: Array) -> Array:
+        """``(N, classes)``: y at the target, 0 elsewhere, whatever y is there."""
+        target = jnp.expand_dims(jnp.broadcast_to(self.target, y.shape[:1]), 1)
+        return jnp.where(target == jnp.arange(self.classes, dtype=target.dtype), y, 0)
+
+    def marked(self, heat: Array) -> Array:
+        """The map, NaN throughout for a target that is no class."""
+        if self.known:
+            return heat
+        valid = (self.target >= 0) & (self.target < self.classes)
+        return jnp.where(jnp.expand_dims(valid, range(valid.ndim, heat.ndim)), heat, jnp.nan)
 
 
-def _seed(y: Array, target: Any) -> Array:
-    """``(N, classes)``: 1 at the target, 0 elsewhere; NaN for a target that is none."""
-    if y.ndim != 2:
-        _fail(f"net expected outputs (N, classes), got {y.shape}")
-    t = array("attribute", "target", target)
-    n, classes = y.shape
-    if not jnp.issubdtype(t.dtype, jnp.integer):
-        raise TypeError(f"attribute: target expected ints, got {t.dtype}")
-    if t.shape not in ((), (n,)):
-        _fail(f"target expected an int or {n} of them, one for each example, got shape {t.shape}")
-    if not isinstance(t, jax.core.Tracer) and t.size and not ((t >= 0) & (t < classes)).all():
-        _fail(f"target expected ints in [0, {classes}), got {np.asarray(t).tolist()}")
-    one_hot = jnp.broadcast_to(t, (n,))[:, None] == jnp.arange(classes, dtype=t.dtype)
-    return jnp.where(one_hot.any(1, keepdims=True), one_hot.astype(y.dtype), jnp.asarray(jnp.nan, y.dtype))
+def _asked(net: Serial, params: Params, x: Array, target: Any) -> _Asked:
+    """The target, checked before anything is computed."""
+    return _checked_target(x, jax.eval_shape(lambda: net.apply(params, x)), target)
 
 
-def _told(heat: Array, seed: Array) -> Array:
-    """The map, NaN throughout for a target that is none: a ReLU lets NaN pass only where it is open."""
-    return heat + (0 * seed.sum(1)).reshape(-1, *(1,) * (heat.ndim - 1))
+def _checked_target(x: Array, y: Any, target: Any) -> _Asked:
+    shape = getattr(y, "shape", None)
+    if shape is None:
+        raise TypeError(f"attribute: net must return one array (N, classes), got {type(y).__name__}")
+    if len(shape) != 2:
+        _fail(f"net expected outputs (N, classes), got {shape}")
+    n, classes = shape
+    if n != x.shape[0]:
+        _fail(f"net must return one row of outputs for each of {x.shape[0]} examples, got outputs {shape}")
+    if not jnp.issubdtype(y.dtype, jnp.floating):
+        raise TypeError(f"attribute: net must return outputs of a floating dtype, got {y.dtype}")
+    if target is None or isinstance(target, str):
+        raise TypeError(f"attribute: target expected an array, got {target!r}")
+    values, known = (array("attribute", "target", target), False) if _is_traced(target) else (_values(target), True)
+    if not jnp.issubdtype(values.dtype, jnp.integer):
+        raise TypeError(f"attribute: target expected ints, got {values.dtype}")
+    if values.shape not in ((), (n,)):
+        _fail(f"target expected an int or {n} of them, one for each example, got shape {values.shape}")
+    if isinstance(values, np.ndarray):
+        if not ((values >= 0) & (values < classes)).all():
+            _fail(f"target expected ints in [0, {classes}), got {values.tolist()}")
+    elif values.dtype.itemsize >= 4:
+        return _Asked(values, classes, known)
+    return _Asked(values.astype(np.int32), classes, known)  # a byte does not count beyond 255 classes
+
+
+def _is_traced(value: Any) -> bool:
+    """Whether the value of an array, or of one in a list, is not known here: traced, or on another process."""
+    return any(
+        isinstance(a, jax.core.Tracer) or (isinstance(a, jax.Array) and not a.is_fully_addressable)
+        for a in jax.tree.leaves(value)
+    )
+
+
+def _values(target: Any) -> np.ndarray:
+    """What is known of a target stays known inside jit and scan, where ops of `jax.numpy` would be traced."""
+    try:
+        return np.asarray(target)
+    except (TypeError, ValueError):
+        raise TypeError(f"attribute: target expected an array, got {type(target).__name__}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers and nets that are not from this library
+
+
+def _is_own(layer: Layer) -> bool:
+    """Whether its ``apply`` is not one of this library's."""
+    return not str(getattr(type(layer).apply, "__module__", "")).startswith("jaxcnn.")
+
+
+def _check_relevance_of_own(net: Serial, params: Params, x: Array, rules: Mapping[Any, Rule]) -> None:
+    """ValueError for a layer through which relevance would pass by the gradient, in whole or in part."""
+    for name, layer in (("the net", net), *net.walk()):
+        if isinstance(layer, Serial) and _is_own(layer):
+            expected = "must be a net without an apply of its own, whose sums and products no rule would divide"
+            _fail(f"{name}: {type(layer).__name__} {expected}; got one with its own")
+
+    def check(name: str, layer: Layer, own: Params, x: Array) -> None:
+        if _rule_for(rules, name, layer) in (None, autodiff):
+            return
+        back = _pulled(lambda x, own: layer.apply(own, x, rule=_stopped))
+        if _used(back, x, own)[-1]:
+            expected = "must hand rule= to ops that everything passes between input and output"
+            _fail(f"{name}: apply of {type(layer).__name__} {expected}; got a way around them")
+
+    _look_at_own(net, params, x, check)
+
+
+def _check_rescale_of_own(net: Serial, params: Params, x: Array) -> None:
+    """ValueError for a layer whose slope, apart from the ops that get `rescale`, differs from point to point."""
+    rules = _with_names(net, _constant)
+
+    def check(name: str, layer: Layer, own: Params, x: Array) -> None:
+        if isinstance(layer, Serial):
+            options: dict[str, Any] = {"rules": rules, **({"path": f"{name}/"} if name else {})}
+        else:
+            options = {"rule": _constant}
+        back = _pulled(lambda x, own: layer.apply(own, x, **options))
+        if _used(back, x, own)[0]:
+            expected = "must be linear outside of the ops that get its rule"
+            _fail(f"{name or 'the net'}: apply of {type(layer).__name__} {expected}; got a slope that depends on x")
+
+    _look_at_own(net, params, x, check)
+
+
+def _look_at_own(net: Serial, params: Params, x: Array, check: Callable[[str, Layer, Params, Array], None]) -> None:
+    """``check(name, layer, params, x)`` for each layer and net with an ``apply`` of its own; nothing is computed."""
+    if any(map(_is_own, (net, *(layer for _, layer in net.walk())))):
+        jax.eval_shape(lambda: _watched(net, check).apply(params, x))
+
+
+def _watched(layer: Layer, check: Callable[..., None], name: str = "") -> Layer:
+    if _is_own(layer):
+        return _Watched(layer, check, name)
+    if not isinstance(layer, Serial):
+        return layer
+    path = f"{name}/" if name else ""
+    watched = copy.copy(layer)  # of a subclass with any __init__
+    layers = tuple((at, _watched(each, check, f"{path}{at}")) for at, each in layer.layers)
+    object.__setattr__(watched, "layers", layers)
+    return watched
+
+
+@dataclasses.dataclass(frozen=True)
+class _Watched(Layer):
+    """A layer, looked at before it is applied."""
+
+    layer: Layer
+    check: Callable[..., None]
+    at: str
+
+    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
+        self.check(self.at, self.layer, params, x)
+        return self.layer.apply(params, x)
+
+
+def _pulled(f: Callable[[Array, Params], Array]) -> Callable[..., Array]:
+    """δ of x, as a function of x, of the parameters and of a factor of δ."""
+
+    def back(x: Array, params: Params, factor: Array) -> Array:
+        y, pull = jax.vjp(lambda x: f(x, params), x)
+        if not jnp.issubdtype(y.dtype, jnp.floating):
+            return x * factor  # no slope at all: it depends on everything
+        return pull(factor.astype(y.dtype) * jnp.ones_like(y))[0]
+
+    return back
+
+
+def _used(back: Callable[..., Array], x: Array, params: Params) -> tuple[bool, bool]:
+    """Whether δ of x, by `_pulled`, depends on x, and whether it depends on δ of the output."""
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), (x, params))
+    jaxpr = jax.make_jaxpr(back)(*shapes, jax.ShapeDtypeStruct((), x.dtype)).jaxpr
+    _, used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return used[0], used[-1]
+
+
+def _stopped(call: Call, delta: Array) -> tuple[Any, ...]:
+    """A rule by which nothing reaches x; the other inputs get something, to be seen where they come from x."""
+    summed = 2 if call.name == "add" else 1
+    return tuple(None if i < summed else _spread(a, delta.sum()) for i, a in enumerate(call.inputs))
+
+
+def _constant(call: Call, delta: Array) -> tuple[Any, ...]:
+    """A rule that sends back a number that does not depend on x; other inputs get what does, to be seen."""
+    summed = 2 if call.name == "add" else 1
+    return tuple(_spread(a, delta.sum()) if i < summed else a for i, a in enumerate(call.inputs))
+
+
+def _spread(a: Any, number: Array) -> Any:
+    return None if a is None else jnp.broadcast_to(number, a.shape)
 
 
 def _examples(x: Any) -> Array:
@@ -503,6 +840,8 @@ def _examples(x: Any) -> Array:
 def _like(x: Array, name: str, value: Any) -> Array:
     """A baseline in the shape and dtype of x."""
     a = array("attribute", name, value)
+    if not jnp.issubdtype(a.dtype, jnp.floating) and not jnp.issubdtype(a.dtype, jnp.integer):
+        raise TypeError(f"attribute: {name} must be real numbers, got {a.dtype}")
     try:
         return jnp.broadcast_to(a, x.shape).astype(x.dtype)
     except ValueError:
@@ -525,49 +864,27 @@ def _covering(spatial: tuple[int, ...], size: PerDim, stride: PerDim | None) -> 
     return window("attribute", spatial, k, stride=s, ceil_mode=True)
 
 
-def _covered(win: Window) -> np.ndarray:
-    """``(windows, *spatial)``: the pixels of each window."""
-    covered = np.ones((), bool)
-    for dim in range(win.ndim):
-        at = np.arange(win.out[dim])[:, None] * win.stride[dim]
-        pixel = np.arange(win.shape[dim])
-        covered = np.multiply.outer(covered, (pixel >= at) & (pixel < at + win.size[dim]))
-    # (out₁, n₁, out₂, n₂, …)
-    order = [*range(0, 2 * win.ndim, 2), *range(1, 2 * win.ndim, 2)]
-    return covered.transpose(order).reshape(-1, *win.shape)
+def _places(win: Window) -> np.ndarray:
+    """``(windows, dims)``: the first pixel of each window."""
+    return np.indices(win.out, np.int32).reshape(win.ndim, -1).T * np.asarray(win.stride, np.int32)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Probe(Layer):
-    """``x + shift``, so that δ of shift is δ of x."""
-
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        return x + params["shift"]
-
-
-def _with_probe(net: Serial, path: str) -> Serial:
-    """The net with a `_Probe` after a layer."""
-    at, _, rest = path.partition("/")
-    layers: list[tuple[str, Layer]] = []
-    for name, layer in net.layers:
-        layers.append((name, _with_probe(layer, rest) if name == at and rest and isinstance(layer, Serial) else layer))
-        if name == at and not rest:
-            layers.append((f"{name} probe", _Probe()))
-    return dataclasses.replace(net, layers=tuple(layers))
+def _covered(win: Window, first: Array) -> Array:
+    """``(1, *spatial, 1)``: the pixels of the window whose first pixel this is."""
+    covered = jnp.ones((1,) * (win.ndim + 2), bool)
+    for dim, (n, size) in enumerate(zip(win.shape, win.size, strict=True)):
+        pixel = jnp.arange(n, dtype=first.dtype) - first[dim]
+        covered &= jnp.expand_dims((pixel >= 0) & (pixel < size), [d for d in range(win.ndim + 2) if d != dim + 1])
+    return covered
 
 
-def _until(net: Serial, path: str) -> Serial:
-    """The layers up to and with one of them; of a residual net, its branch."""
-    at, _, rest = path.partition("/")
-    names = [name for name, _ in net.layers]
-    *before, (name, last) = net.layers[: names.index(at) + 1]
-    return Serial((*before, (name, _until(last, rest) if rest and isinstance(last, Serial) else last)))
-
-
-def _put(params: Params, path: list[str], value: Any) -> Params:
-    """Parameters with one more entry."""
-    head, *rest = path
-    return {**params, head: _put(params.get(head, {}), rest, value) if rest else value}
+def _times_covered(win: Window) -> np.ndarray:
+    """``(*spatial, 1)``: how many windows hold each pixel."""
+    times = np.ones((), int)
+    for n, size, stride, out in zip(win.shape, win.size, win.stride, win.out, strict=True):
+        offset = np.arange(n) - np.arange(out)[:, None] * stride
+        times = np.multiply.outer(times, ((offset >= 0) & (offset < size)).sum(0))
+    return times[..., None]
 
 
 def _fail(message: str) -> NoReturn:

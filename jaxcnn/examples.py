@@ -13,8 +13,8 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +23,17 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxcnn import layers
-from jaxcnn.backprop import Sweep, value_grad_and_deltas
+from jaxcnn.backprop import value_grad_and_deltas
 from jaxcnn.geometry import Correlation
 from jaxcnn.kernels import examples as kernels
+from jaxcnn.kernels.dtypes import accumulator
 from jaxcnn.layers import Layer, Params
-from jaxcnn.net import Residual, Serial, expect_loss, expect_net
+from jaxcnn.net import Residual, Serial, expect_loss, expect_net, in_a_row
 from jaxcnn.ops import convolution, hidden, pooling
-from jaxcnn.ops.rule import on_any_mesh
+from jaxcnn.ops.mesh import automatic_inside, on_any_mesh, varying_alike
+from jaxcnn.ops.normalization import dims_of
+from jaxcnn.ops.rule import Rule, array
+from jaxcnn.taps import idle
 
 
 class Loss(Protocol):
@@ -39,6 +43,7 @@ class Loss(Protocol):
         """``(N, …)``."""
 
 
+@automatic_inside()
 def per_example_gradients(
     net: Serial, params: Params, x: ArrayLike, y: Any, loss: Loss, *, key: Array | None = None
 ) -> Params:
@@ -69,11 +74,11 @@ def per_example_gradients(
     >>> jaxcnn.per_example_gradients(net, params, x, labels, loss)["hidden_layer1"]["w"].shape
     (8, 3, 3, 1, 4)
     """
-    met = _meet("per_example_gradients", net, params, x, y, loss, key)
-    found = {f"{name}/{part}": value for name, m in met.items() for part, value in m.each().items()}
-    return _like(params, found, jnp.shape(x)[:1])
+    meeting = _meet("per_example_gradients", net, params, x, y, loss, key)
+    return meeting.tree({name: m.each() for name, m in meeting.met.items()}, meeting.norms_like.shape)
 
 
+@automatic_inside()
 def per_example_norms(
     net: Serial, params: Params, x: ArrayLike, y: Any, loss: Loss, *, key: Array | None = None
 ) -> Array:
@@ -95,10 +100,10 @@ def per_example_norms(
     >>> jaxcnn.per_example_norms(net, params, x, target, jaxcnn.squared_error) ** 2  # (2·3)² + 2², 2²
     Array([40.,  4.], dtype=float32)
     """
-    met = _meet("per_example_norms", net, params, x, y, loss, key)
-    return _norms(met, jnp.asarray(x))
+    return _meet("per_example_norms", net, params, x, y, loss, key).norms()
 
 
+@automatic_inside(like="params")
 def clipped_gradient(
     net: Serial, params: Params, x: ArrayLike, y: Any, loss: Loss, max_norm: ArrayLike, *, key: Array | None = None
 ) -> Params:
@@ -133,51 +138,199 @@ def clipped_gradient(
     """
     if not isinstance(max_norm, jax.core.Tracer) and not np.all(np.asarray(max_norm) > 0):
         raise ValueError(f"clipped_gradient: max_norm expected a number > 0, got {max_norm}")
-    met = _meet("clipped_gradient", net, params, x, y, loss, key)
-    norms = _norms(met, jnp.asarray(x))
+    meeting = _meet("clipped_gradient", net, params, x, y, loss, key)
+    norms = meeting.norms()
     factors = jnp.where(norms > max_norm, max_norm / jnp.where(norms > 0, norms, 1), 1)
-    found = {f"{name}/{part}": value for name, m in met.items() for part, value in m.summed(factors).items()}
-    return _like(params, found, ())
+    return meeting.tree({name: m.summed(factors) for name, m in meeting.met.items()}, ())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What meets at a layer
+# Which parameters each layer reads
+
+
+@dataclasses.dataclass(frozen=True)
+class _Alone(Layer):
+    """Another layer, applied to each example alone.
+
+    Whatever that layer computes, no example can influence the output of another, so δ at the output belongs to the
+    examples one by one, and the gradients are those of `jax.vmap` of `jax.grad` by construction.
+    """
+
+    layer: Layer
+    #: Full name of the layer; None for the outermost net.
+    path: str | None
+
+    def apply(self, params: Any, x: Any, *, key: Array | None = None, rule: Rule | None = None) -> Any:
+        """The outputs for a batch; with a key, example n gets that key folded with n."""
+        n = jax.tree.leaves(x)[0].shape[0]
+        keys = None if key is None else jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(n))
+
+        def each(x: Any, params: Any, keys: Any) -> Any:
+            return kernels.for_each(lambda x, key: self.one(x, params, key), x, keys)
+
+        return _on_devices(each, x, params, keys)
+
+    def one(self, x: Any, params: Any, key: Array | None = None) -> Any:
+        """The output for one example, without the batch dim."""
+        options: dict[str, Any] = {}
+        if self.path is not None:
+            options = {"rules": None, "path": f"{self.path}/"} if isinstance(self.layer, Serial) else {"rule": None}
+        with idle():
+            y = self.layer.apply(params, jax.tree.map(lambda a: a[None], x), key=key, **options)
+        if self.path is not None and not jax.tree_util.all_leaves([y]):
+            raise TypeError(f"{self.path}: output must be an array, got {type(y).__name__}")
+        for a in jax.tree.leaves(y):
+            if jnp.shape(a)[:1] != (1,):
+                name = self.path or "net"
+                raise ValueError(f"{name}: output must keep the batch dim, (1, …) for one example, got {jnp.shape(a)}")
+        return jax.tree.map(lambda a: jnp.asarray(a)[0], y)
+
+
+def _applies_as(layer: Layer, *kinds: type[Layer]) -> bool:
+    """Whether ``apply`` is exactly that of one of these types: overridden by no subclass and by no attribute."""
+    return "apply" not in vars(layer) and type(layer).apply in [kind.apply for kind in kinds]
+
+
+def _product_of(layer: Layer) -> bool:
+    """Whether gradients of single examples are products written in this file."""
+    kinds = (layers.Conv, layers.DepthwiseConv, layers.ConvTranspose, layers.HiddenLayer, layers.Dense)
+    return _applies_as(layer, *kinds) and getattr(layer, "dimension_numbers", None) is None
+
+
+def _known_apart(layer: Layer) -> bool:
+    """Whether the layer is of this package as it is; these treat examples apart, or `_meet` refuses them."""
+    return _product_of(layer) or (type(layer).__module__ == layers.__name__ and "apply" not in vars(layer))
+
+
+def _apart(net: Serial, path: str = "") -> Serial:
+    """A net of the same layers and names, in which other people's layers are applied to each example alone."""
+
+    def part(name: str, layer: Layer) -> Layer:
+        if in_a_row(layer):
+            return _apart(layer, f"{name}/")
+        return layer if _known_apart(layer) else _Alone(layer, name)
+
+    kind = Residual if _applies_as(net, Residual) else Serial
+    return kind(tuple((name, part(f"{path}{name}", layer)) for name, layer in net.layers))
+
+
+def _walk(net: Serial, params: Any, path: str = "", before: str = "") -> Iterator[tuple[str, Layer, Any, str]]:
+    """(full name, layer, its parameters, name of what its input comes out of) for each layer that is no net in a row.
+
+    The input of the outermost net has the name "".
+    """
+    for name, layer in net.layers:
+        here, own = f"{path}{name}", _get(params, name)
+        if isinstance(layer, Serial):
+            yield from _walk(layer, own, f"{here}/", before)
+        else:
+            yield here, layer, own, before
+        before = here
+
+
+def _read(net: Serial, params: Any) -> dict[str, Any]:
+    """For each layer, by full name, the tree of parameters that its ``apply`` reads."""
+
+    def of(layer: Layer, own: Any) -> Any:
+        if _product_of(layer):
+            return {name: own.get(name) for name in ("w", "b") if own.get(name) is not None}
+        return own
+
+    return {name: of(layer, own) for name, layer, own, _ in _walk(net, params)}
+
+
+def _places(net: Serial, params: Any) -> dict[str, list[int]] | None:
+    """By layer, for each leaf of what it reads, its number among the leaves of ``params``.
+
+    None if a layer reads anything but leaves of ``params``, or if two read the same leaf: a mapping of one's own may
+    do so.  Then no layer's gradient alone is that of a parameter.
+    """
+    traced, read = jax.make_jaxpr(functools.partial(_read, net), return_shape=True)(params)
+    number = {id(variable): i for i, variable in enumerate(traced.jaxpr.invars)}
+    numbers = [number.get(id(variable), -1) for variable in traced.jaxpr.outvars]
+    if traced.jaxpr.eqns or -1 in numbers or len(set(numbers)) < len(numbers):
+        return None
+    of_layers = jax.tree.unflatten(jax.tree.structure(read), numbers)
+    return {name: jax.tree.leaves(of_layer) for name, of_layer in of_layers.items()}
+
+
+def _arrays(op: str, params: Any) -> Any:
+    """The parameters as a tree of arrays; a mapping that JAX does not know as a tree becomes a dict."""
+
+    def part(path: Any, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return jax.tree_util.tree_map_with_path(lambda inner, v: part((*path, *inner), v), dict(value))
+        name = f"params{jax.tree_util.keystr(path)}"
+        a = array(op, name, value)
+        if not jnp.issubdtype(a.dtype, jnp.inexact):
+            raise TypeError(f"{op}: {name} must be a floating array, got {a.dtype}")
+        return a
+
+    return jax.tree_util.tree_map_with_path(part, params)
+
+
+def _get(params: Any, name: str) -> Any:
+    """The parameters of the layer that has this full name; ``{}`` if there are none."""
+    for part in name.split("/"):
+        params = params.get(part, {}) if isinstance(params, Mapping) else {}
+    return params
+
+
+def _calibrated(own: Any) -> bool:
+    return isinstance(own, Mapping) and own.get("mean") is not None and own.get("var") is not None
+
+
+def _on_devices(f: Callable[..., Any], *trees: Any) -> Any:
+    """``f(*trees)``, also of arrays that are split over devices; the first tree says how.
+
+    Inside `jax.shard_map`, arrays that all devices share are marked as varying before ``f`` sees them: a derivative
+    with respect to a shared array would be a sum over devices, and hold other devices' examples.
+    """
+    leaves, tree = jax.tree.flatten(trees)
+    return on_any_mesh(lambda _, *leaves: f(*jax.tree.unflatten(tree, leaves)), None, *varying_alike(tuple(leaves)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a and δ at a layer
 
 
 class _Met(Protocol):
     """a and δ at one layer."""
 
-    def each(self) -> Params:
-        """For each of the layer's parameters the gradients, ``(N, …)``."""
+    def each(self) -> Any:
+        """For each parameter that the layer reads the gradients, ``(N, …)``."""
 
     def squares(self) -> Array:
         """``(N,)``: their squared norms, over all parameters of the layer."""
 
-    def summed(self, factors: Array) -> Params:
+    def summed(self, factors: Array) -> Any:
         """For each parameter Σ_n factor_n · gradient_n."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Patches:
-    """A convolution: pictures x, and δ at its output before anything else."""
+    """A convolution: inputs x, and δ at its output before anything else; of a transposed one, δ and x."""
 
     own: Params
     c: Correlation
     x: Array
     delta: Array
+    transposed: bool = False
 
     def each(self) -> Params:
-        w = kernels.match_each(self.c, self.x, self.delta)
-        return _of_dtypes(self.own, {"w": w, "b": _over_places(self.delta)})
+        w = on_any_mesh(kernels.match_each, self.c, self.x, self.delta)
+        return _of_dtypes(self.own, {"w": w, "b": _over_places(self._at_output())})
 
     def squares(self) -> Array:
-        w = kernels.match_squares(self.c, self.x, self.delta)
-        return w + kernels.squares(_over_places(self.delta)) if "b" in self.own else w
+        w = on_any_mesh(kernels.match_squares, self.c, self.x, self.delta)
+        return w + kernels.squares(_over_places(self._at_output())) if "b" in self.own else w
 
     def summed(self, factors: Array) -> Params:
-        delta = _times(self.delta, factors)
-        w = on_any_mesh(convolution.match, self.c, self.x, delta)
-        return _of_dtypes(self.own, {"w": w, "b": convolution.sum_pixels(delta)})
+        w = on_any_mesh(convolution.match, self.c, self.x, _times(self.delta, factors))
+        return _of_dtypes(self.own, {"w": w, "b": convolution.sum_pixels(_times(self._at_output(), factors))})
+
+    def _at_output(self) -> Array:
+        return self.x if self.transposed else self.delta
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,95 +356,180 @@ class _Rows:
 
 @dataclasses.dataclass(frozen=True)
 class _Other:
-    """Any other layer: its own rule, for each example alone."""
+    """Any other layer, whose gradients come from its own rule for each example alone."""
 
-    own: Params
-    layer: Layer
-    x: Array
-    delta: Array
+    gradients: Any
 
-    def each(self) -> Params:
-        def one(x: Array, delta: Array) -> Params:
-            return jax.vjp(lambda own: self.layer.apply(own, x[None]), self.own)[1](delta[None])[0]
-
-        return jax.vmap(one)(self.x, self.delta)
+    def each(self) -> Any:
+        return self.gradients
 
     def squares(self) -> Array:
-        return functools.reduce(operator.add, map(kernels.squares, jax.tree.leaves(self.each())))
+        return functools.reduce(operator.add, map(kernels.squares, jax.tree.leaves(self.gradients)))
 
-    def summed(self, factors: Array) -> Params:
-        return jax.vjp(lambda own: self.layer.apply(own, self.x), self.own)[1](_times(self.delta, factors))[0]
+    def summed(self, factors: Array) -> Any:
+        def of(g: Array) -> Array:
+            return _times(g.astype(accumulator(g.dtype)), factors).sum(0).astype(g.dtype)
+
+        return jax.tree.map(of, self.gradients)
 
 
-def _meet(op: str, net: Serial, params: Params, x: ArrayLike, y: Any, loss: Loss, key: Array | None) -> dict[str, _Met]:
-    """By name of the layer, for all layers with parameters; E is the sum of the examples' errors."""
+def _other(layer: Layer, own: Any, x: Any, delta: Any) -> _Other:
+    run = layer.one if isinstance(layer, _Alone) else lambda x, own: layer.apply(own, x[None])[0]
+
+    def each(x: Any, delta: Any, own: Any) -> Any:
+        return kernels.for_each(lambda x, delta: jax.vjp(functools.partial(run, x), own)[1](delta)[0], x, delta)
+
+    return _Other(_on_devices(each, x, delta, own))
+
+
+class _Meeting(NamedTuple):
+    """All layers with parameters."""
+
+    met: dict[str, _Met]
+    #: By layer, the numbers of its parameters among the leaves of ``params``.
+    places: dict[str, list[int]]
+    params: Any
+    norms_like: Array
+
+    def norms(self) -> Array:
+        """``(N,)``."""
+        squares = [m.squares() for m in self.met.values()]
+        return jnp.sqrt(functools.reduce(operator.add, squares)) if squares else self.norms_like
+
+    def tree(self, found: Mapping[str, Any], batch: tuple[int, ...]) -> Any:
+        """A tree like ``params`` of what was found by layer; a leaf that no layer reads has a gradient of 0."""
+        of_leaf = {
+            number: gradient
+            for name, of_layer in found.items()
+            for number, gradient in zip(self.places[name], jax.tree.leaves(of_layer), strict=True)
+        }
+        leaves, tree = jax.tree.flatten(self.params)
+        missing = {i: a for i, a in enumerate(leaves) if i not in of_leaf}
+        return jax.tree.unflatten(
+            tree,
+            [
+                jnp.zeros((*batch, *missing[i].shape), missing[i].dtype) if i in missing else of_leaf[i]
+                for i in range(len(leaves))
+            ],
+        )
+
+
+def _meet(op: str, net: Serial, params: Any, x: Any, y: Any, loss: Loss, key: Array | None) -> _Meeting:
+    """Pair a and δ of all layers with parameters, where E is the sum of the examples' errors."""
     expect_net(op, net)
     expect_loss(op, loss)
+    params = _arrays(op, params)
     for name, layer in net.walk():
-        if isinstance(layer, layers.BatchNorm) and (key is not None or "mean" not in _own(params, name)):
+        if isinstance(layer, layers.BatchNorm) and (key is not None or not _calibrated(_get(params, name))):
             raise ValueError(
                 f"{op}: {name}: batch norm by the batch's own statistics mixes examples; expected statistics from "
                 f"jaxcnn.calibrate, and no key"
             )
-    x = jnp.asarray(x)
 
-    def total(nothing: tuple[()]) -> Array:
-        errors = loss(net.apply(params, x, key=key), y)
-        if errors.shape[:1] != x.shape[:1]:
+    def total(outputs: Any) -> Array:
+        errors = loss(outputs, y)
+        if not isinstance(errors, Array):
+            raise TypeError(f"{op}: loss must return an array, got {type(errors).__name__}")
+        if not jnp.issubdtype(errors.dtype, jnp.floating):
+            raise TypeError(f"{op}: loss must return a floating array, got {errors.dtype}")
+        varying = [jax.typeof(a).manual_axis_type.varying for a in (errors, jax.tree.leaves(x)[0])]
+        if varying[0] - varying[1]:
+            raise ValueError(f"{op}: x must vary over {tuple(varying[0])} as the errors do; use jax.lax.pcast")
+        if errors.shape[:1] != (n,):
+            raise ValueError(f"{op}: loss expected to return an error for each of {n} examples, got {errors.shape}")
+        return errors.reshape(n, math.prod(errors.shape[1:])).mean(1).sum()
+
+    x = _batch(op, x, (y, params, key))
+    n = next((a.shape[0] for a in jax.tree.leaves(x) if a.ndim), 0)
+    apart = _apart(net) if in_a_row(net) else None
+    places = None if apart is None else _places(apart, params)
+    if apart is None or places is None:
+        _refuse_key(op, "net", net, params, key)
+        whole = _Alone(net, None)
+        outputs = whole.apply(params, x, key=key)
+        other: dict[str, _Met] = (
+            {"": _other(whole, params, x, jax.grad(total)(outputs))} if jax.tree.leaves(params) else {}
+        )
+        return _Meeting(other, {"": list(range(len(jax.tree.leaves(params))))}, params, jnp.zeros(n))
+
+    read = _read(apart, params)
+    for name, layer, *_ in _walk(apart, params):
+        if isinstance(layer, _Alone):
+            _refuse_key(op, name, layer.layer, read[name], key)
+    sweep = value_grad_and_deltas(lambda _: total(apart.apply(params, x, key=key)))(())
+    met: dict[str, _Met] = {}
+    for name, layer, _, before in _walk(apart, params):
+        a = sweep.activations[before] if before else x
+        if isinstance(layer, layers.LayerNorm) and 0 in dims_of("layer_norm", layer.axes, a.ndim):
             raise ValueError(
-                f"{op}: loss expected to return an error for each of {len(x)} examples, got {errors.shape}"
+                f"{op}: {name}: axes must be dims of one example, got {layer.axes!r}, which mixes examples"
             )
-        return errors.reshape(len(x), math.prod(errors.shape[1:])).mean(1).sum()
-
-    sweep = value_grad_and_deltas(total)(())
-    return {
-        name: _met(op, name, layer, own, a, delta, key) for name, layer, own, a, delta in _pairs(net, params, x, sweep)
-    }
-
-
-def _norms(met: dict[str, _Met], x: Array) -> Array:
-    squares = [m.squares() for m in met.values()]
-    return jnp.sqrt(functools.reduce(operator.add, squares)) if squares else jnp.zeros(x.shape[:1], x.dtype)
+        if not jax.tree.leaves(read[name]):
+            continue
+        if name in sweep.deltas:
+            met[name] = _met(layer, read[name], a, sweep.deltas[name])
+        elif jnp.iscomplexobj(sweep.activations[name]):
+            raise TypeError(f"{op}: {name}: output must be a real array, got {sweep.activations[name].dtype}")
+        # No gradient passes an integer output.
+    norms_like = jnp.zeros(n, x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else None)
+    return _Meeting(met, places, params, norms_like)
 
 
-def _pairs(net: Serial, params: Params, x: Array, sweep: Sweep, path: str = "") -> Iterator[tuple[Any, ...]]:
-    """(name, layer, its parameters, a, δ): what comes in at a layer is what came out of the one before it."""
-    for name, layer in net.layers:
-        here, own = f"{path}{name}", params.get(name, {})
-        if isinstance(layer, Serial) and type(layer).apply in (Serial.apply, Residual.apply):
-            yield from _pairs(layer, own, x, sweep, f"{here}/")
-        elif jax.tree.leaves(own):
-            yield here, layer, own, x, sweep.deltas[here]
-        x = sweep.activations[here]
+def _batch(op: str, x: Any, others: Any) -> Any:
+    """One array, or a tree of arrays that each have a leading N, marked as varying over all devices that ``others`` do.
+
+    Without that mark, δ of an x that devices share would be a sum over devices.
+    """
+    given = jax.tree.leaves(x)
+    x = jax.tree.map(jnp.asarray, x) if given and all(map(jnp.ndim, given)) else array(op, "x", x)
+    leaves, tree = jax.tree.flatten(x)
+    others = [a for a in jax.tree.leaves(others) if isinstance(a, Array)]
+    return jax.tree.unflatten(tree, varying_alike((*leaves, *others))[: len(leaves)])
 
 
-def _met(op: str, name: str, layer: Layer, own: Params, x: Array, delta: Array, key: Array | None) -> _Met:
-    match layer:
-        case layers.Conv() if type(layer).apply is layers.Conv.apply:
-            x, c = _correlation(layer, x, own["w"], layer.groups)
+def _refuse_key(op: str, name: str, layer: Layer, own: Any, key: Array | None) -> None:
+    if key is not None and jax.tree.leaves(own):
+        raise ValueError(f"{op}: {name}: expected layers of jaxcnn.layers while there is a key, got {layer!r}")
+
+
+def _met(layer: Layer, own: Any, x: Array, delta: Array) -> _Met:
+    known: Any = layer if _product_of(layer) else None
+    match known:
+        case layers.Conv():
+            x, c = _correlation(known, x, own["w"], known.groups)
             return _Patches(own, c, x, delta)
-        case layers.DepthwiseConv() if type(layer).apply is layers.DepthwiseConv.apply:
+        case layers.DepthwiseConv():
             x, c = _correlation(layer, x, own["w"], x.shape[-1])
             return _Patches(own, c, x, delta)
-        case layers.HiddenLayer() if type(layer).apply is layers.HiddenLayer.apply:
-            x, c = _correlation(layer, x, own["w"], layer.groups)
+        case layers.ConvTranspose():
+            x, c = _transposed(layer, x, own["w"])
+            return _Patches(own, c, delta, x, transposed=True)
+        case layers.HiddenLayer():
+            x, c = _correlation(known, x, own["w"], known.groups)
             win = pooling.pool_window(
-                "hidden_layer", c.window.out, layer.window, layer.pool_stride, layer.pool_padding, 1, False, "pool_"
+                "hidden_layer", c.window.out, known.window, known.pool_stride, known.pool_padding, 1, False, "pool_"
             )
             # As in the forward half; one program computes it once.
-            _, passed = hidden._hidden_with_code(hidden.Hidden(c, win), x, own["w"], own["b"])
-            return _Patches(own, c, x, pooling.place(win, delta, passed))
-        case layers.Dense() if type(layer).apply is layers.Dense.apply:
+            _, passed = on_any_mesh(hidden._hidden_with_code, hidden.Hidden(c, win), x, own["w"], own["b"])
+            return _Patches(own, c, x, on_any_mesh(pooling.place, win, delta, passed))
+        case layers.Dense():
             places = math.prod(x.shape[1:-1])
-            return _Rows(own, *(a.reshape(len(x), places, a.shape[-1]) for a in (x, delta)))
-    if key is not None and type(layer).__module__ != layers.__name__:
-        raise ValueError(f"{op}: {name}: expected layers of jaxcnn.layers while there is a key, got {layer!r}")
-    return _Other(own, layer, x, delta)
+            return _Rows(own, *(a.reshape(a.shape[0], places, a.shape[-1]) for a in (x, delta)))
+    return _other(layer, own, x, delta)
 
 
 def _correlation(layer: Any, x: Array, w: Array, groups: int) -> tuple[Array, Correlation]:
-    op = type(layer).__name__
-    return convolution.geometry(op, x, w, layer.stride, layer.padding, layer.dilation, groups, None, None)
+    op, more = type(layer).__name__, (getattr(layer, name, None) for name in ("preferred_element_type", "precision"))
+    return convolution.geometry(op, x, w, layer.stride, layer.padding, layer.dilation, groups, *more)
+
+
+def _transposed(layer: Any, x: Array, w: Array) -> tuple[Array, Correlation]:
+    """The input, continued by zeros as in `conv_transpose`, and the geometry of the `conv` that is undone."""
+    options = (layer.stride, layer.padding, layer.output_padding, layer.dilation, layer.groups)
+    more = (getattr(layer, name, None) for name in ("preferred_element_type", "precision"))
+    c = convolution._transposed_geometry("conv_transpose", x, w, *options, *more)
+    ends = [(0, out - n) for n, out in zip(x.shape[1:-1], c.window.out, strict=True)]
+    return (jnp.pad(x, ((0, 0), *ends, (0, 0))) if any(end for _, end in ends) else x), c
 
 
 def _over_places(delta: Array) -> Array:
@@ -305,21 +543,3 @@ def _times(delta: Array, factors: Array) -> Array:
 
 def _of_dtypes(own: Params, found: Params) -> Params:
     return {name: found[name].astype(a.dtype) for name, a in own.items()}
-
-
-def _own(params: Params, name: str) -> Params:
-    for part in name.split("/"):
-        params = params.get(part, {})
-    return params
-
-
-def _like(params: Mapping[str, Any], found: Mapping[str, Any], batch: tuple[int, ...], path: str = "") -> Params:
-    """A tree like ``params`` of what was found; zeros for what no layer reads."""
-
-    def part(name: str, value: Any) -> Any:
-        here = f"{path}{name}"
-        if isinstance(value, Mapping):
-            return _like(value, found, batch, f"{here}/")
-        return found[here] if here in found else jnp.zeros((*batch, *jnp.shape(value)), value.dtype)
-
-    return {name: part(name, value) for name, value in params.items()}

@@ -8,8 +8,9 @@ channel by channel.  After a layer x·w + b that is a layer with w·a and b·a +
 b + c·w, as long as no padding of zeros comes between them.
 """
 
+import copy
 import dataclasses
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jax import Array
 
 from jaxcnn.geometry import PADDING_MODES, fail
 from jaxcnn.layers import BatchNorm, Conv, ConvTranspose, Dense, DepthwiseConv, HiddenLayer, Layer, Params
-from jaxcnn.net import Serial, expect_net
+from jaxcnn.net import Serial, expect_net, in_a_row
 
 #: Layers that can take what comes after them, and what comes before.
 _TAKE_AFTER = (Conv, DepthwiseConv, ConvTranspose, Dense)
@@ -30,6 +31,9 @@ def fold_batch_norm(net: Serial, params: Params, *, leave: Container[str] = ()) 
 
     Into the convolution (of any kind) or dense layer before it; else into that after it, if it pads with no zeros.  A
     batch norm that has no such neighbour stays as it is.  Both work under jit, with ``params`` traced.
+
+    A layer or net whose ``apply`` is overridden stays as it is, with all that is inside, and so does a net in which two
+    layers have one name and share parameters.
 
     Args:
         net: from `serial`; nets inside it are folded too.
@@ -53,22 +57,24 @@ def fold_batch_norm(net: Serial, params: Params, *, leave: Container[str] = ()) 
     True
     """
     expect_net("fold_batch_norm", net)
-    return _folded(net, params, "", leave)
+    _check_dict("fold_batch_norm", params)
+    return _folded(net, params, "", leave) if in_a_row(net) else (net, params)
 
 
 def _folded(net: Serial, params: Params, path: str, leave: Container[str]) -> tuple[Any, Params]:
-    """One net of them, its layers from first to last."""
+    """One net in a row, its layers from first to last."""
     kept: list[tuple[str, Layer]] = []
     found = {name: own for name, own in params.items() if name not in dict(net.layers)}
     waiting = ""  # the batch norm, just before, that no layer before it could take
     for name, layer in net.layers:
-        own = params.get(name, {})
-        if isinstance(layer, Serial):
+        own: Any = params.get(name, {})
+        _check_dict(f"fold_batch_norm: {path}{name}", own)
+        if in_a_row(layer):
             layer, own = _folded(layer, own, f"{path}{name}/", leave)
-        elif type(layer) is BatchNorm and f"{path}{name}" not in leave:
+        elif _is(layer, BatchNorm) and f"{path}{name}" not in leave:
             _check_statistics(f"{path}{name}", own)
             before, of_before = kept[-1] if kept else ("", layer)
-            if type(of_before) in _TAKE_AFTER and "w" in found.get(before, {}):
+            if _is(of_before, *_TAKE_AFTER) and "w" in found.get(before, {}):
                 kept[-1] = before, _with_bias(of_before)
                 found[before] = _after(of_before, found[before], *_affine(layer, own))
                 continue
@@ -76,7 +82,7 @@ def _folded(net: Serial, params: Params, path: str, leave: Container[str]) -> tu
             found[name] = own
             waiting = name
             continue
-        elif waiting and type(layer) in _TAKE_BEFORE and not _pads_zeros(layer) and "w" in own:
+        elif waiting and _is(layer, *_TAKE_BEFORE) and not _pads_zeros(layer) and "w" in own:
             _, norm = kept.pop()
             own = _before(layer, own, *_affine(norm, found.pop(waiting)))
             layer = _with_bias(layer)
@@ -84,11 +90,24 @@ def _folded(net: Serial, params: Params, path: str, leave: Container[str]) -> tu
         kept.append((name, layer))
         if own:
             found[name] = own
-    return dataclasses.replace(net, layers=tuple(kept)), found
+    folded = copy.copy(net)  # of a subclass with any __init__
+    object.__setattr__(folded, "layers", tuple(kept))
+    return folded, found
+
+
+def _is(layer: Layer, *kinds: type[Layer]) -> bool:
+    """Whether it is exactly of one of these types, as written, with channels last."""
+    plain = "apply" not in vars(layer) and getattr(layer, "dimension_numbers", None) is None
+    return type(layer) in kinds and plain
+
+
+def _check_dict(where: str, params: Any) -> None:
+    if not isinstance(params, Mapping):
+        raise TypeError(f"{where}: params must be a dict as init makes it, got {type(params).__name__}")
 
 
 def _check_statistics(name: str, own: Params) -> None:
-    if "mean" not in own or "var" not in own:
+    if own.get("mean") is None or own.get("var") is None:
         expected = "expected statistics from jaxcnn.calibrate beside its parameters"
         fail("fold_batch_norm", f"{name}: {expected}, got {', '.join(sorted(own)) or 'none'}")
 
@@ -107,6 +126,7 @@ def _after(layer: Any, own: Params, a: Array, c: Array) -> Params:
     scale = a
     if isinstance(layer, ConvTranspose):  # (*K, O/groups, I): input channels of group g see output channels of group g
         scale = jnp.repeat(a.reshape(layer.groups, -1), w.shape[-1] // layer.groups, axis=0).T
+    scale = jnp.expand_dims(scale, range(w.ndim - scale.ndim))
     return {**own, "w": (w * scale).astype(w.dtype), "b": (c if b is None else b * a + c).astype(w.dtype)}
 
 
@@ -116,8 +136,8 @@ def _before(layer: Any, own: Params, a: Array, c: Array) -> Params:
     groups = len(a) if isinstance(layer, DepthwiseConv) else getattr(layer, "groups", 1)
 
     def beside(each: Array) -> Array:
-        """``(I/groups, O)``: for each output channel, those input channels that it sees."""
-        return jnp.repeat(each.reshape(groups, -1), w.shape[-1] // groups, axis=0).T
+        """``(1, …, I/groups, O)``: for each output channel, those input channels that it sees."""
+        return jnp.expand_dims(jnp.repeat(each.reshape(groups, -1), w.shape[-1] // groups, axis=0).T, range(w.ndim - 2))
 
     shift = (w * beside(c)).sum(range(w.ndim - 1))
     return {**own, "w": (w * beside(a)).astype(w.dtype), "b": (shift if b is None else b + shift).astype(w.dtype)}

@@ -72,6 +72,14 @@ class Window:
         )
 
     @functools.cached_property
+    def steps(self) -> tuple[int, ...]:
+        """The stride as slices take it: 1 along dims of one window, where no step is made.
+
+        XLA's partitioner gets a slice of one entry with a larger step wrong along a dim that is split over devices.
+        """
+        return tuple(s if o > 1 else 1 for s, o in zip(self.stride, self.out, strict=True))
+
+    @functools.cached_property
     def span(self) -> tuple[int, ...]:
         """From the start of the first window to the end of the last: ``(out − 1)·stride + extent``."""
         return tuple((o - 1) * s + e for o, s, e in zip(self.out, self.stride, self.extent, strict=True))

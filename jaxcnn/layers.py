@@ -12,9 +12,11 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.interpreters import batching
 from jax.typing import DTypeLike
 
 from jaxcnn.geometry import Padding, PerDim, fail, positive, static_int
@@ -24,10 +26,24 @@ from jaxcnn.ops.rule import Rule
 Params = dict[str, Any]
 Initializer = Callable[..., Array]
 
-he_normal = jax.nn.initializers.he_normal()
-#: Of a patch whose input channels stand last.
-he_normal_transposed = jax.nn.initializers.he_normal(in_axis=-1, out_axis=-2)
-glorot_uniform = jax.nn.initializers.glorot_uniform()
+# The defaults are functions of this module, not closures, so that layers can be pickled.
+
+
+def he_normal(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
+    """`jax.nn.initializers.he_normal`."""
+    return jax.nn.initializers.he_normal()(key, shape, dtype)
+
+
+def he_normal_transposed(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
+    """`jax.nn.initializers.he_normal` of a kernel whose last dim is the input channels."""
+    return jax.nn.initializers.he_normal(in_axis=-1, out_axis=-2)(key, shape, dtype)
+
+
+def glorot_uniform(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
+    """`jax.nn.initializers.glorot_uniform`."""
+    return jax.nn.initializers.glorot_uniform()(key, shape, dtype)
+
+
 zeros = jax.nn.initializers.zeros
 
 
@@ -60,7 +76,10 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Conv(Layer):
-    """`jaxcnn.conv` with ``features`` patches of ``patch`` entries (an int, or one for each spatial dim)."""
+    """`jaxcnn.conv` with ``features`` kernels of ``patch`` entries (an int, or one for each spatial dim).
+
+    The fields are the options of the op, except ``dimension_numbers``: a net is channels-last throughout.
+    """
 
     features: int
     patch: PerDim
@@ -71,6 +90,8 @@ class Conv(Layer):
     bias: bool = dataclasses.field(default=True, kw_only=True)
     init_w: Initializer = dataclasses.field(default=he_normal, kw_only=True)
     init_b: Initializer = dataclasses.field(default=zeros, kw_only=True)
+    preferred_element_type: DTypeLike | None = dataclasses.field(default=None, kw_only=True)
+    precision: Any = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         _freeze(self)
@@ -96,6 +117,8 @@ class Conv(Layer):
             padding=self.padding,
             dilation=self.dilation,
             groups=self.groups,
+            preferred_element_type=self.preferred_element_type,
+            precision=self.precision,
             rule=rule,
         )
 
@@ -107,7 +130,10 @@ class Conv(Layer):
 
 @dataclasses.dataclass(frozen=True)
 class DepthwiseConv(Layer):
-    """`jaxcnn.depthwise_conv` with ``multiplier`` patches for each channel."""
+    """`jaxcnn.depthwise_conv` with ``multiplier`` kernels for each channel.
+
+    The fields are the options of the op, except ``dimension_numbers``: a net is channels-last throughout.
+    """
 
     patch: PerDim
     multiplier: int = 1
@@ -117,6 +143,8 @@ class DepthwiseConv(Layer):
     bias: bool = dataclasses.field(default=True, kw_only=True)
     init_w: Initializer = dataclasses.field(default=he_normal, kw_only=True)
     init_b: Initializer = dataclasses.field(default=zeros, kw_only=True)
+    preferred_element_type: DTypeLike | None = dataclasses.field(default=None, kw_only=True)
+    precision: Any = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         _freeze(self)
@@ -139,6 +167,8 @@ class DepthwiseConv(Layer):
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,
+            preferred_element_type=self.preferred_element_type,
+            precision=self.precision,
             rule=rule,
         )
 
@@ -150,7 +180,10 @@ class DepthwiseConv(Layer):
 
 @dataclasses.dataclass(frozen=True)
 class ConvTranspose(Layer):
-    """`jaxcnn.conv_transpose` with ``features`` output channels."""
+    """`jaxcnn.conv_transpose` with ``features`` output channels.
+
+    The fields are the options of the op, except ``dimension_numbers``: a net is channels-last throughout.
+    """
 
     features: int
     patch: PerDim
@@ -162,6 +195,8 @@ class ConvTranspose(Layer):
     bias: bool = dataclasses.field(default=True, kw_only=True)
     init_w: Initializer = dataclasses.field(default=he_normal_transposed, kw_only=True)
     init_b: Initializer = dataclasses.field(default=zeros, kw_only=True)
+    preferred_element_type: DTypeLike | None = dataclasses.field(default=None, kw_only=True)
+    precision: Any = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         _freeze(self)
@@ -189,6 +224,8 @@ class ConvTranspose(Layer):
             output_padding=self.output_padding,
             dilation=self.dilation,
             groups=self.groups,
+            preferred_element_type=self.preferred_element_type,
+            precision=self.precision,
             rule=rule,
         )
 
@@ -213,6 +250,7 @@ class HiddenLayer(Layer):
     groups: int = dataclasses.field(default=1, kw_only=True)
     init_w: Initializer = dataclasses.field(default=he_normal, kw_only=True)
     init_b: Initializer = dataclasses.field(default=zeros, kw_only=True)
+    precision: Any = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         _freeze(self)
@@ -248,6 +286,7 @@ class HiddenLayer(Layer):
             padding=self.padding,
             dilation=self.dilation,
             groups=self.groups,
+            precision=self.precision,
             rule=rule,
         )
 
@@ -311,11 +350,16 @@ class _Normalization(Layer):
 
 @dataclasses.dataclass(frozen=True)
 class BatchNorm(_Normalization):
-    """`jaxcnn.batch_norm`: by the batch's own statistics while training.
+    """`jaxcnn.batch_norm`, by the statistics of the batch while training.
 
-    At evaluation by those that `jaxcnn.calibrate` put beside the parameters ("mean", "var"); before that is done, by
-    those of the batch at hand, so that a picture's output hangs on its neighbours.
+    At evaluation it uses the statistics that `jaxcnn.calibrate` adds to the parameters ("mean", "var"). Before
+    `jaxcnn.calibrate` it uses those of the batch, and the output of an example then depends on the rest of the batch.
+
+    ``axis_name`` names one or several axes of `jax.shard_map`, `jax.pmap` or `jax.vmap`. The statistics of the batch
+    are then taken over all devices along these axes.
     """
+
+    axis_name: str | tuple[str, ...] | None = dataclasses.field(default=None, kw_only=True)
 
     def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
         """``scale (C,)`` of ones and ``bias (C,)`` of zeros."""
@@ -324,10 +368,26 @@ class BatchNorm(_Normalization):
     def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
         """``batch_norm(x, scale, bias)``; with the statistics in ``params`` if there is no key."""
         names = ("mean", "var") if key is None else ()
-        # Statistics are no parameters: no gradient reaches them.
-        statistics = [jax.lax.stop_gradient(params[name]) for name in names if name in params]
+        statistics = [params[name] for name in names if name in params]
+        if statistics and all(jnp.shape(a) == UNKNOWN for a in statistics):
+            statistics = reached_p.bind(x, *statistics)
+        elif key is None and not statistics and HIDING.value:
+            others = ", ".join(HIDING.value)
+            fail(
+                "calibrate",
+                f"every BatchNorm must be a layer of a Serial, or a field named like its parameters in a "
+                f"layer; got one that is not, inside one of {others}",
+            )
+        # Statistics are not parameters: no gradient reaches them.
+        statistics = [jax.lax.stop_gradient(a) for a in statistics]
         return normalization.batch_norm(
-            x, params.get("scale"), params.get("bias"), *statistics, eps=self.eps, rule=rule
+            x,
+            params.get("scale"),
+            params.get("bias"),
+            *statistics,
+            eps=self.eps,
+            axis_name=self.axis_name,
+            rule=rule,
         )
 
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
@@ -565,6 +625,7 @@ class AvgPool(_Pool):
     count_include_pad: bool = True
     dilation: PerDim = dataclasses.field(default=1, kw_only=True)
     ceil_mode: bool = dataclasses.field(default=False, kw_only=True)
+    divisor: float | None = dataclasses.field(default=None, kw_only=True)
 
     def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
         """``avg_pool(x, window)``."""
@@ -576,6 +637,7 @@ class AvgPool(_Pool):
             dilation=self.dilation,
             ceil_mode=self.ceil_mode,
             count_include_pad=self.count_include_pad,
+            divisor=self.divisor,
             rule=rule,
         )
 
@@ -706,10 +768,72 @@ class Dropout(Layer):
 # What they share
 
 
+#: The shape of statistics that are not known yet. While `jaxcnn.calibrate` traces a net, they are in the parameters.
+UNKNOWN = (0, 0)
+#: While `jaxcnn.calibrate` traces a net, the names of the layers that may contain a batch norm which it cannot see.
+HIDING = jax.make_user_context(())
+#: (x, mean, var) → (mean, var), where the statistics that come in are not known yet: marks what reaches a batch norm.
+reached_p = jax.extend.core.Primitive("batch_norm_reached")
+reached_p.multiple_results = True
+
+
+@reached_p.def_impl
+def _reached(x: Array, *unknown: Array) -> Any:
+    fail("batch_norm", f"mean must have shape {x.shape[-1:]}, one number for each channel; got {UNKNOWN}")
+
+
+@reached_p.def_abstract_eval
+def _reached_types(x: Any, *unknown: Any) -> Any:
+    """Of the dtype that statistics have, unless the ones that come in were cast."""
+    own = np.promote_types(x.dtype, np.float32)
+    return [jax.core.ShapedArray(x.shape[-1:], own if a.dtype == np.float32 else a.dtype) for a in unknown]
+
+
+def _reached_in_batches(args: Any, dims: Any) -> Any:
+    """All that `jax.vmap` maps over reaches the same norm."""
+    (x, *unknown), (dim, *rest) = args, dims
+    if any(d is not None for d in rest):
+        fail("calibrate", "the statistics of a batch norm must not be mapped by jax.vmap")
+    return reached_p.bind(jnp.moveaxis(x, dim, 0), *unknown), [None] * len(unknown)
+
+
+batching.primitive_batchers[reached_p] = _reached_in_batches
+
+
 def out_shape(layer: Layer, params: Params, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> tuple[int, ...]:
     """The shape of a layer's output for one example; nothing is computed."""
-    out = jax.eval_shape(layer.apply, params, jax.ShapeDtypeStruct((1, *shape), dtype))
+    return shape_of(layer, layer.apply, params, shape, dtype)
+
+
+def shape_of(
+    layer: Layer, apply: Callable[..., Array], params: Params, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32
+) -> tuple[int, ...]:
+    """The shape of ``apply(params, x)`` for one example, also where axes that the layer names do not exist yet."""
+    for name in sorted(_axis_names(layer)):
+        if not normalization.is_bound(name):
+            apply = _with_axis(apply, name)
+    out = jax.eval_shape(apply, params, jax.ShapeDtypeStruct((1, *shape), dtype))
     return tuple(out.shape[1:])
+
+
+def _with_axis(apply: Callable[..., Array], name: str) -> Callable[..., Array]:
+    """``apply`` where an axis of size 1 has this name."""
+
+    def mapped(params: Params, x: Array) -> Array:
+        return jax.vmap(lambda x: apply(params, x), axis_name=name)(x[None])[0]
+
+    return mapped
+
+
+def _axis_names(value: Any) -> frozenset[str]:
+    """The axes that a layer and the layers among its fields name."""
+    if isinstance(value, tuple):
+        return frozenset().union(*map(_axis_names, value))
+    if not isinstance(value, Layer):
+        return frozenset()
+    fields = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    own = value.axis_name if isinstance(value, BatchNorm) else None
+    return _axis_names(tuple(fields)) | frozenset(() if own is None else (own,) if isinstance(own, str) else own)
 
 
 def _freeze(layer: Layer) -> None:
@@ -719,7 +843,10 @@ def _freeze(layer: Layer) -> None:
         return tuple(map(frozen, value)) if isinstance(value, list | tuple | np.ndarray) else value
 
     for field in dataclasses.fields(layer):
-        object.__setattr__(layer, field.name, frozen(getattr(layer, field.name)))
+        value = frozen(getattr(layer, field.name))
+        if field.name == "preferred_element_type" and value is not None:
+            value = np.dtype(value)  # jnp.float32 and "float32" are the same option
+        object.__setattr__(layer, field.name, value)
 
 
 def _check_count(layer: Layer, name: str, value: Any) -> None:

@@ -4,12 +4,13 @@ Rooms: nets import `jaxcnn.layers` and `jaxcnn.taps`.
 """
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import inspect
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxcnn.layers import Layer, Params, out_shape
+from jaxcnn.layers import Conv, Flatten, HiddenLayer, Layer, MaxPool, Params, Relu, out_shape, shape_of
 from jaxcnn.ops import linear
 from jaxcnn.ops.rule import Rule, array, autodiff, one_key
 from jaxcnn.taps import tap
@@ -70,12 +71,14 @@ class Serial(Layer):
             rule: for a net inside a net: the same as ``rules``.
             path: the names of the nets around this one.
 
-        Raises: ValueError for parameters that are missing and for names in ``rules`` that match no layer; TypeError for
-            what is no dict of parameters, no array, no key or no rules.
+        Raises: ValueError for parameters that are missing, for keys in ``rules`` that match no layer, and for those
+            that match only layers which take no rule, such as `Flatten`; TypeError for what is no dict of parameters,
+            no array, no key or no rules.
         """
         rules = rule if rules is None else rules
         if isinstance(rules, Mapping) and not path:
             _check_rules(rules, [name for name, _ in self.walk()])
+            _check_matches(rules, self)
         if not isinstance(params, Mapping):
             raise TypeError(f"serial: params expected a dict as init makes it, got {type(params).__name__}")
         x = array("serial", "x", x)
@@ -110,11 +113,24 @@ class Serial(Layer):
         return self.summary(shape).flops
 
     def summary(self, shape: tuple[int, ...]) -> "Summary":
-        """What the net is, layer by layer, for inputs of ``shape`` (without the batch)."""
+        """What the net is, layer by layer, for inputs of ``shape`` (without the batch).
+
+        Of a subclass with an `apply` of its own, the rows are the calls of its layers, in order. Parameters that it
+        makes and that are none of its layers' are one more row, whose FLOPs are not known and count 0.
+        """
         shape = _example_shape(shape)
         return Summary(shape, tuple(self._rows(shape, "")))
 
     def _rows(self, shape: tuple[int, ...], path: str) -> Iterator["Row"]:
+        if type(self).apply in (Serial.apply, Residual.apply):
+            rows = list(self._rows_in_a_row(shape, path))
+        else:
+            rows = _recorded_rows(self, shape, path)
+        yield from rows
+        if type(self).init is not Serial.init or type(self).apply not in (Serial.apply, Residual.apply):
+            yield from _rest(self, shape, path, rows)
+
+    def _rows_in_a_row(self, shape: tuple[int, ...], path: str) -> Iterator["Row"]:
         for name, layer in self.layers:
             with _located(name, "/" if isinstance(layer, Serial) else ": "):
                 params = jax.eval_shape(lambda layer=layer, shape=shape: layer.init(jax.random.key(0), shape))
@@ -123,10 +139,8 @@ class Serial(Layer):
             if isinstance(layer, Serial):
                 yield from layer._rows(shape, f"{path}{name}/")
             else:
-                count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-                yield Row(
-                    f"{path}{name}", type(layer).__name__, out, count, layer.flops(shape, out), layer.inner_shape(shape)
-                )
+                count, flops, inner = _count(params), layer.flops(shape, out), layer.inner_shape(shape)
+                yield Row(f"{path}{name}", type(layer).__name__, out, count, flops, inner)
             shape = out
 
 
@@ -152,12 +166,14 @@ class Residual(Serial):
         y = Serial.apply(self, params, x, key=key, rules=rules, rule=rule, path=path)
         if y.shape != x.shape:
             raise ValueError(f"residual: layers expected to keep the shape {x.shape}, got {y.shape}")
-        own = _rule_of_sum(rule if rules is None else rules)
+        own = _rule_of_sum(rule if rules is None else rules, self)
         return x + y if own is None or own is autodiff else linear.add(x, y, rule=own)
 
     def _rows(self, shape: tuple[int, ...], path: str) -> Iterator["Row"]:
         """Its layers, and the sum."""
         yield from super()._rows(shape, path)
+        if type(self).apply is not Residual.apply:
+            return
         yield Row(path.rstrip("/") or "residual", "Residual", shape, 0, math.prod(shape))
 
 
@@ -206,6 +222,63 @@ class Summary:
             for row in table
         )
         return "\n".join(line.rstrip() for line in lines)
+
+
+def _recorded_rows(net: Serial, shape: tuple[int, ...], path: str) -> list[Row]:
+    """The rows of a net with an `apply` of its own: its layers in the order in which it calls them.
+
+    Its layers are those that `Serial` holds and those among its other fields. They are replaced by copies that note
+    what they are called with. FLOPs count at every call, and parameters once.
+    """
+    rows: list[Row] = []
+    counted: list[Any] = []
+
+    def noting(name: str, layer: Layer) -> Layer:
+        if isinstance(layer, Serial):
+            return _replaced(layer, lambda inner, value: noting(f"{name}/{inner}", value))
+
+        def apply(params: Params, x: Array, **options: Any) -> Array:
+            y = layer.apply(params, x, **options)
+            given, out = tuple(x.shape[1:]), tuple(y.shape[1:])
+            new = [leaf for leaf in jax.tree.leaves(params) if not any(leaf is other for other in counted)]
+            counted.extend(new)
+            rows.append(
+                Row(name, type(layer).__name__, out, _count(new), layer.flops(given, out), layer.inner_shape(given))
+            )
+            return y
+
+        copied = copy.copy(layer)
+        object.__setattr__(copied, "apply", apply)
+        return copied
+
+    noted = _replaced(net, lambda name, layer: noting(f"{path}{name}", layer))
+    params = jax.eval_shape(lambda: net.init(jax.random.key(0), shape))
+    shape_of(net, type(net).apply.__get__(noted), params, shape)
+    return rows
+
+
+def _replaced(net: Serial, change: Callable[[str, Layer], Layer]) -> Serial:
+    """A copy of a net with other layers, among its other fields too."""
+    copied = copy.copy(net)
+    for field in dataclasses.fields(net):
+        value = getattr(net, field.name)
+        if isinstance(value, Layer):
+            object.__setattr__(copied, field.name, change(field.name, value))
+    object.__setattr__(copied, "layers", tuple((name, change(name, layer)) for name, layer in net.layers))
+    return copied
+
+
+def _rest(net: Serial, shape: tuple[int, ...], path: str, rows: list[Row]) -> Iterator[Row]:
+    """A row for the parameters that no layer of a net has, if there are any."""
+    params = jax.eval_shape(lambda: net.init(jax.random.key(0), shape))
+    parameters = _count(params) - sum(row.parameters for row in rows)
+    if parameters or not rows:
+        name = path.rstrip("/") or type(net).__name__.lower()
+        yield Row(name, type(net).__name__, out_shape(net, params, shape), parameters, 0)
+
+
+def _count(params: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
 def serial(*layers: Layer, name: str | None = None) -> Serial:
@@ -265,6 +338,16 @@ def _named(op: str, layers: tuple[Layer, ...]) -> tuple[tuple[str, Layer], ...]:
     return tuple(named.items())
 
 
+def in_a_row(layer: Layer) -> TypeGuard[Serial]:
+    """Whether this is a net that applies its layers one after the other, each to parameters of its own.
+
+    A subclass with another ``apply`` may do anything with the layers inside, and layers of one name share parameters.
+    """
+    if not isinstance(layer, Serial) or "apply" in vars(layer):
+        return False
+    return type(layer).apply in (Serial.apply, Residual.apply) and len(dict(layer.layers)) == len(layer.layers)
+
+
 def expect_net(op: str, net: Any) -> None:
     """TypeError for what is none."""
     if not isinstance(net, Serial):
@@ -280,22 +363,93 @@ def expect_loss(op: str, loss: Any) -> None:
 def _rule_for(rules: Rules | None, name: str, layer: Layer) -> Rule | None:
     if not isinstance(rules, Mapping):
         return rules
-    for key, rule in rules.items():
-        if isinstance(key, type):
-            matches = isinstance(layer, key)
-        elif isinstance(key, str):
-            matches = f"{name}/".startswith(f"{key}/")
-        else:
-            matches = key(name, layer)
-        if matches:
+    return next((rule for key, rule in rules.items() if _key_matches(key, name, layer)), None)
+
+
+def _key_matches(key: Any, name: str, layer: Layer) -> bool:
+    kind = _type_of(key)
+    if kind is not None:
+        return isinstance(layer, kind)
+    if isinstance(key, str):
+        return f"{name}/".startswith(f"{key}/")
+    return bool(key(name, layer))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class IfThere:
+    """A layer type as a key of ``rules=`` that may match nothing, for mappings that fit every net.
+
+    Equal to the type itself, so that a mapping can be read and merged as if the type were the key.
+    """
+
+    kind: type
+
+    def __eq__(self, other: object) -> bool:
+        return (other.kind if isinstance(other, IfThere) else other) == self.kind
+
+    def __hash__(self) -> int:
+        return hash(self.kind)
+
+    def __repr__(self) -> str:
+        return repr(self.kind)
+
+
+class Checked(dict[Any, Any]):
+    """Rules whose keys were checked against the net that they were written for."""
+
+
+def _type_of(key: Any) -> type | None:
+    """The layer type that a key is, if it is one."""
+    return key.kind if isinstance(key, IfThere) else key if isinstance(key, type) else None
+
+
+def _rule_of_sum(rules: Rules | None, net: Layer | None = None) -> Rule | None:
+    """Keys that are made for layers, such as `Layer` or a name, do not reach the sum: few rules fit two inputs."""
+    for key, rule in rules.items() if isinstance(rules, Mapping) else ():
+        kind = _type_of(key)
+        if kind is not None and issubclass(kind, Residual) and (net is None or isinstance(net, kind)):
             return rule
     return None
 
 
-def _rule_of_sum(rules: Rules | None) -> Rule | None:
-    """Keys that are made for layers, such as `Layer` or a name, do not reach the sum: few rules fit two inputs."""
-    keys = rules if isinstance(rules, Mapping) else {}
-    return next((rule for key, rule in keys.items() if isinstance(key, type) and issubclass(key, Residual)), None)
+#: What a hidden layer is made of, and the part of `jaxcnn.rules.InHiddenLayer` that takes a rule for it.
+_IN_HIDDEN_LAYER = {Conv: "conv", Relu: "relu", MaxPool: "pool"}
+
+
+def _check_matches(rules: Mapping[Any, Rule], net: Serial) -> None:
+    """ValueError for a key that no layer takes a rule from; `IfThere` may match nothing."""
+    if isinstance(rules, Checked):
+        return
+    layers = [(name, layer) for name, layer in net.walk() if not isinstance(layer, Serial)]
+    sums = [layer for layer in (net, *(layer for _, layer in net.walk())) if isinstance(layer, Residual)]
+    for key in rules:
+        kind = _type_of(key)
+        if isinstance(key, IfThere):
+            continue
+        if kind is not None and issubclass(kind, Residual) and any(isinstance(layer, kind) for layer in sums):
+            continue
+        found = [layer for name, layer in layers if _key_matches(key, name, layer)]
+        if found and not all(type(layer) is Flatten for layer in found):
+            continue
+        said = key if isinstance(key, str) else getattr(key if kind is None else kind, "__name__", repr(key))
+        if found:
+            raise ValueError(f"rules: a key must match a layer that takes a rule, got {said!r}, which matches Flatten")
+        if isinstance(key, str) and not any(name.startswith(f"{key}/") for name, _ in layers):
+            continue  # a net without layers inside
+        there = ", ".join(sorted({type(layer).__name__ for _, layer in layers})) or "none"
+        raise ValueError(
+            f"rules: a key must match a layer of the net, got {said!r}; the layers are {there}{_instead(kind, layers)}"
+        )
+
+
+def _instead(kind: type | None, layers: list[tuple[str, Layer]]) -> str:
+    """Where a rule for this type belongs."""
+    if kind is not None and issubclass(kind, Serial) and not issubclass(kind, Residual):
+        return ". A net takes rules by its name, or by the types of its layers"
+    inside = next((part for of, part in _IN_HIDDEN_LAYER.items() if kind is not None and issubclass(of, kind)), None)
+    if inside is None or not any(isinstance(layer, HiddenLayer) for _, layer in layers):
+        return ""
+    return f". A HiddenLayer contains one: {{HiddenLayer: rules.InHiddenLayer({inside}=...)}}"
 
 
 def _check_rules(rules: Mapping[Any, Rule], names: list[str]) -> None:
@@ -303,7 +457,8 @@ def _check_rules(rules: Mapping[Any, Rule], names: list[str]) -> None:
         if isinstance(key, str) and key not in names:
             near = difflib.get_close_matches(key, names, n=3, cutoff=0.0)
             raise ValueError(f"rules: expected names of layers, got {key!r}; the nearest are {', '.join(near)}")
-        if not isinstance(key, str) and not (issubclass(key, Layer) if isinstance(key, type) else _predicate(key)):
+        kind = _type_of(key)
+        if not isinstance(key, str) and not (_predicate(key) if kind is None else issubclass(kind, Layer)):
             raise TypeError(f"rules: expected layer types, names or predicates as keys, got {key!r}")
 
 

@@ -51,6 +51,18 @@ def tap(name: str, x: Any) -> Array:
     return x if collector is None else collector.meet(name, x)
 
 
+@contextlib.contextmanager
+def idle() -> Iterator[None]:
+    """Taps inside this context belong to no collector: each returns its argument and nothing is recorded."""
+    outer = getattr(_LOCAL, "collector", None)
+    _LOCAL.collector = None
+    try:
+        with _COLLECTING(False):
+            yield
+    finally:
+        _LOCAL.collector = outer
+
+
 class Collector:
     """What the taps of one call of a function meet.  Without probes it only looks, to learn names and types."""
 

@@ -1,33 +1,45 @@
 """Training: one jitted step, evaluation, and statistics of the training data.  Rooms: imports `jaxcnn.net`."""
 
+import copy
 import dataclasses
 import functools
+import inspect
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 from jax import Array
 from jax.typing import ArrayLike
 
 from jaxcnn.geometry import fail, static_int
-from jaxcnn.layers import BatchNorm, Params
+from jaxcnn.layers import HIDING, UNKNOWN, BatchNorm, Layer, Params, reached_p
 from jaxcnn.net import Rules, Serial, expect_loss, expect_net
 from jaxcnn.ops.rule import one_key
 
 #: Error of each example: (outputs, targets) → (N, …).
 Loss = Callable[[Any, Any], Array]
+#: (net, params, x, targets, loss, *, key) → a tree like params, or one gradient for each example.
+Gradient = Callable[..., Any]
 Batch = tuple[Any, Any]
 Metrics = dict[str, Array]
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a training step reads and writes."""
+    """All that a training step reads and writes.
+
+    As a pytree, the state has the raw data of its key as a leaf (`jax.random.key_data`), so that it can be put on the
+    devices of several processes: ``jax.device_put(state, everywhere)``. Every leaf has a buffer of its own: an array
+    that is given twice, as by optimizers that start from a copy of the parameters, is copied, and all can be donated.
+    """
 
     #: How many steps were taken.
     step: Array
@@ -35,6 +47,31 @@ class TrainState:
     opt_state: Any
     #: Each step's own key is this one folded with its number.
     key: Array
+
+    def __post_init__(self) -> None:
+        seen: set[Any] = set()
+        for field in ("step", "params", "opt_state", "key"):
+            object.__setattr__(self, field, jax.tree.map(functools.partial(_own_buffer, seen), getattr(self, field)))
+
+    def tree_flatten_with_keys(self) -> Any:
+        """The fields as children, the key as raw data; what kind of key it is, is static."""
+        key, kind = self.key, self.__dict__.get("_kind")
+        if hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and isinstance(key, Array):
+            key, kind = jax.random.key_data(key), jax.random.key_impl(key)
+        children = {"step": self.step, "params": self.params, "opt_state": self.opt_state, "key": key}
+        return [(jax.tree_util.GetAttrKey(name), child) for name, child in children.items()], kind
+
+    @classmethod
+    def tree_unflatten(cls, kind: Any, children: Any) -> "TrainState":
+        """The state of these fields; a leaf that is not the data of a key, such as a sharding, stays as it is."""
+        state = object.__new__(cls)
+        step, params, opt_state, key = children
+        if isinstance(key, Array | np.ndarray) and key.dtype == np.uint32 and kind is not None:
+            key = jax.random.wrap_key_data(jnp.asarray(key), impl=kind)
+        fields = {"step": step, "params": params, "opt_state": opt_state, "key": key, "_kind": kind}
+        for name, value in fields.items():
+            object.__setattr__(state, name, value)
+        return state
 
     @classmethod
     def create(
@@ -48,6 +85,20 @@ class TrainState:
         return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params), train_key)
 
 
+def _own_buffer(seen: set[Any], leaf: Any) -> Any:
+    """The leaf, or a copy of it if its buffers are among those that were seen."""
+    if not isinstance(leaf, Array) or isinstance(leaf, jax.core.Tracer):
+        return leaf
+    data = jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+    if data.is_deleted():
+        return leaf
+    buffers = {(s.device, s.data.unsafe_buffer_pointer()) for s in data.addressable_shards if s.data.size}
+    if buffers & seen:
+        return jnp.copy(leaf)
+    seen |= buffers
+    return leaf
+
+
 def make_train_step(
     net: Serial,
     loss: Loss,
@@ -55,11 +106,22 @@ def make_train_step(
     *,
     rules: Rules | None = None,
     microbatch: int | None = None,
+    gradient: Gradient | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A jitted training step: ``state, metrics = step(state, (x, targets))``.
 
-    The state is donated: use the one that comes back.  ``metrics`` holds the mean "loss" of the batch, and "accuracy"
-    where targets are integer labels; both before the update, with dropout on.
+    The state is donated: use the one that comes back.  ``metrics`` holds the mean "loss" of the batch, in float32 or
+    wider, and "accuracy" where targets are integer labels, as in `evaluate`; both before the update, with dropout on.
+
+    An optimizer that asks for ``value``, ``grad`` or ``value_fn`` gets them: the mean loss, its gradient, and the mean
+    loss of the batch as a function of the parameters. Examples are `optax.contrib.reduce_on_plateau`,
+    `optax.polyak_sgd` and `optax.lbfgs`.
+
+    An optimizer that aggregates gradients of single examples, such as `optax.contrib.dpsgd`, needs
+    ``gradient=jaxcnn.per_example_gradients``. In general ``gradient`` is a function that is called instead of taking
+    the gradient of the mean loss, ``gradient(net, params, x, targets, loss, key=key)``. It returns a tree like the
+    parameters, to which it may have done anything, such as clipping and adding noise: see the last example. The key is
+    the one of the step, with which dropout draws; fold a number of your own into it for other draws.
 
     A small net waits for Python at every step.  Over batches that are on the device already, several steps are one
     call: ``jax.lax.scan(step, state, (xs, targets))``, with xs ``(steps, N, …)``; its metrics have a leading dim, too.
@@ -78,9 +140,11 @@ def make_train_step(
         optimizer: from optax.
         rules: other backward halves, as in `Serial.apply`.
         microbatch: how many examples at a time; None: all.  What remains of the batch goes last.
+        gradient: called in place of the gradient of the mean loss; not together with ``rules`` or ``microbatch``.
 
     Raises: TypeError for what is no net, function or optimizer, TypeError or ValueError for a microbatch that is no
-    int >= 1; when the step is first called, what the layers and the loss raise for shapes and dtypes that do not fit.
+    int >= 1; when the step is first called, what the layers and the loss raise for shapes and dtypes that do not fit,
+    and ValueError for an optimizer that needs gradients of single examples and does not get them.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -108,6 +172,21 @@ def make_train_step(
     >>> state, metrics = frugal(state, (jnp.ones((128, 28, 28, 1)), jnp.zeros(128, jnp.int32)))
     >>> int(state.step)
     6
+
+    Private training, every gradient clipped and noise added to their sum:
+
+    >>> def private(net, params, x, targets, loss, *, key):
+    ...     total = jaxcnn.clipped_gradient(net, params, x, targets, loss, 1.0, key=key)
+    ...     leaves, tree = jax.tree.flatten(total)
+    ...     keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
+    ...     noisy = [a + 0.5 * jax.random.normal(key, a.shape) for key, a in zip(keys, leaves)]
+    ...     return jax.tree.unflatten(tree, [a / len(x) for a in noisy])
+    >>> step = jaxcnn.make_train_step(
+    ...     net, jaxcnn.softmax_cross_entropy_with_integer_labels, optimizer, gradient=private
+    ... )
+    >>> state, metrics = step(state, (jnp.ones((8, 28, 28, 1)), jnp.zeros(8, jnp.int32)))
+    >>> int(state.step)
+    7
     """
     expect_net("make_train_step", net)
     expect_loss("make_train_step", loss)
@@ -115,36 +194,108 @@ def make_train_step(
     if microbatch is not None and static_int("make_train_step", "microbatch", microbatch, microbatch) < 1:
         fail("make_train_step", f"microbatch expected an int >= 1, got {microbatch}")
 
-    def gradients(params: Params, batch: Batch, key: Array) -> tuple[Params, Metrics]:
-        """Of the mean error."""
+    if gradient is not None:
+        if not callable(gradient):
+            raise TypeError(f"make_train_step: gradient must be a function, got {gradient!r}")
+        if rules is not None or microbatch is not None:
+            fail("make_train_step", "gradient must not be given together with rules or microbatch")
+    asked = _asked_for(optimizer)
+
+    def error(params: Params, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
+        """The mean error, and how many labels were predicted out of how many."""
         x, targets = batch
+        outputs = net.apply(params, x, key=key, rules=rules)
+        return _widened(loss(outputs, targets)).mean(), _counts(outputs, targets)
 
-        def error(params: Params) -> tuple[Array, Array]:
-            outputs = net.apply(params, x, key=key, rules=rules)
-            return loss(outputs, targets).mean(), outputs
+    def gradients(params: Params, batch: Batch, key: Array) -> tuple[tuple[Array, Params], dict[str, Array]]:
+        """Of the mean error, behind the error itself."""
+        (value, counts), found = jax.value_and_grad(error, has_aux=True)(params, batch, key)
+        return (value, found), counts
 
-        (value, outputs), found = jax.value_and_grad(error, has_aux=True)(params)
-        metrics = {"loss": value}
-        if _are_labels(outputs, targets):
-            metrics["accuracy"] = _correct(outputs, targets).mean()
-        return found, metrics
+    def over_batch(f: Callable[..., Any], batch: Batch, key: Array) -> Any:
+        if microbatch is None or microbatch >= batch[0].shape[0]:
+            return f(batch, key)
+        return _accumulated(f, batch, key, microbatch)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        if microbatch is None or microbatch >= batch[0].shape[0]:
-            found, metrics = gradients(state.params, batch, key)
+        if gradient is None:
+            (value, found), counts = over_batch(functools.partial(gradients, state.params), batch, key)
         else:
-            found, metrics = _accumulated(functools.partial(gradients, state.params), batch, key, microbatch)
-        updates, opt_state = optimizer.update(found, state.opt_state, state.params)
+            value, counts = error(state.params, batch, key)
+            found = gradient(net, state.params, *batch, loss, key=key)
+
+        def value_fn(params: Params) -> Array:
+            return over_batch(functools.partial(error, params), batch, key)[0]
+
+        extra = {name: a for name, a in (("value", value), ("grad", found), ("value_fn", value_fn)) if name in asked}
+        _check_gradient(optimizer, state, found, extra, jnp.shape(batch[0])[:1])
+        updates, opt_state = optimizer.update(found, state.opt_state, state.params, **extra)
         params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": value}
+        if counts:
+            metrics["accuracy"] = counts["right"].astype(np.float32) / counts["labels"].astype(np.float32)
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
     return step
 
 
+def _asked_for(optimizer: Any) -> frozenset[str]:
+    """Which of the extra arguments an optimizer takes."""
+    names = {"value", "grad", "value_fn"}
+    try:
+        parameters = inspect.signature(optimizer.update).parameters.values()
+    except (TypeError, ValueError):
+        return frozenset()
+    everything = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return frozenset(names if everything else names & {p.name for p in parameters})
+
+
+def _check_gradient(optimizer: Any, state: TrainState, found: Any, extra: Any, batch: tuple[int, ...]) -> None:
+    """ValueError unless the optimizer gets what it needs: one gradient, or one for each example."""
+    each = _aggregates(optimizer, state, extra)
+    lead = batch if each else ()
+    expected = [(path, (*lead, *jnp.shape(p))) for path, p in jax.tree.leaves_with_path(state.params)]
+    if [(path, jnp.shape(a)) for path, a in jax.tree.leaves_with_path(found)] == expected:
+        return
+    if each:
+        fail(
+            "make_train_step",
+            "gradient must return gradients of single examples, which this optimizer aggregates, such as "
+            "gradient=jaxcnn.per_example_gradients; got one gradient for the batch",
+        )
+    got = jax.tree.map(jnp.shape, found)
+    fail("make_train_step", f"gradient must return a tree like params, got shapes {got}")
+
+
+def _aggregates(optimizer: Any, state: TrainState, extra: Any) -> bool:
+    """Whether an optimizer takes a gradient for each example: whether a leading dim of its own goes away."""
+
+    def private(node: Any) -> bool:
+        return isinstance(node, optax.contrib.DifferentiallyPrivateAggregateState)
+
+    if any(map(private, jax.tree.leaves(state.opt_state, is_leaf=private))):
+        return True
+    params = jax.tree.leaves(state.params)
+    each = jax.tree.map(lambda a: jax.ShapeDtypeStruct((3, *jnp.shape(a)), jnp.result_type(a)), state.params)
+
+    def update(found: Any) -> Any:
+        given = {**extra, "grad": found} if "grad" in extra else extra
+        return optimizer.update(found, state.opt_state, state.params, **given)[0]
+
+    try:
+        updates = jax.tree.leaves(jax.eval_shape(update, each))
+    except Exception:  # whatever an optimizer raises for shapes that are not its own
+        return False
+    return len(updates) == len(params) and any(u.shape == jnp.shape(p) for u, p in zip(updates, params, strict=True))
+
+
 def _accumulated(mean: Callable[[Batch, Array], Any], batch: Batch, key: Array, size: int) -> Any:
-    """The mean over a batch, ``size`` examples at a time: Σ (mean of a part)·(its share), in float32 or wider."""
+    """A mean and counts over a batch, ``size`` examples at a time, in float32 or wider.
+
+    ``mean`` returns both for a part. The means are added up by their shares, the counts as they are.
+    """
     examples = batch[0].shape[0]
     count = examples // size
 
@@ -152,8 +303,8 @@ def _accumulated(mean: Callable[[Batch, Array], Any], batch: Batch, key: Array, 
         return np.promote_types(a.dtype, np.float32)
 
     def share(part: Batch, i: ArrayLike, of: int) -> Any:
-        found = mean(part, jax.random.fold_in(key, i))
-        return jax.tree.map(lambda a: a.astype(wide(a)) * (of / examples), found)
+        found, counts = mean(part, jax.random.fold_in(key, i))
+        return jax.tree.map(lambda a: a.astype(wide(a)) * (of / examples), found), counts
 
     def add(total: Any, i: Array) -> tuple[Any, None]:
         part = jax.tree.map(lambda a: a[: count * size].reshape(size, count, *a.shape[1:])[:, i], batch)
@@ -162,18 +313,33 @@ def _accumulated(mean: Callable[[Batch, Array], Any], batch: Batch, key: Array, 
     def rest(a: Array) -> Array:
         return a[count * size :]
 
-    shapes = jax.eval_shape(mean, batch, key)
+    shapes, counts = jax.eval_shape(mean, batch, key)
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, wide(a)), shapes)
-    total, _ = jax.lax.scan(add, zeros, jnp.arange(count))
+    nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), counts)
+    total, _ = jax.lax.scan(add, (zeros, nothing), jnp.arange(count))
     if examples % size:
         total = jax.tree.map(jnp.add, total, share(jax.tree.map(rest, batch), count, examples % size))
-    return jax.tree.map(lambda a, like: a.astype(like.dtype), total, shapes)
+    return jax.tree.map(lambda a, like: a.astype(like.dtype), total[0], shapes), total[1]
 
 
 def evaluate(net: Serial, loss: Loss, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
     """Mean loss, and accuracy where targets are integer labels, over all examples of ``batches``; dropout is off.
 
-    Raises: ValueError if there are no examples, TypeError for what is no net or no function.
+    Every example counts the same, whatever its batch. Where there is one class for each pixel, with outputs
+    ``(N, …, classes)`` and targets ``(N, …)``, the loss of an example is the mean over what ``loss`` returns for it,
+    and the accuracy is the share of pixels that are right. Labels outside of the classes, such as −100 or 255 for
+    pixels to ignore, do not count in the accuracy; what they count in the loss is what ``loss`` returns for them. If no
+    label is in the classes, the accuracy is NaN. The sum over a batch is taken in float32, or in float64 where the loss
+    is; the sum of these in float64.
+
+    Args:
+        net: from `serial`.
+        loss: error of each example, ``(N, …)``, as in `make_train_step`.
+        params: its parameters, with the statistics of `calibrate` if it has batch norms.
+        batches: ``(x, targets)``, each once.
+
+    Raises: ValueError if there are no examples and for a loss that is not one error for each example; TypeError for
+    what is no net or no function.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -186,50 +352,82 @@ def evaluate(net: Serial, loss: Loss, params: Params, batches: Iterable[Batch]) 
     expect_net("evaluate", net)
     expect_loss("evaluate", loss)
     run = _evaluator(net, loss)
-    totals: dict[str, float] = {}
-    examples = 0
+    total, examples = 0.0, 0
+    totals: dict[str, int] = {}
     for x, targets in batches:
-        for name, total in run(params, (x, targets)).items():
-            totals[name] = totals.get(name, 0.0) + float(total)
+        of_batch, counts = run(params, (x, targets))
+        total += float(of_batch)
+        for name, count in counts.items():
+            totals[name] = totals.get(name, 0) + int(count)
         examples += np.shape(x)[0]
     if not examples:
         raise ValueError("evaluate: batches expected at least one example, got none")
-    return {name: total / examples for name, total in totals.items()}
+    found = {"loss": total / examples}
+    if totals:
+        found["accuracy"] = totals["right"] / totals["labels"] if totals["labels"] else math.nan
+    return found
 
 
-@functools.lru_cache(maxsize=16)
-def _evaluator(net: Serial, loss: Loss) -> Callable[[Params, Batch], Metrics]:
-    """Jitted once for a net and a loss: totals over a batch."""
+def _remembered(make: Callable[..., Any]) -> Callable[..., Any]:
+    """``make`` with a cache for arguments that can be hashed; nets and losses of one's own may not be."""
+    cached = functools.lru_cache(maxsize=64)(make)
+
+    @functools.wraps(make, updated=())
+    def remembered(*args: Any) -> Any:
+        try:
+            hash(args)
+        except TypeError:
+            return make(*args)
+        return cached(*args)
+
+    return remembered
+
+
+@_remembered
+def _evaluator(net: Serial, loss: Loss) -> Callable[[Params, Batch], tuple[Array, dict[str, Array]]]:
+    """Jitted once for a net and a loss: the sum of all errors of a batch, and counts of its labels."""
 
     @jax.jit
-    def run(params: Params, batch: Batch) -> Metrics:
+    def run(params: Params, batch: Batch) -> tuple[Array, dict[str, Array]]:
         x, targets = batch
         outputs = net.apply(params, x)
-        errors = loss(outputs, targets)
-        totals = {"loss": errors.reshape(len(errors), math.prod(errors.shape[1:])).mean(1).sum()}
-        if _are_labels(outputs, targets):
-            totals["accuracy"] = _correct(outputs, targets).sum()
-        return totals
+        errors = _widened(loss(outputs, targets))
+        if errors.shape[:1] != jnp.shape(x)[:1]:
+            expected = f"an error for each of {len(x)} examples, (N, …)"
+            fail("evaluate", f"loss must return {expected}, got shape {errors.shape}")
+        return errors.reshape(len(errors), math.prod(errors.shape[1:])).mean(1).sum(), _counts(outputs, targets)
 
     return run
 
 
-def calibrate(net: Serial, params: Params, batches: Iterable[Batch]) -> Params:
-    """Parameters with exact statistics of the training data beside them, for every `BatchNorm` of the net.
+def calibrate(net: Serial, params: Params, batches: Iterable[Batch], *, keep_bytes: int = 2**32) -> Params:
+    """Parameters with exact statistics of the training data added to every `BatchNorm` of the net.
 
-    What comes back is for evaluation: ``net.apply(calibrated, x)`` normalises by "mean" and "var", the mean and the
-    variance (Σ (x − mean)²/n) of all that reaches the layer when the net is evaluated on ``batches``.  They do not
-    depend on how the data are cut into batches.  The optimiser keeps the parameters that went in, and never sees them.
+    The result is for evaluation: ``net.apply(calibrated, x)`` normalizes by "mean" and "var", the mean and the variance
+    (Σ (x − mean)²/n) of everything that reaches the layer when the net is evaluated on ``batches``. The statistics do
+    not depend on how the data are cut into batches. The optimizer keeps the original parameters and never sees the
+    statistics.
 
-    Layer after layer: what reaches a layer hangs on the statistics of those before it, so the data are gone through
-    once for each.  Every batch's mean and Σ (x − mean)² are merged in float64 on the host (Chan et al. 1979).
+    The input of a batch norm depends on the statistics of the batch norms before it. The net is therefore traced once
+    and cut into stages, one for each level of batch norms, wherever they are: in residual nets, parallel branches and
+    subclasses of `Serial` with an `apply` of their own. A stage continues from the arrays that the earlier stages left
+    for it, so that all stages together are one forward pass over the data.
+
+    These arrays are held for every batch: the input of the batch norm and what else the rest of the net needs, such as
+    the other term of a residual sum. At a stage where they exceed ``keep_bytes`` over all batches, none of them is
+    held, and the next stage starts again from the data. The mean and Σ (x − mean)² of every batch are merged in float64
+    on the host (Chan et al. 1979).
 
     Args:
         net: from `serial`.
         params: as training left them.
-        batches: of the training data, ``(x, targets)``; a list, or what else can be gone through more than once.
+        batches: of the training data, ``(x, targets)``; a list, or another iterable that can be iterated repeatedly.
+        keep_bytes: how many bytes of activations may be held.
 
-    Raises: ValueError if there are no examples; TypeError for what can be gone through only once, such as a generator.
+    Raises: ValueError if there are no examples, and for a batch norm that cannot be calibrated exactly: one that the
+        net never calls, that is inside `jax.lax.scan` and the like, whose own output reaches it again, or that a layer
+        contains which is not a `Serial`, unless the parameters are named like the fields of that layer. TypeError for
+        an iterable that can be iterated only once, such as a generator.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -246,24 +444,79 @@ def calibrate(net: Serial, params: Params, batches: Iterable[Batch]) -> Params:
     expect_net("calibrate", net)
     if not isinstance(batches, Iterable):
         raise TypeError(f"calibrate: batches expected (x, targets) pairs, got {batches!r}")
-    paths = [path for path, layer in net.walk() if isinstance(layer, BatchNorm)]
+    if static_int("calibrate", "keep_bytes", keep_bytes, keep_bytes) < 0:
+        fail("calibrate", f"keep_bytes must be an int >= 0, got {keep_bytes}")
+    paths, hiding = _norms(net)
     if iter(batches) is batches and paths:
         raise TypeError(
             f"calibrate: batches expected a list, or what else can be gone through once for each of {len(paths)} "
             f"layers, got {type(batches).__name__}"
         )
+    if not paths and not hiding:
+        return params
+    traced = params
     for path in paths:
-        n, mean, squares = 0, np.zeros(()), np.zeros(())
-        dtype: Any = None
-        for x, _ in batches:
-            of_batch = _moments_before(net, path)(params, x)
-            dtype = of_batch[1].dtype
-            n, mean, squares = _merged((n, mean, squares), of_batch)
-        if not n:
+        traced = _with(traced, path.split("/"), {part: jnp.zeros(UNKNOWN, np.float32) for part in ("mean", "var")})
+    leaves, tree = jax.tree.flatten(traced)
+
+    def stages(x: Any) -> _Stages:
+        return _stages(net, paths, hiding, tree, tuple(map(jax.typeof, leaves)), jax.typeof(jnp.asarray(x)))
+
+    known: dict[str, tuple[Any, Any]] = {}
+    held: list[tuple[_Stages, Any]] | None = None
+    stage, last, dtypes = 0, 1, dict[str, Any]()
+    totals: dict[str, tuple[int, Any, Any]] = {}
+    while stage < last:
+        source: Iterable[tuple[_Stages, Any, int]]
+        if held is None:
+            source = ((stages(x), jnp.asarray(x), 0) for x, _ in batches)
+        else:
+            source = ((cut, values, stage) for cut, values in held)
+        kept: list[tuple[_Stages, Any]] | None = []
+        size, empty = 0, True
+        for cut, values, start in source:
+            last, empty = cut.count, False
+            for at in range(start, stage + 1):
+                moments, values = cut.run(at, leaves, known, values)
+            for path, of_batch in moments:
+                dtypes[path] = of_batch[1].dtype
+                totals[path] = _merged(totals.get(path, (0, np.zeros(()), np.zeros(()))), of_batch)
+            size += sum(a.nbytes for a in values)
+            kept = None if kept is None or size > keep_bytes else [*kept, (cut, values)]
+        if empty:
             raise ValueError("calibrate: batches expected at least one example, got none")
-        found = {"mean": jnp.asarray(mean, dtype), "var": jnp.asarray(squares / n, dtype)}
-        params = _with(params, path.split("/"), found)
+        for path in cut.ready(stage):
+            n, mean, squares = totals[path]
+            if not n:
+                raise ValueError("calibrate: batches expected at least one example, got none")
+            known[path] = jnp.asarray(mean, dtypes[path]), jnp.asarray(squares / n, dtypes[path])
+        held, stage = kept, stage + 1
+    for path, (mean, var) in known.items():
+        params = _with(params, path.split("/"), {"mean": mean, "var": var})
     return params
+
+
+def _norms(net: Serial) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Where the batch norms are that calibrate can see, and the layers that may contain others."""
+    found: list[str] = []
+    hiding: list[str] = []
+
+    def look(path: str, layer: Layer) -> None:
+        if isinstance(layer, BatchNorm):
+            found.append(path)
+            return
+        own = type(layer).__module__ not in (Layer.__module__, Serial.__module__)
+        if own:
+            hiding.append(path or type(layer).__name__)
+        inside = list(layer.layers) if isinstance(layer, Serial) else []
+        if own:
+            fields = ((f.name, getattr(layer, f.name)) for f in dataclasses.fields(layer))
+            inside += [(name, value) for name, value in fields if isinstance(value, Layer)]
+        for name, value in inside:
+            look(f"{path}/{name}" if path else name, value)
+
+    look("", net)
+    return tuple(found), tuple(hiding)
 
 
 def _merged(one: tuple[int, Any, Any], two: tuple[Any, Any, Any]) -> tuple[int, Any, Any]:
@@ -274,36 +527,237 @@ def _merged(one: tuple[int, Any, Any], two: tuple[Any, Any, Any]) -> tuple[int, 
     return (n, m1 + d * (n2 / n), s1 + s2 + d * d * (n1 * n2 / n)) if n else one
 
 
-@functools.lru_cache(maxsize=64)
-def _moments_before(net: Serial, path: str) -> Callable[[Params, Any], tuple[int, Array, Array]]:
-    """Jitted once for a net and a layer: how many entries reach a channel of it, their mean, and Σ (x − mean)²."""
-    before = _before(net, path.split("/"))
-
-    @jax.jit
-    def run(params: Params, x: Any) -> tuple[int, Array, Array]:
-        reached = before.apply(params, x)
-        pixels = reached.reshape(-1, reached.shape[-1])
-        pixels = pixels.astype(np.promote_types(pixels.dtype, np.float32))
-        mean = pixels.sum(0) / max(len(pixels), 1)
-        return len(pixels), mean, jnp.square(pixels - mean).sum(0)
-
-    return run
+@jax.jit
+def _moments(x: Array) -> tuple[int, Array, Array]:
+    """How many entries a channel has, their mean, and Σ (x − mean)²."""
+    pixels = x.reshape(-1, x.shape[-1])
+    pixels = pixels.astype(np.promote_types(pixels.dtype, np.float32))
+    mean = pixels.sum(0) / max(len(pixels), 1)
+    return len(pixels), mean, jnp.square(pixels - mean[None]).sum(0)
 
 
-def _before(net: Serial, path: list[str]) -> Serial:
-    """The layers that run before the one of this name, in its own net and in those around it."""
-    at = [name for name, _ in net.layers].index(path[0])
-    inner = net.layers[at][1]
-    # Of a residual net, what its last layers add is not yet added.
-    own = ((path[0], _before(inner, path[1:])),) if isinstance(inner, Serial) else ()
-    return Serial(net.layers[:at] + own)
+def _with(params: Any, path: list[str], found: Params) -> Any:
+    """The parameters with more entries at one place, dicts of the types they had; the original is left as it is."""
+    part = found if not path else {path[0]: _with(params.get(path[0], {}), path[1:], found)}
+    if type(params) is dict or not isinstance(params, Mapping):
+        return {**params, **part}
+    if isinstance(params, MutableMapping):  # such as OrderedDict and defaultdict
+        changed = copy.copy(params)
+        changed.update(part)
+        return changed
+    return type(params)({**params, **part})  # type: ignore[call-arg]
 
 
-def _with(params: Params, path: list[str], found: Params) -> Params:
-    """The parameters with some more at one place; the ones that came are left as they are."""
-    if not path:
-        return {**params, **found}
-    return {**params, path[0]: _with(params.get(path[0], {}), path[1:], found)}
+# ---------------------------------------------------------------------------------------------------------------------
+# A net cut at its batch norms
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """One operation of a traced net. Values are numbered; an operand that has no number is a constant."""
+
+    run: Callable[..., Any]
+    operands: tuple[Any, ...]
+    results: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reached:
+    """A batch norm that x reaches; the results are its mean and var, in these dtypes."""
+
+    path: str
+    x: int
+    results: tuple[int, int]
+    dtypes: tuple[Any, Any]
+
+
+class _Stages:
+    """A net traced for one shape, cut so that each stage reads only statistics that earlier stages made known."""
+
+    def __init__(self, net: Serial, paths: Sequence[str], hiding: tuple[str, ...], tree: Any, leaves: Any, x: Any):
+        def apply(leaves: Any, x: Array) -> Array:
+            return net.apply(jax.tree.unflatten(tree, leaves), x)
+
+        with HIDING(hiding):
+            traced = jax.make_jaxpr(apply)(list(map(_like, leaves)), _like(x))
+        self._leaves = len(leaves)
+        self._constants: dict[int, Any] = {}
+        self._steps: list[_Step | _Reached] = []
+        self._numbers = itertools.count(self._leaves + 1)
+        #: Numbers of statistics that are not known yet: (path, part).
+        self._unknown: dict[int, tuple[str, str]] = {}
+        named = jax.tree.unflatten(tree, range(self._leaves))
+        for path in paths:
+            own = functools.reduce(lambda at, name: at[name], path.split("/"), named)
+            self._unknown |= {own[part]: (path, part) for part in ("mean", "var")}
+        self._add(traced.jaxpr, traced.consts, list(range(self._leaves + 1)))
+        missing = set(paths) - {step.path for step in self._steps if isinstance(step, _Reached)}
+        if missing:
+            fail("calibrate", f"{', '.join(sorted(missing))}: the net must call every BatchNorm with its parameters")
+        self._stage, self._ready = self._schedule(len(paths))
+        self.count = max(self._ready.values(), default=0)
+        self._run = [jax.jit(functools.partial(self._compute, stage)) for stage in range(self.count)]
+
+    def run(self, stage: int, leaves: Any, known: Mapping[str, Any], values: Any) -> tuple[Any, tuple[Array, ...]]:
+        """Moments of what reaches batch norms at a stage, and the arrays that the stages after it read."""
+        known = {path: value for path, value in known.items() if self._ready[path] <= stage}
+        values = (values,) if stage == 0 else values
+        moments, values = self._run[stage](leaves, known, values)
+        return list(zip(self._met(stage), moments, strict=True)), values
+
+    def ready(self, stage: int) -> list[str]:
+        """The batch norms that everything has reached after a stage."""
+        return [path for path, at in self._ready.items() if at == stage + 1]
+
+    def _met(self, stage: int) -> list[str]:
+        reached = (step for step in self._steps if isinstance(step, _Reached))
+        return [step.path for step in reached if self._stage.get(step.x, 0) == stage]
+
+    def _add(self, jaxpr: Any, constants: Any, operands: list[Any]) -> list[Any]:
+        """Take up the operations of a jaxpr, those of functions that are called in it too; its results."""
+        numbers: dict[Any, Any] = {}
+        for var, value in zip(jaxpr.constvars, constants, strict=True):
+            numbers[var] = next(self._numbers)
+            self._constants[numbers[var]] = value
+        numbers.update(zip(jaxpr.invars, operands, strict=True))
+
+        def read(var: Any) -> Any:
+            return _Constant(var.val) if isinstance(var, jax.extend.core.Literal) else numbers[var]
+
+        for eqn in jaxpr.eqns:
+            of_eqn = [read(var) for var in eqn.invars]
+            unknown = [n for n in of_eqn if not isinstance(n, _Constant) and n in self._unknown]
+            inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+            if eqn.primitive is reached_p:
+                results = self._reach(eqn, of_eqn)
+            elif unknown and eqn.primitive.name == "convert_element_type":
+                results = [next(self._numbers)]
+                self._unknown[results[0]] = self._unknown[unknown[0]]
+            elif (unknown or _reaches(eqn)) and eqn.primitive.name in _CALLS:
+                closed = isinstance(inner, jax.extend.core.ClosedJaxpr)
+                results = self._add(inner.jaxpr if closed else inner, inner.consts if closed else (), of_eqn)
+            elif unknown or _reaches(eqn):
+                names = sorted({self._unknown[n][0] for n in unknown}) or ["a BatchNorm"]
+                fail(
+                    "calibrate",
+                    f"{', '.join(names)}: statistics must reach the BatchNorm as they are, outside of "
+                    f"scan, cond, shard_map and the like; got {eqn.primitive.name}",
+                )
+            else:
+                results = [next(self._numbers) for _ in eqn.outvars]
+                dropped = [isinstance(var, jax.extend.core.DropVar) for var in eqn.outvars]
+                read_by_it = [read(var) for var in eqn.invars if not isinstance(var, jax.extend.core.Literal)]
+                kept = [n for n, drop in zip(results, dropped, strict=True) if not drop]
+                self._steps.append(_Step(_bound(jaxpr, eqn), tuple(read_by_it), tuple(kept)))
+            numbers.update(zip(eqn.outvars, results, strict=True))
+        return [read(var) for var in jaxpr.outvars]
+
+    def _reach(self, eqn: Any, operands: list[Any]) -> list[int]:
+        x, *unknown = operands
+        found = [self._unknown.get(n, ("", "")) for n in unknown]
+        if [part for _, part in found] != ["mean", "var"] or found[0][0] != found[1][0]:
+            fail("calibrate", "every BatchNorm must be called with its own parameters, got those of another layer")
+        results = next(self._numbers), next(self._numbers)
+        self._steps.append(_Reached(found[0][0], x, results, tuple(var.aval.dtype for var in eqn.outvars)))
+        return list(results)
+
+    def _schedule(self, most: int) -> tuple[dict[int, int], dict[str, int]]:
+        """The stage at which each value can be computed; for each batch norm, the first that may read its statistics.
+
+        A norm that is called several times is ready when all calls were reached; stages are found by repetition.
+        """
+        ready: dict[str, int] = {}
+        while True:
+            stage: dict[int, int] = {}
+            met: dict[str, int] = {}
+            for step in self._steps:
+                if isinstance(step, _Reached):
+                    at = stage.get(step.x, 0)
+                    met[step.path] = max(met.get(step.path, 0), at + 1)
+                    at = max(at + 1, ready.get(step.path, 0))
+                else:
+                    at = max((stage.get(n, 0) for n in step.operands if not isinstance(n, _Constant)), default=0)
+                stage.update(dict.fromkeys(step.results, at))
+            if max(met.values(), default=0) > most:
+                names = ", ".join(path for path, at in met.items() if at > most)
+                fail("calibrate", f"{names}: the output of a BatchNorm must not reach the same BatchNorm again")
+            if met == ready:
+                return stage, ready
+            ready = met
+
+    def _compute(self, stage: int, leaves: Any, known: Any, values: Any) -> Any:
+        held = (self._leaves,) if stage == 0 else self._held(stage)
+        of = {**self._constants, **dict(enumerate(leaves)), **dict(zip(held, values, strict=True))}
+        moments = []
+
+        def read(n: Any) -> Any:
+            return n.value if isinstance(n, _Constant) else of[n]
+
+        for step in self._steps:
+            if isinstance(step, _Reached):
+                if self._stage.get(step.x, 0) == stage:
+                    moments.append(_moments(read(step.x)))
+                if step.path in known:
+                    statistics = zip(step.results, known[step.path], step.dtypes, strict=True)
+                    of.update({n: a.astype(dtype) for n, a, dtype in statistics})
+            elif self._stage[step.results[0]] == stage if step.results else False:
+                of.update(zip(step.results, step.run(*map(read, step.operands)), strict=True))
+        return moments, tuple(of[n] for n in self._held(stage + 1))
+
+    def _held(self, stage: int) -> tuple[int, ...]:
+        """The values that are computed before a stage and read by it or the ones after it, up to the last."""
+        found: dict[int, None] = {}
+        statistics = {n for step in self._steps if isinstance(step, _Reached) for n in step.results}
+        for step in self._steps:
+            if isinstance(step, _Reached):
+                reads, late = (step.x,), stage <= self._stage.get(step.x, 0) < self.count
+            else:
+                reads, late = step.operands, any(stage <= self._stage[n] < self.count for n in step.results)
+            for n in reads if late else ():
+                if isinstance(n, _Constant) or n < self._leaves or n in self._constants or n in statistics:
+                    continue
+                if self._stage.get(n, 0) < stage:
+                    found[n] = None
+        return tuple(found)
+
+
+_stages = _remembered(_Stages)
+
+#: What only calls a function once.
+_CALLS = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Constant:
+    value: Any
+
+
+def _like(kind: Any) -> Any:
+    return jax.ShapeDtypeStruct(kind.shape, kind.dtype, sharding=getattr(kind, "sharding", None))
+
+
+def _reaches(eqn: Any) -> bool:
+    """Whether a batch norm is reached somewhere inside an operation."""
+    return any(
+        inner.primitive is reached_p or _reaches(inner)
+        for jaxpr in jax.extend.core.jaxprs_in_params(eqn.params)
+        for inner in jaxpr.eqns
+    )
+
+
+def _bound(jaxpr: Any, eqn: Any) -> Callable[..., Any]:
+    """An operation of a jaxpr as a function of its operands, to a list of results."""
+    operands = [var for var in eqn.invars if not isinstance(var, jax.extend.core.Literal)]
+    distinct = list(dict.fromkeys(operands))
+    results = [var for var in eqn.outvars if not isinstance(var, jax.extend.core.DropVar)]
+    info = jaxpr.debug_info.with_unknown_names()
+    alone = jax.extend.core.Jaxpr([], distinct, results, [eqn], eqn.effects, info)
+    run = jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(alone, []))
+    return lambda *values: run(*(values[operands.index(var)] for var in distinct))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks
 
 
 def _expect_optimizer(op: str, value: Any) -> None:
@@ -311,9 +765,20 @@ def _expect_optimizer(op: str, value: Any) -> None:
         raise TypeError(f"{op}: optimizer expected one from optax, got {value!r}")
 
 
-def _are_labels(outputs: Array, targets: Any) -> bool:
-    return jnp.issubdtype(targets.dtype, jnp.integer) and targets.shape == outputs.shape[:-1]
+def _widened(errors: Any) -> Array:
+    """The errors in the dtype that they are summed in: float32, or wider if they are."""
+    errors = jnp.asarray(errors)
+    floating = jnp.issubdtype(errors.dtype, jnp.floating)
+    return errors.astype(np.promote_types(errors.dtype, np.float32) if floating else np.float32)
 
 
-def _correct(outputs: Array, targets: Any) -> Array:
-    return (jnp.argmax(outputs, -1) == targets).astype(jnp.float32)
+def _counts(outputs: Any, targets: Any) -> dict[str, Array]:
+    """Where targets are integer labels: how many of them are one of the classes, and how many were predicted."""
+    labels = hasattr(targets, "dtype") and jnp.issubdtype(targets.dtype, jnp.integer)
+    if not labels or targets.shape != jnp.shape(outputs)[:-1] or not jnp.ndim(outputs):
+        return {}
+    targets = targets.astype(np.promote_types(targets.dtype, np.int32))  # int8 does not hold the number of classes
+    there = (targets >= 0) & (targets < outputs.shape[-1])
+    predicted = jnp.argmax(outputs, -1).astype(np.int32)
+    right = there & (predicted == jnp.where(there, targets, 0).astype(np.int32))
+    return {"right": right.sum(dtype=np.int32), "labels": there.sum(dtype=np.int32)}

@@ -527,6 +527,9 @@ CASES = [
     row("avg_pool", (2, 6, 7, 3), window=3, stride=2, padding=1, ceil_mode=True, count_include_pad=False),
     row("avg_pool", (2, 6, 7, 3), window=2, stride=1, dilation=2),
     row("avg_pool", (2, 7, 8, 3), window=(3, 2), stride=(1, 2), dilation=(2, 3), padding=1, count_include_pad=False),
+    row("avg_pool", (2, 6, 7, 3), window=3, stride=2, padding=1, ceil_mode=True, divisor=5),
+    row("avg_pool", (2, 6, 3), window=2, divisor=-0.5),
+    row("avg_pool", (2, 4, 6, 4, 2), window=2, padding=1, count_include_pad=False, divisor=3),
     row("avg_pool", (2, 20, 2), window=70, stride=5, padding=60),
     row("avg_pool", (2, 70, 2), window=66),
     row("avg_pool", (2, 80, 2), window=66, stride=3, padding=((5, 2),)),
@@ -553,6 +556,7 @@ CASES = [
     row("dropout", (4, 6), rate=0.5),
     row("dropout", (2, 3, 4, 2), rate=0.2),
     row("dropout", (4, 6), rate=0.0),
+    row("dropout", (4, 6), rate=1.0),
     # hidden_layer: conv, relu and max_pool in one
     row("hidden_layer", (2, 6, 6, 2), (3, 3, 2, 4), (4,)),
     row("hidden_layer", (2, 7, 2), (3, 2, 3), (3,), window=2, pool_stride=1),

@@ -183,15 +183,26 @@ def max_pool(x: Tensor, *, window, stride=None, padding="VALID", dilation=1, cei
 
 
 def avg_pool(
-    x: Tensor, *, window, stride=None, padding="VALID", dilation=1, ceil_mode=False, count_include_pad=True
+    x: Tensor,
+    *,
+    window,
+    stride=None,
+    padding="VALID",
+    dilation=1,
+    ceil_mode=False,
+    count_include_pad=True,
+    divisor=None,
 ) -> Tensor:
+    """PyTorch takes ``divisor_override`` in two and three dims; in one, the mean of whole windows is scaled."""
     size, stride, pads, dilation = pool_options(x, window, stride, padding, dilation)
     x = x.movedim(-1, 1)
     own = native(pads, size)
     larger = len(size) == 3 and any(k > n for k, n in zip(size, x.shape[2:], strict=True))  # refused, padded or not
     if own is not None and set(dilation) == {1} and not larger:
         pool = AVG_POOL[len(size)]
-        return pool(x, size, stride, own, ceil_mode=ceil_mode, count_include_pad=count_include_pad).movedim(1, -1)
+        by = {} if divisor is None or len(size) == 1 else {"divisor_override": divisor}
+        y = pool(x, size, stride, own, ceil_mode=ceil_mode, count_include_pad=count_include_pad, **by).movedim(1, -1)
+        return y * math.prod(size) / divisor if divisor is not None and len(size) == 1 else y
     assert not ceil_mode, "PyTorch has no such pooling"
     ones = torch.ones(x.shape[1], 1, *size, dtype=x.dtype)
 
@@ -199,7 +210,8 @@ def avg_pool(
         return CONV[len(size)](a, ones, stride=stride, dilation=dilation, groups=x.shape[1])
 
     seen = F.pad(torch.ones_like(x), flat(pads), value=float(count_include_pad))
-    return (total(F.pad(x, flat(pads))) / total(seen)).movedim(1, -1)
+    count = total(seen) if divisor is None else divisor
+    return (total(F.pad(x, flat(pads))) / count).movedim(1, -1)
 
 
 def max_pool_with_indices(x: Tensor, **options) -> Tensor:
@@ -291,6 +303,8 @@ def dense(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
 
 def dropout(x: Tensor, *, rate: float, mask) -> Tensor:
     """``mask(shape)``: which entries stay, drawn as the op draws them."""
+    if rate == 1:
+        return F.dropout(x, 1.0)
     return x * torch.tensor(mask(tuple(x.shape))) / (1 - rate)
 
 

@@ -24,7 +24,8 @@ ROOMS = {
     "net": {"geometry", "ops", "layers", "taps"},
     "backprop": {"geometry", "ops", "rules", "layers", "net", "taps"},
     "folding": {"geometry", "layers", "net"},
-    "attribution": {"geometry", "ops", "rules", "layers", "net", "backprop", "folding"},
+    # kernels: the dtype that sums are taken in
+    "attribution": {"geometry", "kernels", "ops", "rules", "layers", "net", "backprop", "folding", "taps"},
     # kernels: the products of single examples, which no op has
     "examples": {"geometry", "kernels", "ops", "layers", "net", "backprop"},
     "curvature": {"geometry"},

@@ -94,6 +94,31 @@ COMPOSITES = {
         lambda net: attribution.epsilon_gamma_box(net, -1.0, 1.0, gamma=0.5),
         lambda: zennit.composites.EpsilonGammaBox(-1.0, 1.0, gamma=0.5),
     ),
+    "epsilon_plus_flat": (attribution.epsilon_plus_flat, zennit.composites.EpsilonPlusFlat),
+    "epsilon_alpha2_beta1_flat": (
+        functools.partial(attribution.epsilon_alpha2_beta1_flat, epsilon=0.1, stabilizer=0.2),
+        lambda: zennit.composites.EpsilonAlpha2Beta1Flat(epsilon=0.1, stabilizer=0.2),
+    ),
+    "excitation_backprop": (lambda net: attribution.excitation_backprop(), zennit.composites.ExcitationBackprop),
+}
+#: The same without biases.
+WITHOUT_BIAS = {
+    "epsilon_plus": (
+        lambda net: attribution.epsilon_plus(zero_params="b"),
+        lambda: zennit.composites.EpsilonPlus(zero_params=["bias"]),
+    ),
+    "epsilon_gamma_box": (
+        lambda net: attribution.epsilon_gamma_box(net, -1.0, 1.0, zero_params=("bias",)),
+        lambda: zennit.composites.EpsilonGammaBox(-1.0, 1.0, zero_params=["bias"]),
+    ),
+    "epsilon_alpha2_beta1_flat": (
+        functools.partial(attribution.epsilon_alpha2_beta1_flat, zero_params=["b"]),
+        lambda: zennit.composites.EpsilonAlpha2Beta1Flat(zero_params=["bias"]),
+    ),
+    "excitation_backprop": (
+        lambda net: attribution.excitation_backprop(zero_params="b"),
+        lambda: zennit.composites.ExcitationBackprop(zero_params=["bias"]),
+    ),
 }
 
 
@@ -140,7 +165,15 @@ def normed():
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("composite", COMPOSITES)
 def test_composites_are_zennits(net, composite):
-    net, (ours, theirs) = NETS[net], COMPOSITES[composite]
+    agrees_with_zennit(NETS[net], *COMPOSITES[composite])
+
+
+@pytest.mark.parametrize("composite", WITHOUT_BIAS)
+def test_composites_without_biases_are_zennits(composite):
+    agrees_with_zennit(NETS["plain"], *WITHOUT_BIAS[composite])
+
+
+def agrees_with_zennit(net, ours, theirs):
     heat = found(net, rules=ours(net))
     model, x, target = in_torch(net)
     one_hot = torch.nn.functional.one_hot(target, 5)
@@ -413,6 +446,94 @@ def test_a_traced_target_out_of_range_is_nan():
         assert np.isnan(heat).reshape(3, -1).all(1).tolist() == [False, True, True], method
 
 
+SMALL = serial(Conv(2, 2), Relu(), MaxPool(2), Flatten(), Dense(3))
+SMALL_WAYS = {
+    "gradient": {},
+    "gradient_times_input": {},
+    "integrated_gradients": {"steps": 2},
+    "smooth_grad": {"samples": 2, "key": jax.random.key(0)},
+    "grad_cam": {"layer": "conv1"},
+    "occlusion": {"window": 3, "stride": 2},
+    "deep_lift": {"reference": 0.1},
+    **{
+        name: {"rules": make(SMALL)}
+        for name, make in {
+            "epsilon_plus": lambda net: attribution.epsilon_plus(),
+            "epsilon_plus_flat": attribution.epsilon_plus_flat,
+            "epsilon_alpha2_beta1": lambda net: attribution.epsilon_alpha2_beta1(),
+            "epsilon_alpha2_beta1_flat": attribution.epsilon_alpha2_beta1_flat,
+            "epsilon_gamma_box": lambda net: attribution.epsilon_gamma_box(net, -1.0, 1.0),
+            "excitation_backprop": lambda net: attribution.excitation_backprop(),
+        }.items()
+    },
+}
+
+
+@functools.cache
+def small():
+    """Among the images one is blank."""
+    rng = np.random.default_rng(2)
+    params = SMALL.init(jax.random.key(1), (5, 5, 1), jnp.float64)
+    return params, rng.uniform(-1, 1, (3, 5, 5, 1)) * np.array([1, 0, 1])[:, None, None, None]
+
+
+@pytest.mark.parametrize("method", SMALL_WAYS)
+def test_known_targets_are_known_inside_jit_and_scan_and_no_nan_is_made(method):
+    """Targets closed over, computed inside and passed in give the same finite map, also under `jax.debug_nans`."""
+    params, x = small()
+    target = jnp.array([2, 0, 1])
+    options = {"method": method if method in attribution.METHODS else "relevance", **SMALL_WAYS[method]}
+    run = functools.partial(attribute, SMALL, params, x, **options)
+    with jax.debug_nans(True):
+        of_argument = jax.jit(run)(target)
+        eagerly = run(target)
+        closed_over = jax.jit(lambda scale: run(target) * scale)(1.0)
+        computed = jax.jit(lambda params: run((SMALL.apply(params, x) * 0 + jax.nn.one_hot(target, 3)).argmax(-1)))(
+            params
+        )
+    assert np.isfinite(of_argument).all()
+    assert np.abs(of_argument).max() > 0
+    for heat in (eagerly, closed_over, computed):
+        np.testing.assert_allclose(heat, of_argument, rtol=1e-9, atol=1e-12)
+
+
+def test_gradients_for_targets_of_every_int_dtype():
+    """Of 300 classes, which a byte cannot count; the oracle is the weight of a dense layer."""
+    net = serial(Dense(300))
+    w = np.random.default_rng(0).standard_normal((4, 300))
+    params, x = {"dense1": {"w": w, "b": np.zeros(300)}}, np.ones((3, 4))
+    traced = jax.jit(functools.partial(attribute, net))
+    for kind in (np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64):
+        target = np.array([3, 43, 99], kind)
+        np.testing.assert_allclose(attribute(net, params, x, target), w.T[[3, 43, 99]])
+        np.testing.assert_allclose(traced(params, x, target), w.T[[3, 43, 99]])
+    for target in (np.int64(7), 7, [7, 7, 7], [jnp.int32(7), 7, np.int8(7)], jnp.uint8(7)):
+        np.testing.assert_allclose(attribute(net, params, x, target), w.T[[7, 7, 7]])
+    each = jax.vmap(lambda x, target: attribute(net, params, x[None], target)[0])(x, np.array([3, 43, 99], np.uint8))
+    np.testing.assert_allclose(each, w.T[[3, 43, 99]])
+    for target in (np.array([3, -1, -125], np.int8), np.array([3, 300, 2**40 + 3])):
+        assert np.isnan(traced(params, x, target)).all(1).tolist() == [False, True, True]
+
+
+def test_occlusion_holds_one_window_at_a_time():
+    """841 windows of an image of 32×32 fit into the memory of a few images."""
+    net = serial(Flatten(), Dense(3))
+    params, x = net.init(jax.random.key(0), (32, 32, 1)), jnp.ones((1, 32, 32, 1), jnp.float32)
+    run = jax.jit(functools.partial(attribute, net, method="occlusion", window=4, stride=1))
+    compiled = run.lower(params, x, 2).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 20 * x.nbytes
+
+
+def test_a_window_whose_output_is_not_finite_marks_its_own_pixels():
+    net = serial(Flatten(), Dense(3))
+    params = {"dense1": {"w": np.ones((16, 3)), "b": np.zeros(3)}}
+    x = np.ones((1, 4, 4, 1))
+    x[0, 0, 0] = np.inf
+    heat = attribute(net, params, x, 2, method="occlusion", window=2)[0, :, :, 0]
+    assert np.isinf(heat[:2, :2]).all()
+    assert np.isnan(heat[:, 2:]).all()  # inf − inf
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What they refuse
 
@@ -439,7 +560,33 @@ REFUSED = [
      {"method": "occlusion", "window": 2, "stride": 3}),
     (ValueError, "rules: expected names of layers, got 'conv1'; the nearest are dense1, flatten1, hidden_layer1",
      {"rules": {"conv1": ZPlus()}}),
-    (TypeError, "relevance() missing 1 required keyword-only argument: 'rules'", {"method": "relevance"}),
+    (TypeError, "attribute: rules must be given for method 'relevance', got none", {"method": "relevance"}),
+    (TypeError, "attribute: layer must be given for method 'grad_cam', got none", {"method": "grad_cam"}),
+    (TypeError, "attribute: key must be given for method 'smooth_grad', got none", {"method": "smooth_grad"}),
+    (TypeError, "attribute: options of method 'gradient' must be among rules; got steps", {"steps": 3}),
+    (TypeError, "attribute: options of method 'occlusion' must be among window, stride, value; got rules",
+     {"method": "occlusion", "rules": {}}),
+    (ValueError, f"attribute: method expected {LISTED}; got ['gradient']", {"method": ["gradient"]}),
+    (TypeError, "attribute: rules must be a rule or a mapping from layers to rules, got 3",
+     {"method": "gradient", "rules": 3}),
+    (TypeError, "attribute: relu expected a bool, got 'no'", {"method": "grad_cam", "layer": "dense1", "relu": "no"}),
+    (ValueError, "attribute: noise must be a finite number >= 0, got -0.1",
+     {"method": "smooth_grad", "key": jax.random.key(0), "noise": -0.1}),
+    (TypeError, "attribute: reference must be real numbers, got complex128",
+     {"method": "deep_lift", "reference": np.ones(SHAPE, complex)}),
+    (TypeError, f"{INTS}, got bool", {"target": True}),
+    (TypeError, f"{INTS}, got bool", {"target": np.array([True, False, True])}),
+    (TypeError, f"{INTS}, got float64", {"target": 2.0}),
+    (TypeError, f"{INTS}, got float64", {"target": [0, 1.0, 2]}),
+    (TypeError, "attribute: target expected an array, got None", {"target": None}),
+    (TypeError, "attribute: target expected an array, got '2'", {"target": "2"}),
+    (ValueError, f"{INTS} in [0, 5), got {2**40}", {"target": 2**40}),
+    (ValueError, f"{INTS} in [0, 5), got -1", {"target": -1}),
+    (ValueError, f"{INTS} in [0, 5), got [0, 255, 2]", {"target": np.array([0, 255, 2], np.uint8)}),
+    (ValueError, "attribute: target expected an int or 3 of them, one for each example, got shape (3, 1)",
+     {"target": np.zeros((3, 1), int)}),
+    (ValueError, "attribute: target expected an int or 3 of them, one for each example, got shape (2,)",
+     {"target": [1, 2], "method": "integrated_gradients"}),
 ]  # fmt: skip
 
 
@@ -550,3 +697,186 @@ def test_other_things_that_are_refused():
         attribute(headless, params, x, 2)
     with pytest.raises(TypeError, match=r"^ZBox: expected low and high"):
         attribution.epsilon_gamma_box(net)
+    with pytest.raises(TypeError, match=r"^attribute: rules must be given for method 'relevance', got None"):
+        attribution.relevance(net, params, x, 2, rules=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Last(jaxcnn.Layer):
+    """Ends a net in what `change` makes of its outputs."""
+
+    change: object = None
+
+    def apply(self, params, x, *, key=None, rule=None):
+        return self.change(x)
+
+
+ENDS = [
+    (ValueError, "attribute: net must return one row of outputs for each of 3 examples, got outputs (1, 5)",
+     lambda y: y.mean(0, keepdims=True)),
+    (ValueError, "attribute: net must return one row of outputs for each of 3 examples, got outputs (6, 5)",
+     lambda y: jnp.concatenate([y, y])),
+    (ValueError, "attribute: net expected outputs (N, classes), got (3,)", lambda y: y[:, 0]),
+    (TypeError, "attribute: net must return outputs of a floating dtype, got int64", lambda y: y.astype(int)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "message", "change"), ENDS)
+def test_outputs_that_are_refused(error, message, change):
+    net = serial(Flatten(), Dense(5), Last(change))
+    params, x = drawn(net)
+    for method in ("gradient", "occlusion", "deep_lift"):
+        with pytest.raises(error, match=f"^{re.escape(message)}$"):
+            attribute(net, params, x, 2, method=method)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers and nets that are not from the library
+
+
+class Projected(jaxcnn.Serial):
+    """``layers(x) + x·w``: the shortcut of a residual net that changes the number of channels."""
+
+    def init(self, key, shape, dtype=jnp.float32):
+        w = jax.random.normal(jax.random.fold_in(key, 7), (1, 1, shape[-1], 4), dtype)
+        return {**super().init(key, shape, dtype), "shortcut": {"w": w}}
+
+    def apply(self, params, x, *, key=None, rules=None, rule=None, path=""):
+        y = super().apply(params, x, key=key, rules=rules, rule=rule, path=path)
+        return self.ends(y + jaxcnn.conv(x, params["shortcut"]["w"]))
+
+    def ends(self, y):
+        return y
+
+
+class RectifiedProjected(Projected):
+    """With a ReLU that gets no rule."""
+
+    def ends(self, y):
+        return jaxcnn.relu(y)
+
+
+class RectifiedEnd(jaxcnn.Serial):
+    """Its layers, and a ReLU that gets no rule."""
+
+    def apply(self, params, x, **options):
+        return jaxcnn.relu(super().apply(params, x, **options))
+
+
+class Twice(jaxcnn.Serial):
+    """Calls its layers in its own way."""
+
+    def apply(self, params, x, *, key=None, rules=None, rule=None, path=""):
+        for name, layer in self.layers:
+            x = x + layer.apply(params.get(name, {}), x, rule=rule)
+        return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Bottleneck(jaxcnn.Layer):
+    """Two dense products with nested parameters; `ruled` tells which of them get the rule."""
+
+    ruled: tuple = (True, True)
+    between: object = staticmethod(lambda x: x)
+
+    def init(self, key, shape, dtype=jnp.float32):
+        w = jax.random.normal(key, (shape[-1], 4), dtype)
+        return {"down": {"w": w}, "up": {"w": w.T}}
+
+    def apply(self, params, x, *, key=None, rule=None):
+        down, up = (rule if ruled else None for ruled in self.ruled)
+        return jaxcnn.dense(self.between(jaxcnn.dense(x, params["down"]["w"], rule=down)), params["up"]["w"], rule=up)
+
+
+INNER = (("conv1", Conv(4, 3, padding=1)), ("relu1", Relu()))
+ENDING = (("flatten1", Flatten()), ("dense1", Dense(5)))
+PROJECTED = jaxcnn.Serial((("conv1", Conv(2, 3)), ("block1", Projected(INNER)), *ENDING))
+RECTIFIED = jaxcnn.Serial((("conv1", Conv(2, 3)), ("block1", RectifiedProjected(INNER)), *ENDING))
+
+
+def in_plain_jax(params, x, *, rectified=False, shift=0.0):
+    """`PROJECTED` in stock JAX, with a shift behind the block's convolution."""
+
+    def conv(x, w, padding):
+        return jax.lax.conv_general_dilated(x, w, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    x = conv(x, params["conv1"]["w"], "VALID") + params["conv1"]["b"]
+    block = params["block1"]
+    y = conv(x, block["conv1"]["w"], "SAME") + block["conv1"]["b"] + shift
+    x = jax.nn.relu(y) + conv(x, block["shortcut"]["w"], "VALID")
+    x = jax.nn.relu(x) if rectified else x
+    return x.reshape(x.shape[0], -1) @ params["dense1"]["w"] + params["dense1"]["b"], y
+
+
+@pytest.mark.parametrize("net", [PROJECTED, RECTIFIED], ids=["linear shortcut", "and a ReLU"])
+def test_gradients_and_grad_cam_inside_a_net_with_its_own_apply(net):
+    params, x = drawn(net)
+    plain = functools.partial(in_plain_jax, rectified=net is RECTIFIED)
+    chosen = np.eye(5)[TARGET]
+    expected = jax.grad(lambda x: (chosen * plain(params, x)[0]).sum())(x)
+    np.testing.assert_allclose(found(net), expected, **CLOSE)
+    a = plain(params, x)[1]
+    delta = jax.grad(lambda shift: (chosen * plain(params, x, shift=shift)[0]).sum())(jnp.zeros_like(a))
+    heat = found(net, method="grad_cam", layer="block1/conv1", relu=False)
+    np.testing.assert_allclose(heat, (a * delta.mean((1, 2), keepdims=True)).sum(-1), **CLOSE)
+
+
+def test_deep_lift_through_a_linear_shortcut_sums_to_the_difference():
+    for net in (PROJECTED, serial(Flatten(), Bottleneck(ruled=(False, False)), Relu(), Dense(5))):
+        params, x = drawn(net)
+        rise = np.asarray(net.apply(params, x) - net.apply(params, 0 * x + 0.3))
+        heat = found(net, method="deep_lift", reference=0.3)
+        np.testing.assert_allclose(heat.sum((1, 2, 3)), rise[range(3), TARGET], rtol=1e-9)
+
+
+def test_relevance_through_a_layer_with_nested_parameters():
+    """By its type; two products in a row are two dense layers in a row."""
+    net, plain = serial(Flatten(), Bottleneck(), Dense(5)), serial(Flatten(), Dense(4), Dense(468), Dense(5))
+    params, x = drawn(net)
+    zeros = {"b": np.zeros(4)}, {"b": np.zeros(468)}
+    own = params["bottleneck1"]
+    of_plain = {"dense1": own["down"] | zeros[0], "dense2": own["up"] | zeros[1], "dense3": params["dense1"]}
+    given = {Bottleneck: Epsilon(), Dense: Epsilon()}
+    expected = attribute(plain, of_plain, x, TARGET, rules={Dense: Epsilon()})
+    np.testing.assert_allclose(found(net, rules=given), expected, rtol=1e-9)
+    np.testing.assert_allclose(found(net, rules=Epsilon()), expected, rtol=1e-9)
+
+
+OWN = "attribute: block1: "
+LINEAR = "must be linear outside of the ops that get its rule; got a slope that depends on x"
+AROUND = "must hand rule= to ops that everything passes between input and output; got a way around them"
+NO_APPLY = (
+    "must be a net without an apply of its own, whose sums and products no rule would divide; got one with its own"
+)
+EVERY = {jaxcnn.Layer: Epsilon(), Residual: Epsilon()}
+REFUSED_OWN = [
+    (f"{OWN}apply of RectifiedProjected {LINEAR}", RECTIFIED, {"method": "deep_lift"}),
+    (f"attribute: square1: apply of Square {LINEAR}", serial(Square(), Flatten(), Dense(5)), {"method": "deep_lift"}),
+    (f"attribute: inner/square1: apply of Square {LINEAR}", serial(serial(Square(), name="inner"), Flatten(), Dense(5)),
+     {"method": "deep_lift"}),
+    (f"attribute: bottleneck1: apply of Bottleneck {LINEAR}",
+     serial(Flatten(), Bottleneck(between=jnp.tanh), Dense(5)), {"method": "deep_lift"}),
+    (f"attribute: the net: apply of RectifiedEnd {LINEAR}", RectifiedEnd(ENDING), {"method": "deep_lift"}),
+    (f"{OWN}Projected {NO_APPLY}", PROJECTED, {"rules": attribution.epsilon_plus()}),
+    (f"{OWN}Projected {NO_APPLY}", PROJECTED, {"rules": {"block1": Epsilon(), **EVERY}}),
+    (f"attribute: the net: RectifiedEnd {NO_APPLY}", RectifiedEnd(ENDING), {"rules": EVERY}),
+    (f"attribute: square1: apply of Square {AROUND}", serial(Square(), Flatten(), Dense(5)), {"rules": EVERY}),
+    (f"attribute: bottleneck1: apply of Bottleneck {AROUND}",
+     serial(Flatten(), Bottleneck(ruled=(False, False)), Dense(5)), {"rules": EVERY}),
+    ("attribute: residual1: expected a rule for the sum of Residual, whose gradient is no relevance; rules has none",
+     serial(residual(Conv(3, 1)), Flatten(), Dense(5)), {"rules": Epsilon()}),
+    ("attribute: relu1: expected a rule for Twisted, whose gradient is no relevance; rules has none",
+     serial(type("Twisted", (Relu,), {"apply": Square.apply})(name="relu1"), Flatten(), Dense(5)),
+     {"rules": {Dense: Epsilon()}}),
+    ("attribute: layer must be one that Serial.apply runs and whose output has a floating dtype, got 'block1/conv1'",
+     jaxcnn.Serial((("block1", Twice((("conv1", Conv(3, 1)),))), *ENDING)),
+     {"method": "grad_cam", "layer": "block1/conv1"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("message", "net", "options"), REFUSED_OWN)
+def test_what_is_refused_of_own_layers(message, net, options):
+    x = jnp.ones((3, *SHAPE))
+    params = net.init(jax.random.key(0), SHAPE, jnp.float64)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}(?=\n|$)"):
+        jax.eval_shape(lambda: attribute(net, params, x, 2, **options))

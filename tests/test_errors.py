@@ -276,6 +276,9 @@ CALLS = [
         kind(f"{name}: ceil_mode expected a bool, got 'yes'", pool, X, 2, ceil_mode="yes"),
     ]),
     kind("avg_pool: count_include_pad expected a bool, got 'no'", avg_pool, X, 2, count_include_pad="no"),
+    value("avg_pool: divisor must be a finite number other than 0, got 0", avg_pool, X, 2, divisor=0),
+    value("avg_pool: divisor must be a finite number other than 0, got nan", avg_pool, X, 2, divisor=NAN),
+    kind("avg_pool: divisor expected a Python float, got str", avg_pool, X, 2, divisor="4"),
     value("lp_pool: p expected a finite number >= 1, got 0.5", lp_pool, X, 2, p=0.5),
     value("lp_pool: p expected a finite number >= 1, got inf", lp_pool, X, 2, p=INF),
     value("lp_pool: p expected a finite number >= 1, got nan", lp_pool, X, 2, p=NAN),
@@ -340,9 +343,9 @@ CALLS = [
     value("dense: b expected shape (8,), one number for each output, got (1,)", dense, X, W[0, 0], B[:1]),
     value("dense: b expected shape (8,), one number for each output, got (1, 8)", dense, X, W[0, 0], B[None]),
     # dropout
-    value("dropout: rate expected a number in [0, 1), got -0.1", dropout, X, -0.1, KEY),
-    value("dropout: rate expected a number in [0, 1), got 1", dropout, X, 1, KEY),
-    value("dropout: rate expected a number in [0, 1), got nan", dropout, X, NAN, KEY),
+    value("dropout: rate expected a number in [0, 1], got -0.1", dropout, X, -0.1, KEY),
+    value("dropout: rate expected a number in [0, 1], got 1.1", dropout, X, 1.1, KEY),
+    value("dropout: rate expected a number in [0, 1], got nan", dropout, X, NAN, KEY),
     kind("dropout: rate expected a Python float, got bool", dropout, X, True, KEY),
     kind("dropout: rate expected a Python float, got NoneType", dropout, X, None, KEY),
     kind(f"dropout: key expected {ONE_KEY}, got None", dropout, X, 0.5, None),
@@ -684,7 +687,7 @@ NETS = [
     value("depthwise_conv1: depthwise_conv: patch (9, 9) is larger than the padded picture; spatial dims (8, 8), "
           "padding ((0, 0), (0, 0))", built, DepthwiseConv(9)),
     value("lp_pool1: lp_pool: p expected a finite number >= 1, got 0", built, LpPool(2, p=0)),
-    value("Dropout: rate expected a number in [0, 1), got 1.5", Dropout, 1.5),
+    value("Dropout: rate expected a number in [0, 1], got 1.5", Dropout, 1.5),
     kind("Dropout: rate expected a Python float, got str", Dropout, "0.5"),
     # given a shape: the name of the layer in front
     value("conv1: conv: patch (9, 9) is larger than the padded picture; spatial dims (8, 8), padding ((0, 0), (0, 0))",

@@ -1,11 +1,17 @@
 """Nets: names, parameters, what a summary counts, and which layer takes which rule."""
 
+import copy
+import dataclasses
 import functools
+import inspect
+import multiprocessing
+import pickle
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 
@@ -419,3 +425,176 @@ def test_a_net_of_every_layer_against_pytorch(net):
     np.testing.assert_allclose(y, y_there.detach(), rtol=1e-9)
     expected = jax.tree.map(lambda a: a.grad, leaves), x_there.grad
     chex.assert_trees_all_close(numbers(found), numbers(expected), rtol=1e-8, atol=1e-10)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every option of the op
+
+OPS_OF = {
+    Conv: jaxcnn.conv, DepthwiseConv: jaxcnn.depthwise_conv, ConvTranspose: jaxcnn.conv_transpose,
+    HiddenLayer: jaxcnn.hidden_layer, Dense: jaxcnn.dense, BatchNorm: jaxcnn.batch_norm, LayerNorm: jaxcnn.layer_norm,
+    jaxcnn.GroupNorm: jaxcnn.group_norm, MaxPool: jaxcnn.max_pool, AvgPool: jaxcnn.avg_pool, LpPool: jaxcnn.lp_pool,
+    GlobalMaxPool: jaxcnn.global_max_pool, GlobalAvgPool: jaxcnn.global_avg_pool,
+    AdaptiveMaxPool: jaxcnn.adaptive_max_pool, AdaptiveAvgPool: jaxcnn.adaptive_avg_pool, Dropout: jaxcnn.dropout,
+}  # fmt: skip
+#: Arrays, and what a net decides: the layout, whose last dim is the channels in every layer.
+NO_FIELDS = {"x", "w", "b", "scale", "bias", "mean", "var", "key", "rule", "dimension_numbers"}
+EVERY_KIND = sorted(
+    (v for v in vars(jaxcnn).values() if isinstance(v, type) and issubclass(v, jaxcnn.Layer)), key=lambda v: v.__name__
+)
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND, ids=lambda kind: kind.__name__)
+def test_layers_take_every_option_of_their_op(kind):
+    """With the op's own default, and hand it on."""
+    op = OPS_OF.get(kind, getattr(kind, "op", None))
+    if op is None:
+        assert kind in (jaxcnn.Layer, jaxcnn.Serial, jaxcnn.Residual, Flatten)
+        return
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    options = {name: p for name, p in inspect.signature(op).parameters.items() if name not in NO_FIELDS or name == "b"}
+    if op is not jaxcnn.squareplus:
+        options.pop("b", None)
+    assert set(options) <= set(fields)
+    for name, parameter in options.items():
+        if parameter.default is not parameter.empty:
+            assert fields[name].default == parameter.default, name
+
+
+HANDED_ON = {
+    "conv": Conv(2, 3, precision="highest", preferred_element_type=np.float32),
+    "depthwise_conv": DepthwiseConv(3, precision="highest", preferred_element_type="float32"),
+    "conv_transpose": ConvTranspose(2, 3, precision="highest", preferred_element_type=jnp.float32),
+}
+
+
+@pytest.mark.parametrize("op", HANDED_ON)
+def test_options_of_convolutions_reach_the_op(op):
+    layer, x = HANDED_ON[op], pictures(1, 6, 6, 2).astype(jnp.bfloat16)
+    params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), parameters(layer, (6, 6, 2)))
+    traced = str(jax.make_jaxpr(layer.apply)(params, x))
+    assert "HIGHEST" in traced
+    assert jax.eval_shape(layer.apply, params, x).dtype == np.float32
+    assert layer == dataclasses.replace(layer, preferred_element_type=np.dtype(np.float32))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Summaries of nets of one's own
+
+
+class Projection(jaxcnn.Serial):
+    """Two convolutions beside a third, and numbers of its own."""
+
+    def init(self, key, shape, dtype=jnp.float32):
+        (a, first), (b, second), (c, short) = self.layers
+        inner = first.init(key, shape, dtype)
+        middle = (*shape[:-1], first.features)
+        found = {a: inner, b: second.init(key, middle, dtype), c: short.init(key, shape, dtype)}
+        return {**found, "mix": {"down": {"w": jnp.ones((3, 2), dtype)}, "up": {"w": jnp.ones((2, 3), dtype)}}}
+
+    def apply(self, params, x, *, key=None, rules=None, rule=None, path=""):
+        (a, first), (b, second), (c, short) = self.layers
+        return second.apply(params[b], first.apply(params[a], x)) + short.apply(params[c], x)
+
+
+class Nested(jaxcnn.Layer):
+    """A layer whose parameters are a tree of two levels."""
+
+    def init(self, key, shape, dtype=jnp.float32):
+        return {"down": {"w": jnp.ones((shape[-1], 2), dtype)}, "up": {"w": jnp.ones((2, shape[-1]), dtype)}}
+
+    def apply(self, params, x, *, key=None, rule=None):
+        return x @ params["down"]["w"] @ params["up"]["w"]
+
+
+@pytest.mark.parametrize("at", ["inside", "alone"])
+def test_a_summary_counts_what_nets_of_ones_own_hold(at):
+    own = Projection((("first", Conv(4, 3, padding="SAME")), ("second", Conv(5, 1)), ("short", Conv(5, 1, bias=False))))
+    net = serial(Conv(3, 3), own, Nested(), name="all") if at == "inside" else own
+    shape = (8, 8, 2)
+    params = jax.eval_shape(lambda: net.init(key(), shape))
+    summary = net.summary(shape)
+    assert summary.parameters == sum(a.size for a in jax.tree.leaves(params))
+    rows = {row.name.rpartition("/")[2]: row for row in summary.rows}
+    size, channels = (36, 3) if at == "inside" else (64, 2)
+    assert rows["first"].parameters == 9 * channels * 4 + 4
+    assert rows["short"].flops == size * 5 * (2 * channels - 1)  # of what it is really given
+    assert rows["projection1" if at == "inside" else "projection"].parameters == 12
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rules that match nothing
+
+HIDDEN = serial(HiddenLayer(2, 3), Flatten(), Dense(2))
+NOWHERE = {
+    "type": ({jaxcnn.Gelu: times(2)}, "got 'Gelu'; the layers are Dense, Flatten, HiddenLayer"),
+    "inside a hidden layer": ({Relu: jaxcnn.rules.guided_relu}, r"InHiddenLayer\(relu=\.\.\.\)"),
+    "convolution of one": ({Conv: jaxcnn.rules.FeedbackAlignment(1)}, r"InHiddenLayer\(conv=\.\.\.\)"),
+    "pooling of one": ({MaxPool: jaxcnn.rules.winner}, r"InHiddenLayer\(pool=\.\.\.\)"),
+    "predicate": ({lambda name, layer: name == "conv7": times(2)}, "got '<lambda>'"),
+    "a net": ({jaxcnn.Serial: times(2)}, "A net takes rules by its name"),
+    "no sums": ({jaxcnn.Residual: times(2)}, "got 'Residual'"),
+    "beside one that matches": ({Dense: times(2), Relu: times(2)}, "got 'Relu'"),
+    "a layer that takes none": ({Flatten: times(2)}, "'Flatten', which matches Flatten"),
+    "its name": ({"flatten1": times(2)}, "'flatten1', which matches Flatten"),
+    "of None": ({Relu: None}, "got 'Relu'"),
+}
+
+
+@pytest.mark.parametrize("name", NOWHERE)
+def test_rules_that_match_nothing_are_refused(name):
+    rules, message = NOWHERE[name]
+    params, x = parameters(HIDDEN, (6, 6, 1)), pictures(2, 6, 6, 1, dtype=np.float32)
+    with pytest.raises(ValueError, match=f"rules: a key must match .*{message}"):
+        jax.eval_shape(lambda: HIDDEN.apply(params, x, rules=rules))
+
+
+def test_composites_fit_every_net():
+    """Their keys may match nothing, also after a merge; they are read by the types themselves."""
+    composite = jaxcnn.attribution.epsilon_plus()
+    assert composite[Dense] == jaxcnn.rules.Epsilon(1e-6)
+    assert Conv in composite
+    params, x = parameters(HIDDEN, (6, 6, 1)), pictures(2, 6, 6, 1, dtype=np.float32)
+    for rules in (composite, {"dense1": jaxcnn.rules.passed, **composite}, {**composite, Conv: jaxcnn.rules.ZPlus()}):
+        jax.eval_shape(lambda rules=rules: HIDDEN.apply(params, x, rules=rules))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Copies
+
+
+@pytest.mark.parametrize("again", [lambda a: pickle.loads(pickle.dumps(a)), copy.deepcopy], ids=["pickle", "deepcopy"])
+def test_nets_and_rules_are_copied_by_value(again):
+    """Every layer, every rule, every composite, and a state; equal nets compile once."""
+    for net in (EVERY_LAYER, TO_MAXIMA, serial(BatchNorm(axis_name=("a", "b")))):
+        assert again(net) == net
+        assert hash(again(net)) == hash(net)
+    of = jaxcnn.rules
+    made = {
+        "ZBox": of.ZBox(-1.0, 1.0), "ClipDelta": of.ClipDelta(1.0), "InHiddenLayer": of.InHiddenLayer(relu=of.winner)
+    }  # fmt: skip
+    for name, rule in vars(of).items():
+        if name.startswith("_") or name in ("Call", "Rule") or inspect.ismodule(rule):
+            continue
+        rule = made.get(name) or (rule() if isinstance(rule, type) else rule)
+        assert again(rule) == rule, name
+        assert hash(again(rule)) == hash(rule), name
+    composite = jaxcnn.attribution.epsilon_gamma_box(HIDDEN, -1.0, 1.0)
+    assert again(composite) == composite
+    assert list(again(composite)) == list(composite)
+    state = jaxcnn.TrainState.create(HIDDEN, optax.adam(0.1), key(), (6, 6, 1))
+    there = again(state)
+    assert jax.tree.structure(there) == jax.tree.structure(state)
+    chex.assert_trees_all_equal(there, state)
+    assert there.key.dtype == state.key.dtype
+
+
+def outputs_of(net, params, x):
+    return np.asarray(net.apply(params, x))
+
+
+def test_nets_go_to_other_processes():
+    params, x = parameters(HIDDEN, (6, 6, 1)), pictures(2, 6, 6, 1, dtype=np.float32)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        there = pool.apply(outputs_of, (HIDDEN, params, x))
+    np.testing.assert_allclose(there, outputs_of(HIDDEN, params, x), rtol=1e-5)

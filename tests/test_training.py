@@ -1,13 +1,22 @@
 """The training step and evaluation: what they promise about state, traces, keys and devices."""
 
+import collections
 import dataclasses
 import functools
+import os
+import socket
+import subprocess
+import sys
+import warnings
+from pathlib import Path
 
 import chex
+import flax.core
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 import torch
 import torch.nn.functional as F
@@ -493,3 +502,462 @@ def test_statistics_of_16_bits_are_in_float32():
 def test_a_net_without_batch_norm_is_calibrated_already():
     params = NET.init(jax.random.key(0), SHAPE)
     assert calibrate(NET, params, iter([])) is params
+
+
+class Projected(jaxcnn.Serial):
+    """A residual block whose shortcut is a convolution and a norm: an `apply` that is not sequential."""
+
+    def init(self, key, shape, dtype=jnp.float32):
+        keys, (first, norm, second, last, short, short_norm) = jax.random.split(key, 6), self.layers
+        made = {}
+        for (name, layer), own, given in (
+            (first, keys[0], shape), (norm, keys[1], (*shape[:-1], 4)), (second, keys[2], (*shape[:-1], 4)),
+            (last, keys[3], (*shape[:-1], 4)), (short, keys[4], shape), (short_norm, keys[5], (*shape[:-1], 4)),
+        ):  # fmt: skip
+            made[name] = layer.init(own, given, dtype)
+        return {**made, "gain": jnp.ones((3,), dtype)}
+
+    def apply(self, params, x, *, key=None, rules=None, rule=None, path=""):
+        layers = dict(self.layers)
+
+        def run(name, x):
+            return layers[name].apply(params.get(name, {}), x, key=key)
+
+        short = run("short_norm", run("short", x))
+        branch = jax.checkpoint(lambda x: run("norm", run("first", x)))(x)
+        return run("last", run("second", jnp.tanh(branch))) + short * params["gain"].sum()
+
+
+def projected():
+    return Projected(
+        (("first", Conv(4, 3, padding="SAME")), ("norm", BatchNorm(scale=False, bias=False)),
+         ("second", Conv(4, 1)), ("last", BatchNorm()), ("short", Conv(4, 1)), ("short_norm", BatchNorm()))
+    )  # fmt: skip
+
+
+NORM = BatchNorm()
+
+
+@dataclasses.dataclass(frozen=True)
+class Block(jaxcnn.Layer):
+    """A layer of one's own with a norm among its fields."""
+
+    norm: BatchNorm = NORM
+    called: str = "norm"
+
+    def init(self, key, shape, dtype=jnp.float32):
+        return {self.called: self.norm.init(key, shape, dtype)}
+
+    def apply(self, params, x, *, key=None, rule=None):
+        return self.norm.apply(params[self.called], x, key=key) ** 2
+
+
+def inputs_of_norms(net, params, x):
+    """(path of the parameters, what reached it) of every norm, from one call of the real net without a compiler."""
+    seen, apply = [], BatchNorm.apply
+
+    def spy(self, own, x, **options):
+        jax.debug.callback(lambda x: seen.append((own, np.asarray(x))), x)  # also inside jax.checkpoint
+        return apply(self, own, x, **options)
+
+    with pytest.MonkeyPatch.context() as patch, jax.disable_jit():
+        patch.setattr(BatchNorm, "apply", spy)
+        net.apply(params, x)
+        jax.effects_barrier()
+    return seen
+
+
+OWN = serial(Conv(3, 3), BatchNorm(), projected(), Block(), residual(Conv(4, 1), BatchNorm()), Flatten(), Dense(2))
+
+
+@pytest.mark.parametrize("keep_bytes", [2**32, 5000, 0])
+def test_norms_inside_nets_of_ones_own_are_calibrated(keep_bytes):
+    """Exactly: by the definition, from what reaches each norm of the calibrated net; whatever is held on the way."""
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda a: rng.uniform(0.5, 1, a.shape), OWN.init(jax.random.key(0), (6, 6, 1), np.float64))
+    x = rng.standard_normal((5, 6, 6, 1))
+    calibrated = calibrate(OWN, params, [(x[:3], None), (x[3:], None)], keep_bytes=keep_bytes)
+    seen = inputs_of_norms(OWN, calibrated, x)
+    assert len(seen) == 6
+    for own, reached in seen:
+        over = tuple(range(reached.ndim - 1))
+        np.testing.assert_allclose(own["mean"], reached.mean(over), rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(own["var"], reached.var(over), rtol=1e-10)
+    run = compiled(OWN.apply)
+    np.testing.assert_allclose(run(calibrated, x[:1]), run(calibrated, x)[:1], rtol=1e-10)
+
+
+def test_each_batch_goes_through_the_net_once():
+    """Not once for every norm: a callback inside the net counts."""
+    calls = []
+
+    class Counting(jaxcnn.Layer):
+        def apply(self, params, x, *, key=None, rule=None):
+            def note(x):
+                calls.append(len(x))
+                return x
+
+            return jax.pure_callback(note, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    net = serial(Counting(), *(layer for _ in range(4) for layer in (BatchNorm(), Tanh())))
+    x = np.random.default_rng(0).standard_normal((5, 2))
+    calibrate(net, net.init(jax.random.key(0), (2,), np.float64), [(x[:3], None), (x[3:], None)])
+    assert sorted(calls) == [2, 3]
+
+
+class Looped(jaxcnn.Serial):
+    def apply(self, params, x, **options):
+        own, ((_, norm),) = params["batch_norm1"], self.layers
+        return jax.lax.scan(lambda x, _: (norm.apply(own, x), None), x, None, length=2)[0]
+
+
+class Twice(jaxcnn.Serial):
+    def apply(self, params, x, **options):
+        own, ((_, norm),) = params["batch_norm1"], self.layers
+        return norm.apply(own, norm.apply(own, x) + 1)
+
+
+class Idle(jaxcnn.Serial):
+    def apply(self, params, x, **options):
+        return x
+
+
+REFUSED = {
+    "in a loop": (Looped((("batch_norm1", BatchNorm()),)), "batch_norm1: statistics must reach the BatchNorm"),
+    "fed by itself": (Twice((("batch_norm1", BatchNorm()),)), "batch_norm1: the output of a BatchNorm must not reach"),
+    "never called": (Idle((("batch_norm1", BatchNorm()),)), "batch_norm1: the net must call every BatchNorm"),
+    "hidden in a layer": (serial(Block(called="other")), "inside one of block1"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_norms_that_cannot_be_calibrated_are_refused_by_name(name):
+    net, message = REFUSED[name]
+    params = net.init(jax.random.key(0), (2,), np.float64)
+    with pytest.raises(ValueError, match=message):
+        calibrate(net, params, [(np.ones((3, 2)), None)])
+
+
+def test_a_norm_that_two_branches_share_sees_both():
+    class Siamese(jaxcnn.Serial):
+        def apply(self, params, x, **options):
+            own, ((_, norm),) = params["batch_norm1"], self.layers
+            return norm.apply(own, x) - norm.apply(own, 3 * x)
+
+    net, x = Siamese((("batch_norm1", BatchNorm()),)), np.random.default_rng(0).standard_normal((5, 2))
+    own = calibrate(net, net.init(jax.random.key(0), (2,), np.float64), [(x, None)])["batch_norm1"]
+    np.testing.assert_allclose(own["var"], np.concatenate([x, 3 * x]).var(0), rtol=1e-12)
+
+
+def test_calibrated_parameters_are_dicts_of_the_same_types():
+    net, x = serial(residual(BatchNorm())), np.ones((3, 2))
+    params = collections.OrderedDict(net.init(jax.random.key(0), (2,), np.float64))
+    frozen = flax.core.freeze(dict(params))
+    for given in (params, frozen):
+        found = calibrate(net, given, [(x, None)])
+        assert type(found) is type(given)
+        assert "mean" not in given["residual1"]["batch_norm1"]
+        np.testing.assert_array_equal(found["residual1"]["batch_norm1"]["mean"], [1, 1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A class for each pixel, sums, labels to ignore
+
+PIXELS = serial(Dense(3))
+
+
+def of_pixels(n=5, seed=0):
+    """Logits that are the input itself, and labels."""
+    rng = np.random.default_rng(seed)
+    x, labels = rng.standard_normal((n, 8, 8, 3)), rng.integers(0, 3, (n, 8, 8)).astype(np.int32)
+    return {"dense1": {"w": np.eye(3), "b": np.zeros(3)}}, x, labels
+
+
+def test_the_accuracy_of_pixels_is_a_mean():
+    params, x, labels = of_pixels()
+    right = x.argmax(-1)
+    everything = [(x[:3], right[:3]), (x[:0], right[:0]), (x[3:], right[3:])]
+    assert evaluate(PIXELS, labelled, params, everything)["accuracy"] == 1.0
+    found = evaluate(PIXELS, labelled, params, [(x[:3], labels[:3]), (x[3:], labels[3:])])
+    assert found["accuracy"] == pytest.approx(np.mean(right == labels), rel=1e-12)
+    expected = F.cross_entropy(torch.tensor(x).reshape(-1, 3), torch.tensor(labels).long().reshape(-1))
+    assert found["loss"] == pytest.approx(expected.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("microbatch", [None, 2])
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_labels_to_ignore_do_not_count_in_the_accuracy(microbatch, dtype):
+    """Also in the metrics of a step, in parts that have different numbers of them."""
+    params, x, labels = of_pixels()
+    labels = labels.astype(dtype)
+    labels[0], labels[1, :4], labels[2, 0, 0] = -100, 255, 3
+    counted = (labels >= 0) & (labels < 3)
+    expected = (x.argmax(-1) == labels)[counted].mean()
+
+    def loss(logits, targets):
+        there = (targets >= 0) & (targets < 3)
+        return jnp.where(there, labelled(logits, jnp.where(there, targets, 0)), 0)
+
+    parts = [(x[:1], labels[:1]), (x[1:], labels[1:])]
+    assert evaluate(PIXELS, loss, params, parts)["accuracy"] == pytest.approx(expected, rel=1e-12)
+    optimizer = optax.sgd(0.1)
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.random.key(0))
+    _, metrics = make_train_step(PIXELS, loss, optimizer, microbatch=microbatch)(state, (x, labels))
+    assert float(metrics["accuracy"]) == pytest.approx(expected, rel=1e-6)
+    assert np.isnan(evaluate(PIXELS, loss, params, parts[:1])["accuracy"])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8])
+def test_labels_of_few_bits(dtype):
+    """Of 300 classes, more than the dtype holds."""
+    net = serial(Dense(300))
+    params = {"dense1": {"w": np.eye(300), "b": np.zeros(300)}}
+    labels = np.array([3, 100, 7], dtype)
+    found = evaluate(net, lambda y, _: y.sum(1), params, [(np.eye(300)[[3, 100, 263]], labels)])
+    assert found["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_losses_of_16_bits_are_summed_in_float32():
+    """4,096 errors near 1: a bfloat16 sum stops at 256."""
+    net = serial(Dense(1, bias=False))
+    params = {"dense1": {"w": jnp.ones((1, 1), jnp.bfloat16)}}
+    x = np.random.default_rng(0).uniform(1, 2, (4096, 1)).astype(jnp.bfloat16)
+    expected = x.astype(np.float64).mean()
+
+    def loss(y, _):
+        return y[:, 0]
+
+    assert evaluate(net, loss, params, [(x, np.zeros(4096))])["loss"] == pytest.approx(expected, rel=1e-6)
+    state = TrainState(jnp.zeros((), jnp.int32), params, optax.sgd(0.0).init(params), jax.random.key(0))
+    _, metrics = make_train_step(net, loss, optax.sgd(0.0))(state, (x, np.zeros(4096)))
+    assert metrics["loss"].dtype == np.float32
+    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_loss_that_cannot_be_hashed():
+    @dataclasses.dataclass
+    class Weighted:
+        weight: float = 2.0
+
+        def __call__(self, outputs, targets):
+            return self.weight * labelled(outputs, targets)
+
+    params, x, labels = of_pixels()
+    once = evaluate(PIXELS, labelled, params, [(x, labels)])
+    assert evaluate(PIXELS, Weighted(), params, [(x, labels)])["loss"] == pytest.approx(2 * once["loss"])
+
+
+def test_a_loss_for_the_batch_is_refused():
+    params, x, labels = of_pixels()
+    with pytest.raises(ValueError, match=r"evaluate: loss must return an error for each of 5 examples.*got shape \(\)"):
+        evaluate(PIXELS, lambda y, t: labelled(y, t).mean(), params, [(x, labels)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizers that hold parameters, and those that ask for more than the gradient
+
+TINY = serial(Dense(3))
+DATA = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32), (np.arange(6) % 3).astype(np.int32)
+ASKING = {
+    # holding parameters
+    "prodigy": optax.contrib.prodigy(),
+    "dog": optax.contrib.dog(),
+    "mechanize": optax.contrib.mechanize(optax.sgd(0.1)),
+    "sam": optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1), sync_period=2),
+    "schedule_free": optax.contrib.schedule_free_adamw(0.1),
+    # asking
+    "plateau": optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1, rtol=1.0)),
+    "plateau in multi-steps": optax.MultiSteps(optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau()), 2),
+    "polyak": optax.polyak_sgd(),
+    "momo": optax.contrib.momo(0.1),
+    "lbfgs": optax.lbfgs(),
+}
+
+
+def tiny_error(params):
+    return labelled(TINY.apply(params, DATA[0]), DATA[1]).mean()
+
+
+@pytest.fixture
+def narrow():
+    """JAX's own default, in which optax keeps float32 as it is."""
+    with jax.enable_x64(False):
+        yield
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("name", ASKING)
+def test_optimizers_take_the_steps_they_take_in_a_loop_of_optax(name):
+    optimizer = ASKING[name]
+    state = TrainState.create(TINY, optimizer, jax.random.key(0), (4,))
+    pointers = [a.unsafe_buffer_pointer() for a in jax.tree.leaves(state) if a.size]
+    assert len(pointers) == len(set(pointers))
+    params, opt_state = jax.tree.map(jnp.copy, (state.params, state.opt_state))
+    step = make_train_step(TINY, labelled, optimizer)
+    asks = optimizer if isinstance(optimizer, optax.MultiSteps) else optax.with_extra_args_support(optimizer)
+
+    @jax.jit
+    def by_hand(params, opt_state):
+        value, found = jax.value_and_grad(tiny_error)(params)
+        more = {} if name == "sam" else {"value": value, "grad": found, "value_fn": tiny_error}
+        updates, opt_state = asks.update(found, opt_state, params, **more)
+        return optax.apply_updates(params, updates), opt_state
+
+    for _ in range(3):
+        state, _ = step(state, DATA)
+        params, opt_state = by_hand(params, opt_state)
+    chex.assert_trees_all_close(numbers(state.params), numbers(params), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("narrow")
+def test_lbfgs_looks_at_the_whole_batch_in_microbatches():
+    whole, parts = (
+        make_train_step(TINY, labelled, optax.lbfgs(), microbatch=m)(
+            TrainState.create(TINY, optax.lbfgs(), jax.random.key(0), (4,)), DATA
+        )
+        for m in (None, 4)
+    )
+    chex.assert_trees_all_close(numbers(parts[0].params), numbers(whole[0].params), rtol=1e-5, atol=1e-6)
+
+
+def test_a_state_of_shared_arrays_is_donated():
+    net = serial(Dense(4), Dense(4))
+    shared = {"w": jnp.eye(4, dtype=np.float32), "b": jnp.zeros(4, np.float32)}
+    params = {"dense1": shared, "dense2": shared}
+    optimizer = optax.sgd(0.1)
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.random.key(0))
+    found = jax.grad(lambda params: labelled(net.apply(params, DATA[0]), DATA[1]).mean())(params)
+    expected = jax.tree.map(lambda p, g: np.asarray(p - 0.1 * g), params, found)
+    state, _ = make_train_step(net, labelled, optimizer)(state, DATA)
+    chex.assert_trees_all_close(numbers(state.params), expected, rtol=1e-5, atol=1e-7)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients of one's own
+
+
+def dpsgd(**options):
+    """Without noise; optax itself hands on an argument of its own that it calls deprecated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return optax.contrib.dpsgd(0.5, 0.1, 0.0, 0, **options)
+
+
+PRIVATE = {
+    "dpsgd": dpsgd(),
+    "with momentum": dpsgd(momentum=0.9),
+    "in a chain": optax.chain(dpsgd(), optax.scale(1.0)),
+    "in multi-steps": optax.MultiSteps(dpsgd(momentum=0.9), 2),
+}
+#: As many inputs as examples: rows of its weight could be taken for gradients of examples.
+SQUARE = serial(Dense(6, bias=False))
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_optimizers_for_single_examples_are_refused_one_gradient(name):
+    x = np.random.default_rng(0).standard_normal((6, 6)).astype(np.float32)
+    state = TrainState.create(SQUARE, PRIVATE[name], jax.random.key(0), (6,))
+    with pytest.raises(ValueError, match=r"gradient=jaxcnn\.per_example_gradients; got one gradient for the batch"):
+        make_train_step(SQUARE, labelled, PRIVATE[name])(state, (x, DATA[1]))
+
+
+@pytest.mark.parametrize("name", ["dpsgd", "in a chain"])
+def test_optimizers_for_single_examples_get_their_gradients(name):
+    """Without noise: descent by the mean of clipped gradients, of `jax.vmap` of `jax.grad`."""
+    x = np.random.default_rng(0).standard_normal((6, 6)).astype(np.float32)
+    state = TrainState.create(SQUARE, PRIVATE[name], jax.random.key(0), (6,))
+    w = np.asarray(state.params["dense1"]["w"], np.float64)
+    each = np.asarray(
+        jax.vmap(jax.grad(lambda w, x, t: labelled(x @ w, t)), (None, 0, 0))(w, x.astype(np.float64), DATA[1])
+    )
+    sizes = np.linalg.norm(each.reshape(6, -1), axis=1)
+    expected = w - 0.5 * (each * np.minimum(1, 0.1 / sizes)[:, None, None]).mean(0)
+    step = make_train_step(SQUARE, labelled, PRIVATE[name], gradient=jaxcnn.per_example_gradients)
+    state, metrics = step(state, (x, DATA[1]))
+    np.testing.assert_allclose(state.params["dense1"]["w"], expected, rtol=1e-5)
+    assert set(metrics) == {"loss", "accuracy"}
+
+
+def test_a_gradient_of_ones_own_clips_and_draws_noise():
+    def noisy(net, params, x, targets, loss, *, key):
+        total = jaxcnn.clipped_gradient(net, params, x, targets, loss, 0.1, key=key)
+        w = total["dense1"]["w"]
+        return {"dense1": {"w": (w + jax.random.normal(jax.random.fold_in(key, 1), w.shape, w.dtype)) / len(x)}}
+
+    x, optimizer = np.random.default_rng(0).standard_normal((6, 6)).astype(np.float32), optax.sgd(1.0)
+    state = TrainState.create(SQUARE, optimizer, jax.random.key(0), (6,))
+    w, key = np.asarray(state.params["dense1"]["w"], np.float64), jax.random.fold_in(state.key, 0)
+    each = np.asarray(
+        jax.vmap(jax.grad(lambda w, x, t: labelled(x @ w, t)), (None, 0, 0))(w, x.astype(np.float64), DATA[1])
+    )
+    clipped = (each * np.minimum(1, 0.1 / np.linalg.norm(each.reshape(6, -1), axis=1))[:, None, None]).sum(0)
+    noise = jax.random.normal(jax.random.fold_in(key, 1), w.shape, np.float32)
+    state, metrics = make_train_step(SQUARE, labelled, optimizer, gradient=noisy)(state, (x, DATA[1]))
+    np.testing.assert_allclose(state.params["dense1"]["w"], w - (clipped + noise) / 6, rtol=1e-4, atol=1e-6)
+    assert float(metrics["loss"]) == pytest.approx(float(labelled(x @ w, DATA[1]).mean()), rel=1e-5)
+
+
+def test_gradients_of_other_shapes_are_refused():
+    state = TrainState.create(SQUARE, optax.sgd(1.0), jax.random.key(0), (6,))
+    step = make_train_step(SQUARE, labelled, optax.sgd(1.0), gradient=jaxcnn.per_example_gradients)
+    with pytest.raises(ValueError, match="gradient must return a tree like params, got shapes"):
+        step(state, (np.ones((6, 6), np.float32), DATA[1]))
+    for more in ({"rules": jaxcnn.rules.autodiff}, {"microbatch": 2}):
+        with pytest.raises(ValueError, match="gradient must not be given together with rules or microbatch"):
+            make_train_step(SQUARE, labelled, optax.sgd(1.0), gradient=jaxcnn.per_example_gradients, **more)
+    with pytest.raises(TypeError, match="gradient must be a function, got 3"):
+        make_train_step(SQUARE, labelled, optax.sgd(1.0), gradient=3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two processes
+
+PROCESS = """
+import sys
+import jax
+import numpy as np
+import optax
+import jaxcnn
+
+rank, port = int(sys.argv[1]), sys.argv[2]
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"localhost:{port}", 2, rank)
+net, optimizer = jaxcnn.serial(jaxcnn.Dense(3)), optax.adam(0.1)
+mesh = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+everywhere, split = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in ((), ("batch",)))
+state = jax.device_put(jaxcnn.TrainState.create(net, optimizer, jax.random.key(0), (4,)), everywhere)
+x, labels = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32), np.arange(6, dtype=np.int32) % 3
+own = slice(3 * rank, 3 * rank + 3)
+batch = [jax.make_array_from_process_local_data(split, a[own]) for a in (x, labels)]
+step = jaxcnn.make_train_step(net, jaxcnn.softmax_cross_entropy_with_integer_labels, optimizer)
+for _ in range(2):
+    state, metrics = step(state, tuple(batch))
+print(float(metrics["loss"]))
+"""
+
+
+def test_a_state_goes_to_the_devices_of_two_processes():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    flags = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(rank), port],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=flags, cwd=Path(jaxcnn.__file__).parents[1],
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        ended = [process.communicate(timeout=120) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [0, 0], ended
+    with jax.enable_x64(False):
+        step = make_train_step(TINY, labelled, optax.adam(0.1))
+        state = TrainState.create(TINY, optax.adam(0.1), jax.random.key(0), (4,))
+        for _ in range(2):
+            state, metrics = step(state, DATA)
+    assert [float(out.split()[-1]) for out, _ in ended] == pytest.approx([float(metrics["loss"])] * 2, rel=1e-5)

@@ -9,15 +9,20 @@ from typing import Any
 
 from experiments.benchmarks.timing import Times
 from experiments.errors import UsageError
-from experiments.files import replacing
+from experiments.files import creating
 
 OURS, THEIRS = "#c0392b", "#95a5a6"
 
 
 def check_out(out: Path | None) -> None:
-    """Raise UsageError if results cannot go where `--out` says."""
-    if out is not None and out.is_dir():
+    """Raise UsageError if results cannot go where `--out` says: the results of another run are not overwritten."""
+    if out is None:
+        return
+    if out.is_dir():
         raise UsageError(f"--out: expected a file, got the folder {out}")
+    for path in (out, out.with_suffix(".png")):
+        if path.exists():
+            raise UsageError(f"--out: must be a new file, got {path}, which is there already")
 
 
 def heading(machine: Mapping[str, Any], title: str) -> None:
@@ -84,9 +89,8 @@ def geometric_mean(ratios: Iterable[float]) -> float:
 
 def write(path: Path, machine: Mapping[str, Any], config: Any, **found: Any) -> None:
     """Write the machine, the options and what was found as JSON; `Times` as every round's seconds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     numbers = {"machine": machine, "config": dataclasses.asdict(config), **found}
-    with replacing(path) as temporary:
+    with creating(path) as temporary:
         temporary.write_text(json.dumps(numbers, indent=1, default=_plain, ensure_ascii=False))
 
 
@@ -163,6 +167,5 @@ def lines(
 
 
 def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with creating(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)

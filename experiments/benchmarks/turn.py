@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.errors import RunError
+from experiments.errors import RunError, explain
 
 PAUSE = 0.3
 """Seconds before each turn, so that the threads of the one before have stopped spinning."""
@@ -39,6 +39,7 @@ class Contender:
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, **environment},
+            process_group=0,  # Ctrl-C is for the script, which ends its contenders
         )
 
     def ready(self) -> Told:
@@ -85,11 +86,13 @@ def main(name: str, net: str, sizes: str) -> None:
     timed = dataclasses.replace(NETS[net](), **given)
     try:
         step = CONTENDERS[name](timed)
-    except ImportError as error:
-        say(error=f"{error.name} is not installed: pip install 'jaxcnn[bench]'")
+        for _ in range(3):
+            step.run()
+    except Exception as error:
+        if (line := explain(error)) is None:
+            raise
+        say(error=line)
         return
-    for _ in range(3):
-        step.run()
     say(compile_seconds=step.compile_seconds, temporary_bytes=step.temporary_bytes)
     for line in sys.stdin:
         seconds = []

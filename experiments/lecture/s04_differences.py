@@ -28,6 +28,9 @@ STATEMENT = Statement(
     test="tests/test_rules.py",
 )
 
+LABEL = 8.5
+"""Size of the ops' names, in points."""
+
 BOUND = 1e-7
 """What differences in float64 with h = 1e-5 may be off by, relative to the gradient's norm."""
 
@@ -115,7 +118,8 @@ def show(table: Table | None = None) -> Shown:
         draw(patch, found),
         "Left: E over one entry of a patch, with the slope by the rule and the two evaluations that give it by "
         f"differences: parallel, as E is a parabola here (h is 0.6 for the eye, {STEP:g} in the checks). Below, the "
-        f"slopes of all 25. Right: {len(found)} ops and their inputs; what is left is the differences' own error.",
+        f"slopes of all 25. Right: {len(found)} ops, in the row of each a dot for each of its inputs; what is left is "
+        "the differences' own error.",
     )
 
 
@@ -156,9 +160,9 @@ def distances(table: Table) -> dict[str, dict[str, float]]:
 
 
 def draw(patch: Mapping[str, Any], found: Mapping[str, Mapping[str, float]]) -> Any:
-    """A parabola and its slope, the slopes of a patch; a dot for each op and input."""
-    fig = figure(10, 8.2)
-    left, right = parts(fig, 1, 2)
+    """A parabola and its slope, the slopes of a patch; a row for each op, in it a dot for each input."""
+    fig = figure(10.6, 0.19 * len(found) + 1.2)
+    left, right = parts(fig, 1, 2, width_ratios=(1, 1.25))
     top, bottom = parts(left, 2, 1, height_ratios=(1.25, 1))
     curve(top.subplots(), patch)
     limit = float(np.abs(patch["rule"]).max())
@@ -168,15 +172,14 @@ def draw(patch: Mapping[str, Any], found: Mapping[str, Mapping[str, float]]) -> 
         signed(axes, patch[name], rf"$\partial E/\partial w$ {title}", limit=limit)
     axes = right.subplots()
     plain(axes, "how far rule and differences are apart", "relative distance (L2)", "")
-    rows = [(name, argument, value) for name, row in found.items() for argument, value in row.items()]
-    axes.plot([max(value, 1e-16) for _, _, value in rows], range(len(rows)), "o", color=BLUE, markersize=4.5)
+    for place, row in enumerate(found.values()):
+        axes.plot([max(value, 1e-16) for value in row.values()], [place] * len(row), "o", color=BLUE, markersize=4.5)
     axes.axvline(BOUND, color=DARK, linestyle="--", linewidth=1)
     axes.annotate("allowed", (BOUND, 0), (-3, 0), textcoords="offset points", ha="right", va="center", fontsize=8)
-    axes.set(xscale="log", xlim=(1e-13, 1e-6), ylim=(len(rows) - 0.4, -0.6), xticks=[1e-13, 1e-11, 1e-9, 1e-7])
+    axes.set(xscale="log", xlim=(1e-13, 1e-6), ylim=(len(found) - 0.4, -0.6), xticks=[1e-13, 1e-11, 1e-9, 1e-7])
     short = {"softmax_cross_entropy_with_integer_labels": "… with_integer_labels"}
-    axes.set_yticks(
-        range(len(rows)), [f"{short.get(name, name)}   {argument}" for name, argument, _ in rows], fontsize=6
-    )
+    axes.set_yticks(range(len(found)), [f"{short.get(name, name)}: {', '.join(row)}" for name, row in found.items()])
+    axes.tick_params("y", labelsize=LABEL)
     return fig
 
 

@@ -61,13 +61,16 @@ def show(correlate: Any = signal.correlate, convolve: Any = signal.convolve) -> 
     )
     caption = (
         "Each row is one place of the patch; its entries are multiplied with those of the image above them, and the "
-        "sum stands at the right. Bold: the patch lies wholly inside; layers keep only such places, so pictures shrink."
+        "sum is at the right. Framed: the patch lies wholly inside. Layers keep only such places, so images shrink; "
+        "whether a sum elsewhere is larger does not matter."
     )
     return Shown(checks, draw(correlate(IMAGE, PATCH), convolve(IMAGE, PATCH), signal.autocorrelate(IMAGE)), caption)
 
 
 def draw(unflipped: Any, flipped: Any, over_itself: Any) -> Any:
     """Three tables of seven rows."""
+    from matplotlib.patches import Rectangle
+
     fig = figure(10.6, 3.4)
     panels = fig.subplots(1, 3)
     for axes, patch, sums, title in (
@@ -83,11 +86,14 @@ def draw(unflipped: Any, flipped: Any, over_itself: Any) -> Any:
             for k, value in enumerate(patch):
                 meets = 0 <= shift + k < len(IMAGE)
                 cell(axes, shift + k, row + 1, value, "#fde3cf" if meets else "white", faint=not meets)
-            inside = "bold" if shift == 0 else "normal"
-            axes.text(8.4, row + 1, f"{total:g}", ha="right", va="center", fontsize=11, color=BLUE, weight=inside)
+            axes.text(8.4, row + 1, f"{total:g}", ha="right", va="center", fontsize=11, color=BLUE)
+            if shift == 0:
+                frame = Rectangle((-0.62, row + 0.48), 9.22, 1.04, facecolor="none", edgecolor=DARK, linewidth=1.3)
+                axes.add_patch(frame)
+                axes.text(-0.8, row + 1, "wholly\ninside", ha="right", va="center", fontsize=8.5, color="0.3")
         axes.text(-0.8, -0.35, "image", ha="right", va="center", fontsize=9.5, color="0.3")
         axes.text(8.4, -0.35, "sum", ha="right", va="center", fontsize=9.5, color="0.3")
-        axes.set(xlim=(-3.7, 8.6), ylim=(7.6, -1), aspect="equal")
+        axes.set(xlim=(-3.7, 8.75), ylim=(7.6, -1), aspect="equal")
         axes.axis("off")
     return fig
 

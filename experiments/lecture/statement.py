@@ -85,7 +85,7 @@ def at_least(what: str, measured: Any, bound: float) -> Check:
 def equal(what: str, measured: Any, expected: Any) -> Check:
     """`measured` is exactly `expected`: shapes, numbers or arrays."""
     holds = np.shape(measured) == np.shape(expected) and bool(np.all(np.asarray(measured) == np.asarray(expected)))
-    return Check(what, text(measured), "as expected" if holds else f"= {text(expected)}", holds)
+    return Check(what, text(measured), f"= {text(expected)}", holds)
 
 
 def refused(what: str, call: Callable[[], Any]) -> Check:
@@ -149,10 +149,13 @@ def main(statement: Statement, show: Callable[[], Shown], argv: Sequence[str] | 
 
 
 def folder(out: Path) -> Path:
-    """Make the folder `out`; raise RunError where none can be."""
+    """Make the folder `out`, or find it: pictures of an earlier run are replaced. Raise RunError where none can be."""
     if out.exists() and not out.is_dir():
         raise RunError(f"--out {out}: expected a folder or nothing, got a file")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"--out {out}: must be a folder that can be made, got {error.strerror}") from error
     return out
 
 

@@ -25,6 +25,7 @@ from jax import Array, lax
 from jaxcnn.geometry import Correlation, Window
 from jaxcnn.kernels import unrolled, winograd
 from jaxcnn.kernels.dtypes import accumulator, wider
+from jaxcnn.kernels.split import run_whole
 from jaxcnn.kernels.storage import stored
 from jaxcnn.kernels.threads import ONE_THREAD, on_all_threads
 from jaxcnn.kernels.windows import at_tap, divisor, interleaved, meeting, pad_axis, tap_slices
@@ -43,15 +44,21 @@ PRODUCT_BYTES = 1 << 23
 #: Groups are joined up to so many channels: a vector of float32, and what jaxlib 0.10 still runs on all threads.
 JOINED = 16
 
+#: Entries of a kernel in one dim up to which a slice of its own for each is written out.
+LONGEST = 64
+
 #: Inputs times outputs from which XLA:CPU divides a convolution between threads by itself.
 DIVIDED = 9000
 
 #: Multiplications up to which XLA's convolution does: other forms take five times as long to compile.
 SMALL = 1 << 14
 
-#: Up to what a product is unrolled: channels of a group, and its terms, for the compiler's sake; where there is but one
-#: group, multiplications for a place; and, of weight gradients, sums over all places.
-UNROLLED = {"channels": 15, "terms": 512, "multiplications": 640, "sums": 160}
+#: What asks for speed at the cost of accuracy; the strings are values of ``jax_default_matmul_precision``.
+FASTEST = (lax.Precision.DEFAULT, "default", "bfloat16")
+
+#: Up to what a product is unrolled: channels of a group; where there is one group, multiplications for a place; and, of
+#: weight gradients, sums over all places.
+UNROLLED = {"channels": 15, "multiplications": 640, "sums": 160}
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
@@ -59,7 +66,8 @@ def correlate(c: Correlation, x: Array, w: Array) -> Array:
     """``(N, *out, O)``, in ``c.dtype``."""
     if x.size == 0 or w.size == 0:
         return jnp.zeros((x.shape[0], *c.window.out, w.shape[-1]), c.dtype)
-    return _run(CORRELATE, choose_correlate(c, x, w), c, x, w, c.dtype)
+    run = functools.partial(_run, CORRELATE, choose_correlate(c, x, w), c, dtype=c.dtype)
+    return run_whole(run, (x, w), (places(c), taps(c)), places(c))
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
@@ -68,7 +76,8 @@ def spread(c: Correlation, y: Array, w: Array) -> Array:
     dtype = wider(y.dtype, w.dtype)
     if y.size == 0 or w.size == 0:
         return jnp.zeros((y.shape[0], *c.window.shape, w.shape[-2] * c.groups), dtype)
-    return _run(SPREAD, choose_spread(c, y, w), c, y, w, dtype)
+    run = functools.partial(_run, SPREAD, choose_spread(c, y, w), c, dtype=dtype)
+    return run_whole(run, (y, w), (places(c), taps(c)), places(c))
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
@@ -77,7 +86,18 @@ def match(c: Correlation, x: Array, y: Array) -> Array:
     dtype = wider(x.dtype, y.dtype)
     if x.size == 0 or y.size == 0:
         return jnp.zeros((*c.window.size, x.shape[-1] // c.groups, y.shape[-1]), dtype)
-    return _run(MATCH, choose_match(c, x, y), c, x, y, dtype)
+    run = functools.partial(_run, MATCH, choose_match(c, x, y), c, dtype=dtype)
+    return run_whole(run, (x, y), (places(c), places(c)), taps(c))
+
+
+def places(c: Correlation) -> slice:
+    """The dims of images and results that no device may have a part of: channels too, where they are in groups."""
+    return slice(1, -1 if c.groups == 1 else None)
+
+
+def taps(c: Correlation) -> slice:
+    """The same of kernels."""
+    return slice(0, -2 if c.groups == 1 else None)
 
 
 def _run(table: dict[str, Lowering], cpu: str, c: Correlation, a: Array, b: Array, dtype: np.dtype) -> Array:
@@ -126,8 +146,7 @@ def _small(c: Correlation, batch: int, inputs: int, outputs: int) -> bool:
 def _choose_grouped(c: Correlation, inputs: int, outputs: int) -> str:
     """For more than one group, in `correlate` and `spread`: from so many channels to so many."""
     inputs, outputs = inputs // c.groups, outputs // c.groups
-    few = max(inputs, outputs) <= UNROLLED["channels"] and c.window.entries * inputs <= UNROLLED["terms"]
-    return "unrolled" if few else "by_group"
+    return "unrolled" if max(inputs, outputs) <= UNROLLED["channels"] else "by_group"
 
 
 def _unrolled_pays(c: Correlation, inputs: int, outputs: int) -> bool:
@@ -161,14 +180,12 @@ def choose_correlate(c: Correlation, x: Array, w: Array) -> str:
 
 
 def _winograd_pays(c: Correlation, a: Array, inputs: int, outputs: int, *, whole: bool) -> bool:
-    """Whether it halves the multiplications of a product that nobody asked all digits of.
+    """Whether Winograd's form is allowed (`_fastest`) and halves the multiplications of a product.
 
-    Patches of 3 × 3 save too few of them to outweigh the transforms of fewer than 64 channels; nor, where the other
+    3 × 3 kernels save too few of them to outweigh the transforms of fewer than 64 channels; nor, where the other
     choice is XLA's convolution, of a batch in blocks: a ``whole`` one shares them with the layer's other products.
     """
-    default = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-    exact = c.precision is not None or default is not None
-    if exact or wider(a.dtype, c.dtype).itemsize > 4 or not applies("winograd", c, inputs):
+    if not _fastest(c) or wider(a.dtype, c.dtype).itemsize > 4 or not applies("winograd", c, inputs):
         return False
     if c.window.size == (3, 3):
         if min(inputs, outputs) < 64 or (whole and not winograd.in_one_block(c, a, inputs, outputs)):
@@ -177,6 +194,19 @@ def _winograd_pays(c: Correlation, a: Array, inputs: int, outputs: int, *, whole
         return False
     direct = a.shape[0] * math.prod(c.window.out) * c.window.entries * inputs * outputs
     return direct >= 2 * winograd.cost(c, a.shape[0], inputs, outputs)
+
+
+def _fastest(c: Correlation) -> bool:
+    """Whether the caller explicitly asks for speed at the cost of accuracy.
+
+    That is `lax.Precision.DEFAULT` ("fastest") of both operands, as the argument or as
+    ``jax_default_matmul_precision``. None in both places asks for nothing, and every sum is then direct.
+    """
+    wanted = c.precision
+    if wanted is None:
+        wanted = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    both = wanted if isinstance(wanted, tuple) else (wanted,)
+    return all(one in FASTEST for one in both)
 
 
 def _all_threads_pay(c: Correlation, a: Array, outputs: int, after: tuple[int, ...]) -> bool:
@@ -271,20 +301,35 @@ def choose_spread(c: Correlation, y: Array, w: Array) -> str:
         return "phases"
     if _winograd_pays(c, y, *w.shape[-2:], whole=True):
         return "winograd"
+    if _padded_to_twice(c.window) and _products_fit(c.window, inputs):
+        return "products"
     return "all_threads" if _all_threads_pay(c, y, inputs, c.window.shape) else "xla"
 
 
 def _products_pay(win: Window, inputs: int) -> bool:
     """Whether few numbers come of each δ, or XLA's convolution is slow: in 3-D, and with zeros between δ.
 
-    Also for small patches where δ of windows in padding would have to be cut off first, a copy.
+    Also for small kernels where δ of windows in padding would have to be cut off first, a copy.
     """
+    if not _products_fit(win, inputs):
+        return False
     if win.ndim == 3 or all(k <= s for k, s in zip(win.size, win.stride, strict=True)):
         return True
     if any(s > 1 for s in win.stride):
         return win.entries * inputs <= 160
     cut = any(_reached(win, dim)[:2] != (0, out) for dim, out in enumerate(win.out))
     return inputs <= 6 or (cut and win.entries <= 3)
+
+
+def _products_fit(win: Window, inputs: int) -> bool:
+    """Whether the program stays short, and what a single image's δ makes of the whole kernel stays in memory."""
+    return max(win.size) <= LONGEST and math.prod(win.out) * win.entries * inputs <= PRODUCT_BYTES
+
+
+def _padded_to_twice(win: Window) -> bool:
+    """Whether XLA's convolution multiplies as many zeros around δ as entries of δ: "products" multiplies none."""
+    once = all(s == 1 for s in win.stride)
+    return win.ndim == 2 and once and math.prod(win.shape) >= 2 * math.prod(win.out)
 
 
 def _phases_pay(win: Window, inputs: int, outputs: int) -> bool:
@@ -545,18 +590,18 @@ def _match_rows(c: Correlation, x: Array, y: Array) -> Array:
         x = fit(win, x)  # a block at a time: no padded copy of the whole
         x = jnp.moveaxis(jnp.moveaxis(x, 0, -2), -1, 0)  # (I, *span, N)
         y = jnp.moveaxis(y, 0, -2).reshape(-1, y.shape[-1])  # (*out·N, O)
-        axis, s, d = win.ndim, win.stride[-1], win.dilation[-1]
+        axis, s, d = win.ndim, win.steps[-1], win.dilation[-1]
         last = (win.out[-1] - 1) * s + 1
         patches = jnp.stack([lax.slice_in_dim(x, k * d, k * d + last, s, axis) for k in range(width)])
         found = []
         for tap in np.ndindex(*rows):
             starts = [k * d for k, d in zip(tap, win.dilation, strict=False)]
-            ends = [at + (o - 1) * s + 1 for at, o, s in zip(starts, win.out, win.stride, strict=False)]
+            ends = [at + (o - 1) * s + 1 for at, o, s in zip(starts, win.out, win.steps, strict=False)]
             row = lax.slice(
                 patches,
                 (0, 0, *starts, 0, 0),
                 (*patches.shape[:2], *ends, *patches.shape[-2:]),
-                (1, 1, *win.stride[:-1], 1, 1),
+                (1, 1, *win.steps[:-1], 1, 1),
             )
             found.append(_dot(row.reshape(width * channels, -1), y, 1, 0, c))
         return jnp.stack(found)
@@ -575,11 +620,21 @@ def _match_patches(c: Correlation, x: Array, y: Array) -> Array:
     block = divisor(x.shape[0], PATCHES_BYTES // max(entries * x.dtype.itemsize, 1))
 
     def one_block(x: Array, y: Array) -> Array:
-        patches = jnp.concatenate(list(tap_slices(win, x, 0)), -1)
+        patches = _patches(win, x) if win.entries > LONGEST else jnp.concatenate(list(tap_slices(win, x, 0)), -1)
         return _dot(lax.collapse(y, 0, -1), lax.collapse(patches, 0, -1), 0, 0, c)
 
     w = _sum_of_blocks(one_block, block, x, y, (y.shape[-1], win.entries * channels))
     return w.T.reshape(*win.size, channels, y.shape[-1])
+
+
+def _patches(win: Window, x: Array) -> Array:
+    """``(N, *out, entries · C)``, made dim by dim: a slice for each entry of a kernel's row, not for each of all."""
+    x = fit(win, x)
+    for dim in reversed(range(win.ndim)):
+        s, last = win.stride[dim], (win.out[dim] - 1) * win.stride[dim] + 1
+        starts = (k * win.dilation[dim] for k in range(win.size[dim]))
+        x = stored(jnp.stack([lax.slice_in_dim(x, at, at + last, s, dim + 1) for at in starts], win.ndim + 1))
+    return lax.collapse(x, win.ndim + 1)
 
 
 def _sum_of_blocks(
@@ -690,7 +745,7 @@ def _flat(c: Correlation) -> Correlation:
 def _depth_slices(win: Window, x: Array) -> list[Array]:
     """For every tap of the depth the slices that it meets, one after the other: ``(N·out, *spatial, C)``."""
     x = pad_axis(x, 1, *win.padding[0])
-    s, last = win.stride[0], (win.out[0] - 1) * win.stride[0] + 1
+    s, last = win.steps[0], (win.out[0] - 1) * win.steps[0] + 1
     starts = [k * win.dilation[0] for k in range(win.size[0])]
     return [lax.collapse(lax.slice_in_dim(x, at, at + last, s, 1), 0, 2) for at in starts]
 

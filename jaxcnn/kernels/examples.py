@@ -17,6 +17,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,9 +39,8 @@ PATCHES_BYTES = 1 << 20
 def match_each(c: Correlation, x: Array, y: Array) -> Array:
     """``(N, *size, I/groups, O)``, in what sums of the wider dtype are taken in.
 
-    One product of all patches, or, on CPU and where they would be too large, `match` of one picture, no faster: there
-    it is GEMMs, which vectorise as they are; elsewhere it is a convolution, which would turn into one with a group for
-    each picture.
+    One product of all patches of an example, or, on CPU and where they would be too large, `match` of one example after
+    the other: that runs on all threads, as batched products of such sizes do not.
     """
     x, y = _wide(x, y)
     patches_bytes = math.prod(c.window.out) * c.window.entries * x.shape[-1] * x.dtype.itemsize
@@ -52,14 +52,14 @@ def match_each(c: Correlation, x: Array, y: Array) -> Array:
 
 
 def _one_by_one(c: Correlation, x: Array, y: Array) -> Array:
-    return jax.vmap(lambda x, y: match(c, x[None], y[None]))(x, y)
+    return lax.map(lambda both: match(c, both[0][None], both[1][None]), (x, y))
 
 
 def _by_patches(c: Correlation, x: Array, y: Array) -> Array:
     win, n, inputs, outputs, places = c.window, x.shape[0], x.shape[-1], y.shape[-1], math.prod(c.window.out)
     patches = stored(jnp.moveaxis(fit(win, x), -1, 1))  # (N, I, *span): places last, as a GEMM likes them
     for dim in reversed(range(win.ndim)):  # dim by dim: fewer slices than one for each tap
-        axis, s, last = dim - win.ndim, win.stride[dim], (win.out[dim] - 1) * win.stride[dim] + 1
+        axis, s, last = dim - win.ndim, win.steps[dim], (win.out[dim] - 1) * win.steps[dim] + 1
         starts = range(0, win.size[dim] * win.dilation[dim], win.dilation[dim])
         patches = stored(jnp.stack([lax.slice_in_dim(patches, k, k + last, s, axis) for k in starts], 1))
     patches = lax.collapse(patches, 2 + win.ndim)  # (N, *size, I, places)
@@ -90,6 +90,34 @@ def ghost_is_cheaper(c: Correlation, inputs: int, outputs: int) -> bool:
     return ghost < direct
 
 
+def for_each(f: Callable[..., Any], *batches: Any) -> Any:
+    """``f`` of each example of trees ``(N, …)``: by `jax.vmap`, unless that has a convolution with N groups in it.
+
+    Such a convolution is slow, and where the batch is split over devices by automatic axes, XLA computes it wrongly
+    (jaxlib 0.10.2: `jax.vmap` of `jax.grad` of a stock convolution is off by all of its digits).  Then examples go one
+    after the other.
+    """
+    n = jax.tree.leaves(batches)[0].shape[0]
+    if isinstance(n, int) and n > 1 and _has_groups_of(n, jax.make_jaxpr(jax.vmap(f))(*batches).jaxpr):
+        return lax.map(lambda one: f(*one), batches)
+    return jax.vmap(f)(*batches)
+
+
+def _has_groups_of(n: int, jaxpr: Any) -> bool:
+    """Whether a convolution in it, at any depth, has a multiple of n groups."""
+
+    def found(params: dict[str, Any]) -> bool:
+        groups = max(params.get("feature_group_count", 1), params.get("batch_group_count", 1))
+        inner = (a for a in jax.tree.leaves(params, is_leaf=_is_jaxpr) if _is_jaxpr(a))
+        return (groups > 1 and groups % n == 0) or any(_has_groups_of(n, getattr(a, "jaxpr", a)) for a in inner)
+
+    return any(found(eqn.params) for eqn in jaxpr.eqns)
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return hasattr(value, "eqns")
+
+
 def _kept_or(direct: Callable[[Array, Array], Array], x: Array, y: Array, terms: Array) -> Array:
     """``(N,)``: the sum of each example's terms, or, if those of any example cancel, what ``direct`` makes of each.
 
@@ -107,7 +135,7 @@ def _ghost_terms(c: Correlation, x: Array, y: Array) -> Array:
     pixels = fit(win, x).reshape(n, math.prod(win.span), groups, inputs // groups)
     of_pixels = jnp.einsum("npgi,nqgi->gnpq", pixels, pixels, precision=c.precision)
     of_patches = of_pixels.reshape(groups * n, *win.span, *win.span)
-    for dim, (size, s, d, o) in enumerate(zip(win.size, win.stride, win.dilation, win.out, strict=True)):
+    for dim, (size, s, d, o) in enumerate(zip(win.size, win.steps, win.dilation, win.out, strict=True)):
         pair = (1 + dim, 1 + win.ndim + dim)
         of_patches = _sum_of_slices(of_patches, pair, [range(k * d, k * d + (o - 1) * s + 1, s) for k in range(size)])
     y = y.reshape(n, math.prod(win.out), groups, outputs // groups)
@@ -147,7 +175,9 @@ def outer_squares(x: Array, y: Array) -> Array:
 
 
 def squares(x: Array) -> Array:
-    """``(N,)``: the sum of squares of each example's entries."""
+    """``(N,)``: the sum of squared absolute values of each example's entries."""
+    if jnp.iscomplexobj(x):
+        return squares(x.real) + squares(x.imag)
     return jnp.sum(jnp.square(x.astype(accumulator(x.dtype))), range(1, x.ndim))
 
 

@@ -17,6 +17,7 @@ from jax import Array, lax
 from jaxcnn.geometry import Correlation, Window
 from jaxcnn.kernels.correlation import CORRELATE, MATCH
 from jaxcnn.kernels.dtypes import accumulator
+from jaxcnn.kernels.split import run_whole
 
 METHODS = ("auto", "direct", "fft")
 
@@ -33,7 +34,9 @@ def correlate(first: tuple[int, ...], size: tuple[int, ...], method: str, a: Arr
     wide = accumulator(a.dtype)
     fourier = choose_fourier(first, size, method, a, v)
     lowering = correlate_fourier if fourier else correlate_direct
-    return lowering(first, size, a.astype(wide), v.astype(wide)).astype(a.dtype)
+    run = functools.partial(lowering, first, size)
+    everywhere = slice(None)
+    return run_whole(run, (a.astype(wide), v.astype(wide)), (everywhere,) * 2, everywhere).astype(a.dtype)
 
 
 def choose_fourier(first: tuple[int, ...], size: tuple[int, ...], method: str, a: Array, v: Array) -> bool:

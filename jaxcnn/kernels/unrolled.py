@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,13 +22,20 @@ from jaxcnn.geometry import Correlation
 from jaxcnn.kernels.shapes import beside
 from jaxcnn.kernels.storage import stored
 from jaxcnn.kernels.sums import sum_of_eights
-from jaxcnn.kernels.windows import at_tap, interleaved, meeting, tap_slices, unpad
+from jaxcnn.kernels.windows import at_tap, interleaved, meeting, padded, unpad
+
+#: Where a tap meets the padded input: in a loop, traced.
+Start = np.ndarray | Array
 
 #: Sums that a sum is made of: each waits for its own last term alone.
 CHAINS = 4
 
 #: Terms of one loop.  From about 110 XLA stores parts of them, and takes ten times as long.
 TERMS = 80
+
+#: Terms above which taps are taken in a loop, and the terms of one of its turns: compile time grows with the number of
+#: terms that are written out. For `match`, whose terms are reductions and take longer, these are "sums" and "block".
+LOOPED = {"terms": 64, "chunk": 16, "sums": 16, "block": 8}
 
 #: Terms up to which it pays to pad each by itself; for each, XLA asks of every entry whether it is padding.
 AT_TAPS = 9
@@ -38,18 +45,25 @@ def correlate(c: Correlation, x: Array, w: Array) -> Array:
     """``(N, *out, O)``, stored: the sum would be computed again for all that read it, and x for every term."""
     win, groups = c.window, c.groups
     inputs, outputs = w.shape[-2], w.shape[-1] // groups
-    if inputs == 1:  # vectors reach over groups
-        x = jnp.repeat(x, outputs, -1) if outputs > 1 else x
-        taps = zip(win.taps(), tap_slices(win, x, 0), strict=True)
-        return stored(_sum(entries * beside(w[(*tap, 0)], entries) for tap, entries in taps))
+    depthwise = inputs == 1  # vectors then run over all groups
+    if depthwise and outputs > 1:
+        x = jnp.repeat(x, outputs, -1)
+    looped = win.entries * inputs > LOOPED["terms"]
+    canvas = padded(win, x if depthwise and not looped else stored(x))
+    w = w.reshape(win.entries, inputs, groups, outputs)
 
-    def terms() -> Iterator[Array]:
-        for tap, entries in zip(win.taps(), tap_slices(win, stored(x), 0), strict=True):
-            entries = entries.reshape(*entries.shape[:-1], groups, inputs)
-            for i in range(inputs):
-                yield entries[..., i : i + 1] * beside(w[(*tap, i)].reshape(groups, outputs), entries)
+    def terms(start: Start, w: Array) -> Iterator[Array]:
+        entries = _at(canvas, start, win.out, win.stride)
+        if depthwise:
+            yield entries * beside(w.reshape(-1), entries)
+            return
+        entries = entries.reshape(*entries.shape[:-1], groups, inputs)
+        for i in range(inputs):
+            yield entries[..., i : i + 1] * beside(w[i], entries)
 
-    return lax.collapse(stored(_sum(terms())), win.ndim + 1)
+    starts = np.array([win.offset(tap) for tap in win.taps()], np.int32)
+    y = stored(_sum_over_taps(terms, starts, w, np.arange(win.entries), inputs))
+    return y if depthwise else lax.collapse(y, win.ndim + 1)
 
 
 def spread(c: Correlation, y: Array, w: Array) -> Array:
@@ -57,8 +71,11 @@ def spread(c: Correlation, y: Array, w: Array) -> Array:
     win, batch, groups = c.window, y.shape[0], c.groups
     inputs, outputs = w.shape[-2], w.shape[-1] // groups
     turned = stored(jnp.moveaxis(w.reshape(*w.shape[:-1], groups, outputs), (-1, -3), (-3, -1)))  # (…, O, groups, I)
+    if math.prod(win.stride) > 1 and all(e <= s for e, s in zip(win.extent, win.stride, strict=True)):
+        return _spread_apart(c, y, turned)
     alone = inputs == outputs == 1 and win.stride == (1,) * win.ndim and win.entries <= AT_TAPS
-    if alone or math.prod(win.stride) > 2 * win.entries:  # no padded copy of δ; or most remainders meet no tap
+    # No padded copy of δ; or most remainders meet no tap.
+    if alone or math.prod(win.stride) > 2 * win.entries:
         y = y.reshape(*y.shape[:-1], groups, outputs)
 
         def of_tap(tap: tuple[int, ...]) -> Array:
@@ -74,24 +91,49 @@ def spread(c: Correlation, y: Array, w: Array) -> Array:
     pads = [(0, 0, 0), *((lo, hi, 0) for lo, hi in zip(before, after, strict=True)), (0, 0, 0)]
     y = lax.pad(stored(y), np.zeros((), y.dtype), pads)
     y = y.reshape(*y.shape[:-1], groups, outputs)
+    ones = (1,) * win.ndim
 
-    def terms(taps: Sequence[tuple[int, ...]], starts: Sequence[tuple[int, ...]]) -> Iterator[Array]:
-        for tap, start in zip(taps, starts, strict=True):
-            ends = [at + n for at, n in zip(start, length, strict=True)]
-            entries = lax.slice(y, (0, *start, 0, 0), (batch, *ends, groups, outputs))
-            for j in range(outputs):
-                yield entries[..., j : j + 1] * beside(turned[(*tap, j)], entries)
+    def terms(start: Start, turned: Array) -> Iterator[Array]:
+        entries = _at(y, start, length, ones)
+        for j in range(outputs):
+            yield entries[..., j : j + 1] * beside(turned[j], entries)
 
+    of_taps = turned.reshape(win.entries, *turned.shape[win.ndim :])
     phases = []
     for pairs in itertools.product(*met):
         which = list(itertools.product(*pairs))
-        taps = [tuple(k for k, _ in one) for one in which]
-        starts = [tuple(shift + lo for (_, shift), lo in zip(one, before, strict=True)) for one in which]
-        zero = jnp.zeros((batch, *length, groups, inputs), y.dtype)
-        phase = _sum(terms(taps, starts)) if taps else zero
-        phase = lax.collapse(phase, win.ndim + 1)
+        if which:
+            taps = tuple(np.array([[k for k, _ in one] for one in which]).T)
+            starts = np.array([[shift + lo for (_, shift), lo in zip(one, before, strict=True)] for one in which])
+            numbers = np.ravel_multi_index(taps, win.size)
+            phase = _sum_over_taps(terms, starts.astype(np.int32), of_taps, numbers, outputs)
+            phase = lax.collapse(phase, win.ndim + 1)
+        else:
+            phase = jnp.zeros((batch, *length, groups * inputs), y.dtype)
         phases.append(stored(phase) if outputs > 1 else phase)
     return interleaved(win, phases)
+
+
+def _spread_apart(c: Correlation, y: Array, turned: Array) -> Array:
+    """`spread` where windows do not overlap: every δ times the whole kernel, side by side."""
+    win, groups = c.window, c.groups
+    outputs = turned.shape[win.ndim]
+    y = y.reshape(y.shape[0], *(n for out in win.out for n in (out, 1)), groups, outputs)
+    terms = []
+    for j in range(outputs):
+        w = turned[(*(slice(None),) * win.ndim, j)]  # (*size, groups, I)
+        w = w.reshape(*(n for k in win.size for n in (1, k)), *w.shape[win.ndim :])
+        terms.append(y[..., j : j + 1] * beside(w, y))
+    found = lax.collapse(_sum(terms), 2 * win.ndim + 1)
+    zero, none = np.zeros((), y.dtype), (0, 0, 0)
+    dims = zip(win.extent, win.stride, win.dilation, strict=True)
+    found = lax.pad(found, zero, [none, *(pad for e, s, d in dims for pad in (none, (0, s - e, d - 1))), none])
+    found = found.reshape(y.shape[0], *(o * s for o, s in zip(win.out, win.stride, strict=True)), found.shape[-1])
+    starts = [lo for lo, _ in win.padding]
+    limits = [lo + n for lo, n in zip(starts, win.shape, strict=True)]
+    more = [(0, max(limit - n, 0), 0) for limit, n in zip(limits, found.shape[1:-1], strict=True)]
+    found = lax.pad(found, zero, [none, *more, none])
+    return lax.slice(found, (0, *starts, 0), (found.shape[0], *limits, found.shape[-1]))
 
 
 def match(c: Correlation, x: Array, y: Array) -> Array:
@@ -104,17 +146,87 @@ def match(c: Correlation, x: Array, y: Array) -> Array:
     y = y.reshape(*y.shape[:-1], groups, y.shape[-1] // groups)
     axis = next((axis for axis, n in enumerate(y.shape[:-2]) if n >= 8), 0)
 
-    def sums() -> Iterator[Array]:
-        for entries in tap_slices(win, x, 0):
+    def of_taps(x: Array, taps: Iterable[tuple[int, ...]]) -> Array:
+        sums = []
+        for tap in taps:
+            entries = _at(x, np.multiply(tap, win.dilation), win.out, win.stride)
             entries = entries.reshape(*entries.shape[:-1], groups, inputs)
-            for i in range(inputs):
-                yield sum_of_eights(entries[..., i : i + 1] * y, axis)
+            sums += [sum_of_eights(entries[..., i : i + 1] * y, axis) for i in range(inputs)]
+        w = jnp.stack(sums)
+        w = w.reshape(w.shape[0], math.prod(w.shape[1:-2]), math.prod(w.shape[-2:]))
+        while w.shape[1] > 1:
+            w = sum_of_eights(w, 1)
+        return w.sum(1)
 
-    w = jnp.stack(list(sums()))
-    w = w.reshape(w.shape[0], math.prod(w.shape[1:-2]), math.prod(w.shape[-2:]))
-    while w.shape[1] > 1:
-        w = sum_of_eights(w, 1)
-    return w.sum(1).reshape(*win.size, inputs, -1)
+    if win.entries * inputs <= LOOPED["sums"]:
+        return of_taps(padded(win, x), win.taps()).reshape(*win.size, inputs, -1)
+    # A turn of the loop takes a block of taps, and stores the part of x that they meet. What the last blocks have more
+    # than the kernel is cut off.
+    block, blocks = _blocks(win.size, max(LOOPED["block"] // inputs, 1))
+    more = [(q * b - k) * d for q, b, k, d in zip(blocks, block, win.size, win.dilation, strict=True)]
+    canvas = lax.pad(padded(win, x), np.zeros((), x.dtype), [(0, 0, 0), *((0, m, 0) for m in more), (0, 0, 0)])
+    reach = [(o - 1) * s + 1 + (b - 1) * d for o, s, b, d in zip(win.out, win.stride, block, win.dilation, strict=True)]
+    taps = list(np.ndindex(*block))
+
+    def of_block(start: Array) -> Array:
+        return of_taps(stored(_at(canvas, start, reach, (1,) * win.ndim)), taps)
+
+    starts = np.array(list(np.ndindex(*blocks))) * block * np.array(win.dilation)
+    w = lax.map(of_block, starts.astype(np.int32)).reshape(*blocks, *block, inputs, -1)
+    pairs = [axis for dim in range(win.ndim) for axis in (dim, win.ndim + dim)]
+    w = w.transpose(*pairs, 2 * win.ndim, 2 * win.ndim + 1)
+    w = w.reshape(*(q * b for q, b in zip(blocks, block, strict=True)), *w.shape[-2:])
+    return lax.slice(w, (0,) * w.ndim, (*win.size, *w.shape[-2:]))
+
+
+def _blocks(size: Sequence[int], most: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The size of a block of at most ``most`` taps, the last dim filled first, and how many cover a kernel."""
+    block: list[int] = []
+    for n in reversed(size):
+        blocks = -(-n // max(most // math.prod(block), 1))
+        block.insert(0, -(-n // blocks))
+    return tuple(block), tuple(-(-n // b) for n, b in zip(size, block, strict=True))
+
+
+def _at(canvas: Array, start: Start, out: Sequence[int], stride: Sequence[int]) -> Array:
+    """The entries that a tap meets, ``(N, *out, …)``: a strided slice of the spatial dims from ``start`` on."""
+    spans = [(n - 1) * s + 1 for n, s in zip(out, stride, strict=True)]
+    rest = canvas.shape[1 + len(spans) :]
+    if isinstance(start, np.ndarray):
+        limits = (canvas.shape[0], *(at + span for at, span in zip(start, spans, strict=True)), *rest)
+        return lax.slice(canvas, (0, *start, *(0,) * len(rest)), limits, (1, *stride, *(1,) * len(rest)))
+    zero = np.int32(0)
+    begin = (zero, *start, *(zero,) * len(rest))
+    found = lax.dynamic_slice(canvas, begin, (canvas.shape[0], *spans, *rest), allow_negative_indices=False)
+    return lax.slice(found, (0,) * found.ndim, found.shape, (1, *stride, *(1,) * len(rest)))
+
+
+def _sum_over_taps(
+    terms: Callable[[Start, Array], Iterable[Array]], starts: np.ndarray, weights: Array, taps: np.ndarray, each: int
+) -> Array:
+    """The sum of ``terms(start, weights[tap])`` over taps, ``each`` terms a tap.
+
+    Few are written out. Of more, the first are, and the others are added in a loop over chunks of equal length, so that
+    the program does not grow with the kernel.
+    """
+
+    def written_out(starts: Iterable[Start], weights: Iterable[Array]) -> list[Array]:
+        return [term for start, w in zip(starts, weights, strict=True) for term in terms(start, w)]
+
+    chunk = max(LOOPED["chunk"] // each, 1)
+    few = len(starts) * each <= LOOPED["terms"] or len(starts) <= chunk
+    # At least one is written out: the loop's carry then has the right sharding.
+    first = len(starts) if few else (len(starts) - 1) % chunk + 1
+    total = _sum(written_out(starts[:first], (weights[tap] for tap in taps[:first].tolist())))
+    if few:
+        return total
+
+    def add(total: Array, of: tuple[Array, Array]) -> tuple[Array, None]:
+        return total + _chained(written_out(*of)), None
+
+    rest = jnp.take(weights, taps[first:], axis=0, mode="clip")
+    chunks = starts[first:].reshape(-1, chunk, starts.shape[1]), rest.reshape(-1, chunk, *rest.shape[1:])
+    return lax.scan(add, total, chunks)[0]
 
 
 def _sum(terms: Iterable[Array]) -> Array:

@@ -207,8 +207,9 @@ def window_spread(win: Window, y: Array) -> Array:
 def _sum_dim(win: Window, dim: int, x: Array) -> Array:
     k, s, d, out, axis = win.size[dim], win.stride[dim], win.dilation[dim], win.out[dim], dim + 1
     if k <= UNROLLED:
-        starts = (i * d for i in range(k))
-        return functools.reduce(operator.add, (lax.slice_in_dim(x, i, i + (out - 1) * s + 1, s, axis) for i in starts))
+        starts, step = (i * d for i in range(k)), win.steps[dim]
+        slices = (lax.slice_in_dim(x, i, i + (out - 1) * step + 1, step, axis) for i in starts)
+        return functools.reduce(operator.add, slices)
     if out == 1 and d == 1:
         return lax.slice_in_dim(x, 0, k, axis=axis).sum(axis, keepdims=True)
     return _reduce_dim(x, axis, k, s, d)
@@ -240,6 +241,11 @@ def _reduce_dim(x: Array, axis: int, k: int, stride: int, dilation: int) -> Arra
 # Slices, and their adjoints
 
 
+def padded(win: Window, x: Array) -> Array:
+    """``x`` with zeros around it, as the windows meet it."""
+    return _pad(win, x, 0)
+
+
 def _pad(win: Window, x: Array, fill: float) -> Array:
     if not win.padded:
         return x
@@ -256,10 +262,10 @@ def unpad(win: Window, canvas: Array) -> Array:
 def tap_slices(win: Window, x: Array, fill: float) -> Iterator[Array]:
     """For every tap the entries it meets, one a window: strided slices ``(N, *out, C)``."""
     canvas = _pad(win, x, fill)
-    steps = (1, *win.stride, 1)
+    steps = (1, *win.steps, 1)
     for tap in win.taps():
         start = (0, *win.offset(tap), 0)
-        ends = (o + (n - 1) * s + 1 for o, n, s in zip(win.offset(tap), win.out, win.stride, strict=True))
+        ends = (o + (n - 1) * s + 1 for o, n, s in zip(win.offset(tap), win.out, win.steps, strict=True))
         yield lax.slice(canvas, start, (x.shape[0], *ends, x.shape[-1]), steps)
 
 

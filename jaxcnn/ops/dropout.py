@@ -18,13 +18,13 @@ def dropout(x: ArrayLike, rate: float, key: Array, *, rule: Rule | None = None) 
 
     Args:
         x: any shape and float dtype.
-        rate: the probability in [0, 1) that an entry is dropped; static.
+        rate: the probability in [0, 1] that an entry is dropped; static.  With 1 the output and δ_x are 0.
         key: from `jax.random.key`.
         rule: another backward half; see `jaxcnn.rules`.  Its cotangents are ``(delta_x, None)``.
 
     Returns: the shape and dtype of x.
 
-    Raises: ValueError for a rate outside [0, 1), TypeError for a key that is none, and for dtypes.
+    Raises: ValueError for a rate outside [0, 1], TypeError for a key that is none, and for dtypes.
 
     Source: Srivastava et al. 2014, in the inverted form that leaves evaluation alone.
 
@@ -60,12 +60,12 @@ _dropout.defvjp(_dropout_fwd, _dropout_bwd)
 
 def _dropout_plain(rate: float, x: Array, key: Array) -> Array:
     mask = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(mask, x / (1 - rate), 0)
+    return jnp.where(mask, x / (1 - rate or 1), 0)  # of rate 1 nothing is kept, and x / 0 must not be made
 
 
 def probability(op: str, rate: Any) -> float:
-    """The rate, if it is a number in [0, 1)."""
+    """The rate, if it is a number in [0, 1]."""
     p = static_float(op, "rate", rate)
-    if not 0 <= p < 1:
-        fail(op, f"rate expected a number in [0, 1), got {rate}")
+    if not 0 <= p <= 1:
+        fail(op, f"rate expected a number in [0, 1], got {rate}")
     return p

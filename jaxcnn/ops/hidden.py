@@ -57,7 +57,7 @@ def hidden_layer(
         padding: padding of the convolution, as in `conv`.
         dilation: the distance between a patch's entries.
         groups: as in `conv`.
-        precision: as in `jax.lax`; with None, CPU may trade digits for speed (6e-6 in float32: `kernels.winograd`).
+        precision: as in `conv`.
         rule: another backward half; see `jaxcnn.rules`.
 
     Returns: ``(N, *out, O)``.

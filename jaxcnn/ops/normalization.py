@@ -17,13 +17,15 @@ rules of their own, and what is left are products and means.
 """
 
 import dataclasses
+import functools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxcnn.geometry import fail, static_float, static_int
@@ -41,6 +43,7 @@ def batch_norm(
     var: ArrayLike | None = None,
     *,
     eps: float = 1e-5,
+    axis_name: str | tuple[str, ...] | None = None,
     rule: Rule | None = None,
 ) -> Array:
     """Batch normalisation: ``y = γ·x̂ + β`` with ``x̂ = (x − m)/√(v + ε)``, each channel for itself.
@@ -50,8 +53,8 @@ def batch_norm(
 
     Backward, of the batch's own: ``δ_x = r(g − mean(g) − x̂·mean(g·x̂))`` with g = δ·γ and r = 1/√(v + ε).  Of given
     ones: ``δ_x = g·r``, ``∂E/∂mean = −Σ g·r``, ``∂E/∂var = −½ Σ g·x̂·r²``.  Both: ``∂E/∂γ = Σ δ·x̂``, ``∂E/∂β = Σ δ``.
-    Of 16-bit inputs all statistics are in float32.  Under `jax.shard_map` the batch is a device's part of it; under jit
-    with a split batch it is all of it.
+    Of 16-bit inputs all statistics are in float32.  Under `jax.shard_map` the batch is a device's part of it, unless
+    ``axis_name`` is given; under jit with a split batch it is all of it.
 
     Args:
         x: ``(N, …, C)``, any float dtype.
@@ -60,6 +63,8 @@ def batch_norm(
         mean: ``(C,)``, of the same dtype, or float32 beside 16 bits; with ``var`` or not at all.
         var: as ``mean``.
         eps: ε, at least 0.
+        axis_name: one or several axes of `jax.shard_map`, `jax.pmap` or `jax.vmap`. The batch is then all that the
+            devices along these axes hold, in the statistics and in the means of δ_x. Without effect on given ones.
         rule: another backward half; see `jaxcnn.rules`.  Its inputs are (x, scale, bias), then mean and var if given.
 
     Returns: the shape and dtype of x.
@@ -79,7 +84,12 @@ def batch_norm(
         fail(op, f"x expected (N, …, C), got shape {x.shape}")
     norm = Normalization(tuple(range(x.ndim - 1)), (x.ndim - 1,), _epsilon(op, eps))
     _check_shapes(op, x.shape[-1:], "one number for each channel", scale=scale, bias=bias)
+    names = _axis_names(op, axis_name)
     if mean is None and var is None:
+        for name in names:
+            if not is_bound(name):
+                fail(op, f"axis_name must be an axis of shard_map, pmap or vmap around the call, got {name!r}")
+        norm = dataclasses.replace(norm, axis_names=names, devices=math.prod(map(lax.axis_size, names)))
         return with_rule(_normalized, rule, _normalized_plain, op)(norm, x, scale, bias)
     if mean is None or var is None:
         fail(op, "expected mean and var, or neither of them, got one")
@@ -183,6 +193,10 @@ class Normalization:
     eps: float
     #: Where it is given, channels are seen as ``(groups, C/groups)``.
     groups: int | None = None
+    #: Named axes of devices that a stretch runs along, too.
+    axis_names: tuple[str, ...] = ()
+    #: How many devices there are along them.
+    devices: int = 1
 
     def view(self, x: Array) -> Array:
         """X in the dtype that statistics are taken in, its channels in groups."""
@@ -278,9 +292,9 @@ def _moments_fwd(norm: Normalization, x: Array) -> Any:
 
 
 def _moments_bwd(norm: Normalization, saved: Any, deltas: Any) -> Any:
-    """With δ_m and δ_r:  δ_x = (δ_m − δ_r·r²·x̂)/n."""
+    """With δ_m and δ_r, summed over the devices that share m and r:  δ_x = (δ_m − δ_r·r²·x̂)/n."""
     x, m, r = saved
-    delta_m, delta_r = deltas
+    delta_m, delta_r = (_over_devices(norm, delta) for delta in deltas)
     x_hat = (x - m) * r
     return ((delta_m - delta_r * r**2 * x_hat) / _entries(norm, x),)
 
@@ -294,12 +308,20 @@ def _moments(norm: Normalization, x: Array) -> tuple[Array, Array]:
 
 
 def _mean(norm: Normalization, x: Array) -> Array:
-    return x.sum(norm.over, keepdims=True) / _entries(norm, x)
+    return _over_devices(norm, x.sum(norm.over, keepdims=True)) / _entries(norm, x)
+
+
+def _over_devices(norm: Normalization, x: Array) -> Array:
+    """Σ x over the named axes. Each device has a copy of its own, so that δ of it is the device's own part."""
+    if not norm.axis_names:
+        return x
+    own = functools.reduce(operator.add, map(lax.axis_index, norm.axis_names))
+    return lax.psum(x, norm.axis_names) + (0 * own).astype(x.dtype)
 
 
 def _entries(norm: Normalization, x: Array) -> int:
     """How many entries a stretch has; of an empty one the mean is 0, not NaN."""
-    return max(math.prod(x.shape[dim] for dim in norm.over), 1)
+    return max(math.prod(x.shape[dim] for dim in norm.over), 1) * norm.devices
 
 
 def _scaled(norm: Normalization, x_hat: Array, scale: Array | None, bias: Array | None) -> Array:
@@ -310,6 +332,9 @@ def _scaled(norm: Normalization, x_hat: Array, scale: Array | None, bias: Array 
 def _normalized_plain(norm: Normalization, x: Array, scale: Array | None, bias: Array | None) -> Array:
     view = norm.view(x)
     m, v = jnp.mean(view, norm.over, keepdims=True), jnp.var(view, norm.over, keepdims=True)
+    if norm.axis_names:
+        m = lax.pmean(m, norm.axis_names)
+        v = lax.pmean(jnp.mean(jnp.square(view - m), norm.over, keepdims=True), norm.axis_names)
     return _scaled(norm, (view - m) / jnp.sqrt(v + norm.eps), scale, bias).reshape(x.shape).astype(x.dtype)
 
 
@@ -394,6 +419,22 @@ def dims_of(op: str, axes: int | Sequence[int], ndim: int) -> tuple[int, ...]:
     if not ints or any(not -ndim <= a < ndim for a in ints) or len({a % ndim for a in ints}) < len(ints):
         fail(op, f"axes expected one or more different dims of the {ndim} of x, got {axes!r}")
     return tuple(sorted(a % ndim for a in ints))
+
+
+def is_bound(name: str) -> bool:
+    """Whether an axis of this name is around the call."""
+    try:
+        lax.axis_size(name)
+    except NameError:
+        return False
+    return True
+
+
+def _axis_names(op: str, axis_name: Any) -> tuple[str, ...]:
+    names = () if axis_name is None else tuple(axis_name) if isinstance(axis_name, list | tuple) else (axis_name,)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{op}: axis_name must be a str, several of them or None, got {axis_name!r}")
+    return names
 
 
 def _epsilon(op: str, eps: float) -> float:

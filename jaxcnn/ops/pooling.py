@@ -332,6 +332,7 @@ def avg_pool(
     dilation: PerDim = 1,
     ceil_mode: bool = False,
     count_include_pad: bool = True,
+    divisor: float | None = None,
     rule: Rule | None = None,
 ) -> Array:
     """Average pooling: ``y[o] = Σ_k x[o·stride + k·dilation − lo] / count[o]``, each channel for itself.
@@ -347,6 +348,8 @@ def avg_pool(
         dilation: the distance between a window's entries.
         ceil_mode: whether a last, partial window counts (as in PyTorch); what it reaches past padding never counts.
         count_include_pad: whether padding counts as entries that are zero.
+        divisor: a finite number other than 0 that divides every window's sum instead of its count, as PyTorch's
+            ``divisor_override``; static.
         rule: another backward half; see `jaxcnn.rules`.
 
     Returns: ``(N, *out, C)``.
@@ -362,7 +365,10 @@ def avg_pool(
     (x,) = arrays("avg_pool", x=x)
     win = pool_window("avg_pool", picture("avg_pool", x), window, stride, padding, dilation, ceil_mode)
     counts = static_bool("avg_pool", "count_include_pad", count_include_pad)
-    average = Average(win, pad_widths("avg_pool", padding if counts else 0, win))
+    by = None if divisor is None else static_float("avg_pool", "divisor", divisor)
+    if by is not None and not 0 < abs(by) < float("inf"):
+        fail("avg_pool", f"divisor must be a finite number other than 0, got {divisor}")
+    average = Average(win, pad_widths("avg_pool", padding if counts else 0, win), by)
     return with_rule(_avg_pool, rule, _avg_pool_plain)(average, x)
 
 
@@ -372,9 +378,13 @@ class Average:
 
     window: Window
     counted: tuple[tuple[int, int], ...]
+    #: What divides instead of the count.
+    divisor: float | None = None
 
     def count(self) -> np.ndarray:
-        """``(*out, 1)``: the entries of every window."""
+        """``(*out, 1)``: the entries of every window, or what stands in for their number."""
+        if self.divisor is not None:
+            return np.full((1,) * (self.window.ndim + 1), self.divisor)
         per_dim = (self.window.inside(dim, margin).sum(1) for dim, margin in enumerate(self.counted))
         return functools.reduce(np.multiply.outer, per_dim)[..., None]
 

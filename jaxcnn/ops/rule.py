@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax import Array
+
+from jaxcnn.ops.mesh import on_any_mesh, varying_alike
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -97,7 +98,7 @@ def with_rule(core: Any, rule: Any, plain: Callable[..., Any], op: str | None = 
     if not (rule is None or (callable(rule) and not isinstance(rule, type) and _hashable(rule))):
         raise TypeError(f"{op}: rule expected None, autodiff or a hashable function (call, delta), got {rule!r}")
     chosen = core if rule is None else _replaced(core, rule, op)
-    return lambda geometry, *inputs: on_any_mesh(chosen, geometry, *_varying_alike(inputs))
+    return lambda geometry, *inputs: on_any_mesh(chosen, geometry, *varying_alike(inputs))
 
 
 def _hashable(rule: Any) -> bool:
@@ -128,44 +129,6 @@ def _replaced(core: Any, rule: Rule, op: str) -> Any:
 
     other.defvjp(fwd, bwd)
     return other
-
-
-def _varying_alike(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Inside `jax.shard_map`, inputs that every device shares are marked as varying like the others.
-
-    The mark's own backward half is the sum over devices, which a shared patch needs and a rule cannot know of.
-    """
-    varying = [frozenset() if a is None else jax.typeof(a).manual_axis_type.varying for a in inputs]
-    axes = frozenset().union(*varying)
-    return tuple(
-        a if a is None or own == axes else lax.pcast(a, tuple(axes - own), to="varying")
-        for a, own in zip(inputs, varying, strict=True)
-    )
-
-
-def on_any_mesh(f: Callable[..., Any], geometry: Any, *inputs: Any) -> Any:
-    """``f(geometry, *inputs)``, also of arrays that are split over explicit axes of a mesh.
-
-    There every reshape and product would have to say how its result is split.  XLA may choose inside the op, whose
-    result is split as its first input is where it has the same shape, otherwise over its first dim, the batch.
-    """
-    given = [jax.typeof(a).sharding for a in inputs if a is not None]
-    split = [s for s in given if any(axis in s.mesh.explicit_axes for axis in jax.tree.leaves(tuple(s.spec)))]
-    if not split:
-        return f(geometry, *inputs)
-    x, mesh = inputs[0], split[0].mesh
-    of_x = jax.typeof(x).sharding.spec
-
-    def of(y: Any) -> NamedSharding:
-        if y.shape == x.shape:
-            return NamedSharding(mesh, of_x)
-        batch = y.ndim and x.ndim and y.shape[0] == x.shape[0]
-        return NamedSharding(mesh, PartitionSpec(of_x[0]) if batch else PartitionSpec())
-
-    with jax.sharding.use_abstract_mesh(mesh):
-        shapes = [a if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype) for a in inputs]
-        shardings = jax.tree.map(of, jax.eval_shape(functools.partial(f, geometry), *shapes))
-        return jax.sharding.auto_axes(functools.partial(f, geometry), out_sharding=shardings)(*inputs)
 
 
 def _checked(op: str, rule: Rule, call: Call, found: Any) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ the family of two is closed under differentiation:
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from jax.typing import ArrayLike
 from jaxcnn.geometry import Window, fail
 from jaxcnn.kernels import fourier, moments
 from jaxcnn.kernels.dtypes import accumulator
+from jaxcnn.kernels.split import run_whole
 from jaxcnn.ops import pooling
 from jaxcnn.ops.rule import Rule, arrays, custom_vjp, with_rule
 
@@ -192,7 +194,9 @@ _correlate.defvjp(_correlate_fwd, _correlate_bwd)
 
 def _correlate_plain(lags: Lags, a: Array, v: Array) -> Array:
     pads = [(-f, f + s - 1 + k - n) for f, s, k, n in zip(lags.first, lags.size, v.shape, a.shape, strict=True)]
-    return lax.conv_general_dilated(a[None, None], v[None, None], (1,) * a.ndim, pads)[0, 0]
+    ones, everywhere = (1,) * a.ndim, slice(None)
+    product = functools.partial(lax.conv_general_dilated, window_strides=ones, padding=pads)
+    return run_whole(product, (a[None, None], v[None, None]), (everywhere,) * 2, everywhere)[0, 0]
 
 
 @custom_vjp

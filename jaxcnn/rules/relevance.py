@@ -12,12 +12,16 @@ x⁺ = max(x, 0) and x⁻ = min(x, 0), entry by entry, and so for w and b.  Conv
 with whose numbers the rules agree.  `hidden_layer` is taken as the three ops that it is: R goes to the winner of each
 window, through the ReLU as it is, and is then divided by the convolution's rule.
 
+``zero_params`` names the parameters that a rule takes to be 0: "w", "b" or both; zennit's names "weight" and "bias"
+mean the same.  With b = 0 the bias keeps no share of R.
+
 The sum of a residual net is the op "add" with the terms x and y, both of which get their share.  What has no x·w, such
 as a pool, an "add" or a batch norm by given statistics, is divided by `Epsilon`; `Flat` fits the sums among them.
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -30,18 +34,30 @@ from jaxcnn.ops.rule import Call
 
 #: Ops z = x·w + b.
 PATCHES = ("conv", "depthwise_conv", "conv_transpose", "dense")
-#: Ops that weigh their inputs by constants, all of them positive.
+#: Ops that weigh their inputs by constants.
 SUMS = ("avg_pool", "global_avg_pool", "adaptive_avg_pool", "block_sum", "kron_up", "add")
 #: Ops that send δ to the winner.
 MAXIMA = ("max_pool", "global_max_pool", "adaptive_max_pool")
 
 
-@dataclasses.dataclass(frozen=True)
+#: Names of parameters: one, or several.
+ZeroParams = str | Sequence[str]
+#: Their places among the inputs of an op; of `batch_norm`, scale and bias.
+_PLACES = {"w": 1, "weight": 1, "b": 2, "bias": 2}
+
+
 class _Relevance:
     """What the rules share: which ops they fit, and a hidden layer taken apart."""
 
     #: The ops it fits, beside `hidden_layer`.
     fits: ClassVar[tuple[str, ...]] = PATCHES
+    #: A field of every rule.
+    zero_params: ZeroParams
+
+    def __repr__(self) -> str:
+        """As of a dataclass, without ``zero_params`` where there are none."""
+        fields = [f.name for f in dataclasses.fields(self) if f.name != "zero_params" or self.zero_params]  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in fields)})"
 
     def __call__(self, call: Call, delta: Array) -> tuple[Any, ...]:
         if call.name == "hidden_layer":
@@ -56,6 +72,12 @@ class _Relevance:
             fail(call.name, f"rule {self!r}: {STATISTICS}")
         return _of_x(call, self.relevance(call, delta))
 
+    def zeroed(self, call: Call) -> Call:
+        """The call with zeros for ``zero_params``."""
+        places = {_PLACES[name] for name in self.zero_params if call.name in (*PATCHES, "batch_norm")}
+        inputs = [a if a is None or i not in places else jnp.zeros_like(a) for i, a in enumerate(call.inputs)]
+        return call.at(*inputs) if places else call
+
     def relevance(self, call: Call, delta: Array) -> Array:
         """R_x."""
         raise NotImplementedError
@@ -65,7 +87,7 @@ class _Relevance:
         raise NotImplementedError
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Epsilon(_Relevance):
     """LRP-ε: ``R_x = x ∘ wᵀ(R / (z + ε·sign z))``, z = x·w + b.
 
@@ -75,8 +97,13 @@ class Epsilon(_Relevance):
     the shares of xᵖ in Σ xᵖ; `batch_norm` by given statistics is x·w + b with one w for each channel.  Conserves Σ R
     but for the shares of ε and b.
 
-    Raises: TypeError or ValueError, when it is made, for an epsilon that is no finite number >= 0; ValueError, when R
-    comes, for an op it does not fit.  Source: Bach et al. 2015, eq. 58.
+    Args:
+        epsilon: ε, a finite number >= 0.
+        zero_params: parameters that the rule takes to be 0: "w", "b", or both in a tuple.  Of `batch_norm` w is the
+            scale and b the bias; sums have neither.
+
+    Raises: TypeError or ValueError, when it is made, for an epsilon that is no finite number >= 0 and for names that
+    are not among these; ValueError, when R comes, for an op it does not fit.  Source: Bach et al. 2015, eq. 58.
 
     >>> import jax, jaxcnn
     >>> import jax.numpy as jnp
@@ -87,6 +114,7 @@ class Epsilon(_Relevance):
     """
 
     epsilon: float = 1e-6
+    zero_params: ZeroParams = ()
     fits: ClassVar[tuple[str, ...]] = (*PATCHES, *SUMS, "lp_pool", "batch_norm")
 
     def __post_init__(self) -> None:
@@ -94,6 +122,7 @@ class Epsilon(_Relevance):
 
     def relevance(self, call: Call, delta: Array) -> Array:
         """R_x = x ∘ wᵀ(R / (z + ε·sign z))."""
+        call = self.zeroed(call)
         x, *_ = call.inputs
         s = delta / stabilised(call.output, self.epsilon)
         return x * call.exact(s)[0]
@@ -105,7 +134,7 @@ class Epsilon(_Relevance):
         return x * s, y * s
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ZPlus(_Relevance):
     """LRP-z⁺: ``R_x = x⁺ ∘ w⁺ᵀ(s) + x⁻ ∘ w⁻ᵀ(s)``, ``s = R / z⁺``, ``z⁺ = x⁺·w⁺ + x⁻·w⁻ + b⁺``.
 
@@ -116,16 +145,17 @@ class ZPlus(_Relevance):
     """
 
     stabilizer: float = 1e-6
+    zero_params: ZeroParams = ()
 
     def __post_init__(self) -> None:
         _check(self, "stabilizer")
 
     def relevance(self, call: Call, delta: Array) -> Array:
         """R_x = x⁺ ∘ w⁺ᵀ(s) + x⁻ ∘ w⁻ᵀ(s)."""
-        return _for_and_against(call, delta, self.stabilizer)[0]
+        return _for_and_against(self.zeroed(call), delta, self.stabilizer)[0]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class AlphaBeta(_Relevance):
     """LRP-αβ: what speaks for an output, α times, less what speaks against it, β times; α − β = 1.
 
@@ -139,6 +169,7 @@ class AlphaBeta(_Relevance):
     alpha: float = 2.0
     beta: float = 1.0
     stabilizer: float = 1e-6
+    zero_params: ZeroParams = ()
 
     def __post_init__(self) -> None:
         _check(self, "alpha", "beta", "stabilizer")
@@ -147,11 +178,11 @@ class AlphaBeta(_Relevance):
 
     def relevance(self, call: Call, delta: Array) -> Array:
         """R_x = α · for − β · against."""
-        speaks_for, against = _for_and_against(call, delta, self.stabilizer)
+        speaks_for, against = _for_and_against(self.zeroed(call), delta, self.stabilizer)
         return self.alpha * speaks_for - self.beta * against
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Gamma(_Relevance):
     """LRP-γ: what speaks for an output's sign counts 1 + γ times.
 
@@ -165,17 +196,19 @@ class Gamma(_Relevance):
 
     gamma: float = 0.25
     stabilizer: float = 1e-6
+    zero_params: ZeroParams = ()
 
     def __post_init__(self) -> None:
         _check(self, "gamma", "stabilizer")
 
     def relevance(self, call: Call, delta: Array) -> Array:
         """R_x = x⁺ ∘ (w↑ᵀ(s⁺) + w↓ᵀ(s⁻)) + x⁻ ∘ (w↓ᵀ(s⁺) + w↑ᵀ(s⁻))."""
+        z, call = call.output, self.zeroed(call)  # whose sign is that of the whole z, as in zennit
         x, w, b = call.inputs
         (x_pos, x_neg), (w_pos, w_neg), (b_pos, b_neg) = _signs(x), _signs(w), _signs(b)
         w_up, w_down = w + self.gamma * w_pos, w + self.gamma * w_neg
         b_up, b_down = (None, None) if b is None else (b + self.gamma * b_pos, b + self.gamma * b_neg)
-        z, zero = call.output, jnp.zeros_like(delta)
+        zero = jnp.zeros_like(delta)
         up = call.at(x_pos, w_up, b_up), call.at(x_neg, w_down, None)
         down = call.at(x_pos, w_down, b_down), call.at(x_neg, w_up, None)
         s_up = jnp.where(z > 0, delta, zero) / stabilised(up[0].output + up[1].output, self.stabilizer)
@@ -185,7 +218,7 @@ class Gamma(_Relevance):
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class WSquare(_Relevance):
     """LRP-w²: ``R_x = (w²)ᵀ(R / (1·w² + b²))``: by the patch alone, whatever x is.
 
@@ -195,18 +228,19 @@ class WSquare(_Relevance):
     """
 
     stabilizer: float = 1e-6
+    zero_params: ZeroParams = ()
 
     def __post_init__(self) -> None:
         _check(self, "stabilizer")
 
     def relevance(self, call: Call, delta: Array) -> Array:
         """R_x = (w²)ᵀ(R / (1·w² + b²))."""
-        x, w, b = call.inputs
+        x, w, b = self.zeroed(call).inputs
         squares = call.at(jnp.ones_like(x), w * w, None if b is None else b * b)
         return squares.exact(delta / stabilised(squares.output, self.stabilizer))[0]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Flat(_Relevance):
     """LRP-flat: ``R_x = 1ᵀ(R / 1·1)``: the same to every input that an output saw.
 
@@ -216,6 +250,7 @@ class Flat(_Relevance):
     """
 
     stabilizer: float = 1e-6
+    zero_params: ZeroParams = ()
     fits: ClassVar[tuple[str, ...]] = PATCHES + SUMS
 
     def __post_init__(self) -> None:
@@ -224,7 +259,8 @@ class Flat(_Relevance):
     def relevance(self, call: Call, delta: Array) -> Array:
         """R_x = 1ᵀ(R / 1·1)."""
         x, *rest = call.inputs
-        ones = call.at(jnp.ones_like(x), *(None if i else jnp.ones_like(w) for i, w in enumerate(rest)))
+        one = jnp.zeros_like if {"w", "weight"} & set(self.zero_params) else jnp.ones_like
+        ones = call.at(jnp.ones_like(x), *(None if i else one(w) for i, w in enumerate(rest)))
         return ones.exact(delta / stabilised(ones.output, self.stabilizer))[0]
 
     def of_sum(self, call: Call, delta: Array) -> tuple[Array, Array]:
@@ -233,7 +269,7 @@ class Flat(_Relevance):
         return half, half
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ZBox(_Relevance):
     """LRP-zᴮ, for a first layer whose inputs x lie between bounds l and h.
 
@@ -244,6 +280,7 @@ class ZBox(_Relevance):
         low: the smallest value a pixel can have: a number, or one for each channel.
         high: the largest.
         stabilizer: ε of the fraction.
+        zero_params: as in `Epsilon`.
 
     Raises: TypeError without bounds or for bounds that are no numbers; ValueError for low > high; else as `Epsilon`.
     Source: Montavon et al. 2017, eq. 13.
@@ -252,6 +289,7 @@ class ZBox(_Relevance):
     low: float | tuple[float, ...] | None = None
     high: float | tuple[float, ...] | None = None
     stabilizer: float = 1e-6
+    zero_params: ZeroParams = ()
 
     def __post_init__(self) -> None:
         _check(self, "stabilizer")
@@ -262,6 +300,7 @@ class ZBox(_Relevance):
 
     def relevance(self, call: Call, delta: Array) -> Array:
         """R_x = x ∘ wᵀ(s) − l ∘ w⁺ᵀ(s) − h ∘ w⁻ᵀ(s)."""
+        call = self.zeroed(call)
         x, w, b = call.inputs
         (w_pos, w_neg), (b_pos, b_neg) = _signs(w), _signs(b)
         low, high = self._spread("low", x), self._spread("high", x)
@@ -397,12 +436,20 @@ def _instead(op: str) -> str:
 
 
 def _check(rule: Any, *names: str) -> None:
-    """Options as finite floats >= 0."""
+    """Options as finite floats >= 0, and ``zero_params`` as a tuple of names."""
     for name in names:
         value = static_float(type(rule).__name__, name, getattr(rule, name))
         if not 0 <= value < math.inf:
             fail(type(rule).__name__, f"{name} expected a finite number >= 0, got {value}")
         object.__setattr__(rule, name, value)
+    given = rule.zero_params
+    names_given = (given,) if isinstance(given, str) else given
+    expected = f"zero_params must be 'w', 'b' or a sequence of them, got {given!r}"
+    if not isinstance(names_given, Sequence) or not all(isinstance(name, str) for name in names_given):
+        raise TypeError(f"{type(rule).__name__}: {expected}")
+    if not set(names_given) <= set(_PLACES):
+        fail(type(rule).__name__, expected)
+    object.__setattr__(rule, "zero_params", tuple(names_given))
 
 
 def _bound(name: str, value: Any) -> float | tuple[float, ...]:

@@ -257,6 +257,27 @@ def test_what_is_refused_and_where():
         jaxcnn.conv(x, w.astype(jnp.float32))
 
 
+@pytest.mark.parametrize(("k", "s", "d"), [(2, 3, 1), (1, 4, 1), (2, 4, 2), (3, 3, 1), (3, 2, 2)])
+def test_the_output_padding_that_makes_valid_transposed_convolutions_flaxs(k, s, d):
+    """``max(s − extent, 0)``, forward and backward."""
+    linen = pytest.importorskip("flax.linen")
+    layer = linen.ConvTranspose(5, (k,), (s,), "VALID", kernel_dilation=(d,), param_dtype=np.float64)
+    draw = np.random.default_rng(k)
+    x, w, b = (draw.normal(size=shape) for shape in ((2, 4, 3), (k, 3, 5), (5,)))
+
+    def ours(x, w, b):
+        extra = max(s - ((k - 1) * d + 1), 0)
+        w = w[::-1].swapaxes(1, 2)
+        return jaxcnn.conv_transpose(x, w, b, stride=s, dilation=d, output_padding=extra)
+
+    def theirs(x, w, b):
+        return layer.apply({"params": {"kernel": w, "bias": b}}, x)
+
+    (y, pull), (expected, their_pull) = jax.vjp(ours, x, w, b), jax.vjp(theirs, x, w, b)
+    same(y, expected)
+    jax.tree.map(same, pull(delta_of(y)), their_pull(delta_of(y)))
+
+
 def test_gelu_is_exact_here_and_in_torch_and_approximate_in_jax():
     x = np.linspace(-3, 3, 7)
     same(jaxcnn.gelu(x), F.gelu(torch.tensor(x)).numpy())

@@ -7,7 +7,8 @@ import pytest
 from matplotlib.image import imread
 
 import jaxcnn
-from experiments import alignment, data
+from experiments import alignment, data, report
+from experiments.errors import RunError
 from tests.cases import compiled
 
 LOSS = jaxcnn.softmax_cross_entropy_with_integer_labels
@@ -51,6 +52,56 @@ def test_table_csv_and_plot(tmp_path, capsys):
     of_conv2 = [r for r in angles if (r["rule"], r["layer"]) == ("sign-symmetric", "conv2")]
     first, last = (np.mean([float(r["degrees"]) for r in of_conv2 if int(r["step"]) == step]) for step in (0, 39))
     assert f"{first:.1f}° → {last:.1f}°" in text
+
+
+def fake(trained, stop):
+    """A `train` whose first trainings are done at once, and whose next raises `stop`."""
+
+    def train(name, seed, dataset, steps, batch_size, update):
+        update(steps, 0.5, 0.25, 100.0)
+        if len(trained) == 3:
+            raise stop
+        trained.append(alignment.Trained(name, seed, {0: {"conv1": 1.0}, 9: {"conv1": 2.0}}, 0.5))
+        return trained[-1]
+
+    return train
+
+
+@pytest.mark.parametrize(
+    ("stop", "status", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted; 3 of 12 trainings are kept in {out}"),
+        (RunError("exact: no"), 1, "exact: no; 3 of 12 trainings are kept in {out}"),
+    ],
+)
+def test_what_was_finished_is_kept(tmp_path, capsys, monkeypatch, stop, status, said):
+    monkeypatch.setattr(alignment, "train", fake([], stop))
+    out = tmp_path / "out"
+    assert main("--seeds", 2, "--out", out) == status
+    assert capsys.readouterr().err == f"python -m experiments.alignment: {said.format(out=out)}\n"
+    assert sorted(path.name for path in out.iterdir()) == ["accuracy.csv", "alignment.png", "angles.csv"]
+    assert [(r["rule"], r["seed"]) for r in read(out / "accuracy.csv")] == [
+        ("exact", "0"), ("exact", "1"), ("literal up", "0")
+    ]  # fmt: skip
+    assert len(read(out / "angles.csv")) == 6
+
+
+def test_ctrl_c_in_the_first_training_leaves_no_folder(tmp_path, capsys, monkeypatch):
+    def train(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(alignment, "train", train)
+    assert main("--out", tmp_path / "out") == 130
+    assert capsys.readouterr().err == "python -m experiments.alignment: interrupted; nothing is kept yet\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_progress_is_shown_over_all_trainings(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(report.PlainLines, "update", lambda self, step, *numbers: seen.append((step, self._total)))
+    argv = ("--rules", "exact", "--seeds", 2, "--steps", 3, "--batch-size", 4)
+    assert main(*argv, "--out", tmp_path / "out") == 0
+    assert seen == [(step, 6) for step in range(1, 7)]
 
 
 def test_angles_are_what_the_definition_says():

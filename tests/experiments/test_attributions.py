@@ -1,4 +1,6 @@
 import functools
+import json
+import shutil
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -96,6 +98,19 @@ def test_the_maps_are_those_of_attribute(gallery, run):
     shapes = {of.heat.shape for title, of in found.items() if title != "Grad-CAM"}
     assert shapes == {(2, 28, 28)}
     assert len({of.heat.tobytes() for of in found.values()}) == len(ALL)
+
+
+def test_the_newest_finished_run_is_taken(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "one"
+    shutil.copytree(run, folder)
+    (folder / "config.json").write_text(
+        json.dumps({**json.loads((folder / "config.json").read_text()), "end": "finished"})
+    )
+    heat = np.ones((1, 28, 28))
+    monkeypatch.setattr(attributions, "maps", lambda *args: {"one": attributions.Maps(heat, heat.sum((1, 2)))})
+    assert main("--images", 0, "--out", tmp_path / "out") == 0
+    assert capsys.readouterr().out.startswith("lecture of runs/one, the newest run that is finished; --fresh trains")
 
 
 def test_methods_that_a_net_has_no_layers_for_are_left_out():

@@ -1,10 +1,14 @@
 import dataclasses
+import os
+import re
+import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from experiments import cli
+from experiments import cli, errors, train
 from experiments.errors import DataError, UsageError
 
 
@@ -68,10 +72,27 @@ def test_a_wrong_command_line_is_one_line_and_status_2(
         (UsageError("--a: expected b"), 2, "script: --a: expected b\n"),
         (DataError("file: expected\n  this"), 1, "script: file: expected this\n"),
         (PermissionError(13, "Permission denied", "/x"), 1, "script: [Errno 13] Permission denied: '/x'\n"),
+        (
+            OSError(28, "No space left on device"),
+            1,
+            "script: standard output: must be writable, got No space left on device\n",
+        ),
+        (
+            ModuleNotFoundError("No module named 'rich'", name="rich.table"),
+            1,
+            "script: needs the package rich, which is not installed: pip install 'jaxcnn[experiments]'\n",
+        ),
+        (
+            ModuleNotFoundError("No module named 'flax'", name="flax"),
+            1,
+            "script: needs the package flax, which is not installed: pip install 'jaxcnn[bench]'\n",
+        ),
         (KeyboardInterrupt(), 130, "script: interrupted\n"),
     ],
 )
-def test_errors_become_one_line_and_a_status(error, status, line, capsys):
+def test_errors_become_one_line_and_a_status(error, status, line, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_drop_output", lambda: None)
+
     def body(options):
         raise error
 
@@ -79,11 +100,14 @@ def test_errors_become_one_line_and_a_status(error, status, line, capsys):
     assert capsys.readouterr().err == line
 
 
-def test_a_programming_error_keeps_its_traceback():
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError(), RuntimeError("x"), AssertionError(), ModuleNotFoundError("y", name="yy")]
+)
+def test_a_programming_error_keeps_its_traceback(error):
     def body(options):
-        raise ZeroDivisionError
+        raise error
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(type(error)):
         run([], body)
 
 
@@ -104,3 +128,104 @@ def test_help_tells_every_option_and_ends_well(capsys):
 def test_did_you_mean():
     assert cli.did_you_mean("lectur", ["lecture", "mlp"]) == "; did you mean lecture?"
     assert cli.did_you_mean("qqq", ["lecture", "mlp"]) == ""
+
+
+@pytest.mark.parametrize(
+    ("got", "nearest"),
+    [
+        ("--lr", "--learning-rate"),
+        ("--learning_rate", "--learning-rate"),
+        ("--rate", "--learning-rate"),
+        ("--leraning-rate", "--learning-rate"),
+        ("--bs", "--batch-size"),
+        ("--batch", "--batch-size"),
+        ("-batchsize", "--batch-size"),
+        ("--steps", "--max-steps"),
+        ("--epoch", "--epochs"),
+        ("--num-epochs", "--epochs"),
+        ("--opt", "--optimizer"),
+        ("--seeds", "--seed"),
+        ("--output", "--out"),
+        ("--dataset", "--data"),
+        ("--grads", "--check-grads"),
+        # Nothing is near but the dashes.
+        ("--device", ""),
+        ("--gpu", ""),
+        ("--x", ""),
+        ("--verbose", ""),
+        ("--", ""),
+    ],
+)
+def test_an_option_is_compared_without_its_dashes(got, nearest):
+    options = cli._options(train.Config)
+    assert cli.did_you_mean(got, options) == (f"; did you mean {nearest}?" if nearest else "")
+
+
+# ---- before a script is run: processes of their own, in which packages or platforms are missing
+
+ROOT = Path(__file__).parents[2]
+HIDDEN = """
+import os, sys
+for name in os.environ.get("HIDDEN", "").split():
+    sys.modules[name] = None
+"""
+
+
+def process(tmp_path, module, *argv, **environment):
+    (tmp_path / "sitecustomize.py").write_text(HIDDEN)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", **environment}
+    command = [sys.executable, "-m", f"experiments.{module}", *map(str, argv)]
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("module", "hidden", "what"),
+    [
+        ("train", "tyro", "package tyro, which is"),
+        ("alignment", "matplotlib", "package matplotlib, which is"),
+        ("deltas", "rich", "package rich, which is"),
+        ("predict", "safetensors", "package safetensors, which is"),
+        ("attributions", "pooch", "package pooch, which is"),
+        ("lecture.s11_flip", "matplotlib", "package matplotlib, which is"),
+        ("tutorial", "matplotlib", "package matplotlib, which is"),
+        ("benchmarks.memory", "matplotlib pooch", "packages matplotlib, pooch, which are"),
+    ],
+)
+def test_a_missing_package_is_told_before_anything_is_done(tmp_path, module, hidden, what):
+    done = process(tmp_path, module, HIDDEN=hidden)
+    assert done.stderr == (
+        f"python -m experiments.{module}: needs the {what} not installed: pip install 'jaxcnn[experiments]'\n"
+    )
+    assert done.stdout == ""
+    assert done.returncode in (1, 2)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".py"] in ([], ["__pycache__"])
+
+
+def test_each_package_of_the_extras_is_known():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for extra in ("experiments", "bench"):
+        known = {package for package, of in errors.EXTRAS.items() if of == extra}
+        assert known == {re.match(r"[\w-]+", requirement)[0] for requirement in extras[extra]}
+
+
+@pytest.mark.parametrize("module", ["train", "tutorial"])
+def test_a_platform_that_is_not_there_is_told_in_a_line(tmp_path, module):
+    done = process(tmp_path, module, JAX_PLATFORMS="nosuch", MPLBACKEND="")
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"python -m experiments.{module}: JAX_PLATFORMS=nosuch: must name a platform that this machine and this "
+        "jaxlib have (cpu), got nosuch; set JAX_PLATFORMS=cpu, or unset it and jax chooses\n"
+    )
+    assert not list(tmp_path.glob("runs/*-*"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_output_that_cannot_be_written_is_named(tmp_path):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "experiments.train", "--model", "mlp", "--out", str(tmp_path / "out")]
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "python -m experiments.train: standard output: must be writable, got No space left on device\n"
+    )
+    assert not (tmp_path / "out").exists()

@@ -1,14 +1,17 @@
+import errno
 import gzip
+import hashlib
 import http.server
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pooch
 import pytest
 
 from experiments import data, files
-from experiments.errors import DataError
+from experiments.errors import DataError, WriteError
 from experiments.make_sample import SIZES, first, same
 
 needs_full_set = pytest.mark.skipif(not data._holds_all(data.SYSTEM_DIR), reason="no Fashion-MNIST on this system")
@@ -218,7 +221,7 @@ def test_a_missing_file_and_a_folder(tmp_path):
 
 @pytest.mark.parametrize(("pack", "suffix"), [(gzip.compress, ".gz"), (bytes, "")])
 def test_a_given_folder_is_read_with_or_without_gz(tmp_path, pack, suffix):
-    loaded = data.load("fashion-mnist", write_set(tmp_path, pack=pack, suffix=suffix))
+    loaded = data.load("idx", write_set(tmp_path, pack=pack, suffix=suffix))
     assert loaded.source == str(tmp_path)
     np.testing.assert_array_equal(loaded.test_labels, LABELS)
     np.testing.assert_allclose(loaded.train_images[..., 0], IMAGES / 255, rtol=1e-6)
@@ -230,7 +233,7 @@ def test_fewer_labels_than_images(tmp_path):
     with pytest.raises(
         DataError, match=r"train-labels.*: expected 5 labels, as many as .*train-images.*, got 4"
     ) as caught:
-        data.load("fashion-mnist", tmp_path)
+        data.load("idx", tmp_path)
     message(caught)
 
 
@@ -238,25 +241,85 @@ def test_a_label_out_of_range(tmp_path):
     write_set(tmp_path)
     (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(idx(np.array([0, 1, 10, 200, 3], np.uint8)))
     with pytest.raises(DataError, match=r"t10k-labels.*: expected labels 0 to 9, got 10 for image 2"):
-        data.load("fashion-mnist", tmp_path)
+        data.load("idx", tmp_path)
 
 
 def test_test_images_of_another_size(tmp_path):
     write_set(tmp_path)
     (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(idx(IMAGES.reshape(5, 3, 4)))
     with pytest.raises(DataError, match=r"t10k-images.*: expected images of \(4, 3\).*got \(3, 4\)"):
-        data.load("fashion-mnist", tmp_path)
+        data.load("idx", tmp_path)
 
 
 def test_a_given_folder_is_the_only_one_looked_into(tmp_path):
     write_set(tmp_path)
     (tmp_path / "t10k-images-idx3-ubyte.gz").unlink()
     with pytest.raises(DataError, match=r"expected t10k-images-idx3-ubyte\.gz .* got no such file"):
-        data.load("fashion-mnist", tmp_path)
-    with pytest.raises(DataError, match="expected a folder with fashion-mnist, got nothing"):
-        data.load("fashion-mnist", tmp_path / "nowhere")
-    with pytest.raises(DataError, match="expected a folder with fashion-mnist, got a file"):
-        data.load("fashion-mnist", tmp_path / "t10k-labels-idx1-ubyte.gz")
+        data.load("idx", tmp_path)
+    with pytest.raises(DataError, match="expected a folder with idx, got nothing"):
+        data.load("idx", tmp_path / "nowhere")
+    with pytest.raises(DataError, match="expected a folder with idx, got a file"):
+        data.load("idx", tmp_path / "t10k-labels-idx1-ubyte.gz")
+
+
+def test_images_of_ones_own_have_numbers_for_classes(tmp_path):
+    loaded = data.load("idx", write_set(tmp_path))
+    assert loaded.class_names == tuple("0123456789")
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(idx(np.array([0, 1, 2, 2, 1], np.uint8)))
+    with pytest.raises(DataError, match=r"t10k-labels.*: expected labels 0 to 2, got 9 for image 3"):
+        data.load("idx", tmp_path)
+    with pytest.raises(DataError, match="idx: must be given a folder, got none"):
+        data.load("idx")
+
+
+# ---- a set that has a name is that set ----
+
+
+def test_other_images_are_refused_under_the_name_of_a_set(tmp_path):
+    """Files of MNIST's form and names, but not Fashion-MNIST: the message names the file, both hashes, and the way."""
+    write_set(tmp_path)
+    for name, of in (("fashion-mnist", data.FASHION_MNIST_FILES), ("fashion-mnist-sample", data.SAMPLE_FILES)):
+        with pytest.raises(DataError) as caught:
+            data.SOURCES[name](tmp_path)
+        assert message(caught) == (
+            f"{tmp_path / 'train-images-idx3-ubyte.gz'}: must be {name}'s, whose decompressed bytes have SHA-256 "
+            f"{of['train_images'].sha256}, got {hashlib.sha256(idx(IMAGES)).hexdigest()}; "
+            "other images in files of these names are --data idx"
+        )
+
+
+@pytest.mark.parametrize("part", data.FASHION_MNIST_FILES)
+def test_one_other_file_is_noticed(tmp_path, part):
+    """One pixel or one label that differs; recompressed files are the same set."""
+    for file in data.SAMPLE_FILES.values():
+        content = gzip.decompress((data.SAMPLE_DIR / f"{file.name}.gz").read_bytes())
+        (tmp_path / f"{file.name}.gz").write_bytes(gzip.compress(content, compresslevel=1, mtime=1))
+    assert data.fashion_mnist_sample(tmp_path).sha256 == data.load("fashion-mnist-sample").sha256
+    path = tmp_path / f"{data.SAMPLE_FILES[part].name}.gz"
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    content[-1] ^= 1
+    path.unlink()
+    path.with_suffix("").write_bytes(content)  # not compressed at all
+    with pytest.raises(DataError, match=f"{path.stem}: must be fashion-mnist-sample's, .*SHA-256"):
+        data.fashion_mnist_sample(tmp_path)
+
+
+@needs_full_set
+def test_the_full_set_is_accepted_in_any_folder_and_compression(tmp_path):
+    for file in data.FASHION_MNIST_FILES.values():
+        (tmp_path / file.name).write_bytes(gzip.decompress((data.SYSTEM_DIR / f"{file.name}.gz").read_bytes()))
+    loaded = data.load("fashion-mnist", tmp_path)
+    assert loaded.train_images.shape == (60_000, 28, 28, 1)
+    assert loaded.source == str(tmp_path)
+
+
+def test_other_digits_are_refused(monkeypatch):
+    datasets = pytest.importorskip("sklearn.datasets")
+    bunch = datasets.load_digits()
+    bunch.images[0, 0, 0] += 1
+    monkeypatch.setattr(datasets, "load_digits", lambda: bunch)
+    with pytest.raises(DataError, match="digits: the images of scikit-learn must be its 1,797 digits, of SHA-256"):
+        data.load("digits")
 
 
 # ---- the download, from a server on this machine ----
@@ -294,8 +357,6 @@ def served(tmp_path, monkeypatch) -> Iterator[Path]:
 
 
 def small_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
-    import hashlib
-
     files = {
         part: data.IdxFile(
             file.name, file.kind, hashlib.sha256(idx(IMAGES if file.kind == "images" else LABELS)).hexdigest()
@@ -372,6 +433,21 @@ def test_a_good_file_in_the_cache_survives_a_bad_download(served, tmp_path):
     with pytest.raises(DataError):
         data.download(f"{data.FASHION_MNIST_URL}train-labels-idx1-ubyte.gz", target, "0" * 64)
     assert target.read_bytes() == b"before"
+
+
+def test_a_cached_file_that_is_not_of_the_set_is_refused(served, monkeypatch):
+    folder = write_set(files.cache_dir("fashion-mnist"))
+    with pytest.raises(DataError, match=rf"{folder}/train-images.*: must be fashion-mnist's"):
+        data.load("fashion-mnist")
+
+
+def test_a_disk_that_is_full_while_downloading_is_named(served, tmp_path, monkeypatch):
+    def full(self, url, path, pooch):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pooch.HTTPDownloader, "__call__", full)
+    with pytest.raises(WriteError, match=rf"{tmp_path / 'x'}: must be writable, got No space left on device"):
+        data.download("http://127.0.0.1/x", tmp_path / "x", "0" * 64)
 
 
 def test_a_cache_that_is_a_file(served, tmp_path):

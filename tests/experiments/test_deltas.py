@@ -1,3 +1,6 @@
+import json
+import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -6,7 +9,8 @@ import pytest
 from matplotlib.image import imread
 
 import jaxcnn
-from experiments import deltas
+from experiments import deltas, train
+from experiments.lecture import drawing
 from experiments.trained import restore
 from tests.cases import compiled
 from tests.runs import untrained
@@ -37,11 +41,58 @@ def test_a_picture_for_each_image(run, tmp_path, capsys):
     assert "  conv1                                  28×28×6   max|a| " in out
 
 
-def test_without_a_run_it_trains_one(tmp_path, capsys):
+def test_without_a_run_it_trains_one(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert main("--model", "mlp", "--max-steps", 3, "--images", 1, "--out", tmp_path / "out") == 0
     assert (tmp_path / "out" / "run" / "weights.safetensors").exists()
     assert (tmp_path / "out" / "deltas-1.png").exists()
     assert "mlp, 3 steps of 32 images" in capsys.readouterr().out
+
+
+def finished(run: Path, folder: Path, *, age: float = 0, end: str = "finished") -> None:
+    """Copy `run` to `folder` as one that has ended so, `age` seconds before others."""
+    shutil.copytree(run, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "end": end}))
+    os.utime(folder / "weights.safetensors", (1e9 - age, 1e9 - age))
+
+
+def test_the_newest_finished_run_is_taken(run, tmp_path, capsys, monkeypatch):
+    """Not one that was cut off, nor one that is under way, whose config.json does not say how it ended."""
+    monkeypatch.chdir(tmp_path)
+    runs = tmp_path / "runs"
+    finished(run, runs / "old", age=2)
+    finished(run, runs / "a-deltas" / "run", age=1)
+    finished(run, runs / "cut", end="interrupted")
+    shutil.copytree(run, runs / "under-way")
+    (runs / "other" / "x").mkdir(parents=True)
+    monkeypatch.setattr(train, "train", lambda config: pytest.fail("trained, though there is a run"))
+    assert main("--images", 0, "--channels", 1, "--out", tmp_path / "out") == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == "lenet5 of runs/a-deltas/run, the newest run that is finished; --fresh trains a net"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["deltas-0.png"]
+
+
+@pytest.mark.parametrize("argv", [("--fresh",), ("--model", "mlp"), ("--epochs", 2), ("--max-steps", 1)])
+def test_a_net_is_trained_where_an_option_asks_for_it(run, tmp_path, monkeypatch, argv):
+    monkeypatch.chdir(tmp_path)
+    finished(run, tmp_path / "runs" / "old")
+    asked = []
+    monkeypatch.setattr(train, "train", lambda config: asked.append(config) or 1)
+    assert main(*argv, "--out", tmp_path / "out") == 130
+    assert [config.out for config in asked] == [tmp_path / "out" / "run"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_last_layer_has_the_names_of_the_classes(run, tmp_path, monkeypatch):
+    figures = []
+    make = drawing.figure
+    monkeypatch.setattr(drawing, "figure", lambda *size: figures.append(make(*size)) or figures[0])
+    assert main("--run", run, "--images", 0, "--channels", 1, "--out", tmp_path / "out") == 0
+    names = list(restore(run).dataset.class_names)
+    labels = [[tick.get_text() for tick in axes.get_xticklabels()] for axes in figures[0].axes]
+    assert labels.count(names) == 3  # the probabilities, the logits, and their δ
+    assert [str(n) for n in range(10)] not in labels
 
 
 def test_delta_is_what_autodiff_says(run):
@@ -99,6 +150,7 @@ def test_every_layer_has_a_place():
         (("--images",), 2, "--images"),
         (("--channels", 0), 2, "--channels: expected 1 or more, got 0"),
         (("--channel", 3), 2, "unknown option --channel, 3; did you mean --channels?"),
+        (("--fresh",), 2, "--fresh: expected without --run, whose net is trained already"),
         (("--epochs", 3), 2, "--epochs: expected without --run, whose net is trained already"),
         (("--run", "nowhere"), 1, "config.json: expected a run's config, got No such file"),
         (("--out", __file__), 1, "expected a folder or nothing"),

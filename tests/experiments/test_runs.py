@@ -1,7 +1,10 @@
 import csv
+import errno
 import json
 import math
 import os
+import subprocess
+import sys
 from datetime import datetime
 from pathlib import Path
 
@@ -10,7 +13,9 @@ import numpy as np
 import pytest
 
 from experiments.errors import RunError
-from experiments.runs import Epoch, Run, choose_folder
+from experiments.runs import Epoch, Run, check_folder, draw_curves, new_folder
+
+ROOT = Path(__file__).parents[2]
 
 ROWS = [
     Epoch(1, 10, 1.0, 0.5, 0.8, 0.6, 2.0, 320.0),
@@ -19,40 +24,138 @@ ROWS = [
 NOW = datetime(2024, 5, 6, 7, 8, 9)
 
 
+def new(out, now=NOW):
+    """Make a folder, put a file into it, and return it."""
+    with new_folder(out, "mlp", now) as folder:
+        (folder / "config.json").write_text("{}")
+    return folder
+
+
 def test_the_default_folder_has_the_time_and_the_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first = choose_folder(None, "mlp", NOW)
-    assert first == tmp_path / "runs" / "20240506-070809-mlp"
-    assert not first.parent.exists()
-    first.mkdir(parents=True)
-    assert choose_folder(None, "mlp", NOW).name == "20240506-070809-mlp-2"
+    check_folder(None)
+    assert list(tmp_path.iterdir()) == []
+    assert [new(None).relative_to(tmp_path / "runs") for _ in range(3)] == [
+        Path("20240506-070809-mlp"), Path("20240506-070809-mlp-2"), Path("20240506-070809-mlp-3")
+    ]  # fmt: skip
 
 
 def test_a_given_folder_may_be_new_or_empty(tmp_path, monkeypatch):
-    assert choose_folder(tmp_path / "a" / "b", "mlp") == tmp_path / "a" / "b"
-    assert choose_folder(tmp_path, "mlp") == tmp_path
-    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "empty").mkdir()
+    for out in (tmp_path / "a" / "b", tmp_path / "empty"):
+        check_folder(out)
+        assert new(out) == out
+        assert [path.name for path in out.iterdir()] == ["config.json"]
     monkeypatch.chdir(tmp_path)
-    assert choose_folder(Path("here"), "mlp") == tmp_path / "here"
+    assert new(Path("here")) == tmp_path / "here"
+
+
+STARTS = """
+import sys
+from datetime import datetime
+from pathlib import Path
+from experiments.errors import RunError
+from experiments.runs import new_folder
+
+out = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+print("ready", flush=True)
+input()
+try:
+    with new_folder(out, "mlp", datetime(2024, 5, 6, 7, 8, 9)) as folder:
+        (folder / "config.json").open("x").close()
+        print(folder.name, flush=True)
+        input()
+except RunError as error:
+    print(f"refused: {error}", flush=True)
+"""
+
+
+def started_together(count, folder, *out):
+    """Return what `count` processes say that make their folders at once, and then go on."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", STARTS, *out], cwd=folder, env=environment, **pipes)
+        for _ in range(count)
+    ]
+    try:
+        for process in processes:
+            assert process.stdout.readline() == "ready\n"
+        for process in processes:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        said = [process.stdout.readline().strip() for process in processes]
+        for process in processes:
+            process.communicate("\n", timeout=60)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return said
+
+
+def test_runs_started_in_the_same_second_have_folders_of_their_own(tmp_path):
+    said = started_together(4, tmp_path)
+    assert sorted(said) == [f"20240506-070809-mlp{end}" for end in ("", "-2", "-3", "-4")]
+    for name in said:
+        assert [path.name for path in (tmp_path / "runs" / name).iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_of_runs_with_one_out_the_first_has_it_and_the_others_are_refused(tmp_path, there):
+    if there:
+        (tmp_path / "one").mkdir()
+    said = sorted(started_together(4, tmp_path, "one"))
+    assert said[0] == "one"
+    for line in said[1:]:
+        assert line.startswith("refused: --out ")
+        assert line.endswith("a new or empty folder, got one that another run is using")
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["config.json"]
+
+
+def test_a_folder_that_nothing_was_written_to_is_removed(tmp_path):
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "made", "mlp"):
+        raise ZeroDivisionError
+    assert not (tmp_path / "made").exists()
+    (tmp_path / "found").mkdir()
+    with new_folder(tmp_path / "found", "mlp"):
+        pass
+    assert list((tmp_path / "found").iterdir()) == []
 
 
 def test_a_file_where_the_folder_should_be(tmp_path):
     (tmp_path / "file").write_text("x")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(RunError, match=r"--out .*: expected a folder or nothing, but .*file is a file"):
-            choose_folder(out, "mlp")
+            check_folder(out)
+
+
+def test_runs_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").write_text("x")
+    with pytest.raises(RunError, match=r"expected a folder or nothing, but .*runs is a file"):
+        check_folder(None)
 
 
 def test_a_run_is_never_overwritten(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(RunError, match="expected a new or empty folder, got one that holds files"):
-        choose_folder(tmp_path, "mlp")
+        check_folder(tmp_path)
 
 
 def test_a_place_that_cannot_be_written_to(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # as root, every place is writable
     with pytest.raises(RunError, match="is not writable"):
-        choose_folder(tmp_path / "x", "mlp")
+        check_folder(tmp_path / "x")
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    def full(self, *args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(RunError, match=rf"got No space left on device: {tmp_path}"), new_folder(tmp_path / "a", "mlp"):
+        pass
 
 
 def test_what_a_run_leaves_behind(tmp_path):
@@ -89,6 +192,26 @@ def test_curves_are_a_picture_with_ink_in_both_halves(tmp_path):
     assert width > 1.5 * height
     blue = (picture[..., 2] > picture[..., 0] + 0.3).reshape(height, 2, width // 2).sum(axis=(0, 2))
     assert (blue > 100).all()  # the test line, at the left and at the right
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 12])
+def test_curves_have_whole_epochs_and_a_key_that_hides_nothing(count):
+    rows = [Epoch(n, 10 * n, 1 / n, 0.5 + n / 100, 1.1 / n, 0.6 + n / 100, 2.0, 320.0) for n in range(1, count + 1)]
+    figure = draw_curves(rows, "title")
+    figure.canvas.draw()
+    (key,) = figure.legends
+    assert [text.get_text() for text in key.get_texts()] == ["training, while it learns", "test, after the epoch"]
+    for axes in figure.axes:
+        low, high = axes.get_xlim()
+        ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+        assert ticks
+        assert all(tick == round(tick) and 1 <= tick <= count for tick in ticks)
+        assert axes.get_legend() is None
+        assert not key.get_window_extent().overlaps(axes.get_window_extent())
+        for line in axes.lines:  # every dot lies well inside
+            inside = axes.transAxes.inverted().transform(axes.transData.transform(line.get_xydata()))
+            assert (inside > 0.02).all()
+            assert (inside < 0.98).all()
 
 
 def test_nothing_learnt_nothing_drawn(tmp_path):

@@ -1,5 +1,7 @@
 import csv
+import errno
 import json
+import math
 import os
 import re
 import signal
@@ -13,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxcnn
-from experiments import checkpoints, data, gradients, process, report, train
+from experiments import checkpoints, data, gradients, process, report, runs, train
 from experiments.models import MODELS
 
 ROOT = Path(train.__file__).parent.parent
@@ -180,8 +182,65 @@ def test_ctrl_c_keeps_what_was_learnt(out, capsys, monkeypatch):
     (row,) = rows(out)
     assert row["step"] == "32"
     assert row["test_accuracy"] == ""
+    assert "test accuracy not measured, since no epoch was finished\n" in captured.out
+    assert "nan" not in captured.out
+    assert json.loads((out / "config.json").read_text())["end"] == "interrupted"
     assert set(load_file(out / "weights.safetensors")) == {f"dense{n}/{p}" for n in (1, 2, 3) for p in "wb"}
     assert (out / "curves.png").exists()
+
+
+def test_after_ctrl_c_the_accuracy_is_that_of_the_last_finished_epoch():
+    rows = [
+        runs.Epoch(1, 10, 1.0, 0.5, 0.8, 0.6, 2.0, 320.0),
+        runs.Epoch(2, 20, 0.7, 0.7, 0.6, 0.75, 1.5, 426.0),
+        runs.Epoch(3, 25, 0.7, 0.7, math.nan, math.nan, 1.5, 426.0),
+    ]
+    text = train.summarise(rows, 10.0)
+    assert text.endswith("\ntest accuracy 0.7500 after epoch 2, the last that was finished")
+    assert "trained 25 steps" in text
+    assert train.summarise(rows[:2], 10.0).endswith("\ntest accuracy 0.7500")
+
+
+def test_a_second_ctrl_c_says_what_is_kept(out, capsys, monkeypatch):
+    def update(self, step, *numbers):
+        if step == 16:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(report.PlainLines, "update", update)
+    assert main("--model", "mlp", "--out", out) == 130
+    expected = "python -m experiments.train: interrupted; no weights were saved yet\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize("file", ["metrics.csv", "curves.png", "weights.safetensors"])
+def test_a_full_disk_names_the_file_and_what_is_kept(out, capsys, monkeypatch, file):
+    """It is full in the second epoch, or at the end, when the curves are drawn."""
+    replace = Path.replace
+    written = []
+
+    def full(self, target):
+        written.append(target.name)
+        if target.name == file and written.count(file) == (1 if file == "curves.png" else 2):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    assert main("--model", "mlp", "--batch-size", 2500, "--epochs", 2, "--out", out) == 1
+    step = 4 if file == "weights.safetensors" else 8
+    left = "no part of it is left" if file == "curves.png" else "the file that was there before is kept"
+    assert capsys.readouterr().err == (
+        f"python -m experiments.train: {out / file}: must be writable, got No space left on device; {left}; "
+        f"the weights after step {step} are in {out / 'weights.safetensors'}\n"
+    )
+    assert checkpoints.metadata(out / "weights.safetensors") == {"step": str(step)}
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "metrics.csv", "weights.safetensors"]
+
+
+def test_the_banner_names_the_device_that_is_used():
+    used = report.describe_device()
+    assert used.startswith(jax.devices()[0].device_kind)
+    assert used.endswith(f", the first of {len(jax.devices())}")  # conftest.py makes two
+    assert "×" not in used
 
 
 def test_rules_that_differ_from_autodiff_stop_the_run_before_it_begins(out, capsys, monkeypatch):
@@ -208,7 +267,7 @@ def test_rules_that_differ_from_autodiff_stop_the_run_before_it_begins(out, caps
         (
             ["--data", "fashion-minst"],
             2,
-            "--data: expected one of fashion-mnist-sample, fashion-mnist, digits, got 'fashion-minst'; "
+            "--data: expected one of fashion-mnist-sample, fashion-mnist, digits, idx, got 'fashion-minst'; "
             "did you mean fashion-mnist?",
         ),
         (["--optimizer", "adamw"], 2, "--optimizer: expected one of adam, sgd, got 'adamw'; did you mean adam?"),
@@ -227,8 +286,10 @@ def test_rules_that_differ_from_autodiff_stop_the_run_before_it_begins(out, caps
         (
             ["--data-dir", "x"],
             2,
-            "--data-dir: expected with --data fashion-mnist only, got --data fashion-mnist-sample",
+            "--data-dir: expected with --data fashion-mnist or idx only, got --data fashion-mnist-sample",
         ),
+        (["--data", "idx"], 2, "--data idx: must come with --data-dir, the folder of its files, got none"),
+        (["--lr", "3"], 2, "unknown option --lr, 3; did you mean --learning-rate?"),
         (["--epoch", "3"], 2, "unknown option --epoch, 3; did you mean --epochs?"),
         (["lecture"], 2, "unknown option lecture"),
     ],

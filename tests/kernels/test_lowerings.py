@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from jax import lax
 
+import jaxcnn
 from jaxcnn.geometry import Correlation, Window
 from jaxcnn.kernels import correlation, sums, unrolled, windows, winograd
 from tests import oracles
@@ -71,6 +72,10 @@ def numbers(*shapes):
     return [normal(rng, shape) for shape in shapes]
 
 
+# What a fixture sets stays the same over all examples, as intended.
+as_large = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
 def operands(product, x, w, y):
     return {"correlate": (x, w), "spread": (y, w), "match": (x, y)}[product]
 
@@ -100,8 +105,9 @@ def test_lowering(product, name):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Winograd's form, which trades digits for speed
+# Winograd's form, on request alone
 
+FASTEST = lax.Precision.DEFAULT
 
 @pytest.mark.parametrize("size", winograd.POINTS)
 def test_winograds_matrices_correlate(size):
@@ -111,7 +117,7 @@ def test_winograds_matrices_correlate(size):
     np.testing.assert_allclose(a @ ((g @ w) * (b @ x)), np.correlate(x, w, "valid"), rtol=1e-12)
 
 
-def second_layer(size, dtype=np.float32, precision=None, batch=None):
+def second_layer(size, dtype=np.float32, precision=FASTEST, batch=None):
     """The lecture's, 5 × 5 from 32 to 64 channels; or one of 3 × 3 from 64 to 128, whose picture is padded."""
     side, inputs, outputs, pad, pictures = {5: (12, 32, 64, 0, 128), 3: (16, 64, 128, 1, 16)}[size]
     win = Window((side, side), (size, size), (1, 1), ((pad, pad), (pad, pad)), (1, 1))
@@ -123,6 +129,7 @@ def second_layer(size, dtype=np.float32, precision=None, batch=None):
 @pytest.mark.parametrize("size", [3, 5])
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_winograds_digits(product, size):
+    """The errors are those that the docstring of `conv` states; below 1e-6 it would not be Winograd's form."""
     table, choose, run, _ = PRODUCTS[product]
     c, *of_layer = second_layer(size)
     a, b = operands(product, *of_layer)
@@ -132,23 +139,40 @@ def test_winograds_digits(product, size):
     found = compiled(lambda a, b: run(c, a, b))(a, b)
     assert found.dtype == np.float32
     error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
-    assert 1e-6 < error < 1e-5, error  # below the first, it would not be Winograd's form
+    assert 1e-6 < error < winograd.RELATIVE_ERROR[size], error
+
+
+@pytest.mark.parametrize("size", winograd.POINTS)
+def test_winograds_error_is_stated_once_and_for_all(size):
+    stated = f"{winograd.RELATIVE_ERROR[size]:.1e}".replace("e-0", "e-").replace(".0e", "e")
+    for documented in (jaxcnn.conv, winograd):
+        assert stated in documented.__doc__, documented
 
 
 @pytest.mark.parametrize("size", [3, 5])
 @pytest.mark.parametrize("product", PRODUCTS)
-def test_who_asks_for_digits_gets_them(product, size):
+def test_winograds_form_runs_on_request_alone(product, size):
+    """With the precision "fastest" of both operands, of the call or of the configuration."""
     _, choose, *_ = PRODUCTS[product]
 
-    def chosen(*options):
-        c, *of_layer = second_layer(size, *options)
-        return choose(c, *operands(product, *of_layer))
+    def chosen(dtype=np.float32, precision=None, batch=None):
+        c, *of_layer = second_layer(size, dtype, precision, batch)
+        return choose(c, *operands(product, *of_layer)) == "winograd"
 
-    assert chosen() == chosen(jnp.bfloat16) == "winograd"
-    assert "winograd" not in {chosen(np.float64), chosen(np.float32, lax.Precision.HIGHEST)}
-    assert chosen(np.float32, None, 1) != "winograd"  # too few tiles to pay for the patch's transform
-    with jax.default_matmul_precision("highest"):
-        assert chosen() != "winograd"
+    assert chosen(precision=FASTEST)
+    assert chosen(precision=(FASTEST, FASTEST))
+    assert chosen(jnp.bfloat16, FASTEST)
+    assert not chosen()
+    assert not chosen(jnp.bfloat16)
+    assert not chosen(precision=lax.Precision.HIGHEST)
+    assert not chosen(precision=(FASTEST, lax.Precision.HIGH))
+    assert not chosen(precision=lax.DotAlgorithmPreset.F32_F32_F32)
+    assert not chosen(np.float64, FASTEST)
+    assert not chosen(precision=FASTEST, batch=1)  # too few tiles to pay for the kernel's transform
+    for setting, expected in {"default": True, "highest": False, "F32_F32_F32": False}.items():
+        with jax.default_matmul_precision(setting):
+            assert chosen() is expected
+            assert not chosen(precision=lax.Precision.HIGHEST)
 
 
 def test_patches_of_three_go_against_direct_convolution_in_one_block_alone(monkeypatch):
@@ -180,10 +204,6 @@ def test_winograds_form_in_blocks_of_pictures(monkeypatch, product, pictures):
 @pytest.fixture
 def none_is_small(monkeypatch):
     monkeypatch.setattr(correlation, "SMALL", 0)
-
-
-# It stays so over all examples, which is what is wanted.
-as_large = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
@@ -260,6 +280,19 @@ def test_sums_in_loops_and_chains(monkeypatch, product, terms, chains):
     table, _, _, definition = PRODUCTS[product]
     c = Correlation(Window((5, 4), (2, 2), (1, 2), ((1, 0), (0, 1)), (2, 1)), 2, np.dtype(np.float64))
     a, b = numbers(*operands(product, (2, 5, 4, 6), (2, 2, 3, 4), (2, *c.window.out, 4)))
+    close(compiled(lambda a, b: table["unrolled"](c, a, b))(a, b), definition(c, a, b))
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("length", [1, 2, 4, 7])
+@settings(as_large, max_examples=6)
+@given(shapes=drawn_correlations(sizes=(5, 3, 2)))
+def test_taps_in_loops(monkeypatch, product, length, shapes):
+    """In turns of one tap, of some with others left over, and of all; as `LOOPED` has it for large kernels."""
+    monkeypatch.setattr(unrolled, "LOOPED", {"terms": 0, "chunk": length, "sums": 0, "block": length})
+    table, _, _, definition = PRODUCTS[product]
+    c, *of_layer = shapes
+    a, b = numbers(*operands(product, *of_layer))
     close(compiled(lambda a, b: table["unrolled"](c, a, b))(a, b), definition(c, a, b))
 
 

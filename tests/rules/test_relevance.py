@@ -120,7 +120,7 @@ def relevance(layer, rule, x, params, delta=None):
 
 def relevance_by_zennit(layer, params, rule, x, delta):
     """Of the last module that has a rule; a hidden layer's ReLU passes."""
-    module = modules.module(layer, params).double()
+    module = modules.module(layer, params).double().eval()
     parts = [*module] if isinstance(module, torch.nn.Sequential) else [module]
     hooks = [(part, rule.copy()) for part in parts[:1]]
     hooks += [(part, zennit.rules.Pass()) for part in parts if isinstance(part, torch.nn.ReLU)]
@@ -148,6 +148,51 @@ def test_zennit(layer, rule):
     expected = relevance_by_zennit(layer, params, theirs(shape[-1], len(shape)), x, delta)
     assert np.abs(expected).max() > 0
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
+
+
+ZERO = {
+    "epsilon": (Epsilon, zennit.rules.Epsilon),
+    "zplus": (ZPlus, zennit.rules.ZPlus),
+    "alpha 2 beta 1": (AlphaBeta, zennit.rules.AlphaBeta),
+    "gamma": (Gamma, zennit.rules.Gamma),
+    "wsquare": (WSquare, zennit.rules.WSquare),
+    "flat": (Flat, zennit.rules.Flat),
+    "zbox": (functools.partial(ZBox, -4.0, 4.5), functools.partial(zennit.rules.ZBox, -4.0, 4.5)),
+}
+
+
+@pytest.mark.parametrize("rule", ZERO)
+def test_zero_params_are_zennits(rule):
+    """Of dense layers and convolutions, by our names and zennit's."""
+    ours, theirs = ZERO[rule]
+    for layer in ("dense", "conv, groups"):
+        layer, shape = LAYERS[layer]
+        x, params = drawn(layer, shape)
+        for names, of_zennit in (("b", ["bias"]), (("weight",), ["weight"])):
+            delta, found = relevance(layer, ours(zero_params=names), x, params)
+            expected = relevance_by_zennit(layer, params, theirs(zero_params=of_zennit), x, delta)
+            np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
+            assert names != "b" or np.abs(expected).max() > 0
+            if names == "b" and rule not in ("flat", "zbox"):  # whose numbers hold no b
+                assert not np.allclose(found, relevance(layer, ours(), x, params)[1])
+
+
+def test_zero_params_of_other_ops():
+    """A hidden layer takes those of its convolution, batch norm its scale and bias; an average pool has none."""
+    layer, shape = LAYERS["hidden layer"]
+    x, params = drawn(layer, shape)
+    delta, found = relevance(layer, ZPlus(zero_params="b"), x, params)
+    expected = relevance_by_zennit(layer, params, zennit.rules.ZPlus(zero_params=["bias"]), x, delta)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
+    layer = BatchNorm()
+    x, params = drawn(layer, (2, 4, 3, 5))
+    params |= {"mean": np.linspace(-1, 1, 5), "var": np.linspace(0.5, 2, 5)}
+    delta, found = relevance(layer, Epsilon(zero_params=("b",)), x, params)
+    expected = relevance_by_zennit(layer, params, zennit.rules.Epsilon(zero_params=["bias"]), x, delta)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
+    x, _ = drawn(AvgPool(2), (2, 4, 4, 3))
+    zeroed, plain = (relevance(AvgPool(2), rule, x, {})[1] for rule in (Flat(zero_params=["w", "b"]), Flat()))
+    np.testing.assert_array_equal(zeroed, plain)
 
 
 @pytest.mark.parametrize("layer", [MaxPool(2), MaxPool(3, 2), MaxPool(3, 2, padding=1)], ids=str)
@@ -539,6 +584,11 @@ MADE = [
     (ValueError, "AlphaBeta: alpha − beta expected 1, got alpha 2.0, beta 0.0", lambda: AlphaBeta(2, 0)),
     (ValueError, "Epsilon: epsilon expected a finite number >= 0, got -1.0", lambda: Epsilon(-1.0)),
     (ValueError, "Gamma: gamma expected a finite number >= 0, got inf", lambda: Gamma(float("inf"))),
+    (ValueError, "ZPlus: zero_params must be 'w', 'b' or a sequence of them, got 'biases'",
+     lambda: ZPlus(zero_params="biases")),
+    (TypeError, "Flat: zero_params must be 'w', 'b' or a sequence of them, got None", lambda: Flat(zero_params=None)),
+    (TypeError, "ZBox: zero_params must be 'w', 'b' or a sequence of them, got [1]",
+     lambda: ZBox(0.0, 1.0, zero_params=[1])),
     (TypeError, "ZPlus: stabilizer expected a Python float, got str", lambda: ZPlus("0.1")),
     (TypeError, "Epsilon: epsilon expected a Python float, got a value traced by jax; it must be static",
      lambda: jax.jit(Epsilon)(0.1)),

@@ -1,0 +1,118 @@
+"""Arrays of a mesh of devices: manual axes inside `jax.shard_map`, and explicit axes, which arrays name in their types.
+
+Automatic axes need nothing here: `jaxcnn.kernels.split` keeps XLA from splitting what it gets wrong.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from jax import Array, lax
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def varying_alike(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Mark inputs that all devices share as varying, inside `jax.shard_map`, over the axes that the others vary over.
+
+    The transpose of the mark is the sum over devices, which the cotangent of a shared kernel needs and a rule cannot
+    take.
+    """
+    varying = [frozenset() if a is None else jax.typeof(a).manual_axis_type.varying for a in inputs]
+    axes = frozenset().union(*varying)
+    return tuple(
+        a if a is None or own == axes else lax.pcast(a, tuple(axes - own), to="varying")
+        for a, own in zip(inputs, varying, strict=True)
+    )
+
+
+def on_any_mesh(f: Callable[..., Any], geometry: Any, *inputs: Any) -> Any:
+    """``f(geometry, *inputs)``, also of arrays that are split over explicit axes of a mesh.
+
+    There every reshape and product would have to say how its result is split.  XLA may choose inside the op, whose
+    result is split as its first input is where it has the same shape, otherwise over its first dim, the batch.
+    """
+    mesh = _explicit_mesh(inputs)
+    if mesh is None:
+        return f(geometry, *inputs)
+    x = inputs[0]
+    of_x = _spec(x)
+
+    def of(y: Any) -> PartitionSpec:
+        if y.shape == x.shape:
+            return of_x
+        batch = y.ndim and x.ndim and y.shape[0] == x.shape[0]
+        return PartitionSpec(of_x[0]) if batch else PartitionSpec()
+
+    return _automatic(mesh, functools.partial(f, geometry), inputs, lambda y: jax.tree.map(of, y))
+
+
+def automatic_inside(*, like: str | None = None) -> Callable[[F], F]:
+    """Decorate a function of arrays so that it takes arrays that are split over explicit axes of a mesh.
+
+    Inside the function XLA chooses how to split.  Without explicit axes the function is called as it is.
+
+    Args:
+        like: the parameter whose tree the results are split like.  Without it the results are split over their first
+            dim, as the first dim of the parameter ``x`` is.
+
+    Returns: a decorator that keeps the function's signature.
+    """
+
+    def decorated(f: F) -> F:
+        signature = inspect.signature(f)
+
+        @functools.wraps(f)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            leaves, tree = jax.tree.flatten((args, kwargs))
+            at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Array)]
+            arrays = tuple(leaves[i] for i in at)
+            mesh = _explicit_mesh(arrays)
+            if mesh is None:
+                return f(*args, **kwargs)
+            given = signature.bind(*args, **kwargs).arguments
+
+            def of(found: Any) -> Any:
+                if like is not None:
+                    specs = [_spec(leaf) for leaf in jax.tree.leaves(given[like])]
+                    return jax.tree.unflatten(jax.tree.structure(found), specs)
+                return jax.tree.map(lambda _: PartitionSpec(*_spec(given["x"])[:1]), found)
+
+            def run(*arrays: Array) -> Any:
+                inner = list(leaves)
+                for i, a in zip(at, arrays, strict=True):
+                    inner[i] = a
+                args, kwargs = jax.tree.unflatten(tree, inner)
+                return f(*args, **kwargs)
+
+            return _automatic(mesh, run, arrays, of)
+
+        return wrapper  # type: ignore[return-value]
+
+    return decorated
+
+
+def _automatic(mesh: AbstractMesh, f: Callable[..., Any], inputs: tuple[Any, ...], specs: Callable[[Any], Any]) -> Any:
+    """``f(*inputs)`` with all axes automatic inside; ``specs`` gives the `PartitionSpec`s of the types of its results."""
+    with jax.sharding.use_abstract_mesh(mesh):
+        shapes = [a if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype) for a in inputs]
+        of_results = specs(jax.eval_shape(f, *shapes))
+        shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), of_results)
+        return jax.sharding.auto_axes(f, out_sharding=shardings)(*inputs)
+
+
+def _explicit_mesh(inputs: tuple[Any, ...]) -> AbstractMesh | None:
+    """The mesh of the first input that is split over an explicit axis."""
+    for a in inputs:
+        if a is not None:
+            sharding = jax.typeof(a).sharding
+            if any(axis in sharding.mesh.explicit_axes for axis in jax.tree.leaves(tuple(sharding.spec))):
+                return sharding.mesh
+    return None
+
+
+def _spec(a: Any) -> PartitionSpec:
+    return jax.typeof(a).sharding.spec

@@ -1,0 +1,58 @@
+"""What docs/mathematics.md says that activations keep is what the forward pass keeps."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxcnn
+from jaxcnn.rules import autodiff
+
+PAGE = (Path(__file__).parents[2] / "docs" / "mathematics.md").read_text(encoding="utf-8")
+ROWS = re.findall(r"^\| `(\w+)` \| [^|]+ \| [^|]+ \| ([^|]+) \|$", PAGE, re.MULTILINE)
+BOOL, SLOPE = "x > 0, one bool for each entry", "g′"
+#: Of the sentence below the table.
+OTHERS = {
+    "bool": ("relu6", "hard_tanh", "hard_sigmoid"),
+    SLOPE: ("selu", "celu", "hard_swish", "mish", "softsign", "squareplus", "log_sigmoid"),
+}
+KEPT = [*ROWS, *((op, kept) for kept, ops in OTHERS.items() for op in ops)]
+
+
+def test_the_table_is_there():
+    assert len(ROWS) == 8
+
+
+@pytest.mark.parametrize(("op", "kept"), KEPT)
+def test_what_an_activation_keeps(op, kept):
+    x = jnp.asarray(np.random.default_rng(0).normal(scale=3, size=50))
+    g = getattr(jaxcnn, op)
+    y, rule = jax.vjp(g, x)
+    (residual,) = (leaf for leaf in jax.tree.leaves(rule) if np.shape(leaf) == x.shape)
+    if kept == "y":
+        np.testing.assert_array_equal(residual, y)
+    elif kept == SLOPE:
+        slope = jax.vjp(lambda x: g(x, rule=autodiff), x)[1](jnp.ones_like(x))[0]
+        np.testing.assert_allclose(residual, slope, rtol=1e-9, atol=1e-12)
+    else:
+        assert residual.dtype == bool
+        if kept == BOOL:
+            np.testing.assert_array_equal(residual, x > 0)
+
+
+@pytest.mark.parametrize(
+    ("op", "corner", "slope"),
+    [
+        ("relu", 0.0, 0), ("leaky_relu", 0.0, 0.01), ("elu", 0.0, 2.0),
+        ("selu", 0.0, 1.0507009873554805 * 1.6732632423543772),
+        ("relu6", 0.0, 0), ("relu6", 6.0, 0), ("hard_tanh", -1.0, 0), ("hard_tanh", 1.0, 0), ("hard_sigmoid", -3.0, 0),
+        ("hard_sigmoid", 3.0, 0), ("hard_swish", -3.0, 0), ("hard_swish", 3.0, 1),
+    ],
+)  # fmt: skip
+def test_the_slope_at_a_corner_is_the_one_that_the_page_says(op, corner, slope):
+    options = {"alpha": 2.0} if op == "elu" else {}
+    found = jax.grad(lambda x: getattr(jaxcnn, op)(x, **options))(jnp.asarray(corner))
+    np.testing.assert_allclose(found, slope, rtol=1e-12)

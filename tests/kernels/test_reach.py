@@ -1,0 +1,174 @@
+"""What one entry reaches: a value that is not finite, or large, changes the outputs and gradients that see it alone.
+
+The layers are those that Winograd's form, or another that mixes neighbors, would take. Batch sizes differ because the
+choice of a lowering depends on them.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+import jaxcnn
+from jaxcnn.kernels import correlation
+from tests.cases import compiled, with_cotangents
+
+#: side, inputs, outputs, kernel size, padding.
+LAYERS = {"3x3": (8, 64, 64, 3, 1), "5x5": (12, 32, 64, 5, 0)}
+
+
+def layer(name, batch):
+    """``conv``, and x, w, δ in float32."""
+    side, inputs, outputs, size, pad = LAYERS[name]
+    rng = np.random.default_rng(batch)
+    out = side + 2 * pad - size + 1
+    shapes = (batch, side, side, inputs), (size, size, inputs, outputs), (batch, out, out, outputs)
+    x, w, delta = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    return compiled(with_cotangents(lambda x, w: jaxcnn.conv(x, w, padding=pad))), x, w, delta
+
+
+def windows_of(name, at, n, offset):
+    """Which of ``n`` places along a dim meet entry ``at``: outputs of an input, or with −offset inputs of an output."""
+    size, pad = LAYERS[name][3:]
+    first = at + pad - size + 1 if offset else at - pad
+    return np.isin(np.arange(n), np.arange(first, first + size))
+
+
+@pytest.mark.parametrize("batch", [1, 8, 32])
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_is_not_finite_reaches_what_sees_it(name, batch):
+    """A NaN, then an infinity, in x, then in δ; all else is as without it."""
+    run, x, w, delta = layer(name, batch)
+    y, (delta_x, grad_w) = run((x, w), delta)
+    image, row, column, channel = batch // 2, 4, 5, 3
+    for spoilt in (np.nan, np.inf):
+        bad = x.copy()
+        bad[image, row, column, channel] = spoilt
+        found, (same, found_w) = run((bad, w), delta)
+        sees = np.zeros(y.shape, bool)
+        sees[image] = np.multiply.outer(*(windows_of(name, at, y.shape[1], True) for at in (row, column)))[..., None]
+        np.testing.assert_array_equal(np.isfinite(found), ~sees)
+        np.testing.assert_allclose(found[~sees], y[~sees], rtol=1e-5, atol=1e-5 * np.abs(y).max())
+        np.testing.assert_array_equal(same, delta_x)
+        of_channel = np.arange(w.shape[2]) == channel
+        assert not np.isfinite(found_w[:, :, channel]).any()
+        np.testing.assert_allclose(found_w[:, :, ~of_channel], grad_w[:, :, ~of_channel], rtol=1e-5, atol=1e-3)
+
+        bad = delta.copy()
+        bad[image, row, column, channel] = spoilt
+        _, (found_x, found_w) = run((x, w), bad)
+        sees = np.zeros(x.shape, bool)
+        sees[image] = np.multiply.outer(*(windows_of(name, at, x.shape[1], False) for at in (row, column)))[..., None]
+        np.testing.assert_array_equal(np.isfinite(found_x), ~sees)
+        np.testing.assert_allclose(found_x[~sees], delta_x[~sees], rtol=1e-5, atol=1e-5 * np.abs(delta_x).max())
+        assert np.isfinite(np.delete(found_w, channel, -1)).all()
+
+
+@pytest.mark.parametrize("hot", [1e4, 1e6])
+@pytest.mark.parametrize("name", LAYERS)
+def test_errors_are_those_of_what_an_output_sees(name, hot):
+    """One large entry of x, then of δ: each result is within 1e-5 of Σ|x||w| of PyTorch's in float64."""
+    run, x, w, delta = layer(name, 32)
+    x[16, 4, 5, 3] = delta[16, 4, 5, 3] = hot
+    pad = LAYERS[name][-1]
+
+    def exact(x, w, delta):
+        x, w = (torch.tensor(a, dtype=torch.float64, requires_grad=True) for a in (x, w))
+        y = functional.conv2d(x.permute(0, 3, 1, 2), w.permute(3, 2, 0, 1), padding=pad).permute(0, 2, 3, 1)
+        y.backward(torch.tensor(delta, dtype=torch.float64))
+        return y.detach().numpy(), x.grad.numpy(), w.grad.numpy()
+
+    y, cotangents = run((x, w), delta)
+    terms = exact(np.abs(x), np.abs(w), np.abs(delta))
+    for found, expected, size in zip((y, *cotangents), exact(x, w, delta), terms, strict=True):
+        assert (np.abs(found - expected) <= 1e-5 * size).all(), np.max(np.abs(found - expected) / size)
+
+
+def test_gradients_of_a_deep_net_are_as_exact_as_stock_jaxs():
+    """Larger rounding finds a ReLU on its edge: VGG16's 13 layers, of 64 channels, against plain JAX in float64."""
+    rng = np.random.default_rng(0)
+    inputs = [3, *(64,) * 12]
+    ws = [rng.standard_normal((3, 3, i, 64)) * np.sqrt(2 / (9 * i)) for i in inputs]
+    x, delta = rng.standard_normal((8, 32, 32, 3)), rng.standard_normal((8, 1, 1, 64))
+
+    def net(convolve, pool):
+        def run(ws, x, delta):
+            for i, w in enumerate(ws):
+                x = jax.nn.relu(convolve(x, w))
+                if i in (1, 3, 6, 9, 12):
+                    x = pool(x)
+            return (x * delta).sum()
+
+        return compiled(jax.grad(run))
+
+    def stock(x, w):
+        return jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    def stock_pool(x):
+        return jax.lax.reduce_window(x, -np.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+
+    plain = net(stock, stock_pool)
+    ours = net(lambda x, w: jaxcnn.conv(x, w, padding="SAME"), lambda x: jaxcnn.max_pool(x, 2))
+    expected = plain(ws, x, delta)
+    single = jax.tree.map(lambda a: a.astype(np.float32), (ws, x, delta))
+
+    def error(found):
+        size = [np.abs(e).max() for e in expected]
+        off = [np.abs(f - e).ravel() / s for f, e, s in zip(found, expected, size, strict=True)]
+        return np.median(np.concatenate(off))
+
+    assert error(ours(*single)) <= 3 * error(plain(*single))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Programs of bounded size
+
+
+def program_lines(f, *shapes):
+    return len(jax.jit(f).lower(*(jnp.zeros(shape, jnp.float32) for shape in shapes)).as_text().splitlines())
+
+
+#: op, shapes of x and w, options. The second of each pair has many more taps than the first.
+LARGE = {
+    "depthwise": (jaxcnn.depthwise_conv, (2, 40, 40, 8), [(9, 9, 1, 8), (31, 31, 1, 8)], {"padding": "SAME"}),
+    "depthwise 1-D": (jaxcnn.depthwise_conv, (2, 900, 4), [(90, 1, 4), (800, 1, 4)], {}),
+    "depthwise 3-D": (jaxcnn.depthwise_conv, (1, 9, 9, 9, 2), [(5, 5, 5, 1, 2), (9, 9, 9, 1, 2)], {"padding": "SAME"}),
+    "of groups": (jaxcnn.conv, (2, 30, 30, 8), [(9, 9, 2, 8), (29, 29, 2, 8)], {"padding": "SAME", "groups": 4}),
+    "dilated": (jaxcnn.depthwise_conv, (2, 40, 40, 4), [(9, 9, 1, 4), (20, 20, 1, 4)], {"dilation": 2, "padding": 9}),
+    "strided": (jaxcnn.depthwise_conv, (2, 64, 64, 4), [(9, 9, 1, 4), (33, 33, 1, 4)], {"stride": 2}),
+    "1-D": (jaxcnn.conv, (2, 2000, 1), [(100, 1, 1), (1001, 1, 1)], {}),
+    "transposed": (jaxcnn.conv_transpose, (2, 16, 16, 8), [(9, 9, 2, 8), (25, 25, 2, 8)], {"groups": 8}),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_programs_do_not_grow_with_the_kernel(name):
+    """Forward and both cotangents: up to 25 times as many taps, at most half as many lines more."""
+    op, x, kernels, options = LARGE[name]
+    run = with_cotangents(lambda x, w: op(x, w, **options))
+
+    def lines(w):
+        y = jax.eval_shape(lambda x, w: op(x, w, **options), jnp.zeros(x), jnp.zeros(w))
+        return program_lines(lambda x, w, delta: run((x, w), delta), x, w, y.shape)
+
+    few, many = map(lines, kernels)
+    assert many <= max(1.5 * few, 1500), (few, many)
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_patches_far_apart_are_copied_row_by_row(size):
+    """The gradient of a kernel whose windows lie side by side, as vision transformers cut an image."""
+    win_lines = program_lines(
+        lambda x, d: correlation.match(
+            correlation.Correlation(
+                correlation.Window((64, 64), (size, size), (size, size), ((0, 0),) * 2, (1, 1)), 1, np.dtype("f")
+            ),
+            x,
+            d,
+        ),
+        (4, 64, 64, 3),
+        (4, 64 // size, 64 // size, 64),
+    )
+    assert win_lines < 12 * size
