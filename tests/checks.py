@@ -376,3 +376,44 @@ def flat(result: tuple[Any, Arrays]) -> list[Any]:
 
 def inner(a: Any, b: Any) -> float:
     return float(np.vdot(np.asarray(a, np.float64), np.asarray(b, np.float64)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is not finite
+
+
+def not_finite_stays_within_reach(case: Case) -> None:
+    """A NaN or an infinity in one entry, of an argument or of δ, reaches only the results that depend on that entry.
+
+    A result depends on an entry if some finite value in its place changes it: no arithmetic with NaN is the oracle.
+    Parameters are left out where there is a batch: their entries also meet the zeros of padding, and 0 · NaN is NaN.
+    """
+    args, delta = drawn(case)
+    arrays = [*args, delta]
+    own = {*(case.batched or range(len(args))), len(args)}
+    rng = np.random.default_rng(0)
+
+    def results(which: int, entry: tuple[int, ...], value: float) -> list[np.ndarray]:
+        changed = [a.copy() for a in arrays]
+        changed[which][entry] = value
+        y, cotangents = case.run(tuple(changed[:-1]), changed[-1])
+        kept = [y, *(c for i, c in enumerate(cotangents) if i in own)]
+        return [np.asarray(a, np.float64) for a in kept]
+
+    for which in sorted(own):
+        entry = tuple(int(rng.integers(n)) for n in arrays[which].shape)
+        exact = results(which, entry, arrays[which][entry])
+        reached = [np.zeros(a.shape, bool) for a in exact]
+        for seen in reached:
+            if seen.shape == arrays[which].shape:
+                seen[entry] = True  # a factor of 0, such as the derivative of a hard sigmoid, makes NaN of NaN
+        for value in (-50.0, -0.3, 0.2, 50.0):
+            for seen, a, b in zip(reached, results(which, entry, value), exact, strict=True):
+                seen |= np.abs(a - b) > 1e-11 * np.abs(b)
+        for spoilt in (np.nan, np.inf):
+            for i, (seen, a) in enumerate(zip(reached, results(which, entry, spoilt), strict=True)):
+                beyond = np.argwhere(~np.isfinite(a) & ~seen)
+                assert not beyond.size, (
+                    f"{spoilt} at {entry} of array {which} reaches {len(beyond)} entries of result {i} that do not "
+                    f"depend on it, such as {beyond[0].tolist()}"
+                )

@@ -139,3 +139,8 @@ def test_no_pictures_no_gradient(case):
 @rows([case for case in ONE_EACH if case.takes_rule])
 def test_rule_is_used(case):
     checks.rule_is_used(case)
+
+
+@rows([case for case in FEW if case.batched or case.op == "kron"])
+def test_not_finite_stays_within_reach(case):
+    checks.not_finite_stays_within_reach(case)

@@ -8,6 +8,7 @@ part of the patch, because the sum is the same for all three: they meet where i 
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -60,14 +61,46 @@ def correlate_direct(first: tuple[int, ...], size: tuple[int, ...], a: Array, v:
 
 
 def correlate_fourier(first: tuple[int, ...], size: tuple[int, ...], a: Array, v: Array) -> Array:
-    """The inverse transform of F(a)·conj F(v), read at the shifts first … first + size − 1."""
+    """The inverse transform of F(a)·conj F(v), read at the shifts first … first + size − 1.
+
+    Entries that are not finite take no part in the transform, which would send them everywhere. The results at shifts
+    where they meet an entry are NaN.
+    """
     # Long enough that no other shift is folded onto one of these.
     length = [
         fast_length(max(n, k, n - f, f + s + k - 1)) for n, k, f, s in zip(a.shape, v.shape, first, size, strict=True)
     ]
-    y = jnp.fft.irfftn(jnp.fft.rfftn(a, length) * jnp.fft.rfftn(v, length).conj(), length)
+    finite_a, finite_v = jnp.where(jnp.isfinite(a), a, 0), jnp.where(jnp.isfinite(v), v, 0)
+    y = jnp.fft.irfftn(jnp.fft.rfftn(finite_a, length) * jnp.fft.rfftn(finite_v, length).conj(), length)
     y = jnp.roll(y, [-f for f in first], range(a.ndim))
-    return lax.slice(y, (0,) * a.ndim, size)
+    y = lax.slice(y, (0,) * a.ndim, size)
+    some = ~(jnp.isfinite(a).all() & jnp.isfinite(v).all())
+    # A loop of one turn or none. Not `lax.cond`: JAX 0.10 confuses its residuals in second derivatives of a scan.
+    turn = functools.partial(_nan_where_met, first, size, a=a, v=v)
+    return lax.while_loop(lambda to_do: to_do[1], lambda to_do: (turn(to_do[0]), to_do[1] & False), (y, some))[0]
+
+
+def _nan_where_met(first: tuple[int, ...], size: tuple[int, ...], y: Array, a: Array, v: Array) -> Array:
+    """``y``, and NaN at the shifts at which an entry of a or v that is not finite meets one of the other.
+
+    At shift o entry i of a does so if o + first <= i < o + first + K, and entry k of v if
+    −o − first <= k < n − o − first.
+    """
+    shifts = [np.arange(s) + f for s, f in zip(size, first, strict=True)]
+    meets_a = _any_between(~jnp.isfinite(a), [(at, at + k) for at, k in zip(shifts, v.shape, strict=True)])
+    meets_v = _any_between(~jnp.isfinite(v), [(-at, n - at) for at, n in zip(shifts, a.shape, strict=True)])
+    return jnp.where(meets_a | meets_v, np.asarray(np.nan, y.dtype), y)
+
+
+def _any_between(found: Array, bounds: Sequence[tuple[np.ndarray, np.ndarray]]) -> Array:
+    """Whether ``found`` is true anywhere from the first bound up to, not including, the second, in every dim."""
+    for axis, pair in enumerate(bounds):
+        n = found.shape[axis]
+        count = jnp.cumsum(found, axis, dtype=np.int32)
+        count = jnp.pad(count, [(int(dim == axis), 0) for dim in range(found.ndim)])
+        start, end = (np.clip(bound, 0, n).astype(np.int32) for bound in pair)
+        found = jnp.take(count, end, axis, mode="clip") > jnp.take(count, start, axis, mode="clip")
+    return found
 
 
 @functools.cache

@@ -75,7 +75,7 @@ def conv(
         preferred_element_type: dtype of the result, if not that of x.  16-bit inputs accumulate in float32 anyway.
         precision: as in `jax.lax`. With "fastest" (`jax.lax.Precision.DEFAULT`), or "default" as JAX's
             ``jax_default_matmul_precision``, large float32 convolutions with 3 × 3 and 5 × 5 kernels run in Winograd's
-            form on CPU: relative errors are up to 2.2e-6 (3 × 3) and 6e-6 (5 × 5) instead of 4e-7, and an entry that is
+            form on CPU: relative errors are up to 2.5e-6 (3 × 3) and 9e-6 (5 × 5) instead of 6e-7, and an entry that is
             not finite, or large, reaches up to 3 places beyond its windows. With None every sum is direct.
         rule: another backward half, over channels-last arrays; see `jaxcnn.rules`.
 

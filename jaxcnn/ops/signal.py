@@ -300,14 +300,16 @@ def _standardised(win: Window, image: Array, template: Array, moments_of: Any) -
     x is the image less its mean, which changes no y but saves digits.  16-bit floats become float32.
     """
     image, template = (p.astype(accumulator(p.dtype)) for p in (image, template))
-    x, t = image - image.mean(), template - template.mean()
+    # Of what is finite: a NaN elsewhere in the image says nothing about a window.
+    finite = jnp.isfinite(image)
+    x, t = image - image.mean(where=finite), template - template.mean()
     m, s = moments_of(win, x)
     return x, t, m, _inverse_root(s, image, win.entries), _inverse_root(jnp.sum(t * t), template, win.entries)
 
 
 def _inverse_root(s: Array, of: Array, entries: int) -> Array:
     """``1/√s``, and 0 where s is that of ``entries`` numbers which only rounding tells apart."""
-    rounding = 8 * jnp.finfo(of.dtype).eps * jnp.max(jnp.abs(of))
+    rounding = 8 * jnp.finfo(of.dtype).eps * jnp.max(jnp.where(jnp.isfinite(of), jnp.abs(of), 0))
     flat = s <= entries * rounding**2
     return jnp.where(flat, 0, 1 / jnp.sqrt(jnp.where(flat, 1, s)))  # the inner where keeps NaN out of the gradient
 

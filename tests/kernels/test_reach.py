@@ -87,11 +87,14 @@ def test_errors_are_those_of_what_an_output_sees(name, hot):
 
 
 def test_gradients_of_a_deep_net_are_as_exact_as_stock_jaxs():
-    """Larger rounding finds a ReLU on its edge: VGG16's 13 layers, of 64 channels, against plain JAX in float64."""
-    rng = np.random.default_rng(0)
+    """VGG16's 13 layers, of 64 channels, against plain JAX in float64, parameter by parameter.
+
+    Larger rounding finds a ReLU on its edge: with these numbers Winograd's form is off by 1e-3.
+    """
+    rng = np.random.default_rng(3)
     inputs = [3, *(64,) * 12]
     ws = [rng.standard_normal((3, 3, i, 64)) * np.sqrt(2 / (9 * i)) for i in inputs]
-    x, delta = rng.standard_normal((8, 32, 32, 3)), rng.standard_normal((8, 1, 1, 64))
+    x, delta = rng.standard_normal((4, 32, 32, 3)), rng.standard_normal((4, 1, 1, 64))
 
     def net(convolve, pool):
         def run(ws, x, delta):
@@ -114,12 +117,12 @@ def test_gradients_of_a_deep_net_are_as_exact_as_stock_jaxs():
     expected = plain(ws, x, delta)
     single = jax.tree.map(lambda a: a.astype(np.float32), (ws, x, delta))
 
-    def error(found):
-        size = [np.abs(e).max() for e in expected]
-        off = [np.abs(f - e).ravel() / s for f, e, s in zip(found, expected, size, strict=True)]
-        return np.median(np.concatenate(off))
+    def errors(found):
+        return [np.linalg.norm(f - e) / np.linalg.norm(e) for f, e in zip(found, expected, strict=True)]
 
-    assert error(ours(*single)) <= 3 * error(plain(*single))
+    ours_off, plain_off = errors(ours(*single)), errors(plain(*single))
+    assert max(ours_off) <= 2 * max(plain_off)
+    assert np.median(ours_off) <= 1.2 * np.median(plain_off)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,7 +157,7 @@ def test_programs_do_not_grow_with_the_kernel(name):
         return program_lines(lambda x, w, delta: run((x, w), delta), x, w, y.shape)
 
     few, many = map(lines, kernels)
-    assert many <= max(1.5 * few, 1500), (few, many)
+    assert many <= max(1.5 * few, 2500), (few, many)
 
 
 @pytest.mark.parametrize("size", [16, 32])
@@ -172,3 +175,64 @@ def test_patches_far_apart_are_copied_row_by_row(size):
         (4, 64 // size, 64 // size, 64),
     )
     assert win_lines < 12 * size
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Signals
+
+
+@pytest.mark.parametrize("method", ["direct", "fft"])
+@pytest.mark.parametrize("spoilt", [np.nan, np.inf])
+@pytest.mark.parametrize("mode", ["full", "same", "valid"])
+def test_signals_keep_what_is_not_finite_within_reach(mode, spoilt, method):
+    """In a, then in δ: results and gradients that meet the entry are not finite, all others are as without it."""
+    rng = np.random.default_rng(0)
+    a, v = rng.standard_normal((17, 20)), rng.standard_normal((3, 4))
+    run = compiled(with_cotangents(lambda a, v: jaxcnn.correlate(a, v, mode, method=method)))
+    first = {"full": (-2, -3), "same": (-1, -2), "valid": (0, 0)}[mode]
+    delta = rng.standard_normal({"full": (19, 23), "same": (17, 20), "valid": (15, 17)}[mode])
+    y, (of_a, _) = run((a, v), delta)
+    at = (8, 11)
+
+    def meets(shape, firsts):
+        return np.multiply.outer(*(
+            (np.arange(n) >= f) & (np.arange(n) < f + k) for n, f, k in zip(shape, firsts, v.shape, strict=True)
+        ))  # fmt: skip
+
+    bad = a.copy()
+    bad[at] = spoilt
+    found, (same, found_v) = run((bad, v), delta)
+    # o + first <= i < o + first + K
+    sees = meets(y.shape, [i - f - k + 1 for i, f, k in zip(at, first, v.shape, strict=True)])
+    np.testing.assert_array_equal(np.isfinite(found), ~sees)
+    np.testing.assert_allclose(found[~sees], y[~sees], rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(same, of_a, rtol=1e-10, atol=1e-10)
+    assert not np.isfinite(found_v).any()
+
+    bad = delta.copy()
+    bad[at] = spoilt
+    _, (found_a, _) = run((a, v), bad)
+    sees = meets(a.shape, [o + f for o, f in zip(at, first, strict=True)])
+    np.testing.assert_array_equal(np.isfinite(found_a), ~sees)
+    np.testing.assert_allclose(found_a[~sees], of_a[~sees], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("spoilt", [np.nan, np.inf, 1e3])
+def test_a_template_is_matched_beside_what_is_not_finite(spoilt):
+    """Windows that do not hold the entry, against NumPy's correlation coefficients, forward and backward."""
+    rng = np.random.default_rng(0)
+    image, template = rng.standard_normal((24, 22)), rng.standard_normal((13, 12))
+    image[2, 3] = spoilt
+    delta = rng.standard_normal((12, 11))
+    y, (of_image, _) = compiled(with_cotangents(jaxcnn.match_template))((image, template), delta)
+    clear = np.array([[i > 2 or j > 3 for j in range(11)] for i in range(12)])
+    windows = np.lib.stride_tricks.sliding_window_view(image, template.shape)
+    expected = [np.corrcoef(window.ravel(), template.ravel())[0, 1] for window in windows[clear]]
+    np.testing.assert_allclose(y[clear], expected, rtol=1e-8, atol=1e-8)
+    assert np.isfinite(y).all() == np.isfinite(spoilt)
+    # Entries that share no window with it: none before row 15 and column 15 at once.
+    apart = np.array([[i >= 15 or j >= 15 for j in range(22)] for i in range(24)])
+    assert np.isfinite(of_image[apart]).all()
+    image[2, 3] = 0.5
+    _, (without, _) = compiled(with_cotangents(jaxcnn.match_template))((image, template), delta)
+    np.testing.assert_allclose(of_image[apart], without[apart], rtol=1e-8, atol=1e-8)

@@ -62,3 +62,8 @@ def test_scan_and_checkpoint_equal_a_loop(case):
 @rows(ONE_EACH)
 def test_sixteen_bits_are_float32_rounded(case):
     checks.sixteen_bits_are_float32_rounded(case)
+
+
+@rows([case for case in FEW if case.batched])
+def test_not_finite_stays_within_reach(case):
+    checks.not_finite_stays_within_reach(case)
