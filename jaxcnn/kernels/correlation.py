@@ -25,7 +25,7 @@ from jax import Array, lax
 from jaxcnn.geometry import Correlation, Window
 from jaxcnn.kernels import unrolled, winograd
 from jaxcnn.kernels.dtypes import accumulator, wider
-from jaxcnn.kernels.split import run_whole
+from jaxcnn.kernels.split import mesh_of, run_whole
 from jaxcnn.kernels.storage import stored
 from jaxcnn.kernels.threads import ONE_THREAD, on_all_threads
 from jaxcnn.kernels.windows import at_tap, divisor, interleaved, meeting, pad_axis, tap_slices
@@ -86,7 +86,10 @@ def match(c: Correlation, x: Array, y: Array) -> Array:
     dtype = wider(x.dtype, y.dtype)
     if x.size == 0 or y.size == 0:
         return jnp.zeros((*c.window.size, x.shape[-1] // c.groups, y.shape[-1]), dtype)
-    run = functools.partial(_run, MATCH, choose_match(c, x, y), c, dtype=dtype)
+    if x.shape[0] == 1 and mesh_of((x, y)) is not None:
+        run = functools.partial(_run, {"xla": _match_one}, "xla", c, dtype=dtype)
+    else:
+        run = functools.partial(_run, MATCH, choose_match(c, x, y), c, dtype=dtype)
     return run_whole(run, (x, y), (places(c), places(c)), taps(c))
 
 
@@ -662,6 +665,26 @@ def _match_by_group(c: Correlation, x: Array, y: Array) -> Array:
     one = dataclasses.replace(c, groups=1)
     parts = zip(map(stored, _split(x, c.groups)), map(stored, _split(y, c.groups)), strict=True)
     return jnp.concatenate([MATCH[choose_match(one, a, b)](one, a, b) for a, b in parts], -1)
+
+
+def _match_one(c: Correlation, x: Array, y: Array) -> Array:
+    """One matrix product of all patches and δ.
+
+    For one image on a mesh.  `jax.vmap` over split images makes a group of each image in a convolution, and XLA's
+    partitioner then gets all of w wrong (jaxlib 0.10).
+    """
+    win, groups, inputs = c.window, c.groups, x.shape[-1] // c.groups
+    patches = fit(win, x)
+    for dim in reversed(range(win.ndim)):  # dim by dim: fewer slices than one for each tap
+        axis, s, d = patches.ndim - 1 - win.ndim + dim, win.steps[dim], win.dilation[dim]
+        last = (win.out[dim] - 1) * s + 1
+        slices = [lax.slice_in_dim(patches, k * d, k * d + last, s, axis) for k in range(win.size[dim])]
+        patches = jnp.stack(slices)
+    places = x.shape[0] * math.prod(win.out)
+    patches = patches.reshape(win.entries, places, groups, inputs)
+    y = y.reshape(places, groups, y.shape[-1] // groups)
+    w = jnp.einsum("kpgi,pgo->kigo", patches, y, precision=c.precision)
+    return w.reshape(*win.size, inputs, groups * y.shape[-1])
 
 
 def _neighbours(c: Correlation, inputs: int, outputs: int) -> int:

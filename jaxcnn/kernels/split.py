@@ -1,7 +1,8 @@
 """Arrays that XLA may split over devices (automatic axes of a mesh), kept whole along some of their dims.
 
-XLA's partitioner of convolutions is wrong along spatial dims: ∂E/∂w of split rows has wrong entries, and some strides
-and groups abort the process (jaxlib 0.10).  It is right along batch and channels.
+XLA's partitioner is wrong along spatial dims (jaxlib 0.10).  Of convolutions, ∂E/∂w of split rows has wrong entries,
+and some strides and groups abort the process; of `lax.reduce_window`, large windows do not compile.  Convolutions of
+one group are right along batch and channels.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,14 +18,14 @@ def run_whole(f: Callable[..., Array], arrays: Sequence[Array], dims: Sequence[s
     XLA gathers what is split there, and chooses along the other dims.  Arrays that no mesh is known of are left alone:
     so are those that only ``in_shardings`` of `jax.jit` splits, since JAX does not show that to the traced function.
     """
-    mesh = _mesh_of(arrays)
+    mesh = mesh_of(arrays)
     if mesh is None:
         return f(*arrays)
     y = f(*(_whole(mesh, a, kept) for a, kept in zip(arrays, dims, strict=True)))
     return _whole(mesh, y, of_result)
 
 
-def _mesh_of(arrays: Sequence[Array]) -> AbstractMesh | None:
+def mesh_of(arrays: Sequence[Array]) -> AbstractMesh | None:
     """The mesh that an array's type or the context names, if it has automatic axes."""
     known = (*(jax.typeof(a).sharding.mesh for a in arrays), jax.sharding.get_abstract_mesh())
     return next((mesh for mesh in known if mesh.auto_axes), None)

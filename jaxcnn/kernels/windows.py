@@ -20,6 +20,7 @@ from jax import Array, lax
 from jaxcnn.geometry import Window
 from jaxcnn.kernels.dtypes import accumulator
 from jaxcnn.kernels.shapes import beside
+from jaxcnn.kernels.split import run_whole
 
 #: Windows of up to this many taps are written out tap by tap.
 UNROLLED = 64
@@ -212,21 +213,26 @@ def _sum_dim(win: Window, dim: int, x: Array) -> Array:
         return functools.reduce(operator.add, slices)
     if out == 1 and d == 1:
         return lax.slice_in_dim(x, 0, k, axis=axis).sum(axis, keepdims=True)
-    return _reduce_dim(x, axis, k, s, d)
+    along = slice(axis, axis + 1)
+    return run_whole(lambda x: _reduce_dim(x, axis, k, s, d), (x,), (along,), along)
 
 
 def _spread_dim(win: Window, dim: int, y: Array) -> Array:
     k, s, d, out, axis = win.size[dim], win.stride[dim], win.dilation[dim], win.out[dim], dim + 1
-    length = sum(win.padding[dim]) + win.shape[dim]
+    length, along = sum(win.padding[dim]) + win.shape[dim], slice(axis, axis + 1)
     if out == 1 and d == 1:
         return pad_axis(jnp.repeat(y, k, axis), axis, 0, length - k)
     if k <= UNROLLED:
         rest = length - ((out - 1) * s + 1)
         return functools.reduce(operator.add, (pad_axis(y, axis, i * d, rest - i * d, s - 1) for i in range(k)))
-    reach = (k - 1) * d
-    spaced = pad_axis(y, axis, reach, reach, s - 1)
-    full = _reduce_dim(spaced, axis, k, 1, d)
-    return pad_axis(full, axis, 0, length - full.shape[axis])
+
+    def spread(y: Array) -> Array:
+        reach = (k - 1) * d
+        spaced = pad_axis(y, axis, reach, reach, s - 1)
+        full = _reduce_dim(spaced, axis, k, 1, d)
+        return pad_axis(full, axis, 0, length - full.shape[axis])
+
+    return run_whole(spread, (y,), (along,), along)
 
 
 def _reduce_dim(x: Array, axis: int, k: int, stride: int, dilation: int) -> Array:

@@ -37,6 +37,7 @@ from jaxcnn.kernels import bins
 from jaxcnn.kernels import windows as kernels
 from jaxcnn.kernels.dtypes import accumulator
 from jaxcnn.kernels.shapes import beside
+from jaxcnn.kernels.split import run_whole
 from jaxcnn.kernels.storage import stored
 from jaxcnn.ops.rule import Rule, array, arrays, custom_vjp, picture, with_rule
 
@@ -104,11 +105,14 @@ def max_pool_plain(win: Window, x: Array) -> Array:
     def around(inner: tuple[int, ...]) -> tuple[int, ...]:
         return (1, *inner, 1)
 
-    lowest = np.asarray(-np.inf, x.dtype)
-    pads = ((0, 0), *win.padding, (0, 0))
-    return lax.reduce_window(
-        x, lowest, lax.max, around(win.size), around(win.stride), pads, window_dilation=around(win.dilation)
-    )
+    def reduced(x: Array) -> Array:
+        lowest = np.asarray(-np.inf, x.dtype)
+        pads = ((0, 0), *win.padding, (0, 0))
+        return lax.reduce_window(
+            x, lowest, lax.max, around(win.size), around(win.stride), pads, window_dilation=around(win.dilation)
+        )
+
+    return run_whole(reduced, (x,), (slice(1, -1),), slice(1, -1))
 
 
 @custom_vjp
@@ -419,12 +423,14 @@ def _avg_pool_plain(average: Average, x: Array) -> Array:
     def around(inner: tuple[int, ...]) -> tuple[int, ...]:
         return (1, *inner, 1)
 
-    pads = ((0, 0), *win.padding, (0, 0))
-    total = lax.reduce_window(
-        wide, np.zeros((), wide.dtype), lax.add, around(win.size), around(win.stride), pads,
-        window_dilation=around(win.dilation),
-    )  # fmt: skip
-    return average.divided(total).astype(x.dtype)
+    def reduced(x: Array) -> Array:
+        pads = ((0, 0), *win.padding, (0, 0))
+        return lax.reduce_window(
+            x, np.zeros((), x.dtype), lax.add, around(win.size), around(win.stride), pads,
+            window_dilation=around(win.dilation),
+        )  # fmt: skip
+
+    return average.divided(run_whole(reduced, (wide,), (slice(1, -1),), slice(1, -1))).astype(x.dtype)
 
 
 @custom_vjp
