@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -143,7 +144,7 @@ def value_grad_and_deltas(fun: Callable[..., Any]) -> Callable[..., Sweep]:
 
 def _check_scalar(value: Any) -> None:
     expected = "value_grad_and_deltas: fun expected to return a floating scalar"
-    if not isinstance(value, Array) and not isinstance(value, float):
+    if not isinstance(value, Array | float | np.ndarray | np.generic):
         raise TypeError(f"{expected}, got {type(value).__name__}")
     kind = jax.typeof(value)
     if kind.shape or not jnp.issubdtype(kind.dtype, jnp.floating):

@@ -76,9 +76,11 @@ class Serial(Layer):
             no array, no key or no rules.
         """
         rules = rule if rules is None else rules
+        outermost = isinstance(rules, Mapping) and not path
         if isinstance(rules, Mapping) and not path:
             _check_rules(rules, [name for name, _ in self.walk()])
             _check_matches(rules, self)
+            rules = _Followed(rules)
         if not isinstance(params, Mapping):
             raise TypeError(f"serial: params expected a dict as init makes it, got {type(params).__name__}")
         x = array("serial", "x", x)
@@ -99,6 +101,8 @@ class Serial(Layer):
                     expected = f"expected params[{name!r}][{error.args[0]!r}]"
                     raise ValueError(f"{here}: {expected}, got params with {sorted(params)}") from None
             x = tap(here, x)
+        if outermost and isinstance(rules, _Followed):
+            _check_handed_on(rules, self)
         return x
 
     def walk(self, path: str = "") -> Iterator[tuple[str, Layer]]:
@@ -363,6 +367,8 @@ def expect_loss(op: str, loss: Any) -> None:
 def _rule_for(rules: Rules | None, name: str, layer: Layer) -> Rule | None:
     if not isinstance(rules, Mapping):
         return rules
+    if isinstance(rules, _Followed):
+        rules.asked.add(name)
     return next((rule for key, rule in rules.items() if _key_matches(key, name, layer)), None)
 
 
@@ -396,6 +402,29 @@ class IfThere:
 
 class Checked(dict[Any, Any]):
     """Rules whose keys were checked against the net that they were written for."""
+
+
+class _Followed(Checked):
+    """Rules on their way through a net, and the layers that asked for theirs."""
+
+    def __init__(self, rules: Mapping[Any, Rule]) -> None:
+        super().__init__(rules)
+        self.asked: set[str] = set()
+
+
+def _check_handed_on(rules: _Followed, net: Serial) -> None:
+    """ValueError for a key whose layers are all inside nets with an `apply` of their own that hands no rules on."""
+    layers = [(name, layer) for name, layer in net.walk() if not isinstance(layer, Serial)]
+    missed = [(name, layer) for name, layer in layers if name not in rules.asked]
+    for key, rule in rules.items() if missed else ():
+        if rule is None or isinstance(key, IfThere):
+            continue
+        found = [name for name, layer in layers if _key_matches(key, name, layer)]
+        if found and not rules.asked.intersection(found):
+            raise ValueError(
+                f"rules: an apply of one's own must hand on rules= and path=, or rule= to its layers; got one that "
+                f"calls {', '.join(found)} without"
+            )
 
 
 def _type_of(key: Any) -> type | None:

@@ -392,7 +392,7 @@ def _evaluator(net: Serial, loss: Loss) -> Callable[[Params, Batch], tuple[Array
         x, targets = batch
         outputs = net.apply(params, x)
         errors = _widened(loss(outputs, targets))
-        if errors.shape[:1] != jnp.shape(x)[:1]:
+        if errors.shape[:1] != (len(x),):
             expected = f"an error for each of {len(x)} examples, (N, …)"
             fail("evaluate", f"loss must return {expected}, got shape {errors.shape}")
         return errors.reshape(len(errors), math.prod(errors.shape[1:])).mean(1).sum(), _counts(outputs, targets)

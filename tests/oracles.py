@@ -312,7 +312,7 @@ def hidden_layer(x: Tensor, *w_and_b: Tensor, window=2, pool_stride=None, pool_p
     return max_pool(relu(conv(x, *w_and_b, **of_conv)), window=window, stride=pool_stride, padding=pool_padding)
 
 
-def batch_norm(x: Tensor, *of_channels: Tensor, eps: float = 1e-5) -> Tensor:
+def batch_norm(x: Tensor, *of_channels: Tensor, eps: float = 1e-5, axis_name: tuple[()] = ()) -> Tensor:
     """Scale, bias, then mean and var; PyTorch's own takes no derivative by the last two, so there it is the formula."""
     scale, bias, *statistics = (*of_channels, None, None)[: max(len(of_channels), 2)]
     if statistics:

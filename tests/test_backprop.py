@@ -382,3 +382,10 @@ def test_an_error_that_is_no_number():
         backprop(net, params, x, lambda z: z.argmax(-1))
     with pytest.raises(ValueError, match="rules: expected names of layers, got 'conv9'; the nearest are conv1"):
         backprop(net, params, x, lambda z: z.mean(), rules={"conv9": rules.autodiff})
+
+
+def test_errors_that_are_numbers_of_numpy():
+    """What `jax.grad` takes."""
+    for value in (np.float32(2), np.float64(3), np.array(4.0)):
+        sweep = jaxcnn.value_grad_and_deltas(lambda w, value=value: value)(jnp.ones(2))
+        assert (sweep.error, sweep.gradients.tolist()) == (value, [0, 0])

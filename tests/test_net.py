@@ -549,6 +549,16 @@ def test_rules_that_match_nothing_are_refused(name):
         jax.eval_shape(lambda: HIDDEN.apply(params, x, rules=rules))
 
 
+def test_rules_that_a_net_of_ones_own_does_not_hand_on_are_refused():
+    own = Projection((("first", Conv(4, 1)), ("second", Conv(5, 1)), ("short", Conv(5, 1))))
+    net = serial(own, Flatten(), Dense(2))
+    params, x = parameters(net, (3, 3, 2)), pictures(2, 3, 3, 2, dtype=np.float32)
+    for rules in ({Conv: times(2)}, {"projection1/short": times(2)}, {Dense: times(2), Conv: times(2)}):
+        with pytest.raises(ValueError, match=r"must hand on rules= .* got one that calls .*projection1/short"):
+            jax.eval_shape(lambda rules=rules: net.apply(params, x, rules=rules))
+    jax.eval_shape(lambda: net.apply(params, x, rules={Dense: times(2)}))
+
+
 def test_composites_fit_every_net():
     """Their keys may match nothing, also after a merge; they are read by the types themselves."""
     composite = jaxcnn.attribution.epsilon_plus()
