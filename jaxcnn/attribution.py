@@ -352,6 +352,7 @@ def grad_cam(
     Source: Selvaraju et al. 2017.
     """
     x = _examples(x)
+    expect_net("attribute", net)
     relu = static_bool("attribute", "relu", relu)
     names = [name for name, _ in net.walk()]
     if layer not in names:
@@ -674,6 +675,7 @@ class _Asked:
 
 def _asked(net: Serial, params: Params, x: Array, target: Any) -> _Asked:
     """The target, checked before anything is computed."""
+    expect_net("attribute", net)
     return _checked_target(x, jax.eval_shape(lambda: net.apply(params, x)), target)
 
 

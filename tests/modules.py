@@ -84,7 +84,8 @@ def module(layer: jaxcnn.Layer, own: Mapping[str, Any]) -> nn.Module:
             return nn.MaxPool2d(layer.window, layer.stride, 0 if layer.padding == "VALID" else layer.padding)
         case jaxcnn.AvgPool():
             padding = 0 if layer.padding == "VALID" else layer.padding
-            return nn.AvgPool2d(layer.window, layer.stride, padding, count_include_pad=layer.count_include_pad)
+            counts, divisor = layer.count_include_pad, layer.divisor
+            return nn.AvgPool2d(layer.window, layer.stride, padding, count_include_pad=counts, divisor_override=divisor)
         case jaxcnn.Relu():
             return nn.ReLU()
         case jaxcnn.Tanh():

@@ -635,3 +635,27 @@ def test_no_classes(loss):
     for run in (getattr(jaxcnn, loss), jax.jit(getattr(jaxcnn, loss))):
         with pytest.raises(ValueError, match=rf"^{loss}: logits expected a class or more, got shape \(3, 0\)(?=\n|$)"):
             run(logits, target)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dropout of everything
+
+
+@pytest.mark.parametrize("rule", [None, jaxcnn.rules.autodiff], ids=["exact", "autodiff"])
+def test_dropout_of_everything_is_zero_forward_and_backward(rule):
+    """As in PyTorch, and of 0 and ∞ too; no NaN is made on the way."""
+    x, delta = np.array([0.0, -2.0, 3.0]), np.array([0.0, 5.0, -7.0])
+    t = torch.tensor(x, requires_grad=True)
+    expected = F.dropout(t, 1.0)
+    expected.backward(torch.tensor(delta))
+    with jax.debug_nans(True):
+        for drop in (
+            lambda x: jaxcnn.dropout(x, 1, jax.random.key(0), rule=rule),
+            lambda x: jaxcnn.Dropout(1.0).apply({}, x, key=jax.random.key(0), rule=rule),
+        ):
+            y, pull = jax.vjp(drop, jnp.asarray(x))
+            np.testing.assert_array_equal(y, expected.detach().numpy())
+            np.testing.assert_array_equal(pull(jnp.asarray(delta))[0], t.grad.numpy())
+            y, pull = jax.vjp(drop, jnp.array([jnp.inf, -jnp.inf, 1.0]))
+            np.testing.assert_array_equal(y, np.zeros(3))
+            np.testing.assert_array_equal(pull(jnp.array([jnp.inf, 1.0, 0.0]))[0], np.zeros(3))

@@ -88,6 +88,7 @@ POOLS = {
     "avg_pool": (AvgPool(2), (2, 6, 5, 3)),
     "avg_pool, windows overlap": (AvgPool(3, 2), (2, 7, 8, 3)),
     "avg_pool, padding counts": (AvgPool(3, 2, padding=1), (2, 7, 8, 3)),
+    "avg_pool, divisor": (AvgPool(3, 2, divisor=5), (2, 7, 8, 3)),
     "avg_pool, padding does not": (AvgPool(3, 2, padding=1, count_include_pad=False), (2, 7, 8, 3)),
     "adaptive_avg_pool, windows overlap": (AdaptiveAvgPool((3, 2)), (2, 7, 8, 3)),
     "global_avg_pool": (GlobalAvgPool(), (2, 7, 8, 3)),
