@@ -12,6 +12,7 @@ import html.parser
 import importlib
 import inspect
 import io
+import itertools
 import re
 import types
 import urllib.parse
@@ -84,6 +85,41 @@ def test_statement_holds(name, whole):
     assert result.caption.endswith(".")
     assert statement.report(SCRIPTS[name].STATEMENT, result) in whole.printed
     assert (whole.out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_check_says_what_it_needs(whole):
+    """The value itself, where it holds and where it does not."""
+    for shown in whole.found.values():
+        for check in shown.checks:
+            assert check.needed == "an error" or re.match(r"[=≤≥] \S", check.needed), check
+    assert "as expected" not in whole.page
+    assert statement.equal("size", (24, 24), (24, 24)).needed == "= 24×24"
+    assert statement.equal("size", (24, 23), (24, 24)).needed == "= 24×24"
+
+
+def test_every_op_has_a_row_whose_name_can_be_read(whole):
+    """In points, of a picture that is as wide as the page: nothing is smaller than its other labels."""
+    figure = whole.found["s04_differences"].figure
+    table = SCRIPTS["s04_differences"]
+    axes = max(figure.axes, key=lambda axes: len(axes.get_yticklabels()))
+    labels = axes.get_yticklabels()
+    with jax.enable_x64(True):
+        ops = table.ops()
+    assert len(labels) == len(ops)
+    assert [text.get_text().split(": ")[1].split(", ") for text in labels] == [list(given) for _, given in ops.values()]
+    assert min(text.get_fontsize() for text in labels) >= 8.5
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in labels]
+    assert not any(one.overlaps(two) for one, two in itertools.pairwise(boxes))
+
+
+def test_no_sum_of_the_flip_looks_like_the_largest(whole):
+    """The row that lies wholly inside has a frame and a label; its number looks as all others do."""
+    for axes in whole.found["s11_flip"].figure.axes:
+        sums = [text for text in axes.texts if text.get_text().isdigit() and text.get_position()[0] > 8]
+        assert len(sums) == 7
+        assert len({(text.get_fontweight(), text.get_fontsize(), text.get_color()) for text in sums}) == 1
+        assert [text.get_text() for text in axes.texts].count("wholly\ninside") == 1
 
 
 def sections(made):
