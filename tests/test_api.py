@@ -26,7 +26,7 @@ ROOMS = {
     "folding": {"geometry", "layers", "net"},
     "attribution": {"geometry", "ops", "rules", "layers", "net", "backprop", "folding"},
     # kernels: the products of single examples, which no op has
-    "examples": {"geometry", "kernels", "ops", "layers", "net", "backprop"},
+    "examples": {"geometry", "kernels", "ops", "layers", "net", "backprop", "taps"},
     "curvature": {"geometry"},
     "training": {"geometry", "ops", "layers", "net", "backprop"},
 }
