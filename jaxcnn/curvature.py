@@ -31,8 +31,8 @@ def hvp(loss: Callable[[Any], Array], params: Any, v: Any) -> Any:
 
     Returns: a tree like ``params``.
 
-    Raises: ValueError for a v that is not like ``params``; TypeError for a loss that returns no floating scalar; what
-    the loss raises.
+    Raises: ValueError for a v that is not like ``params``; TypeError for a loss that is not a function or does not
+    return a floating scalar; what the loss raises.
 
     Source: Pearlmutter 1994, "Fast exact multiplication by the Hessian", in reverse mode.
 
@@ -43,6 +43,7 @@ def hvp(loss: Callable[[Any], Array], params: Any, v: Any) -> Any:
     >>> jaxcnn.hvp(loss, {"w": jnp.zeros(2)}, {"w": jnp.array([1.0, 0.0])})["w"]  # H = [[2, 1], [1, 2]]
     Array([2., 1.], dtype=float32)
     """
+    _expect_functions("hvp", loss=loss)
     v = _like("hvp", params, v)
     _check_scalar("hvp", jax.eval_shape(loss, params))
     return jax.vjp(jax.grad(loss), params)[1](v)[0]
@@ -63,8 +64,9 @@ def gauss_newton_vp(model: Callable[[Any], Any], loss: Callable[[Any], Array], p
 
     Returns: a tree like ``params``.
 
-    Raises: ValueError for a v that is not like ``params``; TypeError for a loss that returns no floating scalar; what
-    model and loss raise.
+    Raises: ValueError for a v that is not like ``params``; TypeError for a model or loss that is not a function, a
+    model that does not return floating arrays, and a loss that does not return a floating scalar; what model and loss
+    raise.
 
     Source: Schraudolph 2002, "Fast curvature matrix-vector products", with J·v by two reverse passes.
 
@@ -76,8 +78,13 @@ def gauss_newton_vp(model: Callable[[Any], Any], loss: Callable[[Any], Array], p
     >>> jaxcnn.gauss_newton_vp(lambda w: jaxcnn.dense(x, w), loss, jnp.zeros((3, 3)), jnp.eye(3)).round(3)[0]
     Array([ 0.074, -0.037, -0.037], dtype=float32)
     """
+    _expect_functions("gauss_newton_vp", model=model, loss=loss)
     v = _like("gauss_newton_vp", params, v)
     y, pull = jax.vjp(model, params)
+    for path, a in jax.tree_util.tree_leaves_with_path(y):
+        if not jnp.issubdtype(a.dtype, jnp.floating):
+            at = jax.tree_util.keystr(path)
+            raise TypeError(f"gauss_newton_vp: model must return floating arrays, got {a.dtype} at outputs{at}")
     _check_scalar("gauss_newton_vp", jax.eval_shape(loss, y))
     (jv,) = jax.vjp(lambda u: pull(u)[0], jax.tree.map(jnp.zeros_like, y))[1](v)
     return pull(jax.vjp(jax.grad(loss), y)[1](jv)[0])[0]
@@ -91,6 +98,8 @@ def _like(op: str, params: Any, v: Any) -> Any:
 
     def part(path: Any, p: Any, of_v: Any) -> Array:
         at = jax.tree_util.keystr(path)
+        if not hasattr(p, "dtype") and not isinstance(p, int | float | complex):
+            raise TypeError(f"{op}: params{at} must be a floating array, got {type(p).__name__}")
         if not jnp.issubdtype(jnp.result_type(p), jnp.floating):
             raise TypeError(f"{op}: params{at} expected a floating array, got {jnp.result_type(p)}")
         if jnp.shape(p) != jnp.shape(of_v):
@@ -98,6 +107,12 @@ def _like(op: str, params: Any, v: Any) -> Any:
         return jnp.asarray(of_v, jnp.result_type(p))
 
     return jax.tree_util.tree_map_with_path(part, params, v)
+
+
+def _expect_functions(op: str, **named: Any) -> None:
+    for name, f in named.items():
+        if not callable(f):
+            raise TypeError(f"{op}: {name} must be a function, got {f!r}")
 
 
 def _check_scalar(op: str, found: Any) -> None:

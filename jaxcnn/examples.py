@@ -6,7 +6,7 @@
 The batch's own rule is the same products, summed over n.  Nothing here is vectorised over copies of a patch, which is
 what makes `jax.vmap` of `jax.grad` slow: it turns a convolution into one with a group for each example.
 
-Rooms: imports `jaxcnn.backprop`, and for the products `jaxcnn.kernels`.
+Rooms: imports `jaxcnn.backprop` and `jaxcnn.taps`, and for the products `jaxcnn.kernels`.
 """
 
 import dataclasses
@@ -49,20 +49,30 @@ def per_example_gradients(
 ) -> Params:
     """The gradient of each example's error: a tree like ``params``, every array with a leading N.
 
-    As `jax.vmap` of `jax.grad` gives, by one sweep over the batch and one matrix product a layer and example.
+    These are the gradients of `jax.vmap` of `jax.grad`. One sweep over the batch and one matrix product per layer and
+    example make them.
+
+    A layer of your own, or a net whose ``apply`` you override, is applied to each example alone, so the examples cannot
+    influence each other. Its gradients come from `jax.vjp` of its ``apply``, with a and δ of the whole layer.
+
+    Inside `jax.shard_map` each device returns the gradients of its own examples, also for parameters that all devices
+    share.
 
     Args:
-        net: from `serial`; its layers must treat examples apart (batch norm does with statistics from `calibrate`).
-        params: as its `init` made them.
+        net: from `serial`. Its layers must treat examples apart (batch norm does with statistics from `calibrate`).
+        params: as its `init` made them, in a dict or any other mapping. All are floating arrays.
         x: a batch ``(N, …)``.
         y: targets ``(N, …)``.
-        loss: as in `make_train_step`, an error for each example.
-        key: from `jax.random.key`; its presence means training (dropout is on, one mask for each example).
+        loss: as in `make_train_step`, an error for each example. It must treat examples apart; this is not checked.
+        key: from `jax.random.key`. If there is one, dropout is on, with one mask for each example. A layer of your own
+            without parameters gets the key folded with the number of the example.
 
-    Returns: arrays ``(N, …)``; what `optax.contrib.differentially_private_aggregate` takes for updates.
+    Returns: arrays ``(N, …)``, which `optax.contrib.differentially_private_aggregate` takes for updates. The gradient
+        of a parameter that no layer reads is 0, as in `jax.grad`.
 
-    Raises: ValueError for a loss that is not one error for each example, for batch norm that mixes examples, and for
-        layers with parameters that are not of this package while there is a key; what net and loss raise.
+    Raises: ValueError for a loss that is not one error for each example, for norms that mix examples, and for layers
+        with parameters that are not of this package while there is a key; TypeError for parameters that are not
+        floating arrays; what net and loss raise.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -112,14 +122,17 @@ def clipped_gradient(
     For private training, without g_n: what is clipped is δ_n, of which g_n is a linear function, and the batch's own
     products sum up.  Costs an ordinary gradient and `per_example_norms`.  Divide by N for a mean; add noise before.
 
+    Inside `jax.shard_map` each device returns the sum over its own examples, also for parameters that all devices
+    share. `jax.lax.psum` of the result is the sum over all examples.
+
     Args:
-        net: as in `per_example_gradients`, and so for ``params``, ``x``, ``y``, ``loss`` and ``key``.
-        params: …
-        x: …
-        y: …
-        loss: …
+        net: as in `per_example_gradients`.
+        params: as in `per_example_gradients`.
+        x: as in `per_example_gradients`.
+        y: as in `per_example_gradients`.
+        loss: as in `per_example_gradients`.
         max_norm: above 0; over all parameters together.
-        key: …
+        key: as in `per_example_gradients`.
 
     Returns: a tree like ``params``.
 

@@ -27,7 +27,7 @@ ROOMS = {
     # kernels: the dtype that sums are taken in
     "attribution": {"geometry", "kernels", "ops", "rules", "layers", "net", "backprop", "folding", "taps"},
     # kernels: the products of single examples, which no op has
-    "examples": {"geometry", "kernels", "ops", "layers", "net", "backprop"},
+    "examples": {"geometry", "kernels", "ops", "layers", "net", "backprop", "taps"},
     "curvature": {"geometry"},
     "training": {"geometry", "ops", "layers", "net", "backprop"},
 }

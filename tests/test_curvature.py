@@ -1,13 +1,17 @@
 """Curvature along a vector, against the whole matrix by plain autodiff in float64, and against finite differences."""
 
+import collections
 import functools
+import types
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from jax.flatten_util import ravel_pytree
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcnn import (
     AvgPool,
@@ -139,12 +143,62 @@ def test_trees_of_outputs():
     np.testing.assert_allclose(gauss_newton_vp(model, loss, params, v)["w"], expected, rtol=1e-12)
 
 
+class NoHash:
+    """A function that cannot be hashed."""
+
+    def __init__(self, f):
+        self.f = f
+
+    def __eq__(self, other):
+        return self is other
+
+    def __call__(self, *args):
+        return self.f(*args)
+
+
+@pytest.mark.parametrize("kind", [flax.core.freeze, lambda p: collections.OrderedDict(reversed(p.items()))])
+def test_other_mappings_and_functions_without_a_hash(kind):
+    net, params, x, v, (losses, _) = given("smooth")
+    loss, model = losses["cross-entropy"], lambda p: net.apply(p, x)
+    expected = compiled(lambda p, v: (hvp(lambda p: loss(model(p)), p, v), gauss_newton_vp(model, loss, p, v)))(
+        params, v
+    )
+
+    def both(p, v):
+        return hvp(NoHash(lambda p: loss(model(p))), p, v), gauss_newton_vp(NoHash(model), NoHash(loss), p, v)
+
+    found = compiled(both)(kind(params), kind(v))
+    for a, b in zip(found, expected, strict=True):
+        assert jax.tree.structure(a) == jax.tree.structure(kind(params))
+        for name, part in ((name, part) for name, own in b.items() for part in own):
+            np.testing.assert_allclose(a[name][part], b[name][part], rtol=1e-12)
+
+
+def test_inside_shard_map():
+    """As autodiff has it: with parameters that all devices share, H is that of the sum over devices."""
+    net, params, x, v, _ = given("smooth")
+    mesh, rows, whole = jax.make_mesh((2,), ("batch",)), PartitionSpec("batch"), PartitionSpec()
+
+    def both(p, v, x):
+        def loss(y):
+            return jnp.square(jnp.tanh(y)).sum()
+
+        return hvp(lambda p: loss(net.apply(p, x)), p, v), gauss_newton_vp(lambda p: net.apply(p, x), loss, p, v)
+
+    mapped = jax.shard_map(both, mesh=mesh, in_specs=(whole, whole, rows), out_specs=whole)
+    place = functools.partial(NamedSharding, mesh)
+    found = compiled(mapped)(*jax.device_put((params, v), place(whole)), jax.device_put(x, place(rows)))
+    assert_close(jax.tree.leaves(found), jax.tree.leaves(compiled(both)(params, v, x)), 1e-10)
+
+
 P, COUNTS = {"w": np.zeros((2, 3))}, {"n": np.arange(2)}
 REFUSED = [
     (ValueError, "v expected a tree like params, ", lambda op: op(P, {"v": P["w"]})),
     (ValueError, r"v\['w'\] expected the shape of params\['w'\], \(2, 3\), got \(3,\)",
      lambda op: op(P, {"w": P["w"][0]})),
     (TypeError, r"params\['n'\] expected a floating array, got int64", lambda op: op(COUNTS, COUNTS)),
+    (TypeError, "params must be a floating array, got mappingproxy",
+     lambda op: op(types.MappingProxyType(P), types.MappingProxyType(P))),
 ]  # fmt: skip
 OPS = {
     "hvp": lambda loss: functools.partial(hvp, lambda p: loss(p["w"])),
@@ -157,6 +211,20 @@ OPS = {
 def test_what_is_refused(op, kind, message, call):
     with pytest.raises(kind, match=f"^{op}: {message}"):
         call(OPS[op](jnp.sum))
+
+
+def test_what_is_no_function_and_no_floating_output():
+    for message, call in (
+        ("hvp: loss must be a function, got 3", lambda: hvp(3, P, P)),
+        ("gauss_newton_vp: model must be a function, got 3", lambda: gauss_newton_vp(3, jnp.sum, P, P)),
+        ("gauss_newton_vp: loss must be a function, got 3", lambda: gauss_newton_vp(lambda p: p["w"], 3, P, P)),
+        (
+            r"gauss_newton_vp: model must return floating arrays, got int64 at outputs\[1\]",
+            lambda: gauss_newton_vp(lambda p: (p["w"], jnp.arange(3)), lambda y: y[0].sum(), P, P),
+        ),
+    ):
+        with pytest.raises(TypeError, match=f"^{message}$"):
+            call()
 
 
 @pytest.mark.parametrize("op", OPS)

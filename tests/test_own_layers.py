@@ -354,7 +354,8 @@ NET = serial(Dense(3))
 GIVEN = {"dense1": {"w": np.ones((2, 3)), "b": np.zeros(3)}}
 X, Y = np.ones((4, 2)), np.array([0, 1, 2, 0])
 REFUSED = {
-    "integers": (TypeError, r"params\['n'\] must be a floating array, got int64", NET, {**GIVEN, "n": np.arange(2)}, X, {}),
+    "integers": (TypeError, r"params\['n'\] must be a floating array, got int64", NET, {**GIVEN, "n": np.arange(2)}, X,
+                 {}),
     "strings": (TypeError, r"params\['n'\] expected an array, got 'a'", NET, {**GIVEN, "n": "a"}, X, {}),
     "two outputs": (TypeError, "pair1: output must be an array, got tuple", serial(Pair(), Dense(3)), GIVEN, X, {}),
     "no batch": (ValueError, r"joined1: output must keep the batch dim, \(1, …\) for one example, got \(5, 2\)",
@@ -475,14 +476,15 @@ def test_a_loss_that_varies_where_x_does_not():
 
 
 CONV, NORM = Conv(4, 1), BatchNorm()
+PROJECTED, DOUBLED = Projection(serial(Conv(3, 1), BatchNorm()).layers), (Conv(3, 1), Dense(3), BatchNorm())
 UNFOLDED = {
     # name: net, how many batch norms stay
-    "a net with its own apply": (serial(Projection(serial(Conv(3, 1), BatchNorm()).layers), Conv(2, 1), BatchNorm()), 1),
+    "a net with its own apply": (serial(PROJECTED, Conv(2, 1), BatchNorm()), 1),
     "norms at its borders": (serial(BatchNorm(), Projection(serial(Dense(4)).layers), BatchNorm()), 2),
-    "the net itself": (Projection(serial(Conv(3, 1), BatchNorm()).layers), 1),
+    "the net itself": (PROJECTED, 1),
     "a residual one": (serial(Halved(serial(Conv(4, 1), BatchNorm()).layers)), 1),
     "subclasses of layers": (serial(Tripled(3, 1), BatchNorm(), Tripled(2, 1)), 1),
-    "an instance's own apply": (serial(replaced(Conv(3, 1)), BatchNorm(), replaced(Dense(3)), replaced(BatchNorm())), 2),
+    "an instance's own apply": (serial(replaced(Conv(3, 1)), BatchNorm(), *map(replaced, DOUBLED)), 2),
     "one name twice": (Serial((("a", CONV), ("n", NORM), ("t", Tanh()), ("a", CONV))), 1),
     "one net twice": (Serial((("a", serial(CONV, NORM)), ("t", Tanh()), ("a", serial(CONV, NORM)))), 2),
     "its own __init__": (serial(Renamed(3), Dropout(0.5)), 0),
