@@ -16,7 +16,7 @@ from tests.conformance.summary import pytest_terminal_summary as pytest_terminal
 
 # Most of the time is compilation: no LLVM optimisations but where `optimised` asks for them.  Read when XLA starts.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-# Eight devices, so that every dim can be split, over two axes of a mesh, too.  Takes effect only before JAX first looks for devices.
+# Eight devices, so that every dim can be split, also over two axes of a mesh.  Read when JAX first looks for devices.
 jax.config.update("jax_num_cpu_devices", 8)
 # PyTorch's threads would only contend with XLA's for pictures this small.
 torch.set_num_threads(1)

@@ -96,7 +96,7 @@ def automatic_inside(*, like: str | None = None) -> Callable[[F], F]:
 
 
 def _automatic(mesh: AbstractMesh, f: Callable[..., Any], inputs: tuple[Any, ...], specs: Callable[[Any], Any]) -> Any:
-    """``f(*inputs)`` with all axes automatic inside; ``specs`` gives the `PartitionSpec`s of the types of its results."""
+    """``f(*inputs)`` with all axes automatic inside; ``specs``: types of its results → their `PartitionSpec`s."""
     with jax.sharding.use_abstract_mesh(mesh):
         shapes = [a if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype) for a in inputs]
         of_results = specs(jax.eval_shape(f, *shapes))
