@@ -67,7 +67,7 @@ def cosine(a: Any, b: Any) -> float:
 
 def key(figure: Any, axes: Any) -> None:
     """Draw the key of the colors of signed maps at the right of `axes`; each map has its own scale."""
-    colors = plt.cm.ScalarMappable(plt.Normalize(-1, 1), "RdBu_r")
+    colors = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(-1, 1), "RdBu_r")
     bar = figure.colorbar(colors, ax=axes, ticks=[-1, 0, 1], shrink=0.8, aspect=30)
     bar.ax.set_yticklabels(["−largest", "0", "+largest"])
 

@@ -579,7 +579,7 @@ _NEED_NO_RULE = (MaxPool, GlobalMaxPool, AdaptiveMaxPool, Relu, Flatten, Dropout
 def _check_all_have_rules(net: Serial, rules: Mapping[Any, Rule]) -> None:
     for name, layer in (("the net", net), *net.walk()):
         if isinstance(layer, Residual):
-            found, kind = _rule_of_sum(rules), "the sum of Residual"
+            found, kind = _rule_of_sum(rules, layer), "the sum of Residual"
         else:
             found, kind = _rule_for(rules, name, layer), type(layer).__name__
         row_of_layers = isinstance(layer, Serial) and not isinstance(layer, Residual)
@@ -641,13 +641,20 @@ def _with_names(net: Serial, rules: Rules | None) -> Rules | None:
 
     leaves = {name: layer for name, layer in net.walk() if not isinstance(layer, Serial)}
     found: dict[Any, Any] = {name: named(_rule_for(rules, name, layer), name) for name, layer in leaves.items()}
-    of_sum = named(_rule_of_sum(rules), "Residual")
+    sums = {type(layer): layer for layer in (net, *(layer for _, layer in net.walk())) if isinstance(layer, Residual)}
+    # The first key that matches wins, so a subclass comes before its base class.
+    of_sums = {kind: named(_rule_of_sum(rules, sums[kind]), "Residual") for kind in sorted(sums, key=_depth)[::-1]}
     return Checked(
         {
             **{(lambda at, _, name=name: at == name): rule for name, rule in found.items() if rule is not None},
-            **({} if of_sum is None else {Residual: of_sum}),
+            **{kind: rule for kind, rule in of_sums.items() if rule is not None},
         }
     )
+
+
+def _depth(kind: type) -> int:
+    """Number of classes that a class inherits from."""
+    return len(kind.__mro__)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -633,7 +633,7 @@ def test_what_a_rule_refuses_is_told_with_the_name_of_the_layer(message, layers,
 def test_a_net_that_is_a_residual_needs_a_rule_for_its_sum():
     """Its gradient would give x to both branches: twice the relevance."""
     net = residual(Dense(3, bias=False))
-    params = net.init(jax.random.key(0), (3,))
+    params = net.init(jax.random.key(0), (3,), jnp.float64)
     x = np.random.default_rng(0).standard_normal((2, 3)).astype(np.float32)
     message = (
         "attribute: the net: expected a rule for the sum of Residual, whose gradient is no relevance; rules has none"
@@ -880,3 +880,24 @@ def test_what_is_refused_of_own_layers(message, net, options):
     params = net.init(jax.random.key(0), SHAPE, jnp.float64)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}(?=\n|$)"):
         jax.eval_shape(lambda: attribute(net, params, x, 2, **options))
+
+
+class Halved(jaxcnn.Residual):
+    """A kind of residual net, for which a rule of its own is given."""
+
+
+def test_a_rule_for_one_kind_of_residual_leaves_the_other_kind_alone():
+    def doubled(call, delta):
+        return tuple(2 * part for part in call.exact(delta))
+
+    inner = jaxcnn.serial(jaxcnn.Dense(3)).layers
+    net = jaxcnn.serial(jaxcnn.residual(jaxcnn.Dense(3)), Halved(inner), jaxcnn.Dense(2))
+    params = net.init(jax.random.key(0), (3,), jnp.float64)
+    x = jax.random.normal(jax.random.key(1), (2, 3))
+    found = jaxcnn.attribute(net, params, x, 1, method="gradient", rules={Halved: doubled})
+    expected = jax.vjp(lambda x: net.apply(params, x, rules={Halved: doubled}), x)[1](
+        jax.nn.one_hot(np.array([1, 1]), 2, dtype=x.dtype)
+    )[0]
+    plain = jaxcnn.attribute(net, params, x, 1, method="gradient")
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
+    np.testing.assert_allclose(found, 2 * plain, rtol=1e-10)  # the sum's δ is doubled once

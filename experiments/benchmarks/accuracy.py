@@ -88,10 +88,13 @@ def compare(config: Config) -> int:
     title = f"{config.data}, lecture, batch {config.batch_size}: seconds of training until {config.target:.0%}"
     results.heading(machine, title)
     found: dict[int, dict[str, Trained]] = {}
-    for seed in config.seeds:
-        found[seed] = dict(race(config, data, seed))
-        print(f"seed {seed}")
-        results.table(["", "to the target", "epochs", "best accuracy", "trained"], lines(found[seed], config.target))
+    with results.until_interrupted(lambda: found) as interrupted:
+        for seed in config.seeds:
+            found[seed] = dict(race(config, data, seed))
+            print(f"seed {seed}")
+            results.table(
+                ["", "to the target", "epochs", "best accuracy", "trained"], lines(found[seed], config.target)
+            )
     totals = mean_seconds(found, config.target)
     if len(totals) > 1 and "jaxcnn" in totals:
         ratios = {name: total / totals["jaxcnn"] for name, total in totals.items()}
@@ -102,7 +105,7 @@ def compare(config: Config) -> int:
     if config.out is not None:
         plain = {seed: {name: told(trained) for name, trained in of.items()} for seed, of in found.items()}
         results.write(config.out, machine, config, seeds=plain)
-    return 0
+    return interrupted[0] if interrupted else 0
 
 
 def check(config: Config) -> None:

@@ -56,19 +56,20 @@ def compare(config: Config) -> int:
     environment = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     machine = timing.machine(("jax", "jaxlib"), others=("flax", "equinox"))
-    for i in range(config.rounds):
-        first = i % len(names)
-        for name in names[first:] + names[:first]:
-            contender = Contender(name, config.net, environment, batch=config.batch_size)
-            try:
-                told = contender.ready()
-            finally:
-                contender.stop()
-            seconds[name].append(told.compile_seconds or 0.0)
+    with results.until_interrupted(lambda: all(seconds.values())) as interrupted:
+        for i in range(config.rounds):
+            first = i % len(names)
+            for name in names[first:] + names[:first]:
+                contender = Contender(name, config.net, environment, batch=config.batch_size)
+                try:
+                    told = contender.ready()
+                finally:
+                    contender.stop()
+                seconds[name].append(told.compile_seconds or 0.0)
     times = {name: timing.Times(tuple(s)) for name, s in seconds.items()}
     title = f"{config.net}: trace, lower and compile a training step, {config.rounds} fresh processes each"
     results.report(config.out, machine, config, title, times, "jaxcnn", "jaxcnn")
-    return 0
+    return interrupted[0] if interrupted else 0
 
 
 if __name__ == "__main__":

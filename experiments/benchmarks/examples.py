@@ -67,19 +67,20 @@ def compare(config: Config) -> int:
     results.heading(machine, f"{config.net}, batch {config.batch_size}, {config.rounds} rounds; results are equal")
     times: dict[str, Any] = {}
     ratios = {}
-    for what in WHAT:
-        print(f"\n{what}")
-        times[what] = timing.in_turns({name: call for (name, w), call in calls.items() if w == what}, config.rounds)
-        results.contenders(times[what], "jaxcnn")
-        for name in config.libraries:
-            ratios[f"{what}, {name}"] = times[what][name].median / times[what]["jaxcnn"].median
+    with results.until_interrupted(lambda: times) as interrupted:
+        for what in WHAT:
+            print(f"\n{what}")
+            times[what] = timing.in_turns({name: call for (name, w), call in calls.items() if w == what}, config.rounds)
+            results.contenders(times[what], "jaxcnn")
+            for name in config.libraries:
+                ratios[f"{what}, {name}"] = times[what][name].median / times[what]["jaxcnn"].median
     if config.out is not None:
         results.write(config.out, machine, config, seconds=times)
         label = "time, as a multiple of jaxcnn's (median)"
         title = f"{config.net}, batch {config.batch_size}: against vmap(grad)"
         if ratios:
             results.bars(config.out.with_suffix(".png"), title, label, ratios)
-    return 0
+    return interrupted[0] if interrupted else 0
 
 
 def check(config: Config) -> None:

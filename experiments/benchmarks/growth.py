@@ -72,20 +72,22 @@ def measure(config: Config) -> int:
     )
     found: dict[str, Any] = {}
     panels: dict[str, dict[str, dict[int, float]]] = {}
-    for what in config.what:
-        found[what] = {
-            size: timing.in_turns(steps(what, size, config.microbatch), config.rounds, most=0.5) for size in sizes[what]
-        }
-        curves = per_image(what, {size: {n: t.minimum for n, t in of.items()} for size, of in found[what].items()})
-        panels[what] = curves
-        print()
-        results.table([what, *(f"{name}: an image" for name in curves), "flax nnx / jaxcnn"], list(table(curves)))
-        if what == "batch" and (flat := flatness(curves["jaxcnn"])) is not None:
-            print(f"jaxcnn, from batch 64 on: the dearest image costs {flat:.2f} times the cheapest")
+    with results.until_interrupted(lambda: panels) as interrupted:
+        for what in config.what:
+            found[what] = {
+                size: timing.in_turns(steps(what, size, config.microbatch), config.rounds, most=0.5)
+                for size in sizes[what]
+            }
+            curves = per_image(what, {size: {n: t.minimum for n, t in of.items()} for size, of in found[what].items()})
+            panels[what] = curves
+            print()
+            results.table([what, *(f"{name}: an image" for name in curves), "flax nnx / jaxcnn"], list(table(curves)))
+            if what == "batch" and (flat := flatness(curves["jaxcnn"])) is not None:
+                print(f"jaxcnn, from batch 64 on: the dearest image costs {flat:.2f} times the cheapest")
     if config.out is not None:
         results.write(config.out, machine, config, seconds=found)
         results.lines(config.out.with_suffix(".png"), "one training step", panels, "seconds an image")
-    return 0
+    return interrupted[0] if interrupted else 0
 
 
 def table(curves: Mapping[str, Mapping[int, float]]) -> Iterator[list[str]]:

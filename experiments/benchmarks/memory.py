@@ -59,10 +59,11 @@ def compare(config: Config) -> int:
     machine = timing.machine(("jax", "jaxlib"), others=("flax", "equinox"))
     results.heading(machine, "one training step: XLA's temporary bytes, and bytes kept between forward and backward")
     found: dict[str, dict[str, Bytes]] = {}
-    for name in config.nets:
-        timed = NETS[name]()
-        timed = dataclasses.replace(timed, batch=config.batch_size or timed.batch)
-        found[name] = {library: count(library, timed) for library in LIBRARIES}
+    with results.until_interrupted(lambda: found) as interrupted:
+        for name in config.nets:
+            timed = NETS[name]()
+            timed = dataclasses.replace(timed, batch=config.batch_size or timed.batch)
+            found[name] = {library: count(library, timed) for library in LIBRARIES}
     results.table(
         ["net", *(f"{library}: {what}" for library in LIBRARIES for what in ("temporary", "kept"))], rows(found)
     )
@@ -77,7 +78,7 @@ def compare(config: Config) -> int:
         }
         label = "jaxcnn's bytes, as a multiple of the other's"
         results.bars(config.out.with_suffix(".png"), "memory of a training step", label, ratios)
-    return 0
+    return interrupted[0] if interrupted else 0
 
 
 def rows(found: Mapping[str, Mapping[str, Bytes]]) -> list[list[str]]:

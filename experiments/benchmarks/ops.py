@@ -114,17 +114,19 @@ def compare(config: Config) -> int:
     machine = timing.machine(("jax", "jaxlib"), others=("torch",))
     title = f"each op, {config.rounds} rounds of turns, {config.device}; minima, and how many times as long others take"
     results.heading(machine, title)
-    found = []
-    for row, wanted in chosen:
-        for measured in measure(row, wanted, config):
-            print(line(measured), flush=True)
-            found.append(measured)
+    found: list[Measured] = []
+    with results.until_interrupted(lambda: found) as interrupted:
+        for row, wanted in chosen:
+            for measured in measure(row, wanted, config):
+                print(line(measured), flush=True)
+                found.append(measured)
     for text in summary(found):
         print(text)
     if config.out is not None:
         results.write(config.out, machine, config, rows=[plain(measured) for measured in found])
         draw(config.out.with_suffix(".png"), found)
-    return 1 if any(OURS in measured.note for measured in found) else 0
+    wrong = any(OURS in measured.note for measured in found)
+    return 1 if wrong else interrupted[0] if interrupted else 0
 
 
 def products(row: "Row", only: str = "") -> list[str]:

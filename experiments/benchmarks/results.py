@@ -1,13 +1,15 @@
 """What every benchmark ends with: a table on the terminal, JSON with all numbers, a chart of ratios."""
 
+import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks.timing import Times
+from experiments.cli import INTERRUPTED
 from experiments.errors import UsageError
 from experiments.files import creating
 
@@ -23,6 +25,26 @@ def check_out(out: Path | None) -> None:
     for path in (out, out.with_suffix(".png")):
         if path.exists():
             raise UsageError(f"--out: must be a new file, got {path}, which is there already")
+
+
+@contextlib.contextmanager
+def until_interrupted(found: Callable[[], Any]) -> Iterator[list[int]]:
+    """Let Ctrl-C end the block early, so that what was measured until then is reported and written.
+
+    Args:
+        found: Called after Ctrl-C; says whether there is anything to report. If not, the interrupt goes on.
+
+    Yields:
+        A list that Ctrl-C puts the script's exit status into.
+    """
+    status: list[int] = []
+    try:
+        yield status
+    except KeyboardInterrupt:
+        if not found():
+            raise
+        status.append(INTERRUPTED)
+        print("interrupted; this was measured until then", flush=True)
 
 
 def heading(machine: Mapping[str, Any], title: str) -> None:

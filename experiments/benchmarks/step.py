@@ -52,7 +52,7 @@ def compare(config: Config) -> int:
     """Build, time and print the contenders. Returns 0."""
     names = check(config)
 
-    from experiments.benchmarks import timing
+    from experiments.benchmarks import results, timing
     from experiments.benchmarks.turn import Contender
 
     platform = "cuda" if config.device == "gpu" else "cpu"
@@ -74,16 +74,17 @@ def compare(config: Config) -> int:
                 scan=config.scan,
             )
             told[name] = contenders[name].ready()
-        for i in range(config.rounds):
-            first = i % len(names)
-            for name in names[first:] + names[:first]:
-                seconds[name] += contenders[name].turn(config.steps)
+        with results.until_interrupted(lambda: all(seconds.values())) as interrupted:
+            for i in range(config.rounds):
+                first = i % len(names)
+                for name in names[first:] + names[:first]:
+                    seconds[name] += contenders[name].turn(config.steps)
     finally:
         for contender in contenders.values():
             contender.stop()
     times = {name: timing.Times(tuple(s)) for name, s in seconds.items()}
     report(config, machine, times, told)
-    return 0
+    return interrupted[0] if interrupted else 0
 
 
 def check(config: Config) -> list[str]:

@@ -86,7 +86,8 @@ def match(c: Correlation, x: Array, y: Array) -> Array:
     dtype = wider(x.dtype, y.dtype)
     if x.size == 0 or y.size == 0:
         return jnp.zeros((*c.window.size, x.shape[-1] // c.groups, y.shape[-1]), dtype)
-    if x.shape[0] == 1 and mesh_of((x, y)) is not None:
+    mesh = mesh_of((x, y))
+    if mesh is not None and (x.shape[0] == 1 or (c.groups > 1 and len(mesh.axis_names) > 1)):
         run = functools.partial(_run, {"xla": _match_one}, "xla", c, dtype=dtype)
     else:
         run = functools.partial(_run, MATCH, choose_match(c, x, y), c, dtype=dtype)
@@ -670,8 +671,8 @@ def _match_by_group(c: Correlation, x: Array, y: Array) -> Array:
 def _match_one(c: Correlation, x: Array, y: Array) -> Array:
     """One matrix product of all patches and δ.
 
-    For one image on a mesh.  `jax.vmap` over split images makes a group of each image in a convolution, and XLA's
-    partitioner then gets all of w wrong (jaxlib 0.10).
+    For two kinds of convolution whose ∂E/∂w XLA's partitioner gets wrong in all entries (jaxlib 0.10): of one image,
+    which `jax.vmap` over split images makes a group of each image; and of groups, over one axis of a mesh of several.
     """
     win, groups, inputs = c.window, c.groups, x.shape[-1] // c.groups
     patches = fit(win, x)

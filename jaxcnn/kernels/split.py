@@ -6,6 +6,7 @@ one group are right along batch and channels.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax import Array, lax
@@ -32,6 +33,6 @@ def mesh_of(arrays: Sequence[Array]) -> AbstractMesh | None:
 
 
 def _whole(mesh: AbstractMesh, a: Array, kept: slice) -> Array:
-    spec = [PartitionSpec.UNCONSTRAINED] * a.ndim
+    spec: list[Any] = [PartitionSpec.UNCONSTRAINED] * a.ndim
     spec[kept] = [None] * len(spec[kept])
     return lax.with_sharding_constraint(a, NamedSharding(mesh, PartitionSpec(*spec)))

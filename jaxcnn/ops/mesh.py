@@ -67,13 +67,15 @@ def automatic_inside(*, like: str | None = None) -> Callable[[F], F]:
 
         @functools.wraps(f)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            leaves, tree = jax.tree.flatten((args, kwargs))
+            given = signature.bind(*args, **kwargs).arguments
+            rules = given.get("rules")
+            # A mapping of rules has keys that JAX cannot sort.
+            leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=lambda value: value is rules)
             at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Array)]
             arrays = tuple(leaves[i] for i in at)
             mesh = _explicit_mesh(arrays)
             if mesh is None:
                 return f(*args, **kwargs)
-            given = signature.bind(*args, **kwargs).arguments
 
             def of(found: Any) -> Any:
                 if like is not None:

@@ -83,6 +83,38 @@ def test_json_is_read_back(tmp_path):
     assert found["bytes"] == {"n": {"temporary": 1, "kept": 2}}
 
 
+def test_results_of_another_run_are_not_overwritten(tmp_path, capsys):
+    for name in ("a.json", "b.png"):
+        (tmp_path / name).write_text("mine")
+        out = (tmp_path / name).with_suffix(".json")
+        assert ops.main(["--quick", "--out", str(out)]) == 2
+        assert f"--out: must be a new file, got {tmp_path / name}, which is there already" in capsys.readouterr().err
+        assert (tmp_path / name).read_text() == "mine"
+    # One that came while this one measured:
+    results.write(tmp_path / "a.json", {}, ops.Config())
+    assert (tmp_path / "a.json").read_text() == "mine"
+    assert json.loads((tmp_path / "a-2.json").read_text())["machine"] == {}
+
+
+@pytest.mark.usefixtures("still")
+def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
+    def measure(row, wanted, config):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(row.name)
+        yield measured(1.0, 2.0, name=row.name)
+
+    seen = []
+    monkeypatch.setattr(ops, "measure", measure)
+    assert ops.main(["--no-torch", "--out", str(tmp_path / "a.json")]) == 130
+    assert "interrupted; this was measured until then" in capsys.readouterr().out
+    assert [row["row"] for row in json.loads((tmp_path / "a.json").read_text())["rows"]] == seen
+    assert len(seen) == 2
+    assert ops.main(["--no-torch", "--out", str(tmp_path / "b.json")]) == 130  # nothing was measured
+    assert capsys.readouterr().err.endswith("ops: interrupted\n")
+    assert not (tmp_path / "b.json").exists()
+
+
 def test_turns(monkeypatch):
     """Each round begins with another contender; a turn's first call does not count."""
     seen = []
