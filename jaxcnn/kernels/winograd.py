@@ -12,9 +12,9 @@ product for each of the n·n numbers of a tile.  The adjoints are the same three
     match        w = Gᵀ[ (Bᵀ·x)·(A·y) ]    summed over tiles
 
 The matrices multiply by small numbers and their quotients, which costs digits: in float32 the relative error of a
-product (of its L2 norm) is up to 2.5e-6 for kernels of 3 × 3 and up to 9e-6 for kernels of 5 × 5, against 6e-7. An entry
-reaches its whole tile: a NaN or an infinity makes outputs up to 3 places beyond its windows NaN, and a large number adds
-an error of its own scale there. `kernels.correlation` therefore takes this form on request only.
+product (of its L2 norm) is up to 2.5e-6 for 3 × 3 kernels and up to 9e-6 for 5 × 5 kernels, against 6e-7. An entry
+reaches its whole tile: a NaN or an infinity makes outputs up to 3 places beyond its windows NaN, and a large number
+adds an error of its own scale there. `kernels.correlation` therefore takes this form on request only.
 
 Source: Winograd 1980; Lavin & Gray 2015, "Fast algorithms for convolutional neural networks".
 """

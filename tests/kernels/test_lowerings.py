@@ -109,6 +109,7 @@ def test_lowering(product, name):
 
 FASTEST = lax.Precision.DEFAULT
 
+
 @pytest.mark.parametrize("size", winograd.POINTS)
 def test_winograds_matrices_correlate(size):
     """y = Aᵀ[(G·w) ∘ (Bᵀ·x)], and so with its arguments one by one: for all x, w is for a basis of both."""
