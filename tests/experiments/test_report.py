@@ -70,8 +70,10 @@ def test_time_to_go_does_not_count_compiling(monkeypatch):
     monkeypatch.setattr(report.time, "monotonic", lambda: now)
     stream = io.StringIO()
     with report.progress(100, stream) as progress:
-        for step, now in ((1, 60.0), (11, 80.0)):  # a minute to compile, then two seconds a step
-            progress.update(step, 0.5, 0.25, 64.0)
+        now = 60.0  # a minute to compile, then two seconds a step
+        progress.update(1, 0.5, 0.25, 64.0)
+        now = 80.0
+        progress.update(11, 0.5, 0.25, 64.0)
     first, second = stream.getvalue().splitlines()
     assert first.endswith("64 images/s")
     assert second.endswith("64 images/s, 178 s to go")
