@@ -12,6 +12,9 @@ import jax
 from jax import Array, lax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
+#: Parameters of public functions that hold no arrays; mappings of rules may have keys that do not sort.
+STATIC = frozenset({"net", "rules", "loss"})
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -67,13 +70,13 @@ def automatic_inside(*, like: str | None = None) -> Callable[[F], F]:
 
         @functools.wraps(f)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            leaves, tree = jax.tree.flatten((args, kwargs))
+            given = signature.bind(*args, **kwargs).arguments
+            leaves, tree = jax.tree.flatten({name: a for name, a in given.items() if name not in STATIC})
             at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Array)]
             arrays = tuple(leaves[i] for i in at)
             mesh = _explicit_mesh(arrays)
             if mesh is None:
                 return f(*args, **kwargs)
-            given = signature.bind(*args, **kwargs).arguments
 
             def of(found: Any) -> Any:
                 if like is not None:
@@ -85,8 +88,9 @@ def automatic_inside(*, like: str | None = None) -> Callable[[F], F]:
                 inner = list(leaves)
                 for i, a in zip(at, arrays, strict=True):
                     inner[i] = a
-                args, kwargs = jax.tree.unflatten(tree, inner)
-                return f(*args, **kwargs)
+                bound = signature.bind(*args, **kwargs)
+                bound.arguments |= jax.tree.unflatten(tree, inner)
+                return f(*bound.args, **bound.kwargs)
 
             return _automatic(mesh, run, arrays, of)
 
