@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -111,10 +112,10 @@ def weak_types_change_nothing(case: Case) -> None:
 
 
 def strict_promotion_is_enough(case: Case) -> None:
-    """With JAX set to refuse mixed dtypes both halves run; they convert where they mean to."""
+    """With JAX set to refuse mixed dtypes and mixed ranks both halves run; they convert where they mean to."""
     for dtype in (np.float64, np.float32, jnp.bfloat16, jnp.float16):
         args, delta = drawn(case, dtype)
-        with jax.numpy_dtype_promotion("strict"):
+        with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
             jax.eval_shape(with_cotangents(case.function), args, delta)
 
 
@@ -206,10 +207,14 @@ def adjoint(case: Case) -> None:
 
 
 def jit_equals_eager(case: Case) -> None:
-    """Op by op, and jitted as people do it: with all of XLA's and LLVM's optimisations."""
+    """Op by op, and jitted as people do it: with all of XLA's and LLVM's optimisations.
+
+    Op by op under `jax.debug_nans`, which raises if a NaN is computed on the way, though the results are finite.
+    """
     args, delta = drawn(case)
     run = with_cotangents(case.function)
-    eager = run(tuple(map(jnp.asarray, args)), jnp.asarray(delta))
+    with jax.debug_nans(True):
+        eager = run(tuple(map(jnp.asarray, args)), jnp.asarray(delta))
     assert_close(flat(eager), flat(case.run(args, delta)), within(case))
     assert_close(flat(optimised(run)(args, delta)), flat(case.run(args, delta)), within(case))
 
@@ -325,6 +330,32 @@ def second_derivative_through_scan(case: Case) -> None:
     own = [0, len(turns[0]) - 1]  # x and δ of each step
     expected = [np.stack(pair) if i in own else sum(pair) for i, pair in enumerate(zip(*turns, strict=True))]
     assert_close(found, expected, within(case))
+
+
+def traces_with_a_symbolic_batch(case: Case) -> None:
+    """Both halves and the rule of the rule can be traced for every batch at once, as `jax.export` does."""
+    args, delta = symbolic_batch(case)
+    jax.eval_shape(cotangents_twice(case.function), args, delta, args)
+
+
+def exported_equals_direct(case: Case) -> None:
+    """Exported for any batch and several platforms, and run, with its vjp. `tests/test_export.py` writes bytes, too."""
+    args, _ = symbolic_batch(case)
+    exported = jax.export.export(jax.jit(case.function), platforms=("cpu", "cuda", "tpu"))(*args)
+    args, delta = drawn(case)
+    found = compiled(with_cotangents(exported.call))(args, delta)
+    assert_close(flat(found), flat(case.run(args, delta)), within(case))
+
+
+def symbolic_batch(case: Case) -> tuple[tuple[Any, ...], Any]:
+    """The types of arguments and δ, their batch a symbol."""
+    args, delta = drawn(case)
+    (n,) = jax.export.symbolic_shape("n")
+
+    def of(a: Any) -> Any:
+        return jax.ShapeDtypeStruct((n, *a.shape[1:]), a.dtype)
+
+    return tuple(of(a) if i in case.batched else a for i, a in enumerate(args)), of(delta)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
