@@ -278,6 +278,20 @@ def static_float(op: str, argument: str, value: Any) -> float:
         fail(op, f"{argument} expected a number that a float can hold, got an int of {int(value).bit_length()} bits")
 
 
+def expect_numbers(op: str, argument: str, sizes: Sequence[Any], shape: Sequence[Any]) -> None:
+    """ValueError if a size is a symbol of `jax.export`; only the batch may be one.
+
+    Args:
+        op: the name that the message begins with.
+        argument: the name of the array.
+        sizes: the sizes that must be numbers.
+        shape: the whole shape, for the message.
+    """
+    if not all(isinstance(n, int) for n in sizes):
+        symbols = ", ".join(map(str, shape))
+        fail(op, f"{argument} must have sizes that are numbers, except for the batch; got shape ({symbols})")
+
+
 def fail(op: str, message: str) -> NoReturn:
     """Raise the ValueError of an op."""
     raise ValueError(f"{op}: {message}")

@@ -1,5 +1,7 @@
 """`jax.export` of whole nets with a symbolic batch: written to bytes, read, and run at batches of several sizes."""
 
+import re
+
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -8,8 +10,6 @@ import pytest
 
 import jaxcnn
 from tests.cases import compiled
-
-pytest.importorskip("flatbuffers", reason="jax.export writes bytes with it")
 
 #: Channels and sizes past those for which XLA's own convolution is always chosen.
 NET = jaxcnn.serial(
@@ -42,6 +42,7 @@ def exported(f, *args, order=0):
     def of(a):
         return jax.ShapeDtypeStruct((n, *a.shape[1:]), a.dtype)
 
+    pytest.importorskip("flatbuffers", reason="jax.export writes bytes with it")
     (n,) = jax.export.symbolic_shape("n")
     params, *batched = args
     written = jax.export.export(jax.jit(f), platforms=PLATFORMS)(params, *map(of, batched)).serialize(vjp_order=order)
@@ -87,3 +88,28 @@ def test_unpooling_for_every_batch():
     np.testing.assert_array_equal(
         exported(unpooled, np.zeros(()), y, indices).call(np.zeros(()), y, indices), unpooled(None, y, indices)
     )
+
+
+@pytest.mark.parametrize(
+    ("op", "what"),
+    [
+        (lambda x: jaxcnn.conv(x, np.ones((3, 3, 4, 4))), "conv: x"),
+        (lambda x: jaxcnn.conv_transpose(x, np.ones((3, 3, 4, 4))), "conv_transpose: x"),
+        (lambda x: jaxcnn.max_pool(x, 2), "max_pool: x"),
+        (jaxcnn.global_avg_pool, "global_avg_pool: x"),
+        (lambda x: jaxcnn.adaptive_avg_pool(x, 2), "adaptive_avg_pool: x"),
+        (lambda x: jaxcnn.kron_up(x, 2), "kron_up: x"),
+    ],
+)
+def test_other_symbols_are_refused_by_name(op, what):
+    x = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("n, h, w"), 4), np.float64)
+    expected = f"{what} must have sizes that are numbers, except for the batch; got shape (n, h, w, 4)"
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        jax.eval_shape(op, x)
+
+
+def test_signals_have_no_batch():
+    a = jax.ShapeDtypeStruct(jax.export.symbolic_shape("n"), np.float64)
+    expected = "convolve: a must have sizes that are numbers, except for the batch; got shape (n)"
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        jax.eval_shape(lambda a: jaxcnn.convolve(a, np.ones(3)), a)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxcnn.geometry import expect_numbers
 from jaxcnn.ops.mesh import on_any_mesh, varying_alike
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -187,4 +188,5 @@ def picture(op: str, x: Array) -> tuple[int, ...]:
     """The spatial dims of a picture ``(N, *spatial, C)``; ValueError unless there are one, two or three."""
     if not 3 <= x.ndim <= 5:
         raise ValueError(f"{op}: x expected (N, *spatial, C) with 1, 2 or 3 spatial dims, got shape {x.shape}")
+    expect_numbers(op, "x", x.shape[1:], x.shape)
     return x.shape[1:-1]

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxcnn.geometry import Window, fail
+from jaxcnn.geometry import Window, expect_numbers, fail
 from jaxcnn.kernels import fourier, moments
 from jaxcnn.kernels.dtypes import accumulator
 from jaxcnn.kernels.split import run_whole
@@ -351,6 +351,8 @@ def _spread(win: Window, y: Array) -> Array:
 def _signals(op: str, **named: ArrayLike) -> tuple[Array, ...]:
     """The arguments as floating arrays of one dtype and one rank, 1 to 3, none of them empty."""
     found = arrays(op, **named)
+    for name, array in zip(named, found, strict=True):
+        expect_numbers(op, name, array.shape, array.shape)
     shapes = ", ".join(f"{name} {array.shape}" for name, array in zip(named, found, strict=True))
     if not 1 <= found[0].ndim <= 3:
         fail(op, f"{next(iter(named))} expected 1, 2 or 3 dims, got {shapes}")
