@@ -1,6 +1,8 @@
 """Second derivatives through `lax.scan` and `lax.fori_loop`, against the same loop unrolled in stock JAX."""
 
+import ast
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +89,18 @@ def test_equations_without_inputs_do_not_shift_residuals():
 
     found = jax.grad(lambda w: jnp.sum(jax.grad(f)(w) ** 2))(jnp.full(3, 3.0))
     np.testing.assert_allclose(found, np.full(3, 3888.0), rtol=1e-6)  # E = 2w³: d(6w²)²/dw = 144w³
+
+
+def test_no_op_is_made_by_jax_itself():
+    """`jaxcnn.ops.rule.custom_vjp` is the only place that calls `jax.custom_vjp`."""
+    package = pathlib.Path(jaxcnn.__file__).parent
+    found = [
+        path.relative_to(package).as_posix()
+        for path in sorted(package.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr == "custom_vjp"
+    ]
+    assert found == ["ops/rule.py"]
 
 
 def test_no_conditional_is_left_in_a_program_for_one_platform():
