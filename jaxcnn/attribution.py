@@ -194,8 +194,8 @@ def relevance(net: Serial, params: Params, x: ArrayLike, target: ArrayLike, *, r
         x: ``(N, …)``.
         target: a class, or one per example.
         rules: `epsilon_plus`, `epsilon_alpha2_beta1`, `epsilon_gamma_box`, or your own mapping. Max pooling and ReLU
-            need no rule. A batch norm without a rule is first folded into an adjacent layer (`fold_batch_norm`); if
-            there is none, it uses `Epsilon`.
+            need no rule. A batch norm without a rule is first folded into an adjacent layer (`fold_batch_norm`);
+            without such a layer, it uses `Epsilon`.
 
     Returns:
         An array of x's shape.

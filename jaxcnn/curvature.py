@@ -19,8 +19,8 @@ from jaxcnn.geometry import fail
 def hvp(loss: Callable[[Any], Array], params: Any, v: Any) -> Any:
     """Return ``H·v``, the Hessian of a loss applied to v, by reverse mode over reverse mode.
 
-    This costs about two gradients. Errors of ``loss`` propagate. It is exact through max pooling and ReLU as well: both
-    are piecewise linear, and H is the Hessian of the active piece.
+    This costs about two gradients. It is exact through max pooling and ReLU as well: both are piecewise linear, and H
+    is the Hessian of the active piece. Errors of ``loss`` propagate.
 
     Args:
         loss: params → a scalar E.

@@ -73,8 +73,9 @@ class Serial(Layer):
             x: ``(N, …)``.
             key: from `jax.random.key`; if given, the net is in training mode (dropout is active).
             rules: replacement backward rules: one rule for all layers, or a mapping. Its keys are layer types, names
-                ("conv1", "residual1/conv2", or "residual1" for all layers in it) or predicates ``(name, layer) →
-                bool``; the first that matches wins. The key `Residual` is for the sums at the end of residual nets.
+                ("conv1", "residual1/conv2", or "residual1" for all layers in it) or predicates
+                ``(name, layer) → bool``; the first that matches wins. The key `Residual` is for the sums at the end of
+                residual nets.
             rule: same as ``rules``, for a net inside a net.
             path: the names of the enclosing nets.
 

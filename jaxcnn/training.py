@@ -362,12 +362,12 @@ def _accumulated(mean: Callable[[Batch, Array], Any], batch: Batch, key: Array, 
 def evaluate(net: Serial, loss: Loss, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
     """Return the mean loss, and the accuracy if targets are integer labels, over all examples; dropout is inactive.
 
-    Every example has the same weight, whatever its batch. If there is one class per pixel, with outputs ``(N, …,
-    classes)`` and targets ``(N, …)``, the loss of an example is the mean over the values that ``loss`` returns for it,
-    and the accuracy is the fraction of correct pixels. Labels outside the classes, such as −100 or 255 for pixels to
-    ignore, do not count in the accuracy; their share in the loss is what ``loss`` returns for them. If no label is in
-    the classes, the accuracy is NaN. The sum over a batch is computed in float32, or in float64 if the loss is; the sum
-    over batches is computed in float64.
+    Every example has the same weight, whatever its batch. If there is one class per pixel, with outputs
+    ``(N, …, classes)`` and targets ``(N, …)``, the loss of an example is the mean over the values that ``loss`` returns
+    for it, and the accuracy is the fraction of correct pixels. Labels outside the classes, such as −100 or 255 for
+    pixels to ignore, do not count in the accuracy; their share in the loss is what ``loss`` returns for them. If no
+    label is in the classes, the accuracy is NaN. The sum over a batch is computed in float32, or in float64 if the loss
+    is; the sum over batches is computed in float64.
 
     Args:
         net: from `serial`.
@@ -379,7 +379,7 @@ def evaluate(net: Serial, loss: Loss, params: Params, batches: Iterable[Batch]) 
         A dict with "loss", and "accuracy" if targets are integer labels.
 
     Raises:
-        ValueError: if there are no examples, or if the loss does not return one value per example.
+        ValueError: if ``batches`` has no examples, or if the loss does not return one value per example.
         TypeError: if net or loss has the wrong type.
 
     >>> import jax
@@ -469,9 +469,10 @@ def calibrate(net: Serial, params: Params, batches: Iterable[Batch], *, keep_byt
         A copy of ``params`` with "mean" and "var" added for every batch norm.
 
     Raises:
-        ValueError: if there are no examples, or if a batch norm cannot be calibrated exactly. This is the case if the
-            net never calls it, if it is inside `jax.lax.scan` and the like, if its own output reaches it again, or if
-            it is inside a layer that is not a `Serial`, unless the parameters are named like the fields of that layer.
+        ValueError: if ``batches`` has no examples, or if a batch norm cannot be calibrated exactly. This is the case if
+            the net never calls it, if it is inside `jax.lax.scan` and the like, if its own output reaches it again, or
+            if it is inside a layer that is not a `Serial`, unless the parameters are named like the fields of that
+            layer.
         TypeError: if net has the wrong type, or batches can be iterated only once, such as a generator.
 
     >>> import jax

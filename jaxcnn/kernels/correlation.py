@@ -535,7 +535,7 @@ def _match_xla(c: Correlation, x: Array, y: Array) -> Array:
     win = c.window
     x, pads = _match_pads(win, x)
     spatial = tuple(range(1, win.ndim + 1))
-    roles = lax.ConvDimensionNumbers(  # (batch, feature, *spatial) of x, of y as the patch, and of w
+    roles = lax.ConvDimensionNumbers(  # (batch, feature, *spatial) of x, of y as the kernel, and of w
         (x.ndim - 1, 0, *spatial), (x.ndim - 1, 0, *spatial), (win.ndim, win.ndim + 1, *range(win.ndim))
     )
     return lax.conv_general_dilated(
