@@ -230,7 +230,7 @@ def _all_threads_pay(c: Correlation, a: Array, outputs: int, after: tuple[int, .
 
 
 def _spare_channel_pays(c: Correlation, inputs: int, outputs: int) -> bool:
-    """Whether jaxlib 0.10 is slow for these channels: an odd number of inputs, and between 16 and 32 outputs."""
+    """Whether jaxlib 0.10 is slow for these channels: an odd number of inputs, and 17 to 32 outputs."""
     return ONE_THREAD and c.window.ndim == 2 and inputs >= 3 and inputs % 2 == 1 and 16 < outputs <= 32
 
 
