@@ -13,6 +13,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -225,7 +226,7 @@ def _sum_over_taps(
         return total + _chained(written_out(*of)), None
 
     rest = jnp.take(weights, taps[first:], axis=0, mode="clip")
-    chunks = starts[first:].reshape(-1, chunk, starts.shape[1]), rest.reshape(-1, chunk, *rest.shape[1:])
+    chunks: Any = starts[first:].reshape(-1, chunk, starts.shape[1]), rest.reshape(-1, chunk, *rest.shape[1:])
     return lax.scan(add, total, chunks)[0]
 
 
