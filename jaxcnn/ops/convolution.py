@@ -59,8 +59,8 @@ def conv(
 ) -> Array:
     """Convolution layer: ``y[n, o, f] = b[f] + Σ_{k, i} x[n, o·stride + k·dilation − lo, i] · w[k, i, f]``.
 
-    Backward (lecture §6, §9, §15): δ_x = w ∗ δ, the full correlation of δ with the kernel flipped by 180°; ∂E/∂w = x ⋆
-    δ, a valid correlation summed over the batch; ∂E/∂b = Σ δ over batch and space.
+    Backward (lecture §6, §9, §15): δ_x = w ∗ δ, the full correlation of δ with the kernel flipped by 180°;
+    ∂E/∂w = x ⋆ δ, a valid correlation summed over the batch; ∂E/∂b = Σ δ over batch and space.
 
     Args:
         x: input ``(N, *spatial, I)``, one to three spatial dims, any float dtype.
@@ -70,8 +70,8 @@ def conv(
         padding: "VALID", "SAME" (extra at the end), "SAME_LOWER", "CAUSAL" (1-D), an int, or an int or a pair per dim.
             "REFLECT", "REPLICATE" and "CIRCULAR" repeat the input instead of adding zeros and keep its size.
         dilation: distance between the kernel's taps.
-        groups: number of channel groups. Output channels ``g·O/groups …`` depend only on input channels ``g·I/groups
-            …``.
+        groups: number of channel groups. Output channels ``g·O/groups …`` depend only on input channels
+            ``g·I/groups …``.
         dimension_numbers: the layouts of x, w and y, such as ``("NCHW", "OIHW", "NCHW")``; default channels last.
         preferred_element_type: dtype of the result; default that of x. 16-bit inputs accumulate in float32 in any case.
         precision: as in `jax.lax`. With "fastest" (`jax.lax.Precision.DEFAULT`), or "default" as JAX's
@@ -252,8 +252,8 @@ def conv_transpose(
 ) -> Array:
     """Transposed convolution, the adjoint of `conv`: ``y[i] = b + Σ_{o·stride + k·dilation − lo = i} x[o]·w[k]ᵀ``.
 
-    With the same w and options it maps `conv`'s output shape back to its input shape: ⟨conv(y, w), x⟩ = ⟨y,
-    conv_transpose(x, w)⟩.
+    With the same w and options it maps `conv`'s output shape back to its input shape:
+    ⟨conv(y, w), x⟩ = ⟨y, conv_transpose(x, w)⟩.
 
     Backward: ``δ_x = conv(δ, w)``; ``∂E/∂w = δ ⋆ x``, the valid correlation of δ with x; ``∂E/∂b = Σ δ``.
 

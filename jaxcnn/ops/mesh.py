@@ -71,7 +71,7 @@ def automatic_inside(*, like: str | None = None) -> Callable[[F], F]:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             given = signature.bind(*args, **kwargs).arguments
             rules = given.get("rules")
-            # A mapping of rules is a leaf, because JAX cannot sort its keys.
+            # A mapping of rules has keys that JAX cannot sort.
             leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=lambda value: value is rules)
             at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Array)]
             arrays = tuple(leaves[i] for i in at)

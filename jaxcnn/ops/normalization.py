@@ -52,8 +52,8 @@ def batch_norm(
     given. There is no hidden state; `jaxcnn.calibrate` computes the statistics of the training data.
 
     Backward, with the batch's statistics: ``δ_x = r(g − mean(g) − x̂·mean(g·x̂))`` with g = δ·γ and r = 1/√(v + ε).
-    With given statistics: ``δ_x = g·r``, ``∂E/∂mean = −Σ g·r``, ``∂E/∂var = −½ Σ g·x̂·r²``. In both cases ``∂E/∂γ = Σ
-    δ·x̂``, ``∂E/∂β = Σ δ``.
+    With given statistics: ``δ_x = g·r``, ``∂E/∂mean = −Σ g·r``, ``∂E/∂var = −½ Σ g·x̂·r²``. In both cases
+    ``∂E/∂γ = Σ δ·x̂``, ``∂E/∂β = Σ δ``.
 
     For 16-bit inputs, statistics are computed in float32. Under `jax.shard_map` the batch is the device's shard unless
     ``axis_name`` is given. Under jit with a sharded batch it is the whole batch.
@@ -118,8 +118,8 @@ def layer_norm(
 ) -> Array:
     """Layer normalization: ``y = γ·x̂ + β`` with ``x̂ = (x − m)/√(v + ε)``, m and v over ``axes``.
 
-    Backward: ``δ_x = r(g − mean(g) − x̂·mean(g·x̂))`` with g = δ·γ, r = 1/√(v + ε) and means over ``axes``; ``∂E/∂γ = Σ
-    δ·x̂``, ``∂E/∂β = Σ δ`` over all other dims. For 16-bit inputs, statistics are computed in float32.
+    Backward: ``δ_x = r(g − mean(g) − x̂·mean(g·x̂))`` with g = δ·γ, r = 1/√(v + ε) and means over ``axes``;
+    ``∂E/∂γ = Σ δ·x̂``, ``∂E/∂β = Σ δ`` over all other dims. For 16-bit inputs, statistics are computed in float32.
 
     Args:
         x: array of any shape and float dtype.
@@ -162,8 +162,8 @@ def group_norm(
 ) -> Array:
     """Group normalization: ``y = γ·x̂ + β`` with ``x̂ = (x − m)/√(v + ε)``, m and v per example and channel group.
 
-    Backward: ``δ_x = r(g − mean(g) − x̂·mean(g·x̂))`` with g = δ·γ, r = 1/√(v + ε) and means over the group; ``∂E/∂γ =
-    Σ δ·x̂``, ``∂E/∂β = Σ δ`` over batch and space. For 16-bit inputs, statistics are computed in float32.
+    Backward: ``δ_x = r(g − mean(g) − x̂·mean(g·x̂))`` with g = δ·γ, r = 1/√(v + ε) and means over the group;
+    ``∂E/∂γ = Σ δ·x̂``, ``∂E/∂β = Σ δ`` over batch and space. For 16-bit inputs, statistics are computed in float32.
 
     Args:
         x: input ``(N, …, C)``, any float dtype.

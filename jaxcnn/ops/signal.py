@@ -77,8 +77,8 @@ def correlate(
     Equal to `scipy.signal.correlate`, and in one dim to `numpy.correlate` (whose default mode is "valid"). Modes are
     those of `convolve`. In "full" and "valid", swapping a and v reverses the result.
 
-    Backward: ``δ_a = δ ∗ v``, a convolution, since the kernel is flipped in the backward pass (lecture §15); ``δ_v = a
-    ⋆ δ``.
+    Backward: ``δ_a = δ ∗ v``, a convolution, since the kernel is flipped in the backward pass (lecture §15);
+    ``δ_v = a ⋆ δ``.
 
     Args:
         a: array of one to three dims, any float dtype, at least one element.
@@ -243,8 +243,8 @@ def match_template(image: ArrayLike, template: ArrayLike, *, rule: Rule | None =
     (``pad_input=False``). The result is 0 where the window or the template is flat, which means that its elements
     differ only by a few rounding errors of the largest one.
 
-    Backward, with D = √(s·T): ``δ_x = (δ/D) ∗ t − Σ over windows of (δ·y/s)(x − m)``; ``δ_t = Σ_o (δ/D)(x − m) − t·Σ_o
-    δ·y / T``. At a flat window δ is 0.
+    Backward, with D = √(s·T): ``δ_x = (δ/D) ∗ t − Σ over windows of (δ·y/s)(x − m)``;
+    ``δ_t = Σ_o (δ/D)(x − m) − t·Σ_o δ·y / T``. At a flat window δ is 0.
 
     Args:
         image: array of one to three dims, any float dtype.

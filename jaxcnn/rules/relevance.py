@@ -1,7 +1,7 @@
 """Relevance (LRP): how much each input contributed to an output, propagated backward layer by layer.
 
 Here δ is R, the relevance of the op's outputs, and a rule returns the relevance of x. Each rule divides R among the
-inputs by their shares in z = x·w + b (or in the sum that the rule uses instead):
+inputs according to their shares of z = x·w + b (or of the sum that the rule uses instead):
 
     R_x = Σ over the terms of z  (term's x) ∘ (term's w)ᵀ (R / z)
 
@@ -10,13 +10,13 @@ avoids division by zero: R / (z + ε·sign z) with sign 0 = 1. Parameters get no
 
 x⁺ = max(x, 0) and x⁻ = min(x, 0), elementwise, and likewise for w and b. Conventions and numbers are those of zennit
 0.5.1. `hidden_layer` is treated as its three ops: R goes to the winner of each window, passes the ReLU unchanged, and
-is then divided by the convolution's rule.
+is then distributed by the convolution's rule.
 
 ``zero_params`` names the parameters that a rule replaces by 0: "w", "b" or both; zennit's names "weight" and "bias" are
 accepted as well. With b = 0 the bias keeps no share of R.
 
-The sum in a residual net is the op "add" with the terms x and y, each of which gets its share. `Epsilon` handles ops
-without x·w, such as pools, "add" and batch norm with given statistics. `Flat` handles the sums among them.
+The sum in a residual net is the op "add" with the terms x and y, each of which receives its share. `Epsilon` handles
+ops without x·w, such as pools, "add" and batch norm with given statistics. `Flat` handles the sums among them.
 """
 
 import dataclasses
@@ -94,9 +94,9 @@ class Epsilon(_Relevance):
     A larger ε suppresses weak or contradictory contributions. With ε = 0 the rule is LRP-0. In a net of ReLUs and max
     pooling whose last R is a logit, LRP-0 equals gradient × input.
 
-    For sums such as `avg_pool`, w is their constant weight (zennit's Norm). For the sum of a residual net ``R_x = x ∘
-    s``, ``R_y = y ∘ s``. For `lp_pool`, R is divided by the shares of xᵖ in Σ xᵖ. `batch_norm` with given statistics is
-    x·w + b with one w per channel. Conserves Σ R except for the shares of ε and b.
+    For sums such as `avg_pool`, w is their constant weight (zennit's Norm). For the sum of a residual net
+    ``R_x = x ∘ s``, ``R_y = y ∘ s``. For `lp_pool`, R is divided according to the shares of xᵖ in Σ xᵖ. `batch_norm`
+    with given statistics is x·w + b with one w per channel. Conserves Σ R except for the shares of ε and b.
 
     Args:
         epsilon: ε, a finite number >= 0.
@@ -143,8 +143,8 @@ class Epsilon(_Relevance):
 class ZPlus(_Relevance):
     """LRP-z⁺: ``R_x = x⁺ ∘ w⁺ᵀ(s) + x⁻ ∘ w⁻ᵀ(s)``, ``s = R / z⁺``, ``z⁺ = x⁺·w⁺ + x⁻·w⁻ + b⁺``.
 
-    Only positive evidence for an output counts, so R keeps its sign where it was positive. This is αβ with α = 1, β =
-    0. Conserves Σ R except for the share of b⁺, where z⁺ > 0.
+    Only positive evidence for an output counts, so R keeps its sign where it was positive. This is αβ with α = 1,
+    β = 0. Conserves Σ R except for the share of b⁺, where z⁺ > 0.
 
     Args:
         stabilizer: ε of the fraction, a finite number >= 0.
@@ -209,9 +209,9 @@ class AlphaBeta(_Relevance):
 class Gamma(_Relevance):
     """LRP-γ: contributions with the same sign as the output count 1 + γ times.
 
-    With ``w↑ = w + γw⁺`` and ``w↓ = w + γw⁻``, and likewise for b: ``R_x = x⁺ ∘ (w↑ᵀ(s⁺) + w↓ᵀ(s⁻)) + x⁻ ∘ (w↓ᵀ(s⁺) +
-    w↑ᵀ(s⁻))``, where ``s⁺ = R / (x⁺·w↑ + x⁻·w↓ + b↑)`` where z > 0 and ``s⁻ = R / (x⁺·w↓ + x⁻·w↑ + b↓)`` where z < 0,
-    else 0. γ = 0 is LRP-0. Conserves Σ R except for the share of b.
+    With ``w↑ = w + γw⁺`` and ``w↓ = w + γw⁻``, and likewise for b:
+    ``R_x = x⁺ ∘ (w↑ᵀ(s⁺) + w↓ᵀ(s⁻)) + x⁻ ∘ (w↓ᵀ(s⁺) + w↑ᵀ(s⁻))``, where ``s⁺ = R / (x⁺·w↑ + x⁻·w↓ + b↑)`` where z > 0
+    and ``s⁻ = R / (x⁺·w↓ + x⁻·w↑ + b↓)`` where z < 0, else 0. γ = 0 is LRP-0. Conserves Σ R except for the share of b.
 
     Args:
         gamma: γ, a finite number >= 0.
@@ -458,7 +458,7 @@ def stabilised(z: Array, epsilon: float) -> Array:
 
 
 def _for_and_against(call: Call, delta: Array, stabilizer: float) -> tuple[Array, Array]:
-    """Return R divided by the positive terms of z, and R divided by the negative terms."""
+    """Return R distributed by the positive terms of z, and R distributed by the negative terms."""
     x, w, b = call.inputs
     (x_pos, x_neg), (w_pos, w_neg), (b_pos, b_neg) = _signs(x), _signs(w), _signs(b)
 
