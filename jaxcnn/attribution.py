@@ -670,7 +670,7 @@ class _Asked:
     def picked(self, y: Array) -> Array:
         """``(N, classes)``: y at the target, 0 elsewhere, whatever y is there."""
         target = jnp.expand_dims(jnp.broadcast_to(self.target, y.shape[:1]), 1)
-        return jnp.where(target == jnp.arange(self.classes, dtype=target.dtype), y, 0)
+        return jnp.where(target == jnp.arange(self.classes, dtype=target.dtype)[None], y, 0)
 
     def marked(self, heat: Array) -> Array:
         """The map, NaN throughout for a target that is no class."""

@@ -25,6 +25,7 @@ from jax import Array, lax
 from jaxcnn.geometry import Correlation, Window
 from jaxcnn.kernels import unrolled, winograd
 from jaxcnn.kernels.dtypes import accumulator, wider
+from jaxcnn.kernels.shapes import at_most, symbolic
 from jaxcnn.kernels.split import mesh_of, run_whole
 from jaxcnn.kernels.storage import stored
 from jaxcnn.kernels.threads import ONE_THREAD, on_all_threads
@@ -144,7 +145,7 @@ def _small(c: Correlation, batch: int, inputs: int, outputs: int) -> bool:
 
     Not of groups: XLA:CPU makes one convolution of them, where what is not finite in one reaches all.
     """
-    return c.groups == 1 and batch * math.prod(c.window.out) * c.window.entries * inputs * outputs <= SMALL
+    return c.groups == 1 and at_most(batch * math.prod(c.window.out) * c.window.entries * inputs * outputs, SMALL)
 
 
 def _choose_grouped(c: Correlation, inputs: int, outputs: int) -> str:
@@ -191,6 +192,8 @@ def _winograd_pays(c: Correlation, a: Array, inputs: int, outputs: int, *, whole
     """
     if not _fastest(c) or wider(a.dtype, c.dtype).itemsize > 4 or not applies("winograd", c, inputs):
         return False
+    if symbolic(a.shape[0]):  # its blocks of images need a number
+        return False
     if c.window.size == (3, 3):
         if min(inputs, outputs) < 64 or (whole and not winograd.in_one_block(c, a, inputs, outputs)):
             return False
@@ -224,7 +227,7 @@ def _all_threads_pay(c: Correlation, a: Array, outputs: int, after: tuple[int, .
         return False
     if max(inputs, outputs) <= 16 or inputs * outputs > DIVIDED:
         return False
-    return batch * math.prod(after) * c.window.entries * inputs * outputs >= 1 << 24
+    return not at_most(batch * math.prod(after) * c.window.entries * inputs * outputs, (1 << 24) - 1)
 
 
 def _spare_channel_pays(c: Correlation, inputs: int, outputs: int) -> bool:

@@ -13,13 +13,14 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
 from jaxcnn.geometry import Correlation
-from jaxcnn.kernels.shapes import beside
+from jaxcnn.kernels.shapes import at_most, beside, symbolic
 from jaxcnn.kernels.storage import stored
 from jaxcnn.kernels.sums import sum_of_eights
 from jaxcnn.kernels.windows import at_tap, interleaved, meeting, padded, unpad
@@ -144,7 +145,7 @@ def match(c: Correlation, x: Array, y: Array) -> Array:
     """
     win, groups, inputs = c.window, c.groups, x.shape[-1] // c.groups
     y = y.reshape(*y.shape[:-1], groups, y.shape[-1] // groups)
-    axis = next((axis for axis, n in enumerate(y.shape[:-2]) if n >= 8), 0)
+    axis = next((axis for axis, n in enumerate(y.shape[:-2]) if not symbolic(n) and n >= 8), 0)
 
     def of_taps(x: Array, taps: Iterable[tuple[int, ...]]) -> Array:
         sums = []
@@ -154,7 +155,7 @@ def match(c: Correlation, x: Array, y: Array) -> Array:
             sums += [sum_of_eights(entries[..., i : i + 1] * y, axis) for i in range(inputs)]
         w = jnp.stack(sums)
         w = w.reshape(w.shape[0], math.prod(w.shape[1:-2]), math.prod(w.shape[-2:]))
-        while w.shape[1] > 1:
+        while not at_most(w.shape[1], 1):
             w = sum_of_eights(w, 1)
         return w.sum(1)
 
@@ -225,7 +226,7 @@ def _sum_over_taps(
         return total + _chained(written_out(*of)), None
 
     rest = jnp.take(weights, taps[first:], axis=0, mode="clip")
-    chunks = starts[first:].reshape(-1, chunk, starts.shape[1]), rest.reshape(-1, chunk, *rest.shape[1:])
+    chunks: Any = starts[first:].reshape(-1, chunk, starts.shape[1]), rest.reshape(-1, chunk, *rest.shape[1:])
     return lax.scan(add, total, chunks)[0]
 
 

@@ -19,7 +19,7 @@ from jax import Array, lax
 
 from jaxcnn.geometry import Window
 from jaxcnn.kernels.dtypes import accumulator
-from jaxcnn.kernels.shapes import beside
+from jaxcnn.kernels.shapes import beside, symbolic
 from jaxcnn.kernels.split import run_whole
 
 #: Windows of up to this many taps are written out tap by tap.
@@ -174,7 +174,8 @@ def scatter(spatial: tuple[int, ...], y: Array, index: Array) -> Array:
     sent = jnp.where((index >= 0) & (index < entries), y, 0).astype(accumulator(y.dtype))
     at = index.reshape(batch, math.prod(index.shape[1:-1]), channels)
     flat = jnp.zeros((batch, entries, channels), sent.dtype)
-    flat = flat.at[np.arange(batch)[:, None, None], at, np.arange(channels)].add(sent.reshape(at.shape), mode="clip")
+    image, channel = (lax.broadcasted_iota(at.dtype, at.shape, dim) for dim in (0, 2))
+    flat = flat.at[image, at, channel].add(sent.reshape(at.shape), mode="clip")
     return flat.reshape(batch, *spatial, channels).astype(y.dtype)
 
 
@@ -331,5 +332,7 @@ def _inside(win: Window, tap: tuple[int, ...]) -> np.ndarray:
 
 
 def divisor(n: int, most: int) -> int:
-    """The largest divisor of ``n`` that is at most ``most``, and at least 1."""
+    """The largest divisor of ``n`` that is at most ``most``, and at least 1; 1 if ``n`` is symbolic."""
+    if symbolic(n):
+        return 1
     return next((k for k in range(min(n, max(most, 1)), 0, -1) if n % k == 0), 0)

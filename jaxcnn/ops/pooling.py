@@ -7,7 +7,8 @@ The family is closed under differentiation. It consists of pairs of adjoint func
     window_sum(x)   ↔ window_spread(δ)         average pooling is a window sum divided by its count
     bin_sum(x)      ↔ bin_sum(δ)               adaptive windows; its own adjoint with input and output sizes swapped
 
-The residual of max pooling is one byte per window: which element won (lecture §7–9, with erratum 3).
+The residual of max pooling is the number of the element that won, one byte per window of up to 255 elements
+(lecture §7–9, with erratum 3).
 """
 
 import dataclasses
