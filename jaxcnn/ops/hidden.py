@@ -5,8 +5,8 @@ The composed rule of §9, corrected (erratum 2):
     δ_l = up(δ) ∘ g'(x)        δ here is w ∗ δ_{l+1}, the δ_x of the next layer's rule
     ∂E/∂w = a ⋆ δ_l            ∂E/∂b = Σ δ_l            δ_a = w ∗ δ_l, for the previous layer
 
-up and g' become one lookup. A code per pooled element (one byte for windows of up to 255 elements) records which element
-of its window won, or that none passed the ReLU. The activation before pooling is never saved.
+up and g' become one lookup. A code per pooled element (one byte for windows of up to 255 elements) records which
+element of its window won, or that none passed the ReLU. The activation before pooling is never saved.
 """
 
 import dataclasses
