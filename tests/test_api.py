@@ -113,7 +113,7 @@ def test_nothing_else_is_public():
 def test_docstring_has_an_example_and_what_is_raised(name):
     documentation = inspect.getdoc(getattr(jaxcnn, name)) or ""
     assert ">>> " in documentation, f"{name}: no example"
-    assert "Raises: " in documentation, f"{name}: does not say what is raised"
+    assert "Raises:" in documentation, f"{name}: does not say what is raised"
 
 
 @pytest.mark.parametrize("name", EXPORTED_OPS)

@@ -32,7 +32,7 @@ def halved(dims: tuple[int, ...], x: Array) -> Array:
 
 
 def sum_of_eights(x: Array, axis: int) -> Array:
-    """Reduce an axis to about an eighth by adding eight equal slices; a remainder is appended. A symbolic axis: to 1."""
+    """Reduce an axis to about an eighth by adding eight equal slices; a remainder is appended. A symbolic one, to 1."""
     n = x.shape[axis]
     if symbolic(n):
         return x.sum(axis, keepdims=True)
