@@ -212,7 +212,7 @@ def turned_twice(call, delta):
 
 
 def padding_of_the_other_end(call, delta):
-    """Take the elements that output_padding adds from the front."""
+    """Treat the elements that output_padding adds as if they came first."""
     delta_x, *others = call.exact(jnp.roll(delta, 1, axis=1))
     return delta_x, *others
 

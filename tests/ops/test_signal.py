@@ -48,7 +48,7 @@ def skimage_match(image, template):
 
 
 def scipys(op, a, v, mode):
-    """Return SciPy's result; in 1-D, NumPy's for mode "same" if v is longer."""
+    """Return SciPy's result, or NumPy's in 1-D if v is longer, where mode "same" differs."""
     theirs = scipy.signal if a.ndim > 1 or a.size >= v.size else np
     return getattr(theirs, op.__name__)(np.asarray(a), np.asarray(v), mode)
 
@@ -58,7 +58,7 @@ def fits(a, v):
 
 
 def cases(pairs=PAIRS):
-    """Yield every op of two signals with every pair and every applicable mode."""
+    """Return every op of two signals with every pair and every applicable mode."""
     return [
         pytest.param(op, a, v, mode, id=f"{op.__name__}-{a}-{v}-{mode}")
         for op, (a, v), mode in itertools.product((convolve, correlate), pairs, MODES)

@@ -146,7 +146,7 @@ def test_an_op_that_it_does_not_fit(rule, op):
 
 @pytest.mark.parametrize("rule", FITS, ids=name_of)
 def test_rules_are_values(rule):
-    """Equal rules compile once."""
+    """Rules constructed with the same arguments are equal and have the same hash."""
     same = rule if not hasattr(rule, "__dataclass_fields__") else type(rule)(**vars(rule))
     assert same == rule
     assert hash(same) == hash(rule)
