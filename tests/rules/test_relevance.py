@@ -447,7 +447,7 @@ def test_float32_stays_float32_and_is_near():
 
 
 def test_rules_are_values():
-    """Equal rules are equal values and cause no second compilation."""
+    """Rules constructed with the same arguments are equal and have the same hash."""
     for make in (ours for ours, _ in RULES.values()):
         assert make(3) == make(3)
         assert hash(make(3)) == hash(make(3))
