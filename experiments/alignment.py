@@ -187,14 +187,17 @@ def train(
     images, labels = dataset.train_images, dataset.train_labels
     endless = (b for n in itertools.count() for b in shuffled_batches(images, labels, batch_size, seed=seed, epoch=n))
     found = {}
-    began = time.perf_counter()
+    began = 0.0
     for number, batch in enumerate(itertools.islice(endless, steps)):
         if number in looks:
             found[number] = {layer: float(angle) for layer, angle in angles(state.params, *batch).items()}
         state, metrics = step(state, batch)
-        if number in looks:
-            done, seconds = number + 1, time.perf_counter() - began
-            update(done, float(metrics["loss"]), float(metrics["accuracy"]), done * batch_size / seconds)
+        if number == 0:  # which compiles
+            jax.block_until_ready(metrics)
+            began = time.perf_counter()
+        elif number in looks:
+            loss_now, accuracy = float(metrics["loss"]), float(metrics["accuracy"])
+            update(number + 1, loss_now, accuracy, number * batch_size / (time.perf_counter() - began))
     if not np.isfinite(metrics["loss"]):
         raise RunError(f"{name}, seed {seed}: expected a finite loss, got {float(metrics['loss'])}")
     loss, tests = jaxcnn.softmax_cross_entropy_with_integer_labels, (dataset.test_images, dataset.test_labels)

@@ -90,16 +90,20 @@ class PlainLines:
 
     def __init__(self, total_steps: int, stream: TextIO) -> None:
         self._total, self._stream = total_steps, stream
-        self._start = self._last = time.monotonic()
+        self._last = time.monotonic()
+        self._first: tuple[int, float] | None = None  # the step and the time of the first update: before, jax compiles
 
     def update(self, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
         """Write a line if the last one is long ago."""
         now = time.monotonic()
+        first_step, first = self._first = self._first or (step, now)
         if now - self._last >= PLAIN_INTERVAL and step < self._total:
-            eta = (now - self._start) / step * (self._total - step)
+            to_go = ""
+            if step > first_step:
+                to_go = f", {(now - first) / (step - first_step) * (self._total - step):.0f} s to go"
             self.line(
                 f"step {step}/{self._total}   loss {loss:.4f} accuracy {accuracy:.4f}   "
-                f"{images_per_second:,.0f} images/s, {eta:.0f} s to go"
+                f"{images_per_second:,.0f} images/s{to_go}"
             )
 
     def line(self, text: str) -> None:

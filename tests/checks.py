@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -114,10 +115,10 @@ def weak_types_change_nothing(case: Case) -> None:
 
 
 def strict_promotion_is_enough(case: Case) -> None:
-    """Forward and backward pass run under strict dtype promotion, because all conversions are explicit."""
+    """Forward and backward pass run under strict dtype and rank promotion, because all conversions are explicit."""
     for dtype in (np.float64, np.float32, jnp.bfloat16, jnp.float16):
         args, delta = drawn(case, dtype)
-        with jax.numpy_dtype_promotion("strict"):
+        with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
             jax.eval_shape(with_cotangents(case.function), args, delta)
 
 
@@ -213,10 +214,14 @@ def adjoint(case: Case) -> None:
 
 
 def jit_equals_eager(case: Case) -> None:
-    """Op-by-op execution and jit with the default XLA and LLVM optimizations give the same results."""
+    """Op-by-op execution and jit with the default XLA and LLVM optimizations give the same results.
+
+    Op-by-op execution uses `jax.debug_nans`, which raises if an intermediate value is NaN.
+    """
     args, delta = drawn(case)
     run = with_cotangents(case.function)
-    eager = run(tuple(map(jnp.asarray, args)), jnp.asarray(delta))
+    with jax.debug_nans(True):
+        eager = run(tuple(map(jnp.asarray, args)), jnp.asarray(delta))
     assert_close(flat(eager), flat(case.run(args, delta)), within(case))
     assert_close(flat(optimised(run)(args, delta)), flat(case.run(args, delta)), within(case))
 
@@ -332,6 +337,35 @@ def second_derivative_through_scan(case: Case) -> None:
     own = [0, len(turns[0]) - 1]  # x and δ of each step
     expected = [np.stack(pair) if i in own else sum(pair) for i, pair in enumerate(zip(*turns, strict=True))]
     assert_close(found, expected, within(case))
+
+
+def traces_with_a_symbolic_batch(case: Case) -> None:
+    """Op, rule, and rule of the rule can be traced with a symbolic batch size, as in `jax.export`."""
+    args, delta = symbolic_batch(case)
+    jax.eval_shape(cotangents_twice(case.function), args, delta, args)
+
+
+def exported_equals_direct(case: Case) -> None:
+    """The op exported for any batch size and several platforms gives the same results and cotangents.
+
+    `tests/test_export.py` covers serialization.
+    """
+    args, _ = symbolic_batch(case)
+    exported = jax.export.export(jax.jit(case.function), platforms=("cpu", "cuda", "tpu"))(*args)
+    args, delta = drawn(case)
+    found = compiled(with_cotangents(exported.call))(args, delta)
+    assert_close(flat(found), flat(case.run(args, delta)), within(case))
+
+
+def symbolic_batch(case: Case) -> tuple[tuple[Any, ...], Any]:
+    """Return the types of arguments and δ with a symbolic batch size."""
+    args, delta = drawn(case)
+    (n,) = jax.export.symbolic_shape("n")
+
+    def of(a: Any) -> Any:
+        return jax.ShapeDtypeStruct((n, *a.shape[1:]), a.dtype)
+
+    return tuple(of(a) if i in case.batched else a for i, a in enumerate(args)), of(delta)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -115,6 +115,20 @@ def test_scan_and_checkpoint_equal_a_loop(case):
     checks.scan_and_checkpoint_equal_a_loop(case)
 
 
+# The indices and labels of the others are NumPy arrays, which have no symbolic shape: see test_export.py
+BATCHED = [case for case in FEW if case.batched and "unpool" not in case.op and "labels" not in case.op]
+
+
+@rows(BATCHED)
+def test_traces_with_a_symbolic_batch(case):
+    checks.traces_with_a_symbolic_batch(case)
+
+
+@rows({case.op: case for case in BATCHED}.values())
+def test_exported_equals_direct(case):
+    checks.exported_equals_direct(case)
+
+
 @rows(FEW)
 def test_second_derivative_through_scan(case):
     checks.second_derivative_through_scan(case)

@@ -116,7 +116,7 @@ _softmax_cross_entropy.defvjp(_softmax_cross_entropy_fwd, _softmax_cross_entropy
 
 def softmax_cross_entropy_plain(geometry: None, logits: Array, targets: Array) -> Array:
     """Cross entropy in stock JAX."""
-    return -_times(_wide(targets), _log_softmax(logits)).sum(-1).astype(logits.dtype)
+    return -_weighted(_wide(targets), _log_softmax(logits)).sum(-1).astype(logits.dtype)
 
 
 def _wide(x: Array) -> Array:
@@ -133,17 +133,13 @@ def _log_softmax(logits: Array) -> Array:
     return jax.nn.log_softmax(_wide(logits))
 
 
-def _weighted(delta: Array, slope: Array) -> Array:
-    """``δ·slope``; 0 where δ is 0, also if the slope is infinite or NaN: an error that is masked out has no gradient.
+def _weighted(weight: Array, value: Array) -> Array:
+    """``weight·value``; 0 where the weight is 0, also if the value is infinite or NaN.
 
-    The slope is replaced, not the product, whose derivative with respect to δ is the slope at δ = 0 as well.
+    An error that is masked out has no gradient, and a target of 0 asks for nothing where log p = −∞. The value is
+    replaced, not the product, whose derivative with respect to the weight is a finite value at 0 as well.
     """
-    return delta * jnp.where((delta == 0) & ~jnp.isfinite(slope), 0, slope)
-
-
-def _times(targets: Array, log_p: Array) -> Array:
-    """``targets·log p``, where a target of 0 asks for nothing even if log p = −∞."""
-    return jnp.where(targets == 0, 0, targets * log_p)
+    return weight * jnp.where((weight == 0) & ~jnp.isfinite(value), 0, value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

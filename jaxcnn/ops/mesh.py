@@ -12,6 +12,9 @@ import jax
 from jax import Array, lax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
+#: Parameters of public functions that hold no arrays; mappings of rules may have keys that do not sort.
+STATIC = frozenset({"net", "rules", "loss"})
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -68,9 +71,7 @@ def automatic_inside(*, like: str | None = None) -> Callable[[F], F]:
         @functools.wraps(f)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             given = signature.bind(*args, **kwargs).arguments
-            rules = given.get("rules")
-            # A mapping of rules has keys that JAX cannot sort.
-            leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=lambda value: value is rules)
+            leaves, tree = jax.tree.flatten({name: a for name, a in given.items() if name not in STATIC})
             at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Array)]
             arrays = tuple(leaves[i] for i in at)
             mesh = _explicit_mesh(arrays)
@@ -87,8 +88,9 @@ def automatic_inside(*, like: str | None = None) -> Callable[[F], F]:
                 inner = list(leaves)
                 for i, a in zip(at, arrays, strict=True):
                     inner[i] = a
-                args, kwargs = jax.tree.unflatten(tree, inner)
-                return f(*args, **kwargs)
+                bound = signature.bind(*args, **kwargs)
+                bound.arguments |= jax.tree.unflatten(tree, inner)
+                return f(*bound.args, **bound.kwargs)
 
             return _automatic(mesh, run, arrays, of)
 
@@ -98,7 +100,7 @@ def automatic_inside(*, like: str | None = None) -> Callable[[F], F]:
 
 
 def _automatic(mesh: AbstractMesh, f: Callable[..., Any], inputs: tuple[Any, ...], specs: Callable[[Any], Any]) -> Any:
-    """``f(*inputs)`` with all axes automatic inside; ``specs`` gives the `PartitionSpec`s of the results' types."""
+    """``f(*inputs)`` with all axes automatic inside; ``specs``: types of its results → their `PartitionSpec`s."""
     with jax.sharding.use_abstract_mesh(mesh):
         shapes = [a if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype) for a in inputs]
         of_results = specs(jax.eval_shape(f, *shapes))

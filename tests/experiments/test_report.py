@@ -65,6 +65,20 @@ def test_no_terminal_gets_plain_lines_and_not_too_many(monkeypatch):
     assert "\r" not in stream.getvalue()
 
 
+def test_time_to_go_does_not_count_compiling(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(report.time, "monotonic", lambda: now)
+    stream = io.StringIO()
+    with report.progress(100, stream) as progress:
+        now = 60.0  # a minute to compile, then two seconds a step
+        progress.update(1, 0.5, 0.25, 64.0)
+        now = 80.0
+        progress.update(11, 0.5, 0.25, 64.0)
+    first, second = stream.getvalue().splitlines()
+    assert first.endswith("64 images/s")
+    assert second.endswith("64 images/s, 178 s to go")
+
+
 @pytest.mark.parametrize("text", ["epoch 1   accuracy 0.9000", "[brackets] are no markup"])
 def test_a_terminal_gets_a_bar_and_the_lines_that_stay(text, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")

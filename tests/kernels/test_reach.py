@@ -239,3 +239,38 @@ def test_a_template_is_matched_beside_what_is_not_finite(spoilt):
     image[2, 3] = 0.5
     _, (without, _) = compiled(with_cotangents(jaxcnn.match_template))((image, template), delta)
     np.testing.assert_allclose(of_image[apart], without[apart], rtol=1e-8, atol=1e-8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loops over taps under transformations
+
+
+def test_large_kernels_under_transformations():
+    """A 9 × 9 depthwise kernel agrees with PyTorch, with a batch split in every way and under vmap.
+
+    The forward result and both cotangents are compared.
+    """
+    rng = np.random.default_rng(0)
+    x, w, delta = (rng.standard_normal(shape) for shape in ((2, 12, 11, 4), (9, 9, 1, 4), (2, 12, 11, 4)))
+    run = with_cotangents(lambda x, w: jaxcnn.depthwise_conv(x, w, padding="SAME"))
+    of_x, of_w = (torch.tensor(a, requires_grad=True) for a in (x, w))
+    expected = functional.conv2d(of_x.permute(0, 3, 1, 2), of_w.permute(3, 2, 0, 1), padding="same", groups=4)
+    expected.permute(0, 2, 3, 1).backward(torch.tensor(delta))
+    expected = [expected.permute(0, 2, 3, 1).detach().numpy(), of_x.grad.numpy(), of_w.grad.numpy()]
+
+    def check(found, sum_of_w=False):
+        y, (delta_x, grad_w) = found
+        for a, b in zip((y, delta_x, grad_w.sum(0) if sum_of_w else grad_w), expected, strict=True):
+            np.testing.assert_allclose(np.reshape(a, b.shape), b, rtol=1e-10, atol=1e-10)
+
+    check(compiled(run)((x, w), delta))
+    each = jax.vmap(run, ((0, None), 0))
+    check(compiled(each)((x[:, None], w), delta[:, None]), sum_of_w=True)
+    for axis_type in jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit:
+        mesh = jax.make_mesh((2,), ("batch",), axis_types=(axis_type,))
+        split = jax.sharding.NamedSharding(mesh, jax.P("batch"))
+        whole = jax.sharding.NamedSharding(mesh, jax.P())
+        check(compiled(run)((jax.device_put(x, split), jax.device_put(w, whole)), jax.device_put(delta, split)))
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = (jax.P("batch"), jax.P()), jax.P("batch")
+    check(compiled(jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=specs[::-1]))((x, w), delta))

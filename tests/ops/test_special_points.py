@@ -662,3 +662,39 @@ def test_dropout_of_everything_is_zero_forward_and_backward(rule):
             y, pull = jax.vjp(drop, jnp.array([jnp.inf, -jnp.inf, 1.0]))
             np.testing.assert_array_equal(y, np.zeros(3))
             np.testing.assert_array_equal(pull(jnp.array([jnp.inf, 1.0, 0.0]))[0], np.zeros(3))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# No NaN on the way
+
+FINITE = {
+    "max_pool, padded": (functools.partial(jaxcnn.max_pool, window=3, stride=2, padding=1), PICTURE[:1, :6, :6]),
+    "max_pool, large windows": (functools.partial(jaxcnn.max_pool, window=9, padding=4), PICTURE[:1, :9, :9]),
+    "avg_pool": (
+        functools.partial(jaxcnn.avg_pool, window=3, padding=1, count_include_pad=False), PICTURE[:1, :6, :6],
+    ),
+    "lp_pool of zeros": (functools.partial(jaxcnn.lp_pool, window=2, p=1.5), 0 * PICTURE[:1, :6, :6]),
+    "layer_norm of equal entries": (functools.partial(jaxcnn.layer_norm, eps=1e-5), PICTURE[:1, :6, :6]),
+    "match_template of equal entries": (
+        lambda x: jaxcnn.match_template(x[0, :, :, 0], np.eye(3, dtype=np.float32)), PICTURE[:1, :6, :6],
+    ),
+    "tanh at infinity": (jaxcnn.tanh, np.array([INF, -INF, 0.0])),
+    "relu6 at infinity": (jaxcnn.relu6, np.array([INF, -INF, 0.0])),
+    "softmax_cross_entropy of an impossible class": (
+        lambda x: jaxcnn.softmax_cross_entropy(x, np.array([0.0, 0.4, 0.6])), np.array([-INF, 1.0, 2.0]),
+    ),
+    "softmax_cross_entropy_with_integer_labels": (
+        lambda x: jaxcnn.softmax_cross_entropy_with_integer_labels(x, np.array(1)), np.array([-INF, 1.0, 2.0]),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FINITE)
+def test_debug_nans_finds_none_where_results_are_finite(name):
+    op, x = FINITE[name]
+    delta = random_delta(jax.eval_shape(op, x))
+    with jax.debug_nans(True):
+        y, pull = jax.vjp(op, jnp.asarray(x))
+        (found,) = pull(jnp.asarray(delta))
+    assert np.isfinite(y).all()
+    assert np.isfinite(found).all()

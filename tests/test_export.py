@@ -1,0 +1,89 @@
+"""`jax.export` of whole nets with a symbolic batch: written to bytes, read, and run at batches of several sizes."""
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxcnn
+from tests.cases import compiled
+
+pytest.importorskip("flatbuffers", reason="jax.export writes bytes with it")
+
+#: Channels and sizes past those for which XLA's own convolution is always chosen.
+NET = jaxcnn.serial(
+    jaxcnn.Conv(16, 5), jaxcnn.LayerNorm(), jaxcnn.Relu(), jaxcnn.MaxPool(2),
+    jaxcnn.DepthwiseConv(3, padding="SAME"), jaxcnn.GroupNorm(2), jaxcnn.Gelu(),
+    jaxcnn.residual(jaxcnn.Conv(16, 3, padding="SAME", groups=2), jaxcnn.Silu()),
+    jaxcnn.HiddenLayer(8, 3), jaxcnn.ConvTranspose(8, 2, stride=2), jaxcnn.BatchNorm(), jaxcnn.AvgPool(2),
+    jaxcnn.LpPool(2, stride=1), jaxcnn.AdaptiveMaxPool(1), jaxcnn.Flatten(), jaxcnn.Dense(5),
+)  # fmt: skip
+SHAPE = (20, 20, 3)
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def draw(batch):
+    rng = np.random.default_rng(batch)
+    return rng.standard_normal((batch, *SHAPE)), np.arange(batch, dtype=np.int32) % 5
+
+
+def gradient(params, x, labels):
+    """What a training step computes, with labels that are masked out."""
+
+    def error(params):
+        each = jaxcnn.softmax_cross_entropy_with_integer_labels(NET.apply(params, x), labels)
+        return jnp.where(labels > 0, each, 0).sum()
+
+    return jax.value_and_grad(error)(params)
+
+
+def exported(f, *args, order=0):
+    def of(a):
+        return jax.ShapeDtypeStruct((n, *a.shape[1:]), a.dtype)
+
+    (n,) = jax.export.symbolic_shape("n")
+    params, *batched = args
+    written = jax.export.export(jax.jit(f), platforms=PLATFORMS)(params, *map(of, batched)).serialize(vjp_order=order)
+    return jax.export.deserialize(written)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.tree.map(lambda a: a.astype(np.float64), NET.init(jax.random.key(0), SHAPE))
+
+
+def assert_close(found, expected):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10 * max(np.abs(b).max(), 1e-3))
+
+
+def test_gradient_of_a_step_for_every_batch(params):
+    call = exported(gradient, params, *draw(2)).call
+    direct = compiled(gradient)
+    for batch in (1, 3, 8):
+        assert_close(compiled(call)(params, *draw(batch)), direct(params, *draw(batch)))
+
+
+def test_net_and_its_vjp_for_every_batch(params):
+    def pulled(f, params, x, delta):
+        y, pull = jax.vjp(f, params, x)
+        return y, pull(delta)
+
+    call = exported(NET.apply, params, draw(2)[0], order=1).call
+    x = draw(3)[0]
+    delta = np.random.default_rng(9).standard_normal((3, 5))
+    found = compiled(lambda *args: pulled(call, *args))(params, x, delta)
+    assert_close(found, compiled(lambda *args: pulled(NET.apply, *args))(params, x, delta))
+
+
+def test_unpooling_for_every_batch():
+    y = np.random.default_rng(0).standard_normal((3, 2, 2, 4)).astype(np.float32)
+    indices = np.random.default_rng(1).integers(0, 16, y.shape)
+
+    def unpooled(_, y, indices):
+        return jaxcnn.max_unpool(y, indices, (4, 4))
+
+    np.testing.assert_array_equal(
+        exported(unpooled, np.zeros(()), y, indices).call(np.zeros(()), y, indices), unpooled(None, y, indices)
+    )
