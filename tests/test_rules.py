@@ -115,7 +115,7 @@ def test_scan_and_checkpoint_equal_a_loop(case):
     checks.scan_and_checkpoint_equal_a_loop(case)
 
 
-# The indices and labels of the others are NumPy arrays, which have no symbolic shape: see test_export.py
+# The indices and labels of other ops are NumPy arrays, which have no symbolic shape; see test_export.py
 BATCHED = [case for case in FEW if case.batched and "unpool" not in case.op and "labels" not in case.op]
 
 

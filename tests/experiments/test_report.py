@@ -70,7 +70,7 @@ def test_time_to_go_does_not_count_compiling(monkeypatch):
     monkeypatch.setattr(report.time, "monotonic", lambda: now)
     stream = io.StringIO()
     with report.progress(100, stream) as progress:
-        now = 60.0  # a minute to compile, then two seconds a step
+        now = 60.0  # a minute to compile, then two seconds per step
         progress.update(1, 0.5, 0.25, 64.0)
         now = 80.0
         progress.update(11, 0.5, 0.25, 64.0)

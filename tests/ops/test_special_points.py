@@ -665,7 +665,7 @@ def test_dropout_of_everything_is_zero_forward_and_backward(rule):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# No NaN on the way
+# No intermediate value is NaN
 
 FINITE = {
     "max_pool, padded": (functools.partial(jaxcnn.max_pool, window=3, stride=2, padding=1), PICTURE[:1, :6, :6]),
