@@ -711,13 +711,11 @@ def _with_names(net: Serial, rules: Rules | None) -> Rules | None:
     found: dict[Any, Any] = {name: named(_rule_for(rules, name, layer), name) for name, layer in leaves.items()}
     sums = {type(layer): layer for layer in (net, *(layer for _, layer in net.walk())) if isinstance(layer, Residual)}
     # The first key that matches wins, so a subclass comes before its base class.
-    of_sums = {kind: named(_rule_of_sum(rules, sums[kind]), "Residual") for kind in sorted(sums, key=_depth)[::-1]}
-    return Checked(
-        {
-            **{(lambda at, _, name=name: at == name): rule for name, rule in found.items() if rule is not None},
-            **{kind: rule for kind, rule in of_sums.items() if rule is not None},
-        }
-    )
+    of_sums: dict[Any, Any] = {
+        kind: named(_rule_of_sum(rules, sums[kind]), "Residual") for kind in sorted(sums, key=_depth)[::-1]
+    }
+    of_layers: dict[Any, Any] = {(lambda at, _, name=name: at == name): rule for name, rule in found.items()}
+    return Checked({key: rule for key, rule in (of_layers | of_sums).items() if rule is not None})
 
 
 def _depth(kind: type) -> int:
