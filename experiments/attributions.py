@@ -83,8 +83,7 @@ def draw(config: Config) -> int:
 
 
 def methods(net: "Serial", shape: tuple[int, ...], seed: int) -> "dict[str, tuple[str | None, Mapping[str, Any]]]":
-    """Return, by title, the method and options of `jaxcnn.attribute`; methods that need layers this net lacks are
-    omitted.
+    """Return, by title, the method and options of `jaxcnn.attribute`; inapplicable methods are omitted.
 
     `shape` is that of one image. Pixels are between 0 and 1, which are the bounds of zᴮ.
     """

@@ -128,9 +128,7 @@ def last(net: "Serial") -> str:
 
 
 def row(net: "Serial", found: "Sweep", names: tuple[str, ...], i: int, channels: int) -> Row:
-    """Return the data to draw for one layer and image `i`; for a feature map, the `channels` that matter most, in
-    order.
-    """
+    """Return the data to draw of a layer for image `i`; of a feature map, the `channels` that matter most."""
     a, delta = np.asarray(found.activations[names[0]][i]), np.asarray(found.deltas[names[0]][i])
     shape = a.shape
     chosen: tuple[int, ...] = ()

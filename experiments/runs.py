@@ -175,9 +175,7 @@ def plot_curves(path: Path, rows: Sequence[Epoch], title: str) -> None:
 
 
 def draw_curves(rows: Sequence[Epoch], title: str) -> "Figure":
-    """Return a figure with loss at the left, accuracy at the right, training dashed and gray, test solid, and one
-    legend.
-    """
+    """Return a figure: loss left, accuracy right; training dashed and gray, test solid; one legend."""
     # The object interface instead of pyplot: no global state, no window, nothing to close.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

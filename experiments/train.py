@@ -259,9 +259,7 @@ def compiled(jitted: "Step", state: "TrainState", batch: Batch) -> "Step":
 
 
 def record(config: Config, facts: dict[str, str], dataset: Dataset, rate: float) -> dict[str, Any]:
-    """Return the contents of config.json: the options (with `rate` filled in), and everything else the result depends
-    on.
-    """
+    """Return the contents of config.json: the options (with `rate` filled in), data, device and versions."""
     return {
         **dataclasses.asdict(config),
         "learning_rate": rate,

@@ -393,8 +393,9 @@ def _torch_conv(nn: Any, layer: Conv, shape: tuple[int, ...]) -> Any:
 def weights(
     timed: Timed, params: Mapping[str, Any], *, channels_first: bool
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (w, b) of each layer that has them; channels first, w is (O, I, …) and matches the flatten order of that
-    layout.
+    """Yield (w, b) of each layer that has them.
+
+    With channels first, w is (O, I, …) and matches the flatten order of that layout.
     """
     picture = None
     of = iter([params[name] for name, _ in timed.net.walk() if name in params])

@@ -24,8 +24,7 @@ EQUAL = 1e-4
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Time per-example gradients, their norms, and the sum of clipped ones, in jaxcnn and by vmap(grad) of the same
-    net.
+    """Time per-example gradients, their norms, and sums of clipped ones, in jaxcnn and by vmap(grad).
 
     All nets have the same parameters, and their results are compared before anything is timed.
     """

@@ -237,9 +237,7 @@ def cotangent(shape: Sequence[int]) -> np.ndarray:
 
 
 def jax_call(f: Callable[..., Any], arguments: Mapping[str, np.ndarray], product: str) -> Call:
-    """Return a jit-compiled JAX call; the δ of an argument is that of `jax.vjp`, from the residuals of its forward
-    pass.
-    """
+    """Return a jit-compiled JAX call; δ is that of `jax.vjp`, from the residuals of its forward pass."""
     import jax
 
     order = list(arguments)  # jit sorts the names of its arguments

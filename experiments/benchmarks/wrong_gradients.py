@@ -1,4 +1,4 @@
-"""Wrong gradients of `jax.vjp` of JAX's convolution on XLA:CPU: python -m experiments.benchmarks.wrong_gradients --help.
+"""Wrong gradients of JAX's own convolution on XLA:CPU: python -m experiments.benchmarks.wrong_gradients --help.
 
 For stride 1, several channels, more padding in front than the kernel extends and little behind, the input gradient of
 autodiff has negative padding, and XLA:CPU reads out of bounds (openxla/xla#48713). The rules of jaxcnn never use
