@@ -585,7 +585,7 @@ CASES = [
     row("batch_norm", (2, 3, 4, 3), (3,)),
     row("batch_norm", (2, 3, 4, 3), (3,), (3,)),
     row("batch_norm", (4, 5, 2), (2,), (2,), eps=0.1),
-    row("batch_norm", (5, 2), (2,), (2,), axis_name=()),  # named axes: tests/ops/test_named_axes.py
+    row("batch_norm", (6, 2), (2,), (2,), axis_name=()),  # named axes: tests/ops/test_named_axes.py
     row("batch_norm", (2, 3, 2, 3, 2), (2,), (2,)),
     row("batch_norm", (2, 3, 4, 3), (3,), (3,), (3,), (3,)),
     row("batch_norm", (6, 3), (3,), (3,), (3,), (3,), eps=0.1),

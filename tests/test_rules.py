@@ -90,7 +90,7 @@ def test_jit_equals_eager(case):
     checks.equal_geometry_compiles_once(case)  # here, because the functions that run op by op are already compiled
 
 
-@rows([case for case in ONE_EACH if len(case.shapes) > 1])
+@rows([case for case in FEW if len(case.shapes) > 1])
 def test_vmap_over_each_argument_equals_a_loop(case):
     checks.vmap_over_each_equals_a_loop(case)
 
@@ -100,7 +100,7 @@ def test_vmap_equals_a_loop(case):
     checks.vmap_equals_a_loop(case)
 
 
-@rows([case for case in ONE_EACH if case.batched])
+@rows([case for case in FEW if case.batched])
 def test_mesh_equals_one_device(case):
     checks.mesh_equals_one_device(case)
 
