@@ -1,4 +1,4 @@
-"""How far other rules' gradients turn from the true one while they train: python -m experiments.alignment --help."""
+"""Angles between other rules' gradients and the true one in training: python -m experiments.alignment --help."""
 
 import csv
 import dataclasses
@@ -35,9 +35,10 @@ LOOKS = 12
 class Config:
     """Train one small net with six rules for δ, several times each, and measure angles and accuracy.
 
-    The angle of a layer is that between the gradient by the rule and the true one, of the same batch and parameters.
-    The net has two convolutions of 8 and 16 patches with ReLU and max pooling, and one dense layer; its steps see the
-    10,000 embedded images in random order. The folder gets angles.csv, accuracy.csv and alignment.png.
+    The angle of a layer is the angle between the gradient by the rule and the true gradient, for the same batch and
+    parameters. The net has two convolutions with 8 and 16 output channels, with ReLU and max pooling, and one dense
+    layer. It trains on the 10,000 embedded images in random order. The folder gets angles.csv, accuracy.csv and
+    alignment.png.
     """
 
     rules: tuple[str, ...] = ("all",)
@@ -54,7 +55,7 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """One training: by step (counted from 0) and layer the angle in degrees, and the accuracy at its end."""
+    """One training: the angle in degrees by step (counted from 0) and layer, and the accuracy at the end."""
 
     rule: str
     seed: int
@@ -80,7 +81,7 @@ def align(config: Config) -> int:
 
 
 def train_all(wanted: Sequence[tuple[str, int]], dataset: Dataset, config: Config, folder: Path) -> int:
-    """Train with each rule and seed of `wanted`; the files in `folder` hold, at any moment, what is finished.
+    """Train with each rule and seed of `wanted`; at any time, the files in `folder` hold the finished trainings.
 
     Returns 0, or 130 after Ctrl-C; raises RunError.
     """
@@ -114,7 +115,7 @@ def train_all(wanted: Sequence[tuple[str, int]], dataset: Dataset, config: Confi
 
 
 def check(config: Config) -> list[str]:
-    """Return the rules that are meant; raises UsageError."""
+    """Return the selected rules; raises UsageError."""
     for flag, value in (("--seeds", config.seeds), ("--steps", config.steps), ("--batch-size", config.batch_size)):
         cli.check_count(flag, value)
     if not config.rules:
@@ -132,7 +133,7 @@ def net(classes: int) -> "Serial":
 
 
 def rules_of(name: str, seed: int, batch_size: int) -> Any:
-    """Return what `rules=` of the net is for one of RULES."""
+    """Return the `rules=` argument of the net for one name of RULES."""
     from jaxcnn import Conv, Dense, MaxPool, rules
 
     match name:
@@ -140,7 +141,7 @@ def rules_of(name: str, seed: int, batch_size: int) -> Any:
             return None
         case "literal up":
             return {MaxPool: rules.literal_up}
-        case "feedback alignment":  # layers of different shapes: one seed, different patches
+        case "feedback alignment":  # layers of different shapes: one seed, different kernels
             fixed = rules.FeedbackAlignment(seed)
             return {Conv: fixed, Dense: fixed}
         case "sign-symmetric":
@@ -164,11 +165,12 @@ def train(
 
     Args:
         name: One of RULES.
-        seed: Of the training.
-        dataset: What the net learns.
-        steps: How many.
-        batch_size: Images a step.
-        update: Called now and then with the steps that are done, the loss, the accuracy, and images a second.
+        seed: The seed of the training.
+        dataset: The training and test images.
+        steps: The number of steps.
+        batch_size: Images per step.
+        update: Called from time to time with the number of finished steps, the loss, the accuracy, and images per
+            second.
 
     Raises:
         RunError: The loss is not finite at the end.
@@ -192,7 +194,7 @@ def train(
         if number in looks:
             found[number] = {layer: float(angle) for layer, angle in angles(state.params, *batch).items()}
         state, metrics = step(state, batch)
-        if number == 0:  # which compiles
+        if number == 0:  # the first step includes compilation
             jax.block_until_ready(metrics)
             began = time.perf_counter()
         elif number in looks:
@@ -207,9 +209,9 @@ def train(
 
 @functools.cache
 def compiled(name: str, seed: int, model: "Serial", steps: int, batch_size: int) -> tuple[Any, Any]:
-    """Return a training step, and a function of parameters and a batch to angles; each compiles once for all seeds.
+    """Return a training step, and a function from parameters and a batch to angles; each compiles once for all seeds.
 
-    `seed` is that of the rule, not of the training.
+    `seed` is the seed of the rule, not of the training.
     """
     import jax
 
@@ -230,10 +232,10 @@ def compiled(name: str, seed: int, model: "Serial", steps: int, batch_size: int)
 
 
 def layer_angles(found: Mapping[str, Any], true: Mapping[str, Any]) -> dict[str, Any]:
-    """Return for each layer, of all its parameters together, the angle between two gradients in degrees.
+    """Return the angle in degrees between two gradients, per layer over all its parameters.
 
-    By 2·atan2(‖u − v‖, ‖u + v‖) of the unit vectors, which is exact for small angles where arccos has no digits left.
-    NaN where a gradient is zero.
+    It is 2·atan2(‖u − v‖, ‖u + v‖) of the unit vectors, which is accurate for small angles, where arccos loses
+    precision. The angle is NaN if a gradient is zero.
     """
     import jax
     import jax.numpy as jnp
@@ -247,7 +249,7 @@ def layer_angles(found: Mapping[str, Any], true: Mapping[str, Any]) -> dict[str,
 
 
 def write(folder: Path, trainings: Sequence[Trained]) -> None:
-    """Write angles.csv, a line for each training, step and layer, and accuracy.csv, a line for each training."""
+    """Write angles.csv, one line per training, step and layer, and accuracy.csv, one line per training."""
     angles = [
         (t.rule, t.seed, step, layer, f"{angle:.6g}")
         for t in trainings
@@ -266,7 +268,7 @@ def write(folder: Path, trainings: Sequence[Trained]) -> None:
 
 
 def by_rule(trainings: Sequence[Trained]) -> dict[str, list[Trained]]:
-    """Return the trainings of each rule, in their order."""
+    """Return the trainings of each rule, in their original order."""
     found: dict[str, list[Trained]] = {}
     for training in trainings:
         found.setdefault(training.rule, []).append(training)
@@ -279,7 +281,7 @@ def layers(trainings: Sequence[Trained]) -> list[str]:
 
 
 def show(trainings: Sequence[Trained]) -> None:
-    """Print a table: for each rule the accuracy of all seeds, and for each layer the first and last angle."""
+    """Print a table with the accuracy over all seeds per rule, and the first and last angle per layer."""
     from rich.console import Console
     from rich.table import Table
 
@@ -305,7 +307,7 @@ def show(trainings: Sequence[Trained]) -> None:
 
 
 def picture(path: Path, trainings: Sequence[Trained]) -> None:
-    """Write a PNG: a chart of angles for each layer, all seeds; at the right the accuracy of each training."""
+    """Write a PNG with one chart of angles per layer, all seeds, and the accuracy of each training at the right."""
     from experiments.lecture.drawing import figure, plain
 
     names = layers(trainings)

@@ -1,4 +1,4 @@
-"""The methods of jaxcnn.attribute beside each other: python -m experiments.attributions --help."""
+"""Compare the methods of jaxcnn.attribute: python -m experiments.attributions --help."""
 
 import dataclasses
 import functools
@@ -26,10 +26,10 @@ STEPS = 50
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Draw a gallery: a row for each chosen test image, a column for each method, for the class the net says.
+    """Draw a gallery with a row per chosen test image and a column per method, for the predicted class.
 
-    Red speaks for that class, blue against it, white is 0; each map's scale is its own, and stands below it. What a
-    method promises to conserve is printed beside the sum of its map.
+    Red is positive evidence for that class, blue negative evidence, white is 0. Each map has its own scale, printed
+    below it. For each method that conserves a quantity, that quantity is printed next to the sum of the map.
     """
 
     run: Annotated[Path | None, arg(metavar="PATH")] = None
@@ -52,7 +52,7 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Maps:
-    """What one method found: (N, H, W), and Σ of each map as it was, with what it should be where that is promised."""
+    """The maps of one method, (N, H, W), each original map's sum, and the value it should have if conserved."""
 
     heat: np.ndarray
     total: np.ndarray
@@ -83,9 +83,9 @@ def draw(config: Config) -> int:
 
 
 def methods(net: "Serial", shape: tuple[int, ...], seed: int) -> "dict[str, tuple[str | None, Mapping[str, Any]]]":
-    """Return, by title, the method and options of `jaxcnn.attribute`; those that this net has no layers for are out.
+    """Return, by title, the method and options of `jaxcnn.attribute`; inapplicable methods are omitted.
 
-    `shape` is one image's. Pixels lie between 0 and 1, which are the bounds of zᴮ.
+    `shape` is that of one image. Pixels are between 0 and 1, which are the bounds of zᴮ.
     """
     import jax
 
@@ -115,7 +115,7 @@ def methods(net: "Serial", shape: tuple[int, ...], seed: int) -> "dict[str, tupl
 
 
 def maps(trained: Trained, x: np.ndarray, target: np.ndarray, seed: int) -> dict[str, Maps]:
-    """Return what each method finds for images `x` and the classes `target`, by its title."""
+    """Return the maps of each method, by title, for images `x` and the classes `target`."""
     import jax
 
     import jaxcnn
@@ -129,13 +129,13 @@ def maps(trained: Trained, x: np.ndarray, target: np.ndarray, seed: int) -> dict
     for title, (method, options) in methods(net, x.shape[1:], seed).items():
         run = jax.jit(functools.partial(jaxcnn.attribute, net, method=method, **options))
         heat = np.asarray(run(params, x, target))
-        heat = heat.sum(-1) if heat.ndim == 4 else heat  # over channels
+        heat = heat.sum(-1) if heat.ndim == 4 else heat  # sum over channels
         found[title] = Maps(heat, heat.sum((1, 2)), promises.get(method or ""))
     return found
 
 
 def table(images: Sequence[int], found: Mapping[str, Maps]) -> str:
-    """Return Σ of each map beside what the method promises to conserve; the rest is the share of biases and of ε."""
+    """Return a table of Σ of each map and of the conserved quantity; the difference is the share of biases and of ε."""
     lines = [f"{'':<34}{'Σ map':>10} {'should be':>10} {'rest':>10}"]
     for title, of in found.items():
         if of.promised is not None:
@@ -148,7 +148,7 @@ def table(images: Sequence[int], found: Mapping[str, Maps]) -> str:
 
 
 def picture(path: Path, trained: Trained, images: Sequence[int], logits: np.ndarray, found: Mapping[str, Maps]) -> None:
-    """Write a PNG: images down, methods across."""
+    """Write a PNG with one row per image and one column per method."""
     from experiments.lecture.drawing import SIGNED, figure
 
     columns = len(found) + 1

@@ -37,8 +37,8 @@ def _rebuild(like: Params, arrays: Mapping[str, np.ndarray], path: str = "") -> 
 
 
 def save(path: Path, params: Params, metadata: Mapping[str, str] | None = None) -> None:
-    """Write `params` to `path`, whole or not at all."""
-    # A view that is not contiguous would be written in the order of its memory, not of its indices.
+    """Write `params` to `path` atomically."""
+    # A noncontiguous view would be written in memory order, not in index order.
     arrays = {name: np.ascontiguousarray(array) for name, array in flatten(params).items()}
     with replacing(path) as temporary:
         temporary.write_bytes(serialise(arrays, dict(metadata or {})))
@@ -56,9 +56,10 @@ def metadata(path: Path) -> dict[str, str]:
 
 
 def load(path: Path, like: Params) -> Params:
-    """Read from `path` NumPy arrays in the tree, shapes and dtypes of `like` (arrays or jax.ShapeDtypeStructs).
+    """Read NumPy arrays from `path`, with the tree, shapes and dtypes of `like` (arrays or jax.ShapeDtypeStructs).
 
-    Raises CheckpointError, naming the file and the first parameter that is missing, left over or of another shape.
+    Raises CheckpointError, which names the file and the first parameter that is missing, unexpected or of another
+    shape.
     """
     try:
         arrays = parse(path.read_bytes())

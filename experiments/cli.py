@@ -1,4 +1,4 @@
-"""The command line of a script: a frozen dataclass in, and one clear line out when it does not fit."""
+"""The command line of a script: parses a frozen dataclass and reports errors in one line."""
 
 import contextlib
 import dataclasses
@@ -26,8 +26,8 @@ Config = TypeVar("Config")
 def run(config_type: type[Config], body: Callable[[Config], int], argv: Sequence[str] | None, *, prog: str) -> int:
     """Parse `argv` (None: the process's own) into `config_type`, call `body` with it, return the exit status.
 
-    Errors that the reader can mend end here as one line on stderr and status 1 or 2; only programming errors keep
-    their traceback. `--help` raises SystemExit(0), as argparse does.
+    Errors that the user can fix end here as one line on stderr and status 1 or 2; only programming errors keep their
+    traceback. `--help` raises SystemExit(0), as in argparse.
     """
     try:
         config = parse(config_type, argv, prog=prog)
@@ -36,7 +36,7 @@ def run(config_type: type[Config], body: Callable[[Config], int], argv: Sequence
         sys.stdout.flush()
         return status
     except BrokenPipeError:
-        # The reader of our output (`| head`) has left: nothing is wrong.
+        # The reader of the output (`| head`) has closed the pipe. This is not an error.
         _drop_output()
         return 1
     except (Exception, KeyboardInterrupt) as error:
@@ -52,13 +52,13 @@ def run(config_type: type[Config], body: Callable[[Config], int], argv: Sequence
 
 
 def _drop_output() -> None:
-    """Let the interpreter's own last flush of stdout, which would fail again, go nowhere."""
+    """Discard the interpreter's final flush of stdout, which would fail again."""
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parse(config_type: type[Config], argv: Sequence[str] | None, *, prog: str) -> Config:
-    """Turn `argv` into a `config_type`; raises UsageError, in one line, where tyro would draw a box and exit."""
+    """Parse `argv` into a `config_type`; raises UsageError, in one line, where tyro would draw a box and exit."""
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
@@ -70,11 +70,11 @@ def parse(config_type: type[Config], argv: Sequence[str] | None, *, prog: str) -
 
 
 def did_you_mean(got: str, names: Iterable[str]) -> str:
-    """Return "; did you mean X?" for the name nearest to `got`, or "" when none is near.
+    """Return "; did you mean X?" for the name nearest to `got`, or "" if none is near.
 
     Args:
-        got: What was given.
-        names: What there is. Leading dashes are not compared, so that options are as near as their words are.
+        got: The name that was given.
+        names: The valid names. Leading dashes are not compared, so that options are compared by their words.
     """
     names = list(names)
     nearest = max(names, key=lambda name: _nearness(got, name), default="")
@@ -82,7 +82,7 @@ def did_you_mean(got: str, names: Iterable[str]) -> str:
 
 
 def _nearness(got: str, name: str) -> float:
-    """Return how near two names are, from 0 to 1: initials, beginnings and whole words are nearer than letters."""
+    """Return the similarity of two names, from 0 to 1; initials, prefixes and whole words count more than letters."""
     one, two = (text.lstrip("-").replace("_", "-").lower() for text in (got, name))
     words = [word for word in re.split(r"[- ]", two) if word]
     alike = difflib.SequenceMatcher(None, one, two).ratio()
@@ -94,7 +94,7 @@ def _nearness(got: str, name: str) -> float:
 
 
 def check_choice(flag: str, got: str, known: Iterable[str]) -> None:
-    """Raise UsageError for what is none of the names a flag takes."""
+    """Raise UsageError unless `got` is one of the names that a flag accepts."""
     known = list(known)
     if got not in known:
         raise UsageError(f"{flag}: expected one of {', '.join(known)}, got {got!r}{did_you_mean(got, known)}")
@@ -107,7 +107,7 @@ def check_count(flag: str, number: int | None) -> None:
 
 
 def _options(config_type: type) -> dict[str, str]:
-    """Return {"--learning-rate": "a number", …}: the flags of a dataclass and what each expects."""
+    """Return {"--learning-rate": "a number", …}: the flags of a dataclass and the value that each expects."""
     expected = {int: "a whole number", float: "a number"}
     hints = get_type_hints(config_type)
     options = {}
@@ -118,16 +118,16 @@ def _options(config_type: type) -> dict[str, str]:
 
 
 def _one_line(box: str, options: Mapping[str, str]) -> str:
-    """Return the first paragraph of tyro's message, which is drawn as a box, in the words of our other errors."""
+    """Return the first paragraph of tyro's message, which is drawn as a box, in the form of our other errors."""
     words: list[str] = []
-    for line in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()[1:]:  # without its colours and its title
+    for line in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()[1:]:  # without its colors and its title
         text = line.strip("│╰─╯ ")
         if text.strip("-"):
             words += text.split()
         elif words:  # a rule after text: help and suggestions follow
             break
     said = " ".join(words)
-    # What tyro says is not part of its interface: what is not recognised here is passed on as it stands.
+    # The wording of tyro's messages is not part of its interface: unrecognized text is passed on unchanged.
     if found := re.fullmatch(r"Unrecognized options: (.*)", said):
         unknown = found[1].split(", ")[0].split("=")[0]
         return f"unknown option {found[1]}" + (did_you_mean(unknown, options) if unknown.startswith("-") else "")

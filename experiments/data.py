@@ -1,12 +1,12 @@
-"""Image sets for the experiments: found, read, checked, and given a name and a hash.
+"""Image sets for the experiments: located, read, checked, and identified by name and hash.
 
-    load("fashion-mnist-sample")    the 12,000 images that lie beside this file
+    load("fashion-mnist-sample")    the 12,000 images in this repository
     load("fashion-mnist")           all 70,000: a given folder, the system's, the cache, or a checked download
     load("digits")                  scikit-learn's 8×8 digits
-    load("idx", folder)             any images and labels in idx files with the names that MNIST gave them
+    load("idx", folder)             any images and labels in idx files with the file names of MNIST
 
-A set that has a name is held to its hash, so that nothing else goes by that name. Every set arrives as float32 images
-in [0, 1] and int32 labels. Idx files go through one reader, which believes nothing that it has not counted.
+The contents of a named set are checked against its hash. Every set is returned as float32 images in [0, 1] and int32
+labels. Idx files are read by one reader, which validates every size in their headers.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ FASHION_MNIST_CLASSES = (
 
 @dataclass(frozen=True)
 class IdxFile:
-    """One file of a set: its name without ".gz", and the SHA-256 of its decompressed bytes, None where any will do."""
+    """One file of a set: its name without ".gz", and the SHA-256 of its decompressed bytes, or None to accept any."""
 
     name: str
     kind: Kind
@@ -70,7 +70,7 @@ def _files(
     }
 
 
-# The hashes are of what is inside: recompressing a file does not make it another data set.
+# The hashes are of the decompressed bytes: recompressing a file does not make it another data set.
 FASHION_MNIST_FILES = _files(
     "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
@@ -89,11 +89,11 @@ DIGITS_SHA256 = "bbaeaefce84743833997df3ec781527fa96c88aa06b683bb49ca5f68045ebbf
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Labelled images, split into training and test.
+    """Labeled images, split into training and test.
 
-    train_images (N, H, W, C) and test_images (M, H, W, C) are float32 in [0, 1]; train_labels (N,) and test_labels
-    (M,) are int32 indices into class_names. `source` says where the files lay; `sha256` is of shapes and pixels as
-    stored, so that it is the same whatever file format, compression or folder they came from.
+    train_images (N, H, W, C) and test_images (M, H, W, C) are float32 in [0, 1]; train_labels (N,) and test_labels (M,)
+    are int32 indices into class_names. `source` describes the location of the files. `sha256` is the hash of shapes and
+    stored pixels, so it does not depend on file format, compression or folder.
     """
 
     name: str
@@ -114,8 +114,9 @@ class Dataset:
 def load(name: str, folder: Path | None = None) -> Dataset:
     """Load the set called `name`, one of SOURCES.
 
-    `folder`, for IN_FOLDERS only, is then the one place looked into. Raises DataError: a file is missing, truncated,
-    corrupt, of the wrong kind or not that of the set, a package or the network is missing. KeyError: no such name.
+    `folder` is only for IN_FOLDERS, and is then the only location searched. Raises DataError if a file is missing,
+    truncated, corrupt, of the wrong kind or from another set, or if a package or the network is missing. Raises
+    KeyError if there is no such name.
     """
     return SOURCES[name](folder)
 
@@ -127,9 +128,9 @@ def batches(images: np.ndarray, labels: np.ndarray, size: int) -> Iterator[Batch
 
 
 def shuffled_batches(images: np.ndarray, labels: np.ndarray, size: int, *, seed: int, epoch: int) -> Iterator[Batch]:
-    """Yield one epoch in an order that (seed, epoch) alone decides; the rest that fills no batch is left out.
+    """Yield one epoch in an order that depends only on (seed, epoch); the remainder that fills no batch is omitted.
 
-    Left out, so that every step has one shape and is compiled once; the next epoch leaves out other examples.
+    It is omitted so that every step has one shape and compiles once; the next epoch omits other examples.
     """
     order = np.random.default_rng([seed, epoch]).permutation(len(images))
     for start in range(0, len(images) - size + 1, size):
@@ -140,14 +141,14 @@ def shuffled_batches(images: np.ndarray, labels: np.ndarray, size: int, *, seed:
 # ---- idx files --------------------------------------------------------------------------------------------------
 
 _MAGIC: Mapping[Kind, int] = {"images": 0x00000803, "labels": 0x00000801}  # 00 00, 08 = uint8, rank 3 or 1
-_LARGEST = 1 << 30  # bytes; no image set of this kind is near it
+_LARGEST = 1 << 30  # bytes; far above the size of any such image set
 _CHUNK = 1 << 20
 
 
 def read_idx(path: Path, kind: Kind) -> np.ndarray:
     """Read an idx file, gzipped or not: uint8 images (N, H, W) or labels (N,).
 
-    Reads at most one byte more than its header promises, so a small file cannot fill the memory. Raises DataError.
+    Reads at most one byte more than the header specifies, so a small file cannot fill the memory. Raises DataError.
     """
     with _opened(path, f"an idx file of {kind}") as stream:
         return _parse_idx(stream, path, kind)
@@ -178,13 +179,13 @@ def _parse_idx(stream: BinaryIO, path: Path, kind: Kind) -> np.ndarray:
 
 @contextlib.contextmanager
 def _opened(path: Path, expected: str, name: object = None) -> Iterator[BinaryIO]:
-    """Yield the decompressed bytes of `path`; what goes wrong while reading becomes a DataError about `name`."""
+    """Yield the decompressed bytes of `path`; errors while reading become a DataError about `name`."""
     name = path if name is None else name
     try:
         with path.open("rb") as raw:
             gzipped = raw.read(2) == b"\x1f\x8b"
             raw.seek(0)
-            # GzipFile reads as a BinaryIO does, but is not declared as one.
+            # GzipFile reads like a BinaryIO, but is not declared as one.
             yield cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if gzipped else raw
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{name}: expected {expected}, got a truncated or corrupt gzip file ({error})") from None
@@ -195,12 +196,12 @@ def _opened(path: Path, expected: str, name: object = None) -> Iterator[BinaryIO
 
 
 def idx_bytes(array: np.ndarray) -> bytes:
-    """Return what an idx file of uint8 images or labels holds."""
+    """Return the bytes of an idx file of uint8 images or labels."""
     return bytes([0, 0, 0x08, array.ndim]) + b"".join(size.to_bytes(4) for size in array.shape) + array.tobytes()
 
 
 def _check_hash(path: Path, file: IdxFile, array: np.ndarray, name: str) -> None:
-    """Raise DataError if `array`, which was read from `path`, is not that of `file` in the set called `name`."""
+    """Raise DataError if `array`, read from `path`, is not the content of `file` in the set called `name`."""
     if file.sha256 is not None and (got := hashlib.sha256(idx_bytes(array)).hexdigest()) != file.sha256:
         raise DataError(
             f"{path}: must be {name}'s, whose decompressed bytes have SHA-256 {file.sha256}, got {got}; "
@@ -209,7 +210,7 @@ def _check_hash(path: Path, file: IdxFile, array: np.ndarray, name: str) -> None
 
 
 def _check_labels(path: Path, labels: np.ndarray, images_path: Path, images: np.ndarray, classes: int) -> None:
-    """Raise DataError if images (N, H, W) and labels (N,), uint8, do not belong together."""
+    """Raise DataError if images (N, H, W) and labels (N,), uint8, do not match."""
     if len(labels) != len(images):
         raise DataError(f"{path}: expected {len(images)} labels, as many as {images_path} has, got {len(labels)}")
     if labels.max() >= classes:
@@ -218,7 +219,7 @@ def _check_labels(path: Path, labels: np.ndarray, images_path: Path, images: np.
 
 
 def _dataset(name: str, source: str, train: Batch, test: Batch, largest: int, class_names: tuple[str, ...]) -> Dataset:
-    """Build a Dataset of uint8 images (N, H, W), whose pixels go from 0 to `largest`, and uint8 labels (N,)."""
+    """Build a Dataset of uint8 images (N, H, W), with pixels from 0 to `largest`, and uint8 labels (N,)."""
     digest = hashlib.sha256()
     for array in (*train, *test):
         digest.update(f"{array.shape}".encode())
@@ -239,33 +240,33 @@ def _dataset(name: str, source: str, train: Batch, test: Batch, largest: int, cl
     )
 
 
-# ---- where the sets lie -----------------------------------------------------------------------------------------
+# ---- locations of the sets --------------------------------------------------------------------------------------
 
 
 def fashion_mnist_sample(folder: Path | None = None) -> Dataset:
-    """Load the first 10,000 training and 2,000 test images of Fashion-MNIST, which this repository holds."""
+    """Load the first 10,000 training and 2,000 test images of Fashion-MNIST, which are part of this repository."""
     folder = SAMPLE_DIR if folder is None else folder
     return _from_folder("fashion-mnist-sample", folder, SAMPLE_FILES, FASHION_MNIST_CLASSES)
 
 
 def fashion_mnist(folder: Path | None = None) -> Dataset:
-    """Load Fashion-MNIST (60,000 and 10,000 images) from `folder`, else the system's copy, the cache, the network."""
+    """Load Fashion-MNIST (60,000 and 10,000 images) from `folder`, else the system's copy, the cache, or a download."""
     if folder is None:
         folder = SYSTEM_DIR if _holds_all(SYSTEM_DIR) else _cached()
     return _from_folder("fashion-mnist", folder, FASHION_MNIST_FILES, FASHION_MNIST_CLASSES)
 
 
 def idx(folder: Path | None = None) -> Dataset:
-    """Load the images of `folder`, in idx files with Fashion-MNIST's (and MNIST's) names; a class is its number."""
+    """Load the images of `folder`, in idx files with the file names of MNIST; class names are numbers."""
     if folder is None:
         raise DataError("idx: must be given a folder, got none")
     return _from_folder("idx", folder, _files(None, None, None, None), None)
 
 
 def digits(folder: Path | None = None) -> Dataset:
-    """Load scikit-learn's 1,797 handwritten digits, 8×8: the first 1,437 to train, the last 360 to test.
+    """Load scikit-learn's 1,797 handwritten digits, 8×8: the first 1,437 for training, the last 360 for testing.
 
-    `folder` is not used: the package holds the images.
+    `folder` is not used, because the images are part of scikit-learn.
     """
     del folder
     try:
@@ -302,14 +303,14 @@ IN_FOLDERS = ("fashion-mnist", "idx")
 
 
 def download(url: str, path: Path, sha256: str | None) -> None:
-    """Fetch `url` to `path`, which appears only if its decompressed bytes have this SHA-256. Raises DataError."""
+    """Fetch `url` to `path`, which is created only if its decompressed bytes have this SHA-256. Raises DataError."""
     import pooch
 
     with replacing(path) as temporary:
         try:
             pooch.HTTPDownloader(timeout=30)(url, str(temporary), None)
         except OSError as error:  # requests' exceptions are OSErrors, and may hold an open connection
-            if error.errno is not None:  # of the file, not of the network: `replacing` names it
+            if error.errno is not None:  # an error of the file, not of the network: `replacing` names it
                 raise
             if (response := getattr(error, "response", None)) is not None:
                 response.close()
@@ -355,7 +356,7 @@ def _holds_all(folder: Path) -> bool:
 
 
 def _from_folder(name: str, folder: Path, files: Files, class_names: tuple[str, ...] | None) -> Dataset:
-    """Read the set called `name`; `class_names` None means numbers, as many as the training labels have."""
+    """Read the set called `name`; if `class_names` is None, they are numbers up to the largest training label."""
     if not folder.is_dir():
         raise DataError(f"{folder}: expected a folder with {name}, got {'a file' if folder.exists() else 'nothing'}")
     paths: dict[Part, Path] = {}

@@ -1,4 +1,4 @@
-"""Look at δ beside what it speaks about, layer by layer: python -m experiments.deltas --help."""
+"""Draw activations and δ of each layer: python -m experiments.deltas --help."""
 
 import dataclasses
 import sys
@@ -23,7 +23,7 @@ PROG = "python -m experiments.deltas"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Draw, for each chosen test image, every layer's activation beside its δ: one PNG an image.
+    """Draw every layer's activation next to its δ, one PNG per chosen test image.
 
     The net is that of a run, or is trained briefly first. E is the cross entropy with the true class.
     """
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def draw(config: Config) -> int:
-    """Train or load, sweep, draw. Returns 0; raises UsageError, CheckpointError, DataError or RunError."""
+    """Train or load, compute, draw. Returns 0; raises UsageError, CheckpointError, DataError or RunError."""
     cli.check_count("--channels", config.channels)
     with new_folder(config.out, "deltas") as folder:
         trained = prepare(config, folder)
@@ -85,7 +85,7 @@ def draw(config: Config) -> int:
 
 
 def sweep(trained: Trained, images: Sequence[int]) -> "Sweep":
-    """Return activations and δ of all layers, by name, of the chosen test images; each image's δ is its own ∂E/∂a."""
+    """Return activations and δ of all layers, by name, for the chosen test images; each image's δ is its own ∂E/∂a."""
     import jax
 
     import jaxcnn
@@ -104,9 +104,10 @@ def sweep(trained: Trained, images: Sequence[int]) -> "Sweep":
 
 
 def groups(net: "Serial", path: str = "") -> list[tuple[str, ...]]:
-    """Return the layers' names, in the order in which they are done.
+    """Return the layers' names, in order of execution.
 
-    One that only passes on (flatten; dropout, which is off; the end of a net inside) stands beside what it passes on.
+    A layer that only passes values on (flatten; dropout, which is inactive; the end of a nested net) is grouped with
+    the layer before it.
     """
     from jaxcnn import Dropout, Flatten, Serial
 
@@ -122,12 +123,12 @@ def groups(net: "Serial", path: str = "") -> list[tuple[str, ...]]:
 
 
 def last(net: "Serial") -> str:
-    """Return the name of the layer whose output is the net's."""
+    """Return the name of the last layer, whose output is the net's output."""
     return net.layers[-1][0]
 
 
 def row(net: "Serial", found: "Sweep", names: tuple[str, ...], i: int, channels: int) -> Row:
-    """Return what is drawn of a layer for image `i`: of a picture the `channels` that matter most, in order."""
+    """Return the data to draw of a layer for image `i`; of a feature map, the `channels` that matter most."""
     a, delta = np.asarray(found.activations[names[0]][i]), np.asarray(found.deltas[names[0]][i])
     shape = a.shape
     chosen: tuple[int, ...] = ()
@@ -139,7 +140,7 @@ def row(net: "Serial", found: "Sweep", names: tuple[str, ...], i: int, channels:
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Return probabilities."""
+    """Return the softmax of the logits."""
     e = np.exp(logits - logits.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
 
@@ -150,7 +151,7 @@ def top(values: np.ndarray) -> float:
 
 
 def describe(dataset: Dataset, n: int, probabilities: np.ndarray) -> str:
-    """Return an image's class, and what the net takes it for, in one line."""
+    """Return an image's class and the predicted class in one line."""
     label, said = int(dataset.test_labels[n]), int(probabilities.argmax())
     verdict = "right" if said == label else "wrong"
     names = dataset.class_names
@@ -158,7 +159,7 @@ def describe(dataset: Dataset, n: int, probabilities: np.ndarray) -> str:
 
 
 def picture(path: Path, dataset: Dataset, n: int, probabilities: np.ndarray, rows: Sequence[Row]) -> None:
-    """Write a PNG: the image on top; below, a row for each layer, activations at the left and δ at the right."""
+    """Write a PNG: the image on top, then one row per layer, with activations at the left and δ at the right."""
     from experiments.lecture.drawing import BLUE, RED, figure, grey, parts, plain, signed
 
     wide = max([row.activation.shape[-1] for row in rows if row.activation.ndim == 3], default=4)

@@ -1,4 +1,4 @@
-"""Errors that the reader of the terminal can mend: one line, and an exit status."""
+"""Errors that the user can fix: one line, and an exit status."""
 
 import errno
 import importlib.util
@@ -14,22 +14,22 @@ EXTRAS: Mapping[str, str] = {
 
 
 class ExperimentError(ValueError):
-    """A mistake told in one line: what (file or argument), what was expected, what was got.
+    """An error reported in one line: what is wrong (file or argument), what was expected, and what was given.
 
-    `status` is what the process exits with: 1 while running, 2 for a wrong command line.
+    `status` is the exit status of the process: 1 for an error at run time, 2 for a wrong command line.
     """
 
     status = 1
 
 
 class UsageError(ExperimentError):
-    """The command line cannot mean anything: unknown name, number out of range, options that clash."""
+    """The command line is invalid: unknown name, number out of range, conflicting options."""
 
     status = 2
 
 
 class DataError(ExperimentError):
-    """A data file is missing, truncated, corrupt, of the wrong kind or not what was promised."""
+    """A data file is missing, truncated, corrupt, of the wrong kind or not the expected one."""
 
 
 class CheckpointError(ExperimentError):
@@ -37,15 +37,15 @@ class CheckpointError(ExperimentError):
 
 
 class RunError(ExperimentError):
-    """The run itself cannot start or go on: no place for its results, gradients that differ, a loss not finite."""
+    """The run cannot start or continue: no place for its results, gradients that differ, a loss that is not finite."""
 
 
 class WriteError(RunError):
-    """A file cannot be written; the message names it, and says what is left in its place."""
+    """A file cannot be written; the message names it and describes what is left in its place."""
 
 
 def explain(error: BaseException) -> str | None:
-    """Return what happened in one line, or None for a programming error, whose traceback is needed.
+    """Return a description of the error in one line, or None for a programming error, whose traceback is needed.
 
     Args:
         error: An exception that a script did not handle.
@@ -58,7 +58,7 @@ def explain(error: BaseException) -> str | None:
         package = (error.name or "").partition(".")[0]
         return _missing([package]) if package in EXTRAS else None
     if isinstance(error, OSError):
-        # Files are named where they are opened and written; only printing fills a disk without a name.
+        # Files are named where they are opened and written. Only printing can fill a disk without a file name.
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
         if error.filename is None and full:
             return f"standard output: must be writable, got {error.strerror}"
@@ -82,7 +82,7 @@ def check_packages(extra: str = "experiments") -> None:
 def _is_installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
-    except ValueError:  # sys.modules says that there is none
+    except ValueError:  # sys.modules marks the package as absent
         return False
 
 
@@ -96,9 +96,10 @@ def _joined(error: BaseException) -> str:
 
 
 def _platform_is_missing() -> bool:
-    """Whether jax, if it was imported, cannot start the platforms that it was asked for.
+    """Whether jax was imported and cannot initialize the requested platforms.
 
-    Tried again, because jax removes its own frames from tracebacks, and its message is not part of its interface.
+    It is initialized again here, because jax removes its own frames from tracebacks, and its message is not part of its
+    interface.
     """
     if "jax" not in sys.modules:
         return False
@@ -112,7 +113,7 @@ def _platform_is_missing() -> bool:
 
 
 def _no_platform(error: BaseException) -> str:
-    """Return which platform is missing, which ones there are, and how to choose."""
+    """Return a message with the missing platform, the available ones, and how to choose."""
     import jax
 
     asked = jax.config.values["jax_platforms"]
@@ -132,10 +133,10 @@ def _no_platform(error: BaseException) -> str:
 
 
 def one_line_for_scripts() -> None:
-    """In a process started as `python -m experiments.…`, end on an error that `explain` knows with its line alone.
+    """In a process started as `python -m experiments.…`, print errors that `explain` recognizes as one line only.
 
-    `cli.run` does that for what happens while a script runs. This is for what happens before: a package that is
-    missing while the script's modules are imported, or Ctrl-C.
+    `cli.run` does that for errors while a script runs. This hook is for earlier ones: a package that is missing while
+    the script's modules are imported, or Ctrl-C.
     """
     command = sys.orig_argv
     module = command[command.index("-m") + 1] if "-m" in command[:-1] else "experiments"

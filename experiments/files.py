@@ -1,4 +1,4 @@
-"""Files appear whole or not at all; what may be kept lies in one cache."""
+"""Atomic writing of files, and the location of the cache."""
 
 import itertools
 import os
@@ -14,10 +14,10 @@ CACHE_VARIABLE = "JAXCNN_CACHE"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`, which becomes `path` if the block ends well and vanishes if not.
+    """Yield a temporary name in the folder of `path`; it is renamed to `path` if the block succeeds, else deleted.
 
-    Beside, not in /tmp: a rename is atomic only within one file system. A reader (or a second writer) sees the old
-    file or the new one, never a part of either. An OSError in the block, such as that of a full disk, becomes a
+    The folder is the same because a rename is atomic only within one file system. A reader (or a second writer) sees
+    the old file or the new one, never a part of either. An OSError in the block, such as that of a full disk, becomes a
     WriteError that names `path`.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -38,9 +38,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def creating(path: Path) -> Iterator[Path]:
-    """Yield a temporary name, as `replacing` does, for a file that takes the place of no other.
+    """Yield a temporary name, as `replacing` does, for a file that does not overwrite another.
 
-    It becomes `path`, or path-2, path-3, … where another process was faster, which is then printed.
+    It becomes `path`, or path-2, path-3, … if another process has created that name first; the new name is then
+    printed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     free = path
@@ -61,7 +62,7 @@ def creating(path: Path) -> Iterator[Path]:
 
 
 def cache_dir(kind: str) -> Path:
-    """Return the folder of what is kept of a kind: in $JAXCNN_CACHE, else in the system's cache for jaxcnn."""
+    """Return the cache folder of one kind of file: in $JAXCNN_CACHE, else in the system's cache for jaxcnn."""
     import pooch
 
     return Path(os.environ.get(CACHE_VARIABLE) or pooch.os_cache("jaxcnn")) / kind

@@ -1,4 +1,4 @@
-"""Hand-written rules against autodiff, on the very net and batch that is about to be trained."""
+"""Compare hand-written rules with autodiff, on the net and the batch that are about to be trained."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,11 +18,11 @@ Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def compare(net: Serial, loss: Loss, params: Params, batch: Batch, key: jax.Array) -> dict[str, float]:
-    """Return for each parameter, by name, max|rule - autodiff| / max|autodiff| of the mean loss's gradient.
+    """Return max|rule - autodiff| / max|autodiff| of the mean loss's gradient for each parameter, by name.
 
-    Both are taken in training mode with the same dropout `key`. NaN where either gradient has one.
+    Both are computed in training mode with the same dropout `key`. NaN if either gradient has a NaN.
     """
-    # On CPU, the very arithmetic of training. Elsewhere float32 products are rounded for speed unless told not to be.
+    # On CPU, the same arithmetic as in training. Elsewhere float32 products are rounded by default.
     precision = None if jax.default_backend() == "cpu" else "highest"
 
     def gradient(backward: Any) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""The loop over epochs and steps: what it watches while it goes, and the three ways in which it ends."""
+"""The loop over epochs and steps, with its progress reports and its three kinds of end."""
 
 import dataclasses
 import math
@@ -28,10 +28,10 @@ LOOK_EVERY = 16
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How the loop ended, and what was learnt until then.
+    """How the loop ended, and the result up to that point.
 
-    `params` are the newest parameters that are known to be good, `step` says after how many steps. For "diverged",
-    `bad_step` is the first step whose loss was not finite (counted from 1), `bad_loss` that loss.
+    `params` are the newest parameters that are known to be good, after `step` steps. For "diverged", `bad_step` is the
+    first step whose loss was not finite (counted from 1), and `bad_loss` is that loss.
     """
 
     end: Literal["finished", "interrupted", "diverged"]
@@ -60,10 +60,11 @@ def fit(
     on_epoch: Callable[[list[Epoch], Params, int], None],
     describe: Callable[[Epoch], str],
 ) -> Outcome:
-    """Train for `count` epochs, or `max_steps` steps if that is less; `epochs(n)` gives the batches of epoch n ≥ 1.
+    """Train for `count` epochs, or `max_steps` steps if that is less; `epochs(n)` returns the batches of epoch n ≥ 1.
 
-    After each epoch, evaluates and calls `on_epoch(rows, params, steps)`. Ctrl-C ends the loop after the step in hand
-    (a second one at once); a loss that is not finite ends it at the next look. Neither raises: see Outcome.
+    After each epoch, it evaluates and calls `on_epoch(rows, params, steps)`. Ctrl-C ends the loop after the current
+    step (a second one ends it immediately). A loss that is not finite ends it at the next check. Neither raises: see
+    Outcome.
     """
     rows: list[Epoch] = []
     watch = _Watch(state.params, progress, batch_size)
@@ -95,7 +96,7 @@ def fit(
 
 
 class _Watch:
-    """Counts steps, gathers losses without making the device wait, and keeps the newest good parameters."""
+    """Counts steps, collects losses without blocking the device, and keeps the newest good parameters."""
 
     def __init__(self, params: Params, progress: Progress, batch_size: int) -> None:
         self.step = 0
@@ -117,13 +118,13 @@ class _Watch:
             self.look(state)
 
     def look(self, state: TrainState) -> None:
-        """Wait for the steps that are under way; raise _Diverged at the first whose loss is not finite."""
+        """Wait for the pending steps; raise _Diverged at the first whose loss is not finite."""
         if not self._waiting:
             return
         seen, self._waiting = jax.device_get(self._waiting), []
         losses = [float(metrics["loss"]) for metrics in seen]
         first = self.step - len(seen) + 1
-        # A finite loss at the first step after a copy vouches for that copy: the loss was computed with it.
+        # A finite loss at the first step after a copy shows that the copy is good: the loss was computed with it.
         if math.isfinite(losses[0]):
             self.good, self.good_step = self._next, self._next_step
         for number, loss in enumerate(losses, first):
@@ -154,7 +155,7 @@ class _Watch:
 
 
 def _copy(params: Params) -> Params:
-    # A step takes its state's memory over (donation): what is to outlive the next step must be copied.
+    # A step donates its state's buffers, so parameters that must outlive the next step are copied.
     return jax.tree.map(jnp.copy, params)
 
 
@@ -163,7 +164,7 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
     """Turn the first Ctrl-C into a flag, so that no step is cut in two; a second one interrupts as usual."""
     flag = threading.Event()
     before = signal.getsignal(signal.SIGINT)
-    # A process told to ignore Ctrl-C (nohup) goes on ignoring it; another thread than the main one gets no signals.
+    # A process that ignores Ctrl-C (nohup) continues to ignore it. Only the main thread receives signals.
     ours = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
 
     def first(signum: int, frame: FrameType | None) -> None:

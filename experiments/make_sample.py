@@ -1,10 +1,10 @@
-"""Make the embedded sample again from the full Fashion-MNIST, or check that it is what this script makes.
+"""Regenerate the embedded sample from the full Fashion-MNIST, or check that it is the output of this script.
 
-python -m experiments.make_sample            check; exit status 1 if the files differ
-python -m experiments.make_sample --write    write the files
+    python -m experiments.make_sample            check; exit status 1 if the files differ
+    python -m experiments.make_sample --write    write the files
 
-Source: the idx.gz files in experiments.data.SYSTEM_DIR (Debian: dataset-fashion-mnist). The bytes written depend on
-nothing else but the zlib that compresses them, so the check compares what is inside.
+Source: the idx.gz files in experiments.data.SYSTEM_DIR (Debian: dataset-fashion-mnist). Apart from them, the bytes
+depend only on the zlib that compresses them, so the check compares the decompressed contents.
 """
 
 import argparse
@@ -19,7 +19,7 @@ SIZES: dict[Part, int] = {"train_images": 10_000, "train_labels": 10_000, "test_
 
 
 def first(file: IdxFile, count: int) -> bytes:
-    """Return, as an idx file, the first `count` entries of `file` of the full set."""
+    """Return the first `count` items of `file` of the full set, as an idx file."""
     array = read_idx(SYSTEM_DIR / f"{file.name}.gz", file.kind)[:count]
     return idx_bytes(array)
 

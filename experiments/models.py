@@ -14,9 +14,9 @@ def lecture(classes: int) -> Serial:
 
 
 def mlp(classes: int) -> Serial:
-    """Return the net of the lecture's recap, §3: products instead of convolutions, sigmoids instead of ReLUs.
+    """Return the net of the lecture's recap, §3: matrix products instead of convolutions, sigmoids instead of ReLUs.
 
-    Its widths are LeNet-300-100's. LeCun et al. 1998.
+    Its widths are those of LeNet-300-100. LeCun et al. 1998.
     """
     return serial(Flatten(), Dense(300), Sigmoid(), Dense(100), Sigmoid(), Dense(classes))
 

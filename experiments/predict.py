@@ -1,4 +1,4 @@
-"""Show what a trained net says about chosen test images: python -m experiments.predict --help."""
+"""Print a trained net's predictions for chosen test images: python -m experiments.predict --help."""
 
 import dataclasses
 import sys
@@ -16,7 +16,7 @@ PROG = "python -m experiments.predict"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Load a run's weights and print, for each chosen test image, its label and what the net takes it for."""
+    """Load a run's weights and print, for each chosen test image, its label and the prediction."""
 
     run: Annotated[Path | None, arg(metavar="PATH")] = None
     """The run's folder; without it, the newest in runs/."""

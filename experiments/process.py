@@ -1,7 +1,7 @@
-"""What a script may set for its own process, before it imports jax: memory that stays, programs that are kept.
+"""Settings of a script's own process, applied before jax is imported: memory allocation and the compilation cache.
 
-XLA's CPU client asks for its buffers anew at each call, and glibc by default gives large ones back to the system when
-they are freed: every step then faults its temporaries in again, page by page.
+XLA's CPU client allocates its buffers at each call, and by default glibc returns large ones to the system when they are
+freed. Every step then takes page faults for its temporaries.
 """
 
 import ctypes
@@ -16,16 +16,16 @@ TUNED: Mapping[str, int] = {
     "MALLOC_MMAP_MAX_": 0,
     "MALLOC_TRIM_THRESHOLD_": 2**31 - 1,
     "MALLOC_TOP_PAD_": 2**28,
-    "MALLOC_ARENA_MAX": 1,  # the only one that grows beyond 64 MiB; XLA's own threads would have others
+    "MALLOC_ARENA_MAX": 1,  # one arena, the only one that can exceed 64 MiB; XLA's own threads would have others
 }
 """glibc's environment variables with which it keeps what is freed, for processes that are still to start."""
 
-# What mallopt(3) calls them.
+# The constants of mallopt(3).
 _PARAMETERS = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_TOP_PAD_": -2, "MALLOC_MMAP_MAX_": -4, "MALLOC_ARENA_MAX": -8}
 
 
 def keep_freed_memory() -> bool:
-    """Set `TUNED` in this process; return whether glibc is there and took it. Best before jax is imported."""
+    """Set `TUNED` in this process; return whether glibc is present and accepted it. Call it before jax is imported."""
     try:
         libc = ctypes.CDLL("libc.so.6")
         mallopt = libc.mallopt
@@ -36,9 +36,9 @@ def keep_freed_memory() -> bool:
 
 
 def keep_compiled_programs() -> Path:
-    """Keep what jax compiles, for the next process that runs the same program; return in which folder.
+    """Enable jax's persistent compilation cache, for the next process that runs the same program; return its folder.
 
-    That is $JAX_COMPILATION_CACHE_DIR if it is set, else one in the cache for jaxcnn.
+    It is $JAX_COMPILATION_CACHE_DIR if set, else a folder in the cache for jaxcnn.
     """
     import jax
 

@@ -1,4 +1,4 @@
-"""What a run shows while it goes: a banner, a line an epoch, and in between a bar, or plain lines where none fits."""
+"""The output of a run: a banner, one line per epoch, and a progress bar (plain lines without a terminal)."""
 
 import importlib.metadata
 import math
@@ -30,7 +30,7 @@ def versions() -> dict[str, str]:
 
 
 def describe_device() -> str:
-    """Return the device that is used, the first, e.g. "cpu (2 cores)"; where there are more, how many."""
+    """Return a description of the first device, e.g. "cpu (2 cores)", and the number of devices if there are more."""
     import jax
 
     devices = jax.devices()
@@ -65,13 +65,13 @@ def describe_epoch(row: Epoch, epochs: int) -> str:
 
 
 class Progress(Protocol):
-    """Where a running training tells how it stands."""
+    """Receives the state of a running training."""
 
     def update(self, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
-        """Show the state after `step` steps; call as often as convenient."""
+        """Show the state after `step` steps; call it as often as convenient."""
 
     def line(self, text: str) -> None:
-        """Write a line that stays."""
+        """Write a permanent line."""
 
 
 @contextmanager
@@ -86,15 +86,15 @@ def progress(total_steps: int, stream: TextIO | None = None) -> Iterator[Progres
 
 
 class PlainLines:
-    """Progress for logs and pipes: a line at most every PLAIN_INTERVAL seconds between the lines that stay."""
+    """Progress for logs and pipes: at most one line every PLAIN_INTERVAL seconds between the permanent lines."""
 
     def __init__(self, total_steps: int, stream: TextIO) -> None:
         self._total, self._stream = total_steps, stream
         self._last = time.monotonic()
-        self._first: tuple[int, float] | None = None  # the step and the time of the first update: before, jax compiles
+        self._first: tuple[int, float] | None = None  # step and time of the first update; jax compiles before it
 
     def update(self, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
-        """Write a line if the last one is long ago."""
+        """Write a line if PLAIN_INTERVAL seconds have passed since the last one."""
         now = time.monotonic()
         first_step, first = self._first = self._first or (step, now)
         if now - self._last >= PLAIN_INTERVAL and step < self._total:
@@ -107,7 +107,7 @@ class PlainLines:
             )
 
     def line(self, text: str) -> None:
-        """Write a line, now: a log that is read while it grows should not wait for a full buffer."""
+        """Write a line and flush it: a log that is read while it grows should not wait for a full buffer."""
         print(text, file=self._stream, flush=True)
         self._last = time.monotonic()
 
@@ -136,7 +136,7 @@ def _bar(total_steps: int, stream: TextIO) -> Iterator[Progress]:
         def line(self, text: str) -> None:
             display.console.print(text, markup=False, soft_wrap=True)
 
-    # Transient: the lines that stay tell it all once the bar is gone.
+    # Transient: the permanent lines hold all information once the bar is gone.
     with RichProgress(*columns, console=console, transient=True, expand=True) as display:
         task = display.add_task("", total=total_steps, state="")
         yield Bar()

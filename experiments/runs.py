@@ -1,4 +1,4 @@
-"""What a run leaves behind: a folder with config.json, metrics.csv, curves.png and weights.safetensors."""
+"""The folder that a run writes: config.json, metrics.csv, curves.png and weights.safetensors."""
 
 import contextlib
 import csv
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Epoch:
-    """One row of metrics.csv, in its order.
+    """One row of metrics.csv; the fields are its columns, in order.
 
-    Training loss and accuracy are means over the epoch's steps, with dropout on and parameters on the move; test
-    loss and accuracy are of all test examples at its end. `seconds` is of the training steps alone.
+    Training loss and accuracy are means over the epoch's steps, with dropout active and parameters changing. Test loss
+    and accuracy are of all test examples at the end of the epoch. `seconds` is the time of the training steps only.
     """
 
     epoch: int
@@ -43,10 +43,10 @@ CLAIM = ".in-use"
 
 
 def check_folder(out: Path | None) -> None:
-    """Raise RunError if no new folder can be made, before anything is read or computed. Nothing is made yet.
+    """Raise RunError if no new folder can be created, before anything is read or computed. Creates nothing.
 
     Args:
-        out: The folder that was asked for; None means one in runs/.
+        out: The requested folder; None means one in runs/.
     """
     asked = (Path("runs") if out is None else out).absolute()
     if out is not None and asked.is_dir() and any(asked.iterdir()):
@@ -61,18 +61,19 @@ def check_folder(out: Path | None) -> None:
 
 @contextlib.contextmanager
 def new_folder(out: Path | None, name: str, now: datetime | None = None) -> Iterator[Path]:
-    """Make a folder that belongs to one run alone, and yield its absolute path.
+    """Create a folder for exactly one run, and yield its absolute path.
 
-    It is made atomically, so that of two runs started in the same moment each gets its own. A folder that was made
-    here and is still empty when the block ends is removed again.
+    It is created atomically, so two runs that start at the same moment get different folders. A folder that was created
+    here and is still empty when the block ends is removed.
 
     Args:
-        out: The folder to make, or an empty one; None means runs/<time>-<name>, with -2, -3, … where that is taken.
-        name: What the run is of.
-        now: The time in the name; None means the present.
+        out: The folder to create, or an empty one; None means runs/<time>-<name>, with -2, -3, … if that exists.
+        name: The last part of the folder's name.
+        now: The time in the name; None means the current time.
 
     Raises:
-        RunError: No folder can be made, or `out` holds files or is another run's. A run never overwrites another.
+        RunError: No folder can be created, or `out` holds files or belongs to another run. A run never overwrites
+            another.
     """
     check_folder(out)
     if out is None:
@@ -92,12 +93,12 @@ def new_folder(out: Path | None, name: str, now: datetime | None = None) -> Iter
     finally:
         (folder / CLAIM).unlink(missing_ok=True)
         if made:
-            with contextlib.suppress(OSError):  # it holds what the run left
+            with contextlib.suppress(OSError):  # it holds the results of the run
                 folder.rmdir()
 
 
 def _claim(folder: Path, *, may_be_there: bool) -> Literal["made", "found", ""]:
-    """Make `folder`, or find it empty where it may be there, and mark it; "" means that it is another run's."""
+    """Create `folder`, or accept an empty one if `may_be_there`, and mark it; "" means that another run uses it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     how: Literal["made", "found"] = "made"
     try:
@@ -108,9 +109,12 @@ def _claim(folder: Path, *, may_be_there: bool) -> Literal["made", "found", ""]:
         how = "found"
     try:
         (folder / CLAIM).open("x").close()
-    except (FileExistsError, FileNotFoundError):  # another run came first, or has just removed what it did not need
+    except (
+        FileExistsError,
+        FileNotFoundError,
+    ):  # another run came first, or has just removed a folder that it did not need
         return ""
-    if [path.name for path in folder.iterdir()] != [CLAIM]:  # another run has ended since it was found empty
+    if [path.name for path in folder.iterdir()] != [CLAIM]:  # another run has ended since the folder was found empty
         (folder / CLAIM).unlink()
         return ""
     return how
@@ -118,31 +122,31 @@ def _claim(folder: Path, *, may_be_there: bool) -> Literal["made", "found", ""]:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run's folder. Each file appears whole or not at all, so what lies there is valid at any moment."""
+    """A run's folder. Files are written atomically, so its contents are valid at any time."""
 
     folder: Path
 
     @classmethod
     def start(cls, folder: Path, config: Mapping[str, Any]) -> "Run":
-        """Make `folder` and write `config` (anything that json knows, and paths) into it."""
+        """Create `folder` and write `config` (JSON values and paths) into it."""
         folder.mkdir(parents=True, exist_ok=True)
         run = cls(folder)
         run.describe(config)
         return run
 
     def describe(self, config: Mapping[str, Any]) -> None:
-        """Write `config` into config.json, in place of what stood there."""
+        """Write `config` into config.json, replacing its contents."""
         with replacing(self.folder / "config.json") as temporary:
             temporary.write_text(json.dumps(config, indent=2, default=str, ensure_ascii=False) + "\n", "utf-8")
 
     def kept(self) -> str:
-        """Return which weights lie in the folder, in a few words."""
+        """Return a short description of the weights in the folder."""
         step = checkpoints.metadata(self.weights).get("step")
         return "no weights were saved yet" if step is None else f"the weights after step {step} are in {self.weights}"
 
     @property
     def weights(self) -> Path:
-        """Where the weights lie."""
+        """The path of the weights file."""
         return self.folder / "weights.safetensors"
 
     def save(self, rows: Sequence[Epoch], params: checkpoints.Params, step: int) -> None:
@@ -151,11 +155,11 @@ class Run:
         with replacing(self.folder / "metrics.csv") as temporary, temporary.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(field.name for field in dataclasses.fields(Epoch))
-            # An epoch that was not evaluated has empty cells, which every reader of CSV takes for missing.
+            # An epoch that was not evaluated has empty cells, which every CSV reader treats as missing.
             writer.writerows([_cell(value) for value in dataclasses.astuple(row)] for row in rows)
 
     def plot(self, rows: Sequence[Epoch], title: str) -> None:
-        """Draw loss and accuracy over the epochs into curves.png; nothing is drawn where nothing was learnt."""
+        """Draw loss and accuracy over the epochs into curves.png; draw nothing if there are no epochs."""
         if rows:
             with replacing(self.folder / "curves.png") as temporary:
                 plot_curves(temporary, rows, title)
@@ -171,8 +175,8 @@ def plot_curves(path: Path, rows: Sequence[Epoch], title: str) -> None:
 
 
 def draw_curves(rows: Sequence[Epoch], title: str) -> "Figure":
-    """Return loss at the left, accuracy at the right; training dashed and grey, test solid; the key below both."""
-    # The object interface, not pyplot: no global state, no window, nothing to close.
+    """Return a figure: loss left, accuracy right; training dashed and gray, test solid; one legend."""
+    # The object interface instead of pyplot: no global state, no window, nothing to close.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -193,7 +197,7 @@ def draw_curves(rows: Sequence[Epoch], title: str) -> "Figure":
             axes.annotate(
                 f"{test[last]:.4f}",
                 (epochs[last], test[last]),
-                xytext=(0, 7 if test[last] > train[last] else -15),  # on the side where the other line is not
+                xytext=(0, 7 if test[last] > train[last] else -15),  # on the side opposite to the other line
                 textcoords="offset points",
                 ha="center",
                 color="tab:blue",

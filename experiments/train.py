@@ -15,7 +15,7 @@ from experiments.data import IN_FOLDERS, SOURCES, Batch, Dataset, batches, load,
 from experiments.errors import RunError, UsageError, WriteError, explain
 from experiments.runs import Epoch, Run, check_folder, new_folder
 
-if TYPE_CHECKING:  # jax takes a second to import, and --help needs none of it
+if TYPE_CHECKING:  # importing jax takes a second, and --help does not need it
     import optax
 
     from experiments.loop import Step
@@ -28,7 +28,7 @@ EVALUATION_BATCH = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Train a net on labelled images, its backward pass by the rules written out in jaxcnn.
+    """Train a net on labeled images, with the explicit backward rules of jaxcnn.
 
     The run's folder gets config.json, metrics.csv, curves.png and weights.safetensors.
     """
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(config: Config) -> int:
-    """Check everything, then train. Returns 0, or 130 after Ctrl-C; raises UsageError, DataError or RunError."""
+    """Validate the options, then train. Returns 0, or 130 after Ctrl-C; raises UsageError, DataError or RunError."""
     check(config)
     check_folder(config.out)
     dataset = load(config.data, config.data_dir)
@@ -97,16 +97,16 @@ def train(config: Config) -> int:
 def learn(
     config: Config, net: "Serial", dataset: Dataset, run: Run, steps: int, rate: float, known: Mapping[str, Any]
 ) -> int:
-    """Compile, train, and keep what is learnt.
+    """Compile, train, and save the results.
 
     Args:
         config: The options.
-        net: What learns.
-        dataset: What from.
-        run: Where the results go; its folder is there.
-        steps: How many steps in all.
+        net: The net to train.
+        dataset: The training and test images.
+        run: Destination of the results; its folder exists.
+        steps: Total number of steps.
         rate: The learning rate of the first step.
-        known: What config.json says from the start; how the run ended is added.
+        known: Initial contents of config.json; the way the run ended is added.
 
     Returns:
         0, or 130 after Ctrl-C.
@@ -155,7 +155,7 @@ def learn(
         run.describe({**known, "end": outcome.end, "steps": outcome.step})
         run.plot(outcome.rows, f"{config.model} on {config.data}, seed {config.seed}")
         print(summarise(outcome.rows, wall), f"results in {run.folder}", sep="\n", flush=True)
-    except KeyboardInterrupt:  # the second one, which does not wait for the step in hand
+    except KeyboardInterrupt:  # the second one, which does not wait for the current step
         print(f"{PROG}: interrupted; {run.kept()}", file=sys.stderr)
         return cli.INTERRUPTED
     except BrokenPipeError:
@@ -175,7 +175,7 @@ def learn(
 
 
 def check(config: Config) -> None:
-    """Raise UsageError for whatever can be known to be wrong before anything is read or made."""
+    """Raise UsageError for every error that can be detected before anything is read or created."""
     from experiments.models import MODELS
 
     cli.check_choice("--data", config.data, SOURCES)
@@ -223,7 +223,7 @@ def _fits(net: "Serial", shape: tuple[int, ...]) -> bool:
 
 
 def make_optimizer(name: str, rate: float, steps: int) -> "optax.GradientTransformation":
-    """Return the optimiser called `name`, one of LEARNING_RATES, whose rate falls to 0 within `steps`."""
+    """Return the optimizer called `name`, one of LEARNING_RATES, whose rate decreases to 0 within `steps`."""
     import optax
 
     schedule = optax.cosine_decay_schedule(rate, steps)
@@ -231,7 +231,7 @@ def make_optimizer(name: str, rate: float, steps: int) -> "optax.GradientTransfo
 
 
 def check_gradients(net: "Serial", state: "TrainState", batch: Batch) -> None:
-    """Print how far the rules are from autodiff, parameter by parameter; raise RunError if any is too far."""
+    """Print the difference between rules and autodiff for each parameter; raise RunError if any is too large."""
     import jaxcnn
     from experiments import gradients
 
@@ -248,7 +248,7 @@ def check_gradients(net: "Serial", state: "TrainState", batch: Batch) -> None:
 
 
 def compiled(jitted: "Step", state: "TrainState", batch: Batch) -> "Step":
-    """Compile a jitted step ahead of its first call, so that the time it takes is told apart from the training's."""
+    """Compile a jitted step ahead of its first call, so that compile time is reported separately from training time."""
     import jax
 
     print("compiling … ", end="", flush=True)
@@ -259,7 +259,7 @@ def compiled(jitted: "Step", state: "TrainState", batch: Batch) -> "Step":
 
 
 def record(config: Config, facts: dict[str, str], dataset: Dataset, rate: float) -> dict[str, Any]:
-    """Return what config.json holds: the options (`rate` filled in), and what else the result depends on."""
+    """Return the contents of config.json: the options (with `rate` filled in), data, device and versions."""
     return {
         **dataclasses.asdict(config),
         "learning_rate": rate,
@@ -272,7 +272,7 @@ def record(config: Config, facts: dict[str, str], dataset: Dataset, rate: float)
 
 
 def summarise(rows: Sequence[Epoch], wall: float) -> str:
-    """Return the end of the run in a line or two; `wall` is the seconds from first step to last evaluation."""
+    """Return a summary of the run in a line or two; `wall` is the seconds from first step to last evaluation."""
     if not rows:
         return "no epoch was finished"
     seconds = sum(row.seconds for row in rows)

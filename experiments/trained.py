@@ -1,4 +1,4 @@
-"""A trained net to look into: one that a run left behind, or one trained for the purpose."""
+"""A trained net to inspect: that of an earlier run, or one trained for the purpose."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ class Trained:
 
 
 def restore(folder: Path) -> Trained:
-    """Return what the run in `folder` left; raises CheckpointError or DataError."""
+    """Return the net of the run in `folder`; raises CheckpointError or DataError."""
     run = Run(folder)
     config = read_config(run)
     dataset = load(config["data"], Path(config["data_dir"]) if config["data_dir"] else None)
@@ -45,35 +45,35 @@ def restore(folder: Path) -> Trained:
 
 
 class Asked(Protocol):
-    """The options of a script that looks into a net: which run, or how to train one, and at which test images."""
+    """The options of a script that inspects a net: a run, or how to train one, and the test images."""
 
     @property
     def run(self) -> Path | None:
-        """The run's folder; None: the newest that is finished, or train."""
+        """The run's folder; None means the newest finished one, or train."""
 
     @property
     def fresh(self) -> bool:
-        """Train, even if there is a run."""
+        """Whether to train even if there is a run."""
 
     @property
     def images(self) -> tuple[int, ...]:
-        """Test images."""
+        """Numbers of the test images."""
 
     @property
     def model(self) -> str:
-        """The net to train."""
+        """Name of the net to train."""
 
     @property
     def epochs(self) -> int:
-        """Passes over the images."""
+        """Number of passes over the images."""
 
     @property
     def max_steps(self) -> int | None:
-        """Stop after so many steps."""
+        """Maximum number of steps."""
 
     @property
     def seed(self) -> int:
-        """Of the training."""
+        """The seed of the training."""
 
 
 TRAINING = ("model", "epochs", "max_steps")
@@ -81,18 +81,18 @@ TRAINING = ("model", "epochs", "max_steps")
 
 
 def prepare(asked: Asked, folder: Path) -> Trained:
-    """Return the net of a run, or train one, whose run is left in `folder`/run; print which.
+    """Return the net of a run, or train one in `folder`/run; print which.
 
-    The run is the one asked for, else the newest in runs/ that is finished. A net is trained if there is none, or if
-    an option asks for that.
+    The run is the requested one, else the newest finished one in runs/. A net is trained if there is none, or if an
+    option requests it.
 
     Args:
         asked: The options of the script.
         folder: The script's own folder.
 
     Raises:
-        UsageError: The options clash, or name images that are not there; nothing is trained then.
-        CheckpointError: The run's files are missing or do not go together.
+        UsageError: The options conflict, or name images that do not exist; nothing is trained then.
+        CheckpointError: The run's files are missing or do not match.
         DataError: The images of the run are missing.
         RunError: The training failed.
     """
@@ -117,7 +117,7 @@ def prepare(asked: Asked, folder: Path) -> Trained:
 
 
 def check_images(images: Sequence[int], dataset: Dataset) -> None:
-    """Raise UsageError for test images that are not there, or none at all."""
+    """Raise UsageError if there are no test images, or some do not exist."""
     if not images:
         raise UsageError("--images: expected at least one, got none")
     for n in images:
@@ -134,7 +134,7 @@ def newest(runs: Path = Path("runs")) -> Path:
 
 
 def newest_finished(runs: Path = Path("runs")) -> Path | None:
-    """Return the run in `runs` whose weights were written last, of those that ended as planned; None if none did."""
+    """Return the run in `runs` whose weights were written last among the finished runs; None if there is none."""
     for folder in by_age(runs):
         try:
             if read_config(Run(folder)).get("end") == "finished":
@@ -145,13 +145,13 @@ def newest_finished(runs: Path = Path("runs")) -> Path | None:
 
 
 def by_age(runs: Path) -> list[Path]:
-    """Return the runs in `runs`, and those that other scripts trained in their own folders there; the newest first."""
+    """Return the runs in `runs`, and those that other scripts trained in their own folders there, newest first."""
     weights = [path for pattern in ("*", "*/run") for path in runs.glob(f"{pattern}/weights.safetensors")]
     return [path.parent for path in sorted(weights, key=lambda path: path.stat().st_mtime, reverse=True)]
 
 
 def read_config(run: Run) -> dict[str, Any]:
-    """Return a run's config.json; raises CheckpointError if it is missing or not one that training wrote."""
+    """Return a run's config.json; raises CheckpointError if it is missing or was not written by training."""
     from experiments.models import MODELS
 
     path = run.folder / "config.json"

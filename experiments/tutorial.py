@@ -7,20 +7,20 @@
 # ---
 
 # %% [markdown]
-# # From a sliding patch to a trained net
+# # From a sliding kernel to a trained net
 #
-# For whoever has just read the lecture. Run it whole, `python -m experiments.tutorial`, or cell by cell in Jupyter. It
-# takes less than a minute on two cores and leaves its pictures in `runs/tutorial/`.
+# This tutorial assumes that you have read the lecture. Run it with `python -m experiments.tutorial`, or cell by cell in
+# Jupyter. It takes less than a minute on two cores and writes its figures to `runs/tutorial/`.
 #
-# 1. A patch slides over a picture, in loops.
-# 2. Pooling takes size away, *up* gives it back.
+# 1. A kernel (the lecture's *patch*) slides over an image, in loops.
+# 2. Pooling reduces the size, *up* restores it.
 # 3. δ of one hidden layer by hand, compared with `jax.grad`.
-# 4. A net learns.
+# 4. Training a net.
 # 5. δ in the trained net.
-# 6. Another rule in the place of one.
+# 6. Replacing a rule.
 
 # %%
-"""From a patch that slides by hand to a trained net, its δ, and a replaced rule; a py:percent notebook."""
+"""From a kernel slid by hand to a trained net, its δ, and a replaced rule; a py:percent notebook."""
 
 import itertools
 import os
@@ -36,7 +36,7 @@ import numpy as np
 import optax
 
 if "ipykernel" not in sys.modules:
-    matplotlib.use("Agg")  # a script writes its pictures, and needs no screen
+    matplotlib.use("Agg")  # a script writes its figures to files, and needs no display
 import matplotlib.pyplot as plt
 
 import jaxcnn
@@ -45,7 +45,7 @@ from experiments.files import replacing
 from jaxcnn import Conv, Dense, Flatten, MaxPool, Relu, Serial, TrainState, evaluate, make_train_step, serial
 from jaxcnn import softmax_cross_entropy_with_integer_labels as cross_entropy
 
-STEPS = int(os.environ.get("JAXCNN_TUTORIAL_STEPS", "300"))  # of training; fewer for a quick look
+STEPS = int(os.environ.get("JAXCNN_TUTORIAL_STEPS", "300"))  # training steps; use fewer for a short run
 OUT = Path("runs/tutorial")
 
 started = time.perf_counter()
@@ -54,37 +54,37 @@ data = load("fashion-mnist-sample")
 
 
 def difference(a: Any, b: Any) -> float:
-    """Return how far b is from a, relative to the length of a."""
+    """Return the distance between a and b, relative to the norm of a."""
     a, b = np.asarray(a, float), np.asarray(b, float)
     return float(np.linalg.norm(a - b) / np.linalg.norm(a))
 
 
 def cosine(a: Any, b: Any) -> float:
-    """Return the cosine of the angle between a and b: 1 same direction, 0 unrelated."""
+    """Return the cosine of the angle between a and b: 1 if parallel, 0 if orthogonal."""
     a, b = np.ravel(a), np.ravel(b)
     return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
 def key(figure: Any, axes: Any) -> None:
-    """Draw the key of the colors of signed maps at the right of `axes`; each map has its own scale."""
+    """Draw the color bar of signed maps at the right of `axes`; each map has its own scale."""
     colors = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(-1, 1), "RdBu_r")
     bar = figure.colorbar(colors, ax=axes, ticks=[-1, 0, 1], shrink=0.8, aspect=30)
     bar.ax.set_yticklabels(["−largest", "0", "+largest"])
 
 
 def save(figure: Any, name: str) -> None:
-    """Write a figure into `OUT`, whole or not at all."""
+    """Write a figure into `OUT` atomically."""
     with replacing(OUT / name) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
 
 
 # %% [markdown]
-# ## 1. A patch slides over a picture
+# ## 1. A kernel slides over an image
 #
-# The lecture's §11: put the patch on the picture, multiply entry by entry, add everything up: one number. Move on. A
-# patch of 5×5 fits into 28×28 at 24×24 places, so the result is a little smaller.
+# The lecture's §11: place the kernel on the image, multiply elementwise, and add up the products to one number. Then
+# move the kernel by one pixel. A 5×5 kernel fits into 28×28 at 24×24 positions, so the output is a little smaller.
 #
-# Our patch is dark on the left and light on the right: it answers to edges of that kind.
+# Our kernel is dark on the left and light on the right: it responds to edges of that kind.
 
 # %%
 x = data.test_images[0, :, :, 0].astype(np.float64)  # 28×28
@@ -106,17 +106,18 @@ print(f"1  {x.shape} picture, {w.shape} patch: {z.shape} result")
 
 
 # %% [markdown]
-# jaxcnn does the same for a batch of pictures with channels, `(N, H, W, C)`, and many patches, `(H, W, C, features)`.
+# jaxcnn does the same for a batch of images with channels, `(N, H, W, C)`, and a kernel with many output channels,
+# `(H, W, C, O)`.
 
 
 # %%
 def batch(picture: np.ndarray) -> jax.Array:
-    """Return (1, H, W, 1), the only picture of a batch."""
+    """Return the image as a batch of one, (1, H, W, 1)."""
     return jnp.asarray(picture[None, :, :, None], jnp.float32)
 
 
 def patches(patch: np.ndarray) -> jax.Array:
-    """Return (H, W, 1, 1), the only patch of a layer."""
+    """Return the kernel with one input and one output channel, (H, W, 1, 1)."""
     return jnp.asarray(patch[:, :, None, None], jnp.float32)
 
 
@@ -125,9 +126,9 @@ print(f"   jaxcnn.conv {conv_z.shape} differs from the loops by {difference(z, c
 assert difference(z, conv_z[0, :, :, 0]) < 1e-5
 
 # %% [markdown]
-# ## 2. ReLU, pooling, and the way up
+# ## 2. ReLU, pooling, and up
 #
-# ReLU keeps what is positive; max pooling keeps the largest entry of every 2×2 window. Together they are the lecture's
+# ReLU keeps positive values; max pooling keeps the largest element of every 2×2 window. Together they are the lecture's
 # hidden layer (§2). The sizes are those of §7: 24×24 becomes 12×12.
 
 # %%
@@ -135,15 +136,15 @@ a = jaxcnn.max_pool(jaxcnn.relu(conv_z), 2)
 print(f"2  pooling: {conv_z.shape[1:3]} → {a.shape[1:3]}")
 
 # %% [markdown]
-# On the way back δ has 12×12 entries and must become 24×24. §8 does it with the Kronecker product with ones, *up*:
+# In the backward pass δ is 12×12 and must become 24×24. §8 uses the Kronecker product with ones, *up*:
 
 # %%
 small = jnp.array([[1.0, 2.0], [3.0, 4.0]])
 print("   up:", jaxcnn.kron_up(small[None, :, :, None], 2)[0, :, :, 0].astype(int).tolist())
 
 # %% [markdown]
-# Up alone undoes *sum* pooling. Max pooling looked at one entry of each window only, the winner, so only the winner may
-# get the δ (erratum 3 in `docs/from-the-lecture.md`):
+# Up is the backward rule of *sum* pooling. The output of max pooling depends only on one element of each window, the
+# winner, so only the winner gets the δ (erratum 3 in `docs/from-the-lecture.md`):
 
 # %%
 numbers = np.array([[1, 5, 2, 0], [3, 4, 8, 1], [7, 2, 1, 1], [0, 6, 3, 9]], float)
@@ -153,18 +154,18 @@ print("   max: ", back(small[None, :, :, None])[0][0, :, :, 0].astype(int).tolis
 # %% [markdown]
 # ## 3. δ of one hidden layer, by hand
 #
-# Now a whole step back. Behind our hidden layer stands a second patch w₂, and an error that compares its result with a
-# target t:
+# Now a complete backward pass. Our hidden layer is followed by a second kernel w₂, and a loss that compares the output
+# with a target t:
 #
 #     x ──w──▸ z ──ReLU, pooling──▸ a ──w₂──▸ y         E = ½ Σ (y − t)²
 #     28      24                   12        8
 #
-# The error starts with δ_{l+1} = y − t. Then, from right to left:
+# The backward pass starts with δ_{l+1} = y − t. Then, from right to left:
 #
-# - *Through w₂.* y[o] saw the 5×5 entries a[o + k], each through w₂[k]. So δ_{l+1}[o] goes back to these entries,
-#   weighted by w₂[k]: every δ stamps the patch once.
+# - *Through w₂.* y[o] is a sum of the 5×5 elements a[o + k], each weighted by w₂[k]. So δ_{l+1}[o] goes back to these
+#   elements, weighted by w₂[k]: every δ adds a scaled copy of the kernel.
 # - *Through pooling.* Up, and only to the winner.
-# - *Through ReLU.* ∘ g′(z): nothing where z was not positive.
+# - *Through ReLU.* ∘ g′(z): zero where z was not positive.
 
 # %%
 draw = np.random.default_rng(0)
@@ -172,7 +173,7 @@ w2, t = draw.normal(size=(5, 5)) / 5, draw.normal(size=(8, 8))
 
 
 def stamp(delta: np.ndarray, patch: np.ndarray) -> np.ndarray:
-    """Return w ∗ δ: every δ[o] leaves δ[o]·w on the entries that y[o] saw."""
+    """Return w ∗ δ: every δ[o] adds δ[o]·w to the elements that y[o] depends on."""
     rows, columns = patch.shape
     spread = np.zeros((delta.shape[0] + rows - 1, delta.shape[1] + columns - 1))
     for i in range(delta.shape[0]):
@@ -182,7 +183,7 @@ def stamp(delta: np.ndarray, patch: np.ndarray) -> np.ndarray:
 
 
 def winners(picture: np.ndarray) -> np.ndarray:
-    """Return 1 for the first largest entry of each 2×2 window, else 0."""
+    """Return 1 for the first largest element of each 2×2 window, else 0."""
     mask = np.zeros(picture.shape)
     for i in range(0, picture.shape[0], 2):
         for j in range(0, picture.shape[1], 2):
@@ -197,15 +198,15 @@ delta_next = slide(a_by_hand, w2) - t  # δ_{l+1}, 8×8
 sent_back = stamp(delta_next, w2)  # w₂ ∗ δ_{l+1}, 12×12
 up = np.kron(sent_back, np.ones((2, 2)))  # 24×24
 delta_l = up * winners(g) * slope  # δ_l, 24×24
-grad_w = slide(x, delta_l)  # ∂E/∂w, 5×5: the picture against δ
+grad_w = slide(x, delta_l)  # ∂E/∂w, 5×5: correlation of the image with δ
 
 # %% [markdown]
-# And the same with jaxcnn and `jax.grad`, which knows nothing of this but the rules:
+# The same with jaxcnn and `jax.grad`, which applies the rules of the ops:
 
 
 # %%
 def error_from_z(z: jax.Array) -> jax.Array:
-    """Return E as a function of what comes before the ReLU."""
+    """Return E as a function of the input of the ReLU."""
     y = jaxcnn.conv(jaxcnn.max_pool(jaxcnn.relu(z), 2), patches(w2))
     return jnp.sum((y - batch(t)) ** 2) / 2
 
@@ -218,9 +219,9 @@ assert difference(true_delta, delta_l) < 1e-4
 assert difference(true_grad, grad_w) < 1e-4
 
 # %% [markdown]
-# Stamping the patch is the same as sliding it over δ (with 4 zeros all around), *if it is turned by 180°*: an entry was
-# seen through w₂[0, 0] by the window that begins at it, and through w₂[4, 4] by the one that ends at it. This is §15.
-# What if one forgets to turn it, or takes *up* without the winner?
+# Adding copies of the kernel is the same as sliding it over δ (with 4 zeros all around), *if it is rotated by 180°*: an
+# element is weighted by w₂[0, 0] in the window that begins at it, and by w₂[4, 4] in the window that ends at it. This
+# is §15. The next cell omits the flip, and then uses *up* without the winner:
 
 # %%
 padded = np.pad(delta_next, 4)
@@ -260,10 +261,10 @@ key(figure, axes)
 save(figure, "hidden-layer.png")
 
 # %% [markdown]
-# ## 4. A net learns
+# ## 4. Training a net
 #
-# Two such hidden layers and a dense one. `make_train_step` does what the lecture's §9 does by hand: errors forward, δ
-# and ∂E/∂w back through every rule, then an update, here Adam's.
+# The net has two such hidden layers and a dense one. `make_train_step` does what the lecture's §9 does by hand: the
+# loss in the forward pass, δ and ∂E/∂w in the backward pass through every rule, then an update, here by Adam.
 
 # %%
 net = serial(Conv(16, 5), Relu(), MaxPool(2), Conv(32, 5), Relu(), MaxPool(2), Flatten(), Dense(10))
@@ -289,11 +290,11 @@ print(f"   after {STEPS} steps {tested['accuracy']:.1%} of the {len(data.test_la
 # %% [markdown]
 # ## 5. δ in the trained net
 #
-# To see δ inside, cut the net in two: the layers before give the activations, the gradient of the layers behind is δ
-# there.
+# To get δ inside the net, split it in two: the first layers give the activations, and the gradient of the loss through
+# the remaining layers is δ at that point.
 #
-# At the output δ is p − onehot(label). So an image that the net is sure of, and right about, sends back almost nothing;
-# a mistake sends back much. The net learns from its mistakes.
+# At the output δ is p − onehot(label). So δ is almost zero for an image that is classified correctly with high
+# confidence, and large for a mistake. The net learns from its mistakes.
 
 # %%
 params = state.params
@@ -322,11 +323,11 @@ for layer, _ in reversed(net.layers):
     print(f"   {layer:<10}" + "".join(f"{np.linalg.norm(found[layer]):>14.2e}" for found in by_image.values()))
 
 # %% [markdown]
-# ## 6. Another rule
+# ## 6. Replacing a rule
 #
-# A rule is a value. Which pixels speak for a class? The gradient of the class's score answers, but noisily. Guided
-# backprop (Springenberg et al. 2015) replaces the rule of ReLU: δ passes only where it is positive itself. The forward
-# pass stays as it is.
+# A rule is a value. The gradient of a class's score shows which pixels are evidence for the class, but it is noisy.
+# Guided backprop (Springenberg et al. 2015) replaces the rule of ReLU: δ passes only where it is positive itself. The
+# forward pass does not change.
 
 
 # %%
@@ -337,7 +338,7 @@ def guided(call: jaxcnn.rules.Call, delta: jax.Array) -> tuple[jax.Array]:
 
 
 def score(images: jax.Array, rules: Any) -> jax.Array:
-    """Return the sum of the scores of the most likely class; every image's gradient is its own."""
+    """Return the sum over images of the most likely class's score; gradients of different images are independent."""
     return net.apply(params, images, rules=rules).max(1).sum()
 
 
@@ -365,5 +366,5 @@ save(figure, "maps.png")
 print(f"pictures in {OUT.absolute()}; {time.perf_counter() - started:.0f} s")
 
 # %% [markdown]
-# Where to go from here: the formulas in `docs/mathematics.md`, rules in `docs/rules.md`, every statement of the lecture
-# in `python -m experiments.lecture`, and a net trained in earnest in `python -m experiments.train`.
+# Next steps: the formulas in `docs/mathematics.md`, rules in `docs/rules.md`, every statement of the lecture with
+# `python -m experiments.lecture`, and a full training run with `python -m experiments.train`.

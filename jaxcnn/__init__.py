@@ -1,4 +1,4 @@
-"""JAX functions for convolutional networks whose backward pass is written out: the table of contents."""
+"""JAX functions for convolutional networks whose backward pass is written out: the public API."""
 
 from jaxcnn import rules as rules
 from jaxcnn.attribution import attribute as attribute

@@ -1,16 +1,16 @@
-"""Attribution: which pixels an output hangs on.  Rooms: imports `jaxcnn.net` and `jaxcnn.rules`.
+"""Attribution: which pixels an output depends on.
 
-`attribute` is the door; behind it stand one function for each method, and the composites: LRP's rules for a whole net,
-as mappings for ``rules=``.  All of them are pure functions of arrays, with the net and the options static:
+`attribute` is the entry point. Each method has its own function. The composites are LRP's rules for a whole net, as
+mappings for ``rules=``. All of them are pure functions of arrays, with the net and the options static:
 
     heat = jax.jit(lambda params, x, target: attribute(net, params, x, target, rules=epsilon_plus()))
 
-Everywhere x is ``(N, …)``, the net's outputs y are ``(N, classes)``, ``target`` is the class asked about, one int in
-``[0, classes)`` or one for each example, and the map is of x's shape.  Dropout is off.  The value of a traced target is
-not known while the function is traced: where it is out of range, the map of that example is NaN.
+Throughout, x is ``(N, …)`` and the net's outputs y are ``(N, classes)``. ``target`` is the class to explain: one int in
+``[0, classes)``, or one per example. The map has the shape of x. Dropout is inactive. The value of a traced target is
+unknown during tracing; if it is out of range, the map of that example is NaN.
 
-Layers that are not from this library are exact under the methods that need the gradient alone.  `deep_lift` and
-`relevance` need more: they refuse, by name, a layer that computes something outside of the ops that get the rule.
+Custom layers are exact under the methods that need only the gradient. `deep_lift` and `relevance` need more: they raise
+an error that names a layer that computes anything outside the ops that receive the rule.
 """
 
 import copy
@@ -80,23 +80,26 @@ def attribute(
     rules: Rules | None = None,
     **options: Any,
 ) -> Array:
-    """A map of what each pixel of ``x`` has to do with the output ``target``.
+    """Return a map of how much each pixel of ``x`` contributes to the output ``target``.
 
     Args:
         net: from `serial`.
-        params: its parameters.
+        params: the net's parameters.
         x: ``(N, …)``.
-        target: a class, or one for each example, ``(N,)``.
+        target: a class, or one per example, ``(N,)``.
         method: "gradient", "gradient_times_input", "integrated_gradients", "smooth_grad", "grad_cam", "occlusion",
-            "relevance" or "deep_lift": the function of this name in `jaxcnn.attribution`.  Without it "relevance" if
-            there are rules, else "gradient".
-        rules: other backward halves, as in `Serial.apply`; for "relevance" one of the composites, or your own.
-        options: of that function, such as ``layer=`` for "grad_cam".
+            "relevance" or "deep_lift": the function of this name in `jaxcnn.attribution`. None selects "relevance" if
+            there are rules, and "gradient" otherwise.
+        rules: replacement backward rules, as in `Serial.apply`; for "relevance", one of the composites or your own.
+        **options: keyword arguments of that function, such as ``layer=`` for "grad_cam".
 
-    Returns: an array of x's shape; "grad_cam" one number for each pixel of the layer, ``(N, *spatial)``.
+    Returns:
+        An array of x's shape; for "grad_cam" one number per pixel of the layer, ``(N, *spatial)``.
 
-    Raises: ValueError for a method, layer, target or shape that is not there; TypeError for dtypes, for options that
-        the method does not take, and for a missing option that it needs.
+    Raises:
+        ValueError: if the method, layer or target does not exist, or a shape does not fit.
+        TypeError: if an argument has the wrong type or dtype, an option is not one of the method's, or a required
+            option is missing.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -136,7 +139,19 @@ def _check_options(method: str, options: Mapping[str, Any]) -> None:
 
 @automatic_inside()
 def gradient(net: Serial, params: Params, x: ArrayLike, target: ArrayLike, *, rules: Rules | None = None) -> Array:
-    """∂y_target/∂x.  With ``rules={Relu: guided_relu}`` guided backprop, and so on: δ starts as 1.
+    """Return ∂y_target/∂x; δ starts as 1.
+
+    With ``rules={Relu: guided_relu}`` this is guided backprop, and so on.
+
+    Args:
+        net: from `serial`.
+        params: the net's parameters.
+        x: ``(N, …)``.
+        target: a class, or one per example.
+        rules: replacement backward rules, as in `Serial.apply`.
+
+    Returns:
+        An array of x's shape.
 
     Source: Simonyan et al. 2013.
     """
@@ -148,31 +163,48 @@ def gradient(net: Serial, params: Params, x: ArrayLike, target: ArrayLike, *, ru
 def gradient_times_input(
     net: Serial, params: Params, x: ArrayLike, target: ArrayLike, *, rules: Rules | None = None
 ) -> Array:
-    """``x ∘ ∂y_target/∂x``.  Source: Shrikumar et al. 2016."""
+    """Return ``x ∘ ∂y_target/∂x``.
+
+    Args:
+        net: from `serial`.
+        params: the net's parameters.
+        x: ``(N, …)``.
+        target: a class, or one per example.
+        rules: replacement backward rules, as in `Serial.apply`.
+
+    Returns:
+        An array of x's shape.
+
+    Source: Shrikumar et al. 2016.
+    """
     x = _examples(x)
     return x * _swept(net, params, x, _asked(net, params, x, target), rules)
 
 
 @automatic_inside()
 def relevance(net: Serial, params: Params, x: ArrayLike, target: ArrayLike, *, rules: Rules) -> Array:
-    """Layer-wise relevance propagation: δ starts as the output y_target itself, and rules hand it back to x.
+    """Run layer-wise relevance propagation: δ starts as the output y_target itself, and rules propagate it to x.
 
-    As zennit's ``Gradient(model, composite)(x, lambda y: y * one_hot)``.  Rules that conserve give a map whose sum is
-    y_target.
+    This corresponds to zennit's ``Gradient(model, composite)(x, lambda y: y * one_hot)``. Rules that conserve relevance
+    give a map whose sum is y_target.
 
     Args:
         net: from `serial`.
-        params: its parameters.
+        params: the net's parameters.
         x: ``(N, …)``.
-        target: a class, or one for each example.
-        rules: `epsilon_plus`, `epsilon_alpha2_beta1`, `epsilon_gamma_box`, or a mapping of your own.  Max pooling and
-            ReLU need no rule; a batch norm without one is folded into its neighbour first (`fold_batch_norm`), and
-            taken by `Epsilon` where it has none.
+        target: a class, or one per example.
+        rules: `epsilon_plus`, `epsilon_alpha2_beta1`, `epsilon_gamma_box`, or your own mapping. Max pooling and ReLU
+            need no rule. A batch norm without a rule is first folded into an adjacent layer (`fold_batch_norm`);
+            without such a layer, it uses `Epsilon`.
 
-    Raises: ValueError for other layers without a rule, whose gradient is no relevance, for rules that do not fit, for
-        batch norm without statistics, for a net inside the net with an ``apply`` of its own, and for a layer of your
-        own that lets something pass outside of the ops that get its rule; each names the layer.  TypeError without
-        rules.
+    Returns:
+        An array of x's shape.
+
+    Raises:
+        ValueError: if another layer has no rule, because its gradient is not a relevance; if a rule does not fit its
+            layer; if a batch norm has no statistics; if an inner net has its own ``apply``; or if a custom layer has a
+            path outside the ops that receive its rule. The message names the layer.
+        TypeError: if rules is None.
 
     Source: Bach et al. 2015.
     """
@@ -205,16 +237,19 @@ def integrated_gradients(
     steps: int = 50,
     rules: Rules | None = None,
 ) -> Array:
-    """``(x − x₀) ∘ ∫₀¹ ∂y_target/∂x (x₀ + t(x − x₀)) dt``, whose sum is y_target(x) − y_target(x₀).
+    """Return ``(x − x₀) ∘ ∫₀¹ ∂y_target/∂x (x₀ + t(x − x₀)) dt``, whose sum is y_target(x) − y_target(x₀).
 
     Args:
         net: from `serial`.
-        params: its parameters.
+        params: the net's parameters.
         x: ``(N, …)``.
-        target: a class, or one for each example.
+        target: a class, or one per example.
         baseline: x₀, of a shape that broadcasts to x's.
-        steps: points of the integral, by Gauss and Legendre (as in captum).
-        rules: other backward halves.
+        steps: number of quadrature points, by Gauss and Legendre (as in captum).
+        rules: replacement backward rules.
+
+    Returns:
+        An array of x's shape.
 
     Source: Sundararajan et al. 2017.
     """
@@ -244,17 +279,20 @@ def smooth_grad(
     noise: float = 0.15,
     rules: Rules | None = None,
 ) -> Array:
-    """The mean gradient at x + noise: ``1/n Σ ∂y_target/∂x (x + σξ)``, ξ normal, σ = noise·(max x − min x).
+    """Return the mean gradient at x + noise: ``1/n Σ ∂y_target/∂x (x + σξ)``, ξ normal, σ = noise·(max x − min x).
 
     Args:
         net: from `serial`.
-        params: its parameters.
+        params: the net's parameters.
         x: ``(N, …)``.
-        target: a class, or one for each example.
-        key: from `jax.random.key`; sample i draws with the ith of ``jax.random.split(key, samples)``.
-        samples: how many.
-        noise: σ as a part of the range of each example.
-        rules: other backward halves.
+        target: a class, or one per example.
+        key: from `jax.random.key`; sample i uses the i-th of ``jax.random.split(key, samples)``.
+        samples: number of samples.
+        noise: σ as a fraction of the range of each example.
+        rules: replacement backward rules.
+
+    Returns:
+        An array of x's shape.
 
     Source: Smilkov et al. 2017.
     """
@@ -286,16 +324,19 @@ def occlusion(
     stride: PerDim | None = None,
     value: float = 0.0,
 ) -> Array:
-    """How far y_target falls when a window of the picture is covered; a pixel gets the mean over its windows.
+    """Return the decrease of y_target when a window of the image is covered; a pixel gets the mean over its windows.
 
     Args:
         net: from `serial`.
-        params: its parameters.
-        x: pictures ``(N, *spatial, C)``.
-        target: a class, or one for each example.
-        window: entries that are covered at once, an int or one for each dim; the last one may reach past the border.
-        stride: how far it moves; default ``window``, and not more.
-        value: what it is covered with, in all channels.
+        params: the net's parameters.
+        x: images ``(N, *spatial, C)``.
+        target: a class, or one per example.
+        window: size of the covered window, an int or one per dim; the last window may extend beyond the border.
+        stride: step of the window, at most ``window``; defaults to ``window``.
+        value: value of the covered pixels, in all channels.
+
+    Returns:
+        An array of x's shape.
 
     Source: Zeiler & Fergus 2014.
     """
@@ -311,7 +352,7 @@ def occlusion(
     full = output(x)
 
     def add(total: Array, first: Array) -> tuple[Array, None]:
-        """The mask of one window is made from its place, so that one window is in memory at a time."""
+        """Add one window's result. Its mask is made from its position, so only one mask is in memory at a time."""
         hidden = _covered(win, first)
         fall = full - output(jnp.where(hidden, cover, x))
         return total + jnp.where(hidden, jnp.expand_dims(fall, range(1, x.ndim)).astype(total.dtype), 0), None
@@ -333,21 +374,23 @@ def grad_cam(
     relu: bool = True,
     rules: Rules | None = None,
 ) -> Array:
-    """Grad-CAM: ``max(Σ_c α_c a_c, 0)`` over the channels of a layer's output a, with α_c the mean of δ_c over space.
+    """Return the Grad-CAM ``max(Σ_c α_c a_c, 0)`` of a layer's output a, with α_c the mean of δ_c over space.
 
     Args:
         net: from `serial`.
-        params: its parameters.
+        params: the net's parameters.
         x: ``(N, …)``.
-        target: a class, or one for each example.
-        layer: its name, "conv2" or "residual1/conv2"; its output is pictures.  Most often the last such layer.
-        relu: whether what speaks against the class is left out, as in the paper.
-        rules: other backward halves for the layers after it.
+        target: a class, or one per example.
+        layer: name of a layer whose output is images, such as "conv2" or "residual1/conv2"; usually the last one.
+        relu: whether to drop negative evidence, as in the paper.
+        rules: replacement backward rules for the layers after it.
 
-    Returns: ``(N, *spatial)`` of that layer, to be scaled up to x's size.
+    Returns:
+        ``(N, *spatial)`` of that layer, to be scaled up to x's size.
 
-    Raises: ValueError for a layer that is not there, whose output is no image, or that `Serial.apply` does not run (a
-        net with an ``apply`` of its own may call it in another way).
+    Raises:
+        ValueError: if the layer does not exist, its output is not images, or `Serial.apply` does not run it (a net with
+            its own ``apply`` may call it in another way).
 
     Source: Selvaraju et al. 2017.
     """
@@ -391,19 +434,23 @@ def grad_cam(
 
 @automatic_inside()
 def deep_lift(net: Serial, params: Params, x: ArrayLike, target: ArrayLike, *, reference: ArrayLike = 0.0) -> Array:
-    """DeepLIFT with the rescale rule: ``(x − x₀) ∘ m``, whose sum is y_target(x) − y_target(x₀).
+    """Run DeepLIFT with the rescale rule: ``(x − x₀) ∘ m``, whose sum is y_target(x) − y_target(x₀).
 
-    m is δ by `jaxcnn.rules.rescale`, which looks at x and x₀ at once.
+    m is δ by `jaxcnn.rules.rescale`, which uses x and x₀ at once.
 
     Args:
         net: from `serial`.
-        params: its parameters.
+        params: the net's parameters.
         x: ``(N, …)``.
-        target: a class, or one for each example.
+        target: a class, or one per example.
         reference: x₀, of a shape that broadcasts to x's.
 
-    Raises: ValueError for an op that the rule does not fit, and for a layer of your own that is not linear outside of
-        the ops that get its rule; both name the layer.
+    Returns:
+        An array of x's shape.
+
+    Raises:
+        ValueError: if the rule does not fit an op, or if a custom layer is not linear outside the ops that receive its
+            rule. The message names the layer.
 
     Source: Shrikumar et al. 2017.
     """
@@ -439,15 +486,18 @@ METHODS: Mapping[str, Callable[..., Array]] = {
 
 
 def epsilon_plus(*, epsilon: float = 1e-6, stabilizer: float = 1e-6, zero_params: ZeroParams = ()) -> dict[Any, Rule]:
-    """z⁺ for convolutions, ε for dense layers, average pooling and sums; R passes activations.
+    """Return z⁺ for convolutions, and ε for dense layers, average pooling and sums; R passes activations unchanged.
 
-    As zennit's EpsilonPlus.  Convolutions of every kind; the sums are those of residual nets.  Max pooling keeps its
-    exact rule, R to the winner.
+    This corresponds to zennit's EpsilonPlus. z⁺ applies to all kinds of convolutions. The sums are those of residual
+    nets. Max pooling keeps its exact rule, R to the winner.
 
     Args:
         epsilon: ε of dense layers.
-        stabilizer: ε of every other fraction.
-        zero_params: parameters that the rules of convolutions and dense layers take to be 0, as in `Epsilon`.
+        stabilizer: ε of all other fractions.
+        zero_params: parameters that the rules of convolutions and dense layers treat as 0, as in `Epsilon`.
+
+    Returns:
+        A mapping for ``rules=``.
 
     Source: Montavon et al. 2019; Kohlbrenner et al. 2020.
     """
@@ -457,13 +507,16 @@ def epsilon_plus(*, epsilon: float = 1e-6, stabilizer: float = 1e-6, zero_params
 def epsilon_plus_flat(
     net: Serial, *, epsilon: float = 1e-6, stabilizer: float = 1e-6, zero_params: ZeroParams = ()
 ) -> dict[Any, Rule]:
-    """As `epsilon_plus`, with the flat rule for the first layer.  As zennit's EpsilonPlusFlat.
+    """Return `epsilon_plus` with the flat rule for the first layer, corresponding to zennit's EpsilonPlusFlat.
 
     Args:
-        net: names the first layer that is a convolution or dense.
+        net: the net, in which the first convolution or dense layer gets the flat rule.
         epsilon: ε of dense layers.
-        stabilizer: ε of every other fraction.
-        zero_params: as in `epsilon_plus`.
+        stabilizer: ε of all other fractions.
+        zero_params: parameters to treat as 0, as in `epsilon_plus`.
+
+    Returns:
+        A mapping for ``rules=``.
 
     Source: Lapuschkin et al. 2019.
     """
@@ -474,12 +527,15 @@ def epsilon_plus_flat(
 def epsilon_alpha2_beta1(
     *, epsilon: float = 1e-6, stabilizer: float = 1e-6, zero_params: ZeroParams = ()
 ) -> dict[Any, Rule]:
-    """As `epsilon_plus`, with αβ (α = 2, β = 1) for convolutions.  As zennit's EpsilonAlpha2Beta1.
+    """Return `epsilon_plus` with αβ (α = 2, β = 1) for convolutions, corresponding to zennit's EpsilonAlpha2Beta1.
 
     Args:
         epsilon: ε of dense layers.
-        stabilizer: ε of every other fraction.
-        zero_params: as in `epsilon_plus`.
+        stabilizer: ε of all other fractions.
+        zero_params: parameters to treat as 0, as in `epsilon_plus`.
+
+    Returns:
+        A mapping for ``rules=``.
     """
     return _composite(AlphaBeta(2.0, 1.0, stabilizer, zero_params), epsilon, stabilizer, zero_params)
 
@@ -487,13 +543,18 @@ def epsilon_alpha2_beta1(
 def epsilon_alpha2_beta1_flat(
     net: Serial, *, epsilon: float = 1e-6, stabilizer: float = 1e-6, zero_params: ZeroParams = ()
 ) -> dict[Any, Rule]:
-    """As `epsilon_alpha2_beta1`, with the flat rule for the first layer.  As zennit's EpsilonAlpha2Beta1Flat.
+    """Return `epsilon_alpha2_beta1` with the flat rule for the first layer.
+
+    This corresponds to zennit's EpsilonAlpha2Beta1Flat.
 
     Args:
-        net: names the first layer that is a convolution or dense.
+        net: the net, in which the first convolution or dense layer gets the flat rule.
         epsilon: ε of dense layers.
-        stabilizer: ε of every other fraction.
-        zero_params: as in `epsilon_plus`.
+        stabilizer: ε of all other fractions.
+        zero_params: parameters to treat as 0, as in `epsilon_plus`.
+
+    Returns:
+        A mapping for ``rules=``.
     """
     first = _first(net, (*_PATCHES, Dense), Flat(stabilizer, zero_params))
     return {**first, **epsilon_alpha2_beta1(epsilon=epsilon, stabilizer=stabilizer, zero_params=zero_params)}
@@ -509,31 +570,38 @@ def epsilon_gamma_box(
     stabilizer: float = 1e-6,
     zero_params: ZeroParams = (),
 ) -> dict[Any, Rule]:
-    """As `epsilon_plus`, with γ for convolutions and zᴮ for the first of them.  As zennit's EpsilonGammaBox.
+    """Return `epsilon_plus` with γ for convolutions and zᴮ for the first, corresponding to zennit's EpsilonGammaBox.
 
     Args:
-        net: names the first convolution.
-        low: the smallest value of a pixel after the scaling of the net's inputs, a number or one for each channel.
+        net: the net, in which the first convolution gets zᴮ.
+        low: the smallest value of a pixel after scaling of the net's inputs, a number or one per channel.
         high: the largest value of a pixel.
         epsilon: ε of dense layers.
         gamma: γ of the convolutions.
-        stabilizer: ε of every other fraction.
-        zero_params: as in `epsilon_plus`.
+        stabilizer: ε of all other fractions.
+        zero_params: parameters to treat as 0, as in `epsilon_plus`.
 
-    Raises: TypeError without bounds.
+    Returns:
+        A mapping for ``rules=``.
+
+    Raises:
+        TypeError: if low or high is missing.
     """
     first = _first(net, _PATCHES, ZBox(low, high, stabilizer, zero_params))
     return {**first, **_composite(Gamma(gamma, stabilizer, zero_params), epsilon, stabilizer, zero_params)}
 
 
 def excitation_backprop(*, stabilizer: float = 1e-6, zero_params: ZeroParams = ()) -> dict[Any, Rule]:
-    """z⁺ for convolutions and dense layers, ε for average pooling and sums; activations keep their exact rule.
+    """Return z⁺ for convolutions and dense layers, and ε for average pooling and sums; activations stay exact.
 
-    As zennit's ExcitationBackprop.
+    This corresponds to zennit's ExcitationBackprop.
 
     Args:
-        stabilizer: ε of every fraction.
-        zero_params: as in `epsilon_plus`.
+        stabilizer: ε of all fractions.
+        zero_params: parameters to treat as 0, as in `epsilon_plus`.
+
+    Returns:
+        A mapping for ``rules=``.
 
     Source: Zhang et al. 2016.
     """
@@ -556,23 +624,23 @@ def _sums(stabilizer: float) -> dict[Any, Rule]:
 
 
 def _each(kinds: tuple[type, ...], rule: Rule) -> dict[Any, Rule]:
-    """The rule for each of these layer types, which a net may lack."""
+    """Return the rule for each of these layer types, none of which a net has to contain."""
     return dict.fromkeys(map(IfThere, kinds), rule)
 
 
 def _first(net: Serial, kinds: tuple[type, ...], rule: Rule) -> dict[Any, Rule]:
-    """The rule under the name of the first layer of these kinds, if there is one."""
+    """Return the rule under the name of the first layer of these types, if there is one."""
     expect_net("attribute", net)
     return dict.fromkeys([name for name, layer in net.walk() if isinstance(layer, kinds)][:1], rule)
 
 
 def _exact(call: Call, delta: Any) -> tuple[Any, ...]:
-    """The exact rule, where a composite wants it."""
+    """Return the exact δ, for composites that select it explicitly."""
     return call.exact(delta)
 
 
 _PATCHES = (Conv, DepthwiseConv, ConvTranspose, HiddenLayer)
-#: Layers whose exact rule hands relevance on: to the winner, through an open ReLU, or all of it.
+#: Layers whose exact rule propagates relevance: to the winner, through an active ReLU, or all of it.
 _NEED_NO_RULE = (MaxPool, GlobalMaxPool, AdaptiveMaxPool, Relu, Flatten, Dropout)
 
 
@@ -589,7 +657,7 @@ def _check_all_have_rules(net: Serial, rules: Mapping[Any, Rule]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What they share
+# Shared parts
 
 
 def _swept(
@@ -600,7 +668,7 @@ def _swept(
     rules: Rules | None,
     start: Callable[[Array], Array] = jnp.ones_like,
 ) -> Array:
-    """The net's δ of x, for δ of the outputs: ``start(y)`` at the target, 0 elsewhere."""
+    """Return the net's δ of x, where δ of the outputs is ``start(y)`` at the target and 0 elsewhere."""
     rules = _with_names(net, rules)
     y, pull = jax.vjp(lambda x: _outputs(net, params, x, rules), x)
     return asked.marked(pull(asked.picked(start(y)))[0])
@@ -612,7 +680,7 @@ def _outputs(net: Serial, params: Params, x: Array, rules: Rules | None) -> Arra
 
 @dataclasses.dataclass(frozen=True)
 class _Named:
-    """A rule that puts the name of its layer in front of what it raises."""
+    """A rule that puts the name of its layer in front of its error messages."""
 
     rule: Rule
     name: str
@@ -626,7 +694,7 @@ class _Named:
 
 
 def _with_names(net: Serial, rules: Rules | None) -> Rules | None:
-    """The same rules, each with the name of its layer, which the backward sweep does not know."""
+    """Wrap each rule so that its errors name the layer, which is unknown in the backward pass."""
     if rules is None or rules is autodiff:
         return rules
     if not isinstance(rules, Mapping) and not callable(rules):
@@ -643,23 +711,21 @@ def _with_names(net: Serial, rules: Rules | None) -> Rules | None:
     found: dict[Any, Any] = {name: named(_rule_for(rules, name, layer), name) for name, layer in leaves.items()}
     sums = {type(layer): layer for layer in (net, *(layer for _, layer in net.walk())) if isinstance(layer, Residual)}
     # The first key that matches wins, so a subclass comes before its base class.
-    of_sums = {kind: named(_rule_of_sum(rules, sums[kind]), "Residual") for kind in sorted(sums, key=_depth)[::-1]}
-    return Checked(
-        {
-            **{(lambda at, _, name=name: at == name): rule for name, rule in found.items() if rule is not None},
-            **{kind: rule for kind, rule in of_sums.items() if rule is not None},
-        }
-    )
+    of_sums: dict[Any, Any] = {
+        kind: named(_rule_of_sum(rules, sums[kind]), "Residual") for kind in sorted(sums, key=_depth)[::-1]
+    }
+    of_layers: dict[Any, Any] = {(lambda at, _, name=name: at == name): rule for name, rule in found.items()}
+    return Checked({key: rule for key, rule in (of_layers | of_sums).items() if rule is not None})
 
 
 def _depth(kind: type) -> int:
-    """Number of classes that a class inherits from."""
+    """Return the number of classes that a class inherits from."""
     return len(kind.__mro__)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Asked:
-    """The classes asked about, checked against what the net returns."""
+    """The classes to explain, checked against the net's outputs."""
 
     #: ``()`` or ``(N,)``.
     target: Any
@@ -668,12 +734,12 @@ class _Asked:
     known: bool
 
     def picked(self, y: Array) -> Array:
-        """``(N, classes)``: y at the target, 0 elsewhere, whatever y is there."""
+        """Return ``(N, classes)``: y at the target and 0 elsewhere, whatever y is there."""
         target = jnp.expand_dims(jnp.broadcast_to(self.target, y.shape[:1]), 1)
         return jnp.where(target == jnp.arange(self.classes, dtype=target.dtype)[None], y, 0)
 
     def marked(self, heat: Array) -> Array:
-        """The map, NaN throughout for a target that is no class."""
+        """Return the map, with NaN throughout if the target is not a class."""
         if self.known:
             return heat
         valid = (self.target >= 0) & (self.target < self.classes)
@@ -681,7 +747,7 @@ class _Asked:
 
 
 def _asked(net: Serial, params: Params, x: Array, target: Any) -> _Asked:
-    """The target, checked before anything is computed."""
+    """Return the target, checked before anything is computed."""
     expect_net("attribute", net)
     return _checked_target(x, jax.eval_shape(lambda: net.apply(params, x)), target)
 
@@ -709,11 +775,11 @@ def _checked_target(x: Array, y: Any, target: Any) -> _Asked:
             _fail(f"target expected ints in [0, {classes}), got {values.tolist()}")
     elif values.dtype.itemsize >= 4:
         return _Asked(values, classes, known)
-    return _Asked(values.astype(np.int32), classes, known)  # a byte does not count beyond 255 classes
+    return _Asked(values.astype(np.int32), classes, known)  # a byte cannot represent more than 255 classes
 
 
 def _is_traced(value: Any) -> bool:
-    """Whether the value of an array, or of one in a list, is not known here: traced, or on another process."""
+    """Whether the value of an array, or of one in a list, is unknown here: traced, or on another process."""
     return any(
         isinstance(a, jax.core.Tracer) or (isinstance(a, jax.Array) and not a.is_fully_addressable)
         for a in jax.tree.leaves(value)
@@ -721,7 +787,7 @@ def _is_traced(value: Any) -> bool:
 
 
 def _values(target: Any) -> np.ndarray:
-    """What is known of a target stays known inside jit and scan, where ops of `jax.numpy` would be traced."""
+    """Return a concrete target, which stays known inside jit and scan; ops of `jax.numpy` would trace it."""
     try:
         return np.asarray(target)
     except (TypeError, ValueError):
@@ -729,16 +795,16 @@ def _values(target: Any) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Layers and nets that are not from this library
+# Custom layers and nets
 
 
 def _is_own(layer: Layer) -> bool:
-    """Whether its ``apply`` is not one of this library's."""
+    """Whether the layer's ``apply`` is not one of this library's."""
     return not str(getattr(type(layer).apply, "__module__", "")).startswith("jaxcnn.")
 
 
 def _check_relevance_of_own(net: Serial, params: Params, x: Array, rules: Mapping[Any, Rule]) -> None:
-    """ValueError for a layer through which relevance would pass by the gradient, in whole or in part."""
+    """Raise ValueError for a layer through which relevance would pass by the gradient, entirely or in part."""
     for name, layer in (("the net", net), *net.walk()):
         if isinstance(layer, Serial) and _is_own(layer):
             expected = "must be a net without an apply of its own, whose sums and products no rule would divide"
@@ -756,7 +822,7 @@ def _check_relevance_of_own(net: Serial, params: Params, x: Array, rules: Mappin
 
 
 def _check_rescale_of_own(net: Serial, params: Params, x: Array) -> None:
-    """ValueError for a layer whose slope, apart from the ops that get `rescale`, differs from point to point."""
+    """Raise ValueError for a layer whose slope, outside the ops that get `rescale`, is not constant."""
     rules = _with_names(net, _constant)
 
     def check(name: str, layer: Layer, own: Params, x: Array) -> None:
@@ -773,7 +839,7 @@ def _check_rescale_of_own(net: Serial, params: Params, x: Array) -> None:
 
 
 def _look_at_own(net: Serial, params: Params, x: Array, check: Callable[[str, Layer, Params, Array], None]) -> None:
-    """``check(name, layer, params, x)`` for each layer and net with an ``apply`` of its own; nothing is computed."""
+    """Run ``check(name, layer, params, x)`` for each custom layer and net, without computing anything."""
     if any(map(_is_own, (net, *(layer for _, layer in net.walk())))):
         jax.eval_shape(lambda: _watched(net, check).apply(params, x))
 
@@ -792,7 +858,7 @@ def _watched(layer: Layer, check: Callable[..., None], name: str = "") -> Layer:
 
 @dataclasses.dataclass(frozen=True)
 class _Watched(Layer):
-    """A layer, looked at before it is applied."""
+    """A layer that is checked before it is applied."""
 
     layer: Layer
     check: Callable[..., None]
@@ -804,12 +870,12 @@ class _Watched(Layer):
 
 
 def _pulled(f: Callable[[Array, Params], Array]) -> Callable[..., Array]:
-    """δ of x, as a function of x, of the parameters and of a factor of δ."""
+    """Return δ of x as a function of x, of the parameters and of a factor of δ."""
 
     def back(x: Array, params: Params, factor: Array) -> Array:
         y, pull = jax.vjp(lambda x: f(x, params), x)
         if not jnp.issubdtype(y.dtype, jnp.floating):
-            return x * factor  # no slope at all: it depends on everything
+            return x * factor  # there is no slope: depend on everything
         return pull(factor.astype(y.dtype) * jnp.ones_like(y))[0]
 
     return back
@@ -824,13 +890,13 @@ def _used(back: Callable[..., Array], x: Array, params: Params) -> tuple[bool, b
 
 
 def _stopped(call: Call, delta: Array) -> tuple[Any, ...]:
-    """A rule by which nothing reaches x; the other inputs get something, to be seen where they come from x."""
+    """Send nothing to x; other inputs get a value, which is detected if they depend on x."""
     summed = 2 if call.name == "add" else 1
     return tuple(None if i < summed else _spread(a, delta.sum()) for i, a in enumerate(call.inputs))
 
 
 def _constant(call: Call, delta: Array) -> tuple[Any, ...]:
-    """A rule that sends back a number that does not depend on x; other inputs get what does, to be seen."""
+    """Send a number that does not depend on x; other inputs get one that does, which is detected."""
     summed = 2 if call.name == "add" else 1
     return tuple(_spread(a, delta.sum()) if i < summed else a for i, a in enumerate(call.inputs))
 
@@ -847,7 +913,7 @@ def _examples(x: Any) -> Array:
 
 
 def _like(x: Array, name: str, value: Any) -> Array:
-    """A baseline in the shape and dtype of x."""
+    """Return a baseline in the shape and dtype of x."""
     a = array("attribute", name, value)
     if not jnp.issubdtype(a.dtype, jnp.floating) and not jnp.issubdtype(a.dtype, jnp.integer):
         raise TypeError(f"attribute: {name} must be real numbers, got {a.dtype}")
@@ -865,7 +931,7 @@ def _count(name: str, value: Any) -> int:
 
 
 def _covering(spatial: tuple[int, ...], size: PerDim, stride: PerDim | None) -> Window:
-    """Windows that reach every pixel."""
+    """Return windows that cover every pixel."""
     k = positive("attribute", "window", size, len(spatial))
     s = positive("attribute", "stride", k if stride is None else stride, len(spatial))
     if any(i > j for i, j in zip(s, k, strict=True)):
@@ -874,12 +940,12 @@ def _covering(spatial: tuple[int, ...], size: PerDim, stride: PerDim | None) -> 
 
 
 def _places(win: Window) -> np.ndarray:
-    """``(windows, dims)``: the first pixel of each window."""
+    """Return ``(windows, dims)``: the first pixel of each window."""
     return np.indices(win.out, np.int32).reshape(win.ndim, -1).T * np.asarray(win.stride, np.int32)
 
 
 def _covered(win: Window, first: Array) -> Array:
-    """``(1, *spatial, 1)``: the pixels of the window whose first pixel this is."""
+    """Return ``(1, *spatial, 1)``: a mask of the window whose first pixel is ``first``."""
     covered = jnp.ones((1,) * (win.ndim + 2), bool)
     for dim, (n, size) in enumerate(zip(win.shape, win.size, strict=True)):
         pixel = jnp.arange(n, dtype=first.dtype) - first[dim]
@@ -888,7 +954,7 @@ def _covered(win: Window, first: Array) -> Array:
 
 
 def _times_covered(win: Window) -> np.ndarray:
-    """``(*spatial, 1)``: how many windows hold each pixel."""
+    """Return ``(*spatial, 1)``: the number of windows that contain each pixel."""
     times = np.ones((), int)
     for n, size, stride, out in zip(win.shape, win.size, win.stride, win.out, strict=True):
         offset = np.arange(n) - np.arange(out)[:, None] * stride

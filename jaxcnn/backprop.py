@@ -1,7 +1,4 @@
-"""The δ sweep: the error, its gradients and, by name, every layer's activation and δ, in one forward and one backward.
-
-Rooms: imports `jaxcnn.net` and `jaxcnn.taps`.
-"""
+"""One forward and backward pass that returns the loss, its gradients, and every layer's activation and δ by name."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,10 +18,10 @@ from jaxcnn.taps import Collector, probe
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What a sweep finds.
+    """The result of a sweep.
 
-    The names are those of the taps: for a net the full names of its layers, as `Serial.walk` has them, those of nets
-    inside nets ("residual1") beside those of their layers ("residual1/conv2").  As in all trees of JAX they come in
+    The names are those of the taps. For a net they are the full names of its layers, as in `Serial.walk`: those of
+    inner nets ("residual1") as well as those of their layers ("residual1/conv2"). As in all JAX trees, they are in
     alphabetical order.
     """
 
@@ -32,9 +29,9 @@ class Sweep:
     error: Array
     #: ∂E/∂params, a tree like the parameters.
     gradients: Any
-    #: By name, δ = ∂E/∂(what came out there); an integer array has none.
+    #: δ = ∂E/∂(activation) by name; integer arrays have none.
     deltas: dict[str, Array]
-    #: By name, what came out there.
+    #: The activations by name.
     activations: dict[str, Array]
 
 
@@ -47,22 +44,28 @@ def backprop(
     key: Array | None = None,
     rules: Rules | None = None,
 ) -> Sweep:
-    """The error of a net, its gradients, and every layer's activation and δ by name.
+    """Return a net's loss, its gradients, and every layer's activation and δ by name.
 
-    δ = ∂E/∂(the layer's output).  The gradients are those of `jax.grad`; nothing is computed that it would not compute,
-    except that what it throws away is kept.  Under jit, return only what you need of the sweep: the rest is not made.
+    δ = ∂E/∂(the layer's output). The gradients are those of `jax.grad`. No extra computation is done; intermediate
+    values that `jax.grad` discards are kept. Under jit, return only the parts of the sweep that you need: XLA then
+    drops the rest. Errors of the net and of ``error`` propagate.
 
     Args:
         net: from `serial`.
-        params: as its `init` made them.
+        params: parameters as made by its `init`.
         x: a batch ``(N, …)``.
-        error: of the net's outputs; a scalar, or an array of which E is the mean, as `make_train_step` has it: for its
-            ``loss`` that is ``lambda outputs: loss(outputs, targets)``.  Each example's δ then has the factor 1/N.
-        key: from `jax.random.key`; its presence means training (dropout is on).
-        rules: other backward halves, as in `Serial.apply`: the sweep shows the δ that they send.
+        error: a function of the net's outputs that returns a scalar E, or an array whose mean is E. For a ``loss`` of
+            `make_train_step`, this is ``lambda outputs: loss(outputs, targets)``. Each example's δ then has the factor
+            1/N.
+        key: from `jax.random.key`; if given, the net is in training mode (dropout is active).
+        rules: replacement backward rules, as in `Serial.apply`; the sweep returns the δ that they produce.
 
-    Raises: what the net and the error raise; TypeError for what is no net or no function, and if ``error`` returns no
-    floating array; ValueError as in `tap`.
+    Returns:
+        A `Sweep`.
+
+    Raises:
+        TypeError: if net or error has the wrong type, or error does not return a floating-point array.
+        ValueError: as in `tap`.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -90,16 +93,20 @@ def backprop(
 
 
 def value_grad_and_deltas(fun: Callable[..., Any]) -> Callable[..., Sweep]:
-    """Like `jax.value_and_grad`, and with value and δ at every `tap` that ``fun`` passes.
+    """Return a function like `jax.value_and_grad` of ``fun`` that also returns the value and δ at every `tap` in it.
 
     Args:
-        fun: of parameters (any tree) and further arguments, to a scalar.  It is called twice: once to find the taps.
+        fun: a function of parameters (any tree) and further arguments that returns a scalar. It is called twice, the
+            first time to find the taps.
 
-    Returns: a function of the same arguments, to a `Sweep` whose gradients are with respect to the first.
+    Returns:
+        A function of the same arguments that returns a `Sweep`, whose gradients are with respect to the first argument.
+        It raises TypeError if ``fun`` does not return a floating-point scalar, and ValueError as in `tap`.
 
-    Raises: when it is called: TypeError if ``fun`` does not return a floating scalar, ValueError as in `tap`.
+    Raises:
+        TypeError: if fun is not callable.
 
-    A net and its input, δ of which is the saliency map:
+    Tapping the input of a net gives the saliency map:
 
     >>> import jax
     >>> import jax.numpy as jnp

@@ -1,11 +1,9 @@
-"""Second order: products of the curvature of an error with a vector, without the matrix.
+"""Products of a loss's curvature with a vector, without forming the matrix.
 
-H = ∂²E/∂p² has as many rows as there are parameters, so only H·v is ever wanted.  Forward mode does not go through a
-written rule, but rules are made of ops with rules of their own, so reverse mode runs over reverse mode:
+H = ∂²E/∂p² has one row per parameter, so only H·v is practical. Hand-written rules do not support forward mode, but
+they are built from ops that have rules themselves, so reverse-over-reverse works:
 
     H·v = Hᵀ·v, the reverse of p ↦ ∂E/∂p        J·v = (Jᵀ)ᵀ·v, the reverse of u ↦ Jᵀ·u
-
-Rooms: imports `jaxcnn.geometry` alone; the functions it is given are the caller's.
 """
 
 from collections.abc import Callable
@@ -19,20 +17,23 @@ from jaxcnn.geometry import fail
 
 
 def hvp(loss: Callable[[Any], Array], params: Any, v: Any) -> Any:
-    """``H·v``, the curvature of an error along v: reverse mode over reverse mode.
+    """Return ``H·v``, the Hessian of a loss applied to v, by reverse mode over reverse mode.
 
-    Costs about two gradients.  Exact also through max pooling and ReLU, where these have a curvature: they are linear
-    in pieces, and H is that of the piece.
+    This costs about two gradients. It is exact through max pooling and ReLU as well: both are piecewise linear, and H
+    is the Hessian of the active piece. Errors of ``loss`` propagate.
 
     Args:
         loss: params → a scalar E.
-        params: any tree of floating arrays.
+        params: any tree of floating-point arrays.
         v: a tree like ``params``.
 
-    Returns: a tree like ``params``.
+    Returns:
+        A tree like ``params``.
 
-    Raises: ValueError for a v that is not like ``params``; TypeError for a loss that is not a function or does not
-    return a floating scalar; what the loss raises.
+    Raises:
+        ValueError: if v is not a tree like ``params``.
+        TypeError: if loss is not callable or does not return a floating-point scalar, or params has leaves that are not
+            floating-point.
 
     Source: Pearlmutter 1994, "Fast exact multiplication by the Hessian", in reverse mode.
 
@@ -50,23 +51,25 @@ def hvp(loss: Callable[[Any], Array], params: Any, v: Any) -> Any:
 
 
 def gauss_newton_vp(model: Callable[[Any], Any], loss: Callable[[Any], Array], params: Any, v: Any) -> Any:
-    """``Jᵀ·H_y·J·v``: the curvature of E = loss(model(params)) that the error's own curvature makes, along v.
+    """Return ``Jᵀ·H_y·J·v``, the Gauss–Newton approximation to the Hessian of E = loss(model(params)), applied to v.
 
-    J = ∂y/∂p, H_y = ∂²E/∂y².  It is H without what the model's curvature adds: where the error is convex in y, as the
-    squared error and cross-entropy are, it is positive semi-definite, and with cross-entropy it is Fisher's matrix of
-    the outputs' distribution.  Costs about three gradients.
+    J = ∂y/∂p, H_y = ∂²E/∂y². This is H without the curvature of the model. If the loss is convex in y, as are squared
+    error and cross-entropy, it is positive semi-definite. For cross-entropy it is the Fisher matrix of the output
+    distribution. The cost is about three gradients. Errors of ``model`` and ``loss`` propagate.
 
     Args:
-        model: params → outputs y, any tree of floating arrays.
+        model: params → outputs y, any tree of floating-point arrays.
         loss: y → a scalar E.
-        params: any tree of floating arrays.
+        params: any tree of floating-point arrays.
         v: a tree like ``params``.
 
-    Returns: a tree like ``params``.
+    Returns:
+        A tree like ``params``.
 
-    Raises: ValueError for a v that is not like ``params``; TypeError for a model or loss that is not a function, a
-    model that does not return floating arrays, and a loss that does not return a floating scalar; what model and loss
-    raise.
+    Raises:
+        ValueError: if v is not a tree like ``params``.
+        TypeError: if model or loss is not callable, the model or params have leaves that are not floating-point, or the
+            loss does not return a floating-point scalar.
 
     Source: Schraudolph 2002, "Fast curvature matrix-vector products", with J·v by two reverse passes.
 
@@ -91,7 +94,7 @@ def gauss_newton_vp(model: Callable[[Any], Any], loss: Callable[[Any], Array], p
 
 
 def _like(op: str, params: Any, v: Any) -> Any:
-    """v, with the shapes and dtypes of ``params``."""
+    """Return v with the shapes and dtypes of ``params``."""
     expected, got = str(jax.tree.structure(params)), str(jax.tree.structure(v))
     if expected != got:
         fail(op, f"v expected a tree like params, {expected}, got {got}")

@@ -1,12 +1,10 @@
-"""Gradients of each example alone, from the (a, δ) of one sweep: a comes in at a layer, δ stands at what comes out.
+"""Per-example gradients from the (a, δ) of one sweep: a is a layer's input, δ the gradient at its output.
 
     conv     ∂E_n/∂w = a_n ⋆ δ_n        ∂E_n/∂b = Σ δ_n
     dense    ∂E_n/∂w = a_n ⊗ δ_n        ∂E_n/∂b = δ_n
 
-The batch's own rule is the same products, summed over n.  Nothing here is vectorised over copies of a patch, which is
-what makes `jax.vmap` of `jax.grad` slow: it turns a convolution into one with a group for each example.
-
-Rooms: imports `jaxcnn.backprop` and `jaxcnn.taps`, and for the products `jaxcnn.kernels`.
+The rule for the batch is the same products, summed over n. Nothing here is vectorized over copies of a kernel. That is
+what makes `jax.vmap` of `jax.grad` slow: it turns a convolution into one with a group per example.
 """
 
 import dataclasses
@@ -37,42 +35,53 @@ from jaxcnn.taps import idle
 
 
 class Loss(Protocol):
-    """Error of each example: (outputs, targets) → (N, …); what comes after N is averaged."""
+    """Loss of each example: (outputs, targets) → (N, …); all dims after N are averaged."""
 
     def __call__(self, outputs: Any, targets: Any, /) -> Array:
-        """``(N, …)``."""
+        """Return the losses ``(N, …)``.
+
+        Args:
+            outputs: outputs of the net, ``(N, …)``.
+            targets: targets, ``(N, …)``.
+
+        Returns:
+            The losses.
+        """
 
 
 @automatic_inside()
 def per_example_gradients(
     net: Serial, params: Params, x: ArrayLike, y: Any, loss: Loss, *, key: Array | None = None
 ) -> Params:
-    """The gradient of each example's error: a tree like ``params``, every array with a leading N.
+    """Return the gradient of each example's loss: a tree like ``params``, every array with a leading N.
 
-    These are the gradients of `jax.vmap` of `jax.grad`. One sweep over the batch and one matrix product per layer and
-    example make them.
+    These are the gradients of `jax.vmap` of `jax.grad`, computed by one sweep over the batch and one matrix product per
+    layer and example.
 
-    A layer of your own, or a net whose ``apply`` you override, is applied to each example alone, so the examples cannot
+    A custom layer, or a net with an overridden ``apply``, is applied to each example separately, so the examples cannot
     influence each other. Its gradients come from `jax.vjp` of its ``apply``, with a and δ of the whole layer.
 
-    Inside `jax.shard_map` each device returns the gradients of its own examples, also for parameters that all devices
-    share.
+    Inside `jax.shard_map` each device returns the gradients of its own examples, even for replicated parameters.
 
     Args:
-        net: from `serial`. Its layers must treat examples apart (batch norm does with statistics from `calibrate`).
-        params: as its `init` made them, in a dict or any other mapping. All are floating arrays.
+        net: from `serial`. Its layers must process examples independently (batch norm does, with statistics from
+            `calibrate`).
+        params: parameters as made by its `init`, in a dict or any other mapping. All are floating-point arrays.
         x: a batch ``(N, …)``.
         y: targets ``(N, …)``.
-        loss: as in `make_train_step`, an error for each example. It must treat examples apart; this is not checked.
-        key: from `jax.random.key`. If there is one, dropout is on, with one mask for each example. A layer of your own
-            without parameters gets the key folded with the number of the example.
+        loss: loss of each example, as in `make_train_step`. It must process examples independently; this is not
+            checked.
+        key: from `jax.random.key`. If given, dropout is active, with a separate mask per example. A custom layer
+            without parameters receives the key folded with the index of the example.
 
-    Returns: arrays ``(N, …)``, which `optax.contrib.differentially_private_aggregate` takes for updates. The gradient
-        of a parameter that no layer reads is 0, as in `jax.grad`.
+    Returns:
+        Arrays ``(N, …)``, which `optax.contrib.differentially_private_aggregate` accepts as updates. The gradient of a
+        parameter that no layer reads is 0, as in `jax.grad`.
 
-    Raises: ValueError for a loss that is not one error for each example, for norms that mix examples, and for layers
-        with parameters that are not of this package while there is a key; TypeError for parameters that are not
-        floating arrays; what net and loss raise.
+    Raises:
+        ValueError: if the loss does not return one value per example, if a norm mixes examples, or if a key is given
+            and a custom layer has parameters.
+        TypeError: if net or loss has the wrong type, or params contains anything other than floating-point arrays.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -92,12 +101,26 @@ def per_example_gradients(
 def per_example_norms(
     net: Serial, params: Params, x: ArrayLike, y: Any, loss: Loss, *, key: Array | None = None
 ) -> Array:
-    """``(N,)``: the norm of each example's gradient, over all parameters.
+    """Return ``(N,)`` norms of each example's gradient, over all parameters.
 
-    A layer's gradients are not made where their norms can be had for less: ‖∂E_n/∂w‖² = Σ_{o, o'} ⟨P[o], P[o']⟩·
-    ⟨δ[o], δ[o']⟩ with P the patches at places o; for a dense layer ‖a_n‖²·‖δ_n‖².  Which, the static shapes decide.
+    Per-example gradients are not materialized where their norms are cheaper to compute directly: ‖∂E_n/∂w‖² = Σ_{o, o'}
+    ⟨P[o], P[o']⟩·⟨δ[o], δ[o']⟩ with P the image patches at positions o, and ‖a_n‖²·‖δ_n‖² for a dense layer. The choice
+    depends only on static shapes.
 
-    Args: as in `per_example_gradients`.  Raises: as `per_example_gradients`.
+    Args:
+        net: from `serial`. Its layers must process examples independently.
+        params: parameters as made by its `init`, in a dict or any other mapping.
+        x: a batch ``(N, …)``.
+        y: targets ``(N, …)``.
+        loss: loss of each example, as in `make_train_step`.
+        key: from `jax.random.key`; if given, dropout is active.
+
+    Returns:
+        An array ``(N,)``.
+
+    Raises:
+        ValueError: as in `per_example_gradients`.
+        TypeError: as in `per_example_gradients`.
 
     Source: Goodfellow 2015 for dense layers; Rochette et al. 2019 and Bu et al. 2022 for convolutions.
 
@@ -117,28 +140,32 @@ def per_example_norms(
 def clipped_gradient(
     net: Serial, params: Params, x: ArrayLike, y: Any, loss: Loss, max_norm: ArrayLike, *, key: Array | None = None
 ) -> Params:
-    """The sum of all examples' gradients, each clipped: ``Σ_n g_n · min(1, max_norm / ‖g_n‖)``.
+    """Return the sum of all examples' gradients, each clipped: ``Σ_n g_n · min(1, max_norm / ‖g_n‖)``.
 
-    For private training, without g_n: what is clipped is δ_n, of which g_n is a linear function, and the batch's own
-    products sum up.  Costs an ordinary gradient and `per_example_norms`.  Divide by N for a mean; add noise before.
+    For differentially private training, without materializing g_n: g_n is linear in δ_n, so each δ_n is scaled instead
+    and the ordinary batch gradient gives the sum. The cost is an ordinary gradient plus `per_example_norms`. Divide by
+    N for a mean; add noise before that.
 
-    Inside `jax.shard_map` each device returns the sum over its own examples, also for parameters that all devices
-    share. `jax.lax.psum` of the result is the sum over all examples.
+    Inside `jax.shard_map` each device returns the sum over its own examples, even for replicated parameters.
+    `jax.lax.psum` of the result is the sum over all examples.
 
     Args:
-        net: as in `per_example_gradients`.
-        params: as in `per_example_gradients`.
-        x: as in `per_example_gradients`.
-        y: as in `per_example_gradients`.
-        loss: as in `per_example_gradients`.
-        max_norm: above 0; over all parameters together.
-        key: as in `per_example_gradients`.
+        net: from `serial`. Its layers must process examples independently.
+        params: parameters as made by its `init`, in a dict or any other mapping.
+        x: a batch ``(N, …)``.
+        y: targets ``(N, …)``.
+        loss: loss of each example, as in `make_train_step`.
+        max_norm: maximum norm of an example's gradient over all parameters together, above 0.
+        key: from `jax.random.key`; if given, dropout is active.
 
-    Returns: a tree like ``params``.
+    Returns:
+        A tree like ``params``.
 
-    Raises: as `per_example_gradients`; ValueError for a max_norm that is not above 0.
+    Raises:
+        ValueError: if max_norm is not above 0, or as in `per_example_gradients`.
+        TypeError: as in `per_example_gradients`.
 
-    Source: Abadi et al. 2016, alg. 1; Bu et al. 2023 ("book-keeping") for the way.
+    Source: Abadi et al. 2016, alg. 1; Bu et al. 2023 ("book-keeping") for the method.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -158,15 +185,15 @@ def clipped_gradient(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which parameters each layer reads
+# The parameters that each layer reads
 
 
 @dataclasses.dataclass(frozen=True)
 class _Alone(Layer):
-    """Another layer, applied to each example alone.
+    """A layer, applied to each example separately.
 
-    Whatever that layer computes, no example can influence the output of another, so δ at the output belongs to the
-    examples one by one, and the gradients are those of `jax.vmap` of `jax.grad` by construction.
+    Whatever that layer computes, no example can influence the output of another. So δ at the output belongs to single
+    examples, and the gradients are those of `jax.vmap` of `jax.grad` by construction.
     """
 
     layer: Layer
@@ -174,7 +201,7 @@ class _Alone(Layer):
     path: str | None
 
     def apply(self, params: Any, x: Any, *, key: Array | None = None, rule: Rule | None = None) -> Any:
-        """The outputs for a batch; with a key, example n gets that key folded with n."""
+        """Return the outputs for a batch; with a key, example n gets that key folded with n."""
         n = jax.tree.leaves(x)[0].shape[0]
         keys = None if key is None else jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(n))
 
@@ -184,7 +211,7 @@ class _Alone(Layer):
         return _on_devices(each, x, params, keys)
 
     def one(self, x: Any, params: Any, key: Array | None = None) -> Any:
-        """The output for one example, without the batch dim."""
+        """Return the output for one example, without the batch dim."""
         options: dict[str, Any] = {}
         if self.path is not None:
             options = {"rules": None, "path": f"{self.path}/"} if isinstance(self.layer, Serial) else {"rule": None}
@@ -200,23 +227,23 @@ class _Alone(Layer):
 
 
 def _applies_as(layer: Layer, *kinds: type[Layer]) -> bool:
-    """Whether ``apply`` is exactly that of one of these types: overridden by no subclass and by no attribute."""
+    """Whether ``apply`` is exactly that of one of these types, overridden by neither a subclass nor an attribute."""
     return "apply" not in vars(layer) and type(layer).apply in [kind.apply for kind in kinds]
 
 
 def _product_of(layer: Layer) -> bool:
-    """Whether gradients of single examples are products written in this file."""
+    """Whether the layer's per-example gradients are products implemented in this file."""
     kinds = (layers.Conv, layers.DepthwiseConv, layers.ConvTranspose, layers.HiddenLayer, layers.Dense)
     return _applies_as(layer, *kinds) and getattr(layer, "dimension_numbers", None) is None
 
 
 def _known_apart(layer: Layer) -> bool:
-    """Whether the layer is of this package as it is; these treat examples apart, or `_meet` refuses them."""
+    """Whether this is an unmodified layer of this package; `_meet` rejects those that mix examples."""
     return _product_of(layer) or (type(layer).__module__ == layers.__name__ and "apply" not in vars(layer))
 
 
 def _apart(net: Serial, path: str = "") -> Serial:
-    """A net of the same layers and names, in which other people's layers are applied to each example alone."""
+    """Return a net with the same layers and names in which custom layers are applied to each example separately."""
 
     def part(name: str, layer: Layer) -> Layer:
         if in_a_row(layer):
@@ -228,7 +255,7 @@ def _apart(net: Serial, path: str = "") -> Serial:
 
 
 def _walk(net: Serial, params: Any, path: str = "", before: str = "") -> Iterator[tuple[str, Layer, Any, str]]:
-    """(full name, layer, its parameters, name of what its input comes out of) for each layer that is no net in a row.
+    """Yield (full name, layer, its parameters, name of its input) for each layer that is not a `Serial`.
 
     The input of the outermost net has the name "".
     """
@@ -242,7 +269,7 @@ def _walk(net: Serial, params: Any, path: str = "", before: str = "") -> Iterato
 
 
 def _read(net: Serial, params: Any) -> dict[str, Any]:
-    """For each layer, by full name, the tree of parameters that its ``apply`` reads."""
+    """Return, by full name, the tree of parameters that each layer's ``apply`` reads."""
 
     def of(layer: Layer, own: Any) -> Any:
         if _product_of(layer):
@@ -253,10 +280,10 @@ def _read(net: Serial, params: Any) -> dict[str, Any]:
 
 
 def _places(net: Serial, params: Any) -> dict[str, list[int]] | None:
-    """By layer, for each leaf of what it reads, its number among the leaves of ``params``.
+    """Return, by layer, the index among the leaves of ``params`` for each leaf that it reads.
 
-    None if a layer reads anything but leaves of ``params``, or if two read the same leaf: a mapping of one's own may
-    do so.  Then no layer's gradient alone is that of a parameter.
+    The result is None if a layer reads anything but leaves of ``params``, or if two layers read the same leaf; a custom
+    mapping may do so. Then the gradient at one layer is not the gradient of a parameter.
     """
     traced, read = jax.make_jaxpr(functools.partial(_read, net), return_shape=True)(params)
     number = {id(variable): i for i, variable in enumerate(traced.jaxpr.invars)}
@@ -268,7 +295,7 @@ def _places(net: Serial, params: Any) -> dict[str, list[int]] | None:
 
 
 def _arrays(op: str, params: Any) -> Any:
-    """The parameters as a tree of arrays; a mapping that JAX does not know as a tree becomes a dict."""
+    """Return the parameters as a tree of arrays; a mapping that is not a JAX pytree becomes a dict."""
 
     def part(path: Any, value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -283,7 +310,7 @@ def _arrays(op: str, params: Any) -> Any:
 
 
 def _get(params: Any, name: str) -> Any:
-    """The parameters of the layer that has this full name; ``{}`` if there are none."""
+    """Return the parameters of the layer with this full name, or ``{}`` if there are none."""
     for part in name.split("/"):
         params = params.get(part, {}) if isinstance(params, Mapping) else {}
     return params
@@ -294,10 +321,10 @@ def _calibrated(own: Any) -> bool:
 
 
 def _on_devices(f: Callable[..., Any], *trees: Any) -> Any:
-    """``f(*trees)``, also of arrays that are split over devices; the first tree says how.
+    """Return ``f(*trees)``, even for arrays that are sharded over devices; the first tree determines the sharding.
 
-    Inside `jax.shard_map`, arrays that all devices share are marked as varying before ``f`` sees them: a derivative
-    with respect to a shared array would be a sum over devices, and hold other devices' examples.
+    Inside `jax.shard_map`, replicated arrays are marked as varying before ``f`` receives them: a derivative with
+    respect to a replicated array would be a sum over devices, including other devices' examples.
     """
     leaves, tree = jax.tree.flatten(trees)
     return on_any_mesh(lambda _, *leaves: f(*jax.tree.unflatten(tree, leaves)), None, *varying_alike(tuple(leaves)))
@@ -311,18 +338,18 @@ class _Met(Protocol):
     """a and δ at one layer."""
 
     def each(self) -> Any:
-        """For each parameter that the layer reads the gradients, ``(N, …)``."""
+        """Return the gradients ``(N, …)`` of each parameter that the layer reads."""
 
     def squares(self) -> Array:
-        """``(N,)``: their squared norms, over all parameters of the layer."""
+        """Return ``(N,)`` squared norms of the gradients, over all parameters of the layer."""
 
     def summed(self, factors: Array) -> Any:
-        """For each parameter Σ_n factor_n · gradient_n."""
+        """Return Σ_n factor_n · gradient_n for each parameter."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Patches:
-    """A convolution: inputs x, and δ at its output before anything else; of a transposed one, δ and x."""
+    """A convolution: its inputs x, and δ at its output before further ops. For a transposed one, δ and x swap roles."""
 
     own: Params
     c: Correlation
@@ -348,7 +375,7 @@ class _Patches:
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """A dense layer: rows x and δ, ``(N, places, …)``."""
+    """A dense layer: rows x and δ, ``(N, positions, …)``."""
 
     own: Params
     x: Array
@@ -369,7 +396,7 @@ class _Rows:
 
 @dataclasses.dataclass(frozen=True)
 class _Other:
-    """Any other layer, whose gradients come from its own rule for each example alone."""
+    """Any other layer; its gradients come from its own rule, for each example separately."""
 
     gradients: Any
 
@@ -396,21 +423,21 @@ def _other(layer: Layer, own: Any, x: Any, delta: Any) -> _Other:
 
 
 class _Meeting(NamedTuple):
-    """All layers with parameters."""
+    """The input/δ pairs of all layers with parameters."""
 
     met: dict[str, _Met]
-    #: By layer, the numbers of its parameters among the leaves of ``params``.
+    #: By layer, the indices of its parameters among the leaves of ``params``.
     places: dict[str, list[int]]
     params: Any
     norms_like: Array
 
     def norms(self) -> Array:
-        """``(N,)``."""
+        """Return ``(N,)`` gradient norms over all layers."""
         squares = [m.squares() for m in self.met.values()]
         return jnp.sqrt(functools.reduce(operator.add, squares)) if squares else self.norms_like
 
     def tree(self, found: Mapping[str, Any], batch: tuple[int, ...]) -> Any:
-        """A tree like ``params`` of what was found by layer; a leaf that no layer reads has a gradient of 0."""
+        """Return a tree like ``params`` from results by layer; a leaf that no layer reads has a gradient of 0."""
         of_leaf = {
             number: gradient
             for name, of_layer in found.items()
@@ -428,7 +455,7 @@ class _Meeting(NamedTuple):
 
 
 def _meet(op: str, net: Serial, params: Any, x: Any, y: Any, loss: Loss, key: Array | None) -> _Meeting:
-    """Pair a and δ of all layers with parameters, where E is the sum of the examples' errors."""
+    """Pair a and δ of all layers with parameters, where E is the sum of the examples' losses."""
     expect_net(op, net)
     expect_loss(op, loss)
     params = _arrays(op, params)
@@ -489,9 +516,9 @@ def _meet(op: str, net: Serial, params: Any, x: Any, y: Any, loss: Loss, key: Ar
 
 
 def _batch(op: str, x: Any, others: Any) -> Any:
-    """One array, or a tree of arrays that each have a leading N, marked as varying over all devices that ``others`` do.
+    """Return x as an array, or a tree of arrays with a leading N, marked as varying over the devices of ``others``.
 
-    Without that mark, δ of an x that devices share would be a sum over devices.
+    Without that mark, δ of a replicated x would be a sum over devices.
     """
     given = jax.tree.leaves(x)
     x = jax.tree.map(jnp.asarray, x) if given and all(map(jnp.ndim, given)) else array(op, "x", x)
@@ -522,7 +549,7 @@ def _met(layer: Layer, own: Any, x: Array, delta: Array) -> _Met:
             win = pooling.pool_window(
                 "hidden_layer", c.window.out, known.window, known.pool_stride, known.pool_padding, 1, False, "pool_"
             )
-            # As in the forward half; one program computes it once.
+            # The same as in the forward pass; within one program it is computed once.
             _, passed = on_any_mesh(hidden._hidden_with_code, hidden.Hidden(c, win), x, own["w"], own["b"])
             return _Patches(own, c, x, on_any_mesh(pooling.place, win, delta, passed))
         case layers.Dense():
@@ -537,7 +564,7 @@ def _correlation(layer: Any, x: Array, w: Array, groups: int) -> tuple[Array, Co
 
 
 def _transposed(layer: Any, x: Array, w: Array) -> tuple[Array, Correlation]:
-    """The input, continued by zeros as in `conv_transpose`, and the geometry of the `conv` that is undone."""
+    """Return the input, extended by zeros as in `conv_transpose`, and the geometry of the `conv` that it transposes."""
     options = (layer.stride, layer.padding, layer.output_padding, layer.dilation, layer.groups)
     more = (getattr(layer, name, None) for name in ("preferred_element_type", "precision"))
     c = convolution._transposed_geometry("conv_transpose", x, w, *options, *more)
@@ -546,7 +573,7 @@ def _transposed(layer: Any, x: Array, w: Array) -> tuple[Array, Correlation]:
 
 
 def _over_places(delta: Array) -> Array:
-    """``(N, O)``: each example's Σ δ."""
+    """Return ``(N, O)``: each example's Σ δ."""
     return jnp.sum(delta, range(1, delta.ndim - 1))
 
 

@@ -1,11 +1,11 @@
-"""Batch norm folded into its neighbour: at evaluation both are one affine map.  Rooms: imports `jaxcnn.net`.
+"""Fold batch norms into adjacent layers: in evaluation both are one affine map.
 
-With statistics of the training data m and v beside the parameters (`jaxcnn.calibrate`) batch norm is
+With statistics of the training data m and v in the parameters (`jaxcnn.calibrate`), batch norm is
 
     y = a·x + c        a = γ/√(v + ε)        c = β − a·m
 
-channel by channel.  After a layer x·w + b that is a layer with w·a and b·a + c; before one, a layer with a·w and
-b + c·w, as long as no padding of zeros comes between them.
+channel by channel. After a layer x·w + b, this is a layer with w·a and b·a + c. Before a layer, it is a layer with a·w
+and b + c·w, as long as there is no zero padding between them.
 """
 
 import copy
@@ -21,28 +21,32 @@ from jaxcnn.geometry import PADDING_MODES, fail
 from jaxcnn.layers import BatchNorm, Conv, ConvTranspose, Dense, DepthwiseConv, HiddenLayer, Layer, Params
 from jaxcnn.net import Serial, expect_net, in_a_row
 
-#: Layers that can take what comes after them, and what comes before.
+#: Layers that can absorb a batch norm after them, and before them.
 _TAKE_AFTER = (Conv, DepthwiseConv, ConvTranspose, Dense)
 _TAKE_BEFORE = (Conv, DepthwiseConv, Dense, HiddenLayer)
 
 
 def fold_batch_norm(net: Serial, params: Params, *, leave: Container[str] = ()) -> tuple[Serial, Params]:
-    """A net and parameters that evaluate to the same outputs, with each batch norm folded into a layer beside it.
+    """Return an equivalent net for evaluation with each batch norm folded into an adjacent layer, and its parameters.
 
-    Into the convolution (of any kind) or dense layer before it; else into that after it, if it pads with no zeros.  A
-    batch norm that has no such neighbour stays as it is.  Both work under jit, with ``params`` traced.
+    A batch norm is folded into the convolution (of any kind) or dense layer before it; otherwise into the one after it,
+    if that has no zero padding. A batch norm without such a neighbor is kept. Both ways work under jit, with ``params``
+    traced.
 
-    A layer or net whose ``apply`` is overridden stays as it is, with all that is inside, and so does a net in which two
-    layers have one name and share parameters.
+    A layer or net with an overridden ``apply`` is kept with everything inside it. So is a net in which two layers have
+    the same name and share parameters.
 
     Args:
-        net: from `serial`; nets inside it are folded too.
-        params: with statistics, from `calibrate`.
-        leave: full names of batch norms to leave as they are.
+        net: from `serial`; inner nets are folded as well.
+        params: parameters with statistics, from `calibrate`.
+        leave: full names of batch norms to keep.
 
-    Returns: the net and its parameters; layers keep their names, a layer that had no bias has one.
+    Returns:
+        The net and its parameters. Layers keep their names. A layer that had no bias gets one.
 
-    Raises: ValueError for a batch norm without statistics: by the batch's own it is no affine map.
+    Raises:
+        ValueError: if a batch norm has no calibrated statistics, because with batch statistics it is not affine.
+        TypeError: if net or params has the wrong type.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -62,10 +66,10 @@ def fold_batch_norm(net: Serial, params: Params, *, leave: Container[str] = ()) 
 
 
 def _folded(net: Serial, params: Params, path: str, leave: Container[str]) -> tuple[Any, Params]:
-    """One net in a row, its layers from first to last."""
+    """Fold the batch norms of one net, its layers from first to last."""
     kept: list[tuple[str, Layer]] = []
     found = {name: own for name, own in params.items() if name not in dict(net.layers)}
-    waiting = ""  # the batch norm, just before, that no layer before it could take
+    waiting = ""  # the previous layer, if it is a batch norm that no layer before it could absorb
     for name, layer in net.layers:
         own: Any = params.get(name, {})
         _check_dict(f"fold_batch_norm: {path}{name}", own)
@@ -96,7 +100,7 @@ def _folded(net: Serial, params: Params, path: str, leave: Container[str]) -> tu
 
 
 def _is(layer: Layer, *kinds: type[Layer]) -> bool:
-    """Whether it is exactly of one of these types, as written, with channels last."""
+    """Whether ``layer`` is exactly of one of these types, with its original ``apply`` and channels last."""
     plain = "apply" not in vars(layer) and getattr(layer, "dimension_numbers", None) is None
     return type(layer) in kinds and plain
 
@@ -113,7 +117,7 @@ def _check_statistics(name: str, own: Params) -> None:
 
 
 def _affine(norm: Any, own: Params) -> tuple[Array, Array]:
-    """Both factors: a and c."""
+    """Return the factors a and c."""
     a = 1 / jnp.sqrt(own["var"] + norm.eps)
     a = a if own.get("scale") is None else a * own["scale"]
     c = -a * own["mean"]
@@ -121,22 +125,22 @@ def _affine(norm: Any, own: Params) -> tuple[Array, Array]:
 
 
 def _after(layer: Any, own: Params, a: Array, c: Array) -> Params:
-    """w·a and b·a + c, a for each output channel."""
+    """Return w·a and b·a + c, with one a per output channel."""
     w, b = own["w"], own.get("b")
     scale = a
-    if isinstance(layer, ConvTranspose):  # (*K, O/groups, I): input channels of group g see output channels of group g
+    if isinstance(layer, ConvTranspose):  # (*K, O/groups, I): groups of input and output channels correspond
         scale = jnp.repeat(a.reshape(layer.groups, -1), w.shape[-1] // layer.groups, axis=0).T
     scale = jnp.expand_dims(scale, range(w.ndim - scale.ndim))
     return {**own, "w": (w * scale).astype(w.dtype), "b": (c if b is None else b * a + c).astype(w.dtype)}
 
 
 def _before(layer: Any, own: Params, a: Array, c: Array) -> Params:
-    """a·w and b + c·w, a for each input channel."""
+    """Return a·w and b + c·w, with one a per input channel."""
     w, b = own["w"], own.get("b")
     groups = len(a) if isinstance(layer, DepthwiseConv) else getattr(layer, "groups", 1)
 
     def beside(each: Array) -> Array:
-        """``(1, …, I/groups, O)``: for each output channel, those input channels that it sees."""
+        """Return ``(1, …, I/groups, O)``: for each output channel, the values of its input channels."""
         return jnp.expand_dims(jnp.repeat(each.reshape(groups, -1), w.shape[-1] // groups, axis=0).T, range(w.ndim - 2))
 
     shift = (w * beside(c)).sum(range(w.ndim - 1))
@@ -148,7 +152,7 @@ def _with_bias(layer: Any) -> Any:
 
 
 def _pads_zeros(layer: Any) -> bool:
-    """Whether zeros come between a batch norm and this layer, to which c would have to be added but is not."""
+    """Whether the layer zero-pads, in which case folding would miss the shift c in the padding."""
     padding = getattr(layer, "padding", "VALID")
     if isinstance(padding, str):
         return padding not in ("VALID", *PADDING_MODES)

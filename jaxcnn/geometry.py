@@ -1,10 +1,9 @@
-"""Windows that slide over a picture: their sizes, and the checks made before anything is computed.
+"""Window geometry, and the checks of static arguments that run before any computation.
 
-A *picture* is an array ``(N, *spatial, C)``, channels last; its spatial dims may be one, two or three.  A
-`Window` says where a patch of ``size`` entries stands while it slides over them.  It is static and hashable,
-so that equal geometry compiles once.
+An *input* is an array ``(N, *spatial, C)``, channels last, with one, two or three spatial dims. A `Window` describes
+how a window of ``size`` taps slides over the spatial dims. It is static and hashable, so equal geometry compiles once.
 
-Every check here names the op, the argument, what it got and what it expected.
+Every error names the op, the argument, what was expected and what was given.
 """
 
 import dataclasses
@@ -18,28 +17,28 @@ from typing import Any, NoReturn, TypeGuard
 import jax
 import numpy as np
 
-#: What `padding=` accepts: "VALID", "SAME", "SAME_LOWER", "CAUSAL", an int, or for every dimension an int or a pair.
+#: Values of `padding=`: "VALID", "SAME", "SAME_LOWER", "CAUSAL", an int, or an int or a pair for every dim.
 Padding = str | int | Sequence[int | tuple[int, int]]
-#: One int for all dimensions, or one for each.
+#: One int for all dims, or one per dim.
 PerDim = int | Sequence[int]
 
 PADDINGS = ("VALID", "SAME", "SAME_LOWER", "CAUSAL")
-#: Paddings that repeat the picture instead of adding zeros; same-size, for `conv` only.
+#: Paddings that repeat the input instead of adding zeros. They keep the size; for `conv` only.
 PADDING_MODES = ("REFLECT", "REPLICATE", "CIRCULAR")
 
-#: Most entries of the spatial dims of a picture, padded: beyond, sizes overflow in XLA, which ends the process.
+#: Largest number of spatial elements of a padded input. Beyond it, sizes overflow in XLA and crash the process.
 MOST_ENTRIES = 2**31 - 1
 
-#: What a static argument must not be.
+#: Error text for a traced value in place of a static argument.
 TRACED = "a value traced by jax; it must be static"
 
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """A window of ``size`` entries that slides over spatial dims ``shape``.  All tuples have one entry a dimension.
+    """A window of ``size`` taps that slides over spatial dims ``shape``. Every tuple has one element per dim.
 
-    Output ``o`` and tap ``k`` of a dimension meet the input at ``o·stride + k·dilation − padding[0]``; what lies
-    outside ``0 … shape − 1`` is padding.
+    Tap ``k`` of output ``o`` reads the input at ``o·stride + k·dilation − padding[0]`` along each dim. Positions
+    outside ``0 … shape − 1`` are padding.
     """
 
     shape: tuple[int, ...]
@@ -50,22 +49,22 @@ class Window:
 
     @property
     def ndim(self) -> int:
-        """How many spatial dims."""
+        """Number of spatial dims."""
         return len(self.shape)
 
     @property
     def entries(self) -> int:
-        """How many entries one window has, over all dims."""
+        """Number of taps of one window, over all dims."""
         return math.prod(self.size)
 
     @functools.cached_property
     def extent(self) -> tuple[int, ...]:
-        """How far one window reaches: ``(size − 1)·dilation + 1``."""
+        """Extent of one window: ``(size − 1)·dilation + 1``."""
         return tuple((k - 1) * d + 1 for k, d in zip(self.size, self.dilation, strict=True))
 
     @functools.cached_property
     def out(self) -> tuple[int, ...]:
-        """How many windows fit: ``⌊(lo + shape + hi − extent) / stride⌋ + 1``."""
+        """Number of windows per dim: ``⌊(lo + shape + hi − extent) / stride⌋ + 1``."""
         return tuple(
             (lo + n + hi - e) // s + 1
             for n, e, s, (lo, hi) in zip(self.shape, self.extent, self.stride, self.padding, strict=True)
@@ -73,37 +72,37 @@ class Window:
 
     @functools.cached_property
     def steps(self) -> tuple[int, ...]:
-        """The stride as slices take it: 1 along dims of one window, where no step is made.
+        """The stride for slicing, with 1 along dims that hold a single window.
 
-        XLA's partitioner gets a slice of one entry with a larger step wrong along a dim that is split over devices.
+        XLA's partitioner miscompiles a one-element slice with a larger step along a dim that is sharded.
         """
         return tuple(s if o > 1 else 1 for s, o in zip(self.stride, self.out, strict=True))
 
     @functools.cached_property
     def span(self) -> tuple[int, ...]:
-        """From the start of the first window to the end of the last: ``(out − 1)·stride + extent``."""
+        """Distance from the start of the first window to the end of the last: ``(out − 1)·stride + extent``."""
         return tuple((o - 1) * s + e for o, s, e in zip(self.out, self.stride, self.extent, strict=True))
 
     @property
     def padded(self) -> bool:
-        """Whether any window may reach outside the picture."""
+        """Whether any window may extend beyond the input."""
         return any(pair != (0, 0) for pair in self.padding)
 
     @property
     def tiles(self) -> bool:
-        """Whether the windows lie side by side: no overlap, no gaps, no padding (a remainder may be left over)."""
+        """Whether windows are adjacent: no overlap, no gaps, no padding. A remainder may be left over."""
         return self.stride == self.size and not self.padded and all(d == 1 for d in self.dilation)
 
     def taps(self) -> Iterator[tuple[int, ...]]:
-        """The entries of a window in row-major order, as index tuples."""
+        """Iterate over the taps of a window in row-major order, as index tuples."""
         return itertools.product(*map(range, self.size))
 
     def offset(self, tap: tuple[int, ...]) -> tuple[int, ...]:
-        """Where a tap of the first window stands in the padded picture."""
+        """Return the position of a tap of the first window in the padded input."""
         return tuple(k * d for k, d in zip(tap, self.dilation, strict=True))
 
     def inside(self, dim: int, margin: tuple[int, int] = (0, 0)) -> np.ndarray:
-        """``(out, size)`` of one dimension: which entries of which windows lie in the picture, or in its margin."""
+        """Return a mask ``(out, size)`` along ``dim`` of the taps that fall inside the input or its margin."""
         at = (
             np.arange(self.out[dim])[:, None] * self.stride[dim]
             + np.arange(self.size[dim]) * self.dilation[dim]
@@ -114,17 +113,17 @@ class Window:
 
 @dataclasses.dataclass(frozen=True)
 class Correlation:
-    """How pictures meet patches: the static half of a convolution layer.
+    """The static part of a convolution layer's call.
 
-    Pictures ``(N, *window.shape, I)``, patches ``(*window.size, I/groups, O)``, results ``(N, *window.out, O)``; output
-    channels ``g·O/groups …`` see input channels ``g·I/groups …`` alone.
+    Inputs are ``(N, *window.shape, I)``, kernels ``(*window.size, I/groups, O)`` and results ``(N, *window.out, O)``.
+    Output channels ``g·O/groups …`` depend only on input channels ``g·I/groups …``.
     """
 
     window: Window
     groups: int
-    #: What the result is in.
+    #: Dtype of the result.
     dtype: np.dtype
-    #: As in `jax.lax`; XLA:CPU always computes in full precision.
+    #: As in `jax.lax`. XLA:CPU always computes in full precision.
     precision: Any = None
 
 
@@ -141,13 +140,27 @@ def window(
     prefix: str = "",
     accepts: tuple[str, ...] = PADDINGS,
 ) -> Window:
-    """The window of an op over spatial dims ``shape``, from what its caller wrote.
+    """Build an op's `Window` over spatial dims ``shape`` from the arguments of its caller.
 
-    For messages, ``noun`` is what the window is called, ``prefix`` stands before the names of stride and padding, and
-    ``accepts`` are the paddings with a name.
+    Args:
+        op: name of the op, for error messages.
+        shape: spatial dims of the input.
+        size: number of taps, an int or one per dim.
+        stride: distance between windows.
+        padding: padding of the input; see `Padding`.
+        dilation: distance between taps.
+        ceil_mode: whether a last, partial window counts.
+        noun: name of the window in error messages.
+        prefix: prefix of the argument names ``stride`` and ``padding`` in error messages.
+        accepts: the named paddings that the op accepts.
 
-    Raises: ValueError or TypeError for sizes, strides or dilations below 1, unknown or negative padding, and windows
-    larger than the padded picture.
+    Returns:
+        The window, with padding in elements.
+
+    Raises:
+        ValueError: if a size, stride or dilation is below 1, the padding is unknown or negative, or the window is
+            larger than the padded input.
+        TypeError: if an argument is not static or has the wrong type.
     """
     ndim = len(shape)
     k = positive(op, noun, size, ndim)
@@ -169,14 +182,15 @@ def window(
 
 
 def not_too_many(op: str, what: str, spatial: Sequence[int]) -> None:
-    """ValueError if a picture of these spatial dims would have more than `MOST_ENTRIES`."""
+    """Raise ValueError if an array with these spatial dims would have more than `MOST_ENTRIES` elements."""
     if math.prod(spatial) > MOST_ENTRIES:
         fail(op, f"{what} would have spatial dims {tuple(spatial)}, more than 2**31 - 1 entries")
 
 
 def _ceil_excess(n: int, extent: int, stride: int, lo: int, hi: int) -> int:
-    """What must be padded at the end so that a last, partial window counts; it must start inside the picture or its
-    leading padding (PyTorch's convention).
+    """Return the padding needed at the end so that a last, partial window counts.
+
+    Such a window must start inside the input or its leading padding (PyTorch's convention).
     """
     out = -(-(lo + n + hi - extent) // stride) + 1
     if (out - 1) * stride >= n + lo:
@@ -187,7 +201,7 @@ def _ceil_excess(n: int, extent: int, stride: int, lo: int, hi: int) -> int:
 def pad_widths(
     op: str, padding: Padding, win: Window, *, argument: str = "padding", accepts: tuple[str, ...] = PADDINGS
 ) -> tuple[tuple[int, int], ...]:
-    """``(before, after)`` for every dimension.  ``win`` supplies sizes; its own padding is not read."""
+    """Return ``(before, after)`` for every dim. ``win`` supplies the sizes; its own padding is ignored."""
     if isinstance(padding, str):
         if padding.upper() not in accepts:
             names = ", ".join(accepts)
@@ -226,7 +240,7 @@ def _named_pad_widths(op: str, argument: str, padding: str, win: Window) -> tupl
 
 
 def static_ints(op: str, argument: str, value: PerDim, ndim: int) -> tuple[int, ...]:
-    """One int for every dimension, from an int or a sequence of them."""
+    """Return one int per dim, from an int or a sequence of ints."""
     each = tuple(value) if _is_sequence(value) else (value,) * ndim
     if len(each) != ndim:
         fail(op, f"{argument} expected one int or {ndim} of them, got {value!r}")
@@ -237,7 +251,7 @@ def static_ints(op: str, argument: str, value: PerDim, ndim: int) -> tuple[int, 
 
 
 def positive(op: str, argument: str, value: PerDim, ndim: int) -> tuple[int, ...]:
-    """One int >= 1 for every dimension, from an int or a sequence of them."""
+    """Return one int >= 1 per dim, from an int or a sequence of ints."""
     ints = static_ints(op, argument, value, ndim)
     if min(ints, default=1) < 1:
         fail(op, f"{argument} expected ints >= 1, got {value!r}")
@@ -249,18 +263,18 @@ def _is_sequence(value: Any) -> TypeGuard[Sequence[Any]]:
 
 
 def static_int(op: str, argument: str, value: Any, whole: Any) -> int:
-    """``value`` as an int; bools, floats and traced values are refused with a TypeError."""
+    """Return ``value`` as an int; raise TypeError for bools, floats and traced values."""
     if isinstance(value, bool | np.bool_):
         raise TypeError(f"{op}: {argument} expected ints, got {whole!r}")
     try:
         return operator.index(value)
-    except TypeError:  # a tracer raises a subclass of it
+    except TypeError:  # tracers raise a subclass
         got = TRACED if isinstance(value, jax.core.Tracer) else repr(whole)
         raise TypeError(f"{op}: {argument} expected ints, got {got}") from None
 
 
 def static_bool(op: str, argument: str, value: Any) -> bool:
-    """``value`` as a bool; anything else is refused with a TypeError."""
+    """Return ``value`` as a bool; raise TypeError for anything else."""
     if not isinstance(value, bool | np.bool_):
         got = TRACED if isinstance(value, jax.core.Tracer) else repr(value)
         raise TypeError(f"{op}: {argument} expected a bool, got {got}")
@@ -268,7 +282,7 @@ def static_bool(op: str, argument: str, value: Any) -> bool:
 
 
 def static_float(op: str, argument: str, value: Any) -> float:
-    """``value`` as a float; bools, arrays and traced values are refused with a TypeError."""
+    """Return ``value`` as a float; raise TypeError for bools, arrays and traced values."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         got = TRACED if isinstance(value, jax.core.Tracer) else type(value).__name__
         raise TypeError(f"{op}: {argument} expected a Python float, got {got}")
@@ -293,5 +307,5 @@ def expect_numbers(op: str, argument: str, sizes: Sequence[Any], shape: Sequence
 
 
 def fail(op: str, message: str) -> NoReturn:
-    """Raise the ValueError of an op."""
+    """Raise ValueError with the op's name in front of the message."""
     raise ValueError(f"{op}: {message}")

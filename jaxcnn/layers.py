@@ -1,9 +1,6 @@
 """Layers: frozen, hashable descriptions of an op with its options, and of the parameters it needs.
 
-`init` makes the parameters, `apply` runs the op.  Nothing is stored in a layer, so that a net of them can be a static
-argument of jit.
-
-Rooms: layers import `jaxcnn.ops`; `jaxcnn.net` puts them in a row.
+`init` makes the parameters, `apply` runs the op. Layers hold no arrays, so a net can be a static argument to jit.
 """
 
 import dataclasses
@@ -30,17 +27,17 @@ Initializer = Callable[..., Array]
 
 
 def he_normal(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-    """`jax.nn.initializers.he_normal`."""
+    """Initialize with `jax.nn.initializers.he_normal`."""
     return jax.nn.initializers.he_normal()(key, shape, dtype)
 
 
 def he_normal_transposed(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-    """`jax.nn.initializers.he_normal` of a kernel whose last dim is the input channels."""
+    """Initialize with `jax.nn.initializers.he_normal` a kernel whose last dim is the input channels."""
     return jax.nn.initializers.he_normal(in_axis=-1, out_axis=-2)(key, shape, dtype)
 
 
 def glorot_uniform(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-    """`jax.nn.initializers.glorot_uniform`."""
+    """Initialize with `jax.nn.initializers.glorot_uniform`."""
     return jax.nn.initializers.glorot_uniform()(key, shape, dtype)
 
 
@@ -49,24 +46,61 @@ zeros = jax.nn.initializers.zeros
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """What every layer is: a name (given by `serial` if None), parameters to make, and a function to apply."""
+    """Base class of all layers.
+
+    A layer has a name (assigned by `serial` if None), makes its parameters in `init`, and runs in `apply`.
+    """
 
     name: str | None = dataclasses.field(default=None, kw_only=True)
 
     def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
-        """Parameters for inputs of ``shape`` (without the batch); ``{}`` for a layer that has none."""
+        """Make the parameters for inputs of ``shape``.
+
+        Args:
+            key: from `jax.random.key`.
+            shape: shape of one example, without the batch.
+            dtype: dtype of the parameters.
+
+        Returns:
+            The parameters by name, or ``{}`` for a layer without parameters.
+        """
         return {}
 
     def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """The layer's output.  ``key`` is given while training only."""
+        """Return the layer's output.
+
+        Args:
+            params: parameters as made by `init`.
+            x: a batch ``(N, …)``.
+            key: from `jax.random.key`; given only during training.
+            rule: replaces the backward rule of the layer's op; None keeps it.
+
+        Returns:
+            The output for the batch.
+        """
         raise NotImplementedError
 
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
-        """Additions and multiplications of the forward half for one example."""
+        """Return the number of additions and multiplications of the forward pass for one example.
+
+        Args:
+            shape: shape of one input, without the batch.
+            out: shape of one output, without the batch.
+
+        Returns:
+            The number of FLOPs.
+        """
         return 0
 
     def inner_shape(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-        """For one example, the shape on the way where a layer has one that its output hides."""
+        """Return an intermediate shape of one example that the output shape does not reveal, or None.
+
+        Args:
+            shape: shape of one input, without the batch.
+
+        Returns:
+            The intermediate shape, or None if the layer has none.
+        """
         return None
 
 
@@ -76,9 +110,9 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Conv(Layer):
-    """`jaxcnn.conv` with ``features`` kernels of ``patch`` entries (an int, or one for each spatial dim).
+    """`jaxcnn.conv` with ``features`` kernels of size ``patch`` (an int, or one per spatial dim).
 
-    The fields are the options of the op, except ``dimension_numbers``: a net is channels-last throughout.
+    The fields are the options of the op, except ``dimension_numbers``: nets are always channels-last.
     """
 
     features: int
@@ -99,7 +133,7 @@ class Conv(Layer):
         _check_count(self, "groups", self.groups)
 
     def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
-        """``w (*patch, I/groups, features)``, and ``b (features,)``."""
+        """Make ``w (*patch, I/groups, features)``, and ``b (features,)`` if the layer has a bias."""
         key_w, key_b = jax.random.split(key)
         size = positive("Conv", "patch", self.patch, len(shape) - 1)
         if shape[-1] % self.groups or self.features % self.groups:
@@ -108,7 +142,7 @@ class Conv(Layer):
         return {**params, "b": self.init_b(key_b, (self.features,), dtype)} if self.bias else params
 
     def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``conv(x, w, b)``."""
+        """Return ``conv(x, w, b)``."""
         return convolution.conv(
             x,
             params["w"],
@@ -123,16 +157,16 @@ class Conv(Layer):
         )
 
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
-        """A multiplication and an addition for each entry of the patch at each output."""
+        """Count a multiplication and an addition for each kernel element at each output."""
         entries = math.prod(positive("Conv", "patch", self.patch, len(shape) - 1)) * shape[-1] // self.groups
         return math.prod(out) * (2 * entries - 1 + self.bias)
 
 
 @dataclasses.dataclass(frozen=True)
 class DepthwiseConv(Layer):
-    """`jaxcnn.depthwise_conv` with ``multiplier`` kernels for each channel.
+    """`jaxcnn.depthwise_conv` with ``multiplier`` kernels per channel.
 
-    The fields are the options of the op, except ``dimension_numbers``: a net is channels-last throughout.
+    The fields are the options of the op, except ``dimension_numbers``: nets are always channels-last.
     """
 
     patch: PerDim
@@ -151,7 +185,7 @@ class DepthwiseConv(Layer):
         _check_count(self, "multiplier", self.multiplier)
 
     def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
-        """``w (*patch, 1, C·multiplier)``, and ``b (C·multiplier,)``."""
+        """Make ``w (*patch, 1, C·multiplier)``, and ``b (C·multiplier,)`` if the layer has a bias."""
         key_w, key_b = jax.random.split(key)
         size = positive("DepthwiseConv", "patch", self.patch, len(shape) - 1)
         features = shape[-1] * self.multiplier
@@ -159,7 +193,7 @@ class DepthwiseConv(Layer):
         return {**params, "b": self.init_b(key_b, (features,), dtype)} if self.bias else params
 
     def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``depthwise_conv(x, w, b)``."""
+        """Return ``depthwise_conv(x, w, b)``."""
         return convolution.depthwise_conv(
             x,
             params["w"],
@@ -173,7 +207,7 @@ class DepthwiseConv(Layer):
         )
 
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
-        """A multiplication and an addition for each entry of the patch at each output."""
+        """Count a multiplication and an addition for each kernel element at each output."""
         entries = math.prod(positive("DepthwiseConv", "patch", self.patch, len(shape) - 1))
         return math.prod(out) * (2 * entries - 1 + self.bias)
 
@@ -182,7 +216,7 @@ class DepthwiseConv(Layer):
 class ConvTranspose(Layer):
     """`jaxcnn.conv_transpose` with ``features`` output channels.
 
-    The fields are the options of the op, except ``dimension_numbers``: a net is channels-last throughout.
+    The fields are the options of the op, except ``dimension_numbers``: nets are always channels-last.
     """
 
     features: int
@@ -204,7 +238,7 @@ class ConvTranspose(Layer):
         _check_count(self, "groups", self.groups)
 
     def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
-        """``w (*patch, features/groups, I)``, and ``b (features,)``."""
+        """Make ``w (*patch, features/groups, I)``, and ``b (features,)`` if the layer has a bias."""
         key_w, key_b = jax.random.split(key)
         size = positive("ConvTranspose", "patch", self.patch, len(shape) - 1)
         if shape[-1] % self.groups or self.features % self.groups:
@@ -214,7 +248,7 @@ class ConvTranspose(Layer):
         return {**params, "b": self.init_b(key_b, (self.features,), dtype)} if self.bias else params
 
     def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``conv_transpose(x, w, b)``."""
+        """Return ``conv_transpose(x, w, b)``."""
         return convolution.conv_transpose(
             x,
             params["w"],
@@ -230,14 +264,17 @@ class ConvTranspose(Layer):
         )
 
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
-        """A multiplication and an addition for each entry of the patch at each input; the bias at each output."""
+        """Count a multiplication and an addition for each kernel element at each input, and the bias at each output."""
         size = positive("ConvTranspose", "patch", self.patch, len(shape) - 1)
         return math.prod(shape) * 2 * math.prod(size) * self.features // self.groups + math.prod(out) * self.bias
 
 
 @dataclasses.dataclass(frozen=True)
 class HiddenLayer(Layer):
-    """`jaxcnn.hidden_layer`, the lecture's: convolution, ReLU and max pooling with one rule."""
+    """`jaxcnn.hidden_layer` of the lecture: convolution, ReLU and max pooling with one rule.
+
+    The fields are the options of the op.
+    """
 
     features: int
     patch: PerDim
@@ -270,11 +307,11 @@ class HiddenLayer(Layer):
         )
 
     def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
-        """``w (*patch, I/groups, features)`` and ``b (features,)``."""
+        """Make ``w (*patch, I/groups, features)`` and ``b (features,)``."""
         return self._conv().init(key, shape, dtype)
 
     def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``hidden_layer(x, w, b)``."""
+        """Return ``hidden_layer(x, w, b)``."""
         return hidden.hidden_layer(
             x,
             params["w"],
@@ -291,13 +328,13 @@ class HiddenLayer(Layer):
         )
 
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
-        """Those of its convolution; the ReLU counts 1 for each entry, a window its entries less 1."""
+        """Count the convolution, plus 1 per element for ReLU and (window size − 1) per pooling window."""
         inner = self.inner_shape(shape)
         pooled = math.prod(out) * (math.prod(positive("HiddenLayer", "window", self.window, len(shape) - 1)) - 1)
         return self._conv().flops(shape, inner) + math.prod(inner) + pooled
 
     def inner_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """That of the convolution, before pooling."""
+        """Return the output shape of the convolution, before pooling."""
         conv = self._conv()
         return out_shape(conv, jax.eval_shape(lambda: conv.init(jax.random.key(0), shape)), shape)
 
@@ -315,17 +352,17 @@ class Dense(Layer):
         _check_count(self, "features", self.features)
 
     def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
-        """``w (I, features)``, and ``b (features,)``."""
+        """Make ``w (I, features)``, and ``b (features,)`` if the layer has a bias."""
         key_w, key_b = jax.random.split(key)
         params = {"w": self.init_w(key_w, (shape[-1], self.features), dtype)}
         return {**params, "b": self.init_b(key_b, (self.features,), dtype)} if self.bias else params
 
     def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``dense(x, w, b)``."""
+        """Return ``dense(x, w, b)``."""
         return linear.dense(x, params["w"], params.get("b"), rule=rule)
 
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
-        """A multiplication and an addition for each input at each output."""
+        """Count a multiplication and an addition for each input at each output."""
         return math.prod(out) * (2 * shape[-1] - 1 + self.bias)
 
 
@@ -339,34 +376,34 @@ class _Normalization(Layer):
         _freeze(self)
 
     def _learned(self, shape: tuple[int, ...], dtype: DTypeLike) -> Params:
-        """Scales of 1 and biases of 0, those of them that the layer has."""
+        """Initialize whichever of scale (ones) and bias (zeros) the layer uses."""
         made = {"scale": jnp.ones, "bias": jnp.zeros}
         return {name: make(shape, dtype) for name, make in made.items() if getattr(self, name)}
 
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
-        """For each entry: Σ x, x − m, its square, their Σ, times r; a multiplication by γ, an addition of β."""
+        """Count per element Σ x, x − m, its square, their Σ, times r, times γ if used, plus β if used."""
         return math.prod(out) * (5 + self.scale + self.bias)
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchNorm(_Normalization):
-    """`jaxcnn.batch_norm`, by the statistics of the batch while training.
+    """`jaxcnn.batch_norm`, with the statistics of the batch during training.
 
-    At evaluation it uses the statistics that `jaxcnn.calibrate` adds to the parameters ("mean", "var"). Before
+    In evaluation it uses the statistics that `jaxcnn.calibrate` adds to the parameters ("mean", "var"). Before
     `jaxcnn.calibrate` it uses those of the batch, and the output of an example then depends on the rest of the batch.
 
     ``axis_name`` names one or several axes of `jax.shard_map`, `jax.pmap` or `jax.vmap`. The statistics of the batch
-    are then taken over all devices along these axes.
+    are then computed over all devices along these axes.
     """
 
     axis_name: str | tuple[str, ...] | None = dataclasses.field(default=None, kw_only=True)
 
     def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
-        """``scale (C,)`` of ones and ``bias (C,)`` of zeros."""
+        """Make ``scale (C,)`` of ones and ``bias (C,)`` of zeros."""
         return self._learned(shape[-1:], dtype)
 
     def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``batch_norm(x, scale, bias)``; with the statistics in ``params`` if there is no key."""
+        """Return ``batch_norm(x, scale, bias)``, with the statistics in ``params`` if there is no key."""
         names = ("mean", "var") if key is None else ()
         statistics = [params[name] for name in names if name in params]
         if statistics and all(jnp.shape(a) == UNKNOWN for a in statistics):
@@ -391,7 +428,7 @@ class BatchNorm(_Normalization):
         )
 
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
-        """At evaluation, for each entry: x − m, times r; a multiplication by γ, an addition of β."""
+        """Count per element, in evaluation, x − m, times r, times γ if used, plus β if used."""
         return math.prod(out) * (2 + self.scale + self.bias)
 
 
@@ -402,14 +439,14 @@ class LayerNorm(_Normalization):
     axes: int | tuple[int, ...] = -1
 
     def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
-        """``scale`` of ones and ``bias`` of zeros, of the shape along ``axes``."""
+        """Make ``scale`` of ones and ``bias`` of zeros, with the shape along ``axes``."""
         dims = normalization.dims_of("LayerNorm", self.axes, len(shape) + 1)
         if 0 in dims:
             fail("LayerNorm", f"axes expected dims of one example, got {self.axes!r}, of which one is the batch")
         return self._learned(tuple(shape[dim - 1] for dim in dims), dtype)
 
     def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``layer_norm(x, scale, bias)``."""
+        """Return ``layer_norm(x, scale, bias)``."""
         return normalization.layer_norm(
             x, params.get("scale"), params.get("bias"), axes=self.axes, eps=self.eps, rule=rule
         )
@@ -422,31 +459,31 @@ class GroupNorm(_Normalization):
     groups: int = 32
 
     def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
-        """``scale (C,)`` of ones and ``bias (C,)`` of zeros."""
+        """Make ``scale (C,)`` of ones and ``bias (C,)`` of zeros."""
         return self._learned(shape[-1:], dtype)
 
     def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``group_norm(x, scale, bias)``."""
+        """Return ``group_norm(x, scale, bias)``."""
         return normalization.group_norm(
             x, params.get("scale"), params.get("bias"), groups=self.groups, eps=self.eps, rule=rule
         )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Layers without
+# Layers without parameters
 
 
 class _Activation(Layer):
-    #: Its options are the fields of the layer.
+    #: The op; its options are the fields of the layer.
     op: ClassVar[Callable[..., Array]]
 
     def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``op(x)``."""
+        """Return ``op(x)``."""
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "name"}
         return self.op(x, **options, rule=rule)
 
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
-        """1 for each entry."""
+        """Count 1 per element."""
         return math.prod(out)
 
 
@@ -588,7 +625,7 @@ class _Pool(Layer):
         _freeze(self)
 
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
-        """A comparison or an addition for each entry of a window but one."""
+        """Count (window size − 1) comparisons or additions per window."""
         return math.prod(out) * (math.prod(positive(type(self).__name__, "window", self.window, len(shape) - 1)) - 1)
 
 
@@ -603,7 +640,7 @@ class MaxPool(_Pool):
     ceil_mode: bool = dataclasses.field(default=False, kw_only=True)
 
     def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``max_pool(x, window)``."""
+        """Return ``max_pool(x, window)``."""
         return pooling.max_pool(
             x,
             self.window,
@@ -628,7 +665,7 @@ class AvgPool(_Pool):
     divisor: float | None = dataclasses.field(default=None, kw_only=True)
 
     def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``avg_pool(x, window)``."""
+        """Return ``avg_pool(x, window)``."""
         return pooling.avg_pool(
             x,
             self.window,
@@ -642,7 +679,7 @@ class AvgPool(_Pool):
         )
 
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
-        """An addition for each entry of a window but one, and a division."""
+        """Count (window size − 1) additions and a division per window."""
         return super().flops(shape, out) + math.prod(out)
 
 
@@ -658,7 +695,7 @@ class LpPool(_Pool):
     ceil_mode: bool = dataclasses.field(default=False, kw_only=True)
 
     def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``lp_pool(x, window)``."""
+        """Return ``lp_pool(x, window)``."""
         return pooling.lp_pool(
             x,
             self.window,
@@ -671,7 +708,7 @@ class LpPool(_Pool):
         )
 
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
-        """For each entry of a window a power and, but for one, an addition; and a root."""
+        """Count per window a power for each element, (window size − 1) additions and a root."""
         return 2 * (super().flops(shape, out) + math.prod(out))
 
 
@@ -680,11 +717,11 @@ class GlobalMaxPool(Layer):
     """`jaxcnn.global_max_pool`."""
 
     def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``global_max_pool(x)``."""
+        """Return ``global_max_pool(x)``."""
         return pooling.global_max_pool(x, rule=rule)
 
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
-        """A comparison for each entry of a channel but one."""
+        """Count (channel size − 1) comparisons per channel."""
         return math.prod(shape) - math.prod(out)
 
 
@@ -693,11 +730,11 @@ class GlobalAvgPool(Layer):
     """`jaxcnn.global_avg_pool`."""
 
     def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``global_avg_pool(x)``."""
+        """Return ``global_avg_pool(x)``."""
         return pooling.global_avg_pool(x, rule=rule)
 
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
-        """An addition for each entry of a channel but one, and a division."""
+        """Count (channel size − 1) additions and a division per channel."""
         return math.prod(shape)
 
 
@@ -711,11 +748,11 @@ class AdaptiveMaxPool(Layer):
         _freeze(self)
 
     def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``adaptive_max_pool(x, size)``."""
+        """Return ``adaptive_max_pool(x, size)``."""
         return pooling.adaptive_max_pool(x, self.size, rule=rule)
 
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
-        """A comparison for each entry of a window but one."""
+        """Count (window size − 1) comparisons per window."""
         return pooling.Bins(shape[:-1], out[:-1]).entries * out[-1] - math.prod(out)
 
 
@@ -729,26 +766,26 @@ class AdaptiveAvgPool(Layer):
         _freeze(self)
 
     def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``adaptive_avg_pool(x, size)``."""
+        """Return ``adaptive_avg_pool(x, size)``."""
         return pooling.adaptive_avg_pool(x, self.size, rule=rule)
 
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
-        """An addition for each entry of a window but one, and a division."""
+        """Count (window size − 1) additions and a division per window."""
         return pooling.Bins(shape[:-1], out[:-1]).entries * out[-1]
 
 
 @dataclasses.dataclass(frozen=True)
 class Flatten(Layer):
-    """``(N, …)`` → ``(N, prod …)``."""
+    """Reshape ``(N, …)`` to ``(N, prod …)``."""
 
     def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """A reshape, whose backward half is the reshape back: it takes no rule."""
+        """Return x, reshaped. The backward pass is the inverse reshape and takes no rule."""
         return x.reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
 @dataclasses.dataclass(frozen=True)
 class Dropout(Layer):
-    """`jaxcnn.dropout` while training, nothing at evaluation."""
+    """`jaxcnn.dropout` during training; the identity in evaluation."""
 
     rate: float
 
@@ -756,23 +793,23 @@ class Dropout(Layer):
         dropout.probability("Dropout", self.rate)
 
     def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """``dropout(x, rate, key)`` if there is a key."""
+        """Return ``dropout(x, rate, key)`` if there is a key, and x otherwise."""
         return x if key is None else dropout.dropout(x, self.rate, key, rule=rule)
 
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
-        """None: at evaluation it is not there."""
+        """Return 0: dropout is inactive in evaluation."""
         return 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What they share
+# Shared parts
 
 
-#: The shape of statistics that are not known yet. While `jaxcnn.calibrate` traces a net, they are in the parameters.
+#: Shape of unknown statistics, which are in the parameters while `jaxcnn.calibrate` traces a net.
 UNKNOWN = (0, 0)
-#: While `jaxcnn.calibrate` traces a net, the names of the layers that may contain a batch norm which it cannot see.
+#: Names of layers that may contain a batch norm `jaxcnn.calibrate` cannot see, while it traces a net.
 HIDING = jax.make_user_context(())
-#: (x, mean, var) → (mean, var), where the statistics that come in are not known yet: marks what reaches a batch norm.
+#: (x, mean, var) → (mean, var), for statistics that are unknown: marks the input of a batch norm.
 reached_p = jax.extend.core.Primitive("batch_norm_reached")
 reached_p.multiple_results = True
 
@@ -784,13 +821,13 @@ def _reached(x: Array, *unknown: Array) -> Any:
 
 @reached_p.def_abstract_eval
 def _reached_types(x: Any, *unknown: Any) -> Any:
-    """Of the dtype that statistics have, unless the ones that come in were cast."""
+    """Return the types of the statistics: their own dtype, unless the unknown ones were cast."""
     own = np.promote_types(x.dtype, np.float32)
     return [jax.core.ShapedArray(x.shape[-1:], own if a.dtype == np.float32 else a.dtype) for a in unknown]
 
 
 def _reached_in_batches(args: Any, dims: Any) -> Any:
-    """All that `jax.vmap` maps over reaches the same norm."""
+    """Bind once for the whole mapped batch: everything that `jax.vmap` maps over reaches the same norm."""
     (x, *unknown), (dim, *rest) = args, dims
     if any(d is not None for d in rest):
         fail("calibrate", "the statistics of a batch norm must not be mapped by jax.vmap")
@@ -801,14 +838,14 @@ batching.primitive_batchers[reached_p] = _reached_in_batches
 
 
 def out_shape(layer: Layer, params: Params, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> tuple[int, ...]:
-    """The shape of a layer's output for one example; nothing is computed."""
+    """Return the shape of a layer's output for one example, without computing it."""
     return shape_of(layer, layer.apply, params, shape, dtype)
 
 
 def shape_of(
     layer: Layer, apply: Callable[..., Array], params: Params, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32
 ) -> tuple[int, ...]:
-    """The shape of ``apply(params, x)`` for one example, also where axes that the layer names do not exist yet."""
+    """Return the shape of ``apply(params, x)`` for one example, even if axes that the layer names are not bound yet."""
     for name in sorted(_axis_names(layer)):
         if not normalization.is_bound(name):
             apply = _with_axis(apply, name)
@@ -817,7 +854,7 @@ def shape_of(
 
 
 def _with_axis(apply: Callable[..., Array], name: str) -> Callable[..., Array]:
-    """``apply`` where an axis of size 1 has this name."""
+    """Return ``apply`` inside an axis of size 1 with this name."""
 
     def mapped(params: Params, x: Array) -> Array:
         return jax.vmap(lambda x: apply(params, x), axis_name=name)(x[None])[0]
@@ -826,7 +863,7 @@ def _with_axis(apply: Callable[..., Array], name: str) -> Callable[..., Array]:
 
 
 def _axis_names(value: Any) -> frozenset[str]:
-    """The axes that a layer and the layers among its fields name."""
+    """Return the axis names of a layer and of the layers among its fields."""
     if isinstance(value, tuple):
         return frozenset().union(*map(_axis_names, value))
     if not isinstance(value, Layer):
@@ -837,7 +874,7 @@ def _axis_names(value: Any) -> frozenset[str]:
 
 
 def _freeze(layer: Layer) -> None:
-    """Lists and arrays among the options become tuples, so that the layer can be hashed."""
+    """Replace lists and arrays among the options by tuples, so that the layer can be hashed."""
 
     def frozen(value: Any) -> Any:
         return tuple(map(frozen, value)) if isinstance(value, list | tuple | np.ndarray) else value

@@ -1,7 +1,4 @@
-"""Nets: layers in a row, their parameters beside them in a plain dict, as optax likes it.
-
-Rooms: nets import `jaxcnn.layers` and `jaxcnn.taps`.
-"""
+"""Nets: sequences of layers. Parameters are stored outside the net, in a plain dict that optax accepts."""
 
 import contextlib
 import copy
@@ -23,20 +20,30 @@ from jaxcnn.ops import linear
 from jaxcnn.ops.rule import Rule, array, autodiff, one_key
 from jaxcnn.taps import tap
 
-#: One rule for all layers, or for each that a key matches: a layer type, a name, or a predicate (name, layer) → bool.
+#: One rule for all layers, or a mapping from layer types, names or predicates (name, layer) → bool to rules.
 Rules = Rule | Mapping[Any, Rule]
 
 
 @dataclasses.dataclass(frozen=True)
 class Serial(Layer):
-    """Layers one after the other; itself a layer.  Made by `serial`."""
+    """A sequence of layers, which is itself a layer. Made by `serial`."""
 
     layers: tuple[tuple[str, Layer], ...] = ()
 
     def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
-        """Parameters by layer name, for inputs of ``shape`` (without the batch); layers that have none are left out.
+        """Make the parameters for inputs of ``shape``.
 
-        Raises: ValueError if a layer does not fit what comes before it.
+        Args:
+            key: from `jax.random.key`.
+            shape: shape of one example, without the batch.
+            dtype: dtype of the parameters.
+
+        Returns:
+            The parameters by layer name; layers without parameters are omitted.
+
+        Raises:
+            TypeError: if key is not a key or shape is not a tuple of ints.
+            ValueError: if a layer does not fit the output of the previous one.
         """
         key, shape = one_key("serial", key), _example_shape(shape)
         params: Params = {}
@@ -59,21 +66,26 @@ class Serial(Layer):
         rule: Rule | None = None,
         path: str = "",
     ) -> Array:
-        """The net's output for a batch ``x``.
+        """Return the net's output for a batch ``x``.
 
         Args:
-            params: as `init` made them.
+            params: parameters as made by `init`.
             x: ``(N, …)``.
-            key: from `jax.random.key`; its presence means training (dropout is on).
-            rules: other backward halves: one for all layers, or a mapping whose keys are layer types, names
-                ("conv1", "residual1/conv2", "residual1" for all in it) or predicates ``(name, layer) → bool``; the
-                first that matches wins.  `Residual` stands for the sums that residual nets end in.
-            rule: for a net inside a net: the same as ``rules``.
-            path: the names of the nets around this one.
+            key: from `jax.random.key`; if given, the net is in training mode (dropout is active).
+            rules: replacement backward rules: one rule for all layers, or a mapping. Its keys are layer types, names
+                ("conv1", "residual1/conv2", or "residual1" for all layers in it) or predicates
+                ``(name, layer) → bool``; the first that matches wins. The key `Residual` is for the sums at the end of
+                residual nets.
+            rule: same as ``rules``, for a net inside a net.
+            path: the names of the enclosing nets.
 
-        Raises: ValueError for parameters that are missing, for keys in ``rules`` that match no layer, and for those
-            that match only layers which take no rule, such as `Flatten`; TypeError for what is no dict of parameters,
-            no array, no key or no rules.
+        Returns:
+            The output of the last layer.
+
+        Raises:
+            ValueError: if parameters are missing, if a key in ``rules`` matches no layer, or if it matches only layers
+                that take no rule, such as `Flatten`.
+            TypeError: if params is not a dict, x is not an array, key is not a key, or rules has the wrong type.
         """
         rules = rule if rules is None else rules
         outermost = isinstance(rules, Mapping) and not path
@@ -106,21 +118,42 @@ class Serial(Layer):
         return x
 
     def walk(self, path: str = "") -> Iterator[tuple[str, Layer]]:
-        """Every layer with its full name, nets inside included."""
+        """Yield every layer with its full name, including the layers of inner nets.
+
+        Args:
+            path: prefix of the names.
+
+        Yields:
+            ``(name, layer)`` pairs.
+        """
         for name, layer in self.layers:
             yield f"{path}{name}", layer
             if isinstance(layer, Serial):
                 yield from layer.walk(f"{path}{name}/")
 
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
-        """Those of its layers."""
+        """Return the total FLOPs of all layers.
+
+        Args:
+            shape: shape of one input, without the batch.
+            out: shape of one output, without the batch.
+
+        Returns:
+            The number of FLOPs.
+        """
         return self.summary(shape).flops
 
     def summary(self, shape: tuple[int, ...]) -> "Summary":
-        """What the net is, layer by layer, for inputs of ``shape`` (without the batch).
+        """Summarize the net layer by layer.
 
-        Of a subclass with an `apply` of its own, the rows are the calls of its layers, in order. Parameters that it
-        makes and that are none of its layers' are one more row, whose FLOPs are not known and count 0.
+        For a subclass with its own `apply`, the rows are the calls of its layers, in order. Parameters that it makes
+        and that belong to none of its layers are one more row, whose FLOPs are unknown and count as 0.
+
+        Args:
+            shape: shape of one input, without the batch.
+
+        Returns:
+            A `Summary`; ``str()`` of it is a table.
         """
         shape = _example_shape(shape)
         return Summary(shape, tuple(self._rows(shape, "")))
@@ -150,7 +183,7 @@ class Serial(Layer):
 
 @dataclasses.dataclass(frozen=True)
 class Residual(Serial):
-    """``x + layers(x)``; made by `residual`."""
+    """``x + layers(x)``, made by `residual`."""
 
     def apply(
         self,
@@ -162,9 +195,24 @@ class Residual(Serial):
         rule: Rule | None = None,
         path: str = "",
     ) -> Array:
-        """``x + layers(x)``; the arguments of `Serial.apply`.
+        """Return ``x + layers(x)``; the arguments are those of `Serial.apply`.
 
-        The sum keeps δ as it is for both terms, unless ``rules`` is a mapping with the key `Residual`.
+        The sum passes δ unchanged to both terms, unless ``rules`` is a mapping with the key `Residual`.
+
+        Args:
+            params: parameters as made by `init`.
+            x: ``(N, …)``.
+            key: from `jax.random.key`; if given, the net is in training mode.
+            rules: replacement backward rules.
+            rule: same as ``rules``, for a net inside a net.
+            path: the names of the enclosing nets.
+
+        Returns:
+            The sum, with the shape of ``x``.
+
+        Raises:
+            ValueError: if the layers change the shape, or as in `Serial.apply`.
+            TypeError: as in `Serial.apply`.
         """
         x = jnp.asarray(x)
         y = Serial.apply(self, params, x, key=key, rules=rules, rule=rule, path=path)
@@ -174,7 +222,7 @@ class Residual(Serial):
         return x + y if own is None or own is autodiff else linear.add(x, y, rule=own)
 
     def _rows(self, shape: tuple[int, ...], path: str) -> Iterator["Row"]:
-        """Its layers, and the sum."""
+        """Yield the rows of the layers, then a row for the sum."""
         yield from super()._rows(shape, path)
         if type(self).apply is not Residual.apply:
             return
@@ -183,37 +231,37 @@ class Residual(Serial):
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One layer of a net; the shape is one example's, FLOPs are the forward half's for one example."""
+    """One layer of a net. The shape is that of one example, and FLOPs are those of its forward pass."""
 
     name: str
     op: str
     output_shape: tuple[int, ...]
     parameters: int
     flops: int
-    #: On the way to the output, in a hidden layer: before pooling.
+    #: Shape before pooling, for a fused `HiddenLayer`; otherwise None.
     inner_shape: tuple[int, ...] | None = None
 
     @property
     def shapes(self) -> str:
-        """``24×24×32 → 12×12×32``."""
+        """Return the shapes as text, such as ``24×24×32 → 12×12×32``."""
         return " → ".join(_by(shape) for shape in (self.inner_shape, self.output_shape) if shape is not None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """A net, layer by layer.  ``str()`` is a table."""
+    """A net, layer by layer. ``str()`` is a table."""
 
     input_shape: tuple[int, ...]
     rows: tuple[Row, ...]
 
     @property
     def parameters(self) -> int:
-        """Of all layers."""
+        """Return the number of parameters of all layers."""
         return sum(row.parameters for row in self.rows)
 
     @property
     def flops(self) -> int:
-        """Of the forward half of all layers, for one example."""
+        """Return the FLOPs of the forward pass of all layers, for one example."""
         return sum(row.flops for row in self.rows)
 
     def __str__(self) -> str:
@@ -229,10 +277,10 @@ class Summary:
 
 
 def _recorded_rows(net: Serial, shape: tuple[int, ...], path: str) -> list[Row]:
-    """The rows of a net with an `apply` of its own: its layers in the order in which it calls them.
+    """Return the rows of a net with its own `apply`: its layers in the order in which it calls them.
 
-    Its layers are those that `Serial` holds and those among its other fields. They are replaced by copies that note
-    what they are called with. FLOPs count at every call, and parameters once.
+    These are the layers that `Serial` holds and those among its other fields. They are replaced by copies that record
+    their calls. FLOPs count at every call, and parameters once.
     """
     rows: list[Row] = []
     counted: list[Any] = []
@@ -262,7 +310,7 @@ def _recorded_rows(net: Serial, shape: tuple[int, ...], path: str) -> list[Row]:
 
 
 def _replaced(net: Serial, change: Callable[[str, Layer], Layer]) -> Serial:
-    """A copy of a net with other layers, among its other fields too."""
+    """Return a copy of a net in which ``change`` has replaced all layers, including those among its other fields."""
     copied = copy.copy(net)
     for field in dataclasses.fields(net):
         value = getattr(net, field.name)
@@ -273,7 +321,7 @@ def _replaced(net: Serial, change: Callable[[str, Layer], Layer]) -> Serial:
 
 
 def _rest(net: Serial, shape: tuple[int, ...], path: str, rows: list[Row]) -> Iterator[Row]:
-    """A row for the parameters that no layer of a net has, if there are any."""
+    """Yield a row for the parameters that belong to no layer of a net, if there are any."""
     params = jax.eval_shape(lambda: net.init(jax.random.key(0), shape))
     parameters = _count(params) - sum(row.parameters for row in rows)
     if parameters or not rows:
@@ -286,9 +334,20 @@ def _count(params: Any) -> int:
 
 
 def serial(*layers: Layer, name: str | None = None) -> Serial:
-    """A net of layers in a row.  Layers without a name are called by their type and a count: conv1, relu1, conv2 ….
+    """Return a net of layers in sequence.
 
-    Raises: TypeError for what is no layer, ValueError for a name that is used twice or holds a "/".
+    Layers without a name are named by their type and a count: conv1, relu1, conv2 …
+
+    Args:
+        *layers: the layers, in order.
+        name: name of the net inside another net; None makes one from its type and a count.
+
+    Returns:
+        The net, which is itself a layer.
+
+    Raises:
+        TypeError: if an argument is not a layer, or a name is not a str.
+        ValueError: if a name is used twice or contains a "/".
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -311,9 +370,18 @@ def serial(*layers: Layer, name: str | None = None) -> Serial:
 
 
 def residual(*layers: Layer, name: str | None = None) -> Residual:
-    """``x + serial(*layers)(x)``, a layer; the layers keep the shape (He et al. 2015).
+    """Return ``x + serial(*layers)(x)``, a layer whose inner layers keep the shape (He et al. 2015).
 
-    Raises: as `serial`; ValueError, when it is applied, if the layers change the shape.
+    Args:
+        *layers: the layers, in order.
+        name: name of the net inside another net; None makes one from its type and a count.
+
+    Returns:
+        The net, which is itself a layer. Its `apply` raises ValueError if the layers change the shape.
+
+    Raises:
+        TypeError: as in `serial`.
+        ValueError: as in `serial`.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -343,9 +411,9 @@ def _named(op: str, layers: tuple[Layer, ...]) -> tuple[tuple[str, Layer], ...]:
 
 
 def in_a_row(layer: Layer) -> TypeGuard[Serial]:
-    """Whether this is a net that applies its layers one after the other, each to parameters of its own.
+    """Whether ``layer`` is a net that applies its layers in sequence, each with its own parameters.
 
-    A subclass with another ``apply`` may do anything with the layers inside, and layers of one name share parameters.
+    A subclass with another ``apply`` may do anything with its layers, and layers with the same name share parameters.
     """
     if not isinstance(layer, Serial) or "apply" in vars(layer):
         return False
@@ -353,13 +421,13 @@ def in_a_row(layer: Layer) -> TypeGuard[Serial]:
 
 
 def expect_net(op: str, net: Any) -> None:
-    """TypeError for what is none."""
+    """Raise TypeError unless ``net`` is a `Serial`."""
     if not isinstance(net, Serial):
         raise TypeError(f"{op}: net expected what serial returns, got {net!r}")
 
 
 def expect_loss(op: str, loss: Any) -> None:
-    """TypeError for what is no function."""
+    """Raise TypeError unless ``loss`` is callable."""
     if not callable(loss):
         raise TypeError(f"{op}: loss expected a function (outputs, targets), got {loss!r}")
 
@@ -385,7 +453,7 @@ def _key_matches(key: Any, name: str, layer: Layer) -> bool:
 class IfThere:
     """A layer type as a key of ``rules=`` that may match nothing, for mappings that fit every net.
 
-    Equal to the type itself, so that a mapping can be read and merged as if the type were the key.
+    It equals the type itself, so a mapping can be read and merged as if the type were the key.
     """
 
     kind: type
@@ -401,11 +469,11 @@ class IfThere:
 
 
 class Checked(dict[Any, Any]):
-    """Rules whose keys were checked against the net that they were written for."""
+    """Rules whose keys have been checked against their net."""
 
 
 class _Followed(Checked):
-    """Rules on their way through a net, and the layers that asked for theirs."""
+    """Rules that record which layers have looked them up while a net is applied."""
 
     def __init__(self, rules: Mapping[Any, Rule]) -> None:
         super().__init__(rules)
@@ -413,7 +481,7 @@ class _Followed(Checked):
 
 
 def _check_handed_on(rules: _Followed, net: Serial) -> None:
-    """ValueError for a key whose layers are all inside nets with an `apply` of their own that hands no rules on."""
+    """Raise ValueError for a key that only matches layers in nets whose own `apply` does not pass rules on."""
     layers = [(name, layer) for name, layer in net.walk() if not isinstance(layer, Serial)]
     missed = [(name, layer) for name, layer in layers if name not in rules.asked]
     for key, rule in rules.items() if missed else ():
@@ -428,12 +496,12 @@ def _check_handed_on(rules: _Followed, net: Serial) -> None:
 
 
 def _type_of(key: Any) -> type | None:
-    """The layer type that a key is, if it is one."""
+    """Return the layer type of a key, or None if it is not one."""
     return key.kind if isinstance(key, IfThere) else key if isinstance(key, type) else None
 
 
 def _rule_of_sum(rules: Rules | None, net: Layer | None = None) -> Rule | None:
-    """Keys that are made for layers, such as `Layer` or a name, do not reach the sum: few rules fit two inputs."""
+    """Return the rule of a sum. Only the key `Residual` selects it, because few rules accept two inputs."""
     for key, rule in rules.items() if isinstance(rules, Mapping) else ():
         kind = _type_of(key)
         if kind is not None and issubclass(kind, Residual) and (net is None or isinstance(net, kind)):
@@ -441,12 +509,12 @@ def _rule_of_sum(rules: Rules | None, net: Layer | None = None) -> Rule | None:
     return None
 
 
-#: What a hidden layer is made of, and the part of `jaxcnn.rules.InHiddenLayer` that takes a rule for it.
+#: The layers that a hidden layer contains, and the argument of `jaxcnn.rules.InHiddenLayer` for each.
 _IN_HIDDEN_LAYER = {Conv: "conv", Relu: "relu", MaxPool: "pool"}
 
 
 def _check_matches(rules: Mapping[Any, Rule], net: Serial) -> None:
-    """ValueError for a key that no layer takes a rule from; `IfThere` may match nothing."""
+    """Raise ValueError for a key that no layer takes a rule from; `IfThere` may match nothing."""
     if isinstance(rules, Checked):
         return
     layers = [(name, layer) for name, layer in net.walk() if not isinstance(layer, Serial)]
@@ -464,7 +532,7 @@ def _check_matches(rules: Mapping[Any, Rule], net: Serial) -> None:
         if found:
             raise ValueError(f"rules: a key must match a layer that takes a rule, got {said!r}, which matches Flatten")
         if isinstance(key, str) and not any(name.startswith(f"{key}/") for name, _ in layers):
-            continue  # a net without layers inside
+            continue  # a net without layers
         there = ", ".join(sorted({type(layer).__name__ for _, layer in layers})) or "none"
         raise ValueError(
             f"rules: a key must match a layer of the net, got {said!r}; the layers are {there}{_instead(kind, layers)}"
@@ -472,7 +540,7 @@ def _check_matches(rules: Mapping[Any, Rule], net: Serial) -> None:
 
 
 def _instead(kind: type | None, layers: list[tuple[str, Layer]]) -> str:
-    """Where a rule for this type belongs."""
+    """Return a hint at the key that takes a rule for this type, or ""."""
     if kind is not None and issubclass(kind, Serial) and not issubclass(kind, Residual):
         return ". A net takes rules by its name, or by the types of its layers"
     inside = next((part for of, part in _IN_HIDDEN_LAYER.items() if kind is not None and issubclass(of, kind)), None)
@@ -492,7 +560,7 @@ def _check_rules(rules: Mapping[Any, Rule], names: list[str]) -> None:
 
 
 def _predicate(key: Any) -> bool:
-    """Whether it can be asked about a name and a layer."""
+    """Whether ``key`` can be called as ``key(name, layer)``."""
     try:
         inspect.signature(key).bind("name", None)
     except (TypeError, ValueError):
@@ -502,11 +570,11 @@ def _predicate(key: Any) -> bool:
 
 @contextlib.contextmanager
 def _located(name: str, between: str = ": ") -> Iterator[None]:
-    """A layer's name in front of what it raises."""
+    """Put a layer's name in front of its error messages."""
     try:
         yield
     except (ValueError, TypeError) as error:
-        # JAX's own errors cannot be made from a message.
+        # JAX's own errors cannot be constructed from a message.
         kind, cause = (TypeError if isinstance(error, TypeError) else ValueError), error
         raise kind(f"{name}{between}{error}") from (None if type(error) is kind else cause)
 

@@ -1,11 +1,9 @@
-"""Taps: named points of a computation, at which `jaxcnn.backprop` sees what passes and its δ.
+"""Taps: named points of a computation, at which `jaxcnn.backprop` records the value and its δ.
 
-A tap is an identity.  While a sweep collects, each tap also meets a *probe*, an array of zeros that is never read: its
-tangent is added to that of x, so that on the way back δ arrives at x and at the probe.
+A tap is an identity. During a sweep, each tap adds a *probe*, an array of zeros, to x in the tangent only. In the
+backward pass, δ arrives at x and at the probe.
 
     y = x + 0·p        ẏ = ẋ + ṗ        δ_x = δ        δ_p = δ
-
-Rooms: taps import nothing; nets and `jaxcnn.backprop` import them.
 """
 
 import contextlib
@@ -19,25 +17,27 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-#: A part of the keys of JAX's caches: what was traced with no sweep about, with its taps idle, is traced anew in one.
+#: Part of JAX's cache key: functions traced outside a sweep, with inactive taps, are retraced inside one.
 _COLLECTING = jax.make_user_context(False)
 _LOCAL = threading.local()
 
 
 def tap(name: str, x: Any) -> Array:
-    """``x``, whose value and δ are known by ``name`` to the sweep that runs, if one does.
+    """Return ``x`` unchanged and, inside a sweep, record its value and δ under ``name``.
 
-    Nets tap every layer.  In your own function, tap what `value_grad_and_deltas` shall show.
+    Nets tap every layer. In your own function, tap every value that `value_grad_and_deltas` should report.
 
     Args:
-        name: what the sweep calls it; each name once.
-        x: an array of any shape; ∂E/∂x is shown if its dtype is floating.
+        name: name in the sweep; each name can be used once.
+        x: an array of any shape; ∂E/∂x is recorded if its dtype is floating-point.
 
-    Returns: x.
+    Returns:
+        ``x``.
 
-    Raises: in a sweep: ValueError for a name that is used twice, and for a tap inside a function that JAX transforms by
-        itself within the swept one (jit, vmap, scan, checkpoint, …), which neither value nor δ can leave; TypeError for
-        a name that is no str.
+    Raises:
+        ValueError: inside a sweep, if a name is used twice, or if the tap is inside a function that JAX transforms
+            within the swept one (jit, vmap, scan, checkpoint, …), from which neither value nor δ can be returned.
+        TypeError: inside a sweep, if name is not a str.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -53,7 +53,7 @@ def tap(name: str, x: Any) -> Array:
 
 @contextlib.contextmanager
 def idle() -> Iterator[None]:
-    """Taps inside this context belong to no collector: each returns its argument and nothing is recorded."""
+    """Deactivate taps inside this context: each returns its argument and records nothing."""
     outer = getattr(_LOCAL, "collector", None)
     _LOCAL.collector = None
     try:
@@ -64,7 +64,7 @@ def idle() -> Iterator[None]:
 
 
 class Collector:
-    """What the taps of one call of a function meet.  Without probes it only looks, to learn names and types."""
+    """Collects the values at the taps of one function call. Without probes it only records names and types."""
 
     def __init__(self, probes: Mapping[str, Array] | None = None) -> None:
         self.found: dict[str, Array] = {}
@@ -72,7 +72,7 @@ class Collector:
 
     @contextlib.contextmanager
     def collecting(self) -> Iterator[None]:
-        """Taps within belong to this collector."""
+        """Make this the collector of all taps inside this context."""
         outer = getattr(_LOCAL, "collector", None)
         self._trace = jax.extend.core.get_opaque_trace_state()
         _LOCAL.collector = self
@@ -83,7 +83,19 @@ class Collector:
             _LOCAL.collector = outer
 
     def meet(self, name: str, x: ArrayLike) -> Array:
-        """``x``, seen."""
+        """Record ``x`` under ``name`` and return it.
+
+        Args:
+            name: name of the tap.
+            x: the value.
+
+        Returns:
+            ``x`` as an array, with the probe of this name added to its tangent if there is one.
+
+        Raises:
+            TypeError: if name is not a str.
+            ValueError: if a name is used twice, or the tap is inside a function that JAX transforms.
+        """
         if not isinstance(name, str):
             raise TypeError(f"tap: name expected a str, got {name!r}")
         if name in self.found:
@@ -99,14 +111,21 @@ class Collector:
         return _meet(x, self._probes[name]) if name in self._probes else x
 
     def types(self) -> dict[str, Any]:
-        """Of all that was found and has a δ."""
+        """Return the types of all recorded values that have a δ, by name."""
         return {name: jax.typeof(x) for name, x in self.found.items() if jnp.issubdtype(x.dtype, jnp.floating)}
 
 
 def probe(kind: Any) -> Array:
-    """Zeros to meet an array of this type; under jit they are never made."""
+    """Return the probe for an array of this type: zeros, which are never materialized under jit.
+
+    Args:
+        kind: the type, from `jax.typeof`.
+
+    Returns:
+        An array of zeros.
+    """
     zeros = jnp.zeros(kind.shape, kind.dtype)
-    axes = tuple(kind.manual_axis_type.varying)  # inside `jax.shard_map`: what each device has its own of
+    axes = tuple(kind.manual_axis_type.varying)  # inside `jax.shard_map`: axes along which devices differ
     return lax.pcast(zeros, axes, to="varying") if axes else zeros
 
 
@@ -117,5 +136,5 @@ def _meet(x: Array, probe: Array) -> Array:
 
 @_meet.defjvp
 def _meet_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    """ẏ = ẋ + ṗ."""
+    """Return x with the tangent ẏ = ẋ + ṗ."""
     return primals[0], tangents[0] + tangents[1]

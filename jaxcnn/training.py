@@ -1,4 +1,4 @@
-"""Training: one jitted step, evaluation, and statistics of the training data.  Rooms: imports `jaxcnn.net`."""
+"""Training: a jitted step, evaluation, and statistics of the training data."""
 
 import copy
 import dataclasses
@@ -23,9 +23,9 @@ from jaxcnn.layers import HIDING, UNKNOWN, BatchNorm, Layer, Params, reached_p
 from jaxcnn.net import Rules, Serial, expect_loss, expect_net
 from jaxcnn.ops.rule import one_key
 
-#: Error of each example: (outputs, targets) → (N, …).
+#: Loss of each example: (outputs, targets) → (N, …).
 Loss = Callable[[Any, Any], Array]
-#: (net, params, x, targets, loss, *, key) → a tree like params, or one gradient for each example.
+#: (net, params, x, targets, loss, *, key) → a tree like params, or one gradient per example.
 Gradient = Callable[..., Any]
 Batch = tuple[Any, Any]
 Metrics = dict[str, Array]
@@ -34,18 +34,19 @@ Metrics = dict[str, Array]
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a training step reads and writes.
+    """All values that a training step reads and writes.
 
     As a pytree, the state has the raw data of its key as a leaf (`jax.random.key_data`), so that it can be put on the
-    devices of several processes: ``jax.device_put(state, everywhere)``. Every leaf has a buffer of its own: an array
-    that is given twice, as by optimizers that start from a copy of the parameters, is copied, and all can be donated.
+    devices of several processes: ``jax.device_put(state, everywhere)``. Every leaf has its own buffer, so all can be
+    donated. An array that is passed twice, for example by an optimizer that starts from a copy of the parameters, is
+    copied.
     """
 
-    #: How many steps were taken.
+    #: Number of steps taken.
     step: Array
     params: Params
     opt_state: Any
-    #: Each step's own key is this one folded with its number.
+    #: Key for the whole run; step i uses ``fold_in(key, i)``.
     key: Array
 
     def __post_init__(self) -> None:
@@ -54,7 +55,11 @@ class TrainState:
             object.__setattr__(self, field, jax.tree.map(functools.partial(_own_buffer, seen), getattr(self, field)))
 
     def tree_flatten_with_keys(self) -> Any:
-        """The fields as children, the key as raw data; what kind of key it is, is static."""
+        """Flatten to the fields, with the key as raw data.
+
+        Returns:
+            The children with their names, and the key implementation as static data.
+        """
         key, kind = self.key, self.__dict__.get("_kind")
         if hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and isinstance(key, Array):
             key, kind = jax.random.key_data(key), jax.random.key_impl(key)
@@ -63,7 +68,17 @@ class TrainState:
 
     @classmethod
     def tree_unflatten(cls, kind: Any, children: Any) -> "TrainState":
-        """The state of these fields; a leaf that is not the data of a key, such as a sharding, stays as it is."""
+        """Rebuild the state from its fields.
+
+        A leaf that is not the data of a key, such as a sharding, is kept unchanged.
+
+        Args:
+            kind: the key implementation.
+            children: the fields, in order.
+
+        Returns:
+            The state.
+        """
         state = object.__new__(cls)
         step, params, opt_state, key = children
         if isinstance(key, Array | np.ndarray) and key.dtype == np.uint32 and kind is not None:
@@ -77,7 +92,21 @@ class TrainState:
     def create(
         cls, net: Serial, optimizer: optax.GradientTransformation, key: Array, input_shape: tuple[int, ...]
     ) -> "TrainState":
-        """The state before the first step; ``input_shape`` is one example's."""
+        """Return the state before the first step.
+
+        Args:
+            net: from `serial`.
+            optimizer: from optax.
+            key: from `jax.random.key`; initializes the parameters, and is split for training.
+            input_shape: shape of one example, without the batch.
+
+        Returns:
+            The state, at step 0.
+
+        Raises:
+            TypeError: if net, optimizer or key has the wrong type.
+            ValueError: if the net does not fit ``input_shape``.
+        """
         expect_net("TrainState.create", net)
         _expect_optimizer("TrainState.create", optimizer)
         init_key, train_key = jax.random.split(one_key("TrainState.create", key))
@@ -86,7 +115,7 @@ class TrainState:
 
 
 def _own_buffer(seen: set[Any], leaf: Any) -> Any:
-    """The leaf, or a copy of it if its buffers are among those that were seen."""
+    """Return the leaf, or a copy of it if its buffers are in ``seen``."""
     if not isinstance(leaf, Array) or isinstance(leaf, jax.core.Tracer):
         return leaf
     data = jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
@@ -108,43 +137,51 @@ def make_train_step(
     microbatch: int | None = None,
     gradient: Gradient | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """A jitted training step: ``state, metrics = step(state, (x, targets))``.
+    """Return a jitted training step: ``state, metrics = step(state, (x, targets))``.
 
-    The state is donated: use the one that comes back.  ``metrics`` holds the mean "loss" of the batch, in float32 or
-    wider, and "accuracy" where targets are integer labels, as in `evaluate`; both before the update, with dropout on.
+    The state is donated: continue with the returned one. ``metrics`` contains the mean "loss" of the batch, in float32
+    or wider. If targets are integer labels, it also contains "accuracy", as in `evaluate`. Both are from before the
+    update, with dropout active.
 
-    An optimizer that asks for ``value``, ``grad`` or ``value_fn`` gets them: the mean loss, its gradient, and the mean
+    An optimizer that takes ``value``, ``grad`` or ``value_fn`` receives them: the mean loss, its gradient, and the mean
     loss of the batch as a function of the parameters. Examples are `optax.contrib.reduce_on_plateau`,
     `optax.polyak_sgd` and `optax.lbfgs`.
 
-    An optimizer that aggregates gradients of single examples, such as `optax.contrib.dpsgd`, needs
-    ``gradient=jaxcnn.per_example_gradients``. In general ``gradient`` is a function that is called instead of taking
-    the gradient of the mean loss, ``gradient(net, params, x, targets, loss, key=key)``. It returns a tree like the
-    parameters, to which it may have done anything, such as clipping and adding noise: see the last example. The key is
-    the one of the step, with which dropout draws; fold a number of your own into it for other draws.
+    An optimizer that aggregates per-example gradients, such as `optax.contrib.dpsgd`, needs
+    ``gradient=jaxcnn.per_example_gradients``. In general ``gradient`` is a function that replaces the gradient of the
+    mean loss: ``gradient(net, params, x, targets, loss, key=key)``. It returns a tree like the parameters, after any
+    processing such as clipping and adding noise (see the last example). The key is that of the step, which dropout
+    uses; fold in a number before using it for anything else.
 
-    A small net waits for Python at every step.  Over batches that are on the device already, several steps are one
-    call: ``jax.lax.scan(step, state, (xs, targets))``, with xs ``(steps, N, …)``; its metrics have a leading dim, too.
+    For a small net, Python dispatch dominates each step. If the batches are already on the device, run several steps in
+    one call: ``jax.lax.scan(step, state, (xs, targets))``, with xs ``(steps, N, …)``. Its metrics also have a leading
+    dim.
 
-    With ``microbatch`` so many examples at a time go through both halves, and what they say of the gradient is added up
-    (gradient accumulation): the activations of one microbatch are all that is kept.  The step is the same but for the
-    rounding, unless layers draw numbers (each microbatch has a key of its own) or look at the whole batch (`BatchNorm`
-    sees a microbatch).  On CPU it is often faster, too: 16 to 64 examples of a large net stay in cache.
+    If ``microbatch`` is given, that many examples at a time go through the forward and backward pass, and their
+    gradients are accumulated. Only the activations of one microbatch are kept. The step differs by rounding only,
+    unless a layer is random (each microbatch gets its own key) or depends on the whole batch (`BatchNorm` uses the
+    statistics of a microbatch). On CPU this is often faster: 16 to 64 examples of a large net stay in cache.
 
-    On several devices, put the state on all of them and split the batch; the step is the same.  Microbatches take every
-    so manieth example, so that each device has its part of all of them.
+    On several devices, replicate the state and shard the batch; the step is the same. With k microbatches, each takes
+    every k-th example, so every device holds a share of each one.
 
     Args:
         net: from `serial`.
-        loss: error of each example, such as `softmax_cross_entropy_with_integer_labels`; its mean is minimised.
+        loss: loss of each example, such as `softmax_cross_entropy_with_integer_labels`; its mean is minimized.
         optimizer: from optax.
-        rules: other backward halves, as in `Serial.apply`.
-        microbatch: how many examples at a time; None: all.  What remains of the batch goes last.
-        gradient: called in place of the gradient of the mean loss; not together with ``rules`` or ``microbatch``.
+        rules: replacement backward rules, as in `Serial.apply`.
+        microbatch: number of examples per microbatch; None uses the whole batch. A smaller remainder is processed last.
+        gradient: called in place of the gradient of the mean loss. It cannot be combined with ``rules`` or
+            ``microbatch``.
 
-    Raises: TypeError for what is no net, function or optimizer, TypeError or ValueError for a microbatch that is no
-    int >= 1; when the step is first called, what the layers and the loss raise for shapes and dtypes that do not fit,
-    and ValueError for an optimizer that needs gradients of single examples and does not get them.
+    Returns:
+        The step, a function of a `TrainState` and a batch that returns the new state and the metrics. It raises the
+        errors of the layers and the loss for shapes and dtypes that do not fit, and ValueError if the optimizer needs
+        per-example gradients and does not receive them.
+
+    Raises:
+        TypeError: if net, loss, optimizer, gradient or microbatch has the wrong type.
+        ValueError: if microbatch is less than 1, or if gradient is combined with rules or microbatch.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -202,13 +239,13 @@ def make_train_step(
     asked = _asked_for(optimizer)
 
     def error(params: Params, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
-        """The mean error, and how many labels were predicted out of how many."""
+        """Return the mean loss, and the numbers of correct and of valid labels."""
         x, targets = batch
         outputs = net.apply(params, x, key=key, rules=rules)
         return _widened(loss(outputs, targets)).mean(), _counts(outputs, targets)
 
     def gradients(params: Params, batch: Batch, key: Array) -> tuple[tuple[Array, Params], dict[str, Array]]:
-        """Of the mean error, behind the error itself."""
+        """Return the mean loss with its gradient, and the label counts."""
         (value, counts), found = jax.value_and_grad(error, has_aux=True)(params, batch, key)
         return (value, found), counts
 
@@ -242,7 +279,7 @@ def make_train_step(
 
 
 def _asked_for(optimizer: Any) -> frozenset[str]:
-    """Which of the extra arguments an optimizer takes."""
+    """Return the names of the extra arguments that an optimizer takes."""
     names = {"value", "grad", "value_fn"}
     try:
         parameters = inspect.signature(optimizer.update).parameters.values()
@@ -253,7 +290,7 @@ def _asked_for(optimizer: Any) -> frozenset[str]:
 
 
 def _check_gradient(optimizer: Any, state: TrainState, found: Any, extra: Any, batch: tuple[int, ...]) -> None:
-    """ValueError unless the optimizer gets what it needs: one gradient, or one for each example."""
+    """Raise ValueError unless the optimizer gets what it needs: one gradient, or one per example."""
     each = _aggregates(optimizer, state, extra)
     lead = batch if each else ()
     expected = [(path, (*lead, *jnp.shape(p))) for path, p in jax.tree.leaves_with_path(state.params)]
@@ -270,7 +307,7 @@ def _check_gradient(optimizer: Any, state: TrainState, found: Any, extra: Any, b
 
 
 def _aggregates(optimizer: Any, state: TrainState, extra: Any) -> bool:
-    """Whether an optimizer takes a gradient for each example: whether a leading dim of its own goes away."""
+    """Whether an optimizer takes per-example gradients, that is, whether it removes a leading dim."""
 
     def private(node: Any) -> bool:
         return isinstance(node, optax.contrib.DifferentiallyPrivateAggregateState)
@@ -286,15 +323,15 @@ def _aggregates(optimizer: Any, state: TrainState, extra: Any) -> bool:
 
     try:
         updates = jax.tree.leaves(jax.eval_shape(update, each))
-    except Exception:  # whatever an optimizer raises for shapes that are not its own
+    except Exception:  # any error that an optimizer raises for shapes it does not accept
         return False
     return len(updates) == len(params) and any(u.shape == jnp.shape(p) for u, p in zip(updates, params, strict=True))
 
 
 def _accumulated(mean: Callable[[Batch, Array], Any], batch: Batch, key: Array, size: int) -> Any:
-    """A mean and counts over a batch, ``size`` examples at a time, in float32 or wider.
+    """Return a mean and counts over a batch, ``size`` examples at a time, in float32 or wider.
 
-    ``mean`` returns both for a part. The means are added up by their shares, the counts as they are.
+    ``mean`` returns both for a part. The means are added with their shares as weights, and the counts are added.
     """
     examples = batch[0].shape[0]
     count = examples // size
@@ -323,23 +360,27 @@ def _accumulated(mean: Callable[[Batch, Array], Any], batch: Batch, key: Array, 
 
 
 def evaluate(net: Serial, loss: Loss, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
-    """Mean loss, and accuracy where targets are integer labels, over all examples of ``batches``; dropout is off.
+    """Return the mean loss, and the accuracy if targets are integer labels, over all examples; dropout is inactive.
 
-    Every example counts the same, whatever its batch. Where there is one class for each pixel, with outputs
-    ``(N, …, classes)`` and targets ``(N, …)``, the loss of an example is the mean over what ``loss`` returns for it,
-    and the accuracy is the share of pixels that are right. Labels outside of the classes, such as −100 or 255 for
-    pixels to ignore, do not count in the accuracy; what they count in the loss is what ``loss`` returns for them. If no
-    label is in the classes, the accuracy is NaN. The sum over a batch is taken in float32, or in float64 where the loss
-    is; the sum of these in float64.
+    Every example has the same weight, whatever its batch. If there is one class per pixel, with outputs
+    ``(N, …, classes)`` and targets ``(N, …)``, the loss of an example is the mean over the values that ``loss`` returns
+    for it, and the accuracy is the fraction of correct pixels. Labels outside the classes, such as −100 or 255 for
+    pixels to ignore, do not count in the accuracy; their share in the loss is what ``loss`` returns for them. If no
+    label is in the classes, the accuracy is NaN. The sum over a batch is computed in float32, or in float64 if the loss
+    is; the sum over batches is computed in float64.
 
     Args:
         net: from `serial`.
-        loss: error of each example, ``(N, …)``, as in `make_train_step`.
-        params: its parameters, with the statistics of `calibrate` if it has batch norms.
-        batches: ``(x, targets)``, each once.
+        loss: loss of each example, ``(N, …)``, as in `make_train_step`.
+        params: the net's parameters, with the statistics of `calibrate` if it has batch norms.
+        batches: ``(x, targets)`` pairs, each used once.
 
-    Raises: ValueError if there are no examples and for a loss that is not one error for each example; TypeError for
-    what is no net or no function.
+    Returns:
+        A dict with "loss", and "accuracy" if targets are integer labels.
+
+    Raises:
+        ValueError: if ``batches`` has no examples, or if the loss does not return one value per example.
+        TypeError: if net or loss has the wrong type.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -369,7 +410,7 @@ def evaluate(net: Serial, loss: Loss, params: Params, batches: Iterable[Batch]) 
 
 
 def _remembered(make: Callable[..., Any]) -> Callable[..., Any]:
-    """``make`` with a cache for arguments that can be hashed; nets and losses of one's own may not be."""
+    """Return ``make`` with a cache for hashable arguments; custom nets and losses may not be hashable."""
     cached = functools.lru_cache(maxsize=64)(make)
 
     @functools.wraps(make, updated=())
@@ -385,7 +426,7 @@ def _remembered(make: Callable[..., Any]) -> Callable[..., Any]:
 
 @_remembered
 def _evaluator(net: Serial, loss: Loss) -> Callable[[Params, Batch], tuple[Array, dict[str, Array]]]:
-    """Jitted once for a net and a loss: the sum of all errors of a batch, and counts of its labels."""
+    """Return a function, jitted once per net and loss, for the sum of a batch's losses and the counts of its labels."""
 
     @jax.jit
     def run(params: Params, batch: Batch) -> tuple[Array, dict[str, Array]]:
@@ -401,33 +442,38 @@ def _evaluator(net: Serial, loss: Loss) -> Callable[[Params, Batch], tuple[Array
 
 
 def calibrate(net: Serial, params: Params, batches: Iterable[Batch], *, keep_bytes: int = 2**32) -> Params:
-    """Parameters with exact statistics of the training data added to every `BatchNorm` of the net.
+    """Return parameters with exact statistics of the training data added to every `BatchNorm` of the net.
 
     The result is for evaluation: ``net.apply(calibrated, x)`` normalizes by "mean" and "var", the mean and the variance
-    (Σ (x − mean)²/n) of everything that reaches the layer when the net is evaluated on ``batches``. The statistics do
-    not depend on how the data are cut into batches. The optimizer keeps the original parameters and never sees the
+    (Σ (x − mean)²/n) of all inputs that the layer receives when the net is evaluated on ``batches``. The statistics do
+    not depend on how the data are split into batches. The optimizer keeps the original parameters and never sees the
     statistics.
 
     The input of a batch norm depends on the statistics of the batch norms before it. The net is therefore traced once
-    and cut into stages, one for each level of batch norms, wherever they are: in residual nets, parallel branches and
-    subclasses of `Serial` with an `apply` of their own. A stage continues from the arrays that the earlier stages left
-    for it, so that all stages together are one forward pass over the data.
+    and cut into stages, one per level of batch norms, wherever they are: in residual nets, parallel branches and
+    subclasses of `Serial` with their own `apply`. A stage continues from the arrays that the earlier stages saved for
+    it, so all stages together are one forward pass over the data.
 
-    These arrays are held for every batch: the input of the batch norm and what else the rest of the net needs, such as
-    the other term of a residual sum. At a stage where they exceed ``keep_bytes`` over all batches, none of them is
+    These arrays are held for every batch: the input of the batch norm and whatever else the rest of the net needs, such
+    as the other term of a residual sum. If they exceed ``keep_bytes`` over all batches at a stage, none of them is
     held, and the next stage starts again from the data. The mean and Σ (x − mean)² of every batch are merged in float64
     on the host (Chan et al. 1979).
 
     Args:
         net: from `serial`.
-        params: as training left them.
-        batches: of the training data, ``(x, targets)``; a list, or another iterable that can be iterated repeatedly.
-        keep_bytes: how many bytes of activations may be held.
+        params: trained parameters.
+        batches: ``(x, targets)`` pairs of training data; any iterable that can be iterated repeatedly, such as a list.
+        keep_bytes: maximum number of bytes of activations to hold.
 
-    Raises: ValueError if there are no examples, and for a batch norm that cannot be calibrated exactly: one that the
-        net never calls, that is inside `jax.lax.scan` and the like, whose own output reaches it again, or that a layer
-        contains which is not a `Serial`, unless the parameters are named like the fields of that layer. TypeError for
-        an iterable that can be iterated only once, such as a generator.
+    Returns:
+        A copy of ``params`` with "mean" and "var" added for every batch norm.
+
+    Raises:
+        ValueError: if ``batches`` has no examples, or if a batch norm cannot be calibrated exactly. This is the case if
+            the net never calls it, if it is inside `jax.lax.scan` and the like, if its own output reaches it again, or
+            if it is inside a layer that is not a `Serial`, unless the parameters are named like the fields of that
+            layer.
+        TypeError: if net has the wrong type, or batches can be iterated only once, such as a generator.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -497,7 +543,7 @@ def calibrate(net: Serial, params: Params, batches: Iterable[Batch], *, keep_byt
 
 
 def _norms(net: Serial) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Where the batch norms are that calibrate can see, and the layers that may contain others."""
+    """Return the paths of the batch norms that calibrate can see, and the layers that may contain others."""
     found: list[str] = []
     hiding: list[str] = []
 
@@ -520,7 +566,7 @@ def _norms(net: Serial) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _merged(one: tuple[int, Any, Any], two: tuple[Any, Any, Any]) -> tuple[int, Any, Any]:
-    """Count, mean and Σ (x − mean)² of two sets together."""
+    """Merge count, mean and Σ (x − mean)² of two sets."""
     n1, m1, s1 = one
     n2, m2, s2 = int(two[0]), *(np.asarray(a, np.float64) for a in two[1:])
     n, d = n1 + n2, m2 - m1
@@ -529,7 +575,7 @@ def _merged(one: tuple[int, Any, Any], two: tuple[Any, Any, Any]) -> tuple[int, 
 
 @jax.jit
 def _moments(x: Array) -> tuple[int, Array, Array]:
-    """How many entries a channel has, their mean, and Σ (x − mean)²."""
+    """Return the number of elements per channel, their mean, and Σ (x − mean)²."""
     pixels = x.reshape(-1, x.shape[-1])
     pixels = pixels.astype(np.promote_types(pixels.dtype, np.float32))
     mean = pixels.sum(0) / max(len(pixels), 1)
@@ -537,7 +583,7 @@ def _moments(x: Array) -> tuple[int, Array, Array]:
 
 
 def _with(params: Any, path: list[str], found: Params) -> Any:
-    """The parameters with more entries at one place, dicts of the types they had; the original is left as it is."""
+    """Return a copy of ``params`` with the entries of ``found`` added at ``path``; mappings keep their types."""
     part = found if not path else {path[0]: _with(params.get(path[0], {}), path[1:], found)}
     if type(params) is dict or not isinstance(params, Mapping):
         return {**params, **part}
@@ -554,7 +600,7 @@ def _with(params: Any, path: list[str], found: Params) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """One operation of a traced net. Values are numbered; an operand that has no number is a constant."""
+    """One operation of a traced net. Values are numbered; an operand without a number is a constant."""
 
     run: Callable[..., Any]
     operands: tuple[Any, ...]
@@ -563,7 +609,7 @@ class _Step:
 
 @dataclasses.dataclass(frozen=True)
 class _Reached:
-    """A batch norm that x reaches; the results are its mean and var, in these dtypes."""
+    """A batch norm whose input is value x; the results are its mean and var, in these dtypes."""
 
     path: str
     x: int
@@ -572,7 +618,7 @@ class _Reached:
 
 
 class _Stages:
-    """A net traced for one shape, cut so that each stage reads only statistics that earlier stages made known."""
+    """A net traced for one shape, cut so that each stage reads only statistics from earlier stages."""
 
     def __init__(self, net: Serial, paths: Sequence[str], hiding: tuple[str, ...], tree: Any, leaves: Any, x: Any):
         def apply(leaves: Any, x: Array) -> Array:
@@ -599,14 +645,14 @@ class _Stages:
         self._run = [jax.jit(functools.partial(self._compute, stage)) for stage in range(self.count)]
 
     def run(self, stage: int, leaves: Any, known: Mapping[str, Any], values: Any) -> tuple[Any, tuple[Array, ...]]:
-        """Moments of what reaches batch norms at a stage, and the arrays that the stages after it read."""
+        """Return the moments of the batch norm inputs at a stage, and the arrays that later stages read."""
         known = {path: value for path, value in known.items() if self._ready[path] <= stage}
         values = (values,) if stage == 0 else values
         moments, values = self._run[stage](leaves, known, values)
         return list(zip(self._met(stage), moments, strict=True)), values
 
     def ready(self, stage: int) -> list[str]:
-        """The batch norms that everything has reached after a stage."""
+        """Return the batch norms whose inputs are complete after a stage."""
         return [path for path, at in self._ready.items() if at == stage + 1]
 
     def _met(self, stage: int) -> list[str]:
@@ -614,7 +660,7 @@ class _Stages:
         return [step.path for step in reached if self._stage.get(step.x, 0) == stage]
 
     def _add(self, jaxpr: Any, constants: Any, operands: list[Any]) -> list[Any]:
-        """Take up the operations of a jaxpr, those of functions that are called in it too; its results."""
+        """Add the operations of a jaxpr, including those of functions that it calls; return its results."""
         numbers: dict[Any, Any] = {}
         for var, value in zip(jaxpr.constvars, constants, strict=True):
             numbers[var] = next(self._numbers)
@@ -662,9 +708,9 @@ class _Stages:
         return list(results)
 
     def _schedule(self, most: int) -> tuple[dict[int, int], dict[str, int]]:
-        """The stage at which each value can be computed; for each batch norm, the first that may read its statistics.
+        """Return the stage of each value, and for each batch norm the first stage that may read its statistics.
 
-        A norm that is called several times is ready when all calls were reached; stages are found by repetition.
+        A norm that is called several times is ready once all calls have been reached. Stages are found by iteration.
         """
         ready: dict[str, int] = {}
         while True:
@@ -705,7 +751,7 @@ class _Stages:
         return moments, tuple(of[n] for n in self._held(stage + 1))
 
     def _held(self, stage: int) -> tuple[int, ...]:
-        """The values that are computed before a stage and read by it or the ones after it, up to the last."""
+        """Return the values that are computed before a stage and read by it or by later ones."""
         found: dict[int, None] = {}
         statistics = {n for step in self._steps if isinstance(step, _Reached) for n in step.results}
         for step in self._steps:
@@ -723,7 +769,7 @@ class _Stages:
 
 _stages = _remembered(_Stages)
 
-#: What only calls a function once.
+#: Primitives that only call a function once.
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call")
 
 
@@ -737,7 +783,7 @@ def _like(kind: Any) -> Any:
 
 
 def _reaches(eqn: Any) -> bool:
-    """Whether a batch norm is reached somewhere inside an operation."""
+    """Whether an operation contains a batch norm."""
     return any(
         inner.primitive is reached_p or _reaches(inner)
         for jaxpr in jax.extend.core.jaxprs_in_params(eqn.params)
@@ -746,7 +792,7 @@ def _reaches(eqn: Any) -> bool:
 
 
 def _bound(jaxpr: Any, eqn: Any) -> Callable[..., Any]:
-    """An operation of a jaxpr as a function of its operands, to a list of results."""
+    """Return an operation of a jaxpr as a function from its operands to a list of results."""
     operands = [var for var in eqn.invars if not isinstance(var, jax.extend.core.Literal)]
     distinct = list(dict.fromkeys(operands))
     results = [var for var in eqn.outvars if not isinstance(var, jax.extend.core.DropVar)]
@@ -766,18 +812,18 @@ def _expect_optimizer(op: str, value: Any) -> None:
 
 
 def _widened(errors: Any) -> Array:
-    """The errors in the dtype that they are summed in: float32, or wider if they are."""
+    """Return the losses in the dtype that they are summed in: float32, or wider if they are wider."""
     errors = jnp.asarray(errors)
     floating = jnp.issubdtype(errors.dtype, jnp.floating)
     return errors.astype(np.promote_types(errors.dtype, np.float32) if floating else np.float32)
 
 
 def _counts(outputs: Any, targets: Any) -> dict[str, Array]:
-    """Where targets are integer labels: how many of them are one of the classes, and how many were predicted."""
+    """Count valid and correctly predicted labels, if targets are integer labels."""
     labels = hasattr(targets, "dtype") and jnp.issubdtype(targets.dtype, jnp.integer)
     if not labels or targets.shape != jnp.shape(outputs)[:-1] or not jnp.ndim(outputs):
         return {}
-    targets = targets.astype(np.promote_types(targets.dtype, np.int32))  # int8 does not hold the number of classes
+    targets = targets.astype(np.promote_types(targets.dtype, np.int32))  # int8 cannot represent the number of classes
     there = (targets >= 0) & (targets < outputs.shape[-1])
     predicted = jnp.argmax(outputs, -1).astype(np.int32)
     right = there & (predicted == jnp.where(there, targets, 0).astype(np.int32))

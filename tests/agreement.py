@@ -1,6 +1,6 @@
-"""Entry by entry against PyTorch, also where entries are NaN or infinite, which a norm over all of them cannot tell.
+"""Elementwise comparison with PyTorch, including NaN and infinite elements, which a norm cannot compare.
 
-And nets in PyTorch: the same layers, the same parameters.
+It also builds nets in PyTorch with the same layers and parameters.
 """
 
 import dataclasses
@@ -16,17 +16,17 @@ import jaxcnn
 from tests import oracles
 from tests.cases import compiled
 
-#: float64, of sums in another order.
+#: For float64 sums in a different order.
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
 
 def random_delta(y: Any, seed: int = 1) -> np.ndarray:
-    """A δ with no symmetry that could hide a mistake."""
+    """Return a random δ, without any symmetry that could hide an error."""
     return np.random.default_rng(seed).standard_normal(y.shape).astype(y.dtype)
 
 
 def pulled(f: Callable, arrays: tuple[Any, ...], delta: np.ndarray) -> Any:
-    """``f(*arrays)``, and the cotangent of δ for each of them: both halves as one compiled program."""
+    """Return ``f(*arrays)`` and the cotangents of the arrays for δ, compiled as one program."""
     return both_halves(f)(arrays, delta)
 
 
@@ -56,7 +56,7 @@ def assert_agrees(
     delta: np.ndarray | None = None,
     **tolerance: float,
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The same value and, for a random δ, the same cotangents, in the dtypes of ``arrays``; returns ours."""
+    """Assert that value, cotangents for a random δ, and dtypes agree with PyTorch; return our value and cotangents."""
     ours, theirs = (functools.partial(f, **(options or {})) for f in (ours, theirs))
     delta = random_delta(jax.eval_shape(ours, *arrays)) if delta is None else delta
     y, found = pulled(ours, arrays, delta)
@@ -69,12 +69,12 @@ def assert_agrees(
     return np.asarray(y), [np.asarray(c) for c in found]
 
 
-#: The parameters of a layer, in the order in which its op takes them.
+#: The parameters of a layer, in the order of its op's arguments.
 ARRAYS = ("w", "b", "scale", "bias", "mean", "var")
 
 
 def net_in_torch(net: jaxcnn.Serial, params: Mapping[str, Any], x: torch.Tensor) -> torch.Tensor:
-    """``net.apply(params, x)`` at evaluation, with parameters that are tensors."""
+    """Compute ``net.apply(params, x)`` at evaluation, with tensors as parameters."""
     y = x
     for name, layer in net.layers:
         own = params.get(name, {})
@@ -91,17 +91,17 @@ def net_in_torch(net: jaxcnn.Serial, params: Mapping[str, Any], x: torch.Tensor)
                 y = y.flatten(1)
             case jaxcnn.Dropout():
                 pass
-            case _:  # the op of the layer's name
+            case _:  # the op named like the layer
                 op = "".join(f"_{c.lower()}" if c.isupper() else c for c in type(layer).__name__).lstrip("_")
                 y = getattr(oracles, op)(y, *(own[k] for k in ARRAYS if k in own), **options)
     return x + y if type(net).__name__ == "Residual" else y
 
 
 def tensors(tree: Any) -> Any:
-    """Leaves as tensors that have a gradient."""
+    """Convert leaves to tensors that require a gradient."""
     return jax.tree.map(lambda a: torch.tensor(np.asarray(a), requires_grad=True), tree)
 
 
 def numbers(tree: Any) -> Any:
-    """Leaves as NumPy arrays: also what stays when the originals are donated."""
+    """Copy leaves to NumPy arrays, which remain valid when the originals are donated."""
     return jax.tree.map(lambda a: a.detach().numpy().copy() if isinstance(a, torch.Tensor) else np.array(a), tree)

@@ -1,7 +1,7 @@
-"""What is built is what is installed: python -m tests.built dist.
+"""Checks that the built distributions install and work: python -m tests.built dist.
 
-The wheel holds the package and nothing else; wheel and sdist, each in an environment of its own with nothing but what
-they ask for, import, know their version, and train.
+The wheel must contain the package and nothing else. Wheel and sdist are each installed in a fresh environment with only
+their declared dependencies; they must import, report their version, and train.
 """
 
 import email
@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
 
-#: Run outside of the clone: only the installed package can be imported.
+#: Run outside of the clone, so that only the installed package can be imported.
 TRAINS = f"""
 import importlib.metadata, pathlib, sys
 import jax, jax.numpy as jnp, optax
@@ -70,7 +70,7 @@ def installs_and_trains(built: Path) -> None:
 
 
 def main() -> int:
-    """Check the one wheel and the one sdist of a folder."""
+    """Check the wheel and the sdist in a folder."""
     dist = Path(sys.argv[1])
     (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
     wheel_holds_the_package_only(wheel)

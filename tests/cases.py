@@ -1,7 +1,7 @@
-"""The one table: every differentiable op, with arguments and options that reach every branch of its rule.
+"""The case table: every differentiable op, with arguments and options that reach every branch of its rule.
 
-`CASES` has a row for each way of calling an op: its name, the shapes of the arrays that have a δ, its options.  What
-is true of all rows of an op stands in `OPS`.  `tests/checks.py` says what every row is put through.
+`CASES` has one row per way to call an op: its name, the shapes of the differentiable arrays, and its options. `OPS`
+holds what all rows of an op share. `tests/checks.py` defines the checks that every row goes through.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from tests import oracles
 Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
 
 # ---------------------------------------------------------------------------------------------------------------------
-# How numbers are drawn
+# How arguments are drawn
 
 
 def normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -31,18 +31,21 @@ def normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def apart(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """From −3 to 3 in equal steps, shuffled: no two alike, none zero, so that a small step crosses no kink."""
+    """Return a shuffled range from −3 to 3 in equal steps.
+
+    All values differ and none is zero, so a small step crosses no kink.
+    """
     n = math.prod(shape)
     return rng.permutation(6 * (np.arange(n) + 0.25) / n - 3).reshape(shape)
 
 
 def wide(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """`apart`, from −9 to 9: on all pieces of the activations that are made of straight lines."""
+    """Return `apart`, scaled to −9 to 9: it covers all pieces of the piecewise linear activations."""
     return 3 * apart(rng, shape)
 
 
 def ties(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Small whole numbers, many of them alike and many zero: what finite differences cannot tell."""
+    """Return small integers with many ties and zeros, which finite differences cannot handle."""
     return rng.integers(-2, 3, shape).astype(float)
 
 
@@ -72,7 +75,7 @@ def labels(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def with_indices(x: Array, *, rule: Any = None, **options: Any) -> Array:
-    """The entries; the indices have no δ."""
+    """Return only the values; the indices have no δ."""
     return jaxcnn.max_pool_with_indices(x, rule=rule, **options)[0]
 
 
@@ -82,25 +85,25 @@ def unpooled(y: Array, *, spatial_shape: tuple[int, ...], rule: Any = None) -> A
 
 
 def indices(shape: tuple[int, ...], entries: int) -> np.ndarray:
-    """Some of them alike, where there are more than entries."""
+    """Return indices below ``entries``, with repeats if ``shape`` has more elements than that."""
     return (7 * np.arange(math.prod(shape), dtype=np.int32) % entries).reshape(shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """What is true of all rows of an op."""
+    """Properties that all rows of an op share."""
 
-    #: The op, of the arrays that have a δ and of its options.
+    #: The op, as a function of the differentiable arrays and its options.
     function: Callable[..., Array]
-    #: The same in PyTorch, of tensors and the same options.
+    #: The same op in PyTorch, as a function of tensors and the same options.
     oracle: Callable[..., Any]
-    #: The arguments in which it is linear, or linear plus a constant.
+    #: The arguments in which the op is linear or affine.
     linear: tuple[int, ...] = ()
-    #: How each argument is drawn; the last entry serves for the rest.
+    #: How each argument is drawn; the last element is used for the remaining arguments.
     draw: tuple[Draw, ...] = (normal,)
-    #: The arguments whose first dimension is the batch, as the result's is.
+    #: The arguments whose first dimension is the batch, like the result's.
     batched: tuple[int, ...] = (0,)
-    #: What autodiff differentiates in its stead; None for the op itself with ``rule=jaxcnn.rules.autodiff``.
+    #: The function that autodiff differentiates instead; None: the op itself with ``rule=jaxcnn.rules.autodiff``.
     plain: Callable[..., Array] | None = None
 
 
@@ -171,13 +174,16 @@ OPS = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Case:
-    """One row.  `dataclasses.replace(case, function=…)` is the same row of another op, such as a wrong one."""
+    """One row of the table.
+
+    `dataclasses.replace(case, function=…)` is the same row for another op, such as a planted error.
+    """
 
     op: str
     shapes: tuple[tuple[int, ...], ...]
     options: Mapping[str, Any]
     function: Callable[..., Array]
-    #: The undecorated forward, for autodiff; None where stock JAX differentiates it wrongly or not at all.
+    #: The forward pass without its rule, for autodiff; None where stock JAX has no derivative or a wrong one.
     plain: Callable[..., Array] | None
     oracle: Callable[..., Any]
     draw: tuple[Draw, ...]
@@ -193,7 +199,7 @@ class Case:
 
     @property
     def batched(self) -> tuple[int, ...]:
-        """The arguments split with the batch; none if the first dimension of x and y is another."""
+        """The arguments split along the batch; empty if x or y does not have the batch as its first dimension."""
         layouts = self.options.get("dimension_numbers", ("N", "", "N"))
         has_batch = len(self.shapes[0]) > 1 and layouts[0][0] == layouts[2][0] == "N"
         return OPS[self.op].batched if has_batch else ()
@@ -203,16 +209,16 @@ class Case:
         return OPS[self.op].plain is None
 
     def arrays(self, dtype: Any = np.float64, seed: int = 0) -> tuple[np.ndarray, ...]:
-        """The arguments: the same numbers, to the precision of float32, in every dtype."""
+        """Return the arguments: the same numbers, to float32 precision, in every dtype."""
         rng = np.random.default_rng([seed, zlib.crc32(str(self).encode())])
         draws = [self.draw[min(i, len(self.draw) - 1)] for i in range(len(self.shapes))]
         return tuple(f(rng, s).astype(np.float32).astype(dtype) for f, s in zip(draws, self.shapes, strict=True))
 
-    # The two functions that every check is made of, compiled once a row and dtype.
+    # Every check uses these two functions. They are compiled once per row and dtype.
 
     @functools.cached_property
     def run(self) -> Callable[..., Any]:
-        """``run(args, δ)`` → y, the cotangents of args."""
+        """``run(args, δ)`` returns y and the cotangents of args."""
         return compiled(with_cotangents(self.function))
 
     @functools.cached_property
@@ -221,7 +227,7 @@ class Case:
 
     @functools.cached_property
     def twice(self) -> Callable[..., Any]:
-        """``twice(args, δ, ξ)`` → the cotangents of (args, δ), for ξ at the cotangents of args."""
+        """``twice(args, δ, ξ)`` returns the cotangents of (args, δ), given ξ for the cotangents of args."""
         return compiled(cotangents_twice(self.function))
 
     @functools.cached_property
@@ -230,7 +236,7 @@ class Case:
 
     @functools.cached_property
     def thrice(self) -> Callable[..., Any]:
-        """``thrice(inputs, ζ)`` → the cotangents of inputs (args, δ, ξ), for ζ at what `twice` returns."""
+        """``thrice(inputs, ζ)`` returns the cotangents of inputs (args, δ, ξ), given ζ for the results of `twice`."""
         return compiled(lambda inputs, zeta: jax.vjp(cotangents_twice(self.function), *inputs)[1](zeta))
 
 
@@ -252,18 +258,21 @@ def cotangents_twice(f: Callable[..., Array]) -> Callable[..., Any]:
 
 
 def compiled(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Jitted for a quick compilation instead of quick code: that is most of these tests' time."""
+    """Jit with fast compilation instead of fast code, because compilation dominates the time of these tests."""
     return jax.jit(f, compiler_options=quick_to_compile())
 
 
 def optimised(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Jitted as people do it, with all of XLA's and LLVM's optimisations, which `tests/conftest.py` turns off."""
+    """Jit with the default XLA and LLVM optimizations, which `tests/conftest.py` turns off."""
     return jax.jit(f, compiler_options={"xla_backend_optimization_level": 3})
 
 
 @functools.cache
 def quick_to_compile() -> dict[str, Any]:
-    """No LLVM optimisations, XLA:CPU's plain emitters; those of them that this XLA knows.  Its own passes all run."""
+    """Return compiler options for fast compilation, without those that this version of XLA does not accept.
+
+    They turn off LLVM optimizations and XLA:CPU's fusion emitters. XLA's own passes all run.
+    """
     options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
     def known(name: str) -> bool:
@@ -277,7 +286,10 @@ def quick_to_compile() -> dict[str, Any]:
 
 
 def row(op: str, *shapes: tuple[int, ...], draw: Draw | None = None, stock: bool = True, **options: Any) -> Case:
-    """``stock=False``: stock JAX's autodiff is wrong or missing here, PyTorch is the only oracle."""
+    """Make a row of the table.
+
+    With ``stock=False``, stock JAX's autodiff is wrong or missing here and PyTorch is the only oracle.
+    """
     of_op = OPS[op]
     plain = of_op.plain or functools.partial(of_op.function, rule=jaxcnn.rules.autodiff)
     return Case(
@@ -296,13 +308,13 @@ CASES = [
     row("conv", (2, 5, 6, 3), (3, 2, 3, 4)),
     row("conv", (2, 5, 6, 3), (3, 2, 3, 4), (4,)),
     row("conv", (2, 6, 6, 1), (5, 5, 1, 3), (3,)),  # the lecture's first layer
-    row("conv", (2, 5, 6, 3), (5, 6, 3, 4)),  # a patch as large as the picture
+    row("conv", (2, 5, 6, 3), (5, 6, 3, 4)),  # a kernel as large as the input
     row("conv", (2, 5, 6, 2), (1, 4, 2, 1)),
     row("conv", (2, 7, 3), (3, 3, 4)),
     row("conv", (2, 7, 3), (3, 3, 4), (4,), stride=2, padding="SAME"),
     row("conv", (2, 4, 3, 5, 2), (2, 2, 3, 2, 3)),
     row("conv", (2, 5, 4, 5, 2), (3, 2, 3, 2, 3), (3,), stride=2, padding=1, dilation=(1, 2, 1)),
-    # stride: exact, with a remainder, larger than the patch
+    # stride: exact, with a remainder, larger than the kernel
     row("conv", (2, 7, 6, 3), (3, 2, 3, 4), stride=2),
     row("conv", (2, 8, 9, 3), (3, 2, 3, 4), stride=2),
     row("conv", (2, 8, 7, 3), (3, 2, 3, 4), (4,), stride=(2, 3)),
@@ -324,8 +336,8 @@ CASES = [
     row("conv", (2, 5, 6, 3), (3, 2, 3, 4), padding=(1, 0)),
     row("conv", (2, 5, 6, 3), (3, 2, 3, 4), padding=((0, 2), (1, 0))),
     row("conv", (2, 5, 6, 3), (3, 2, 3, 4), stride=(2, 3), padding=((1, 2), (0, 3))),
-    row("conv", (2, 3, 4, 2), (5, 6, 2, 3), padding=2),  # a patch larger than the picture
-    # padding larger than the patch reaches: openxla/xla#48713 gets δ_x wrong on CPU
+    row("conv", (2, 3, 4, 2), (5, 6, 2, 3), padding=2),  # a kernel larger than the input
+    # padding larger than the kernel's extent minus 1: δ_x is wrong on CPU (openxla/xla#48713)
     row("conv", (2, 4, 6, 8), (1, 2, 8, 8), padding=((0, 0), (4, 0)), stock=False),
     row("conv", (2, 5, 6, 3), (3, 2, 3, 4), padding=((4, 0), (3, 1)), stock=False),
     row("conv", (2, 5, 6, 3), (3, 2, 3, 4), padding=((0, 4), (0, 3)), stock=False),
@@ -334,10 +346,10 @@ CASES = [
     row("conv", (2, 4, 3), (2, 3, 4), padding=((7, 0),), dilation=2, stock=False),
     row("conv", (2, 3, 2, 3, 2), (2, 1, 2, 2, 3), padding=((3, 0), (1, 2), (0, 3)), stock=False),
     row("conv", (2, 5, 4, 3), (1, 1, 3, 4), padding=1, stock=False),
-    # where the input gradient of these would be one convolution, XLA aborts the process: see `never_of_groups`
+    # XLA aborts the process if the input gradient of these is one convolution: see `never_of_groups`
     row("conv", (2, 2, 4, 5), (3, 2, 5, 5), stride=(1, 2), padding=(1, 1), stock=False),
     row("conv", (2, 4, 3, 2, 5), (2, 2, 3, 5, 5), stride=(2, 2, 1), padding=1, stock=False),
-    # the picture repeated
+    # repeated padding
     row("conv", (2, 5, 6, 3), (3, 4, 3, 4), padding="REFLECT"),
     row("conv", (2, 5, 6, 3), (3, 4, 3, 4), padding="REPLICATE"),
     row("conv", (2, 5, 6, 3), (3, 4, 3, 4), padding="CIRCULAR"),
@@ -350,7 +362,7 @@ CASES = [
     row("conv", (2, 7, 6, 3), (3, 2, 3, 4), dilation=2),
     row("conv", (2, 7, 8, 3), (3, 2, 3, 4), dilation=(1, 3), padding="SAME"),
     row("conv", (2, 9, 8, 3), (2, 3, 3, 4), dilation=(3, 2), stride=(2, 3), padding=1),
-    # groups; one input channel a group is depthwise, more outputs than inputs its multiplier
+    # groups; one input channel per group is depthwise, and more outputs than inputs its multiplier
     row("conv", (2, 5, 6, 4), (3, 2, 2, 6), groups=2),
     row("conv", (2, 6, 7, 6), (3, 2, 2, 3), (3,), groups=3, stride=2, padding="SAME"),
     row("conv", (2, 6, 5, 4), (2, 3, 2, 4), groups=2, padding=((0, 3), (2, 1)), dilation=2),
@@ -363,7 +375,7 @@ CASES = [
     row("conv", (2, 6, 4), (3, 1, 4), groups=4, padding="REFLECT"),
     row("conv", (2, 7, 4), (3, 2, 4), groups=2, stride=2),
     row("conv", (2, 3, 4, 3, 2), (2, 2, 2, 1, 4), groups=2, padding="SAME"),
-    # a patch of one entry is a matrix
+    # a kernel with one tap is a matrix
     row("conv", (2, 5, 4, 3), (1, 1, 3, 4)),
     row("conv", (2, 5, 4, 3), (1, 1, 3, 4), (4,), stride=(2, 3)),
     row("conv", (2, 5, 3), (1, 3, 4), stride=2),
@@ -387,7 +399,7 @@ CASES = [
     row("conv_transpose", (2, 3, 4, 3), (3, 4, 2, 3), padding="SAME"),
     row("conv_transpose", (2, 3, 4, 3), (3, 4, 2, 3), (2,), padding="SAME", stride=2),
     row("conv_transpose", (2, 3, 4, 3), (4, 3, 2, 3), padding="SAME_LOWER", stride=(1, 2)),
-    row("conv_transpose", (2, 3, 4, 2), (2, 1, 2, 2), padding="SAME", stride=3),  # a stride larger than the patch
+    row("conv_transpose", (2, 3, 4, 2), (2, 1, 2, 2), padding="SAME", stride=3),  # a stride larger than the kernel
     row("conv_transpose", (2, 4, 3), (2, 2, 3), padding="SAME_LOWER", stride=3),
     row("conv_transpose", (2, 6, 2), (3, 3, 2), padding="CAUSAL", stride=2, output_padding=1),
     row("conv_transpose", (2, 3, 4, 3), (3, 2, 4, 3), dilation=2, padding=(1, 0)),
@@ -395,15 +407,15 @@ CASES = [
     row("conv_transpose", (2, 4, 3, 2), (2, 3, 3, 2), (3,), dilation=(3, 2), padding=1, output_padding=(2, 1)),
     row("conv_transpose", (2, 4, 2), (2, 3, 2), dilation=6, stride=2, padding=3, output_padding=5),
     row("conv_transpose", (2, 3, 4, 4), (3, 2, 3, 4), (6,), groups=2, stride=2),
-    row("conv_transpose", (2, 3, 4, 3), (2, 2, 2, 3), groups=3, padding=1),  # each channel for itself
+    row("conv_transpose", (2, 3, 4, 3), (2, 2, 2, 3), groups=3, padding=1),  # each channel separately
     row("conv_transpose", (2, 3, 4, 4), (1, 1, 3, 4), stride=2),
-    row("conv_transpose", (2, 5, 6, 3), (3, 2, 4, 3), padding=((4, 0), (0, 3)), stock=False),  # cut more than a patch
+    row("conv_transpose", (2, 5, 6, 3), (3, 2, 4, 3), padding=((4, 0), (0, 3)), stock=False),  # crop exceeds kernel
     row("conv_transpose", (2, 3, 4, 5), (3, 2, 2, 3), (2,), stride=2, dimension_numbers=("NCHW", "OIHW", "NCHW")),
     row("conv_transpose", (2, 4, 5, 4), (3, 2, 4, 2), groups=2, dimension_numbers=("NHWC", "HWOI", "CHWN")),
     row("conv_transpose", (2, 3, 4, 3), (3, 2, 4, 3), (4,), preferred_element_type="float64"),
     row("conv_transpose", (2, 3, 4, 3), (3, 2, 4, 3), (4,), preferred_element_type="float32", stride=2),
     row("conv_transpose", (2, 3, 4, 3), (3, 2, 4, 3), precision="highest"),
-    row("conv_transpose", (2, 2, 3, 5), (3, 2, 5, 5), stride=(1, 2), padding=1),  # as above, already in the forward
+    row("conv_transpose", (2, 2, 3, 5), (3, 2, 5, 5), stride=(1, 2), padding=1),  # as above, but in the forward pass
     # depthwise_conv: w (*K, 1, C·M)
     row("depthwise_conv", (2, 5, 6, 3), (3, 2, 1, 3)),
     row("depthwise_conv", (2, 5, 6, 3), (3, 2, 1, 6), (6,), stride=2, padding="SAME"),
@@ -464,7 +476,7 @@ CASES = [
     row("max_pool", (2, 7, 8, 3), window=(3, 2), stride=(1, 2), dilation=(2, 3), padding=((1, 0), (0, 2)), stock=False),
     row("max_pool", (2, 7, 8, 3), window=2, stride=2, dilation=3, ceil_mode=True, stock=False),
     row("max_pool", (2, 20, 2), window=70, stride=5, padding=60, stock=False),  # a window that is mostly padding
-    # more entries than are written out one by one (64), than one byte numbers (255)
+    # more elements than are unrolled (64), and more than one byte can index (255)
     row("max_pool", (2, 16, 9, 2), window=(8, 9)),
     row("max_pool", (2, 13, 11, 2), window=(9, 8), stride=(2, 3), padding=((4, 0), (1, 3))),
     row("max_pool", (2, 20, 17, 1), window=(9, 8), stride=2, dilation=2, stock=False),
@@ -484,7 +496,7 @@ CASES = [
     row("max_unpool", (2, 3, 2), spatial_shape=(7,)),
     row("max_unpool", (2, 2, 3, 3), spatial_shape=(5, 4)),
     row("max_unpool", (2, 2, 3, 2, 2), spatial_shape=(2, 3, 5)),
-    row("max_unpool", (2, 3, 4, 2), spatial_shape=(2, 2)),  # more than there are places: some are added up
+    row("max_unpool", (2, 3, 4, 2), spatial_shape=(2, 2)),  # more values than positions: some are summed
     # lp_pool
     row("lp_pool", (2, 6, 3), window=2),
     row("lp_pool", (2, 4, 6, 3), window=2),
@@ -568,7 +580,7 @@ CASES = [
     row("hidden_layer", (2, 6, 7, 4), (3, 2, 2, 6), (6,), groups=2),
     row("hidden_layer", (2, 6, 7, 3), (3, 2, 1, 6), (6,), groups=3, padding="REFLECT"),
     row("hidden_layer", (2, 11, 12, 1), (3, 3, 1, 2), (2,), window=9, pool_stride=1, precision="highest"),
-    # normalisation: x (N, …, C), scale and bias (C,), mean and var (C,)
+    # normalization: x (N, …, C), scale and bias (C,), mean and var (C,)
     row("batch_norm", (6, 3)),
     row("batch_norm", (2, 3, 4, 3), (3,)),
     row("batch_norm", (2, 3, 4, 3), (3,), (3,)),
@@ -603,7 +615,7 @@ CASES = [
     row("match_template", (12,), (4,)),
     row("match_template", (7, 8), (3, 4)),
     row("match_template", (5, 6, 4), (2, 3, 2)),
-    # errors
+    # losses
     row("squared_error", (4, 3), (4, 3)),
     row("squared_error", (2, 3, 2), (2, 3, 2)),
     row("softmax_cross_entropy", (4, 5), (4, 5)),
@@ -613,7 +625,7 @@ CASES = [
 ]  # fmt: skip
 
 
-#: Rows whose sums have hundreds or thousands of terms, in the forward or on the way back: 16 bits cannot hold them.
+#: Rows with sums of hundreds or thousands of terms in the forward or backward pass, too many for 16-bit accumulation.
 LONG_SUMS = [
     row("conv", (2, 48, 48, 1), (48, 48, 1, 2), (2,)),
     row("conv", (2, 40, 40, 1), (3, 3, 1, 2), (2,)),
@@ -656,7 +668,7 @@ LONG_SUMS = [
 
 
 def covering(cases: Sequence[Case]) -> Iterator[Case]:
-    """Few rows that together show each op, rank, option and named value of an option: what costly checks run on."""
+    """Yield a few rows that together cover each op, rank, option and named option value, for the expensive checks."""
     unseen = set().union(*map(shows, cases))
     while unseen:
         case = max(cases, key=lambda case: len(shows(case) & unseen))
@@ -665,7 +677,7 @@ def covering(cases: Sequence[Case]) -> Iterator[Case]:
 
 
 def one_each(cases: Sequence[Case]) -> list[Case]:
-    """The first row of each op."""
+    """Return the first row of each op."""
     return [next(case for case in cases if case.op == op) for op in OPS]
 
 
@@ -673,7 +685,7 @@ def shows(case: Case) -> set[Any]:
     x, *rest = case.shapes
     found = {("rank", len(x)), ("arrays", len(case.shapes))}
     found |= {(name, value if isinstance(value, str | bool) else "") for name, value in case.options.items()}
-    # The kinds of patch and window that have kernels of their own.
+    # Kernels and windows that have dedicated lowerings.
     if case.op == "conv":
         found |= {("depthwise", rest[0][-2] == 1), ("one entry", math.prod(rest[0][:-2]) == 1)}
     if "window" in case.options:

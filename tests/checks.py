@@ -1,10 +1,10 @@
-"""What every row of `tests/cases.py` is put through.
+"""Checks that every row of `tests/cases.py` goes through.
 
-Each check is a function of a case that raises AssertionError.  `tests/test_rules.py` runs them over the table;
-`tests/test_planted_errors.py` runs the same functions over wrong rules, and asserts that they are caught.
+Each check is a function of a case that raises AssertionError. `tests/test_rules.py` runs the checks over the table.
+`tests/test_planted_errors.py` runs the same functions over wrong rules and asserts that they are caught.
 
-δ and ξ, the cotangents of the result and of the cotangents, are always drawn at random: a sum, or a cotangent of ones,
-is blind to every error that moves entries about.
+The cotangents δ (of the result) and ξ (of the cotangents) are always random. A plain sum, or a cotangent of ones, does
+not detect errors that permute elements.
 """
 
 import copy
@@ -28,35 +28,38 @@ from tests.cases import Case, compiled, cotangents_twice, optimised, with_cotang
 
 Arrays = Sequence[Any]
 
-#: Relative L2, by the coarsest dtype that takes part; for 16 bits, two roundings.
+#: Relative L2 tolerance, by the coarsest dtype involved; for 16-bit dtypes, two roundings.
 TOLERANCE = {jnp.dtype(d): t for d, t in ((np.float64, 1e-10), (np.float32, 1e-5))}
 TOLERANCE |= {jnp.dtype(d): float(jnp.finfo(d).eps) for d in (jnp.bfloat16, jnp.float16)}
 
 
 def within(case: Case, dtype: Any = np.float64) -> float:
-    """What rounding may cost a case in this dtype: by the coarsest that takes part."""
+    """Return the tolerance for a case in this dtype, by the coarsest dtype involved."""
     return max(TOLERANCE[jnp.dtype(d)] for d in (dtype, case.options.get("preferred_element_type", dtype)))
 
 
 def assert_close(found: Arrays, expected: Arrays, tolerance: float | Sequence[float]) -> None:
-    """Pair by pair: equal shapes, and ‖found − expected‖ ≤ tolerance·‖expected‖, one tolerance or one for each."""
+    """Assert pair by pair that shapes are equal and ‖found − expected‖ ≤ tolerance·‖expected‖.
+
+    ``tolerance`` is one number or one per pair.
+    """
     each = np.broadcast_to(tolerance, len(found))
     for i, (a, b, tolerance) in enumerate(zip(found, expected, each, strict=True)):
         assert np.shape(a) == np.shape(b), f"array {i} has shape {np.shape(a)}, expected {np.shape(b)}"
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         error, norm = np.linalg.norm(a - b), np.linalg.norm(b)
-        # Where zero is expected, what rounding leaves of numbers near one is zero.
+        # Where zero is expected, rounding errors of numbers near one are accepted.
         assert error <= tolerance * max(norm, 1e-3), f"array {i} is off by {error:.3g}, of {norm:.3g}"
 
 
 def cotangent(case: Case, args: Arrays, seed: int = 1) -> np.ndarray:
-    """A random δ for the result of a case, the same numbers in every dtype."""
+    """Return a random δ for the result of a case, with the same numbers in every dtype."""
     y = jax.eval_shape(case.function, *args)
     return np.random.default_rng(seed).standard_normal(y.shape).astype(np.float32).astype(y.dtype)
 
 
 def cotangents(args: Arrays, seed: int = 2) -> tuple[np.ndarray, ...]:
-    """A random ξ for the cotangents of a case."""
+    """Return a random ξ for the cotangents of a case."""
     rng = np.random.default_rng(seed)
     return tuple(rng.standard_normal(a.shape).astype(np.float32).astype(a.dtype) for a in args)
 
@@ -71,9 +74,9 @@ def drawn(case: Case, dtype: Any = np.float64) -> tuple[tuple[np.ndarray, ...], 
 
 
 def shapes_and_dtypes(case: Case) -> None:
-    """In every dtype, a cotangent has the shape and dtype of its primal, and the result those of PyTorch's and x.
+    """Cotangents have their primals' shapes and dtypes, and the result PyTorch's shape and x's dtype.
 
-    In stock JAX as well, where there is such a form.
+    This is checked in every dtype, and for stock JAX where the op has such a form.
     """
     import torch
 
@@ -88,7 +91,7 @@ def shapes_and_dtypes(case: Case) -> None:
 
 
 def float32_stays_float32(case: Case) -> None:
-    """Nothing that either half computes on the way is wider."""
+    """No intermediate value of the forward or backward pass is wider than float32."""
 
     def computed(jaxpr: Any) -> Iterator[Any]:
         for equation in jaxpr.eqns:
@@ -102,8 +105,8 @@ def float32_stays_float32(case: Case) -> None:
 
 
 def weak_types_change_nothing(case: Case) -> None:
-    """Arrays made of Python's numbers are taken as others are, and nothing that comes of others is weak."""
-    args = case.arrays()  # float64: what is weak has JAX's default dtype
+    """Weakly typed arrays give the same shapes and dtypes; strongly typed arrays never give weakly typed results."""
+    args = case.arrays()  # float64, because weakly typed arrays have JAX's default dtype
     weak = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=True) for a in args)
     delta = jax.eval_shape(case.function, *args)
     strong, of_weak = (jax.eval_shape(with_cotangents(case.function), given, delta) for given in (args, weak))
@@ -112,7 +115,7 @@ def weak_types_change_nothing(case: Case) -> None:
 
 
 def strict_promotion_is_enough(case: Case) -> None:
-    """With JAX set to refuse mixed dtypes and mixed ranks both halves run; they convert where they mean to."""
+    """Forward and backward pass run under strict dtype and rank promotion, because all conversions are explicit."""
     for dtype in (np.float64, np.float32, jnp.bfloat16, jnp.float16):
         args, delta = drawn(case, dtype)
         with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
@@ -120,23 +123,23 @@ def strict_promotion_is_enough(case: Case) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The rule against three others: autodiff, PyTorch, finite differences
+# The rule against three references: autodiff, PyTorch, finite differences
 
 
 def rule_against_autodiff(case: Case) -> None:
-    """Value and δ rule against stock JAX of the undecorated forward, in float64."""
+    """The value and the δ rule agree with stock JAX's autodiff of the plain forward pass, in float64."""
     assert_close(flat(case.run(*drawn(case))), flat(case.run_plain(*drawn(case))), within(case))
 
 
 def value_of_autodiff(case: Case) -> None:
-    """The op in stock JAX has the same value also where stock JAX has no derivative of it, or a wrong one."""
+    """The op has the same value in stock JAX, even where stock JAX has no derivative or a wrong one."""
     args, delta = drawn(case)
     plain = functools.partial(case.function, rule=jaxcnn.rules.autodiff)
     assert_close([compiled(plain)(*args)], [case.run(args, delta)[0]], within(case))
 
 
 def rule_against_pytorch(case: Case) -> None:
-    """Value and δ rule against an implementation nobody here wrote, in float64 and float32."""
+    """The value and the δ rule agree with PyTorch, an independent implementation, in float64 and float32."""
     args, delta = drawn(case)
     y, expected, _ = oracles.gradients(case.oracle, args, delta.astype(np.float64), cotangents(args))
     assert_close(flat(case.run(args, delta)), [y, *expected], within(case))
@@ -144,7 +147,7 @@ def rule_against_pytorch(case: Case) -> None:
 
 
 def rule_of_rule_against_autodiff(case: Case) -> None:
-    """Grad of grad, with respect to the arguments and to δ, in float64."""
+    """Second derivatives, with respect to the arguments and to δ, agree with autodiff in float64."""
     args, delta = drawn(case)
     xis = cotangents(args)
     assert_close(case.twice(args, delta, xis), case.twice_plain(args, delta, xis), within(case))
@@ -158,10 +161,11 @@ def rule_of_rule_against_pytorch(case: Case) -> None:
 
 
 def rules_by_differences(case: Case) -> None:
-    """`jax.test_util.check_grads` of order 2 in reverse mode, by its own step, on the halves that are compiled already.
+    """The rules agree with finite differences to second order, as in `jax.test_util.check_grads` in reverse mode.
 
-    Where it puts the op's own output in as δ for the second order, this puts a random one; its steps are a hundredth
-    of the usual, so that hardly any crosses a kink.
+    It uses the steps of `check_grads` on functions that are already compiled. For the second order `check_grads` passes
+    the op's output as δ; this check passes a random δ. Its steps are a hundredth of the default, so few of them cross a
+    kink.
     """
     args, delta = drawn(case)
 
@@ -184,14 +188,17 @@ def rules_by_differences(case: Case) -> None:
 
 
 def third_order_by_differences(case: Case) -> None:
-    """The rules of the products that only rules of rules call, such as max pooling's `take`."""
+    """Third derivatives agree with finite differences.
+
+    This reaches the rules of products that only rules of rules call, such as max pooling's `take`.
+    """
     args, delta = drawn(case)
     inputs = args, delta, cotangents(args)
     check_vjp(case.twice, lambda *inputs: (case.twice(*inputs), lambda z: case.thrice(inputs, z)), inputs, eps=1e-6)
 
 
 def adjoint(case: Case) -> None:
-    """⟨f(x), δ⟩ = ⟨x, fᵀ(δ)⟩, in each argument in which the op is linear; what is left at x = 0 is a constant."""
+    """⟨f(x), δ⟩ = ⟨x, fᵀ(δ)⟩ for each argument in which the op is linear, after subtracting the constant f(0)."""
     args, delta = drawn(case)
     y, found = case.run(args, delta)
     for i in case.linear:
@@ -207,9 +214,9 @@ def adjoint(case: Case) -> None:
 
 
 def jit_equals_eager(case: Case) -> None:
-    """Op by op, and jitted as people do it: with all of XLA's and LLVM's optimisations.
+    """Op-by-op execution and jit with the default XLA and LLVM optimizations give the same results.
 
-    Op by op under `jax.debug_nans`, which raises if a NaN is computed on the way, though the results are finite.
+    Op-by-op execution uses `jax.debug_nans`, which raises if an intermediate value is NaN.
     """
     args, delta = drawn(case)
     run = with_cotangents(case.function)
@@ -220,7 +227,7 @@ def jit_equals_eager(case: Case) -> None:
 
 
 def equal_geometry_compiles_once(case: Case) -> None:
-    """Called once more, op by op and with options of its own, nothing is compiled: all static halves are equal."""
+    """A second op-by-op call with equal but distinct options compiles nothing: all static arguments are equal."""
     args, delta = drawn(case)
 
     def run() -> Any:
@@ -242,12 +249,12 @@ def equal_geometry_compiles_once(case: Case) -> None:
 
 
 def vmap_equals_a_loop(case: Case) -> None:
-    """Over all arguments together."""
+    """`vmap` over all arguments together equals a loop."""
     mapped_equals_a_loop(case, (True,) * len(case.shapes))
 
 
 def vmap_over_each_equals_a_loop(case: Case) -> None:
-    """Over each argument alone: x, or w."""
+    """`vmap` over each argument separately (over x, or over w) equals a loop."""
     for i in range(len(case.shapes)):
         mapped_equals_a_loop(case, tuple(j == i for j in range(len(case.shapes))))
 
@@ -263,12 +270,12 @@ def mapped_equals_a_loop(case: Case, over: tuple[bool, ...]) -> None:
     assert_close(flat(found), [np.stack(pair) for pair in zip(*expected, strict=True)], within(case))
 
 
-#: Axes of a mesh over which XLA splits what it likes, and such as arrays name in their types (what `make_mesh` makes).
+#: Mesh axes that XLA shards automatically, and axes that appear in array types (the default of `make_mesh`).
 SPLIT_BY = (AxisType.Auto, AxisType.Explicit)
 
 
 def mesh_equals_one_device(case: Case) -> None:
-    """The batch split over two devices; what has no batch is on both."""
+    """A batch split over two devices gives the results of one device; arguments without a batch are replicated."""
     args, delta = drawn(case)
     expected = flat(case.run(args, delta))
     for axis_type in SPLIT_BY:
@@ -281,7 +288,7 @@ def mesh_equals_one_device(case: Case) -> None:
 
 
 def shard_map_equals_its_shards(case: Case) -> None:
-    """Each device has half of the batch, and alone what it has; the cotangents of what they share are summed."""
+    """Each device processes its half of the batch independently; cotangents of replicated arguments are summed."""
     mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
     split, whole = PartitionSpec("batch"), PartitionSpec()
     args, delta = drawn(case)
@@ -297,7 +304,7 @@ def shard_map_equals_its_shards(case: Case) -> None:
 
 
 def scan_and_checkpoint_equal_a_loop(case: Case) -> None:
-    """`lax.scan` over the first argument, its steps made again on the way back; the others' cotangents are summed."""
+    """`lax.scan` over the first argument, with rematerialized steps, equals a loop; the other cotangents are summed."""
     first, *rest = case.arrays(seed=0)
     xs = np.stack([first, case.arrays(seed=1)[0]])
     deltas = np.stack([cotangent(case, (first, *rest), seed) for seed in (1, 2)])
@@ -313,9 +320,9 @@ def scan_and_checkpoint_equal_a_loop(case: Case) -> None:
 
 
 def second_derivative_through_scan(case: Case) -> None:
-    """Grad of grad of `lax.scan` over the first argument; the others, which all steps share, get sums.
+    """The second derivative of `lax.scan` over the first argument equals a loop; shared arguments get sums.
 
-    JAX mixes up the residuals of a `custom_vjp` there, silently where their shapes agree, unless its body is opaque.
+    Here JAX mixes up the residuals of a `custom_vjp` unless its body is opaque, and silently if their shapes agree.
     """
     first, *rest = case.arrays(seed=0)
     xs, rest = np.stack([first, case.arrays(seed=1)[0]]), tuple(rest)
@@ -333,13 +340,16 @@ def second_derivative_through_scan(case: Case) -> None:
 
 
 def traces_with_a_symbolic_batch(case: Case) -> None:
-    """Both halves and the rule of the rule can be traced for every batch at once, as `jax.export` does."""
+    """Op, rule, and rule of the rule can be traced with a symbolic batch size, as in `jax.export`."""
     args, delta = symbolic_batch(case)
     jax.eval_shape(cotangents_twice(case.function), args, delta, args)
 
 
 def exported_equals_direct(case: Case) -> None:
-    """Exported for any batch and several platforms, and run, with its vjp. `tests/test_export.py` writes bytes, too."""
+    """The op exported for any batch size and several platforms gives the same results and cotangents.
+
+    `tests/test_export.py` covers serialization.
+    """
     args, _ = symbolic_batch(case)
     exported = jax.export.export(jax.jit(case.function), platforms=("cpu", "cuda", "tpu"))(*args)
     args, delta = drawn(case)
@@ -348,7 +358,7 @@ def exported_equals_direct(case: Case) -> None:
 
 
 def symbolic_batch(case: Case) -> tuple[tuple[Any, ...], Any]:
-    """The types of arguments and δ, their batch a symbol."""
+    """Return the types of arguments and δ with a symbolic batch size."""
     args, delta = drawn(case)
     (n,) = jax.export.symbolic_shape("n")
 
@@ -359,22 +369,22 @@ def symbolic_batch(case: Case) -> tuple[tuple[Any, ...], Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 16 bits, no pictures, another rule
+# 16 bits, empty batches, custom rules
 
 
 def sixteen_bits_are_float32_rounded(case: Case, dtype: Any = jnp.bfloat16) -> None:
-    """From the same numbers, 16 bits give what float32 gives, to their own rounding."""
+    """For the same inputs, 16-bit results equal float32 results up to 16-bit rounding."""
     args, delta = drawn(case, dtype)
     wide = tuple(a.astype(np.float32) for a in args)
     y, found = case.run(args, delta)
     expected_y, expected = case.run(wide, delta.astype(jax.eval_shape(case.function, *wide).dtype))
     assert_close([y], [expected_y], within(case, dtype))
-    if case.op != "hidden_layer":  # rounded before its pooling, entries become alike, and another of them wins
+    if case.op != "hidden_layer":  # rounding before pooling creates ties, which changes the winner
         assert_close(found, expected, within(case, dtype))
 
 
 def no_pictures_no_gradient(case: Case) -> None:
-    """A batch of 0 gives results of batch 0, and gradients of zero."""
+    """An empty batch gives empty results and zero gradients."""
     args = tuple(a[:0] if i in case.batched else a for i, a in enumerate(case.arrays()))
     y, found = case.run(args, cotangent(case, args))
     assert y.shape[0] == 0
@@ -384,12 +394,12 @@ def no_pictures_no_gradient(case: Case) -> None:
 
 
 def doubled(call: Any, delta: Any) -> Any:
-    """As ``rule=``: twice the exact rule."""
+    """A ``rule=`` that returns twice the exact cotangents."""
     return jax.tree.map(lambda c: 2 * c, call.exact(delta))
 
 
 def rule_is_used(case: Case) -> None:
-    """Under grad, jit and vmap, for the cotangents and not for the value."""
+    """A custom rule changes the cotangents and not the value, under grad, jit and vmap."""
     args, delta = drawn(case)
     y, exact = case.run(args, delta)
     expected = flat((y, [2 * c for c in exact]))
@@ -400,7 +410,7 @@ def rule_is_used(case: Case) -> None:
 
 
 def flat(result: tuple[Any, Arrays]) -> list[Any]:
-    """``(y, cotangents)`` in one row."""
+    """Flatten ``(y, cotangents)`` into one list."""
     y, found = result
     return list(itertools.chain([y], found))
 
@@ -410,14 +420,15 @@ def inner(a: Any, b: Any) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is not finite
+# Values that are not finite
 
 
 def not_finite_stays_within_reach(case: Case) -> None:
-    """A NaN or an infinity in one entry, of an argument or of δ, reaches only the results that depend on that entry.
+    """A NaN or infinity in one element of an argument or of δ reaches only the results that depend on that element.
 
-    A result depends on an entry if some finite value in its place changes it: no arithmetic with NaN is the oracle.
-    Parameters are left out where there is a batch: their entries also meet the zeros of padding, and 0 · NaN is NaN.
+    A result depends on an element if some finite value in its place changes the result, so the oracle needs no NaN
+    arithmetic. Parameters are skipped if there is a batch: their elements also meet the zeros of padding, and 0 · NaN
+    is NaN.
     """
     args, delta = drawn(case)
     arrays = [*args, delta]
@@ -437,7 +448,7 @@ def not_finite_stays_within_reach(case: Case) -> None:
         reached = [np.zeros(a.shape, bool) for a in exact]
         for seen in reached:
             if seen.shape == arrays[which].shape:
-                seen[entry] = True  # a factor of 0, such as the derivative of a hard sigmoid, makes NaN of NaN
+                seen[entry] = True  # 0 · NaN is NaN, for example with the slope of a hard sigmoid
         for value in (-50.0, -0.3, 0.2, 50.0):
             for seen, a, b in zip(reached, results(which, entry, value), exact, strict=True):
                 seen |= np.abs(a - b) > 1e-11 * np.abs(b)

@@ -1,4 +1,4 @@
-"""How the tests run: in float64, on eight CPU devices, with strict dtypes."""
+"""Test configuration: float64, eight CPU devices, strict dtypes."""
 
 import importlib.util
 import itertools
@@ -14,17 +14,18 @@ import torch
 
 from tests.conformance.summary import pytest_terminal_summary as pytest_terminal_summary
 
-# Most of the time is compilation: no LLVM optimisations but where `optimised` asks for them.  Read when XLA starts.
+# Compilation dominates: LLVM optimizations are off except in `optimised`. XLA reads this when it starts.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-# Eight devices, so that every dim can be split, over two mesh axes as well. Read when JAX first looks for devices.
+# Eight devices, so that every dim can be split, even over two mesh axes. JAX reads this when it first looks for
+# devices.
 jax.config.update("jax_num_cpu_devices", 8)
-# PyTorch's threads would only contend with XLA's for pictures this small.
+# On inputs this small PyTorch's threads would only compete with XLA's.
 torch.set_num_threads(1)
-# The same examples each time, and no time limit: what is slow is the first compilation.
+# The same examples every time, and no deadline, because the first compilation is slow.
 hypothesis.settings.register_profile("jaxcnn", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("jaxcnn")
 
-# zennit asks torchvision for the names of its nets alone; the package itself would bring another PyTorch.
+# zennit needs only the class names of torchvision's nets; the package itself would install another PyTorch.
 if importlib.util.find_spec("torchvision") is None:
     for name in ("torchvision", "torchvision.models", "torchvision.models.resnet"):
         sys.modules[name] = types.ModuleType(name)
@@ -32,13 +33,13 @@ if importlib.util.find_spec("torchvision") is None:
         setattr(sys.modules["torchvision.models.resnet"], name, type(name, (), {}))
 
 
-KEPT = 2 * 2**30  # bytes; programs of older versions of the library are never asked for again
+KEPT = 2 * 2**30  # bytes; the cache also holds programs of older versions of the library
 
 
 def pytest_configure(config):
-    """Compiled programs are kept in .pytest_cache: JAX asks for them by the program itself, its options and versions.
+    """Cache compiled programs in .pytest_cache, keyed by the program, its options and the versions.
 
-    So a second run takes a third of the time, on another Python with the same jaxlib too.
+    A second run takes a third of the time, even on another Python version with the same jaxlib.
     """
     if not hasattr(config, "cache"):  # -p no:cacheprovider
         return
@@ -51,9 +52,10 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="module", autouse=True)
 def strict():
-    """float64 stays float64, dtypes never mix by themselves, keys are typed.
+    """Enable float64, standard dtype promotion and typed keys.
 
-    For the modules of this folder alone: doctests of the library run as its users do, in JAX's default configuration.
+    This applies only to the modules in this folder. Doctests of the library run in JAX's default configuration, like
+    user code.
     """
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"), jax.legacy_prng_key("error"):
         yield
@@ -64,7 +66,7 @@ ENDED = itertools.count(1)
 
 @pytest.fixture(autouse=True)
 def memory():
-    """Compiled programs are forgotten now and then: those of all tests would take five gigabytes a process."""
+    """Clear the caches of compiled programs every 250 tests; keeping all of them would take 5 GB per process."""
     yield
     if next(ENDED) % 250 == 0:
         jax.clear_caches()

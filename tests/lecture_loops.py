@@ -1,17 +1,17 @@
-"""The lecture in NumPy for-loops: the slow oracle that a reader can follow.
+"""The lecture in NumPy for-loops: a slow oracle that is easy to follow.
 
-Every function says which paragraph of the lecture it writes out (§, counted from the title) and uses its letters: x
-the input, w the patch, a what enters a layer, g the ReLU, δ_l the δ of layer l.  Pictures are
-``(height, width, channels)``, one at a time; patches ``(height, width, channels in, channels out)``.
+Every function states which paragraph of the lecture it implements (§, counted from the title) and uses the lecture's
+letters: x the input, w the kernel (the lecture's "patch"), a the input of a layer, g the ReLU, δ_l the δ of layer l.
+Images are single, ``(height, width, channels)``; kernels are ``(height, width, input channels, output channels)``.
 """
 
 import numpy as np
 
 
 def convolution(x: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """§11: the patch slides over the picture; products are added to one value; the result is a little smaller.
+    """§11: the kernel slides over the image; products are added to one value; the result is a little smaller.
 
-    It is correlation in the standard sense: the patch is not turned (erratum 4).
+    It is correlation in the standard sense: the kernel is not flipped (erratum 4).
     """
     height, width, channels = x.shape
     patch_height, patch_width, _, features = w.shape
@@ -36,7 +36,7 @@ def relu(x: np.ndarray) -> np.ndarray:
 
 
 def relu_slope(x: np.ndarray) -> np.ndarray:
-    """§6: g'(x) = 1 where x > 0, else 0; also at 0 (erratum 7)."""
+    """§6: g'(x) = 1 where x > 0, else 0, including x = 0 (erratum 7)."""
     slope = np.zeros(x.shape)
     for i in np.ndindex(x.shape):
         if x[i] > 0:
@@ -59,7 +59,7 @@ def sigmoid_slope(x: np.ndarray) -> np.ndarray:
 
 
 def max_pooling(x: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """§7: 24×24 becomes 12×12.  Also where in the picture each winner stood: the first of the largest, row by row."""
+    """§7: 24×24 becomes 12×12. Also return the position of each winner, the first maximum in row-major order."""
     height, width, channels = x.shape
     y = np.full((height // size, width // size, channels), -np.inf)
     winner = np.zeros((*y.shape, 2), int)
@@ -73,7 +73,7 @@ def max_pooling(x: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def sum_pooling(x: np.ndarray, size: int) -> np.ndarray:
-    """The pooling whose δ is `up` and nothing else (erratum 3)."""
+    """The pooling whose δ is exactly `up` (erratum 3)."""
     height, width, channels = x.shape
     y = np.zeros((height // size, width // size, channels))
     for i, j, c in np.ndindex(y.shape):
@@ -103,13 +103,13 @@ def kron(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def up(delta: np.ndarray, size: int) -> np.ndarray:
-    """§8: each channel ⊗ a matrix of ones, every entry repeated in a block."""
+    """§8: each channel ⊗ a matrix of ones, so every element is repeated in a block."""
     channels = [kron(delta[:, :, c], np.ones((size, size))) for c in range(delta.shape[-1])]
     return np.stack(channels, axis=-1)
 
 
 def up_to_winner(delta: np.ndarray, winner: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """§8 for max pooling: of each block, only the entry that won gets δ (erratum 3)."""
+    """§8 for max pooling: in each block, only the winner gets δ (erratum 3)."""
     result = np.zeros(shape)
     for i, j, c in np.ndindex(delta.shape):
         row, column = winner[i, j, c]
@@ -118,7 +118,7 @@ def up_to_winner(delta: np.ndarray, winner: np.ndarray, shape: tuple[int, ...]) 
 
 
 def flip(w: np.ndarray) -> np.ndarray:
-    """§11: the patch turned by 180°; 1 2 3 4 becomes 4 3 2 1."""
+    """§11: the kernel flipped by 180°; 1 2 3 4 becomes 4 3 2 1."""
     turned = np.zeros(w.shape)
     height, width = w.shape[:2]
     for p in range(height):
@@ -128,9 +128,9 @@ def flip(w: np.ndarray) -> np.ndarray:
 
 
 def patch_times_delta(w: np.ndarray, delta: np.ndarray) -> np.ndarray:
-    """§6 and §15, w ∗ δ: the turned patch slides over δ, with room for it to begin and end outside.
+    """§6 and §15, w ∗ δ: the flipped kernel slides over δ, padded so that it can start and end outside.
 
-    What was a channel out is now a channel in.
+    Output channels become input channels.
     """
     patch_height, patch_width, channels, features = w.shape
     height, width, _ = delta.shape
@@ -144,7 +144,7 @@ def patch_times_delta(w: np.ndarray, delta: np.ndarray) -> np.ndarray:
 
 
 def delta_times_input(delta: np.ndarray, a: np.ndarray) -> np.ndarray:
-    """§9, ∂E/∂w = δ ∗ a: δ slides over the layer's input, not turned (erratum 5)."""
+    """§9, ∂E/∂w = δ ∗ a: δ slides over the layer's input, not flipped (erratum 5)."""
     height, width, features = delta.shape
     channels = a.shape[-1]
     grad_w = np.zeros((a.shape[0] - height + 1, a.shape[1] - width + 1, channels, features))
@@ -163,9 +163,9 @@ def hidden_layer(a: np.ndarray, w: np.ndarray, b: np.ndarray, size: int) -> np.n
 def hidden_layer_delta(
     a: np.ndarray, w: np.ndarray, b: np.ndarray, size: int, delta: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """§9: δ_l = up(δ) ∘ g'(x), where δ = w ∗ δ_{l+1} is what the next layer sends back (erratum 2).
+    """§9: δ_l = up(δ) ∘ g'(x), where δ = w ∗ δ_{l+1} comes from the next layer (erratum 2).
 
-    From δ_l come w ∗ δ_l, for the layer before; ∂E/∂w = δ_l ∗ a; and ∂E/∂b, the sum of δ_l.
+    From δ_l follow w ∗ δ_l for the layer before, ∂E/∂w = δ_l ∗ a, and ∂E/∂b, the sum of δ_l.
     """
     x = convolution(a, w) + b
     _, winner = max_pooling(relu(x), size)

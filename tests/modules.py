@@ -1,4 +1,4 @@
-"""Our nets as `torch.nn` modules in float64, for the libraries that hook into modules: zennit and captum."""
+"""Our nets as `torch.nn` modules in float64, for zennit and captum, which hook into modules."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,14 +12,14 @@ import jaxcnn
 
 
 class Flatten(nn.Module):
-    """In our order: channels last."""
+    """Flattens in our channels-last order."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.movedim(1, -1).flatten(1)
 
 
 class Residual(nn.Sequential):
-    """Its sum is a module too, as zennit has it."""
+    """A residual block whose sum is a module, as in zennit."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         *branch, total = self
@@ -30,7 +30,7 @@ class Residual(nn.Sequential):
 
 
 def sequential(net: jaxcnn.Serial, params: Mapping[str, Any]) -> nn.Sequential:
-    """The net as a row of modules, by our names; 2-D, int padding."""
+    """Convert the net to a sequence of modules with our names; 2-D layers with int padding only."""
     made = (Residual if type(net).__name__ == "Residual" else nn.Sequential)()
     for name, layer in net.layers:
         made.add_module(name, module(layer, params.get(name, {})))

@@ -1,15 +1,15 @@
-"""One small error at a time in jaxcnn/ops and geometry.py: python -m tests.mutants [--sample 400 --seed 0].
+"""Mutation testing of jaxcnn/ops and geometry.py: python -m tests.mutants [--sample 400 --seed 0].
 
-The errors are made by mutmut's operators.  The runner is not mutmut's, because Python, JAX and pytest take longer to
-start than most mutants live: a parent imports what is slow to import and nothing of jaxcnn, and each mutant has a
-forked child, which imports the mutated source in place of the file.  Only `runs/mutants` is written to.
+mutmut's operators make the mutants. The runner is not mutmut's, because Python, JAX and pytest take longer to start
+than most mutants live. A parent process imports the slow modules and nothing of jaxcnn. Each mutant runs in a forked
+child, which imports the mutated source in place of the file. Only `runs/mutants` is written to.
 
-The child runs `--seconds` of tests that reach the mutated line, by what coverage saw in one run of the whole suite, and
-stops at the first that fails.  What survives these might not survive all: the share of killed mutants is a lower bound.
-In the end all tests that killed run without a mutant, and must pass.
+The child runs `--seconds` worth of tests that reach the mutated line, according to the coverage of one run of the whole
+suite, and stops at the first failure. A mutant that survives these might be killed by others, so the reported share of
+killed mutants is a lower bound. At the end, all tests that killed a mutant run without a mutant and must pass.
 
-Mutants that nothing can tell from the original stand in `mutants.md`, each with why, and are counted apart.  Exits with
-1 if less than nine tenths of the others are killed.
+Equivalent mutants are listed in `mutants.md`, each with a reason, and are counted separately. The exit status is 1 if
+less than nine tenths of the others are killed.
 """
 
 import argparse
@@ -36,11 +36,11 @@ import coverage
 from tests.small_errors import ROOT, Mutant, equivalent, mutants
 
 FILES = ["jaxcnn/geometry.py", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("jaxcnn/ops/[a-z]*.py"))]
-#: What the suite was seen to do: which tests reach a line, and how long each takes.
+#: Observations of the suite: which tests reach a line, and how long each takes.
 SEEN = ROOT / "runs" / "mutants"
-#: The share that must be killed.
+#: The share of mutants that must be killed.
 WANTED = 0.9
-#: What the tests import and is slow to.  None of it starts a backend.
+#: Modules that the tests import and that are slow to import. None of them starts a backend.
 SLOW = (
     "jax", "jax.experimental", "jax.test_util", "captum.attr", "chex", "hypothesis.strategies", "matplotlib.image",
     "mpmath", "numpy.testing", "optax", "pytest", "scipy.optimize", "scipy.signal", "skimage.feature", "sympy",
@@ -53,7 +53,7 @@ SLOW = (
 
 
 def see(*tests: str) -> None:
-    """Run the suite, or tests that are new, and note what each reaches."""
+    """Run the suite, or only the new tests given, and record what each reaches."""
     SEEN.mkdir(parents=True, exist_ok=True)
     note = ["--cov=jaxcnn", "--cov-context=test", "--cov-report=", f"--junitxml={SEEN}/{time.time_ns()}.xml"]
     command = [sys.executable, "-m", "pytest", "-q", *note, *(["--cov-append", *tests] if tests else ["-n", "2"])]
@@ -62,14 +62,14 @@ def see(*tests: str) -> None:
 
 @functools.cache
 def seconds() -> dict[str, float]:
-    """How long each test took, by its name in pytest's reports."""
+    """Return the duration of each test, by its name in pytest's reports."""
     cases = [case for path in SEEN.glob("*.xml") for case in ElementTree.parse(path).iter("testcase")]
     return {f"{case.get('classname')}::{case.get('name')}": float(case.get("time", 0)) for case in cases}
 
 
 @functools.cache
 def reached(path: str) -> dict[int, set[str]]:
-    """The tests that reach each line of a file."""
+    """Return the tests that reach each line of a file."""
     data = coverage.CoverageData(str(SEEN / "contexts"))
     data.read()
     by_line = data.contexts_by_lineno(str(ROOT / path)).items()
@@ -78,7 +78,7 @@ def reached(path: str) -> dict[int, set[str]]:
 
 @functools.cache
 def reach(path: str) -> dict[str, frozenset[int]]:
-    """The lines of a file that each test reaches."""
+    """Return the lines of a file that each test reaches."""
     by_test = collections.defaultdict(set)
     for line, tests in reached(path).items():
         for test in tests:
@@ -87,10 +87,10 @@ def reach(path: str) -> dict[str, frozenset[int]]:
 
 
 def chosen(mutant: Mutant, budget: float) -> list[str]:
-    """Tests that reach a mutant, for so many seconds.
+    """Select tests that reach a mutant and take ``budget`` seconds together.
 
-    Each test function has as much time as the others, and so have tests that reach different lines of the file; of
-    those that are alike the quickest comes first.
+    Time is divided evenly between test functions, and between tests that reach different lines of the file. Among
+    similar tests the shortest comes first.
     """
     tests: set[str] = set()
     for among in mutant.lines:
@@ -116,7 +116,7 @@ def chosen(mutant: Mutant, budget: float) -> list[str]:
 
 
 class Planted(importlib.machinery.SourceFileLoader):
-    """Finds and loads one module: a mutant."""
+    """Import hook that finds and loads one module: a mutant."""
 
     def __init__(self, mutant: Mutant) -> None:
         super().__init__(mutant.path.removesuffix(".py").replace("/", "."), str(ROOT / mutant.path))
@@ -130,12 +130,13 @@ class Planted(importlib.machinery.SourceFileLoader):
 
 
 def in_child(mutant: Mutant | None, tests: Sequence[str], note: Path, limit: int) -> int:
-    """Fork a child whose status is 0 if the tests pass, and return its id."""
+    """Fork a child that exits with status 0 if the tests pass, and return its id."""
     if child := os.fork():
         return child
     status = 1
     try:
-        # Of processor time, as others may use the machine; by the clock only what waits for ever.
+        # Limit processor time, because others may use the machine. The clock limit is only for processes that wait
+        # forever.
         resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
         resource.setrlimit(resource.RLIMIT_DATA, (8 * 2**30, 8 * 2**30))
         signal.alarm(20 * limit)
@@ -151,24 +152,27 @@ def in_child(mutant: Mutant | None, tests: Sequence[str], note: Path, limit: int
 def run(tests: Sequence[str], note: Path) -> int:
     import pytest
 
-    import jaxcnn  # first, so that doctests are of the mutant
+    import jaxcnn  # first, so that doctests use the mutant
 
     class Note:
-        """Which test failed."""
+        """Plugin that records which test failed."""
 
         def pytest_runtest_logreport(self, report: Any) -> None:
             if report.failed:
                 note.write_text(report.nodeid)
-                os._exit(1)  # at once: what pytest still does takes longer than most tests
+                os._exit(1)  # at once: pytest's teardown takes longer than most tests
 
     assert Path(jaxcnn.__file__).is_relative_to(ROOT)
     options = ["-x", "--tb=native", "-p", "no:cacheprovider", "-p", "_hypothesis_pytestplugin"]
-    ignored = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what the parent has imported
+    ignored = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # about modules that the parent has imported
     return pytest.main([*options, *ignored, *tests], plugins=[Note()])
 
 
 def outcomes(drawn: Iterator[Mutant], budget: float, jobs: int, notes: Path) -> Iterator[tuple[Mutant, str, str]]:
-    """Every mutant as it comes: "killed" by which test, if not when it was imported, "timeout" or "survived"."""
+    """Yield each mutant as it finishes, its outcome and the test that killed it.
+
+    The outcome is "killed", "timeout" or "survived". The test is empty if the mutant was killed at import.
+    """
     running: dict[int, tuple[Mutant, Path]] = {}
     for mutant in itertools.chain(drawn, itertools.repeat(None)):
         if mutant is not None:
@@ -185,7 +189,7 @@ def outcomes(drawn: Iterator[Mutant], budget: float, jobs: int, notes: Path) -> 
 
 
 def share(count: collections.Counter[str]) -> float:
-    """Of those that are not equivalent, how many were killed."""
+    """Return the share of killed mutants among those that are not equivalent."""
     return (count["killed"] + count["timeout"]) / max(count["mutants"] - count["equivalent"], 1)
 
 
@@ -205,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         see(*options.see)
     for name in SLOW:
         importlib.import_module(name)
-    gc.freeze()  # what the children's collector need not look at
+    gc.freeze()  # so that the children's garbage collector skips these objects
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     started, known = time.monotonic(), equivalent()
     counts = {path: collections.Counter[str]() for path in options.files}

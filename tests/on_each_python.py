@@ -1,7 +1,7 @@
-"""The suite on each Python that is installed: python -m tests.on_each_python [arguments of pytest].
+"""Run the suite on each installed Python: python -m tests.on_each_python [pytest arguments].
 
-Each has an environment of its own, .venv-3.12 and so on, with the newest jax that fits, and runs the suite twice where
-jax has another implementation of `custom_vjp` to choose (JAX_CUSTOM_VJP3) that works: jax 0.10's does not.
+Each Python gets its own environment (.venv-3.12 and so on) with the newest compatible jax. The suite runs twice if jax
+offers a second implementation of `custom_vjp` (JAX_CUSTOM_VJP3) and it works; in jax 0.10 it does not.
 """
 
 import os
@@ -14,7 +14,8 @@ from pathlib import Path
 VERSIONS = ("3.11", "3.12", "3.13")
 ROOT = Path(__file__).parents[1]
 
-# The function of a static argument that every op is, without jaxcnn: jax 0.10's other custom_vjp fails in `checkpoint`.
+# A function with a static argument, as every op is, but without jaxcnn. jax 0.10's other custom_vjp fails in
+# `checkpoint`.
 STATIC_AND_CHECKPOINTED = """
 import functools, jax
 
@@ -28,7 +29,7 @@ jax.grad(jax.checkpoint(lambda x: scaled(2.0, x)))(1.0)
 
 
 def interpreters() -> Iterator[tuple[str, Path]]:
-    """Those on the PATH and of pyenv; a shim of pyenv that leads nowhere is none."""
+    """Yield the Pythons on the PATH and in pyenv; broken pyenv shims are skipped."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
     for version in VERSIONS:
         on_path = shutil.which(f"python{version}")
@@ -39,19 +40,19 @@ def interpreters() -> Iterator[tuple[str, Path]]:
 
 
 def installed(version: str, interpreter: Path) -> Path:
-    """The Python of its environment, with all that the tests need."""
+    """Return the Python of the version's environment after installing the test dependencies."""
     folder = ROOT / f".venv-{version}"
     python = folder / "bin" / "python"
     if not python.exists():
         subprocess.run([interpreter, "-m", "venv", folder], check=True)
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "--upgrade", "--upgrade-strategy", "eager", "--editable", ".[experiments,test]"], check=True)
-    subprocess.run([*pip, "--no-deps", "zennit==0.5.1"], check=True)  # whose torchvision would bring another PyTorch
+    subprocess.run([*pip, "--no-deps", "zennit==0.5.1"], check=True)  # without torchvision, which would replace PyTorch
     return python
 
 
 def main() -> int:
-    """Return how many runs failed."""
+    """Run the suite on every Python and return the number of failed runs."""
     failed = []
     found = list(interpreters())
     for version, interpreter in found:

@@ -1,7 +1,7 @@
-"""Second implementations: PyTorch for every op, and NumPy loops over windows for the kernels.
+"""Reference implementations: PyTorch for every op, and NumPy loops over windows for the kernels.
 
-The PyTorch ones take and return channels-last tensors and the options of the jaxcnn op of the same name, so that
-`torch.autograd` gives their δ and the δ of their δ.  The loops are the definitions, term by term.
+The PyTorch functions take and return channels-last tensors and take the options of the jaxcnn op of the same name, so
+`torch.autograd` gives first and second derivatives. The loops implement the definitions term by term.
 """
 
 import itertools
@@ -50,7 +50,7 @@ def conv(
     mode = PAD_MODE.get(padding, "constant") if isinstance(padding, str) else "constant"
     pads = pad_widths(padding, spatial, size, stride, dilation)
     x = F.pad(x.movedim(-1, 1), flat(pads), mode=mode)
-    w = w.movedim(-1, 0).movedim(-1, 1).contiguous()  # slow_conv2d expects it
+    w = w.movedim(-1, 0).movedim(-1, 1).contiguous()  # slow_conv2d requires it
     return CONV[len(spatial)](x, w, b, stride=stride, dilation=dilation, groups=groups).movedim(1, -1)
 
 
@@ -73,7 +73,7 @@ def conv_transpose(
     preferred_element_type=None,
     precision=None,
 ) -> Tensor:
-    """PyTorch's own, which cuts off alike on both sides; else it cuts nothing off, and that is done after it."""
+    """Use PyTorch's own op if it crops both sides equally; otherwise crop its uncropped result."""
     if dimension_numbers is not None:
         of_x, of_w, of_y = dimension_numbers
         space = [d for d in of_w if d not in "OI"]
@@ -87,7 +87,7 @@ def conv_transpose(
     stride, dilation, more = (per_dim(value, ndim) for value in (stride, dilation, output_padding))
     sizes = [n * s for n, s in zip(spatial, stride, strict=True)]
     pads = pad_widths(padding, sizes, size, stride, dilation)
-    if padding in ("SAME", "SAME_LOWER"):  # stride times as large, also where the stride is larger than the patch
+    if padding in ("SAME", "SAME_LOWER"):  # stride times as large, even if the stride is larger than the kernel
         extent = [(k - 1) * d + 1 for k, d in zip(size, dilation, strict=True)]
         more = tuple(max(s - e, 0) for s, e in zip(stride, extent, strict=True))
     x, w = x.movedim(-1, 1), w.movedim(-1, 0).movedim(-1, 1).contiguous()
@@ -117,7 +117,7 @@ def selu(x: Tensor) -> Tensor:
 
 
 def celu(x: Tensor, *, alpha: float = 1.0) -> Tensor:
-    return alpha * F.elu(x / alpha)  # F.celu keeps 1/alpha in float32 on the way back
+    return alpha * F.elu(x / alpha)  # F.celu keeps 1/alpha in float32 in its backward pass
 
 
 def relu6(x: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ def silu(x: Tensor) -> Tensor:
 
 
 def softplus(x: Tensor) -> Tensor:
-    return torch.logaddexp(x, torch.zeros_like(x))  # F.softplus is only approximate, above a threshold
+    return torch.logaddexp(x, torch.zeros_like(x))  # F.softplus is only approximate above a threshold
 
 
 def sigmoid(x: Tensor) -> Tensor:
@@ -193,11 +193,11 @@ def avg_pool(
     count_include_pad=True,
     divisor=None,
 ) -> Tensor:
-    """PyTorch takes ``divisor_override`` in two and three dims; in one, the mean of whole windows is scaled."""
+    """Average pooling; PyTorch has no ``divisor_override`` in 1-D, so there the mean of whole windows is scaled."""
     size, stride, pads, dilation = pool_options(x, window, stride, padding, dilation)
     x = x.movedim(-1, 1)
     own = native(pads, size)
-    larger = len(size) == 3 and any(k > n for k, n in zip(size, x.shape[2:], strict=True))  # refused, padded or not
+    larger = len(size) == 3 and any(k > n for k, n in zip(size, x.shape[2:], strict=True))  # PyTorch refuses these
     if own is not None and set(dilation) == {1} and not larger:
         pool = AVG_POOL[len(size)]
         by = {} if divisor is None or len(size) == 1 else {"divisor_override": divisor}
@@ -215,12 +215,12 @@ def avg_pool(
 
 
 def max_pool_with_indices(x: Tensor, **options) -> Tensor:
-    """The first of the two."""
+    """Return the values without the indices."""
     return max_pool(x, **options)
 
 
 def max_unpool(y: Tensor, *, index, spatial_shape) -> Tensor:
-    """By `scatter_add`, for PyTorch's own loses one of two equal indices."""
+    """Unpool with `scatter_add`, because PyTorch's op drops one of two equal indices."""
     flat_x = torch.zeros(y.shape[0], math.prod(spatial_shape), y.shape[-1], dtype=y.dtype)
     at = torch.tensor(index(tuple(y.shape))).flatten(1, -2).long()
     return flat_x.scatter_add(1, at, y.flatten(1, -2)).unflatten(1, tuple(spatial_shape))
@@ -271,7 +271,7 @@ def block_sum(x: Tensor, *, factor) -> Tensor:
 
 
 def cross_correlate(a: Tensor, v: Tensor, mode: str = "full", *, method: str = "auto") -> Tensor:
-    """By `F.conv…`, which does not turn v, padded so that it holds every shift; the mode's middle of that."""
+    """Correlate with `F.conv…`, which does not flip v, at every shift, and return the part that ``mode`` selects."""
     full = CONV[a.ndim](a[None, None], v[None, None], padding=[k - 1 for k in v.shape])[0, 0]
     for dim, (n, k) in enumerate(zip(a.shape, v.shape, strict=True)):
         start, size = {"full": (0, n + k - 1), "same": ((k - 1) // 2, n), "valid": (k - 1, n - k + 1)}[mode]
@@ -288,7 +288,7 @@ def autocorrelate(a: Tensor, mode: str = "full", *, method: str = "auto") -> Ten
 
 
 def match_template(image: Tensor, template: Tensor) -> Tensor:
-    """Window by window, as the formula has it."""
+    """Correlate window by window, as in the formula."""
     windows = image
     for dim, k in enumerate(template.shape):
         windows = windows.unfold(dim, k, 1)
@@ -302,7 +302,7 @@ def dense(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
 
 
 def dropout(x: Tensor, *, rate: float, mask) -> Tensor:
-    """``mask(shape)``: which entries stay, drawn as the op draws them."""
+    """Drop elements; ``mask(shape)`` gives those that are kept, drawn as in the op."""
     if rate == 1:
         return F.dropout(x, 1.0)
     return x * torch.tensor(mask(tuple(x.shape))) / (1 - rate)
@@ -313,17 +313,17 @@ def hidden_layer(x: Tensor, *w_and_b: Tensor, window=2, pool_stride=None, pool_p
 
 
 def batch_norm(x: Tensor, *of_channels: Tensor, eps: float = 1e-5, axis_name: tuple[()] = ()) -> Tensor:
-    """Scale, bias, then mean and var; PyTorch's own takes no derivative by the last two, so there it is the formula."""
+    """Take scale, bias, mean and var; use the formula for mean and var, which PyTorch does not differentiate."""
     scale, bias, *statistics = (*of_channels, None, None)[: max(len(of_channels), 2)]
     if statistics:
         mean, var = statistics
         return (x - mean) / torch.sqrt(var + eps) * scale + bias
-    flat_x = x.reshape(-1, x.shape[-1])  # which also spares a batch norm of rank 5
+    flat_x = x.reshape(-1, x.shape[-1])  # this avoids a batch norm of rank 5
     return F.batch_norm(flat_x, None, None, scale, bias, training=True, eps=eps).reshape(x.shape)
 
 
 def layer_norm(x: Tensor, scale: Tensor | None = None, bias: Tensor | None = None, *, axes=-1, eps=1e-5) -> Tensor:
-    """PyTorch's own is over the last dims."""
+    """Move ``axes`` to the end, because PyTorch normalizes over the last dims."""
     dims = sorted(a % x.ndim for a in ((axes,) if isinstance(axes, int) else axes))
     last = tuple(range(x.ndim - len(dims), x.ndim))
     moved = x.movedim(dims, last)
@@ -361,7 +361,7 @@ def pad_widths(padding, spatial: Sequence[int], size, stride, dilation) -> list[
         return [(0, 0)] * len(spatial)
     if padding == "CAUSAL":
         return [(extent[0] - 1, 0)]
-    if isinstance(padding, str):  # as many outputs as steps start inside; the odd one at the end, or first for _LOWER
+    if isinstance(padding, str):  # one output per step that starts inside; odd padding at the end, _LOWER: first
         totals = [max((math.ceil(n / s) - 1) * s + e - n, 0) for n, s, e in zip(spatial, stride, extent, strict=True)]
         return [(t - t // 2, t // 2) if padding == "SAME_LOWER" else (t // 2, t - t // 2) for t in totals]
     each = (padding,) * len(spatial) if isinstance(padding, int) else padding
@@ -376,21 +376,21 @@ def pool_options(x: Tensor, window, stride, padding, dilation):
 
 
 def native(pads: Sequence[tuple[int, int]], size: Sequence[int]) -> tuple[int, ...] | None:
-    """The padding as PyTorch's own pooling takes it: the same on both sides, at most half the window."""
+    """Return the padding if PyTorch's pooling accepts it (symmetric, at most half the window), otherwise None."""
     fits = all(lo == hi and 2 * lo <= k for (lo, hi), k in zip(pads, size, strict=True))
     return tuple(lo for lo, _ in pads) if fits else None
 
 
 def flat(pads: Sequence[tuple[int, int]]) -> list[int]:
-    """As F.pad takes them: the last dimension first."""
+    """Return the padding in the order of F.pad: last dimension first."""
     return [p for pair in reversed(pads) for p in pair]
 
 
-# δ, and the δ of δ
+# First and second derivatives
 
 
 def gradients(f, args: Sequence[np.ndarray], delta: np.ndarray, xis: Sequence[np.ndarray]):
-    """``y``; the cotangents of args for δ; the cotangents of (args, δ) for ξ at those."""
+    """Return y, the cotangents of args for δ, and the cotangents of (args, δ) for ξ."""
     leaves = [torch.tensor(a, requires_grad=True) for a in args]
     d = torch.tensor(delta, requires_grad=True)
     y = f(*leaves)
@@ -407,7 +407,7 @@ def gradients(f, args: Sequence[np.ndarray], delta: np.ndarray, xis: Sequence[np
 
 
 def meetings(win: Window) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
-    """Every (output o, tap k, entry i) that meet: ``i = o·stride + k·dilation − lo`` in each dim, in the picture."""
+    """Yield every (output o, tap k, input i) with ``i = o·stride + k·dilation − lo`` in each dim."""
     per_dim = []
     for n, size, s, d, (lo, hi) in zip(win.shape, win.size, win.stride, win.dilation, win.padding, strict=True):
         starts = range(0, lo + n + hi - (size - 1) * d, s)
@@ -418,7 +418,7 @@ def meetings(win: Window) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], tu
 
 
 def channels(c: Correlation, inputs: int, outputs: int) -> list[tuple[slice, slice]]:
-    """Input and output channels of each group."""
+    """Return the input and output channels of each group."""
     i, o = inputs // c.groups, outputs // c.groups
     return [(slice(g * i, g * i + i), slice(g * o, g * o + o)) for g in range(c.groups)]
 
@@ -448,7 +448,7 @@ def match(c: Correlation, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def largest(win: Window, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first NaN wins, else the first of the largest; padding never does."""
+    """Return the maximum and its tap: the first NaN if any, otherwise the first maximum; padding never wins."""
     y = np.full((x.shape[0], *win.out, x.shape[-1]), -np.inf)
     winner = np.full(y.shape, -1)
     for o, k, i in meetings(win):  # for one window, taps come in row-major order

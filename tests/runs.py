@@ -1,4 +1,4 @@
-"""A run's folder with first weights, for tests that need a net and no training."""
+"""Run folders with initial weights, for tests that need a net but no training."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from experiments.runs import Run
 
 
 def untrained(model: str, folder: Path) -> Path:
-    """What `experiments.train` would leave in ``folder``, before its first step; biases are not zero."""
+    """Write what `experiments.train` writes to ``folder`` before its first step, but with nonzero biases."""
     sample = data.load("fashion-mnist-sample")
     config = {"model": model, "data": sample.name, "data_dir": None, "data_sha256": sample.sha256}
     run = Run.start(folder, config)

@@ -1,4 +1,4 @@
-"""The small errors that mutmut's operators make of a file, for `mutants.py`."""
+"""Mutants of a file, made by mutmut's operators, for `mutants.py`."""
 
 import ast
 import dataclasses
@@ -20,15 +20,15 @@ DEFINITIONS = cst.FunctionDef | cst.ClassDef
 
 @dataclasses.dataclass(frozen=True)
 class Mutant:
-    """A file with one place changed."""
+    """A file with one change."""
 
     path: str
-    #: The function, and the lines that differ.
+    #: The function. ``before`` and ``after`` are the lines that differ.
     where: str
     before: str
     after: str
     source: str
-    #: Lines to look for tests at; the next entry serves where no test reaches any of these.
+    #: Lines for which to look for tests; each set is used only if no test reaches any line of the sets before it.
     lines: tuple[frozenset[int], ...]
 
     @property
@@ -44,9 +44,9 @@ class Mutant:
 
 
 class Places(cst.CSTVisitor):
-    """Each node that an operator of mutmut changes, as all that it stands in, and what it becomes.
+    """Collects each node that a mutmut operator changes, together with its ancestors and its replacements.
 
-    Annotations are left out.  Decorated functions, which mutmut leaves out too, are half of the ops.
+    Annotations are skipped. Decorated functions are included, unlike in mutmut, because half of the ops are decorated.
     """
 
     def __init__(self) -> None:
@@ -67,10 +67,10 @@ class Places(cst.CSTVisitor):
 
 
 class Meaning(ast.NodeTransformer):
-    """What is left of a program without what changes no result by construction.
+    """Removes the parts of a program that cannot affect any result.
 
-    - ``strict=`` of zip, which says that lengths are equal, and does nothing where they are.
-    - Names of types, ``Rule = …``, which are for annotations.
+    - ``strict=`` of zip, which has no effect if the lengths are equal.
+    - Type aliases, ``Rule = …``, which are for annotations.
     """
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
@@ -84,7 +84,7 @@ class Meaning(ast.NodeTransformer):
 
 
 def meaning(code: bytes) -> str | None:
-    """None for what is no program."""
+    """Return the normalized AST of ``code``, or None if it does not parse."""
     try:
         return ast.dump(Meaning().visit(ast.parse(code)))
     except SyntaxError:
@@ -92,7 +92,7 @@ def meaning(code: bytes) -> str | None:
 
 
 def mutants(paths: Iterable[str], seed: int) -> Iterator[Mutant]:
-    """All, each once, in random order."""
+    """Yield all mutants in random order, each once."""
     places, known = [], set()
     for path in paths:
         wrapper = MetadataWrapper(cst.parse_module(source := (ROOT / path).read_bytes()), unsafe_skip_copy=True)
@@ -104,7 +104,7 @@ def mutants(paths: Iterable[str], seed: int) -> Iterator[Mutant]:
         (module, top, *_, node) = around
         start, end = at[node].start, at[node].start + at[node].length
         new = source[:start] + module.code_for_node(changed).encode() + source[end:]
-        # Only the statement of the module is looked at, from its decorators on.
+        # Compare only the module-level statement, including its decorators.
         first = source.rfind(b"\n", 0, min(at[part].start for part in (top, *getattr(top, "decorators", ())))) + 1
         last = at[top].start + at[top].length - len(source) or None
         after = meaning(new[first:last])
@@ -116,7 +116,7 @@ def mutants(paths: Iterable[str], seed: int) -> Iterator[Mutant]:
 
 
 def differ(source: bytes, new: bytes) -> tuple[str, str]:
-    """The lines that differ, each side as one."""
+    """Return the lines that differ, with each side joined into one line."""
     a, b = source.decode().splitlines(), new.decode().splitlines()
     while a[:1] == b[:1]:
         a, b = a[1:], b[1:]
@@ -126,8 +126,11 @@ def differ(source: bytes, new: bytes) -> tuple[str, str]:
 
 
 def lines(source: bytes, at: Any, around: Sequence[cst.CSTNode]) -> Iterator[frozenset[int]]:
-    """Those of the place; of its statement, or the statement's head; of its function or class; and for what runs while
-    the module is imported, of all that names, or is named by, the statement of the module; of the file.
+    """Yield sets of lines for which to look for tests, from narrow to wide.
+
+    They are the lines of the node; of its statement, or the head of a compound statement; of each enclosing function or
+    class; of definitions that share names with the module-level statement, for code that runs at import; and of the
+    file.
     """
     module, top, *_, node = around
 
@@ -150,7 +153,7 @@ def lines(source: bytes, at: Any, around: Sequence[cst.CSTNode]) -> Iterator[fro
 
 
 def equivalent() -> set[tuple[str, ...]]:
-    """The mutants of `mutants.md`: a heading ``### path function``, why, and what changes as a diff."""
+    """Return the mutants in `mutants.md`: a heading ``### path function``, a reason, and the change as a diff."""
     found, heading, before = set(), [], ""
     for line in EQUIVALENT.read_text().splitlines():
         if line.startswith("### "):

@@ -1,4 +1,4 @@
-"""The shape of the package, read from its source: what is exported, what is documented, which way imports run."""
+"""The structure of the package, read from its source: exports, documentation, and the direction of imports."""
 
 import ast
 import inspect
@@ -13,44 +13,44 @@ from tests.cases import CASES, LONG_SUMS, OPS, covering, one_each, shows
 PACKAGE = Path(jaxcnn.__file__).parent
 MODULES = {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 
-#: Which rooms each room may import; `__init__` is the table of contents and imports what it lists.
+#: Which modules each module may import; `__init__` is the table of contents and imports what it lists.
 ROOMS = {
     "geometry": set(),
     "kernels": {"geometry", "kernels"},
     "ops": {"geometry", "kernels", "ops"},
-    "rules": {"geometry", "kernels", "ops", "rules"},  # kernels: what a rule must send entry by entry
+    "rules": {"geometry", "kernels", "ops", "rules"},  # kernels: for rules that route elements
     "layers": {"geometry", "ops"},
-    "taps": set(),  # apart from backprop, which imports nets, because nets tap their layers
+    "taps": set(),  # separate from backprop, which imports nets, because nets tap their layers
     "net": {"geometry", "ops", "layers", "taps"},
     "backprop": {"geometry", "ops", "rules", "layers", "net", "taps"},
     "folding": {"geometry", "layers", "net"},
-    # kernels: the dtype that sums are taken in
+    # kernels: the dtype of sums
     "attribution": {"geometry", "kernels", "ops", "rules", "layers", "net", "backprop", "folding", "taps"},
-    # kernels: the products of single examples, which no op has
+    # kernels: per-example products, which no op has
     "examples": {"geometry", "kernels", "ops", "layers", "net", "backprop", "taps"},
     "curvature": {"geometry"},
     "training": {"geometry", "ops", "layers", "net", "backprop"},
 }
 
-#: What takes derivatives by itself.
+#: Functions that take derivatives.
 DERIVATIVES = {
     "vjp", "jvp", "grad", "value_and_grad", "linearize", "linear_transpose", "jacobian", "jacfwd", "jacrev", "hessian",
 }  # fmt: skip
 
 
 def exports() -> list[tuple[str, str]]:
-    """(module, name) of each line of the table of contents."""
+    """Return (module, name) for each line of the table of contents."""
     lines = [node for node in MODULES["__init__.py"].body if isinstance(node, ast.ImportFrom)]
     return [(line.module, alias.name) for line in lines for alias in line.names]
 
 
-#: Exported functions of the ops: all of them are differentiable.
+#: Exported functions of the ops; all of them are differentiable.
 EXPORTED_OPS = [name for module, name in exports() if module.startswith("jaxcnn.ops.")]
 FUNCTIONS = [name for _, name in exports() if inspect.isfunction(getattr(jaxcnn, name))]
 
 
 def imported(tree: ast.Module) -> Iterator[str]:
-    """Full names of all that a module imports, wherever it does: ``jaxcnn.ops.rule.arrays``."""
+    """Return the full names of all imports in a module, at any level: ``jaxcnn.ops.rule.arrays``."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -60,7 +60,7 @@ def imported(tree: ast.Module) -> Iterator[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The table of cases
+# The case table
 
 
 @pytest.mark.parametrize("op", EXPORTED_OPS)
@@ -73,7 +73,7 @@ def test_every_option_of_every_op_has_a_row():
     for op in EXPORTED_OPS:
         parameters = inspect.signature(getattr(jaxcnn, op)).parameters.values()
         options = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
-        options -= {"rule", "axis_name"}  # tests/ops/test_rule.py; tests of batch_norm, inside the axis
+        options -= {"rule", "axis_name"}  # tests/ops/test_rule.py; tests of batch_norm inside a named axis
         assert options <= {option for of, option in shown if of == op}, op
 
 
@@ -113,12 +113,12 @@ def test_nothing_else_is_public():
 def test_docstring_has_an_example_and_what_is_raised(name):
     documentation = inspect.getdoc(getattr(jaxcnn, name)) or ""
     assert ">>> " in documentation, f"{name}: no example"
-    assert "Raises: " in documentation, f"{name}: does not say what is raised"
+    assert "Raises:" in documentation, f"{name}: does not say what is raised"
 
 
 @pytest.mark.parametrize("name", EXPORTED_OPS)
 def test_options_are_keyword_only_and_arrays_are_not(name):
-    """Every default but an absent array's is an option's, and NumPy's `mode`."""
+    """All arguments with defaults are keyword-only options, except optional arrays and NumPy's `mode`."""
     for parameter in inspect.signature(getattr(jaxcnn, name)).parameters.values():
         if parameter.kind is parameter.KEYWORD_ONLY:
             assert parameter.default is not parameter.empty, f"{name}: option {parameter.name} has no default"
@@ -127,7 +127,7 @@ def test_options_are_keyword_only_and_arrays_are_not(name):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rooms
+# Modules
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if path != "__init__.py"])
@@ -144,7 +144,7 @@ def test_imports_run_one_way(path):
 
 @pytest.mark.parametrize("path", [path for path in MODULES if path.startswith(("ops/", "kernels/"))])
 def test_rules_take_no_derivatives(path):
-    """Neither ``jax.vjp`` nor ``from jax import vjp`` and its kin, under any name."""
+    """Rules use neither ``jax.vjp`` nor ``from jax import vjp`` or similar functions, under any name."""
     used = {ast.unparse(node) for node in ast.walk(MODULES[path]) if isinstance(node, ast.Attribute)}
     names = [name.split(".") for name in used | set(imported(MODULES[path]))]
     found = [".".join(parts) for parts in names if parts[0] == "jax" and parts[-1] in DERIVATIVES]

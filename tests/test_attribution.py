@@ -1,4 +1,4 @@
-"""Attribution: against zennit, captum and loops in NumPy; how it runs; what it refuses."""
+"""Attribution: agreement with zennit, captum and NumPy loops; transformations; refused arguments."""
 
 import dataclasses
 import functools
@@ -45,7 +45,7 @@ from tests.agreement import CLOSE
 from tests.cases import compiled
 from tests.checks import SPLIT_BY
 
-with warnings.catch_warnings():  # of its dependencies
+with warnings.catch_warnings():  # from its dependencies
     warnings.simplefilter("ignore")
     import captum.attr
 
@@ -63,7 +63,7 @@ TARGET = np.array([3, 0, 4])
 
 
 def drawn(net):
-    """Parameters in float64 with biases that are not zero, and pictures of either sign."""
+    """Draw parameters in float64 with nonzero biases, and inputs of both signs."""
     rng = np.random.default_rng(0)
     params = net.init(jax.random.key(1), SHAPE, jnp.float64)
     params = jax.tree.map(lambda a: a if a.ndim > 1 else 0.3 * rng.standard_normal(a.shape), params)
@@ -101,7 +101,7 @@ COMPOSITES = {
     ),
     "excitation_backprop": (lambda net: attribution.excitation_backprop(), zennit.composites.ExcitationBackprop),
 }
-#: The same without biases.
+#: The same composites without biases.
 WITHOUT_BIAS = {
     "epsilon_plus": (
         lambda net: attribution.epsilon_plus(zero_params="b"),
@@ -122,7 +122,7 @@ WITHOUT_BIAS = {
 }
 
 
-#: After folding, zennit's batch norms divide by √(1 + ε) still: with this ε that is 1.
+#: After folding, zennit's batch norms still divide by √(1 + ε); with this ε that is 1.
 NORM = BatchNorm(eps=1e-14)
 NORMED = serial(
     Conv(6, 3, padding=1, bias=False), NORM, Relu(),
@@ -134,7 +134,7 @@ NORMED = serial(
 
 @pytest.mark.parametrize("composite", COMPOSITES)
 def test_composites_with_batch_norm_and_sums_are_zennits(composite):
-    """Whose canonizer folds batch norm into the convolution before it; the sum of a residual net is a module there."""
+    """zennit's canonizer folds batch norm into the convolution before it, and the sum of a residual net is a module."""
     ours, theirs = COMPOSITES[composite]
     params, x = normed()
     heat = np.asarray(compiled(functools.partial(attribute, NORMED, rules=ours(NORMED)))(params, x, TARGET))
@@ -154,7 +154,7 @@ def test_composites_with_batch_norm_and_sums_are_zennits(composite):
 
 @functools.cache
 def normed():
-    """Parameters with statistics that are not trivial, and pictures."""
+    """Return parameters with nontrivial statistics, and inputs."""
     rng = np.random.default_rng(3)
     _, x = drawn(NORMED)
     params = NORMED.init(jax.random.key(1), SHAPE, jnp.float64)
@@ -184,7 +184,7 @@ def agrees_with_zennit(net, ours, theirs):
 
 
 def test_the_first_convolution_has_the_box():
-    """Wherever it stands; the other layers' rules are the same mapping."""
+    """The mapping starts with the box rule, under the name of the first convolution at any depth."""
     for net, first in (("plain", "conv1"), ("hidden", "hidden_layer1"), ("nested", "serial1/conv1")):
         rules = attribution.epsilon_gamma_box(NETS[net], 0.0, 1.0)
         assert next(iter(rules)) == first
@@ -208,7 +208,7 @@ def deconv_relu(call, delta):
 
 def by_captum(method, net, *built, **options):
     model, x, target = in_torch(net)
-    with warnings.catch_warnings():  # that it sets hooks
+    with warnings.catch_warnings():  # captum warns that it sets hooks
         warnings.simplefilter("ignore")
         return modules.channels_last(method(model, *(model.get_submodule(b) for b in built)).attribute(
             x, target=target, **options
@@ -278,7 +278,7 @@ UNPOOLED = {
 
 @pytest.mark.parametrize("net", UNPOOLED)
 def test_deep_lift_is_captums(net):
-    """Without max pooling, where captum's maps do not sum to the difference, by its own convergence delta."""
+    """Nets without max pooling only: there captum's maps do not sum to the difference, by its own convergence delta."""
     reference = np.random.default_rng(8).uniform(-1, 1, (1, *SHAPE))
     theirs = by_captum(
         captum.attr.DeepLift, UNPOOLED[net], baselines=modules.channels_first(reference).expand(3, -1, -1, -1)
@@ -308,7 +308,7 @@ def test_integrated_gradients_sum_to_the_difference():
 
 
 def test_occlusion_is_a_loop():
-    """Every window is covered in turn; the last row and column of windows reach past the border."""
+    """Every window is covered in turn, and the last windows of a row or column extend beyond the border."""
     net = serial(Flatten(), Dense(5))
     params, x = drawn(net)
     y = np.asarray(net.apply(params, x))[range(3), TARGET]
@@ -327,7 +327,7 @@ def test_occlusion_is_a_loop():
 
 
 def test_smooth_grad_is_a_mean_over_noise_of_the_promised_size():
-    """By the keys that are documented, in a loop; and what it averages to for y = x²·w: 2 w (x + σ ξ̄)."""
+    """The result is the mean in a loop with the documented keys, which for y = x²·w is 2 w (x + σ ξ̄)."""
     net = NETS["plain"]
     params, x = drawn(net)
     x[1] *= 3
@@ -347,7 +347,7 @@ class Square(jaxcnn.Layer):
 
 
 def test_smooth_grads_statistics():
-    """Of y = x²: the mean of 2(x + σξ) over n samples has mean 2x and deviation 2σ/√n."""
+    """For y = x², the mean of 2(x + σξ) over n samples has mean 2x and deviation 2σ/√n."""
     net = serial(Square(), Flatten(), Dense(5))
     params, x = drawn(net)
     params["dense1"]["w"] = np.ones_like(params["dense1"]["w"])
@@ -360,7 +360,7 @@ def test_smooth_grads_statistics():
 
 
 def test_grad_cam_of_a_dense_layer_after_global_average_is_cam():
-    """Zhou et al. 2016: with average pooling over all and one dense layer, α is w / pixels."""
+    """Zhou et al. 2016: with global average pooling and one dense layer, α is w / pixels."""
     net = serial(Conv(4, 3), Relu(), AvgPool((10, 11)), Flatten(), Dense(5))
     params, x = drawn(net)
     a = np.asarray(serial(Conv(4, 3), Relu()).apply(params, x))
@@ -370,7 +370,7 @@ def test_grad_cam_of_a_dense_layer_after_global_average_is_cam():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# How they run
+# Transformations
 
 WAYS = {
     "gradient": {},
@@ -397,7 +397,7 @@ def test_jit_vmap_and_a_split_batch(method):
     expected = compiled(run)(x, target)
     assert expected.shape == ((4, 5, 5) if method == "grad_cam" else x.shape)
     assert expected.dtype == np.float64
-    if method != "smooth_grad":  # whose noise is drawn for the batch as a whole
+    if method != "smooth_grad":  # its noise is drawn for the whole batch
         mapped = compiled(jax.vmap(run))(x[:, None], target[:, None])
         np.testing.assert_allclose(mapped[:, 0], expected, **CLOSE)
     for axis_type in SPLIT_BY:
@@ -425,7 +425,7 @@ def test_without_a_name_relevance_if_there_are_rules():
 
 
 def test_relevance_starts_as_the_output():
-    """And gradients with rules start as 1."""
+    """Gradients with rules start as 1."""
     net, rules = NETS["hidden"], attribution.epsilon_plus()
     params, x = drawn(net)
     y = np.asarray(net.apply(params, x))[range(3), TARGET]
@@ -440,7 +440,7 @@ def test_dropout_is_off():
 
 
 def test_a_traced_target_out_of_range_is_nan():
-    """What cannot be looked at before it is computed is not passed over in silence."""
+    """Targets that cannot be validated before the computation do not fail silently."""
     for method, options in WAYS.items():
         heat = found(NETS["hidden"], target=np.array([3, 5, -1]), method=method, **options)
         assert np.isnan(heat).reshape(3, -1).all(1).tolist() == [False, True, True], method
@@ -471,7 +471,7 @@ SMALL_WAYS = {
 
 @functools.cache
 def small():
-    """Among the images one is blank."""
+    """One of the images is blank."""
     rng = np.random.default_rng(2)
     params = SMALL.init(jax.random.key(1), (5, 5, 1), jnp.float64)
     return params, rng.uniform(-1, 1, (3, 5, 5, 1)) * np.array([1, 0, 1])[:, None, None, None]
@@ -479,7 +479,7 @@ def small():
 
 @pytest.mark.parametrize("method", SMALL_WAYS)
 def test_known_targets_are_known_inside_jit_and_scan_and_no_nan_is_made(method):
-    """Targets closed over, computed inside and passed in give the same finite map, also under `jax.debug_nans`."""
+    """Targets closed over, computed inside and passed in give the same finite map, even under `jax.debug_nans`."""
     params, x = small()
     target = jnp.array([2, 0, 1])
     options = {"method": method if method in attribution.METHODS else "relevance", **SMALL_WAYS[method]}
@@ -498,7 +498,7 @@ def test_known_targets_are_known_inside_jit_and_scan_and_no_nan_is_made(method):
 
 
 def test_gradients_for_targets_of_every_int_dtype():
-    """Of 300 classes, which a byte cannot count; the oracle is the weight of a dense layer."""
+    """There are 300 classes, more than a byte can count; the oracle is the weight of a dense layer."""
     net = serial(Dense(300))
     w = np.random.default_rng(0).standard_normal((4, 300))
     params, x = {"dense1": {"w": w, "b": np.zeros(300)}}, np.ones((3, 4))
@@ -516,7 +516,7 @@ def test_gradients_for_targets_of_every_int_dtype():
 
 
 def test_occlusion_holds_one_window_at_a_time():
-    """841 windows of an image of 32×32 fit into the memory of a few images."""
+    """The 841 windows of a 32×32 image fit into the memory of a few images."""
     net = serial(Flatten(), Dense(3))
     params, x = net.init(jax.random.key(0), (32, 32, 1)), jnp.ones((1, 32, 32, 1), jnp.float32)
     run = jax.jit(functools.partial(attribute, net, method="occlusion", window=4, stride=1))
@@ -535,7 +535,7 @@ def test_a_window_whose_output_is_not_finite_marks_its_own_pixels():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What they refuse
+# Refused arguments
 
 LISTED = "gradient, gradient_times_input, integrated_gradients, smooth_grad, grad_cam, occlusion, relevance, deep_lift"
 INTS = "attribute: target expected ints"
@@ -631,7 +631,7 @@ def test_what_a_rule_refuses_is_told_with_the_name_of_the_layer(message, layers,
 
 
 def test_a_net_that_is_a_residual_needs_a_rule_for_its_sum():
-    """Its gradient would give x to both branches: twice the relevance."""
+    """Its gradient would give x to both branches, which doubles the relevance."""
     net = residual(Dense(3, bias=False))
     params = net.init(jax.random.key(0), (3,), jnp.float64)
     x = np.random.default_rng(0).standard_normal((2, 3)).astype(np.float32)
@@ -660,13 +660,13 @@ def test_a_norm_passes_relevance_on(key):
     ((delta, (of_x, *others)),) = seen
     np.testing.assert_array_equal(of_x, delta)
     assert others == [None] * len(others)
-    # As if folded, where the name is of no layer any more.
+    # Equal to the folded net, in which the name refers to no layer.
     named = attribute(net, params, x, 2, rules={"batch_norm1": None, **attribution.epsilon_plus()})
     np.testing.assert_array_equal(named, attribute(net, params, x, 2, rules=attribution.epsilon_plus()))
 
 
 def test_a_batch_norm_that_has_a_rule_is_not_folded():
-    """By its type or its name; one without a neighbour is taken by ε."""
+    """A batch norm with a rule for its type or name is not folded; one without a neighbor gets the ε rule."""
     net = serial(Relu(), BatchNorm(), Relu(), Flatten(), Dense(5))
     params, x = drawn(net)
     params = jaxcnn.calibrate(net, params, [(x, None)])
@@ -703,7 +703,7 @@ def test_other_things_that_are_refused():
 
 @dataclasses.dataclass(frozen=True)
 class Last(jaxcnn.Layer):
-    """Ends a net in what `change` makes of its outputs."""
+    """Ends a net with `change` applied to its outputs."""
 
     change: object = None
 
@@ -731,11 +731,11 @@ def test_outputs_that_are_refused(error, message, change):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Layers and nets that are not from the library
+# Layers and nets defined outside the library
 
 
 class Projected(jaxcnn.Serial):
-    """``layers(x) + x·w``: the shortcut of a residual net that changes the number of channels."""
+    """``layers(x) + x·w``: a residual shortcut that changes the number of channels."""
 
     def init(self, key, shape, dtype=jnp.float32):
         w = jax.random.normal(jax.random.fold_in(key, 7), (1, 1, shape[-1], 4), dtype)
@@ -750,21 +750,21 @@ class Projected(jaxcnn.Serial):
 
 
 class RectifiedProjected(Projected):
-    """With a ReLU that gets no rule."""
+    """Adds a ReLU that gets no rule."""
 
     def ends(self, y):
         return jaxcnn.relu(y)
 
 
 class RectifiedEnd(jaxcnn.Serial):
-    """Its layers, and a ReLU that gets no rule."""
+    """A net followed by a ReLU that gets no rule."""
 
     def apply(self, params, x, **options):
         return jaxcnn.relu(super().apply(params, x, **options))
 
 
 class Twice(jaxcnn.Serial):
-    """Calls its layers in its own way."""
+    """Calls its layers in a custom way."""
 
     def apply(self, params, x, *, key=None, rules=None, rule=None, path=""):
         for name, layer in self.layers:
@@ -774,7 +774,7 @@ class Twice(jaxcnn.Serial):
 
 @dataclasses.dataclass(frozen=True)
 class Bottleneck(jaxcnn.Layer):
-    """Two dense products with nested parameters; `ruled` tells which of them get the rule."""
+    """Two dense products with nested parameters; `ruled` selects those that get the rule."""
 
     ruled: tuple = (True, True)
     between: object = staticmethod(lambda x: x)
@@ -795,7 +795,7 @@ RECTIFIED = jaxcnn.Serial((("conv1", Conv(2, 3)), ("block1", RectifiedProjected(
 
 
 def in_plain_jax(params, x, *, rectified=False, shift=0.0):
-    """`PROJECTED` in stock JAX, with a shift behind the block's convolution."""
+    """Compute `PROJECTED` in stock JAX, with a shift after the block's convolution."""
 
     def conv(x, w, padding):
         return jax.lax.conv_general_dilated(x, w, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
@@ -830,7 +830,7 @@ def test_deep_lift_through_a_linear_shortcut_sums_to_the_difference():
 
 
 def test_relevance_through_a_layer_with_nested_parameters():
-    """By its type; two products in a row are two dense layers in a row."""
+    """With a rule for its type, the layer's two products are equivalent to two dense layers in sequence."""
     net, plain = serial(Flatten(), Bottleneck(), Dense(5)), serial(Flatten(), Dense(4), Dense(468), Dense(5))
     params, x = drawn(net)
     zeros = {"b": np.zeros(4)}, {"b": np.zeros(468)}
@@ -883,7 +883,7 @@ def test_what_is_refused_of_own_layers(message, net, options):
 
 
 class Halved(jaxcnn.Residual):
-    """A kind of residual net, for which a rule of its own is given."""
+    """A subclass of Residual with a separate rule."""
 
 
 def test_a_rule_for_one_kind_of_residual_leaves_the_other_kind_alone():
@@ -900,4 +900,4 @@ def test_a_rule_for_one_kind_of_residual_leaves_the_other_kind_alone():
     )[0]
     plain = jaxcnn.attribute(net, params, x, 1, method="gradient")
     np.testing.assert_allclose(found, expected, rtol=1e-10)
-    np.testing.assert_allclose(found, 2 * plain, rtol=1e-10)  # the sum's δ is doubled once
+    np.testing.assert_allclose(found, 2 * plain, rtol=1e-10)  # the δ of its sum is doubled once

@@ -1,4 +1,4 @@
-"""The δ sweep: gradients, δ and activations against a second way to them, and taps where they cannot work."""
+"""value_grad_and_deltas: gradients, δ and activations against an independent computation, and unsupported taps."""
 
 import functools
 
@@ -73,7 +73,10 @@ def given(name, dtype=np.float64, batch=4):
 
 
 def by_addition(net, params, x, error, key=None, layer_rule=None):
-    """(E, ∂E/∂params, activations, δ): the layers run one by one, δ is the derivative by what is added to each."""
+    """Return (E, ∂E/∂params, activations, δ) by running the layers one by one.
+
+    δ is the derivative with respect to a value added to each layer's output.
+    """
     seen = {}
 
     def run(net, params, x, added, key, path):
@@ -166,7 +169,7 @@ def test_float32_stays_float32():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Under JAX's transformations
+# Transformations
 
 
 def test_vmap_equals_a_loop():
@@ -210,7 +213,7 @@ def test_inside_shard_map():
 
 
 def test_again_in_reverse():
-    """The derivative of a δ, by the parameters, against autodiff's; forward mode too, where every op is plain JAX."""
+    """Derivatives of δ by the parameters agree with autodiff, with plain JAX ops in forward mode as well."""
     net, params, x, _ = given("residual")
 
     def error(outputs):
@@ -235,14 +238,14 @@ def test_again_in_reverse():
 
 
 def products(f, *args) -> int:
-    """Convolutions and matrix products in the compiled program."""
+    """Count convolutions and matrix products in the compiled program."""
     text = jax.jit(f).lower(*args).compile().as_text()
     return sum(line.count(" convolution(") + line.count(" dot(") for line in text.splitlines())
 
 
 @pytest.mark.parametrize("name", ["lecture", "residual"])
 def test_one_forward_and_one_backward(name):
-    """No product is computed that `jax.value_and_grad` would not compute."""
+    """There are no more products than in `jax.value_and_grad`."""
     net, params, x, error = given(name, np.float32)
     plain = jax.value_and_grad(lambda params, x: error(net.apply(params, x)).mean())
     expected = products(plain, params, x)
@@ -327,7 +330,7 @@ def test_a_tap_that_delta_cannot_leave(name):
 
 
 def test_a_tap_in_a_function_that_jit_knows_already():
-    """It was traced where no sweep was: from the cache it would come without its tap."""
+    """The function was traced outside a sweep, so the cached version has no tap."""
     known = jax.jit(lambda x: tap("y", 3 * x))
     assert known(2.0) == 6
     with pytest.raises(ValueError, match="tap: 'y' stands inside"):
@@ -385,7 +388,7 @@ def test_an_error_that_is_no_number():
 
 
 def test_errors_that_are_numbers_of_numpy():
-    """What `jax.grad` takes."""
+    """`jax.grad` accepts them as well."""
     for value in (np.float32(2), np.float64(3), np.array(4.0)):
         sweep = jaxcnn.value_grad_and_deltas(lambda w, value=value: value)(jnp.ones(2))
         assert (sweep.error, sweep.gradients.tolist()) == (value, [0, 0])

@@ -1,4 +1,4 @@
-"""Curvature along a vector, against the whole matrix by plain autodiff in float64, and against finite differences."""
+"""Curvature along a vector, compared with the full matrix from autodiff in float64 and with finite differences."""
 
 import collections
 import functools
@@ -66,7 +66,7 @@ def given(name, dtype=np.float64):
 
 
 def flat(f, params):
-    """``f`` of a vector, and the vector."""
+    """Return ``f`` as a function of a vector, and that vector."""
     p, tree = ravel_pytree(params)
     return lambda p: f(tree(p)), p
 
@@ -175,7 +175,7 @@ def test_other_mappings_and_functions_without_a_hash(kind):
 
 
 def test_inside_shard_map():
-    """As autodiff has it: with parameters that all devices share, H is that of the sum over devices."""
+    """As in autodiff, H for parameters shared by all devices is that of the sum over devices."""
     net, params, x, v, _ = given("smooth")
     mesh, rows, whole = jax.make_mesh((2,), ("batch",)), PartitionSpec("batch"), PartitionSpec()
 

@@ -1,7 +1,7 @@
-"""What bad input gets: one line that names op, argument, got and expected, before anything is computed.
+"""Bad input raises a one-line error with op, argument, actual and expected value, before anything is computed.
 
-`CALLS` is a table of bad calls of ops, each made in three ways: as it stands; traced, where nothing can have been
-computed; and under differentiation.  The tables after it are of what cannot be called in three ways.
+`CALLS` is a table of bad calls of ops. Each call is made in three ways: directly, under tracing (where nothing can have
+been computed), and under differentiation. The tables after it contain calls that cannot be made in three ways.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ from jaxcnn.ops.pooling import pool_window
 NAN, INF = float("nan"), float("inf")
 X, W, B = np.ones((2, 6, 6, 4), np.float32), np.ones((3, 3, 4, 8), np.float32), np.zeros(8, np.float32)
 ROW = np.ones((2, 6, 4), np.float32)
-BACK = np.ones((3, 3, 8, 4), np.float32)  # patches of a conv_transpose of X
+BACK = np.ones((3, 3, 8, 4), np.float32)  # kernels for a conv_transpose of X
 PLACES = np.zeros(X.shape, np.int32)
 LOGITS = np.zeros((3, 5), np.float32)
 KEY = jax.random.key(0)
@@ -76,7 +76,7 @@ labelled = softmax_cross_entropy_with_integer_labels
 
 @dataclasses.dataclass(frozen=True)
 class Bad:
-    """A call, and what it must raise."""
+    """A call, and the error that it must raise."""
 
     error: type[Exception]
     message: str
@@ -101,7 +101,7 @@ LAYOUTS = "three strings such as ('NCHW', 'OIHW', 'NCHW')"
 ONE_KEY = "one typed key from jax.random.key(seed)"
 
 CALLS = [
-    # ceil_mode pads nothing where no window fits
+    # ceil_mode adds no padding where no window fits
     value("max_pool: window (5, 5) is larger than the padded picture; spatial dims (2, 2), padding ((0, 0), (0, 0))",
           max_pool, X[:, :2, :2], 5, stride=2, ceil_mode=True),
     # conv: ranks and channels
@@ -157,7 +157,7 @@ CALLS = [
     kind("conv: padding expected ints, got [1, 'a']", conv, X, W, padding=[1, "a"]),
     kind("conv: padding expected ints, got 1.5", conv, X, W, padding=1.5),
     kind("conv: padding expected ints, got None", conv, X, W, padding=None),
-    # conv: the rest
+    # conv: other options
     kind("conv: preferred_element_type expected a floating dtype, got int32", conv, X, W,
          preferred_element_type=jnp.int32),
     kind("conv: preferred_element_type expected a floating dtype, got 'foo'", conv, X, W, preferred_element_type="foo"),
@@ -172,7 +172,7 @@ CALLS = [
           X, W, dimension_numbers=("NHWC", "HWIO", "NHWX")),
     value(f"conv: x expected 3 dims, as dimension_numbers ('NHC', 'HIO', 'NHC'); got {X.shape}", conv, X, W,
           dimension_numbers=("NHC", "HIO", "NHC")),
-    # Sizes that would overflow in XLA, which ends the process
+    # Sizes that would overflow in XLA, which aborts the process
     value("conv: padding expected ints < 2**31, got 2147483648", conv, X, W, padding=2**31),
     value("conv: stride expected ints < 2**31, got 18446744073709551616", conv, X, W, stride=2**64),
     value("conv: the padded picture would have spatial dims (2000006, 2000006), more than 2**31 - 1 entries", conv,
@@ -243,7 +243,7 @@ CALLS = [
     value("depthwise_conv: stride expected ints >= 1, got 0", depthwise_conv, X, W[:, :, :1], stride=0),
     value(f"depthwise_conv: dimension_numbers expected {LAYOUTS}, got 3", depthwise_conv, X, W[:, :, :1],
           dimension_numbers=3),
-    # hidden_layer: what it adds
+    # hidden_layer: its additional options
     value("hidden_layer: b expected shape (8,), one number for each output channel, got (1,)", hidden_layer, X, W,
           B[:1]),
     kind("hidden_layer: b expected an array, got None", hidden_layer, X, W, None),
@@ -352,8 +352,8 @@ CALLS = [
     kind(f"dropout: key expected {ONE_KEY}, got 0", dropout, X, 0.5, 0),
     kind(f"dropout: key expected {ONE_KEY}, got uint32[2]", dropout, X, 0.5, np.zeros(2, np.uint32)),
     kind(f"dropout: key expected {ONE_KEY}, got key<fry>[2]", dropout, X, 0.5, jax.random.split(KEY)),
-    kind(f"dropout: key expected {ONE_KEY}, got None", dropout, X, 0, None),  # also where it would not be used
-    # normalisation: the channels, what would broadcast silently, half of the statistics
+    kind(f"dropout: key expected {ONE_KEY}, got None", dropout, X, 0, None),  # even where it is not used
+    # normalization: the channels, silent broadcasting, incomplete statistics
     value("batch_norm: x expected (N, …, C), got shape (4,)", batch_norm, X[0, 0, 0]),
     value("group_norm: x expected (N, …, C), got shape (4,)", group_norm, X[0, 0, 0]),
     *(value(f"{op}: {name} expected shape (4,), one number for each channel, got {got}", call, X, *arrays)
@@ -384,7 +384,7 @@ CALLS = [
     value("group_norm: groups=32 must divide the 4 channels of x (2, 6, 6, 4)", group_norm, X),
     value("group_norm: groups expected an int >= 1, got 0", group_norm, X, groups=0),
     kind("group_norm: groups expected ints, got 2.0", group_norm, X, groups=2.0),
-    # errors
+    # losses
     value("squared_error: y and target expected the same shape, got y (3, 5), target (3, 1)", squared_error, LOGITS,
           LOGITS[:, :1]),
     value("softmax_cross_entropy: logits and targets expected the same shape (…, C), got logits (3, 5), "
@@ -407,14 +407,14 @@ CALLS = [
 ]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Every op: a rule that is none, and each array in turn of a dtype that has no δ, or no array
+# Every op: an invalid rule, and each array in turn with a non-differentiable dtype or not as an array
 
 ACTIVATIONS = (
     "relu", "leaky_relu", "elu", "selu", "celu", "relu6", "hard_tanh", "hard_sigmoid", "hard_swish", "gelu", "mish",
     "softsign", "squareplus", "log_sigmoid", "silu", "softplus", "sigmoid", "tanh",
 )  # fmt: skip
 ARRAYS = {
-    # name: (op of its arrays alone, their names, arrays that fit)
+    # name: (op as a function of arrays only, their names, valid arrays)
     "conv": (conv, "xwb", (X, W, B)),
     "conv_transpose": (conv_transpose, "xwb", (X, BACK, B)),
     "depthwise_conv": (depthwise_conv, "xwb", (X, W[:, :, :1], B)),
@@ -449,7 +449,7 @@ ARRAYS = {
 
 
 class Unhashable(list):
-    """Callable as a rule is; not to be had as a static argument."""
+    """Callable like a rule, but not usable as a static argument."""
 
     def __call__(self, call, delta):
         return call.exact(delta)
@@ -457,7 +457,7 @@ class Unhashable(list):
 
 @dataclasses.dataclass(frozen=True)
 class Holding:
-    """Hashable by its type, not by what it holds; and as a class, no rule yet."""
+    """A rule that holds an array, so that only its type is hashable; the class itself is not a rule."""
 
     scale: np.ndarray
 
@@ -480,9 +480,9 @@ def rows_of_every_op():
             yield kind(f"{op}: {name} expected an array, got object", called, object())
             yield kind(f"{op}: {name} expected an array, got 'one'", called, "one")
             yield kind(f"{op}: {name} expected an array, got list", called, [[1.0], [1.0, 2.0]])
-            if name not in ("b", "scale", "bias"):  # which may be left out
+            if name not in ("b", "scale", "bias"):  # these are optional
                 yield kind(f"{op}: {name} expected an array, got None", called, None)
-            if i:  # float64 beside float32; conv and dense compare x with w, then w with b
+            if i:  # mixed with float32; conv and dense compare x with w, then w with b
                 compared = names[i - 1 : i + 1] if op == "dense" or "conv" in op else names
                 got = ", ".join(f"{n} {'float64' if n == name else 'float32'}" for n in compared)
                 yield kind(f"{op}: expected one dtype for all arrays, got {got}", called, arrays[i].astype(np.float64))
@@ -494,7 +494,7 @@ def rows_of_every_op():
 def raised(row: Bad, call: Callable[[], Any]) -> None:
     with pytest.raises(row.error) as caught:
         call()
-    assert type(caught.value) is row.error  # not one of JAX's own subclasses
+    assert type(caught.value) is row.error  # not a JAX-specific subclass
     assert str(caught.value) == row.message
 
 
@@ -517,14 +517,14 @@ def test_bad_calls_of_ops(row):
 
 
 def test_the_arrays_that_fit_do_fit():
-    """Or the rows about dtypes would be about something else."""
+    """Otherwise the rows about dtypes would fail for another reason."""
     for call, _, arrays in ARRAYS.values():
         assert jax.eval_shape(call, *arrays).dtype == np.float32
 
 
 TRACED = "expected ints, got a value traced by jax; it must be static"
 TRACED_OPTIONS = [
-    # of one int that jit traces
+    # with one int that jit traces
     kind(f"conv: stride {TRACED}", lambda n: conv(X, W, stride=n)),
     kind(f"conv: stride {TRACED}", lambda n: conv(X, W, stride=(1, n))),
     kind(f"conv: stride {TRACED}", lambda n: conv(X, W, stride=jnp.stack([n, n]))),
@@ -561,7 +561,7 @@ def test_static_options_that_are_traced(row):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rules: what they return is looked at when δ comes
+# Rules: their results are checked when δ arrives
 
 
 def too_few(call, delta):
@@ -582,7 +582,7 @@ def delta_itself(call, delta):
 
 @dataclasses.dataclass(frozen=True)
 class First:
-    """So many of the cotangents; it has no name but its repr."""
+    """A rule that returns the first ``count`` cotangents, and whose only name is its repr."""
 
     count: int
 
@@ -594,7 +594,7 @@ class First:
 
 
 RULES = [
-    # of one picture
+    # with one input
     value("conv: rule too_few: expected a tuple of 3 cotangents, one for each input; got 1",
           lambda x: conv(x, W, rule=too_few)),
     value("conv: rule a_list: expected a tuple of 3 cotangents, one for each input; got list",
@@ -657,14 +657,14 @@ def calibrated(batches):
 
 
 class Branches(jaxcnn.Layer):
-    """A layer of somebody else's that looks at numbers that are not there yet."""
+    """A user-defined layer that branches on traced values."""
 
     def apply(self, params, x, *, key=None, rule=None):
         return x if x.sum() > 0 else -x
 
 
 NETS = [
-    # made
+    # construction
     kind("serial: expected layers such as Conv(32, 5), got 3", serial, Relu(), 3),
     kind("serial: expected layers such as Conv(32, 5), got <class 'jaxcnn.layers.Relu'>", serial, Relu),
     kind("residual: expected layers such as Conv(32, 5), got 'relu'", residual, "relu"),
@@ -689,7 +689,7 @@ NETS = [
     value("lp_pool1: lp_pool: p expected a finite number >= 1, got 0", built, LpPool(2, p=0)),
     value("Dropout: rate expected a number in [0, 1], got 1.5", Dropout, 1.5),
     kind("Dropout: rate expected a Python float, got str", Dropout, "0.5"),
-    # given a shape: the name of the layer in front
+    # shapes: errors start with the layer's name
     value("conv1: conv: patch (9, 9) is larger than the padded picture; spatial dims (8, 8), padding ((0, 0), (0, 0))",
           built, Conv(4, 9)),
     value("conv2: conv: patch (7, 7) is larger than the padded picture; spatial dims (6, 6), padding ((0, 0), (0, 0))",
@@ -716,14 +716,14 @@ NETS = [
     value(f"serial: {SHAPES}, got (-4,)", built, Dense(3), shape=(-4,)),
     kind(f"serial: {SHAPES}, got 784", lambda: serial(Dense(3)).summary(784)),
     kind(f"serial: {SHAPES}, got 784", lambda: jaxcnn.TrainState.create(serial(Dense(3)), optax.sgd(0.1), KEY, 784)),
-    # given keys
+    # keys
     kind(f"serial: key expected {ONE_KEY}, got 0", built, Dense(3), key=0),
     kind(f"serial: key expected {ONE_KEY}, got None", built, Dense(3), key=None),
     kind(f"serial: key expected {ONE_KEY}, got uint32[2]", built, Dense(3), key=np.zeros(2, np.uint32)),
     kind(f"serial: key expected {ONE_KEY}, got key<fry>[2]", built, Dense(3), key=jax.random.split(KEY)),
     kind(f"serial: key expected {ONE_KEY}, got 3", applied, key=3),
     kind(f"serial: key expected {ONE_KEY}, got uint32[2]", applied, key=np.zeros(2, np.uint32)),
-    # given parameters and pictures
+    # parameters and inputs
     value("conv1: expected params['conv1']['w'], got params with []", applied, {}),
     value("residual1/conv1: expected params['conv1']['w'], got params with []", applied,
           {"conv1": {"w": np.ones((3, 3, 3, 4), np.float32)}, "residual1": {}}),
@@ -736,7 +736,7 @@ NETS = [
     kind("conv1: params expected a dict as init makes it, got NoneType", applied, {"conv1": None}),
     kind("residual1/conv1: params expected a dict as init makes it, got list", applied,
          {"conv1": NET.init(KEY, SHAPE)["conv1"], "residual1": {"conv1": [1, 2]}}),
-    # no nets, functions, optimizers
+    # not nets, functions or optimizers
     kind("make_train_step: net expected what serial returns, got 3", jaxcnn.make_train_step, 3, labelled, SGD),
     kind("make_train_step: loss expected a function (outputs, targets), got None", jaxcnn.make_train_step, NET, None,
          SGD),
@@ -757,7 +757,7 @@ NETS = [
          X, 3),
     kind("fold_batch_norm: net expected what serial returns, got 3", jaxcnn.fold_batch_norm, 3, {}),
     kind("attribute: net expected what serial returns, got 3", jaxcnn.attribute, 3, {}, X, 0),
-    # given rules
+    # rules
     value("rules: expected names of layers, got 'conv2'; the nearest are conv1, residual1/conv1, dense1", applied,
           rules={"conv2": AUTO}),
     kind("rules: expected layer types, names or predicates as keys, got 3", applied, rules={3: AUTO}),
@@ -769,7 +769,7 @@ NETS = [
     kind("conv: rule expected None, autodiff or a hashable function (call, delta), got 'autodiff'", applied,
          rules="autodiff"),
     kind("conv: rule expected None, autodiff or a hashable function (call, delta), got 3", applied, rules={Conv: 3}),
-    # normalised and calibrated
+    # normalization and calibration
     value("layer_norm1: LayerNorm: axes expected one or more different dims of the 4 of x, got 4", built, LayerNorm(4)),
     value("layer_norm1: LayerNorm: axes expected dims of one example, got 0, of which one is the batch", built,
           LayerNorm(0)),
@@ -780,14 +780,14 @@ NETS = [
           [(np.ones((0, *SHAPE), np.float32), None)]),
     kind("calibrate: batches expected a list, or what else can be gone through once for each of 1 layers, got "
          "list_iterator", calibrated, iter([])),
-    # trained
+    # training
     value("make_train_step: microbatch expected an int >= 1, got 0", jaxcnn.make_train_step, NET, labelled,
           optax.sgd(0.1), microbatch=0),
     kind("make_train_step: microbatch expected ints, got 2.0", jaxcnn.make_train_step, NET, labelled, optax.sgd(0.1),
          microbatch=2.0),
     kind("make_train_step: microbatch expected ints, got True", jaxcnn.make_train_step, NET, labelled, optax.sgd(0.1),
          microbatch=True),
-    # evaluated
+    # evaluation
     value("evaluate: batches expected at least one example, got none",
           lambda: jaxcnn.evaluate(NET, labelled, NET.init(KEY, SHAPE), [])),
     value("evaluate: batches expected at least one example, got none",
@@ -802,14 +802,14 @@ def test_bad_calls_of_nets_and_training(row):
 
 
 def test_a_layer_that_jax_refuses_is_named():
-    """JAX's errors cannot be made from a message alone."""
+    """JAX's error types cannot be constructed from a message."""
     with pytest.raises(TypeError, match=r"^branches1: .*traced array"):
         built(Branches())
 
 
 @pytest.mark.parametrize("microbatch", [None, 1])
 def test_the_training_step_refuses_before_it_computes(microbatch):
-    """Labels that are one too many, in the trace of the step."""
+    """A label out of range is refused while the step is traced."""
     optimizer = optax.sgd(0.1)
     state = jaxcnn.TrainState.create(NET, optimizer, KEY, SHAPE)
     step = jaxcnn.make_train_step(NET, labelled, optimizer, microbatch=microbatch)

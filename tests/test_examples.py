@@ -1,4 +1,4 @@
-"""Gradients of each example alone, their norms and their clipped sum, against `vmap` of autodiff's `grad`."""
+"""Per-example gradients, their norms and their clipped sum, compared with `vmap` of autodiff's `grad`."""
 
 import functools
 
@@ -88,7 +88,7 @@ def given(name, dtype=np.float64, batch=5):
 
 
 def by_vmap(net, loss=cross_entropy):
-    """Autodiff of one example, vectorised."""
+    """Vectorize autodiff over single examples."""
 
     def one(params, x, y):
         return loss(net.apply(params, x[None], rules=rules.autodiff), y[None]).mean()
@@ -103,7 +103,7 @@ def norms_of(gradients):
 
 
 def run(f, net, *args, loss=cross_entropy, **options):
-    """``f(net, params, x, y, loss, …)``, compiled."""
+    """Compile and run ``f(net, params, x, y, loss, …)``."""
     return compiled(lambda params, x, y, *rest: f(net, params, x, y, loss, *rest, **options))(*args)
 
 
@@ -148,7 +148,7 @@ def in_float64(a):
 @pytest.mark.parametrize("name", ["lecture", "residual, nested", "layers that have no product here"])
 def test_float32(name):
     net, params, x, y = given(name, np.float32)
-    expected = by_vmap(net)(*jax.tree.map(in_float64, (params, x, y)))  # vmap's own would be as far off as ours
+    expected = by_vmap(net)(*jax.tree.map(in_float64, (params, x, y)))  # vmap in float32 is as inexact as ours
     found = run(per_example_gradients, net, params, x, y)
     assert {g.dtype for g in jax.tree.leaves(found)} == {np.dtype(np.float32)}
     assert_close(jax.tree.leaves(found), jax.tree.leaves(expected), 1e-6)
@@ -167,7 +167,7 @@ def test_sixteen_bits():
 
 
 def test_sums_of_gradients_are_the_batch_s():
-    """With dropout on: one mask for each example, the same as the batch's."""
+    """With dropout on, each example has its own mask, the same as in the batch."""
     net = serial(Conv(4, 3), Dropout(0.5), Tanh(), Flatten(), Dropout(0.3), Dense(3))
     rng = np.random.default_rng(0)
     empty = jax.eval_shape(lambda: net.init(jax.random.key(0), (6, 6, 2)))
@@ -225,7 +225,7 @@ def test_a_split_batch(axis_type):
 
 
 def test_private_aggregation():
-    """What optax makes of the gradients, with no noise, is the clipped gradient's mean; with noise, it is noisy."""
+    """Without noise, optax's private aggregation gives the mean of the clipped gradient; with noise, it differs."""
     net, params, x, y = given("residual, nested")
     gradients = run(per_example_gradients, net, params, x, y)
     limit = float(np.median(norms_of(gradients)))
@@ -241,7 +241,7 @@ def test_private_aggregation():
 
 
 def test_no_convolution_with_a_group_for_each_example():
-    """The thing that makes `vmap` of `grad` slow; and no layer's forward half is computed twice."""
+    """Such convolutions make `vmap` of `grad` slow. No layer's forward pass is computed twice."""
     net, params, x, y = given("lecture", np.float32)
 
     def text(f):
@@ -262,10 +262,10 @@ def slow_with_autodiff(net, params, x, y):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The two ways to a norm
+# The two ways to compute a norm
 
 GEOMETRIES = {
-    # name: (spatial, size, channels in, out, options)
+    # name: (spatial, size, input channels, output channels, options)
     "2-D": ((7, 6), (3, 2), 4, 5, {}),
     "options": ((9, 8), (3, 2), 4, 6, {"stride": (2, 1), "padding": ((2, 0), (1, 3)), "dilation": (1, 2)}),
     "groups": ((6, 7), (2, 3), 4, 6, {"groups": 2, "padding": "SAME"}),
@@ -301,7 +301,10 @@ def test_ghost_norms_are_norms(name):
 
 @pytest.mark.parametrize("layers", [(Conv(64, 3, bias=False),), (Dense(256, bias=False),)], ids=["conv", "dense"])
 def test_norms_whose_ghosts_cancel(layers):
-    """A large mean of a under δ that sum to about nothing, in float32: to clip by such a norm is a promise."""
+    """Norms stay accurate in float32 for inputs with a large mean and δ that sum to almost zero.
+
+    Clipping depends on this accuracy.
+    """
     net, rng = serial(*layers), np.random.default_rng(0)
     shape = (8, 8, 64) if isinstance(layers[0], Conv) else (8, 256)
     params = jax.tree.map(np.zeros_like, net.init(jax.random.key(0), shape))
@@ -330,7 +333,7 @@ def test_norms_of_rows(places, inputs, outputs):
 
 
 def test_the_cheaper_way_is_taken():
-    """Of the lecture's layers the first has many places and a short patch, the second few places and a long one."""
+    """The lecture's first layer has many positions and a small kernel, its second few positions and a large one."""
     first, second = (
         Correlation(window("conv", spatial, (5, 5)), 1, np.dtype(np.float32)) for spatial in ((28, 28), (12, 12))
     )
@@ -339,7 +342,7 @@ def test_the_cheaper_way_is_taken():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What cannot work
+# Unsupported cases
 
 
 @pytest.mark.parametrize("f", [per_example_gradients, per_example_norms, clipped_gradient], ids=lambda f: f.__name__)
@@ -367,7 +370,7 @@ def test_a_norm_to_clip_to(limit):
 
 
 class Scaled(Dense):
-    """A reader's own layer, by inheritance: not what `Dense` is."""
+    """A user-defined subclass of `Dense` that behaves differently."""
 
     def apply(self, params, x, *, key=None, rule=None):
         return 3 * super().apply(params, x, key=key, rule=rule)

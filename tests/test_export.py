@@ -1,4 +1,4 @@
-"""`jax.export` of whole nets with a symbolic batch: written to bytes, read, and run at batches of several sizes."""
+"""`jax.export` of whole nets with a symbolic batch: serialized, deserialized, and run with several batch sizes."""
 
 import re
 
@@ -11,7 +11,7 @@ import pytest
 import jaxcnn
 from tests.cases import compiled
 
-#: Channels and sizes past those for which XLA's own convolution is always chosen.
+#: The channels and sizes are above those for which XLA's own convolution is always chosen.
 NET = jaxcnn.serial(
     jaxcnn.Conv(16, 5), jaxcnn.LayerNorm(), jaxcnn.Relu(), jaxcnn.MaxPool(2),
     jaxcnn.DepthwiseConv(3, padding="SAME"), jaxcnn.GroupNorm(2), jaxcnn.Gelu(),
@@ -29,7 +29,7 @@ def draw(batch):
 
 
 def gradient(params, x, labels):
-    """What a training step computes, with labels that are masked out."""
+    """Return the gradient of a training step with masked labels."""
 
     def error(params):
         each = jaxcnn.softmax_cross_entropy_with_integer_labels(NET.apply(params, x), labels)

@@ -1,4 +1,4 @@
-"""Batch norm folded into a neighbour evaluates to the same outputs; what cannot be folded stays, or is refused."""
+"""Folding a batch norm into its neighbor keeps the outputs; those that cannot be folded stay or raise an error."""
 
 import re
 
@@ -26,7 +26,7 @@ from tests.cases import compiled
 
 SHAPE = (7, 6, 4)
 FOLDED = {
-    # name: net, how many batch norms stay
+    # name: (net, number of batch norms that remain)
     "conv": (serial(Conv(6, 3), BatchNorm(), Relu()), 0),
     "conv, groups, padding, no bias": (serial(Conv(6, 3, 2, 1, groups=2, bias=False), BatchNorm(), Relu()), 0),
     "depthwise": (serial(DepthwiseConv(3, 2, padding=1), BatchNorm()), 0),
@@ -57,7 +57,7 @@ FOLDED = {
 
 
 def drawn(net, dtype=jnp.float64):
-    """Parameters and statistics that are not trivial, pictures, and others to take the statistics of."""
+    """Draw nontrivial parameters and statistics, inputs, and other inputs for the statistics."""
     rng = np.random.default_rng(0)
     x, others = rng.standard_normal((2, 5, *SHAPE)).astype(dtype)
     params = net.init(jax.random.key(1), SHAPE, dtype)
@@ -81,7 +81,7 @@ def test_the_outputs_are_the_same(net, stay):
     again = compiled(folded.apply)(of_folded, x)
     np.testing.assert_allclose(again, y, rtol=1e-12, atol=1e-13 * np.abs(y).max())
     shapes = jax.eval_shape(lambda: folded.init(jax.random.key(0), SHAPE, jnp.float64))
-    if not stay:  # parameters as the folded net itself makes them, and no others
+    if not stay:  # exactly the parameters that the folded net itself creates
         assert jax.tree.map(jnp.shape, of_folded) == jax.tree.map(jnp.shape, shapes)
 
 

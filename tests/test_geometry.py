@@ -1,4 +1,4 @@
-"""Windows: their sizes against jax.lax and PyTorch over many geometries, their entries against plain loops."""
+"""Windows: sizes compared with jax.lax and PyTorch over many geometries, elements compared with plain loops."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ many = settings(max_examples=300)
 
 @st.composite
 def dims(draw, *, most=3):
-    """What describes a window, one entry a dim."""
+    """Draw the arguments of a window, one element per dim."""
     ndim = draw(st.integers(1, most))
 
     def each(low, high):
@@ -66,7 +66,7 @@ def test_output_sizes_are_those_of_pytorch(d, data):
 @many
 @given(dims(), st.sampled_from(["SAME", "SAME_LOWER", "VALID"]), st.sampled_from([str.upper, str.lower]))
 def test_named_padding_is_that_of_jax(d, name, spelled):
-    # With SAME the padding may be too little only where a picture is empty; VALID must fit.
+    # With SAME, padding is insufficient only for empty inputs; VALID must fit.
     assume(name != "VALID" or fits(d, [(0, 0)] * len(d["shape"])))
     win = geometry.window("op", **d, padding=spelled(name))
     assert list(win.padding) == [tuple(p) for p in lax.padtype_to_pads(d["shape"], extent(d), d["stride"], name)]
@@ -83,7 +83,7 @@ def test_causal_padding_sees_no_later_entry(d):
     assert win.out == (-(-n // s),)
     for o in range(win.out[0]):
         met = [o * s + tap * i - win.padding[0][0] for tap in range(k)]
-        assert max(met) == o * s  # the last entry of a patch is the present
+        assert max(met) == o * s  # the kernel's last tap is at the current step
 
 
 @many
@@ -91,7 +91,7 @@ def test_causal_padding_sees_no_later_entry(d):
 @example({"shape": (1,), "size": (2,), "stride": (2,), "dilation": (1,)}, None)
 @example({"shape": (2,), "size": (3,), "stride": (3,), "dilation": (1,)}, None)
 def test_ceil_mode_is_that_of_pytorch(d, data):
-    """Partial windows at the end count, unless they start in the padding there."""
+    """Partial windows at the end count unless they start in the padding there."""
     ndim = len(d["shape"])
     symmetric = [0] * ndim if data is None else [data.draw(st.integers(0, k // 2)) for k in d["size"]]
     pool = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}[ndim]
@@ -109,7 +109,7 @@ def test_ceil_mode_is_that_of_pytorch(d, data):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Entries
+# Elements
 
 
 @many
@@ -128,7 +128,7 @@ def test_entries_are_where_the_loops_find_them(d, data):
         assert win.inside(dim, margin).tolist() == [[-1 <= at < n + 2 for at in row] for row in met]
         assert win.span[dim] == met[-1][-1] - met[0][0] + 1
         assert win.extent[dim] == met[0][-1] - met[0][0] + 1
-        # One window more would not fit into the padded picture.
+        # One more window would not fit into the padded input.
         assert met[-1][-1] < n + padding[dim][1] <= met[-1][-1] + s
     for tap in win.taps():
         assert win.offset(tap) == tuple(k * i for k, i in zip(tap, d["dilation"], strict=True))
@@ -143,7 +143,7 @@ def test_dilation_of_a_window_of_one_entry_does_not_matter():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Static, hashable, and equal when equal
+# Static, hashable, and comparable by value
 
 SPELLINGS = {
     "one int": (3, {"stride": 2, "padding": 1}),
@@ -180,7 +180,7 @@ def test_equal_geometry_compiles_once():
     found = [pooled(win, x) for win in wins]
     assert len(found) == len(SPELLINGS)
     np.testing.assert_array_equal(found[0], jaxcnn.max_pool(x, 3, stride=2, padding=1))
-    with pytest.raises(AssertionError, match="traced"):  # another geometry is another program
+    with pytest.raises(AssertionError, match="traced"):  # a different geometry is a different program
         pooled(geometry.window("op", (7, 7), 2), x)
 
 
@@ -196,7 +196,7 @@ def test_ops_take_every_spelling(name):
 
 
 def test_static_options_from_static_arguments_of_jit():
-    """What is traced is refused (see test_errors); what is static is not."""
+    """Traced options are refused (see test_errors); static ones are accepted."""
     x = np.random.default_rng(0).standard_normal((1, 7, 7, 1))
     run = jax.jit(lambda x, stride: jaxcnn.max_pool(x, 3, stride=stride), static_argnums=1)
     np.testing.assert_array_equal(run(x, (2, 1)), jaxcnn.max_pool(x, 3, stride=(2, 1)))

@@ -1,4 +1,4 @@
-"""The ops are the lecture: each equals the for-loops of `tests/lecture_loops.py`, value and δ."""
+"""The ops implement the lecture: each equals the for-loops of `tests/lecture_loops.py`, value and δ."""
 
 import functools
 
@@ -16,7 +16,7 @@ def normal(seed, *shape):
 
 
 def backward(f, args, delta):
-    """What reaches each argument; ``f`` is of a batch, which here is one picture."""
+    """Return the cotangent of each argument; ``f`` takes a batch, here of one image."""
     delta = delta.reshape(jax.eval_shape(f, *args).shape)
     y, found = compiled(with_cotangents(f))(args, delta)
     return np.asarray(y), [np.asarray(c) for c in found]
@@ -34,7 +34,7 @@ def test_convolution():
 
 
 def test_the_patch_must_be_flipped():
-    """§15: without the turn, δ_x of an asymmetric patch is another, and differences of E agree with the turned one."""
+    """§15: without the flip, δ_x of an asymmetric kernel changes, and differences of E agree with the flipped one."""
     x, w, delta = normal(0, 6, 5, 1), normal(1, 3, 2, 1, 1), normal(2, 4, 4, 1)
     turned, not_turned = loops.patch_times_delta(w, delta), loops.patch_times_delta(loops.flip(w), delta)
     differences = np.zeros(x.shape)
@@ -102,7 +102,10 @@ def test_hidden_layer(size):
 
 
 def test_two_hidden_layers_and_an_output():
-    """The network of §2, from error to first patch: products become convolutions, and nothing else is new (§10)."""
+    """The network of §2, from the loss to the first kernel.
+
+    Products become convolutions; the rest is unchanged (§10).
+    """
     x, target = normal(0, 10, 10, 1), normal(1, 3)
     w1, b1, w2, b2 = normal(2, 3, 3, 1, 2), normal(3, 2), normal(4, 3, 3, 2, 4), normal(5, 4)
     v = normal(6, 4, 3)
@@ -120,6 +123,6 @@ def test_two_hidden_layers_and_an_output():
     delta_2, grad_w2, grad_b2 = loops.hidden_layer_delta(a1, w2, b2, 2, (v @ delta_y).reshape(a2.shape))
     _, grad_w1, grad_b1 = loops.hidden_layer_delta(x, w1, b1, 2, delta_2)
     expected = grad_w1, grad_b1, grad_w2, grad_b2, np.outer(a2.reshape(-1), delta_y)
-    assert all(np.any(e) for e in expected)  # the draw lets something pass every ReLU
+    assert all(np.any(e) for e in expected)  # with this seed, some elements pass every ReLU
     for array, e in zip(found, expected, strict=True):
         close(array, e)

@@ -1,4 +1,4 @@
-"""Second derivatives through `lax.scan` and `lax.fori_loop`, against the same loop unrolled in stock JAX."""
+"""Second derivatives through `lax.scan` and `lax.fori_loop`, compared with the unrolled loop in stock JAX."""
 
 import ast
 import functools
@@ -18,7 +18,7 @@ X = np.random.default_rng(0).standard_normal((2, 8, 8, 8))
 W = np.random.default_rng(1).standard_normal((3, 3, 8, 8)) / 6
 SCALE = np.random.default_rng(2).standard_normal(8)
 
-#: Steps that keep the shape of x. The convolutions are too large for XLA's own form, so that the platform decides.
+#: Steps that keep the shape of x. The convolutions are not small, so the platform determines their lowerings.
 STEPS = {
     "conv": (functools.partial(jaxcnn.conv, padding="SAME"), W),
     "conv_transpose": (functools.partial(jaxcnn.conv_transpose, padding="SAME"), W),
@@ -54,7 +54,7 @@ def unrolled(step, x, w):
 
 
 def product(loop, step, x, w, v):
-    """The Hessian of a random projection of the loop's result, with respect to w, times v."""
+    """Return v times the Hessian, with respect to w, of a random projection of the loop's result."""
 
     def error(w):
         y = loop(step, x, w)
@@ -74,7 +74,7 @@ def test_hessian_products_through_loops_equal_those_without(name, loop):
 
 
 def test_equations_without_inputs_do_not_shift_residuals():
-    """The smallest case, in docs/mathematics.md: with `jax.custom_vjp` itself, JAX 0.10 finds 1944."""
+    """The smallest case, in docs/mathematics.md: with `jax.custom_vjp`, JAX 0.10 gives 1944."""
 
     @custom_vjp
     def times(_, x, w):

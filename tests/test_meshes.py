@@ -1,6 +1,6 @@
 """Every op with each dim of each array split over devices, and the analysis functions under explicit axes.
 
-The unsplit result is the oracle: `tests/test_rules.py` holds it against PyTorch.
+The unsplit result is the oracle. `tests/test_rules.py` compares it with PyTorch.
 """
 
 import dataclasses
@@ -18,10 +18,10 @@ from tests.checks import assert_close, drawn, flat
 
 AXIS_TYPES = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 
-#: Rows whose dims eight devices divide, most of them with one window along a dim, a stride larger than 1, or both.
+#: Rows with dims divisible by eight devices, most with one window along a dim, a stride larger than 1, or both.
 ROWS = [
     row("conv", (1, 8, 8), (3, 8, 8), (8,)),
-    row("conv", (1, 8, 2), (5, 2, 8), stride=4),  # one place
+    row("conv", (1, 8, 2), (5, 2, 8), stride=4),  # one position
     row("conv", (1, 8, 8), (5, 4, 8), groups=2, stride=4),
     row("conv", (1, 8, 8, 1), (3, 3, 1, 1), stride=2, padding=1),
     row("conv", (1, 8, 2), (3, 2, 2), padding="REFLECT"),
@@ -59,13 +59,13 @@ ROWS = [
     row("softmax_cross_entropy_with_integer_labels", (8, 8)),
 ]
 
-#: Ops whose rows under explicit axes show nothing that others do not: all pass through `on_any_mesh`.
+#: Ops that need no extra test under explicit axes, because all ops use `on_any_mesh`.
 ALIKE = {
     "depthwise_conv", "lp_pool", "global_max_pool", "adaptive_avg_pool", "block_sum", "correlate", "autocorrelate",
     "match_template", "batch_norm", "layer_norm", "relu", "squared_error", "softmax_cross_entropy",
 }  # fmt: skip
 
-#: Dims that four and eight devices do not divide, which automatic axes allow.
+#: Rows with dims that four or eight devices do not divide, which automatic axes allow.
 UNEVEN = [
     row("conv", (3, 6, 3), (3, 3, 5), stride=2),
     row("conv_transpose", (2, 6, 2), (3, 3, 2), stride=2),
@@ -75,13 +75,16 @@ UNEVEN = [
 
 
 def split_in_turn(case: Case, axis_type: AxisType):
-    """One program: ``case`` once for each dim, split over four devices or over two axes of the mesh, eight devices."""
+    """Compare ``case`` with each dim split in turn, in one program.
+
+    The dims are split over four devices or over both mesh axes, which have eight.
+    """
     mesh = jax.make_mesh((2, 4), ("two", "four"), axis_types=(axis_type,) * 2)
     args, delta = drawn(case)
     expected = flat(case.run(args, delta))
     arrays = (*args, delta)
     turns = [(i, dim) for i, a in enumerate(arrays) for dim in range(a.ndim) if a.shape[dim] > 1]
-    if axis_type is AxisType.Explicit:  # δ is split as y is
+    if axis_type is AxisType.Explicit:  # δ is split like y
         turns = [(i, dim) for i, dim in turns if i < len(args) and arrays[i].shape[dim] % 8 == 0]
 
     def split(a, dim, over):
@@ -126,7 +129,7 @@ def test_each_dim_split_unevenly(case):
 
 
 OF_XLA = [
-    row("conv", (8, 8, 8, 4), (3, 3, 1, 4), groups=4),  # XLA aborts where channels of groups are split
+    row("conv", (8, 8, 8, 4), (3, 3, 1, 4), groups=4),  # XLA aborts if channels of groups are split
     row("conv", (2, 7, 3), (3, 3, 5), stride=2),
     row("conv_transpose", (2, 6, 2), (3, 3, 2), stride=2, padding=1),
 ]
@@ -134,7 +137,7 @@ OF_XLA = [
 
 @pytest.fixture
 def only_xla(monkeypatch):
-    """One `lax.conv_general_dilated` for each product, as on other platforms."""
+    """Use one `lax.conv_general_dilated` per product, as on other platforms."""
     for choose in ("choose_correlate", "choose_spread", "choose_match"):
         monkeypatch.setattr(correlation, choose, lambda *_: "xla")
     jax.clear_caches()
@@ -154,7 +157,7 @@ def test_convolutions_of_autodiff(case):
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_vmap_of_grad_over_split_images(groups, only_xla):
-    """Gradients of each image alone, as `jax.vmap` of `jax.grad` makes them."""
+    """The results are the per-image gradients of `jax.vmap` of `jax.grad`."""
     rng = np.random.default_rng(0)
     x, w, delta = (rng.standard_normal(shape) for shape in ((8, 6, 2), (3, 2 // groups, 4), (8, 4, 4)))
 
@@ -168,7 +171,7 @@ def test_vmap_of_grad_over_split_images(groups, only_xla):
 
 
 def test_split_batches_are_not_gathered():
-    """The only traffic of a gradient over a split batch is its sum."""
+    """The gradient of a split batch communicates only its sum."""
     net = jaxcnn.serial(
         jaxcnn.Conv(4, 3, stride=2), jaxcnn.Relu(), jaxcnn.MaxPool(2), jaxcnn.HiddenLayer(4, 2), jaxcnn.GlobalAvgPool()
     )
@@ -182,7 +185,7 @@ def test_split_batches_are_not_gathered():
     assert not [name for name in ("all-gather", "all-to-all", "collective-permute") if name in text]
 
 
-# The smallest cases that are wrong in stock JAX (jaxlib 0.10), in all entries
+# The smallest cases that are wrong in stock JAX (jaxlib 0.10), in all elements
 
 
 def split_over_four(a, *, axes=(4,)):
@@ -197,13 +200,13 @@ def stock_conv(x, w, groups=1):
 
 @pytest.mark.xfail(reason="XLA's partitioner: a slice of one entry with a step", strict=False)
 def test_stock_slice_of_one_entry():
-    """0 instead of 5.  `Window.steps` goes around it."""
+    """Stock JAX gives 0 instead of 5; `Window.steps` avoids it."""
     assert jax.jit(lambda x: lax.slice(x, (5,), (6,), (8,)))(split_over_four(np.arange(8.0))) == 5
 
 
 @pytest.mark.xfail(reason="XLA's partitioner: a batch group for each image", strict=False)
 def test_stock_vmap_of_grad():
-    """∂E/∂w of each image alone: Σ x from each tap on."""
+    """∂E/∂w of each image should be Σ x from each tap on."""
     run = jax.vmap(jax.grad(lambda w, x, delta: (stock_conv(x[None], w)[0] * delta).sum()), (None, 0, 0))
     x, delta = split_over_four((np.arange(12.0).reshape(4, 3, 1), np.ones((4, 2, 1))))
     found = jax.jit(run)(np.ones((2, 1, 1)), x, delta)
@@ -212,7 +215,7 @@ def test_stock_vmap_of_grad():
 
 @pytest.mark.xfail(reason="XLA's partitioner: batch groups over one axis of a mesh of two", strict=False)
 def test_stock_gradient_of_groups():
-    """∂E/∂w of a depthwise convolution: Σ x for each channel."""
+    """∂E/∂w of a depthwise convolution should be Σ x of each channel."""
     run = jax.grad(lambda w, x: stock_conv(x, w, groups=2).sum())
     x = np.arange(24.0).reshape(4, 3, 2)
     found = jax.jit(run)(np.ones((1, 1, 2)), split_over_four(x, axes=(4, 2)))
@@ -289,7 +292,7 @@ def test_analysis_of_a_split_batch(name, functions, axis_type):
 
 @AXIS_TYPES
 def test_data_of_a_split_batch(axis_type):
-    """`evaluate` and `calibrate`."""
+    """`evaluate` and `calibrate` give the same results."""
     net = jaxcnn.serial(jaxcnn.Conv(2, 3), jaxcnn.BatchNorm(), jaxcnn.Flatten(), jaxcnn.Dense(3))
     params = jax.tree.map(lambda a: a.astype(float), net.init(jax.random.key(0), X.shape[1:]))
     mesh = jax.make_mesh((2,), ("batch",), axis_types=(axis_type,))

@@ -1,4 +1,4 @@
-"""Nets: names, parameters, what a summary counts, and which layer takes which rule."""
+"""Nets: names, parameters, counts in the summary, and the assignment of rules to layers."""
 
 import copy
 import dataclasses
@@ -60,7 +60,7 @@ def pictures(*shape, dtype=np.float64):
 
 
 def parameters(net, shape, dtype=np.float32):
-    """Random ones, biases too, with no random generator to compile."""
+    """Return random parameters, including biases, without compiling a random generator."""
     rng = np.random.default_rng(1)
     empty = jax.eval_shape(lambda: net.init(key(), shape))
     return jax.tree.map(lambda a: rng.normal(0, 0.3, a.shape).astype(dtype), empty)
@@ -83,7 +83,7 @@ def test_parameters_by_name_and_shape():
 
 
 LAYERS = {
-    # name: (layer, shape, shapes of its parameters, shape that comes out)
+    # name: (layer, input shape, parameter shapes, output shape)
     "conv 1-D": (Conv(4, 3), (8, 2), {"w": (3, 2, 4), "b": (4,)}, (6, 4)),
     "conv 3-D": (Conv(4, (2, 3, 1)), (5, 5, 5, 2), {"w": (2, 3, 1, 2, 4), "b": (4,)}, (4, 3, 5, 4)),
     "conv, groups": (Conv(6, 3, groups=2), (8, 8, 4), {"w": (3, 3, 2, 6), "b": (6,)}, (6, 6, 6)),
@@ -147,7 +147,7 @@ def test_parameters_in_other_dtypes(dtype):
 
 
 def test_initial_weights_keep_the_size_of_what_they_carry():
-    """He et al. 2015 before a ReLU, Glorot & Bengio 2010 before none; biases are zero."""
+    """Weights follow He et al. 2015 before a ReLU and Glorot & Bengio 2010 elsewhere; biases are zero."""
     params = serial(Conv(64, 5), Flatten(), Dense(200)).init(key(), (12, 12, 16))
     fan_in, fan_out = 8 * 8 * 64, 200
     assert np.std(params["conv1"]["w"]) == pytest.approx(np.sqrt(2 / (5 * 5 * 16)), rel=0.03)
@@ -188,7 +188,7 @@ def test_names():
 
 
 class Scale(jaxcnn.Layer):
-    """A layer of somebody else's: one number."""
+    """A user-defined layer with one scalar parameter."""
 
     def init(self, key, shape, dtype=jnp.float32):
         return {"by": jnp.full((), 2, dtype)}
@@ -233,7 +233,7 @@ def test_a_key_means_training():
     np.testing.assert_array_equal(net.apply({}, x), x)
     y = np.asarray(net.apply({}, x, key=key()))
     assert set(np.unique(y)) == {0, 4}
-    # Two masks, of keys of their own: a quarter passes both.  One mask twice would let half pass.
+    # Two masks with different keys: a quarter of the elements pass both. The same mask twice would pass half.
     assert np.mean(y == 4) == pytest.approx(0.25, abs=0.05)
     np.testing.assert_array_equal(net.apply({}, x, key=key()), y)
     assert np.any(np.asarray(net.apply({}, x, key=key(1))) != y)
@@ -306,7 +306,7 @@ def test_summary_as_a_table():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Static
+# Static arguments
 
 
 def test_nets_are_values():
@@ -344,7 +344,7 @@ def times(factor):
 
 
 def gradients(rules):
-    """Those of every convolution, for a random δ."""
+    """Return the gradients of every convolution for a random δ."""
     params, x = parameters(STACK, (8, 8, 2), np.float64), pictures(2, 8, 8, 2)
     delta = random_delta(jax.eval_shape(STACK.apply, params, x))
     _, (grads,) = pulled(lambda params: STACK.apply(params, x, rules=rules), (params,), delta)
@@ -361,7 +361,7 @@ def named_like_a_convolution(name, layer):
 
 
 WHICH = {
-    # rules: the factors of layers' gradients.  What reaches conv1 past the residual and through it has no one factor.
+    # rules: the factors of layers' gradients. conv1 has no single factor where its δ arrives by two paths.
     "none": (None, {"conv2": 1, "residual1/conv1": 1, "conv1": 1}),
     "name": ({"conv2": times(3)}, {"conv2": 3, "residual1/conv1": 3, "conv1": 3}),
     "name of the first": ({"conv1": times(3)}, {"conv2": 1, "residual1/conv1": 1, "conv1": 3}),
@@ -401,7 +401,7 @@ EVERY_LAYER = serial(
 )  # fmt: skip
 
 
-#: A picture has one global pooling.
+#: A net allows one global pooling per input.
 TO_MAXIMA = serial(Conv(3, 2), jaxcnn.GlobalMaxPool(), Dense(2))
 
 
@@ -413,7 +413,7 @@ def test_the_nets_below_have_every_layer():
 
 @pytest.mark.parametrize("net", [EVERY_LAYER, TO_MAXIMA], ids=["every layer", "to maxima"])
 def test_a_net_of_every_layer_against_pytorch(net):
-    """The same weights: values, ∂E/∂w of every parameter, and δ_x, for a random δ."""
+    """With the same weights, values, ∂E/∂w of every parameter, and δ_x for a random δ agree."""
     x = pictures(3, 12, 13, 4)
     params = parameters(net, x.shape[1:], np.float64)
     delta = random_delta(jax.eval_shape(net.apply, params, x))
@@ -428,7 +428,7 @@ def test_a_net_of_every_layer_against_pytorch(net):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Every option of the op
+# Layers have every option of their op
 
 OPS_OF = {
     Conv: jaxcnn.conv, DepthwiseConv: jaxcnn.depthwise_conv, ConvTranspose: jaxcnn.conv_transpose,
@@ -437,7 +437,7 @@ OPS_OF = {
     GlobalMaxPool: jaxcnn.global_max_pool, GlobalAvgPool: jaxcnn.global_avg_pool,
     AdaptiveMaxPool: jaxcnn.adaptive_max_pool, AdaptiveAvgPool: jaxcnn.adaptive_avg_pool, Dropout: jaxcnn.dropout,
 }  # fmt: skip
-#: Arrays, and what a net decides: the layout, whose last dim is the channels in every layer.
+#: Arrays, and options that a net decides: the layout always has the channels last.
 NO_FIELDS = {"x", "w", "b", "scale", "bias", "mean", "var", "key", "rule", "dimension_numbers"}
 EVERY_KIND = sorted(
     (v for v in vars(jaxcnn).values() if isinstance(v, type) and issubclass(v, jaxcnn.Layer)), key=lambda v: v.__name__
@@ -446,7 +446,7 @@ EVERY_KIND = sorted(
 
 @pytest.mark.parametrize("kind", EVERY_KIND, ids=lambda kind: kind.__name__)
 def test_layers_take_every_option_of_their_op(kind):
-    """With the op's own default, and hand it on."""
+    """Layers have each option with the op's default, and pass it on."""
     op = OPS_OF.get(kind, getattr(kind, "op", None))
     if op is None:
         assert kind in (jaxcnn.Layer, jaxcnn.Serial, jaxcnn.Residual, Flatten)
@@ -479,11 +479,11 @@ def test_options_of_convolutions_reach_the_op(op):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Summaries of nets of one's own
+# Summaries of user-defined nets
 
 
 class Projection(jaxcnn.Serial):
-    """Two convolutions beside a third, and numbers of its own."""
+    """Two convolutions in parallel with a third, and additional parameters."""
 
     def init(self, key, shape, dtype=jnp.float32):
         (a, first), (b, second), (c, short) = self.layers
@@ -498,7 +498,7 @@ class Projection(jaxcnn.Serial):
 
 
 class Nested(jaxcnn.Layer):
-    """A layer whose parameters are a tree of two levels."""
+    """A layer with two levels of parameters."""
 
     def init(self, key, shape, dtype=jnp.float32):
         return {"down": {"w": jnp.ones((shape[-1], 2), dtype)}, "up": {"w": jnp.ones((2, shape[-1]), dtype)}}
@@ -518,12 +518,12 @@ def test_a_summary_counts_what_nets_of_ones_own_hold(at):
     rows = {row.name.rpartition("/")[2]: row for row in summary.rows}
     size, channels = (36, 3) if at == "inside" else (64, 2)
     assert rows["first"].parameters == 9 * channels * 4 + 4
-    assert rows["short"].flops == size * 5 * (2 * channels - 1)  # of what it is really given
+    assert rows["short"].flops == size * 5 * (2 * channels - 1)  # for the shape that it actually gets
     assert rows["projection1" if at == "inside" else "projection"].parameters == 12
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rules that match nothing
+# Rules without a match
 
 HIDDEN = serial(HiddenLayer(2, 3), Flatten(), Dense(2))
 NOWHERE = {
@@ -560,7 +560,7 @@ def test_rules_that_a_net_of_ones_own_does_not_hand_on_are_refused():
 
 
 def test_composites_fit_every_net():
-    """Their keys may match nothing, also after a merge; they are read by the types themselves."""
+    """Keys of composites may match nothing, even after merging; they match by type."""
     composite = jaxcnn.attribution.epsilon_plus()
     assert composite[Dense] == jaxcnn.rules.Epsilon(1e-6)
     assert Conv in composite
@@ -575,7 +575,7 @@ def test_composites_fit_every_net():
 
 @pytest.mark.parametrize("again", [lambda a: pickle.loads(pickle.dumps(a)), copy.deepcopy], ids=["pickle", "deepcopy"])
 def test_nets_and_rules_are_copied_by_value(again):
-    """Every layer, every rule, every composite, and a state; equal nets compile once."""
+    """This holds for every layer, rule and composite, and for a state; equal nets compile once."""
     for net in (EVERY_LAYER, TO_MAXIMA, serial(BatchNorm(axis_name=("a", "b")))):
         assert again(net) == net
         assert hash(again(net)) == hash(net)

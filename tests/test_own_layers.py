@@ -1,4 +1,4 @@
-"""Functions of a whole net meet layers and parameters that are not of this package: exact, or refused by name."""
+"""Functions of a whole net with user-defined layers and parameters: exact results, or an error that names the layer."""
 
 import collections
 import dataclasses
@@ -47,7 +47,7 @@ HEAD = (Flatten(), Dense(3))
 
 @dataclasses.dataclass(frozen=True)
 class Bottleneck(Layer):
-    """Parameters in dicts in a dict."""
+    """A layer whose parameters are nested dicts."""
 
     features: int = 2
 
@@ -62,7 +62,7 @@ class Bottleneck(Layer):
 
 
 class Projection(Serial):
-    """``layers(x) + x·w``: the shortcut has a weight, and parameters of its own beside those of the layers."""
+    """``layers(x) + x·w``: the shortcut has a weight, stored next to the parameters of the layers."""
 
     def init(self, key, shape, dtype=jnp.float32):
         out = jax.eval_shape(super().apply, super().init(key, shape, dtype), jnp.zeros((1, *shape), dtype)).shape[-1]
@@ -73,7 +73,7 @@ class Projection(Serial):
 
 
 class Backwards(Serial):
-    """The last layer comes first."""
+    """Applies the last layer first."""
 
     def apply(self, params, x, **options):
         return serial(*(layer for _, layer in self.layers[::-1])).apply(
@@ -82,14 +82,14 @@ class Backwards(Serial):
 
 
 class Halved(Residual):
-    """Half of what a residual net computes."""
+    """Returns half the result of a residual net."""
 
     def apply(self, params, x, **options):
         return super().apply(params, x, **options) / 2
 
 
 class Renamed(Serial):
-    """A net with an ``__init__`` of its own, and nothing else."""
+    """A net with only a custom ``__init__``."""
 
     def __init__(self, width):
         super().__init__(serial(Conv(width, 1), BatchNorm(), Relu()).layers)
@@ -97,7 +97,7 @@ class Renamed(Serial):
 
 @dataclasses.dataclass(frozen=True)
 class TwoBranches(Layer):
-    """Nets as fields, whose layers have the same names."""
+    """Has two nets as fields, whose layers have the same names."""
 
     one: Serial = dataclasses.field(default_factory=lambda: serial(Conv(3, 3, padding="SAME"), Tanh()))
     two: Serial = dataclasses.field(default_factory=lambda: serial(Conv(3, 1), Tanh()))
@@ -111,7 +111,7 @@ class TwoBranches(Layer):
 
 @dataclasses.dataclass(frozen=True)
 class Standardized(Layer):
-    """Mixes examples: each is measured against the batch."""
+    """Mixes examples by standardizing over the batch."""
 
     def init(self, key, shape, dtype=jnp.float32):
         return {"scale": jnp.ones(shape[-1:], dtype)}
@@ -129,7 +129,7 @@ class Centred(Layer):
 
 @dataclasses.dataclass(frozen=True)
 class Fourier(Layer):
-    """Complex parameters."""
+    """A layer with complex parameters."""
 
     def init(self, key, shape, dtype=jnp.float32):
         return {"w": jnp.ones(shape[-1:], jnp.complex128)}
@@ -139,18 +139,18 @@ class Fourier(Layer):
 
 
 class Tripled(Conv):
-    """A convolution whose own apply differs."""
+    """A convolution with a different apply."""
 
     def apply(self, params, x, *, key=None, rule=None):
         return 3 * super().apply(params, x, key=key, rule=rule)
 
 
 class Wide(Conv):
-    """A convolution by another name."""
+    """A subclass of Conv without changes."""
 
 
 def replaced(layer):
-    """The layer, with another ``apply`` on the instance alone."""
+    """Return the layer with another ``apply`` on this instance only."""
     plain = layer.apply
     object.__setattr__(layer, "apply", lambda params, x, **options: 2 * plain(params, x, **options))
     return layer
@@ -189,13 +189,13 @@ def drawn(net, shape):
 
 
 def all_three(net, params, x, y, limit, loss=cross_entropy):
-    """Gradients, norms, clipped sum."""
+    """Return gradients, norms and clipped sum."""
     each, norms = per_example_gradients(net, params, x, y, loss), per_example_norms(net, params, x, y, loss)
     return each, norms, clipped_gradient(net, params, x, y, loss, limit)
 
 
 def compare(net, params, x, y, loss=cross_entropy, expected=None):
-    """All three agree with autodiff of each example alone."""
+    """Assert that all three agree with autodiff of each example."""
     expected = by_vmap(net, loss)(params, x, y) if expected is None else expected
     norms = norms_of(expected)
     limit = float(np.median(norms))
@@ -217,7 +217,7 @@ def test_gradients_of_single_examples(name):
 
 
 def norms_of(gradients):
-    """Also of complex ones."""
+    """Return the norms of gradients, which may be complex."""
     return np.sqrt(sum(np.square(np.abs(g)).sum(tuple(range(1, g.ndim))) for g in jax.tree.leaves(gradients)))
 
 
@@ -227,7 +227,7 @@ def norms_of(gradients):
 
 @jax.tree_util.register_pytree_node_class
 class Shared(Mapping):
-    """One matrix, which two layers read: one of them transposed."""
+    """One matrix used by two layers, transposed in one of them."""
 
     def __init__(self, w):
         self.w = w
@@ -250,7 +250,7 @@ class Shared(Mapping):
 
 
 class Sorted(collections.UserDict):
-    """A mapping that JAX knows nothing of."""
+    """A mapping that is not registered with JAX."""
 
 
 PLAIN = serial(Conv(2, 2), Tanh(), *HEAD), (4, 4, 1)
@@ -281,7 +281,7 @@ def test_parameters_that_two_layers_read():
 
 
 def test_extra_entries():
-    """What no layer reads has a gradient of 0, as autodiff says; None is no parameter."""
+    """Unused parameters have a gradient of 0, as in autodiff; None is not a parameter."""
     net, shape = PLAIN
     params, x, y = drawn(net, shape)
     conv, dense = params["conv1"], params["dense1"]
@@ -333,18 +333,18 @@ def test_losses(name):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is refused
+# Refused layers and arguments
 
 
 class Pair(Layer):
-    """Two outputs."""
+    """Returns two outputs."""
 
     def apply(self, params, x, *, key=None, rule=None):
         return x, x
 
 
 class Joined(Layer):
-    """Makes rows of pixels: no batch dim is left."""
+    """Flattens to rows of pixels, which removes the batch dim."""
 
     def apply(self, params, x, *, key=None, rule=None):
         return x.reshape(-1, x.shape[-1])
@@ -398,7 +398,7 @@ def test_refused_losses(got, loss):
 
 
 def test_keys_reach_layers_without_parameters():
-    """Each example has numbers of its own."""
+    """Each example draws its own numbers."""
 
     class Noise(Layer):
         def apply(self, params, x, *, key=None, rule=None):
@@ -433,7 +433,7 @@ def whole():
 
 @pytest.mark.parametrize("check", [True, False])
 def test_inside_shard_map(whole, check):
-    """With parameters that all devices share, each device has its own examples' gradients and the sum of those."""
+    """With parameters shared by all devices, each device has the gradients of its own examples, and their sum."""
     mesh, rows = jax.make_mesh((2,), ("batch",)), PartitionSpec("batch")
 
     def run(params, x, y):
@@ -449,7 +449,7 @@ def test_inside_shard_map(whole, check):
 
 
 def test_a_batch_split_by_automatic_axes(whole):
-    """`vmap` of `grad` of a stock convolution is wrong here: XLA, of convolutions with a group for each example."""
+    """XLA's `vmap` of `grad` of a stock convolution is wrong here: it uses convolutions with one group per example."""
     mesh = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
     params, x, y = split_case()
     everywhere, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("batch",)))
@@ -478,7 +478,7 @@ def test_a_loss_that_varies_where_x_does_not():
 CONV, NORM = Conv(4, 1), BatchNorm()
 PROJECTED, DOUBLED = Projection(serial(Conv(3, 1), BatchNorm()).layers), (Conv(3, 1), Dense(3), BatchNorm())
 UNFOLDED = {
-    # name: net, how many batch norms stay
+    # name: (net, number of batch norms that remain)
     "a net with its own apply": (serial(PROJECTED, Conv(2, 1), BatchNorm()), 1),
     "norms at its borders": (serial(BatchNorm(), Projection(serial(Dense(4)).layers), BatchNorm()), 2),
     "the net itself": (PROJECTED, 1),

@@ -1,6 +1,6 @@
-"""The harness catches what it is there for: each wrong rule below fails the very checks that the right one passes.
+"""The checks catch wrong rules: each wrong rule below fails the checks that the correct rule passes.
 
-A rule is put in through ``rule=``, or, where an op takes none or the error lies outside the rule, as a whole function.
+A rule is passed as ``rule=``. Where an op takes no rule, or the error is outside the rule, the whole function is wrong.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ from jaxcnn.ops.pooling import largest, place
 from tests import checks
 from tests.cases import Case, positive, row, ties
 
-#: Three opinions that know nothing of each other; what is wrong, all of them must see.
+#: Three independent references; each of them must detect every wrong rule.
 THREE = (checks.rule_against_autodiff, checks.rule_against_pytorch, checks.rules_by_differences)
 LINEAR = (*THREE, checks.adjoint)
 
 
 @dataclasses.dataclass(frozen=True)
 class Planted:
-    """A row of an op, what is wrong, and the checks that must see it."""
+    """A row of an op, a wrong rule or function, and the checks that must detect it."""
 
     name: str
     case: Case
@@ -44,7 +44,7 @@ class Planted:
 
 
 def with_inputs(call: Any, delta: Any, *inputs: Any) -> Any:
-    """What the exact rule says of other inputs."""
+    """Return the exact cotangents at other inputs."""
     return call.at(*inputs).exact(delta)
 
 
@@ -70,14 +70,14 @@ def padding_off_by_one(call, delta):
 
 
 def remainder_in_front(call, delta):
-    """What the last window leaves over, taken for what lies before the first."""
+    """Treat the remainder after the last window as if it came before the first."""
     delta_x, *others = call.exact(delta)
     win = call.geometry.window
     return jnp.roll(delta_x, win.shape[0] - win.span[0], axis=1), *others
 
 
 def remainder_dropped(call, delta):
-    """∂E/∂w of the picture without its first entries, as many as are left over at its end."""
+    """Return ∂E/∂w of the input without its first elements, as many as remain at its end."""
     x, w, b = call.inputs
     delta_x, _, grad_b = call.exact(delta)
     win = call.geometry.window
@@ -92,7 +92,7 @@ def groups_swapped(call, delta):
 
 
 def multiplier_first(call, delta):
-    """Output m·C + c for input c, where it should be c·M + m."""
+    """Put output m·C + c of input c where c·M + m is correct."""
     delta_x, grad_w, grad_b = call.exact(delta)
     by_input = grad_w.reshape(*grad_w.shape[:-1], call.geometry.groups, -1)
     return delta_x, jnp.swapaxes(by_input, -1, -2).reshape(grad_w.shape), grad_b
@@ -109,7 +109,7 @@ def mean_bias_gradient(call, delta):
 
 
 def first_row_only(call, delta):
-    """Of the patch's gradient, one row."""
+    """Return only one row of the kernel's gradient."""
     delta_x, grad_w, grad_b = call.exact(delta)
     return delta_x, grad_w.at[1:].set(0), grad_b
 
@@ -154,7 +154,7 @@ def mean_of_block(call, delta):
 
 
 def kron_turned_round(call, delta):
-    """The block that is a entry and the entry that is a block: the rule of kron(b, a)."""
+    """The rule of kron(b, a): blocks and elements are exchanged."""
     a, b = call.inputs
     delta_b, delta_a = with_inputs(call, delta, b, a)
     return delta_a, delta_b
@@ -169,7 +169,7 @@ def passed_at_zero(call, delta):
 
 
 def slope_of_x(call, delta):
-    """g(1 − g) with x for g."""
+    """Use g(1 − g) with x in place of g."""
     (x,) = call.inputs
     return (delta * x * (1 - x),)
 
@@ -201,18 +201,18 @@ def slope_left_out(call, delta):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Transposed convolution, and pooling by index, by power, by share
+# Transposed convolution, unpooling, power pooling, adaptive pooling
 
 
 def turned_twice(call, delta):
-    """conv with the patch turned where the rule wants it as it stands."""
+    """Apply conv with the kernel flipped, where the rule uses it unflipped."""
     x, w, b = call.inputs
     _, *others = call.exact(delta)
     return with_inputs(call, delta, x, jnp.flip(w, (0, 1)), b)[0], *others
 
 
 def padding_of_the_other_end(call, delta):
-    """What output_padding adds, taken from the front."""
+    """Treat the elements that output_padding adds as if they came first."""
     delta_x, *others = call.exact(jnp.roll(delta, 1, axis=1))
     return delta_x, *others
 
@@ -228,19 +228,19 @@ def index_of_next(call, delta):
 
 
 def power_left_out(call, delta):
-    """δ_x = x ∘ up(δ/y), the rule of p = 2, for p = 3."""
+    """Use the rule of p = 2, δ_x = x ∘ up(δ/y), for p = 3."""
     (x,) = call.inputs
     return jax.vjp(functools.partial(jaxcnn.lp_pool, window=2), x)[1](delta)
 
 
 def one_count_for_all(call, delta):
-    """Shares of a window's mean size, where the sizes differ."""
+    """Divide by the mean window size where the sizes differ."""
     sizes = call.geometry
     return (call.exact(delta * sizes.count() / sizes.count().mean())[0],)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Normalisation
+# Normalization
 
 
 def statistics_held_fixed(call, delta):
@@ -252,7 +252,7 @@ def statistics_held_fixed(call, delta):
 
 
 def variance_held_fixed(call, delta):
-    """Without the term x̂·mean(g·x̂)."""
+    """Leave out the term x̂·mean(g·x̂)."""
     x, scale, _ = call.inputs
     _, *others = call.exact(delta)
     over = tuple(range(x.ndim - 1))
@@ -261,7 +261,7 @@ def variance_held_fixed(call, delta):
 
 
 def grad_scale_of_x(call, delta):
-    """Σ δ·x for Σ δ·x̂."""
+    """Σ δ·x instead of Σ δ·x̂."""
     x, *_ = call.inputs
     delta_x, _, grad_bias = call.exact(delta)
     return delta_x, (delta * x).sum(tuple(range(x.ndim - 1))), grad_bias
@@ -273,11 +273,11 @@ def over_the_whole_picture(call, delta):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Errors: these take no rule=
+# Losses, which take no rule=
 
 
 def wrong_loss(of_loss: Callable[..., Any], cotangents: Callable[..., Any]) -> Callable[..., Any]:
-    """The op with another backward half, ``cotangents(δ, *inputs)``."""
+    """Return the op with another backward pass, ``cotangents(δ, *inputs)``."""
     wrong = jax.custom_vjp(lambda *inputs: of_loss(*inputs))
     wrong.defvjp(lambda *inputs: (of_loss(*inputs), inputs), lambda inputs, delta: cotangents(delta, *inputs))
     return wrong
@@ -293,7 +293,7 @@ def targets_sum_to_one(delta, logits, targets):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Errors of another kind: only one check looks for them
+# Errors of another kind, which only one check looks for
 
 
 def not_differentiated_again(call, delta):
@@ -301,7 +301,7 @@ def not_differentiated_again(call, delta):
 
 
 def residual_cut_off(call, delta):
-    """Right by itself, but its own rule does not see that y depends on x."""
+    """Correct in first order, but the residual hides that y depends on x, so the second order is wrong."""
     return (delta * (1 - jnp.square(lax.stop_gradient(call.output))),)
 
 
@@ -326,7 +326,7 @@ def deaf_to_rule(x, *, rule=None):
 
 
 class Stateful:
-    """A forward half that counts its calls: right once."""
+    """A forward pass that counts its calls; only the first result is correct."""
 
     def __init__(self) -> None:
         self.calls = itertools.count(1)

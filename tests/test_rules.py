@@ -1,8 +1,7 @@
-"""Every row of `tests/cases.py` through every check of `tests/checks.py`.
+"""Every row of `tests/cases.py` in every check of `tests/checks.py`.
 
-Checks that compile much, and whose outcome hangs on an op and its options more than on numbers, run on `covering`
-rows: each op, rank, option and named value of an option at least once.  What hangs on the op alone runs on one row of
-each.
+Checks that compile much, and that depend on an op and its options more than on numbers, run on `covering` rows: each
+op, rank, option and named value of an option at least once. Checks that depend only on the op run on one row of each.
 """
 
 import numpy as np
@@ -20,7 +19,7 @@ def rows(cases):
 
 
 def smooth(case: Case) -> bool:
-    """Whether a small step changes little: no ties, and results not rounded to float32."""
+    """Return whether a small step has a small effect: no ties, and results not rounded to float32."""
     return "ties" not in str(case) and case.options.get("preferred_element_type") != "float32"
 
 
@@ -29,7 +28,7 @@ def test_shapes_and_dtypes(case):
     checks.shapes_and_dtypes(case)
 
 
-# jax.random draws in float64 where there is float64
+# jax.random draws float64 if it is enabled
 @rows([case for case in CASES if case.op != "dropout" and "float64" not in case.options.values()])
 def test_float32_stays_float32(case):
     checks.float32_stays_float32(case)
@@ -88,7 +87,7 @@ def test_adjoint(case):
 @rows(ONE_EACH)
 def test_jit_equals_eager(case):
     checks.jit_equals_eager(case)
-    checks.equal_geometry_compiles_once(case)  # here, where all that runs op by op is compiled already
+    checks.equal_geometry_compiles_once(case)  # here, because the functions that run op by op are already compiled
 
 
 @rows([case for case in FEW if len(case.shapes) > 1])
@@ -116,7 +115,7 @@ def test_scan_and_checkpoint_equal_a_loop(case):
     checks.scan_and_checkpoint_equal_a_loop(case)
 
 
-# The indices and labels of the others are NumPy arrays, which have no symbolic shape: see test_export.py
+# The indices and labels of other ops are NumPy arrays, which have no symbolic shape; see test_export.py
 BATCHED = [case for case in FEW if case.batched and "unpool" not in case.op and "labels" not in case.op]
 
 

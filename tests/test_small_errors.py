@@ -1,4 +1,4 @@
-"""The mutants are what they say: one place changed, nothing that means the same, lines that tests can be found for."""
+"""Each mutant has one change, differs in meaning from the original, and has lines for which tests can be found."""
 
 import pytest
 
@@ -46,7 +46,7 @@ def test_decorators_and_defaults_are_changed(found):
 
 
 def test_what_means_the_same_is_no_mutant(found):
-    """Annotations, names of types, docstrings, ``strict=`` of zip."""
+    """Changes to annotations, type aliases, docstrings and ``strict=`` of zip are not mutants."""
     changed = {before for before, _ in found}
     assert not any(line.startswith(("Kind", '"""')) for line in changed)
     assert not any("int" not in after and before.startswith("def") for before, after in found)
@@ -65,7 +65,7 @@ def test_lines_to_look_for_tests_at(found):
     assert [sorted(lines)[:: max(len(lines) - 1, 1)] for lines in inner.lines[:3]] == [[11], [10, 13], [8, 13]]
     at_import = found['table = {"s": scaled}', "table = None"]
     assert at_import.where == "-"
-    assert at_import.lines[-2] == {8, 9, 10, 11, 12, 13, 16}  # what it names, and where it is named
+    assert at_import.lines[-2] == {8, 9, 10, 11, 12, 13, 16}  # lines it names, and lines that name it
 
 
 def test_equivalent_mutants_are_in_the_sources():

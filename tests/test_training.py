@@ -1,4 +1,4 @@
-"""The training step and evaluation: what they promise about state, traces, keys and devices."""
+"""The training step and evaluation: guarantees about state, tracing, keys and devices."""
 
 import collections
 import dataclasses
@@ -49,7 +49,7 @@ labelled = jaxcnn.softmax_cross_entropy_with_integer_labels
 
 
 def batch(n=8, seed=0):
-    """Pictures, each brighter in the quarter that its label names."""
+    """Draw images that are brighter in the quarter given by their label."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((n, *SHAPE)).astype(np.float32)
     labels = rng.integers(0, CLASSES, n).astype(np.int32)
@@ -104,7 +104,7 @@ def test_the_state_is_donated():
 
 
 class Counted:
-    """A loss that counts its traces."""
+    """A loss that counts how often it is traced."""
 
     def __init__(self, loss=labelled):
         self.loss, self.traces = loss, 0
@@ -149,7 +149,7 @@ def test_a_scan_takes_the_same_steps():
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_steps_are_those_of_pytorch_from_the_same_weights(name):
-    """Also the metrics: loss and accuracy of each batch before its update."""
+    """The metrics, loss and accuracy of each batch before its update, agree as well."""
     optimizer, of_torch = OPTIMIZERS[name]
     state = begun(optimizer=optimizer)
     step = make_train_step(NET, labelled, optimizer)
@@ -165,7 +165,7 @@ def test_steps_are_those_of_pytorch_from_the_same_weights(name):
         there.zero_grad()
         loss.backward()
         there.step()
-        # Adam divides by the gradient's size, also where it is small.
+        # Adam divides by the gradient's magnitude even where it is small.
         chex.assert_trees_all_close(
             numbers(state.params), numbers(params), rtol=1e-4, atol=1e-4 if name == "adam" else 1e-6
         )
@@ -218,7 +218,7 @@ def test_the_same_seed_is_the_same_run_bit_by_bit():
 
 
 def test_every_step_draws_its_own_mask():
-    """Nothing is learned at a rate of 0, so that only the mask can change the loss."""
+    """At a learning rate of 0 nothing is learned, so only the mask can change the loss."""
     optimizer = optax.sgd(0.0)
     state, step = begun(WITH_DROPOUT, optimizer), make_train_step(WITH_DROPOUT, labelled, optimizer)
     losses = set()
@@ -292,7 +292,7 @@ def test_losses_of_optax_fit():
 
 
 def in_float64(net):
-    """A state before a step of plain descent whose rate is 1: the gradient is what the parameters lose."""
+    """Return a state for a gradient descent step with rate 1, which subtracts the gradient from the parameters."""
     params = net.init(jax.random.key(0), SHAPE, jnp.float64)
     return TrainState(jnp.zeros((), jnp.int32), params, optax.sgd(1.0).init(params), jax.random.key(1))
 
@@ -306,7 +306,7 @@ def stepped(net, n, microbatch):
 
 @pytest.mark.parametrize(("n", "microbatch"), [(8, 4), (8, 1), (10, 4), (7, 3), (7, 6), (6, 6), (6, 7), (0, 2)])
 def test_microbatches_take_the_same_step(n, microbatch):
-    """Also where they do not divide the batch, and where one is all of it."""
+    """This holds even if the microbatch size does not divide the batch, and for one microbatch."""
     chex.assert_trees_all_close(stepped(NET, n, microbatch), stepped(NET, n, None), rtol=1e-10, atol=1e-12)
 
 
@@ -316,7 +316,10 @@ def test_microbatches_take_the_same_step(n, microbatch):
     ids=["masks of its own", "statistics of its own"],
 )
 def test_a_microbatch_is_a_batch_by_itself(net):
-    """Two of 3 and one of 1, each every so manieth, under a key folded with its number; their shares of 7 added up."""
+    """The batch of 7 is split into two microbatches of 3 and one of 1.
+
+    Each takes every third example, and its key is folded with its number. Their shares add up to the whole batch.
+    """
     x, labels = batch(7)
     before = in_float64(net)
     key = jax.random.fold_in(before.key, 0)
@@ -335,7 +338,7 @@ def test_a_microbatch_is_a_batch_by_itself(net):
 
 
 def test_shares_of_16_bits_are_added_in_float32():
-    """256 shares of 1/256: a sum in bfloat16 stops growing where a share is less than half of its last bit."""
+    """In bfloat16, a sum of 256 shares of 1/256 stops growing once a share is less than half of the last bit."""
     net, n = serial(Dense(1, bias=False)), 256
     params = {"dense1": {"w": jnp.zeros((1, 1), jnp.bfloat16)}}
     state = TrainState(jnp.zeros((), jnp.int32), params, optax.sgd(1.0).init(params), jax.random.key(0))
@@ -420,7 +423,7 @@ NORMS = serial(
 
 
 def normalised():
-    """Parameters, none of them 0 or 1, and data in uneven batches."""
+    """Return parameters without zeros and ones, and data in uneven batches."""
     rng = np.random.default_rng(0)
     made = NORMS.init(jax.random.key(0), SHAPE, np.float64)
     params = jax.tree.map(lambda a: rng.uniform(0.5, 1.5, a.shape), made)
@@ -428,7 +431,7 @@ def normalised():
 
 
 def test_calibrated_statistics_are_those_of_what_reaches_the_layer_at_evaluation():
-    """So that over the training data together each layer's output has the mean β and the variance γ²·v/(v + ε)."""
+    """Over the whole training data, each layer's output has mean β and variance γ²·v/(v + ε)."""
     params, batches = normalised()
     calibrated = calibrate(NORMS, params, batches)
     seen = {}
@@ -464,7 +467,7 @@ def test_calibrated_statistics_do_not_depend_on_the_batches():
     x = np.concatenate([x for x, _ in batches])
     at_once = calibrate(NORMS, params, [(x, None)])
     chex.assert_trees_all_close(calibrate(NORMS, params, batches), at_once, rtol=1e-12)
-    again = calibrate(NORMS, at_once, [(x[:5], None), (x[5:], None)])  # statistics that were there are replaced
+    again = calibrate(NORMS, at_once, [(x[:5], None), (x[5:], None)])  # existing statistics are replaced
     chex.assert_trees_all_close(again, at_once, rtol=1e-12)
 
 
@@ -474,7 +477,7 @@ def test_statistics_are_used_at_evaluation_and_not_while_training():
     x, key = batches[0][0], jax.random.key(3)
     np.testing.assert_array_equal(NORMS.apply(calibrated, x, key=key), NORMS.apply(params, x, key=key))
     one = NORMS.apply(calibrated, x[:1])
-    np.testing.assert_allclose(one, NORMS.apply(calibrated, x)[:1], rtol=1e-12)  # whatever its neighbours
+    np.testing.assert_allclose(one, NORMS.apply(calibrated, x)[:1], rtol=1e-12)  # independent of the other examples
     assert np.abs(one - NORMS.apply(params, x)[:1]).max() > 1e-3
 
 
@@ -505,7 +508,7 @@ def test_a_net_without_batch_norm_is_calibrated_already():
 
 
 class Projected(jaxcnn.Serial):
-    """A residual block whose shortcut is a convolution and a norm: an `apply` that is not sequential."""
+    """A residual block whose shortcut is a convolution and a norm; its `apply` is not sequential."""
 
     def init(self, key, shape, dtype=jnp.float32):
         keys, (first, norm, second, last, short, short_norm) = jax.random.split(key, 6), self.layers
@@ -540,7 +543,7 @@ NORM = BatchNorm()
 
 @dataclasses.dataclass(frozen=True)
 class Block(jaxcnn.Layer):
-    """A layer of one's own with a norm among its fields."""
+    """A user-defined layer with a norm as a field."""
 
     norm: BatchNorm = NORM
     called: str = "norm"
@@ -553,11 +556,11 @@ class Block(jaxcnn.Layer):
 
 
 def inputs_of_norms(net, params, x):
-    """(path of the parameters, what reached it) of every norm, from one call of the real net without a compiler."""
+    """Return (parameters, input) of every norm, from one call of the actual net without jit."""
     seen, apply = [], BatchNorm.apply
 
     def spy(self, own, x, **options):
-        jax.debug.callback(lambda x: seen.append((own, np.asarray(x))), x)  # also inside jax.checkpoint
+        jax.debug.callback(lambda x: seen.append((own, np.asarray(x))), x)  # this works inside jax.checkpoint
         return apply(self, own, x, **options)
 
     with pytest.MonkeyPatch.context() as patch, jax.disable_jit():
@@ -572,7 +575,7 @@ OWN = serial(Conv(3, 3), BatchNorm(), projected(), Block(), residual(Conv(4, 1),
 
 @pytest.mark.parametrize("keep_bytes", [2**32, 5000, 0])
 def test_norms_inside_nets_of_ones_own_are_calibrated(keep_bytes):
-    """Exactly: by the definition, from what reaches each norm of the calibrated net; whatever is held on the way."""
+    """Statistics match those of each norm's input in the calibrated net, for any ``keep_bytes``."""
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda a: rng.uniform(0.5, 1, a.shape), OWN.init(jax.random.key(0), (6, 6, 1), np.float64))
     x = rng.standard_normal((5, 6, 6, 1))
@@ -588,7 +591,7 @@ def test_norms_inside_nets_of_ones_own_are_calibrated(keep_bytes):
 
 
 def test_each_batch_goes_through_the_net_once():
-    """Not once for every norm: a callback inside the net counts."""
+    """A callback inside the net shows that there is no pass per norm."""
     calls = []
 
     class Counting(jaxcnn.Layer):
@@ -661,13 +664,13 @@ def test_calibrated_parameters_are_dicts_of_the_same_types():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A class for each pixel, sums, labels to ignore
+# Dense labels, sums, ignored labels
 
 PIXELS = serial(Dense(3))
 
 
 def of_pixels(n=5, seed=0):
-    """Logits that are the input itself, and labels."""
+    """Return logits that equal the input, and labels."""
     rng = np.random.default_rng(seed)
     x, labels = rng.standard_normal((n, 8, 8, 3)), rng.integers(0, 3, (n, 8, 8)).astype(np.int32)
     return {"dense1": {"w": np.eye(3), "b": np.zeros(3)}}, x, labels
@@ -687,7 +690,7 @@ def test_the_accuracy_of_pixels_is_a_mean():
 @pytest.mark.parametrize("microbatch", [None, 2])
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
 def test_labels_to_ignore_do_not_count_in_the_accuracy(microbatch, dtype):
-    """Also in the metrics of a step, in parts that have different numbers of them."""
+    """The metrics of a step ignore them as well, even if microbatches have different numbers of them."""
     params, x, labels = of_pixels()
     labels = labels.astype(dtype)
     labels[0], labels[1, :4], labels[2, 0, 0] = -100, 255, 3
@@ -709,7 +712,7 @@ def test_labels_to_ignore_do_not_count_in_the_accuracy(microbatch, dtype):
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8])
 def test_labels_of_few_bits(dtype):
-    """Of 300 classes, more than the dtype holds."""
+    """There are 300 classes, more than the dtype can hold."""
     net = serial(Dense(300))
     params = {"dense1": {"w": np.eye(300), "b": np.zeros(300)}}
     labels = np.array([3, 100, 7], dtype)
@@ -718,7 +721,7 @@ def test_labels_of_few_bits(dtype):
 
 
 def test_losses_of_16_bits_are_summed_in_float32():
-    """4,096 errors near 1: a bfloat16 sum stops at 256."""
+    """In bfloat16, a sum of 4,096 losses near 1 stops at 256."""
     net = serial(Dense(1, bias=False))
     params = {"dense1": {"w": jnp.ones((1, 1), jnp.bfloat16)}}
     x = np.random.default_rng(0).uniform(1, 2, (4096, 1)).astype(jnp.bfloat16)
@@ -754,18 +757,18 @@ def test_a_loss_for_the_batch_is_refused():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Optimizers that hold parameters, and those that ask for more than the gradient
+# Optimizers that hold parameters, and those that need more than the gradient
 
 TINY = serial(Dense(3))
 DATA = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32), (np.arange(6) % 3).astype(np.int32)
 ASKING = {
-    # holding parameters
+    # hold parameters
     "prodigy": optax.contrib.prodigy(),
     "dog": optax.contrib.dog(),
     "mechanize": optax.contrib.mechanize(optax.sgd(0.1)),
     "sam": optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1), sync_period=2),
     "schedule_free": optax.contrib.schedule_free_adamw(0.1),
-    # asking
+    # need more than the gradient
     "plateau": optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1, rtol=1.0)),
     "plateau in multi-steps": optax.MultiSteps(optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau()), 2),
     "polyak": optax.polyak_sgd(),
@@ -780,7 +783,7 @@ def tiny_error(params):
 
 @pytest.fixture
 def narrow():
-    """JAX's own default, in which optax keeps float32 as it is."""
+    """Use JAX's default configuration, in which optax keeps float32."""
     with jax.enable_x64(False):
         yield
 
@@ -833,11 +836,11 @@ def test_a_state_of_shared_arrays_is_donated():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Gradients of one's own
+# User-defined gradients
 
 
 def dpsgd(**options):
-    """Without noise; optax itself hands on an argument of its own that it calls deprecated."""
+    """Return optax's dpsgd without noise, ignoring a deprecation warning that optax itself causes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         return optax.contrib.dpsgd(0.5, 0.1, 0.0, 0, **options)
@@ -849,7 +852,7 @@ PRIVATE = {
     "in a chain": optax.chain(dpsgd(), optax.scale(1.0)),
     "in multi-steps": optax.MultiSteps(dpsgd(momentum=0.9), 2),
 }
-#: As many inputs as examples: rows of its weight could be taken for gradients of examples.
+#: It has as many inputs as examples, so rows of its weight could be mistaken for per-example gradients.
 SQUARE = serial(Dense(6, bias=False))
 
 
@@ -863,7 +866,7 @@ def test_optimizers_for_single_examples_are_refused_one_gradient(name):
 
 @pytest.mark.parametrize("name", ["dpsgd", "in a chain"])
 def test_optimizers_for_single_examples_get_their_gradients(name):
-    """Without noise: descent by the mean of clipped gradients, of `jax.vmap` of `jax.grad`."""
+    """Without noise, the steps are descent by the mean of the clipped gradients of `jax.vmap` of `jax.grad`."""
     x = np.random.default_rng(0).standard_normal((6, 6)).astype(np.float32)
     state = TrainState.create(SQUARE, PRIVATE[name], jax.random.key(0), (6,))
     w = np.asarray(state.params["dense1"]["w"], np.float64)

@@ -1,1 +1,1 @@
-"""Side by side with what people would use instead; README.md beside this file states the method first."""
+"""Comparisons with other libraries; README.md in this folder describes the method."""

@@ -1,4 +1,4 @@
-"""Time to an accuracy, beside flax and PyTorch: python -m experiments.benchmarks.accuracy --help."""
+"""Compare the time to reach an accuracy with flax and PyTorch: python -m experiments.benchmarks.accuracy --help."""
 
 import dataclasses
 import sys
@@ -23,10 +23,10 @@ LIBRARIES = ("jaxcnn", "flax nnx", "torch")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Train the lecture's net by the same recipe in each library, in turns, until the test accuracy is reached.
+    """Train the lecture's net with the same recipe in each library, alternately, until the test accuracy is reached.
 
-    The same first weights, batches and optimiser (Adam, the learning rate falling to 0 along a cosine); dropout has
-    each library's own random numbers. Only training counts: neither evaluation nor compilation.
+    Initial weights, batches and optimizer are the same (Adam, with a learning rate that falls to 0 along a cosine).
+    Dropout uses each library's own random numbers. Only training time counts: neither evaluation nor compilation.
     """
 
     data: str = "fashion-mnist"
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compare(config: Config) -> int:
-    """Train, and print who was there when. Returns 0."""
+    """Train, and print when each library reached the target. Returns 0."""
     check(config)
     data = load(config.data, config.data_dir)
 
@@ -109,7 +109,7 @@ def compare(config: Config) -> int:
 
 
 def check(config: Config) -> None:
-    """Raise UsageError for whatever can be known to be wrong."""
+    """Raise UsageError for every error that can be detected in the options."""
     for name in ("epochs", "turns", "batch_size", "max_steps"):
         cli.check_count(f"--{name.replace('_', '-')}", getattr(config, name))
     if not 0 < config.target < 1:
@@ -123,12 +123,12 @@ def check(config: Config) -> None:
 
 
 def told(trained: Trained) -> dict[str, Sequence[float]]:
-    """Return what JSON has of one training."""
+    """Return the JSON form of one training."""
     return {"seconds": trained.seconds, "accuracies": trained.accuracies, "epochs": trained.epochs}
 
 
 def lines(found: Mapping[str, Trained], target: float) -> list[list[str]]:
-    """Return a line for each library."""
+    """Return one table row per library."""
     table = []
     for name, trained in found.items():
         there = trained.reached(target)
@@ -138,7 +138,7 @@ def lines(found: Mapping[str, Trained], target: float) -> list[list[str]]:
 
 
 def mean_seconds(found: Mapping[int, Mapping[str, Trained]], target: float) -> dict[str, float]:
-    """Return the mean seconds to the target, of each library that reached it with every seed."""
+    """Return the mean seconds to the target for each library that reached it with every seed."""
     totals: dict[str, list[float]] = {}
     for of in found.values():
         for name, trained in of.items():
@@ -148,7 +148,7 @@ def mean_seconds(found: Mapping[int, Mapping[str, Trained]], target: float) -> d
 
 
 def race(config: Config, data: Dataset, seed: int) -> Iterator[tuple[str, Trained]]:
-    """Train all, in turns; who has reached the target rests."""
+    """Train all libraries alternately; a library that has reached the target stops."""
     import jax
 
     from experiments.benchmarks.nets import NETS
@@ -174,7 +174,7 @@ def race(config: Config, data: Dataset, seed: int) -> Iterator[tuple[str, Traine
             first = (epoch * config.turns + turn) % len(running)
             for name in running[first:] + running[:first]:
                 racer = racers[name]
-                time.sleep(0.3)  # until the threads of the one before have stopped spinning
+                time.sleep(0.3)  # until the threads of the previous library have stopped spinning
                 began = time.perf_counter()
                 racer.train(part)
                 racer.seconds.append(time.perf_counter() - began)
@@ -187,7 +187,7 @@ Racer = tuple[Callable[[Sequence[Batch]], None], Callable[[], float]]
 
 
 def ours(timed: "Timed", params: Any, rate: float, steps: int, seed: int, data: Dataset) -> Racer:
-    """By explicit rules."""
+    """Train with the explicit rules."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -215,7 +215,7 @@ def ours(timed: "Timed", params: Any, rate: float, steps: int, seed: int, data: 
 
 
 def flax(timed: "Timed", params: Any, rate: float, steps: int, seed: int, data: Dataset) -> Racer:
-    """In flax nnx, by autodiff."""
+    """Train in flax nnx, by autodiff."""
     import jax
     import optax
     from flax import nnx
@@ -257,7 +257,7 @@ def flax(timed: "Timed", params: Any, rate: float, steps: int, seed: int, data: 
 
 
 def torch(timed: "Timed", params: Any, rate: float, steps: int, seed: int, data: Dataset) -> Racer:
-    """In PyTorch, channels last, which is its faster form on CPU."""
+    """Train in PyTorch, channels last, which is its faster form on CPU."""
     import os
 
     import torch
@@ -272,7 +272,7 @@ def torch(timed: "Timed", params: Any, rate: float, steps: int, seed: int, data:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
     def pictures(x: np.ndarray) -> Any:
-        return torch.from_numpy(np.ascontiguousarray(x)).movedim(-1, 1)  # channels last as it lies
+        return torch.from_numpy(np.ascontiguousarray(x)).movedim(-1, 1)  # channels last in memory
 
     def train(batches: Sequence[Batch]) -> None:
         net.train()
@@ -295,7 +295,7 @@ def torch(timed: "Timed", params: Any, rate: float, steps: int, seed: int, data:
 
 
 def test_batches(data: Dataset) -> Iterator[Batch]:
-    """All test images, 1000 at a time."""
+    """Yield all test images, 1000 at a time."""
     return batches(data.test_images, data.test_labels, 1000)
 
 

@@ -1,4 +1,4 @@
-"""The δ sweep of a net, beside its `jax.value_and_grad`: python -m experiments.benchmarks.backprop --help."""
+"""Compare `backprop` of a net with its `jax.value_and_grad`: python -m experiments.benchmarks.backprop --help."""
 
 import dataclasses
 import sys
@@ -15,7 +15,7 @@ PROG = "python -m experiments.benchmarks.backprop"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Time what it costs to keep every activation and every δ: `backprop` against `jax.value_and_grad`, both jitted."""
+    """Time the cost of returning every activation and every δ: `backprop` against `jax.value_and_grad`, both jitted."""
 
     model: str = "lecture"
     """The net: lecture, mlp or lenet5."""

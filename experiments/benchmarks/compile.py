@@ -1,4 +1,4 @@
-"""How long a training step takes to compile: python -m experiments.benchmarks.compile --help."""
+"""Measure the compile time of a training step: python -m experiments.benchmarks.compile --help."""
 
 import dataclasses
 import sys
@@ -16,9 +16,9 @@ LIBRARIES = ("jaxcnn", "flax nnx", "equinox")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Time the tracing, lowering and compiling of a training step, each time in a fresh process, in turns.
+    """Time the tracing, lowering and compiling of a training step, each time in a fresh process, alternately.
 
-    Imports, making parameters and the compilation cache are not part of it: the cache is off.
+    Imports and parameter initialization are not included. The compilation cache is off.
     """
 
     net: str = "lecture"

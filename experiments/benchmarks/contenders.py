@@ -1,6 +1,6 @@
 """A training step (forward, backward, Adam) of a net in each library, as its users would write it.
 
-Each function builds the net that it reads from jaxcnn's layers, and returns a `Step`.
+Each function builds its net from jaxcnn's layers, and returns a `Step`.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ LEARNING_RATE = 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One training step: `run` returns when it is done."""
+    """One training step: `run` returns when the step is finished."""
 
     run: Callable[[], Any]
-    #: Seconds to trace and compile it, where that is apart from the first step.
+    #: Seconds of tracing and compiling, if separate from the first step.
     compile_seconds: float | None = None
-    #: What XLA says the step needs besides its arguments and results.
+    #: Temporary bytes of the step as reported by XLA, besides its arguments and results.
     temporary_bytes: int | None = None
 
 
@@ -55,7 +55,7 @@ def _compiled(jitted: Any, *arguments: Any) -> tuple[Any, float, int | None]:
 
 
 def _jitted(timed: Timed, training_step: Callable[[Any, Any], tuple[Any, Any]], state: Any, batch: Any) -> Step:
-    """Compile a step whose state is donated; with `timed.scan` a loop of them over as many batches."""
+    """Compile a step that donates its state; with `timed.scan`, a loop of them over that number of batches."""
     import jax
     import jax.numpy as jnp
 
@@ -75,7 +75,7 @@ def _jitted(timed: Timed, training_step: Callable[[Any, Any], tuple[Any, Any]], 
 
 
 def jaxcnn_step(timed: Timed) -> Step:
-    """Return the step by explicit rules."""
+    """Return the step with explicit rules."""
     import jax
     import optax
 
@@ -138,7 +138,7 @@ def flax_net(timed: Timed, seed: int = 0) -> Any:
 
 
 def flax_step(timed: Timed) -> Step:
-    """Return the step in flax nnx, split and merged inside `jax.jit`, which costs less at each call than `nnx.jit`."""
+    """Return the step in flax nnx, split and merged inside `jax.jit`, which costs less per call than `nnx.jit`."""
     import optax
     from flax import nnx
 
@@ -209,7 +209,7 @@ def equinox_net(timed: Timed) -> Any:
 
 
 def equinox_step(timed: Timed) -> Step:
-    """Return the step in equinox, whose layers are channels first, for one example, under vmap."""
+    """Return the step in equinox, whose layers take one example, channels first; the batch is added by vmap."""
     import equinox as eqx
     import jax
     import optax
@@ -286,12 +286,12 @@ def keras_step(timed: Timed) -> Step:
     )
     x, labels = jax.device_put(images(timed))
     began = time.perf_counter()
-    model.train_on_batch(x, labels)  # returns numbers: it has waited
+    model.train_on_batch(x, labels)  # returns numbers, so it has waited for the device
     return Step(lambda: model.train_on_batch(x, labels), time.perf_counter() - began)
 
 
 def _named(padding: Any) -> Any:
-    """Return "SAME" for the one padding that is written as a number, lenet5's; others have a name."""
+    """Return "SAME" for the only padding that is given as a number (lenet5); others are names."""
     return "SAME" if padding == 2 else padding
 
 
@@ -378,7 +378,7 @@ def _torch_conv(nn: Any, layer: Conv, shape: tuple[int, ...]) -> Any:
         return conv(padding=0)
     if isinstance(layer.padding, int):
         return conv(padding=layer.padding)
-    # SAME adds the odd entry at the end; PyTorch's own padding is even.
+    # SAME adds the odd element at the end; PyTorch's own padding is even.
     pads = [max((math.ceil(n / s) - 1) * s + k - n, 0) for n, k, s in zip(shape[:2], patch, stride, strict=True)]
     if all(pad % 2 == 0 for pad in pads):
         return conv(padding=(pads[0] // 2, pads[1] // 2))
@@ -387,13 +387,16 @@ def _torch_conv(nn: Any, layer: Conv, shape: tuple[int, ...]) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The same parameters in every library, for nets that are one layer after the other
+# The same parameters in every library, for sequential nets
 
 
 def weights(
     timed: Timed, params: Mapping[str, Any], *, channels_first: bool
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (w, b) of each layer that has them; channels first, w is (O, I, …) and reads a flattened picture so."""
+    """Yield (w, b) of each layer that has them.
+
+    With channels first, w is (O, I, …) and matches the flatten order of that layout.
+    """
     picture = None
     of = iter([params[name] for name, _ in timed.net.walk() if name in params])
     for layer, shape in parts(timed.net, timed.shape):

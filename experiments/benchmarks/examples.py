@@ -1,4 +1,4 @@
-"""Gradients of each example alone, beside vmap of grad: python -m experiments.benchmarks.examples --help."""
+"""Compare per-example gradients with vmap of grad: python -m experiments.benchmarks.examples --help."""
 
 import dataclasses
 import functools
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 PROG = "python -m experiments.benchmarks.examples"
 LIBRARIES = ("jaxcnn", "flax nnx", "equinox")
-#: Relative L2 distance of two results that are called equal.
+#: Relative L2 distance up to which two results are equal.
 EQUAL = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Time each example's gradient, its norm, and the sum of clipped ones, in jaxcnn and by vmap(grad) of the same net.
+    """Time per-example gradients, their norms, and sums of clipped ones, in jaxcnn and by vmap(grad).
 
     All nets have the same parameters, and their results are compared before anything is timed.
     """
@@ -84,7 +84,7 @@ def compare(config: Config) -> int:
 
 
 def check(config: Config) -> None:
-    """Raise UsageError for whatever can be known to be wrong."""
+    """Raise UsageError for every error that can be detected in the options."""
     for flag, number in (("--batch-size", config.batch_size), ("--rounds", config.rounds)):
         cli.check_count(flag, number)
     if not config.max_norm > 0:
@@ -100,7 +100,7 @@ WHAT = ("gradients", "norms", "clipped sums")
 
 
 def contenders(timed: "Timed", names: Sequence[str], max_norm: float) -> dict[tuple[str, str], Callable[[], Any]]:
-    """Return, by library and what it computes, a call that computes it."""
+    """Return a call for each pair of library and computed quantity."""
     import jax
 
     from experiments.benchmarks.contenders import images
@@ -118,7 +118,7 @@ def contenders(timed: "Timed", names: Sequence[str], max_norm: float) -> dict[tu
 
 
 def ours(timed: "Timed", params: Any) -> Mapping[str, tuple[Any, Any]]:
-    """By the rules: one sweep, and a product for each layer and example."""
+    """Return the calls by jaxcnn's rules: one sweep, and one product per layer and example."""
     import jax
 
     import jaxcnn
@@ -133,7 +133,7 @@ def ours(timed: "Timed", params: Any) -> Mapping[str, tuple[Any, Any]]:
 
 
 def theirs(name: str, timed: "Timed", params: Any) -> Mapping[str, tuple[Any, Any]]:
-    """By `jax.vmap` of `jax.grad` of one example's error, dropout off."""
+    """Return the calls by `jax.vmap` of `jax.grad` of one example's loss, without dropout."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -180,9 +180,9 @@ def model(name: str, timed: "Timed", params: Any) -> tuple[Callable[[Any, Any], 
 
 
 def apart(found: Any, expected: Any) -> float:
-    """Relative L2 distance of two results, array by array; inf if they are not as many and as large.
+    """Return the relative L2 distance of two results, array by array; inf if their number or sizes differ.
 
-    The numbers of each are sorted first: equinox has channels first.
+    The elements of each array are sorted first, because equinox has channels first.
     """
     import jax
 

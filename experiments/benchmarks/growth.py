@@ -1,4 +1,4 @@
-"""How the time of a training step grows: python -m experiments.benchmarks.growth --help."""
+"""Measure how the time of a training step grows: python -m experiments.benchmarks.growth --help."""
 
 import dataclasses
 import sys
@@ -24,10 +24,10 @@ SIZES: Mapping[str, Sequence[int]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Time training steps of ever larger size in jaxcnn and in flax nnx, in turns.
+    """Time training steps of increasing size in jaxcnn and in flax nnx, alternately.
 
-    batch: the lecture's net. side: 16 and 32 channels over ever larger pictures, 8 of them. channels: two convolutions
-    of as many over 16×16, 8 pictures.
+    batch: the lecture's net. side: 16 and 32 channels over increasingly large images, batch 8. channels: two
+    convolutions with that number of channels over 16×16 images, batch 8.
     """
 
     what: tuple[str, ...] = tuple(SIZES)
@@ -91,7 +91,7 @@ def measure(config: Config) -> int:
 
 
 def table(curves: Mapping[str, Mapping[int, float]]) -> Iterator[list[str]]:
-    """Yield a line for each size."""
+    """Yield one table row per size."""
     from experiments.benchmarks.results import seconds
 
     for size in curves["jaxcnn"]:
@@ -100,14 +100,14 @@ def table(curves: Mapping[str, Mapping[int, float]]) -> Iterator[list[str]]:
 
 
 def per_image(what: str, minima: Mapping[int, Mapping[str, float]]) -> dict[str, dict[int, float]]:
-    """From {size: {contender: seconds a step}} to {contender: {size: seconds an image}}."""
+    """Convert {size: {contender: seconds per step}} to {contender: {size: seconds per image}}."""
     images = {size: size if what == "batch" else PICTURES for size in minima}
     names = next(iter(minima.values()))
     return {name: {size: of[name] / images[size] for size, of in minima.items()} for name in names}
 
 
 def flatness(curve: Mapping[int, float], least: int = 64) -> float | None:
-    """Largest over smallest cost of an image, from a batch of `least` on; None if there are not two."""
+    """Return largest over smallest cost per image, for batches of at least `least`; None for fewer than two."""
     costs = [cost for size, cost in curve.items() if size >= least]
     return max(costs) / min(costs) if len(costs) > 1 else None
 
@@ -124,7 +124,7 @@ def steps(what: str, size: int, microbatch: int | None) -> dict[str, Callable[[]
 
 
 def grown(what: str, size: int) -> "Timed":
-    """Return a net, its pictures and their number."""
+    """Return the net, image shape and batch size for one size of `what`."""
     from experiments.benchmarks.nets import CLASSES, NETS, Timed
     from jaxcnn import Conv, Dense, Flatten, MaxPool, Relu, serial
 

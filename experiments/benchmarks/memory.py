@@ -1,4 +1,4 @@
-"""What a training step needs besides its arguments and results: python -m experiments.benchmarks.memory --help."""
+"""Measure the temporary memory of a training step: python -m experiments.benchmarks.memory --help."""
 
 import dataclasses
 import math
@@ -20,10 +20,10 @@ LIBRARIES = ("jaxcnn", "flax nnx", "equinox")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Count XLA's temporary bytes of the compiled training step, and the bytes that the forward half keeps.
+    """Count XLA's temporary bytes of the compiled training step, and the bytes of its residuals.
 
-    Nothing is run or timed. What the forward half keeps is what JAX saves between forward and backward, arguments not
-    counted; the compiler may keep less, by computing again.
+    Nothing is run or timed. Residuals are what JAX saves between the forward and the backward pass, excluding
+    arguments. The compiler may keep less and recompute it.
     """
 
     nets: tuple[str, ...] = ("lecture", "lenet5", "vgg", "mobile", "resnext")
@@ -36,7 +36,7 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Bytes:
-    """Of one net in one library."""
+    """The bytes of one net in one library."""
 
     temporary: int
     kept: int
@@ -82,7 +82,7 @@ def compare(config: Config) -> int:
 
 
 def rows(found: Mapping[str, Mapping[str, Bytes]]) -> list[list[str]]:
-    """Return a line for each net."""
+    """Return one table row per net."""
     from experiments.benchmarks.results import megabytes
 
     lines = []
@@ -97,7 +97,7 @@ def rows(found: Mapping[str, Mapping[str, Bytes]]) -> list[list[str]]:
 
 
 def count(library: str, timed: "Timed") -> Bytes:
-    """Compile the step of a library, and trace its error."""
+    """Compile the training step of a library, and trace its loss."""
     from experiments.benchmarks.contenders import CONTENDERS
 
     temporary = CONTENDERS[library](timed).temporary_bytes
@@ -106,7 +106,7 @@ def count(library: str, timed: "Timed") -> Bytes:
 
 
 def errors(library: str, timed: "Timed") -> tuple[Callable[[Any], Any], Any]:
-    """Return the mean error of a batch as a function of the parameters, dropout on, and parameters."""
+    """Return the mean loss of a batch as a function of the parameters, with dropout active, and the parameters."""
     import jax
     import numpy as np
     import optax
@@ -128,7 +128,7 @@ def errors(library: str, timed: "Timed") -> tuple[Callable[[Any], Any], Any]:
         graph, *states = nnx.split(contenders.flax_net(timed), nnx.Param, ...)
 
         def flax(params: Any) -> Any:
-            logits = nnx.merge(graph, params, *states[1:], copy=True)(x)  # its random numbers are counted on
+            logits = nnx.merge(graph, params, *states[1:], copy=True)(x)  # its random numbers advance
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
         return flax, states[0]
@@ -146,7 +146,7 @@ def errors(library: str, timed: "Timed") -> tuple[Callable[[Any], Any], Any]:
 
 
 def kept_bytes(error: Callable[[Any], Any], params: Any) -> int:
-    """Return the bytes of what `jax.vjp` keeps of a function, each array once, without arguments and constants."""
+    """Return the bytes that `jax.vjp` saves for a function, each array once, without arguments and constants."""
     import jax
     from jax.extend.core import Literal
 
@@ -161,7 +161,7 @@ def kept_bytes(error: Callable[[Any], Any], params: Any) -> int:
 
 
 def origin(jaxpr: Any, var: Any) -> Any:
-    """Return where a value of a jaxpr comes from: what inner programs return as they got it is not made there."""
+    """Return the origin of a value in a jaxpr: inner programs that return an argument unchanged are not its origin."""
     from jax.extend.core import Literal
 
     for eqn in jaxpr.eqns:

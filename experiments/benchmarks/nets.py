@@ -1,4 +1,4 @@
-"""The nets that are timed, written once as jaxcnn's own layers; every library builds what it reads there."""
+"""The nets that are timed, each defined once with jaxcnn's layers, from which every other library's net is built."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -14,14 +14,14 @@ CLASSES = 10
 
 @dataclasses.dataclass(frozen=True)
 class Timed:
-    """A net, one example's shape, and how many are in a batch."""
+    """A net, the shape of one example, and the batch size."""
 
     net: Serial
     shape: tuple[int, ...]
     batch: int
-    #: How many at a time in jaxcnn's training step; None: all.
+    #: Examples per microbatch in jaxcnn's training step; None: the whole batch.
     microbatch: int | None = None
-    #: So many steps in one call, by `jax.lax.scan`; None: one, without a loop.
+    #: Number of steps in one call, by `jax.lax.scan`; None: one, without a loop.
     scan: int | None = None
 
 
@@ -34,7 +34,7 @@ def vgg() -> Serial:
 
 
 def mobile() -> Serial:
-    """Return depthwise-separable convolutions: 3×3 on each channel, then 1×1 over the channels. Howard et al. 2017."""
+    """Return depthwise-separable convolutions: 3×3 per channel, then 1×1 across channels. Howard et al. 2017."""
     layers: list[Layer] = [Conv(32, 3, padding="SAME"), Relu()]
     inputs = 32
     for features, stride in ((64, 1), (128, 2), (128, 1), (256, 2)):
@@ -60,7 +60,7 @@ NETS: Mapping[str, Callable[[], Timed]] = {
 
 
 def parts(net: Serial, shape: tuple[int, ...]) -> Iterator[tuple[Layer, tuple[int, ...]]]:
-    """Yield each layer with the shape that goes in; a hidden layer as the three that other libraries have."""
+    """Yield each layer with its input shape; a hidden layer is split into three, as in other libraries."""
     for _, layer in net.layers:
         if isinstance(layer, HiddenLayer):
             conv = Conv(layer.features, layer.patch, layer.stride, layer.padding)
@@ -73,6 +73,6 @@ def parts(net: Serial, shape: tuple[int, ...]) -> Iterator[tuple[Layer, tuple[in
 
 
 def shape_after(layer: Layer, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape that comes out of a layer."""
+    """Return the output shape of a layer."""
     params = jax.eval_shape(lambda: layer.init(jax.random.key(0), shape))
     return out_shape(layer, params, shape)

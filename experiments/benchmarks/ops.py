@@ -1,4 +1,4 @@
-"""Each op, forward and backward, beside stock JAX and PyTorch: python -m experiments.benchmarks.ops --help."""
+"""Compare each op, forward and backward, with stock JAX and PyTorch: python -m experiments.benchmarks.ops --help."""
 
 import dataclasses
 import functools
@@ -31,10 +31,11 @@ BAR = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Time each op, forward and each of its δs, in jaxcnn, in stock JAX with autodiff, and in PyTorch, in turns.
+    """Time the forward pass and each δ of every op in jaxcnn, in stock JAX with autodiff, and in PyTorch, alternately.
 
-    Results are compared before anything is timed. A row is "forward" (y alone), δ of one argument (from what the
-    forward half keeps), or, where the rule needs more than the arguments, "both halves" in one program.
+    Results are compared before anything is timed. A row is "forward" (y only), the δ of one argument (from the
+    residuals of the forward pass), or, if the rule needs more than the arguments, "both halves" (forward and backward
+    pass) in one program.
     """
 
     only: str = ""
@@ -53,40 +54,40 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One row: times of each contender, and what was found when their results were compared."""
+    """One row: the times of each contender, and the outcome of comparing their results."""
 
     row: str
     product: str
     times: Mapping[str, "Times"]
     note: str = ""
-    #: Whether XLA made the same program of ours and of stock JAX's: then a ratio other than 1 is noise.
+    #: Whether XLA compiled ours and stock JAX's to the same program; a ratio other than 1 is then noise.
     same: bool = False
-    #: Of the GEMM rate measured among the row's own turns.
+    #: Share of the GEMM rate measured between the turns of this row.
     gemm_share: float | None = None
 
     @property
     def name(self) -> str:
-        """Op and product."""
+        """Name of the op and the product."""
         return f"{self.row}, {self.product}"
 
     @property
     def compared(self) -> bool:
-        """Whether the ratio to stock JAX says anything: it is there and computes the same."""
+        """Whether the ratio to stock JAX is meaningful: stock JAX has the op and computes the same result."""
         return STOCK in self.times and STOCK not in self.note
 
     @property
     def below(self) -> bool:
-        """Whether stock JAX is faster by more than the bar allows, and not by noise."""
+        """Whether stock JAX is faster by more than the threshold, and not because of noise."""
         return self.compared and not self.same and self.ratio < BAR
 
     @property
     def ratio(self) -> float:
-        """How many times as long stock JAX takes (minima)."""
+        """Time of stock JAX divided by ours (minima)."""
         return self.times[STOCK].minimum / self.times[OURS].minimum
 
     @property
     def torch_ratio(self) -> float | None:
-        """How many times as long the better form of PyTorch takes (minima)."""
+        """Time of PyTorch's faster form divided by ours (minima)."""
         theirs = [t.minimum for name, t in self.times.items() if name.startswith(TORCH)]
         return min(theirs) / self.times[OURS].minimum if theirs else None
 
@@ -97,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compare(config: Config) -> int:
-    """Compare and time all rows, and print them as they come. Returns 1 if a result of jaxcnn is wrong, else 0."""
+    """Compare and time all rows, and print them as they finish. Returns 1 if a result of jaxcnn is wrong, else 0."""
     cli.check_count("--rounds", config.rounds)
     cli.check_choice("--device", config.device, EQUAL)
     os.environ["JAX_PLATFORMS"] = "cuda" if config.device == "gpu" else "cpu"
@@ -130,13 +131,13 @@ def compare(config: Config) -> int:
 
 
 def products(row: "Row", only: str = "") -> list[str]:
-    """Return what is timed of a row: forward, each δ, both halves, where the name holds `only`."""
+    """Return the products to time for a row: forward, each δ, both halves, if the name contains `only`."""
     everything = [FORWARD, *(f"δ_{name}" for name in row.differentiable), *([BOTH] if row.together else [])]
     return [product for product in everything if only in f"{row.name}, {product}"]
 
 
 def measure(row: "Row", wanted: Sequence[str], config: Config) -> Iterator[Measured]:
-    """Compare, then time, each wanted product of a row."""
+    """Compare and then time each requested product of a row."""
     from experiments.benchmarks import timing
 
     arguments = row.arguments(2 if config.quick else None)
@@ -179,7 +180,7 @@ def measure(row: "Row", wanted: Sequence[str], config: Config) -> Iterator[Measu
 
 
 def judged(results: Mapping[str, Any], equal: float) -> list[str]:
-    """Say whose result differs: stock JAX's where PyTorch agrees with ours, ours where others agree or none is near."""
+    """Return whose results differ: stock JAX's if PyTorch agrees with ours, ours if others agree or none is near."""
     ours = results[OURS]
     apart = {name: distance(theirs, ours) for name, theirs in results.items() if name != OURS}
     differ = [name for name, d in apart.items() if not d <= equal]
@@ -193,7 +194,7 @@ def judged(results: Mapping[str, Any], equal: float) -> list[str]:
 
 
 def distance(found: Any, expected: Any) -> float:
-    """Relative L2 distance of two results, which are arrays or sequences of them; inf if shapes differ."""
+    """Return the relative L2 distance of two results (arrays or sequences of them); inf if shapes differ."""
     worst = 0.0
     for one, other in zip(found, expected, strict=True):
         a, b = np.asarray(one, np.float64), np.asarray(other, np.float64)
@@ -211,35 +212,35 @@ def distance(found: Any, expected: Any) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What is timed, and the same results as arrays in jaxcnn's layout."""
+    """A call to time, and its results as arrays in jaxcnn's layout."""
 
     run: Callable[[], Any]
     result: Callable[[], Sequence[Any]]
-    #: What XLA runs, without names.
+    #: The compiled program, without names.
     program: Callable[[], str] | None = None
 
 
 def program(jitted: Any, *arguments: Any) -> str:
-    """Return what XLA compiled, without the names and sources of its parts, which are numbered instead."""
+    """Return the compiled HLO of a function, without source locations and with its parts numbered instead of named."""
     text = jitted.lower(*arguments).compile().as_text()
-    text = text[text.index("\n\n") :]  # the first lines name the module and the files it comes from
+    text = text[text.index("\n\n") :]  # the first lines contain the module's name and source files
     text = text[text.index("\n%") if "\n%" in text else text.index("\nENTRY") :]
     text = re.sub(r", metadata={[^}]*}", "", text)
-    text = re.sub(r"(?<=[( ])[\w.\-]+(?=: )", "", text)  # of parameters
+    text = re.sub(r"(?<=[( ])[\w.\-]+(?=: )", "", text)  # parameter names
     numbers: dict[str, str] = {}
     return re.sub(r"%[\w.\-]+", lambda found: numbers.setdefault(found[0], f"%{len(numbers)}"), text)
 
 
 def cotangent(shape: Sequence[int]) -> np.ndarray:
-    """Noise."""
+    """Return noise."""
     return np.random.default_rng(1).standard_normal(shape).astype(np.float32)
 
 
 def jax_call(f: Callable[..., Any], arguments: Mapping[str, np.ndarray], product: str) -> Call:
-    """A function of JAX, jit-compiled; δ of an argument is `jax.vjp`'s, from what its forward half has kept."""
+    """Return a jit-compiled JAX call; δ is that of `jax.vjp`, from the residuals of its forward pass."""
     import jax
 
-    order = list(arguments)  # jit sorts the names of what it is given
+    order = list(arguments)  # jit sorts the names of its arguments
     arguments = jax.device_put(dict(arguments))
 
     def positional(named: Any) -> Any:
@@ -273,14 +274,14 @@ def jax_call(f: Callable[..., Any], arguments: Mapping[str, np.ndarray], product
 
 
 def layouts(shape: Sequence[int]) -> list[str]:
-    """Return the forms that PyTorch has for a picture of this shape."""
+    """Return the memory formats that PyTorch has for an input of this shape."""
     return [TORCH, f"{TORCH} channels-last"] if len(shape) in (4, 5) else [TORCH]
 
 
 def torch_call(
     f: Callable[..., Any], arguments: Mapping[str, np.ndarray], layout: str, device: str, product: str
 ) -> Call:
-    """A function of PyTorch; δ by autograd, from what the forward half has kept."""
+    """Return a PyTorch call; δ is computed by autograd, from the residuals of the forward pass."""
     import torch
 
     where = torch.device("cuda" if device == "gpu" else "cpu")
@@ -330,21 +331,21 @@ def torch_call(
 
 
 def to_torch(name: str, a: np.ndarray) -> np.ndarray:
-    """Channels first; of a patch, O and I first."""
+    """Convert to PyTorch's layout: channels first; for a kernel, O and I first."""
     if name == "w":
         return np.moveaxis(a, (-1, -2), (0, 1))
     return np.moveaxis(a, -1, 1) if name in ("x", "y") and a.ndim > 2 else a
 
 
 def from_torch(name: str, a: np.ndarray) -> np.ndarray:
-    """Back."""
+    """Convert from PyTorch's layout."""
     if name == "w":
         return np.moveaxis(a, (0, 1), (-1, -2))
     return np.moveaxis(a, 1, -1) if name in ("x", "y") and a.ndim > 2 else a
 
 
 def require_torch(device: str) -> None:
-    """Raise UsageError if PyTorch is not there, or not on this device."""
+    """Raise UsageError if PyTorch is not installed, or not available on this device."""
     try:
         import torch
     except ImportError:
@@ -358,7 +359,7 @@ GEMM_SIZE = 2048
 
 @functools.cache
 def gemm() -> Callable[[], Any]:
-    """Return the product of two large matrices, whose rate is the machine's."""
+    """Return the product of two large matrices, which measures the machine's GEMM rate."""
     import jax
     import jax.numpy as jnp
 
@@ -368,11 +369,11 @@ def gemm() -> Callable[[], Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is told
+# Output
 
 
 def line(measured: Measured) -> str:
-    """One row: our time, how many times as long stock JAX and PyTorch take, what there is to say."""
+    """Return one row as text: our time, the ratios of stock JAX and PyTorch, and remarks."""
     from experiments.benchmarks.results import seconds
 
     stock = f"{measured.ratio:7.2f}×" if STOCK in measured.times else f"{'–':>8}"
@@ -413,7 +414,7 @@ def summary(found: Iterable[Measured]) -> list[str]:
 
 
 def plain(measured: Measured) -> dict[str, Any]:
-    """Return a row as JSON has it."""
+    """Return a row in JSON form."""
     return {
         "row": measured.row,
         "product": measured.product,
@@ -427,7 +428,7 @@ def plain(measured: Measured) -> dict[str, Any]:
 
 
 def draw(path: Path, found: Iterable[Measured]) -> None:
-    """Draw the ratios."""
+    """Draw the ratios as a chart."""
     from experiments.benchmarks import results
 
     compared = {measured.name: measured for measured in found if measured.compared}

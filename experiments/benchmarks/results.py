@@ -1,4 +1,4 @@
-"""What every benchmark ends with: a table on the terminal, JSON with all numbers, a chart of ratios."""
+"""Output of all benchmarks: a table on the terminal, JSON with all numbers, a chart of ratios."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ OURS, THEIRS = "#c0392b", "#95a5a6"
 
 
 def check_out(out: Path | None) -> None:
-    """Raise UsageError if results cannot go where `--out` says: the results of another run are not overwritten."""
+    """Raise UsageError if results cannot be written to `--out`; results of another run are not overwritten."""
     if out is None:
         return
     if out.is_dir():
@@ -29,13 +29,13 @@ def check_out(out: Path | None) -> None:
 
 @contextlib.contextmanager
 def until_interrupted(found: Callable[[], Any]) -> Iterator[list[int]]:
-    """Let Ctrl-C end the block early, so that what was measured until then is reported and written.
+    """Let Ctrl-C end the block early, so that the measurements so far are reported and written.
 
     Args:
-        found: Called after Ctrl-C; says whether there is anything to report. If not, the interrupt goes on.
+        found: Called after Ctrl-C; returns whether there is anything to report. If not, the interrupt is raised again.
 
     Yields:
-        A list that Ctrl-C puts the script's exit status into.
+        A list to which Ctrl-C adds the script's exit status.
     """
     status: list[int] = []
     try:
@@ -48,13 +48,13 @@ def until_interrupted(found: Callable[[], Any]) -> Iterator[list[int]]:
 
 
 def heading(machine: Mapping[str, Any], title: str) -> None:
-    """Print what ran on what, then what was done."""
+    """Print the machine and the packages, then the title."""
     print("  ".join(f"{name} {value}" for name, value in machine.items()))
     print(title)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print rows under their columns: the first to the left, numbers to the right."""
+    """Print rows under their columns: the first left-aligned, the others right-aligned."""
     lines = [tuple(columns), *map(tuple, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for name, *numbers in lines:
@@ -63,7 +63,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def contenders(times: Mapping[str, Times], base: str, more: Mapping[str, Mapping[str, str]] | None = None) -> None:
-    """Print a line for each contender: its times, how many times `base`'s they are, and `more` columns by name."""
+    """Print one line per contender: its times, their ratio to those of `base`, and the columns of `more` by name."""
     more = more or {}
     rows = []
     for name, t in times.items():
@@ -83,7 +83,7 @@ def report(
     base: str,
     ours: str,
 ) -> None:
-    """Print what ran and a line for each contender; write the numbers and the chart of ratios if a file was named."""
+    """Print a heading and one line per contender; write the numbers and the chart of ratios if a file was given."""
     heading(machine, title)
     contenders(times, base)
     if out is not None:
@@ -94,23 +94,23 @@ def report(
 
 
 def seconds(s: float) -> str:
-    """In the unit that leaves one to three digits before the point."""
+    """Return a time in the unit that leaves one to three digits before the decimal point."""
     return f"{s:.2f} s" if s >= 1 else f"{s * 1e3:.1f} ms" if s >= 1e-3 else f"{s * 1e6:.0f} µs"
 
 
 def megabytes(count: float) -> str:
-    """10⁶ bytes."""
+    """Return a byte count in units of 10⁶ bytes."""
     return f"{count / 1e6:.2f} MB"
 
 
 def geometric_mean(ratios: Iterable[float]) -> float:
-    """The mean of ratios that does not depend on which is over which; NaN of none."""
+    """Return the geometric mean, which does not depend on the direction of the ratios; NaN if there are none."""
     logs = [math.log(ratio) for ratio in ratios]
     return math.exp(sum(logs) / len(logs)) if logs else math.nan
 
 
 def write(path: Path, machine: Mapping[str, Any], config: Any, **found: Any) -> None:
-    """Write the machine, the options and what was found as JSON; `Times` as every round's seconds."""
+    """Write the machine, the options and the results as JSON; `Times` are written as the seconds of every round."""
     numbers = {"machine": machine, "config": dataclasses.asdict(config), **found}
     with creating(path) as temporary:
         temporary.write_text(json.dumps(numbers, indent=1, default=_plain, ensure_ascii=False))
@@ -133,7 +133,7 @@ def bars(
     dots: Mapping[str, Mapping[str, float]] | None = None,
     log: bool = False,
 ) -> None:
-    """Draw a bar for each ratio, from the smallest; `dots` are other ratios of some of them, by what they are."""
+    """Draw one bar per ratio, in ascending order; `dots` are further ratios of some of them, by label."""
     from matplotlib.figure import Figure
 
     notes = notes or [f"{ratio:.2f}×" for ratio in ratios.values()]
@@ -142,7 +142,7 @@ def bars(
     figure = Figure(figsize=(7 if not log else 9, 0.9 + (0.36 if not log else 0.19) * len(names)), layout="constrained")
     axes = figure.subplots()
     own = [name == ours if ours else ratio < 1 for name, ratio in zip(names, values, strict=True)]
-    # On a logarithmic axis a bar begins at 1, and to its left stands what is slower.
+    # On a logarithmic axis a bar begins at 1, and slower contenders extend to the left.
     left = 1.0 if log else 0.0
     drawn = axes.barh(names, [v - left for v in values], left=left, color=[OURS if one else THEIRS for one in own])
     axes.bar_label(drawn, [notes[i] for i in order], padding=4, fontsize=None if not log else 6)
@@ -171,7 +171,7 @@ def lines(
     panels: Mapping[str, Mapping[str, Mapping[int, float]]],
     label: str,
 ) -> None:
-    """Draw a panel for each thing that grows: {what grows: {contender: {how large: what it costs}}}."""
+    """Draw one panel per growing quantity: {quantity: {contender: {size: cost}}}."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 * len(panels), 3.4), layout="constrained")

@@ -1,7 +1,7 @@
-"""The ops that are timed: each as jaxcnn has it, as its users would write it in stock JAX, and in PyTorch.
+"""The ops that are timed: each in jaxcnn, as users would write it in stock JAX, and in PyTorch.
 
-Arguments by name. `x` is a picture, channels last; `w` has its two channel dims last, (…, I, O); PyTorch's functions
-get them in PyTorch's order.
+Arguments are passed by name. `x` is an input, channels last. The last two dims of `w` are channels, (…, I, O).
+PyTorch's functions get them in PyTorch's layout.
 """
 
 import dataclasses
@@ -32,19 +32,20 @@ class Row:
     ours: Callable[..., Any]
     stock: Callable[..., Any]
     torch: Callable[..., Any] | None
-    #: Whether the backward half needs more than the arguments, so that both halves in one program are a row as well.
+    #: Whether the backward pass needs more than the arguments, in which case both passes in one program are a row as
+    #: well.
     together: bool = False
-    #: Relative L2 distance of equal results, where it is larger than `ops` has it.
+    #: Relative L2 distance of equal results, if it is larger than the default of `ops`.
     equal: float = 0.0
-    #: What PyTorch's function, asked for this alone, ends the process with.
+    #: Products that crash PyTorch's process if they are computed without the others.
     torch_crashes: tuple[str, ...] = ()
-    #: Multiplications and additions of one product, where the share of the machine's GEMM rate is told.
+    #: Multiplications and additions of one product, for rows that report their share of the machine's GEMM rate.
     flops: int | None = None
-    #: Labels: whole numbers below this, in the argument `labels`.
+    #: Upper bound (exclusive) of the integers in the argument `labels`.
     classes: int = 10
 
     def arguments(self, batch: int | None = None) -> dict[str, np.ndarray]:
-        """Noise; of `batch` pictures, if that is given."""
+        """Return noise for the arguments; with `batch`, for that batch size."""
         rng = np.random.default_rng(0)
         found = {}
         for name, shape in self.shapes.items():
@@ -58,12 +59,12 @@ class Row:
 
     @property
     def differentiable(self) -> list[str]:
-        """The arguments that have a gradient."""
+        """Return the names of the arguments that have a gradient."""
         return [name for name in self.shapes if name != "labels"]
 
 
 def rows() -> Iterator[Row]:
-    """All of them."""
+    """Yield all rows."""
     yield from convolutions()
     yield from pools()
     yield from pointwise()
@@ -88,7 +89,7 @@ def conv(
     groups: int = 1,
     share: bool = False,
 ) -> Row:
-    """A convolution; padding is the same on both sides of each dim, or pairs."""
+    """Return a convolution; padding is the same on both sides of each dim, or pairs."""
     dims = len(patch)
     pairs = ((padding, padding),) * dims if isinstance(padding, int) else padding
 
@@ -118,7 +119,7 @@ def conv(
 
 
 def conv_transpose(name: str, x: Shape, patch: Shape, features: int, stride: int, padding: int) -> Row:
-    """A transposed convolution."""
+    """Return a transposed convolution."""
     dims = len(patch)
 
     def ours(x: Any, w: Any) -> Any:
@@ -137,7 +138,7 @@ def conv_transpose(name: str, x: Shape, patch: Shape, features: int, stride: int
 
 
 def convolutions() -> Iterator[Row]:
-    """Dense, strided, dilated, 1×1, depthwise, grouped, transposed; 1-, 2- and 3-D."""
+    """Yield dense, strided, dilated, 1×1, depthwise, grouped and transposed convolutions in 1-D, 2-D and 3-D."""
     yield conv("5×5 1→32, 128×28×28", (128, 28, 28, 1), (5, 5), 32)
     yield conv("5×5 32→64, 128×12×12", (128, 12, 12, 32), (5, 5), 64, share=True)
     yield conv("3×3 64→64 same, 32×32×32", (32, 32, 32, 64), (3, 3), 64, padding=1, share=True)
@@ -183,7 +184,7 @@ def pool(
     padding: int = 0,
     dilation: int = 1,
 ) -> Row:
-    """max_pool, avg_pool or lp_pool; padding is the same on both sides of each dim."""
+    """Return max_pool, avg_pool or lp_pool; padding is the same on both sides of each dim."""
     dims = len(x) - 2
     stride = window if stride is None else stride
     options: dict[str, Any] = {"stride": stride, "padding": padding}
@@ -221,7 +222,7 @@ def pool(
 
 
 def pools() -> Iterator[Row]:
-    """Side by side, overlapping, padded, dilated, global; and ⊗ 1."""
+    """Yield adjacent, overlapping, padded, dilated and global pools, and ⊗ 1."""
     for kind in ("max", "avg", "lp"):
         yield pool(kind, "2×2, 128×24×24×32", (128, 24, 24, 32), 2)
         if kind != "lp":
@@ -257,11 +258,11 @@ def pools() -> Iterator[Row]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Entry by entry
+# Elementwise
 
 
 def pointwise() -> Iterator[Row]:
-    """Activations."""
+    """Yield activations."""
 
     def torch(name: str) -> Callable[[Any], Any]:
         def f(x: Any) -> Any:
@@ -291,7 +292,7 @@ def pointwise() -> Iterator[Row]:
 
 
 def others() -> Iterator[Row]:
-    """Dense layers, normalisation, losses, the hidden layer."""
+    """Yield dense layers, normalization, losses and the hidden layer."""
 
     def linear(x: Any, w: Any, b: Any) -> Any:
         from torch.nn import functional as F
@@ -308,7 +309,7 @@ def others() -> Iterator[Row]:
 
 
 def hidden_layer(name: str, x: Shape, features: int) -> Row:
-    """Convolution with a 5×5 patch and a bias, ReLU, 2×2 max pooling."""
+    """Return a convolution with a 5×5 kernel and a bias, ReLU, and 2×2 max pooling."""
 
     def stock(x: Any, w: Any, b: Any) -> Any:
         y = jax.nn.relu(lax.conv_general_dilated(x, w, (1, 1), "VALID", dimension_numbers=LAYOUTS[2]) + b)
@@ -320,12 +321,12 @@ def hidden_layer(name: str, x: Shape, features: int) -> Row:
         return F.max_pool2d(F.relu(F.conv2d(x, w, b)), 2)
 
     shapes = {"x": x, "w": (5, 5, x[-1], features), "b": (features,)}
-    # Of two entries of a window that differ by less than rounding, another may win: a whole δ goes elsewhere.
+    # If two elements of a window differ by less than rounding, the winner may differ: a whole δ goes elsewhere.
     return Row(f"hidden_layer {name}", shapes, jaxcnn.hidden_layer, stock, torch, together=True, equal=5e-3)
 
 
 def normalizations() -> Iterator[Row]:
-    """Batch, layer and group norm, with scale and bias."""
+    """Yield batch, layer and group norm, with scale and bias."""
     shapes = {"x": (32, 32, 32, 64), "scale": (64,), "bias": (64,)}
 
     def stock(axes: tuple[int, ...]) -> Callable[..., Any]:
@@ -359,13 +360,13 @@ def normalizations() -> Iterator[Row]:
     yield Row(f"batch_norm {name}", shapes, jaxcnn.batch_norm, stock((0, 1, 2)), batch, together=True)
     yield Row(f"layer_norm {name}", shapes, jaxcnn.layer_norm, stock((-1,)), layer, together=True)
     ours = functools.partial(jaxcnn.group_norm, groups=8)
-    # PyTorch 2.13 on CPU: a segmentation fault unless δ_x is wanted too.
+    # PyTorch 2.13 on CPU: a segmentation fault unless δ_x is computed as well.
     crashes = ("δ_scale", "δ_bias")
     yield Row(f"group_norm 8, {name}", shapes, ours, grouped, group, together=True, torch_crashes=crashes)
 
 
 def losses() -> Iterator[Row]:
-    """One error an example."""
+    """Yield the losses, one number per example."""
 
     def labelled(logits: Any, labels: Any) -> Any:
         from torch.nn import functional as F

@@ -1,4 +1,4 @@
-"""Whole training steps beside other libraries: python -m experiments.benchmarks.step --help."""
+"""Compare whole training steps with other libraries: python -m experiments.benchmarks.step --help."""
 
 import dataclasses
 import sys
@@ -19,7 +19,7 @@ PROG = "python -m experiments.benchmarks.step"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Time a training step (forward, backward, Adam) of the same net in jaxcnn and in other libraries, in turns."""
+    """Time a training step (forward, backward, Adam) of the same net in jaxcnn and in other libraries, alternately."""
 
     net: str = "lecture"
     """lecture, lenet5, vgg, mobile or resnext."""
@@ -64,7 +64,7 @@ def compare(config: Config) -> int:
     told: dict[str, Told] = {}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     try:
-        for name in names:  # one after the other: compile times are told too
+        for name in names:  # sequentially, because compile times are reported as well
             contenders[name] = Contender(
                 name,
                 config.net,
@@ -88,7 +88,7 @@ def compare(config: Config) -> int:
 
 
 def check(config: Config) -> list[str]:
-    """Return who takes part, jaxcnn first; raise UsageError for whatever can be known to be wrong."""
+    """Return the contenders, jaxcnn first; raise UsageError for every error that can be detected in the options."""
     from experiments.benchmarks import results
     from experiments.benchmarks.contenders import CONTENDERS, IN_LOOPS
     from experiments.benchmarks.nets import NETS
@@ -111,7 +111,7 @@ def check(config: Config) -> list[str]:
 def report(
     config: Config, machine: Mapping[str, Any], times: "Mapping[str, Times]", told: "Mapping[str, Told]"
 ) -> None:
-    """Print the table, and write the numbers and the chart if a file was named."""
+    """Print the table, and write the numbers and the chart if a file was given."""
     from experiments.benchmarks import results
     from experiments.benchmarks.nets import NETS
 

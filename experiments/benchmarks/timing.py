@@ -1,4 +1,4 @@
-"""How a benchmark times: the contenders take turns in one process, and the machine is measured in the same run."""
+"""Timing of benchmarks: the contenders take turns in one process, and the machine is measured in the same run."""
 
 import dataclasses
 import importlib.metadata
@@ -22,17 +22,17 @@ class Times:
 
     @property
     def median(self) -> float:
-        """Of all rounds."""
+        """Median over all rounds."""
         return statistics.median(self.seconds)
 
     @property
     def minimum(self) -> float:
-        """Of all rounds."""
+        """Minimum over all rounds."""
         return min(self.seconds)
 
     @property
     def spread(self) -> float:
-        """Distance between the quartiles, as a share of the median."""
+        """Distance between the quartiles, relative to the median."""
         if len(self.seconds) < 2:
             return 0.0
         first, _, third = statistics.quantiles(self.seconds, n=4)
@@ -40,9 +40,9 @@ class Times:
 
 
 def interleaved(contenders: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 3) -> dict[str, Times]:
-    """Seconds for each call, the contenders in turn, so that what disturbs the machine disturbs all alike.
+    """Return seconds per call; the contenders alternate, so that machine noise affects all of them equally.
 
-    A call returns arrays, which are waited for. Each round begins with another contender.
+    A call returns arrays, whose computation is waited for. Each round begins with a different contender.
     """
     names = list(contenders)
     for name in names:
@@ -61,10 +61,10 @@ def interleaved(contenders: Mapping[str, Callable[[], Any]], rounds: int, warmup
 def in_turns(
     contenders: Mapping[str, Callable[[], Any]], rounds: int, *, most: float = 0.1, calls: int = 5, pause: float = 0.02
 ) -> dict[str, Times]:
-    """Seconds for each call; the contenders take turns of some calls each, after one that is not counted.
+    """Return seconds per call; the contenders take turns of several calls each, after one call that is not counted.
 
-    A turn is up to `calls` calls and about `most` seconds. A pause goes before it, for threads of other libraries that
-    still spin. What a call returns is waited for. Each round begins with another contender.
+    A turn is up to `calls` calls and about `most` seconds. It is preceded by a pause, in which threads of other
+    libraries stop spinning. The results of a call are waited for. Each round begins with a different contender.
     """
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -84,9 +84,9 @@ def in_turns(
 
 
 def machine(packages: tuple[str, ...], others: tuple[str, ...] = ()) -> dict[str, Any]:
-    """What ran, on what, how busy it was, and how fast it multiplies and copies at this moment.
+    """Return the packages, the hardware, its load, and its current GEMM and copy rates.
 
-    `packages` must be installed; of `others` those are told that are.
+    `packages` must be installed; those of `others` are included if they are installed.
     """
     a = jax.random.normal(jax.random.key(0), (2048, 2048))
     multiply, copy = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1)

@@ -1,6 +1,6 @@
-"""A contender in a process of its own, which takes its turn when told: python -m experiments.benchmarks.turn.
+"""A contender in its own process, which runs a turn on request: python -m experiments.benchmarks.turn.
 
-Libraries that keep threads of their own disturb each other in one process, and each has its own memory to warm. So
+Libraries that have their own threads disturb each other in one process, and each has its own memory to warm up. So
 every contender has a process, and all but one wait, without work, for a line on their standard input.
 """
 
@@ -21,7 +21,7 @@ PAUSE = 0.3
 
 @dataclasses.dataclass(frozen=True)
 class Told:
-    """What a contender says when it is ready."""
+    """The message of a contender that is ready."""
 
     compile_seconds: float | None
     temporary_bytes: int | None
@@ -31,7 +31,7 @@ class Contender:
     """The process of one contender."""
 
     def __init__(self, name: str, net: str, environment: Mapping[str, str], **sizes: int | None) -> None:
-        """Start it; it builds its step while the others do. `sizes` are fields of `nets.Timed`, None for its own."""
+        """Start it; it builds its step in parallel with the others. `sizes` are fields of `nets.Timed` or None."""
         self.name = name
         self._process = subprocess.Popen(
             [sys.executable, "-m", "experiments.benchmarks.turn", name, net, json.dumps(sizes)],
@@ -43,16 +43,16 @@ class Contender:
         )
 
     def ready(self) -> Told:
-        """Wait until it has built and warmed its step; raises RunError if it cannot."""
+        """Wait until it has built and warmed up its step; raises RunError if it cannot."""
         answer = self._answer()
         if "error" in answer:
             raise RunError(f"{self.name}: {answer['error']}")
         return Told(**answer)
 
     def turn(self, steps: int) -> list[float]:
-        """Return the seconds of each of `steps` steps; one more goes before, and is not counted."""
+        """Return the seconds of each of `steps` steps, after one step that is not counted."""
         time.sleep(PAUSE)
-        assert self._process.stdin is not None  # of a pipe
+        assert self._process.stdin is not None  # it is a pipe
         self._process.stdin.write(f"{steps}\n")
         self._process.stdin.flush()
         return self._answer()["seconds"]
@@ -71,9 +71,9 @@ class Contender:
 
 
 def main(name: str, net: str, sizes: str) -> None:
-    """Build the step, then answer each line with the seconds of so many steps."""
+    """Build the step, then answer each line with the seconds of the requested number of steps."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever libraries print goes to stderr
+    os.dup2(2, 1)  # output of the libraries goes to stderr
 
     def say(**answer: Any) -> None:
         answers.write(json.dumps(answer) + "\n")

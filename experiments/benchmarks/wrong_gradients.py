@@ -1,8 +1,8 @@
-"""Where `jax.vjp` of a stock convolution is wrong on XLA:CPU: python -m experiments.benchmarks.wrong_gradients --help.
+"""Wrong gradients of JAX's own convolution on XLA:CPU: python -m experiments.benchmarks.wrong_gradients --help.
 
-For stride 1, several channels, more padding in front than the patch reaches and little behind, the input gradient that
-autodiff asks for has negative padding, and XLA:CPU reads out of bounds (openxla/xla#48713).  The rules of jaxcnn never
-ask for negative padding.  The judge is the definition, term by term, in float64.
+For stride 1, several channels, more padding in front than the kernel extends and little behind, the input gradient of
+autodiff has negative padding, and XLA:CPU reads out of bounds (openxla/xla#48713). The rules of jaxcnn never use
+negative padding. The reference is the definition, term by term, in float64.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from experiments import cli
 
 PROG = "python -m experiments.benchmarks.wrong_gradients"
 
-#: Relative to the largest entry; float32 rounds to about 1e-6 here.
+#: Relative to the largest element; float32 rounds to about 1e-6 here.
 WRONG = 1e-3
 
 
@@ -34,7 +34,7 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """One convolution, and how far off δ_x is: the largest error by the largest entry, inf where it is not finite."""
+    """One convolution, and the error of δ_x: the largest error relative to the largest element, inf if not finite."""
 
     patch: int
     padding: tuple[int, int]
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(config: Config) -> int:
-    """Print what is wrong, and the counts. Returns 0, or 1 if jaxcnn is wrong anywhere."""
+    """Print the wrong gradients and the counts. Returns 0, or 1 if jaxcnn is wrong anywhere."""
     cli.check_count("--channels", config.channels)
     import jax
 
@@ -71,13 +71,13 @@ def report(config: Config) -> int:
 
 
 def sweep(config: Config) -> Iterator[Found]:
-    """Patches, paddings and widths in turn."""
+    """Yield all combinations of kernels, paddings and widths."""
     for patch, lo, hi, width in itertools.product((1, 2, 3), (0, 2, 3, 4, 5), (0, 1, 3), (6, 7)):
         yield measured(patch, (lo, hi), width, config)
 
 
 def measured(patch: int, padding: tuple[int, int], width: int, config: Config) -> Found:
-    """One convolution both ways."""
+    """Measure one convolution in both libraries."""
     import jax
     import jax.numpy as jnp
     from jax import lax
@@ -106,7 +106,7 @@ def measured(patch: int, padding: tuple[int, int], width: int, config: Config) -
 
 
 def delta_x(delta: np.ndarray, w: np.ndarray, lo: int, width: int) -> np.ndarray:
-    """The definition for patches of one row: entry o + k − lo gets δ[o]·w[k]ᵀ."""
+    """Return the definition for one-row kernels: element o + k − lo gets δ[o]·w[k]ᵀ."""
     found = np.zeros((*delta.shape[:2], width, w.shape[2]))
     for o, k in np.ndindex(delta.shape[2], w.shape[1]):
         if 0 <= o + k - lo < width:

@@ -1,4 +1,4 @@
-"""Show all of the lecture: python -m experiments.lecture --help."""
+"""Show the whole lecture: python -m experiments.lecture --help."""
 
 import dataclasses
 import importlib
@@ -32,9 +32,9 @@ SCRIPTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Show every statement of the lecture: checks, verdicts, pictures, and lecture.html, one page with all of them.
+    """Show every statement of the lecture: checks, verdicts, figures, and lecture.html, one page with all of them.
 
-    The exit status is 0 if all statements hold, and 1 if one does not.
+    The exit status is 0 if all statements hold, and 1 otherwise.
     """
 
     out: Path = Path("runs/lecture")
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def show_all(config: Config) -> int:
-    """Run the scripts one after the other, then write the page."""
+    """Run all scripts, then write the page."""
     out = folder(config.out)
     from experiments import report
     from experiments.lecture import page

@@ -1,4 +1,4 @@
-"""How the pictures of this folder look: grey for pictures, blue to red about zero for δ, one hand for all of them."""
+"""Shared style of the figures in this folder: gray for images, blue to red around zero for δ."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ SIGNED = "RdBu_r"
 
 
 def figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches. The object interface, not pyplot: no global state, no window, nothing to close."""
+    """Return an empty figure, sizes in inches. It uses the object interface, not pyplot: no global state, no window."""
     made = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(made)
     made.get_layout_engine().set(w_pad=0.06, h_pad=0.06)  # type: ignore[union-attr, call-arg]
@@ -20,18 +20,18 @@ def figure(width: float, height: float) -> Figure:
 
 
 def parts(of: Figure | SubFigure, rows: int, columns: int, **ratios: Any) -> list[SubFigure]:
-    """A figure cut into `rows`×`columns`, row by row."""
+    """Split a figure into `rows`×`columns` subfigures, in row-major order."""
     return list(np.ravel(np.asarray(of.subfigures(rows, columns, **ratios), object)))
 
 
 def grey(axes: Axes, values: Any, title: str, below: str | None = None, *, lowest: float | None = 0) -> None:
-    """A picture of intensities; `below` None writes its size there."""
+    """Draw an image of intensities; if `below` is None, its size is written there."""
     values = np.asarray(values, float)
     _image(axes, values, title, below, cmap="gray", vmin=lowest, vmax=values.max() or 1)
 
 
 def signed(axes: Axes, values: Any, title: str, below: str | None = None, *, limit: float | None = None) -> None:
-    """A picture of signed numbers: white is 0, red above, blue below, the same distance either way."""
+    """Draw an array of signed numbers: white is 0, red positive, blue negative, on a symmetric scale."""
     values = np.asarray(values, float)
     limit = limit or np.abs(values).max() or 1
     _image(axes, values, title, below, cmap=SIGNED, vmin=-limit, vmax=limit)
@@ -46,7 +46,7 @@ def _image(axes: Axes, values: np.ndarray, title: str, below: str | None, **colo
 
 
 def numbers(axes: Axes, values: Any, title: str, block: int = 0, below: str = "", *, span: int | None = None) -> None:
-    """A matrix as a grid of its numbers or words, on `span` columns; a block of `block` a side has one colour."""
+    """Draw a matrix as a grid of numbers or words, on `span` columns; each `block`×`block` block has one color."""
     values = np.asarray(values)
     rows, columns = values.shape
     span = span or columns
@@ -70,7 +70,7 @@ def _cell(x: float, y: float, colour: str) -> Any:
 
 
 def plain(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
-    """Axes of a chart: a light grid, no box."""
+    """Style the axes of a chart: a light grid, no box."""
     axes.set_title(title, fontsize=10.5)
     axes.set_xlabel(xlabel, fontsize=9.5)
     axes.set_ylabel(ylabel, fontsize=9.5)
@@ -82,6 +82,6 @@ def plain(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
 
 
 def sign(axes: Axes, text: str) -> None:
-    """An operator between two pictures."""
+    """Draw an operator between two images."""
     axes.axis("off")
     axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=20, color="0.3", transform=axes.transAxes)

@@ -1,4 +1,4 @@
-"""Numbers that several scripts need: slopes by differences, pictures of the real world."""
+"""Numbers shared by several scripts: slopes by differences, and real images."""
 
 import functools
 import math
@@ -20,9 +20,9 @@ STEP = 1e-5
 
 
 def slopes_by_differences(f: Callable[..., Array], inputs: tuple[Array, ...], delta: Array) -> tuple[Array, ...]:
-    """The slope of ⟨f(inputs), δ⟩ in every entry of every input: two evaluations each, no calculus (lecture §5).
+    """Return the slope of ⟨f(inputs), δ⟩ with respect to every element of every input, without calculus (lecture §5).
 
-    Central differences, (E(x + h) − E(x − h)) / 2h.
+    These are central differences, (E(x + h) − E(x − h)) / 2h, with two evaluations per element.
     """
     ends = np.cumsum([x.size for x in inputs])[:-1]
 
@@ -33,7 +33,7 @@ def slopes_by_differences(f: Callable[..., Array], inputs: tuple[Array, ...], de
         def parts(flat: Array) -> tuple[Array, ...]:
             return tuple(part.reshape(x.shape) for part, x in zip(jnp.split(flat, ends), inputs, strict=True))
 
-        # One entry after the other, and either way: the loop holds one copy of f, which compiles fast.
+        # A loop over the elements and both directions: it holds one copy of f, which compiles fast.
         def slope(i: Array) -> Array:
             moved = jnp.array([STEP, -STEP], flat.dtype)
             above, below = jax.lax.map(lambda h: jnp.vdot(f(*parts(flat.at[i].add(h))), delta), moved)
@@ -45,14 +45,14 @@ def slopes_by_differences(f: Callable[..., Array], inputs: tuple[Array, ...], de
 
 
 def slopes_by_rule(f: Callable[..., Array], inputs: tuple[Array, ...], delta: Array) -> tuple[Array, ...]:
-    """The same by the backward half of `f`."""
+    """Return the same slopes by the backward rule of `f`."""
     return jax.jit(lambda *inputs: jax.vjp(f, *inputs)[1](delta))(*inputs)
 
 
 def started(net: Serial, optimizer: optax.GradientTransformation) -> TrainState:
-    """As TrainState.create for pictures of 28×28, with weights by NumPy: JAX's generator compiles for each shape.
+    """Return a TrainState for 28×28 images with NumPy weights, because JAX's generator compiles for each shape.
 
-    Nets whose layers have equally many weights start with equal ones, whatever shape the layers give them.
+    Nets whose layers have equal numbers of weights start with equal weights, whatever shape the layers give them.
     """
     rng = np.random.default_rng(0)
 
@@ -68,25 +68,25 @@ def started(net: Serial, optimizer: optax.GradientTransformation) -> TrainState:
 
 
 def drawn(seed: int, *shapes: tuple[int, ...]) -> list[Array]:
-    """Normal numbers, float64."""
+    """Return normally distributed numbers, float64."""
     rng = np.random.default_rng(seed)
     return [jnp.asarray(rng.normal(size=shape)) for shape in shapes]
 
 
 @functools.cache
 def fashion() -> Dataset:
-    """The embedded sample of Fashion-MNIST."""
+    """Return the embedded sample of Fashion-MNIST."""
     return load("fashion-mnist-sample")
 
 
 def boot() -> np.ndarray:
-    """A picture of an ankle boot, the first of the training set: (28, 28), float64, 0 … 1."""
+    """Return an image of an ankle boot, the first of the training set: (28, 28), float64, 0 … 1."""
     data = fashion()
     return data.train_images[np.argmax(data.train_labels == 9), :, :, 0].astype(np.float64)
 
 
 def portrait() -> np.ndarray:
-    """Grace Hopper before a flag (US Navy, public domain; matplotlib brings it): (600, 512), float64, grey, 0 … 1."""
+    """Return a portrait of Grace Hopper (US Navy, public domain; in matplotlib): (600, 512), float64, gray, 0 … 1."""
     from matplotlib import cbook, image
 
     with cbook.get_sample_data("grace_hopper.jpg", asfileobj=True) as file:  # type: ignore[union-attr]
@@ -95,5 +95,5 @@ def portrait() -> np.ndarray:
 
 
 def as_picture(x: Any) -> Array:
-    """(H, W) → (1, H, W, 1)."""
+    """Add a batch and a channel dim: (H, W) → (1, H, W, 1)."""
     return jnp.asarray(x)[None, :, :, None]

@@ -1,4 +1,4 @@
-"""lecture.html: all statements on one page that needs nothing else, neither a file nor the network."""
+"""lecture.html: all statements on one self-contained page that needs no other file and no network."""
 
 import base64
 import os
@@ -98,13 +98,13 @@ dl.terms dd { margin: 0; text-align: right; }
 
 
 def write(path: Path, told: Sequence[tuple[Statement, Shown]], facts: Mapping[str, str]) -> None:
-    """Write the page beside the pictures it takes in."""
+    """Write the page to the folder of the figures that it embeds."""
     with replacing(path) as temporary:
         temporary.write_text(page(path.parent, told, facts), encoding="utf-8")
 
 
 def page(folder: Path, told: Sequence[tuple[Statement, Shown]], facts: Mapping[str, str]) -> str:
-    """The whole page; links to files of the project are relative to `folder`."""
+    """Return the whole page; links to files of the project are relative to `folder`."""
     holding = sum(shown.holds for _, shown in told)
     contents = "".join(
         f'<li><a href="#{s.name}"><b>§{s.section}</b> {s.title}</a> {_mark(shown.holds)}{_badge(s)}</li>'

@@ -1,4 +1,4 @@
-"""§2: the network of hidden layers, and dropout before the output layer while training."""
+"""§2: the network of hidden layers, and dropout before the output layer in training."""
 
 import functools
 import sys
@@ -37,13 +37,13 @@ FEATURES = (6, 12)
 
 
 def net(rate: float) -> jaxcnn.Serial:
-    """Two hidden layers, dropout, output layer: the lecture's net, small."""
+    """Return a small version of the lecture's net: two hidden layers, dropout, output layer."""
     hidden = (jaxcnn.HiddenLayer(features, 5) for features in FEATURES)
     return jaxcnn.serial(*hidden, jaxcnn.Flatten(), jaxcnn.Dropout(rate), jaxcnn.Dense(10))
 
 
 def show(hidden_layer: Any = jaxcnn.hidden_layer, *, epochs: int = 30, examples: int = 300) -> Shown:
-    """Compare the hidden layer with its three parts, look at dropout on and off, train with and without it."""
+    """Compare the hidden layer with its three parts, show dropout on and off, and train with and without it."""
     losses, params = {}, {}
     for rate in (0.0, 0.5):
         losses[rate], params[rate] = train(rate, epochs, examples)
@@ -68,7 +68,7 @@ def show(hidden_layer: Any = jaxcnn.hidden_layer, *, epochs: int = 30, examples:
 
 
 def one_against_three(hidden_layer: Any) -> float:
-    """How far one op with one rule is from three ops with three."""
+    """Return the distance between one op with one rule and three ops with three."""
     x, w, b, delta = drawn(0, (2, 28, 28, 1), (5, 5, 1, 3), (3,), (2, 12, 12, 3))
 
     def three(x: Any, w: Any, b: Any) -> Any:
@@ -83,7 +83,7 @@ def one_against_three(hidden_layer: Any) -> float:
 
 @functools.cache
 def train(rate: float, epochs: int, examples: int) -> tuple[tuple[list[float], list[float]], Any]:
-    """Few examples, many epochs: ((training loss, test loss) after every third epoch, parameters)."""
+    """Train on few examples for many epochs: ((training loss, test loss) after every third epoch, parameters)."""
     data, loss = fashion(), jaxcnn.softmax_cross_entropy_with_integer_labels
     x, labels = data.train_images[:examples], data.train_labels[:examples]
     optimizer = optax.adam(6e-3)
@@ -96,13 +96,13 @@ def train(rate: float, epochs: int, examples: int) -> tuple[tuple[list[float], l
             state, _ = step(state, batch)
         if epoch % 3 == 0:
             for losses, pictures in zip(found, ((x, labels), unseen), strict=True):
-                # In evaluation the rate is of no account, and one net for both compiles once.
+                # In evaluation the dropout rate does not matter, and one net for both compiles once.
                 losses.append(jaxcnn.evaluate(net(0), loss, state.params, batches(*pictures, examples))["loss"])
     return found, state.params
 
 
 def layers(params: Any, picture: np.ndarray) -> list[np.ndarray]:
-    """The picture, then after each convolution with ReLU and each pooling: (H, W, C)."""
+    """Return the input, then the output of each convolution with ReLU and of each pooling: (H, W, C)."""
 
     @jax.jit
     def maps(x: Any) -> list[Any]:
@@ -116,7 +116,7 @@ def layers(params: Any, picture: np.ndarray) -> list[np.ndarray]:
 
 
 def caption(losses: Any, examples: int) -> str:
-    """What is to be seen."""
+    """Return the caption of the figure."""
     with_it, without = losses[0.5][1][-1], losses[0.0][1][-1]
     return (
         "Top: what each part of the net makes of one picture (two of its maps). Bottom: trained on no more than "
@@ -125,7 +125,7 @@ def caption(losses: Any, examples: int) -> str:
 
 
 def draw(maps: list[np.ndarray], losses: Any) -> Any:
-    """The maps from X to the last pooling, above the losses."""
+    """Draw the maps from X to the last pooling, above the losses."""
     fig = figure(9.5, 6.9)
     top, bottom = parts(fig, 2, 1, height_ratios=(1.25, 1))
     names = ("X", "convolution, ReLU", "pooling", "convolution, ReLU", "pooling")
@@ -144,7 +144,7 @@ def draw(maps: list[np.ndarray], losses: Any) -> Any:
         for rate, colour, label in ((0.0, GREY, "without dropout"), (0.5, BLUE, "with dropout")):
             epochs = 3 * np.arange(1, len(losses[rate][i]) + 1)
             axes.plot(epochs, losses[rate][i], color=colour, label=label, linewidth=2)
-    panels[0].set_ylim(0)  # after both are drawn, since they share it
+    panels[0].set_ylim(0)  # after both are drawn, because they share the axis
     panels[0].legend(frameon=False, fontsize=9)
     return fig
 

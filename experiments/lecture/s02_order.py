@@ -1,4 +1,4 @@
-"""§2, erratum 8: whether the ReLU or the pooling comes first."""
+"""§2, erratum 8: the order of ReLU and pooling."""
 
 import sys
 from typing import Any
@@ -33,7 +33,7 @@ STATEMENT = Statement(
 
 
 def show(max_pool: Any = jaxcnn.max_pool) -> Shown:
-    """Both orders, forward and backward, for both poolings."""
+    """Compare both orders, forward and backward, for both kinds of pooling."""
     (w, delta) = drawn(3, (5, 5, 1, 1), (1, 12, 12, 1))
     x = jaxcnn.conv(as_picture(boot()), w)
     results = {}
@@ -61,7 +61,7 @@ def show(max_pool: Any = jaxcnn.max_pool) -> Shown:
 
 
 def draw(x: Any, results: Any) -> Any:
-    """A column for output and δ of each pooling; rows: one order, the other, their difference."""
+    """Draw a column for output and δ of each pooling; the rows are one order, the other, and their difference."""
     fig = figure(9.2, 6.8)
     grid = fig.subplots(3, 4)
     for half, name in ((0, "max"), (2, "average")):

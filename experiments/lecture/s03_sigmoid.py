@@ -1,4 +1,4 @@
-"""§3: the ordinary network, δ_l = w δ_{l+1} g'(x) with g' = g(1 − g), beside a convolutional one."""
+"""§3: the ordinary network, δ_l = w δ_{l+1} g'(x) with g' = g(1 − g), next to a convolutional one."""
 
 import functools
 import sys
@@ -41,7 +41,7 @@ NETS = {
 
 
 def show(sigmoid: Any = jaxcnn.sigmoid, *, steps: int = 150) -> Shown:
-    """The slope of the sigmoid, the δ of a small net by hand, two nets trained side by side."""
+    """Compute the slope of the sigmoid and the δ of a small net by hand, and train two nets side by side."""
     x = jnp.linspace(-6, 6, 241)
     g = sigmoid(x)
     slope = jax.vjp(sigmoid, x)[1](jnp.ones_like(x))[0]
@@ -59,7 +59,7 @@ def show(sigmoid: Any = jaxcnn.sigmoid, *, steps: int = 150) -> Shown:
 
 
 def by_hand(sigmoid: Any) -> float:
-    """δ_l = w δ_{l+1} g'(x) in NumPy, for two layers, against jaxcnn's rules in turn: how far apart ∂E/∂w are."""
+    """Return the distance of ∂E/∂w between δ_l = w δ_{l+1} g'(x) in NumPy, for two layers, and jaxcnn's rules."""
     x, w1, w2, target = drawn(0, (4, 6), (6, 5), (5, 3), (4, 3))
 
     def error(w1: Any, w2: Any) -> Any:
@@ -73,7 +73,7 @@ def by_hand(sigmoid: Any) -> float:
 
 @functools.cache
 def train(net: jaxcnn.Serial, steps: int) -> tuple[list[float], float]:
-    """The loss of each step, and the test accuracy at the end."""
+    """Return the loss of each step, and the test accuracy at the end."""
     data, loss = fashion(), jaxcnn.softmax_cross_entropy_with_integer_labels
     optimizer = optax.adam(3e-3)
     state = started(net, optimizer)
@@ -90,7 +90,7 @@ def train(net: jaxcnn.Serial, steps: int) -> tuple[list[float], float]:
 
 
 def draw(x: Any, g: Any, slope: Any, curves: dict[str, tuple[list[float], float]]) -> Any:
-    """The sigmoid with its slope; the losses."""
+    """Draw the sigmoid with its slope, and the losses."""
     fig = figure(9.2, 3.7)
     left, right = fig.subplots(1, 2)
     plain(left, "the sigmoid", "x", "")
@@ -109,7 +109,7 @@ def draw(x: Any, g: Any, slope: Any, curves: dict[str, tuple[list[float], float]
 
 
 def running_mean(losses: np.ndarray) -> np.ndarray:
-    """The mean of 10 steps, a convolution."""
+    """Return the mean over 10 steps, computed by a convolution."""
     from jaxcnn.ops.signal import convolve
 
     width = min(10, len(losses))

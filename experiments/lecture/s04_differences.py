@@ -36,7 +36,7 @@ BOUND = 1e-7
 
 
 def apart(*shape: int) -> Any:
-    """Numbers at equal distances, none of them 0, shuffled: a small step crosses no kink of ReLU or max pooling."""
+    """Return equidistant numbers, none of them 0, shuffled: a small step crosses no kink of ReLU or max pooling."""
     n = int(np.prod(shape))
     return jnp.asarray(np.random.default_rng(n).permutation((np.arange(n) - n / 2 + 0.25) / n * 3).reshape(shape))
 
@@ -51,7 +51,7 @@ Table = Mapping[str, tuple[Callable[..., Any], Mapping[str, Any]]]
 
 
 def ops() -> Table:
-    """Every op with the inputs it is differentiated by."""
+    """Return every op with the inputs with respect to which it is differentiated."""
     x, y, w, b, line, few = drawn(0, (2, 6, 5, 2), (2, 3, 4), (3, 2, 2, 3), (3,), (9,), (4,))
     picture, template, probabilities = jnp.asarray(apart(7, 6)), apart(3, 2), jax.nn.softmax(-y)
     activations = {name: (getattr(jaxcnn, name), {"x": apart(3, 4)}) for name in ACTIVATIONS}
@@ -100,7 +100,7 @@ def _swapped(f: Callable[..., Any], second: Any, first: Any) -> Any:
 
 
 def show(table: Table | None = None) -> Shown:
-    """Rule against differences for every op and input of a table, by default `ops`."""
+    """Compare rule and differences for every op and input of a table, by default `ops`."""
     found = distances(ops() if table is None else table)
     patch = by_patch()
     pairs = [(distance, f"{name} by {argument}") for name, row in found.items() for argument, distance in row.items()]
@@ -124,7 +124,7 @@ def show(table: Table | None = None) -> Shown:
 
 
 def by_patch() -> dict[str, Any]:
-    """E = ‖w ∗ picture‖² about one patch: the slopes of its entries, and E along one of them."""
+    """Return, for E = ‖w ∗ image‖² as a function of one kernel, the slopes of its elements, and E along one of them."""
     x, w = as_picture(boot()), drawn(2, (5, 5))[0]
 
     def error(w: Any) -> Any:
@@ -143,11 +143,11 @@ def by_patch() -> dict[str, Any]:
 
 
 def distances(table: Table) -> dict[str, dict[str, float]]:
-    """For each op and input, how far the rule is from differences, with a random δ."""
+    """Return the distance between rule and differences for each op and input, with a random δ."""
     inputs = {name: tuple(given.values()) for name, (_, given) in table.items()}
     deltas = {name: drawn(7, jax.eval_shape(op, *inputs[name]).shape)[0] for name, (op, _) in table.items()}
 
-    # All in one program: it compiles in half the time of one for each op.
+    # One program for all ops compiles in half the time of one program per op.
     @jax.jit
     def slopes(inputs: Any, deltas: Any) -> Any:
         return {
@@ -160,7 +160,7 @@ def distances(table: Table) -> dict[str, dict[str, float]]:
 
 
 def draw(patch: Mapping[str, Any], found: Mapping[str, Mapping[str, float]]) -> Any:
-    """A parabola and its slope, the slopes of a patch; a row for each op, in it a dot for each input."""
+    """Draw a parabola and its slope, the slopes of a kernel, and a row per op with a dot per input."""
     fig = figure(10.6, 0.19 * len(found) + 1.2)
     left, right = parts(fig, 1, 2, width_ratios=(1, 1.25))
     top, bottom = parts(left, 2, 1, height_ratios=(1.25, 1))
@@ -184,7 +184,7 @@ def draw(patch: Mapping[str, Any], found: Mapping[str, Mapping[str, float]]) -> 
 
 
 def curve(axes: Any, patch: Mapping[str, Any]) -> None:
-    """E over one entry of the patch; the tangent by the rule; two points and the line through them."""
+    """Draw E over one element of the kernel, the tangent by the rule, and two points with the line through them."""
     shifts, errors, slope = patch["shifts"], patch["errors"], float(patch["rule"][1, 3])
     here, h = errors[len(errors) // 2], shifts[-9]
     plain(axes, "E over one entry of the patch", r"$w[1,3]$, less its value", r"$E$")

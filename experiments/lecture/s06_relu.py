@@ -1,4 +1,4 @@
-"""§6, erratum 7: g is the ReLU now, and what its slope is at 0."""
+"""§6, erratum 7: g is the ReLU, and its slope at 0."""
 
 import sys
 from typing import Any
@@ -35,13 +35,13 @@ STATEMENT = Statement(
 
 
 def show(relu: Any = jaxcnn.relu) -> Shown:
-    """The slope on both sides of 0 and at it; δ_l of a ReLU below a convolution, by the formula and by differences."""
+    """Check the slope around and at 0, and δ_l of a ReLU before a convolution, by formula and differences."""
     slope = jax.vmap(jax.grad(relu))
     h = 1e-5
     at_zero = (relu(jnp.array(h)) - relu(jnp.array(-h))) / (2 * h)
 
     first, w, delta = drawn(4, (5, 5, 1, 1), (5, 5, 1, 1), (1, 20, 20, 1))
-    x = jaxcnn.conv(as_picture(boot()), first, jnp.array([0.1]))  # the bias: without it the black ground gives 0
+    x = jaxcnn.conv(as_picture(boot()), first, jnp.array([0.1]))  # without the bias the black background gives 0
 
     def above(x: Any) -> Any:
         return jaxcnn.conv(relu(x), w)
@@ -60,7 +60,7 @@ def show(relu: Any = jaxcnn.relu) -> Shown:
 
 
 def draw(relu: Any, slope: Any, x: Any, steps: list[Any]) -> Any:
-    """The ReLU and its slope about 0; δ, w ∗ δ, g′(x), δ_l."""
+    """Draw the ReLU and its slope around 0, and δ, w ∗ δ, g′(x), δ_l."""
     fig = figure(9.2, 5.6)
     top, bottom = parts(fig, 2, 1)
     left, right = top.subplots(1, 2)

@@ -1,4 +1,4 @@
-"""§6–7: pooling makes 12×12 of 24×24, so that the product with g'(x) no longer fits; the Kronecker product mends it."""
+"""§6–7: pooling reduces 24×24 to 12×12, so the product with g'(x) no longer fits; ⊗ restores the size."""
 
 import sys
 from typing import Any
@@ -27,7 +27,7 @@ STATEMENT = Statement(
 
 
 def show(kron_up: Any = jaxcnn.kron_up) -> Shown:
-    """The lecture's sizes on the way out and back, with a 28×28 picture and 5×5 patches."""
+    """Check the lecture's sizes in the forward and backward pass, with a 28×28 image and 5×5 kernels."""
     w_1, w_2, delta_y = drawn(5, (5, 5, 1, 1), (5, 5), (8, 8))
     picture = boot()
     x = jaxcnn.conv(as_picture(picture), w_1)
@@ -57,13 +57,13 @@ def show(kron_up: Any = jaxcnn.kron_up) -> Shown:
 
 
 def blocks_that_differ(x: Any) -> int:
-    """How many 2×2 blocks hold more than one number."""
+    """Return the number of 2×2 blocks that contain more than one number."""
     blocks = x[0, :, :, 0].reshape(12, 2, 12, 2)
     return int(jnp.sum(jnp.any(blocks != blocks[:, :1, :, :1], axis=(1, 3))))
 
 
 def draw(steps: list[Any]) -> Any:
-    """The way out, the way back: all pictures to one scale."""
+    """Draw the forward pass and the backward pass, all images to one scale."""
     picture, *rest = map(np.asarray, steps)
     x, slope, pooled, y, delta, enlarged = (p[0, :, :, 0] for p in rest)
     fig = figure(10, 5.4)
@@ -100,7 +100,7 @@ def draw(steps: list[Any]) -> Any:
 
 
 def to_scale(axes: Any, size: int) -> None:
-    """Shrink a picture about its middle, as if it were a part of 28×28; a frame of its own size."""
+    """Shrink an image around its center, in proportion to 28×28, and give it a frame of its size."""
     from matplotlib.patches import Rectangle
 
     middle, half = (size - 1) / 2, 14.2

@@ -1,4 +1,4 @@
-"""§7–8: the Kronecker product in the lecture's numbers and letters, and *up*."""
+"""§7–8: the Kronecker product with the lecture's numbers and letters, and *up*."""
 
 import sys
 from typing import Any
@@ -17,7 +17,7 @@ PRINTED = np.array([[4.0, 8, 5, 10], [12, 16, 15, 20], [6, 12, 7, 14], [18, 24, 
 
 
 def _product(*matrices: Any) -> str:
-    """The equation first ⊗ second = third; the page's style lays out what is a matrix."""
+    """Return the equation first ⊗ second = third as HTML; the style of the page lays out the matrices."""
     first, second, third = (
         f'<span class="matrix" style="--columns: {len(matrix[0])}">'
         + "".join(f"<span>{value}</span>" for row in matrix for value in row)
@@ -54,7 +54,7 @@ STATEMENT = Statement(
 
 
 def show(kron: Any = jaxcnn.kron, kron_up: Any = jaxcnn.kron_up) -> Shown:
-    """The lecture's two examples; the rules of ⊗ and of up."""
+    """Check the lecture's two examples, and the rules of ⊗ and of up."""
     letters, ones = np.array([[1.0, 2], [3, 4]]), np.ones((2, 2))  # a, b, c, d
     repeated = np.array([[1.0, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4], [3, 3, 4, 4]])
     a, b, delta = drawn(0, (2, 3), (4, 2), (8, 6))
@@ -80,7 +80,7 @@ def show(kron: Any = jaxcnn.kron, kron_up: Any = jaxcnn.kron_up) -> Shown:
 
 
 def draw(as_printed: Any, standard: Any) -> Any:
-    """The products of numbers; the letters, up and its adjoint."""
+    """Draw the products of numbers, the letters, up and its adjoint."""
     letters = np.array([list("ab"), list("cd")])
     up = np.repeat(np.repeat(letters, 2, 0), 2, 1)
     fig = figure(10, 5.6)

@@ -1,4 +1,4 @@
-"""§9: δ and ∂E/∂w through a hidden layer, step by step on a picture."""
+"""§9: δ and ∂E/∂w through a hidden layer, step by step for one image."""
 
 import sys
 from typing import Any
@@ -48,19 +48,19 @@ BIAS = 0.1
 
 
 def show(hidden_layer: Any = jaxcnn.hidden_layer) -> Shown:
-    """Forward and back by hand, with the public functions; then the op, autodiff and differences."""
+    """Compute both passes by hand with the public functions, then compare op, autodiff and differences."""
     a = jnp.asarray(boot())
     w_1, w_2 = drawn(8, (5, 5), (5, 5))
     target = drawn(9, (8, 8))[0]
 
-    # The way out, one patch a layer: (28, 28) → (24, 24) → (12, 12) → (8, 8)
+    # Forward pass, one kernel per layer: (28, 28) → (24, 24) → (12, 12) → (8, 8)
     x = correlate(a, w_1, "valid") + BIAS  # a ⋆ w₁ + b
     g = jaxcnn.relu(x)
     pooled = jaxcnn.max_pool(as_picture(g), 2)[0, :, :, 0]
     y = correlate(pooled, w_2, "valid")
     error = jaxcnn.squared_error(y, target).sum()
 
-    # The way back
+    # Backward pass
     delta_y = 2 * (y - target)
     sent = convolve(delta_y, w_2)  # w₂ ∗ δ_y
     up = enlarged(sent) * winners(g)
@@ -101,18 +101,18 @@ def show(hidden_layer: Any = jaxcnn.hidden_layer) -> Shown:
 
 
 def enlarged(x: Any) -> Any:
-    """up, of one map."""
+    """Return up of one map."""
     return jaxcnn.kron_up(as_picture(x).astype(float), 2)[0, :, :, 0]
 
 
 def winners(g: Any) -> Any:
-    """1 at the first of the largest entries of each 2×2 window, 0 elsewhere."""
+    """Return 1 at the first of the largest elements of each 2×2 window, 0 elsewhere."""
     tiles = np.asarray(g).reshape(12, 2, 12, 2).transpose(0, 2, 1, 3).reshape(144, 4)
     return np.eye(4)[tiles.argmax(1)].reshape(12, 12, 2, 2).transpose(0, 2, 1, 3).reshape(24, 24)
 
 
 def fall(e: Any, w: Any, grad_w: Any) -> float:
-    """By how much a small step of gradient descent lowers E, over what the gradient promises."""
+    """Return the decrease of E after a small gradient step, relative to the predicted decrease."""
     rate = 1e-7
     optimizer = optax.sgd(rate)
     updates, _ = optimizer.update(grad_w, optimizer.init(w), w)
@@ -120,7 +120,7 @@ def fall(e: Any, w: Any, grad_w: Any) -> float:
 
 
 def draw(steps: list[np.ndarray]) -> Any:
-    """The steps of `show` in their order."""
+    """Draw the steps of `show` in their order."""
     sent, by_differences = steps[7], steps[11]
     limits = dict.fromkeys((7, 8, 9), float(np.abs(sent).max())) | dict.fromkeys((10, 11), np.abs(by_differences).max())
     titles = (

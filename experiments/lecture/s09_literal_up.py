@@ -1,4 +1,4 @@
-"""§9, erratum 3: what happens if up is taken literally, and every entry of a max pooling window gets its δ."""
+"""§9, erratum 3: the effect of the literal up, where every element of a max pooling window gets the window's δ."""
 
 import functools
 import sys
@@ -46,12 +46,12 @@ LOSS = jaxcnn.softmax_cross_entropy_with_integer_labels
 
 
 def literal_up(call: Call, delta: Any) -> tuple[Any]:
-    """As ``rule=`` of max pooling: δ_x = up(δ), to every entry of the window."""
+    """Rule for max pooling: δ_x = up(δ), to every element of the window."""
     return (jaxcnn.kron_up(delta, call.geometry.size),)
 
 
 def show(rule: Any = literal_up, *, steps: int = 80) -> Shown:
-    """The angle between literal and true gradient, which of the two differences agree with, and two nets trained."""
+    """Measure the angle between literal and true gradient, compare both with differences, and train two nets."""
     data = fashion()
     images, labels = data.train_images[:16].astype(np.float64), data.train_labels[:16]
     params = jax.tree.map(lambda p: p.astype(jnp.float64), started(NET, optax.sgd(0)).params)
@@ -85,13 +85,13 @@ def show(rule: Any = literal_up, *, steps: int = 80) -> Shown:
 
 
 def angle(a: Any, b: Any) -> float:
-    """Between two arrays, in degrees; from the chord, which keeps its digits where the angle is small."""
+    """Return the angle between two arrays, in degrees, from the chord, which keeps precision for small angles."""
     a, b = a / jnp.linalg.norm(a), b / jnp.linalg.norm(b)
     return float(np.degrees(2 * np.arcsin(min(1.0, float(jnp.linalg.norm(a - b)) / 2))))
 
 
 def slopes_along(error: Any, params: Any, direction: Any) -> float:
-    """The slope of E where the first patches move along a direction, by differences."""
+    """Return the slope of E by differences when the first kernels move along a direction."""
     h = 1e-5 / float(jnp.linalg.norm(direction))
 
     def moved(by: float) -> float:
@@ -103,7 +103,7 @@ def slopes_along(error: Any, params: Any, direction: Any) -> float:
 
 @functools.cache
 def train(rule: Any, steps: int) -> list[tuple[int, float]]:
-    """(step, test accuracy), every 20 steps."""
+    """Return (step, test accuracy) for every 20 steps."""
     data, optimizer = fashion(), optax.adam(2e-3)
     state = started(NET, optimizer)
     rules = None if rule is None else {jaxcnn.MaxPool: rule}
@@ -120,7 +120,7 @@ def train(rule: Any, steps: int) -> list[tuple[int, float]]:
 
 
 def draw(rule: Any, picture: Any, params: Any, curves: Any, angles: dict[str, float]) -> Any:
-    """δ below the pooling by either rule, and the accuracies."""
+    """Draw δ before the pooling by either rule, and the accuracies."""
     x = jaxcnn.relu(jaxcnn.conv(picture, **params["conv1"]))[..., :1]
     delta = jnp.asarray(np.random.default_rng(0).normal(size=(1, 12, 12, 1)))
     exact, literal = (

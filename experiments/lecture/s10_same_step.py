@@ -30,7 +30,7 @@ LOSS = jaxcnn.softmax_cross_entropy_with_integer_labels
 
 
 def nets() -> dict[str, jaxcnn.Serial]:
-    """One layer more and one layer less of the same kind: products, and convolutions in the place of the first."""
+    """Return a net of products, one of convolutions, and the first with its product as a convolution."""
     return {
         "products": jaxcnn.serial(jaxcnn.Flatten(), jaxcnn.Dense(16), jaxcnn.Relu(), jaxcnn.Dense(10)),
         "convolutions": jaxcnn.serial(
@@ -43,7 +43,7 @@ def nets() -> dict[str, jaxcnn.Serial]:
 
 
 def show(conv: Any = jaxcnn.conv, *, steps: int = 100) -> Shown:
-    """A product and the same as a convolution; then three nets, one step."""
+    """Compare a product with the equivalent convolution, then train three nets with one step function."""
     x, w, b, delta = drawn(0, (4, 28, 28, 1), (28, 28, 1, 16), (16,), (4, 16))
 
     def product(x: Any, w: Any, b: Any) -> Any:
@@ -75,16 +75,16 @@ def show(conv: Any = jaxcnn.conv, *, steps: int = 100) -> Shown:
 
 
 def ratio(losses: list[float]) -> float:
-    """How many times smaller the loss has become."""
+    """Return the factor by which the loss has decreased."""
     width = max(1, min(20, len(losses) // 4))
     return float(np.mean(losses[:width]) / np.mean(losses[-width:]))
 
 
 @functools.cache
 def train(net: jaxcnn.Serial, steps: int) -> tuple[list[float], Any]:
-    """The training step of §9's update for any net: (losses, parameters)."""
+    """Train any net with the update of §9: (losses, parameters)."""
     data, optimizer = fashion(), optax.sgd(0.05, momentum=0.9)
-    state = started(net, optimizer)  # with equal weights for the product and the same as a convolution
+    state = started(net, optimizer)  # with equal weights for the product and the equivalent convolution
     step = jaxcnn.make_train_step(net, LOSS, optimizer)
     losses = []
     for i in range(steps):
@@ -95,7 +95,7 @@ def train(net: jaxcnn.Serial, steps: int) -> tuple[list[float], Any]:
 
 
 def draw(curves: Any) -> Any:
-    """Losses; patches of the convolutions and of the product."""
+    """Draw the losses, and the kernels of the convolutions and of the product."""
     fig = figure(10.4, 3.6)
     left, right = parts(fig, 1, 2, width_ratios=(1.2, 1))
     axes = left.subplots()

@@ -45,7 +45,7 @@ STATEMENT = Statement(
 
 
 def show(correlate: Any = signal.correlate, convolve: Any = signal.convolve) -> Shown:
-    """The lecture's 1 2 3 4 over 5 6 7 8; the identity in one, two and three dims; a layer's forward half."""
+    """Check the lecture's 1 2 3 4 over 5 6 7 8, the identity in one, two and three dims, and a layer's forward pass."""
     a, w = drawn(0, (28, 28), (5, 5))
     layer = jaxcnn.conv(a[None, :, :, None], w[:, :, None, None])[0, :, :, 0]
     shapes = (((9,), (4,)), ((7, 6), (3, 2)), ((5, 4, 6), (2, 3, 2)))
@@ -68,7 +68,7 @@ def show(correlate: Any = signal.correlate, convolve: Any = signal.convolve) -> 
 
 
 def draw(unflipped: Any, flipped: Any, over_itself: Any) -> Any:
-    """Three tables of seven rows."""
+    """Draw three tables of seven rows."""
     from matplotlib.patches import Rectangle
 
     fig = figure(10.6, 3.4)
@@ -99,7 +99,7 @@ def draw(unflipped: Any, flipped: Any, over_itself: Any) -> Any:
 
 
 def cell(axes: Any, x: float, y: float, value: float, colour: str, *, faint: bool = False) -> None:
-    """A number in a box."""
+    """Draw a number in a box."""
     from matplotlib.patches import Rectangle
 
     edge = "0.85" if faint else "0.55"

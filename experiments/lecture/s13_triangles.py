@@ -1,4 +1,4 @@
-"""§13: two right triangles that face each other, and that face the same way."""
+"""§13: two right triangles with opposite orientation and with the same orientation."""
 
 import sys
 from typing import Any
@@ -29,7 +29,7 @@ IMAGE = PATCH[::-1].copy()  # falls from its right angle
 
 
 def show(convolve: Any = signal.convolve, correlate: Any = signal.correlate) -> Shown:
-    """The patch over the image, not flipped and flipped; the triangles as they are, and less their means."""
+    """Slide the patch over the image, unflipped and flipped, with the original triangles and without their means."""
     hill, peak = correlate(IMAGE, PATCH), convolve(IMAGE, PATCH)
     image, patch = IMAGE - IMAGE.mean(), PATCH - PATCH.mean()
     low, high = correlate(image, patch), convolve(image, patch)
@@ -53,14 +53,14 @@ def show(convolve: Any = signal.convolve, correlate: Any = signal.correlate) -> 
 
 
 def changes_of_direction(y: Any) -> int:
-    """How often a sequence turns from rising to falling or back."""
+    """Return how often a sequence changes from rising to falling or back."""
     rises = np.sign(np.diff(np.asarray(y)))
     rises = rises[rises != 0]
     return int(np.sum(rises[1:] != rises[:-1]))
 
 
 def draw(as_they_are: Any, less_means: Any) -> Any:
-    """The shapes where they fit best, beside the curves over all shifts."""
+    """Draw the shapes at the best shift next to the curves over all shifts."""
     fig = figure(10.6, 4.3)
     shapes, curves = parts(fig, 1, 2, width_ratios=(1, 2.2))
     best = int(np.argmax(np.asarray(as_they_are[0]))) - (WIDTH - 1)
@@ -93,7 +93,7 @@ def draw(as_they_are: Any, less_means: Any) -> Any:
 
 
 def triangle(axes: Any, at: int, heights: Any, colour: str, label: str) -> None:
-    """A right triangle that stands at `at`."""
+    """Draw a right triangle at position `at`."""
     x = np.arange(at, at + WIDTH)
     axes.fill(np.r_[x[0], x, x[-1]], np.r_[0, heights, 0], facecolor=colour, alpha=0.35, edgecolor=colour, label=label)
 

@@ -1,4 +1,4 @@
-"""§14: what the auto-correlation of a signal tells: white noise and a periodic signal."""
+"""§14: the auto-correlation of white noise and of a periodic signal."""
 
 import sys
 from typing import Any
@@ -27,7 +27,7 @@ N, PERIOD = 1000, 40
 
 
 def show(autocorrelate: Any = signal.autocorrelate) -> Shown:
-    """White noise; a sine that the same noise almost hides; their auto-correlations."""
+    """Compute the auto-correlations of white noise, and of a sine that is almost hidden by the same noise."""
     rng = np.random.default_rng(14)
     noise = rng.normal(size=N)
     periodic = np.sin(2 * np.pi * np.arange(N) / PERIOD) + rng.normal(size=N)
@@ -58,7 +58,7 @@ def show(autocorrelate: Any = signal.autocorrelate) -> Shown:
 
 
 def draw(signals: Any, correlations: Any) -> Any:
-    """A row for each signal: itself, and r over the shift."""
+    """Draw a row per signal: the signal, and r over the shift."""
     fig = figure(10, 5)
     grid = fig.subplots(2, 2, width_ratios=(1, 1.2))
     for (left, right), (name, a), r, colour in zip(grid, signals.items(), correlations, (GREY, BLUE), strict=True):

@@ -1,4 +1,4 @@
-"""§14: correlation finds a template in a picture."""
+"""§14: correlation finds a template in an image."""
 
 import math
 import sys
@@ -35,7 +35,7 @@ FLAG = (320, 140)
 
 
 def show(match_template: Any = signal.match_template) -> Shown:
-    """One star as the template; the places that look like it; the same in a darker, flatter picture."""
+    """Find the positions similar to a star, first in an image, then in a darker one with less contrast."""
     picture = portrait()
     template = picture[AT[0] : AT[0] + SIZE[0], AT[1] : AT[1] + SIZE[1]]
     y = np.asarray(match_template(picture, template))
@@ -62,7 +62,7 @@ def show(match_template: Any = signal.match_template) -> Shown:
 
 
 def peaks(y: np.ndarray, least: float) -> list[tuple[int, int]]:
-    """The places where y is at least `least`, highest first, none within half a template of a higher one."""
+    """Return the positions where y is at least `least`, highest first, none within half a template of a higher one."""
     left, found = y.copy(), []
     while left.max() >= least:
         i, j = (int(n) for n in np.unravel_index(left.argmax(), left.shape))
@@ -72,7 +72,7 @@ def peaks(y: np.ndarray, least: float) -> list[tuple[int, int]]:
 
 
 def draw(picture: Any, template: Any, y: Any, found: Any, best_sum: Any) -> Any:
-    """The picture with what was found; the template; the heights."""
+    """Draw the image with the matches, the template, and the heights."""
     from matplotlib.patches import Rectangle
 
     fig = figure(10.2, 5.2)

@@ -1,4 +1,4 @@
-"""§15: on the way back the patch is turned by 180°, and what happens if it is not."""
+"""§15: in the backward pass the patch is flipped by 180°, and the effect of omitting the flip."""
 
 import sys
 from typing import Any
@@ -33,17 +33,17 @@ F = np.array([[1.0, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0], [1, 0, 0, 0], [1, 0, 0
 
 
 def turned(delta: Any, w: Any) -> Any:
-    """δ_x, right: δ with the patch turned."""
+    """Return the correct δ_x: δ with the flipped kernel."""
     return correlate(delta, w[::-1, ::-1], "full")
 
 
 def unturned(delta: Any, w: Any) -> Any:
-    """δ_x, wrong: δ with the patch as it is."""
+    """Return the wrong δ_x: δ with the unflipped kernel."""
     return correlate(delta, w, "full")
 
 
 def show(right: Any = turned, wrong: Any = unturned) -> Shown:
-    """Three spikes of δ and the letter F as patch; then δ, patch and channels at random."""
+    """Use three spikes of δ and the letter F as kernel, then random δ, kernel and channels."""
     w = jnp.asarray(F)
     delta = jnp.zeros((12, 13)).at[2, 2].set(1.0).at[5, 9].set(-1.0).at[10, 4].set(0.6)
     x = drawn(0, (16, 16))[0]
@@ -76,7 +76,7 @@ def show(right: Any = turned, wrong: Any = unturned) -> Shown:
 
 
 def sum_over_channels(delta: Any, w: Any) -> Any:
-    """δ_x of a layer: every input channel collects from every output channel, one convolution each."""
+    """Return δ_x of a layer: every input channel collects from every output channel, one convolution each."""
     channel = jax.vmap(convolve, (0, None))  # over the batch
     inputs, outputs = w.shape[-2:]
     found = [sum(channel(delta[..., o], w[:, :, i, o]) for o in range(outputs)) for i in range(inputs)]
@@ -84,7 +84,7 @@ def sum_over_channels(delta: Any, w: Any) -> Any:
 
 
 def draw(w: Any, delta: Any, differences: Any, right: Any, wrong: Any) -> Any:
-    """Patch and δ; three versions of δ_x, the two errors."""
+    """Draw kernel and δ, three versions of δ_x, and the two errors."""
     fig = figure(10, 6.4)
     top, bottom = fig.subplots(2, 3)
     signed(top[0], w, "the patch, w", limit=1)

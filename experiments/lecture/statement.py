@@ -1,6 +1,6 @@
-"""What the scripts of this folder have in common: a statement of the lecture, its checks, its picture, its verdict.
+"""Shared code of the scripts in this folder: a statement of the lecture, its checks, its figure, its verdict.
 
-A script has a STATEMENT, and a function `show` that computes the checks and draws the picture; it ends with
+A script has a STATEMENT, and a function `show` that computes the checks and draws the figure. It ends with
 
     if __name__ == "__main__":
         sys.exit(main(STATEMENT, show))
@@ -19,7 +19,7 @@ from experiments import cli
 from experiments.errors import RunError
 from experiments.files import replacing
 
-if TYPE_CHECKING:  # matplotlib and jax take seconds to import, and --help needs none of them
+if TYPE_CHECKING:  # importing matplotlib and jax takes seconds, and --help does not need them
     from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclasses.dataclass(frozen=True)
 class Statement:
-    """What the lecture says, and where this project has it. Text is HTML, as the page shows it; see `plain`."""
+    """A statement of the lecture, and where this project implements it. Text is HTML, as on the page; see `plain`."""
 
     name: str
     """The script's, without ".py"."""
@@ -50,7 +50,7 @@ class Statement:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One fact that the claim needs: what was measured, what it had to be, whether it is."""
+    """One fact that the claim requires: its name, the measured value, the required value, and whether they agree."""
 
     what: str
     measured: str
@@ -60,7 +60,7 @@ class Check:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Shown:
-    """What `show` returns: the checks, the picture, and a caption that says what is to be seen in it."""
+    """The result of `show`: the checks, the figure, and a caption that describes it."""
 
     checks: tuple[Check, ...]
     figure: "Figure"
@@ -68,28 +68,28 @@ class Shown:
 
     @property
     def holds(self) -> bool:
-        """Whether all checks do."""
+        """Whether all checks hold."""
         return all(check.holds for check in self.checks)
 
 
 def at_most(what: str, measured: Any, bound: float) -> Check:
-    """`measured`, one number, ≤ `bound`; NaN is not."""
+    """Check that `measured`, one number, is ≤ `bound`; NaN fails."""
     return Check(what, number(float(measured)), f"≤ {number(bound)}", bool(measured <= bound))
 
 
 def at_least(what: str, measured: Any, bound: float) -> Check:
-    """`measured`, one number, ≥ `bound`; NaN is not."""
+    """Check that `measured`, one number, is ≥ `bound`; NaN fails."""
     return Check(what, number(float(measured)), f"≥ {number(bound)}", bool(measured >= bound))
 
 
 def equal(what: str, measured: Any, expected: Any) -> Check:
-    """`measured` is exactly `expected`: shapes, numbers or arrays."""
+    """Check that `measured` is exactly `expected`: shapes, numbers or arrays."""
     holds = np.shape(measured) == np.shape(expected) and bool(np.all(np.asarray(measured) == np.asarray(expected)))
     return Check(what, text(measured), f"= {text(expected)}", holds)
 
 
 def refused(what: str, call: Callable[[], Any]) -> Check:
-    """`call` raises, because the sizes do not fit."""
+    """Check that `call` raises because the sizes do not fit."""
     try:
         call()
     except (TypeError, ValueError) as error:
@@ -98,7 +98,7 @@ def refused(what: str, call: Callable[[], Any]) -> Check:
 
 
 def number(value: float) -> str:
-    """`value` in few digits."""
+    """Format `value` with few digits."""
     if not math.isfinite(value):
         return str(value)
     if value == int(value) and abs(value) < 1e6:
@@ -107,7 +107,7 @@ def number(value: float) -> str:
 
 
 def text(value: Any) -> str:
-    """A shape as 24×24, an array in one line."""
+    """Format a shape as 24×24, an array in one line."""
     if isinstance(value, tuple):
         return "×".join(map(str, value)) if all(isinstance(n, int) for n in value) else ", ".join(map(text, value))
     if isinstance(value, str):
@@ -118,7 +118,7 @@ def text(value: Any) -> str:
 
 
 def relative(got: Any, expected: Any) -> float:
-    """‖got − expected‖ / ‖expected‖, of one array or of all in a list."""
+    """Return ‖got − expected‖ / ‖expected‖ of one array, or of all arrays in a list."""
     parts = list(zip(got, expected, strict=True)) if isinstance(got, list | tuple) else [(got, expected)]
     error = sum(float(np.sum(np.square(np.asarray(g, float) - np.asarray(e, float)))) for g, e in parts)
     size = sum(float(np.sum(np.square(np.asarray(e, float)))) for _, e in parts)
@@ -130,9 +130,9 @@ def relative(got: Any, expected: Any) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Show one statement of the lecture: print its checks and its verdict, save its picture.
+    """Show one statement of the lecture: print its checks and its verdict, save its figure.
 
-    The exit status is 0 if the statement holds, and 1 if it does not.
+    The exit status is 0 if the statement holds, and 1 otherwise.
     """
 
     out: Path = Path("runs/lecture")
@@ -149,7 +149,7 @@ def main(statement: Statement, show: Callable[[], Shown], argv: Sequence[str] | 
 
 
 def folder(out: Path) -> Path:
-    """Make the folder `out`, or find it: pictures of an earlier run are replaced. Raise RunError where none can be."""
+    """Create the folder `out` if needed; earlier figures are replaced. Raise RunError if that fails."""
     if out.exists() and not out.is_dir():
         raise RunError(f"--out {out}: expected a folder or nothing, got a file")
     try:
@@ -160,7 +160,7 @@ def folder(out: Path) -> Path:
 
 
 def tell(statement: Statement, show: Callable[[], Shown], out: Path) -> Shown:
-    """Compute in float64, print what came out, save the picture as `out`/<name>.png."""
+    """Compute in float64, print the result, save the figure as `out`/<name>.png."""
     import jax
 
     with jax.enable_x64(True):
@@ -173,12 +173,12 @@ def tell(statement: Statement, show: Callable[[], Shown], out: Path) -> Shown:
 
 
 def picture_path(statement: Statement, out: Path) -> Path:
-    """Where the picture of a statement lies."""
+    """Return the path of the figure of a statement."""
     return out / f"{statement.name}.png"
 
 
 def report(statement: Statement, shown: Shown) -> str:
-    """The claim, what was measured, the verdict."""
+    """Return the claim, the measurements and the verdict."""
     width = max(len(check.what) for check in shown.checks)
     lines = [f"§{statement.section}  {plain(statement.title)}"]
     lines += textwrap.wrap(plain(statement.claim), 118, initial_indent="  ", subsequent_indent="  ")
@@ -189,7 +189,7 @@ def report(statement: Statement, shown: Shown) -> str:
 
 
 def verdict(shown: Shown) -> str:
-    """In one line."""
+    """Return the verdict in one line."""
     failed = sum(not check.holds for check in shown.checks)
     if failed:
         return f"does not hold ({failed} of {len(shown.checks)} checks failed)"
@@ -197,7 +197,7 @@ def verdict(shown: Shown) -> str:
 
 
 def plain(html: str) -> str:
-    """HTML text as a terminal shows it."""
+    """Convert HTML text for a terminal."""
     import html as entities
     import re
 

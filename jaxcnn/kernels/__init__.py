@@ -1,7 +1,8 @@
-"""Fast arithmetic: the few products the backward rules speak in.  No derivatives here.
+"""Fast kernels for the few linear operations that the rules are written in. They have no derivative rules.
 
-`correlation` correlates pictures with patches, `windows` takes maxima and sums of windows, `bins` of windows of nearly
-equal size; `dtypes` says what sums are taken in, `storage` what XLA is not to compute twice, `threads` what it is to
-divide.  What each computes is the sum in its docstring; how, is chosen by platform and static shape in one visible
-place a product.  Rooms: kernels import `jaxcnn.geometry` and nothing else of jaxcnn.
+`correlation` correlates images with kernels. `windows` computes maxima and sums over windows, and `bins` over windows
+of nearly equal size. `dtypes` sets the accumulation dtypes, `storage` marks arrays that XLA must not recompute, and
+`threads` marks products that XLA must divide between threads. Each docstring gives the sum that is computed. One
+function per product picks the implementation by platform and static shape. Kernels import `jaxcnn.geometry` and nothing
+else from jaxcnn.
 """

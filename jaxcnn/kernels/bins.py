@@ -1,8 +1,8 @@
-"""Bins: a row of n entries in m windows of nearly equal size, which adaptive pooling takes.
+"""Bins: m windows of nearly equal size over n positions, as used in adaptive pooling.
 
-Bin o runs from ⌊o·n/m⌋ to ⌈(o + 1)·n/m⌉, so that every entry is in one, neighbours share at most one, and m may be
-larger than n.  Entry i is in bin o exactly if o·n < (i + 1)·m and i·m < (o + 1)·n: a relation that is the same seen
-from the other side.  The bins that hold entry i are bin i of m entries in n.
+Bin o runs from ⌊o·n/m⌋ to ⌈(o + 1)·n/m⌉. Every position is in at least one bin, neighboring bins share at most one
+position, and m may be larger than n. Position i is in bin o exactly if o·n < (i + 1)·m and i·m < (o + 1)·n. This
+relation is symmetric: the bins that contain position i are bin i of m positions in n.
 """
 
 import functools
@@ -18,23 +18,23 @@ from jaxcnn.kernels.shapes import beside
 
 @functools.cache
 def bins(n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
-    """``(m, most)``: the entries of every bin, and which of them are its own (the others repeat its last)."""
+    """Return ``(m, most)`` positions, and a mask of those in the bin; the others repeat its last position."""
     starts = np.arange(m) * n // m
     ends = -(-(np.arange(m) + 1) * n // m)
     at = starts[:, None] + np.arange(max(ends - starts, default=1))
-    # int32 whether 64-bit types are on or not: JAX keeps one program for both.
+    # int32 whether or not 64-bit types are enabled: JAX caches one program for both.
     return np.minimum(at, ends[:, None] - 1).astype(np.int32), at < ends[:, None]
 
 
 def counts(n: int, m: int) -> np.ndarray:
-    """The entries of every bin."""
+    """Return the number of positions in every bin."""
     return bins(n, m)[1].sum(1)
 
 
 def bin_sum(size: tuple[int, ...], x: Array) -> Array:
-    """The sum of every bin of a picture ``(N, *spatial, C)``, ``(N, *size, C)``; 16-bit floats are summed in float32.
+    """Sum every bin: images ``(N, *spatial, C)`` to ``(N, *size, C)``. 16-bit floats are summed in float32.
 
-    Its own adjoint, with ``size`` and the spatial dims exchanged.
+    This is its own adjoint, with ``size`` and the spatial dims exchanged.
     """
     total = x.astype(accumulator(x.dtype))
     for axis, m in enumerate(size, start=1):
@@ -44,16 +44,17 @@ def bin_sum(size: tuple[int, ...], x: Array) -> Array:
 
 
 def bin_largest(size: tuple[int, ...], x: Array) -> tuple[Array, Array]:
-    """The largest entry of every bin, and its number in the flattened spatial dims, int32.
+    """Return the largest element of every bin, and its int32 index into the flattened spatial dims.
 
-    Ties go to the first in row-major order, NaN wins over numbers.  One dim after the other, the last first.
+    Ties go to the first in row-major order, and NaN wins over numbers. Dims are reduced one after the other, the last
+    first.
     """
     spatial = x.shape[1:-1]
     index = jnp.arange(math.prod(spatial), dtype=jnp.int32).reshape(1, *spatial, 1)
     y, index = x, jnp.broadcast_to(index, x.shape)
     for axis in reversed(range(1, x.ndim - 1)):
         rows, own = _rows(y, axis, size[axis - 1])
-        y = rows.max(axis + 1)  # what is not a bin's own repeats its last entry
+        y = rows.max(axis + 1)  # positions outside the bin repeat its last element
         wins = beside(own, rows) & ((rows == jnp.expand_dims(y, axis + 1)) | (rows != rows))
         first = jnp.expand_dims(jnp.argmax(wins, axis + 1), axis + 1)
         index = jnp.squeeze(jnp.take_along_axis(_rows(index, axis, size[axis - 1])[0], first, axis + 1), axis + 1)
@@ -61,7 +62,7 @@ def bin_largest(size: tuple[int, ...], x: Array) -> tuple[Array, Array]:
 
 
 def _rows(x: Array, axis: int, m: int) -> tuple[Array, np.ndarray]:
-    """Along an axis, ``(…, m, most, …)``: the entries of every bin, and which are its own."""
+    """Return the elements of every bin along an axis, ``(…, m, most, …)``, and a mask of the valid ones."""
     n = x.shape[axis]
     at, own = bins(n, m)
     beside = x.reshape(*x.shape[:axis], m, n // m, *x.shape[axis + 1 :]) if n % m == 0 else None

@@ -1,14 +1,14 @@
-"""Pictures against patches: the three products of a convolution layer, each linear in both of its arguments.
+"""Images and kernels: the three products of a convolution layer, each linear in both arguments.
 
-    correlate   y[o] = Σ_k x[o·s + k·d − lo] · w[k]          picture and patch
-    spread      x[i] = Σ_{o·s + k·d − lo = i} y[o] · w[k]ᵀ    its adjoint in x: δ and the flipped patch
-    match       w[k] = Σ_o x[o·s + k·d − lo]ᵀ · y[o]          its adjoint in w: picture and δ
+    correlate   y[o] = Σ_k x[o·s + k·d − lo] · w[k]          image and kernel
+    spread      x[i] = Σ_{o·s + k·d − lo = i} y[o] · w[k]ᵀ    its adjoint in x: δ and the flipped kernel
+    match       w[k] = Σ_o x[o·s + k·d − lo]ᵀ · y[o]          its adjoint in w: image and δ
 
-summed over the batch where it is contracted; ⟨correlate(x, w), y⟩ = ⟨x, spread(y, w)⟩ = ⟨w, match(x, y)⟩.
+`match` sums over the batch. ⟨correlate(x, w), y⟩ = ⟨x, spread(y, w)⟩ = ⟨w, match(x, y)⟩.
 
-Each product has its *lowerings*, functions of one signature in the table beneath it, and one `choose_…` that picks by
-static shape on CPU.  Other platforms run "xla": one `lax.conv_general_dilated`, never with negative padding, which
-XLA:CPU computes wrongly (openxla/xla#48713).
+Each product has several *lowerings*, functions with the same signature, in the table below it. On CPU, one `choose_…`
+function per product picks among them by static shape. Other platforms run "xla": one `lax.conv_general_dilated`. Its
+padding is never negative, because XLA:CPU computes negative padding incorrectly (openxla/xla#48713).
 """
 
 import dataclasses
@@ -33,38 +33,39 @@ from jaxcnn.kernels.windows import at_tap, divisor, interleaved, meeting, pad_ax
 
 Lowering = Callable[[Correlation, Array, Array], Array]
 
-#: Target for a batch block, one kernel row of its patches and its δ, in bytes: most of a core's second-level cache.
+#: Target size in bytes of a batch block (the image patches of one kernel row, and δ): most of a core's L2 cache.
 BLOCK_BYTES = 5 << 18
 
-#: The same for the patches themselves, each entry as often as it is met.
+#: The same for whole image patches, counting each element as often as it occurs.
 PATCHES_BYTES = 1 << 22
 
-#: Target for what a batch block's δ times all of the patch make: more than any cache, but few page faults.
+#: Target size in bytes of the product of a batch block's δ with the whole kernel: larger than any cache, but few page
+#: faults.
 PRODUCT_BYTES = 1 << 23
 
-#: Groups are joined up to so many channels: a vector of float32, and what jaxlib 0.10 still runs on all threads.
+#: Groups are joined up to this many channels: one float32 vector, and few enough for jaxlib 0.10 to use all threads.
 JOINED = 16
 
-#: Entries of a kernel in one dim up to which a slice of its own for each is written out.
+#: Up to this kernel size in one dim, one slice per element is written out.
 LONGEST = 64
 
-#: Inputs times outputs from which XLA:CPU divides a convolution between threads by itself.
+#: From this value of inputs · outputs, XLA:CPU divides a convolution between threads without help.
 DIVIDED = 9000
 
-#: Multiplications up to which XLA's convolution does: other forms take five times as long to compile.
+#: Up to this many multiplications, XLA's convolution is used: other forms take five times as long to compile.
 SMALL = 1 << 14
 
-#: What asks for speed at the cost of accuracy; the strings are values of ``jax_default_matmul_precision``.
+#: Precisions that request speed at the cost of accuracy; the strings are values of ``jax_default_matmul_precision``.
 FASTEST = (lax.Precision.DEFAULT, "default", "bfloat16")
 
-#: Up to what a product is unrolled: channels of a group; where there is one group, multiplications for a place; and, of
-#: weight gradients, sums over all places.
+#: Limits for unrolling a product: channels per group; for one group, multiplications per position; for weight
+#: gradients, number of sums over all positions.
 UNROLLED = {"channels": 15, "multiplications": 640, "sums": 160}
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def correlate(c: Correlation, x: Array, w: Array) -> Array:
-    """``(N, *out, O)``, in ``c.dtype``."""
+    """Correlate ``x`` with ``w``; the result is ``(N, *out, O)``, in ``c.dtype``."""
     if x.size == 0 or w.size == 0:
         return jnp.zeros((x.shape[0], *c.window.out, w.shape[-1]), c.dtype)
     run = functools.partial(_run, CORRELATE, choose_correlate(c, x, w), c, dtype=c.dtype)
@@ -73,7 +74,7 @@ def correlate(c: Correlation, x: Array, w: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def spread(c: Correlation, y: Array, w: Array) -> Array:
-    """``(N, *shape, I)``, in the wider dtype of the two."""
+    """Apply the adjoint of `correlate` in x; the result is ``(N, *shape, I)``, in the promoted dtype."""
     dtype = wider(y.dtype, w.dtype)
     if y.size == 0 or w.size == 0:
         return jnp.zeros((y.shape[0], *c.window.shape, w.shape[-2] * c.groups), dtype)
@@ -83,7 +84,7 @@ def spread(c: Correlation, y: Array, w: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def match(c: Correlation, x: Array, y: Array) -> Array:
-    """``(*size, I/groups, O)``, in the wider dtype of the two."""
+    """Apply the adjoint of `correlate` in w; the result is ``(*size, I/groups, O)``, in the promoted dtype."""
     dtype = wider(x.dtype, y.dtype)
     if x.size == 0 or y.size == 0:
         return jnp.zeros((*c.window.size, x.shape[-1] // c.groups, y.shape[-1]), dtype)
@@ -96,19 +97,19 @@ def match(c: Correlation, x: Array, y: Array) -> Array:
 
 
 def places(c: Correlation) -> slice:
-    """The dims of images and results that no device may have a part of: channels too, where they are in groups."""
+    """Return the dims of images and results that must not be sharded; with groups, this includes channels."""
     return slice(1, -1 if c.groups == 1 else None)
 
 
 def taps(c: Correlation) -> slice:
-    """The same of kernels."""
+    """Return the dims of kernels that must not be sharded."""
     return slice(0, -2 if c.groups == 1 else None)
 
 
 def _run(table: dict[str, Lowering], cpu: str, c: Correlation, a: Array, b: Array, dtype: np.dtype) -> Array:
-    """One lowering on CPU, "xla" elsewhere.
+    """Run lowering ``cpu`` on CPU and "xla" elsewhere.
 
-    16-bit floats accumulate in float32; on other platforms the units do so by themselves.
+    On CPU, 16-bit floats accumulate in float32. Other platforms do so in hardware.
     """
     wide = wider(a.dtype, b.dtype, dtype)
     sums = accumulator(wide)
@@ -125,7 +126,7 @@ def _run(table: dict[str, Lowering], cpu: str, c: Correlation, a: Array, b: Arra
 
 
 def applies(lowering: str, c: Correlation, inputs: int) -> bool:
-    """Whether a lowering can compute its product for ``inputs`` channels at all; `choose_…` picks among those."""
+    """Whether a lowering supports the product for ``inputs`` channels; `choose_…` picks among the supported ones."""
     can = {
         "pointwise": c.groups == 1 and c.window.entries == 1 and not c.window.padded,
         "spare_channel": c.groups == 1,
@@ -141,21 +142,21 @@ def applies(lowering: str, c: Correlation, inputs: int) -> bool:
 
 
 def _small(c: Correlation, batch: int, inputs: int, outputs: int) -> bool:
-    """Whether compiling it is what takes time, from so many channels to so many.
+    """Whether the product is so small that compile time dominates.
 
-    Not of groups: XLA:CPU makes one convolution of them, where what is not finite in one reaches all.
+    Grouped convolutions are excluded: XLA:CPU joins the groups, so a NaN or infinity in one reaches all of them.
     """
     return c.groups == 1 and at_most(batch * math.prod(c.window.out) * c.window.entries * inputs * outputs, SMALL)
 
 
 def _choose_grouped(c: Correlation, inputs: int, outputs: int) -> str:
-    """For more than one group, in `correlate` and `spread`: from so many channels to so many."""
+    """Choose a lowering for more than one group, in `correlate` and `spread`."""
     inputs, outputs = inputs // c.groups, outputs // c.groups
     return "unrolled" if max(inputs, outputs) <= UNROLLED["channels"] else "by_group"
 
 
 def _unrolled_pays(c: Correlation, inputs: int, outputs: int) -> bool:
-    """For one group, in `correlate` and `spread`: whether the terms make one loop, and few channels."""
+    """Whether to unroll for one group, in `correlate` and `spread`: few channels, and terms that fit one loop."""
     terms = c.window.entries * inputs
     return terms <= unrolled.TERMS and terms * outputs <= UNROLLED["multiplications"]
 
@@ -165,7 +166,7 @@ def _unrolled_pays(c: Correlation, inputs: int, outputs: int) -> bool:
 
 
 def choose_correlate(c: Correlation, x: Array, w: Array) -> str:
-    """What runs on CPU."""
+    """Choose the lowering of `correlate` for CPU."""
     inputs = x.shape[-1]
     if _small(c, x.shape[0], inputs, w.shape[-1]):
         return "xla"
@@ -185,10 +186,11 @@ def choose_correlate(c: Correlation, x: Array, w: Array) -> str:
 
 
 def _winograd_pays(c: Correlation, a: Array, inputs: int, outputs: int, *, whole: bool) -> bool:
-    """Whether Winograd's form is allowed (`_fastest`) and halves the multiplications of a product.
+    """Whether Winograd's form is allowed (`_fastest`) and at least halves the multiplications of a product.
 
-    3 × 3 kernels save too few of them to outweigh the transforms of fewer than 64 channels; nor, where the other
-    choice is XLA's convolution, of a batch in blocks: a ``whole`` one shares them with the layer's other products.
+    For 3 × 3 kernels the saving outweighs the transforms only from 64 channels on. If the alternative is XLA's
+    convolution (``whole``), the batch must also fit in one block, so that the transforms are shared with the layer's
+    other products.
     """
     if not _fastest(c) or wider(a.dtype, c.dtype).itemsize > 4 or not applies("winograd", c, inputs):
         return False
@@ -204,10 +206,10 @@ def _winograd_pays(c: Correlation, a: Array, inputs: int, outputs: int, *, whole
 
 
 def _fastest(c: Correlation) -> bool:
-    """Whether the caller explicitly asks for speed at the cost of accuracy.
+    """Whether the caller explicitly requests speed at the cost of accuracy.
 
-    That is `lax.Precision.DEFAULT` ("fastest") of both operands, as the argument or as
-    ``jax_default_matmul_precision``. None in both places asks for nothing, and every sum is then direct.
+    The request is `lax.Precision.DEFAULT` ("fastest") for both operands, as the argument or as
+    ``jax_default_matmul_precision``. If both are None, nothing is requested, and every sum is computed directly.
     """
     wanted = c.precision
     if wanted is None:
@@ -217,10 +219,10 @@ def _fastest(c: Correlation) -> bool:
 
 
 def _all_threads_pay(c: Correlation, a: Array, outputs: int, after: tuple[int, ...]) -> bool:
-    """Whether jaxlib 0.10 runs a convolution of ``a``, to pictures of size ``after``, on one thread, and for long.
+    """Whether jaxlib 0.10 runs a long convolution of ``a``, to images of size ``after``, on one thread.
 
-    Those that grow a picture, and those of at most 16 channels, Eigen runs, on all threads; so many channels that the
-    other library divides them itself need no help.
+    Eigen runs convolutions that enlarge an image, and those of at most 16 channels, on all threads. With many channels
+    the other library divides the convolution without help.
     """
     batch, *before, inputs = a.shape
     if not ONE_THREAD or c.window.ndim != 2 or any(more > n for more, n in zip(after, before, strict=True)):
@@ -231,7 +233,7 @@ def _all_threads_pay(c: Correlation, a: Array, outputs: int, after: tuple[int, .
 
 
 def _spare_channel_pays(c: Correlation, inputs: int, outputs: int) -> bool:
-    """Whether jaxlib 0.10 is slow for so many channels: odd numbers of them, to one vector of outputs or two."""
+    """Whether jaxlib 0.10 is slow for these channels: an odd number of inputs, and 17 to 32 outputs."""
     return ONE_THREAD and c.window.ndim == 2 and inputs >= 3 and inputs % 2 == 1 and 16 < outputs <= 32
 
 
@@ -241,25 +243,25 @@ def _correlate_xla(c: Correlation, x: Array, w: Array) -> Array:
 
 
 def _correlate_all_threads(c: Correlation, x: Array, w: Array) -> Array:
-    """XLA's, divided between threads; `kernels.threads` tells how."""
+    """Run XLA's convolution on all threads (see `kernels.threads`)."""
     return on_all_threads(_correlate_xla(c, x, w), x, w)
 
 
 def _correlate_spare_channel(c: Correlation, x: Array, w: Array) -> Array:
-    """One more channel, of zeros: colours, three at a time, take jaxlib 0.10 two to seven times as long as four."""
+    """Add a channel of zeros: jaxlib 0.10 takes two to seven times as long for 3 channels (RGB) as for 4."""
     whole = ((0, 0),) * (x.ndim - 2)
     x = jnp.pad(x, ((0, 0), *whole, (0, 1)))
     return _correlate_all_threads(c, x, jnp.pad(w, (*whole, (0, 1), (0, 0))))
 
 
 def _correlate_pointwise(c: Correlation, x: Array, w: Array) -> Array:
-    """A patch of one entry is a matrix."""
+    """Multiply by a 1 × 1 kernel, which is a matrix."""
     (entries,) = tap_slices(c.window, x, 0)
     return _dot(entries, w.reshape(w.shape[-2:]), entries.ndim - 1, 0, c)
 
 
 def _correlate_by_depth(c: Correlation, x: Array, w: Array) -> Array:
-    """The sum of what each slice of the patch makes of pictures that are slices: XLA is five times as long in 3-D."""
+    """Sum the 2-D correlations with each depth slice of the kernel: XLA's 3-D convolution takes five times as long."""
     flat = _flat(c)
     found = [
         CORRELATE[choose_correlate(flat, at, of_w)](flat, at, of_w)
@@ -290,7 +292,7 @@ CORRELATE: dict[str, Lowering] = {
 
 
 def choose_spread(c: Correlation, y: Array, w: Array) -> str:
-    """What runs on CPU."""
+    """Choose the lowering of `spread` for CPU."""
     inputs = w.shape[-2] * c.groups
     if _small(c, y.shape[0], inputs, w.shape[-1]):
         return "xla"
@@ -314,9 +316,9 @@ def choose_spread(c: Correlation, y: Array, w: Array) -> str:
 
 
 def _products_pay(win: Window, inputs: int) -> bool:
-    """Whether few numbers come of each δ, or XLA's convolution is slow: in 3-D, and with zeros between δ.
+    """Whether "products" pays: each δ yields few products, or XLA's convolution is slow (3-D, or strided δ).
 
-    Also for small kernels where δ of windows in padding would have to be cut off first, a copy.
+    It also pays for small kernels if δ of windows in the padding would have to be sliced off first, which is a copy.
     """
     if not _products_fit(win, inputs):
         return False
@@ -329,32 +331,32 @@ def _products_pay(win: Window, inputs: int) -> bool:
 
 
 def _products_fit(win: Window, inputs: int) -> bool:
-    """Whether the program stays short, and what a single image's δ makes of the whole kernel stays in memory."""
+    """Whether the program stays short and the products of a single image's δ with the whole kernel fit in memory."""
     return max(win.size) <= LONGEST and math.prod(win.out) * win.entries * inputs <= PRODUCT_BYTES
 
 
 def _padded_to_twice(win: Window) -> bool:
-    """Whether XLA's convolution multiplies as many zeros around δ as entries of δ: "products" multiplies none."""
+    """Whether XLA's convolution would multiply as many zeros around δ as elements of δ; "products" multiplies none."""
     once = all(s == 1 for s in win.stride)
     return win.ndim == 2 and once and math.prod(win.shape) >= 2 * math.prod(win.out)
 
 
 def _phases_pay(win: Window, inputs: int, outputs: int) -> bool:
-    """Whether there are zeros between δ, on which XLA loses a tenth to four fifths of the time."""
+    """Whether there are zeros between the elements of δ, which cost XLA 10 to 80 % of the time."""
     strided = win.ndim == 2 and any(s > 1 for s in win.stride)
     return strided and (inputs * outputs <= DIVIDED or any(d > 1 for d in win.dilation))
 
 
 def _few_meet(win: Window) -> bool:
-    """Whether patches overlap, but not in all of their taps."""
+    """Whether windows overlap, but not in all of their taps."""
     return any(1 < s < k for k, s in zip(win.size, win.stride, strict=True))
 
 
 def _spread_xla(c: Correlation, y: Array, w: Array) -> Array:
-    """The full correlation of δ, spaced by the stride, with the patch turned by 180° and its channels swapped."""
+    """Correlate δ, dilated by the stride, in full with the kernel flipped by 180° and its channels swapped."""
     win = c.window
     starts, ends, pads = zip(*(_reached(win, dim) for dim in range(win.ndim)), strict=True)
-    if any(end <= start for start, end in zip(starts, ends, strict=True)):  # every window lies in padding
+    if any(end <= start for start, end in zip(starts, ends, strict=True)):  # every window is in the padding
         return jnp.zeros((y.shape[0], *win.shape, w.shape[-2] * c.groups), y.dtype)
     y = lax.slice(y, (0, *starts, 0), (y.shape[0], *ends, y.shape[-1]))
     flipped = lax.rev(w, range(win.ndim))
@@ -368,24 +370,24 @@ def _spread_xla(c: Correlation, y: Array, w: Array) -> Array:
 
 
 def never_of_groups(win: Window, pads: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
-    """How to pad a spaced picture under a patch, one more than wanted where XLA would abort the process.
+    """Return the padding of dilated images, with one extra element where XLA would otherwise abort the process.
 
-    It takes a dim of two entries a patch, spaced by two and not padded, for one that stands for groups; where the patch
-    is larger than the picture it then makes them change places, and finds its own result malformed (jaxlib 0.10–0.12).
+    XLA mistakes a dim with kernel size 2, stride 2 and no padding for a group dim. If the kernel is larger than the
+    image, XLA then exchanges the two and rejects its own result as malformed (jaxlib 0.10–0.12).
     """
     dims = zip(win.size, win.stride, win.dilation, pads, strict=True)
     return tuple((lo, hi + ((k, s, d, lo, hi) == (2, 2, 1, 0, 0))) for k, s, d, (lo, hi) in dims)
 
 
 def _spread_all_threads(c: Correlation, y: Array, w: Array) -> Array:
-    """As `_correlate_all_threads`."""
+    """Run `_spread_xla` on all threads (see `kernels.threads`)."""
     return on_all_threads(_spread_xla(c, y, w), y, w)
 
 
 def _reached(win: Window, dim: int) -> tuple[int, int, tuple[int, int]]:
-    """Which outputs see the picture at all, ``start … end``, and how to pad those (never below zero).
+    """Return the range ``start … end`` of outputs whose windows reach the image, and their padding (never negative).
 
-    Outputs that lie wholly in padding are dropped; with them gone, what remains needs less padding than a patch.
+    Outputs whose windows are entirely in the padding are dropped, so the remaining padding is smaller than the kernel.
     """
     n, s, (lo, _) = win.shape[dim], win.stride[dim], win.padding[dim]
     reach = win.extent[dim] - 1
@@ -403,7 +405,7 @@ def _spread_pointwise(c: Correlation, y: Array, w: Array) -> Array:
 
 
 def _spread_products(c: Correlation, y: Array, w: Array) -> Array:
-    """Every δ times the whole patch, one GEMM, then sums of what meets in one entry; a block of pictures at a time.
+    """Multiply every δ by the whole kernel in one GEMM per block of images, then sum the products of each position.
 
     No product has a zero of the stride as a factor.
     """
@@ -424,17 +426,17 @@ def _spread_products(c: Correlation, y: Array, w: Array) -> Array:
 
 
 def _spread_phases(c: Correlation, y: Array, w: Array) -> Array:
-    """Entries a multiple of the stride apart meet the same taps: for each remainder a convolution of δ as it lies."""
+    """Run one convolution of undilated δ per remainder by the stride: positions that share it meet the same taps."""
     win = c.window
     met = itertools.product(*(meeting(win, dim) for dim in range(win.ndim)))
     return interleaved(win, [_phase(c, y, w, pairs) for pairs in met])
 
 
 def _phase(c: Correlation, y: Array, w: Array, pairs: Sequence[Sequence[tuple[int, int]]]) -> Array:
-    """What one remainder by the stride makes: of every dim, taps and shifts of δ."""
+    """Compute the positions with one remainder by the stride; ``pairs`` are taps and shifts of δ per dim."""
     win = c.window
     length = [-(-n // s) for n, s in zip(win.shape, win.stride, strict=True)]
-    # The later a tap the less δ is shifted, so that the patch is turned.
+    # The shift of δ decreases with the tap, so the kernel is flipped.
     bounds = [(of[-1][1], of[0][1] + n) if of else (0, 0) for of, n in zip(pairs, length, strict=True)]
     starts = [max(low, 0) for low, _ in bounds]
     ends = [min(high, out) for (_, high), out in zip(bounds, win.out, strict=True)]
@@ -453,9 +455,9 @@ def _phase(c: Correlation, y: Array, w: Array, pairs: Sequence[Sequence[tuple[in
 
 
 def _met(win: Window, dim: int, products: Array) -> Array:
-    """Sums along one dim of the patch, the first that is left: what meets in an entry of the picture along ``dim``.
+    """Sum over the first remaining kernel dim, adding the contributions to each input position along ``dim``.
 
-    Entries that are a multiple of the stride apart meet the same taps, so that they are one sum of shifted slices.
+    Positions that are a multiple of the stride apart meet the same taps, so they are one sum of shifted slices.
     """
     axis, taps, n, s = dim + 1, win.ndim + 1, win.shape[dim], win.stride[dim]
     length = -(-n // s)
@@ -464,7 +466,7 @@ def _met(win: Window, dim: int, products: Array) -> Array:
     for tap in range(win.size[dim]):
         shift, start = divmod(tap * win.dilation[dim] - win.padding[dim][0], s)
         begin, end = max(-shift, 0), min(win.out[dim], length - shift)
-        if begin < end:  # else what the tap makes lies in padding, as do the entries cut off here
+        if begin < end:  # otherwise this tap is always in the padding, as are the elements cut off here
             one = lax.slice_in_dim(lax.index_in_dim(products, tap, taps, keepdims=False), begin, end, axis=axis)
             sums[start] += pad_axis(one, axis, begin + shift, length - end - shift)
     x = jnp.stack(sums, axis + 1) if s > 1 else sums[0]
@@ -472,7 +474,7 @@ def _met(win: Window, dim: int, products: Array) -> Array:
 
 
 def _spread_by_depth(c: Correlation, y: Array, w: Array) -> Array:
-    """The adjoint: what each slice of the patch makes of δ, put where that slice stood, and added."""
+    """Apply the adjoint of `_correlate_by_depth`: each depth slice's contribution is added at its position."""
     flat, win = _flat(c), c.window
     depth, k, s, d, out, (lo, hi) = (
         win.shape[0], win.size[0], win.stride[0], win.dilation[0], win.out[0], win.padding[0],
@@ -509,7 +511,7 @@ SPREAD: dict[str, Lowering] = {
 
 
 def choose_match(c: Correlation, x: Array, y: Array) -> str:
-    """What runs on CPU."""
+    """Choose the lowering of `match` for CPU."""
     inputs = x.shape[-1]
     if _small(c, x.shape[0], inputs, y.shape[-1]):
         return "xla"
@@ -527,16 +529,16 @@ def choose_match(c: Correlation, x: Array, y: Array) -> str:
         return "winograd"
     if c.window.ndim > 1 and any(s > 1 for s in c.window.stride):
         return "patches"
-    few = c.window.ndim == 2 and y.shape[-1] <= 16  # outputs, of which a GEMM would like more
+    few = c.window.ndim == 2 and y.shape[-1] <= 16  # output channels: few for a GEMM
     return "turned" if few or c.window.ndim == 1 else "rows"
 
 
 def _match_xla(c: Correlation, x: Array, y: Array) -> Array:
-    """A valid correlation of the picture with δ: batch and channels change places, stride and dilation too."""
+    """Run a valid correlation of the image with δ; batch and channels change places, as do stride and dilation."""
     win = c.window
     x, pads = _match_pads(win, x)
     spatial = tuple(range(1, win.ndim + 1))
-    roles = lax.ConvDimensionNumbers(  # (batch, feature, *spatial) of x, of y as the patch, and of w
+    roles = lax.ConvDimensionNumbers(  # (batch, feature, *spatial) of x, of y as the kernel, and of w
         (x.ndim - 1, 0, *spatial), (x.ndim - 1, 0, *spatial), (win.ndim, win.ndim + 1, *range(win.ndim))
     )
     return lax.conv_general_dilated(
@@ -552,7 +554,7 @@ def _match_xla(c: Correlation, x: Array, y: Array) -> Array:
 
 
 def _match_turned(c: Correlation, x: Array, y: Array) -> Array:
-    """The same, turned before and after: XLA:CPU does so by itself, but neither in a loop nor in a branch."""
+    """Run the same with explicit transposes: XLA:CPU inserts them itself, but neither in a loop nor in a branch."""
     win = c.window
     x, pads = _match_pads(win, x)
     w = _conv(
@@ -568,7 +570,7 @@ def _match_turned(c: Correlation, x: Array, y: Array) -> Array:
 
 
 def _match_pads(win: Window, x: Array) -> tuple[Array, list[tuple[int, int]]]:
-    """The picture and its padding, which is nowhere negative, nor once XLA has made x and δ change places."""
+    """Return the image and its padding, which is never negative, not even once XLA has exchanged x and δ."""
     pads = [(lo, span - lo - n) for span, n, (lo, _) in zip(win.span, win.shape, win.padding, strict=True)]
     longer = [(out - 1) * s + 1 - n for out, s, n in zip(win.out, win.stride, win.shape, strict=True)]
     if any(min(lo, hi) < max(more, 0) for (lo, hi), more in zip(pads, longer, strict=True)):
@@ -577,16 +579,16 @@ def _match_pads(win: Window, x: Array) -> tuple[Array, list[tuple[int, int]]]:
 
 
 def _match_pointwise(c: Correlation, x: Array, y: Array) -> Array:
-    """One GEMM, its left side entry by entry: turned by XLA:CPU itself it takes two to five times as long."""
+    """Run one GEMM with the left side transposed explicitly; XLA:CPU itself takes two to five times as long."""
     (entries,) = tap_slices(c.window, x, 0)
     w = _dot(entries.reshape(-1, x.shape[-1]).T, y.reshape(-1, y.shape[-1]), 1, 0, c)
     return w.reshape(*c.window.size, *w.shape)
 
 
 def _match_rows(c: Correlation, x: Array, y: Array) -> Array:
-    """Patches of one kernel row, entry by entry (K-major), times δ: a GEMM a kernel row, a block of pictures at a time.
+    """Multiply the patches of one kernel row (K-major) by δ: one GEMM per kernel row and block of images.
 
-    The blocks keep the patches in cache; the K-major form is the GEMM that runs fastest on CPU.
+    The blocks keep the patches in cache. K-major is the GEMM layout that runs fastest on CPU.
     """
     win, channels = c.window, x.shape[-1]
     *rows, width = win.size
@@ -594,7 +596,7 @@ def _match_rows(c: Correlation, x: Array, y: Array) -> Array:
     block = divisor(x.shape[0], BLOCK_BYTES // max(entries * x.dtype.itemsize, 1))
 
     def one_block(x: Array, y: Array) -> Array:
-        x = fit(win, x)  # a block at a time: no padded copy of the whole
+        x = fit(win, x)  # block by block, so that the whole batch is never copied with padding
         x = jnp.moveaxis(jnp.moveaxis(x, 0, -2), -1, 0)  # (I, *span, N)
         y = jnp.moveaxis(y, 0, -2).reshape(-1, y.shape[-1])  # (*out·N, O)
         axis, s, d = win.ndim, win.steps[-1], win.dilation[-1]
@@ -618,9 +620,9 @@ def _match_rows(c: Correlation, x: Array, y: Array) -> Array:
 
 
 def _match_patches(c: Correlation, x: Array, y: Array) -> Array:
-    """Whole patches, their taps side by side: δᵀ times them, one GEMM for a block of pictures.
+    """Multiply δᵀ by whole image patches, the taps concatenated: one GEMM per block of images.
 
-    Copied as they lie, which takes longer than `rows` where patches overlap in most of their entries.
+    The patches are copied without a transpose. This takes longer than `rows` where patches overlap in most elements.
     """
     win, channels = c.window, x.shape[-1]
     entries = math.prod(win.out) * win.entries * channels
@@ -635,7 +637,7 @@ def _match_patches(c: Correlation, x: Array, y: Array) -> Array:
 
 
 def _patches(win: Window, x: Array) -> Array:
-    """``(N, *out, entries · C)``, made dim by dim: a slice for each entry of a kernel's row, not for each of all."""
+    """Return patches ``(N, *out, entries · C)``, built dim by dim: one slice per element of each dim, not of all."""
     x = fit(win, x)
     for dim in reversed(range(win.ndim)):
         s, last = win.stride[dim], (win.out[dim] - 1) * win.stride[dim] + 1
@@ -647,7 +649,7 @@ def _patches(win: Window, x: Array) -> Array:
 def _sum_of_blocks(
     one_block: Callable[[Array, Array], Array], block: int, x: Array, y: Array, shape: tuple[int, ...]
 ) -> Array:
-    """Σ of what each ``block`` pictures of a batch make; 0 for no pictures."""
+    """Sum ``one_block`` over all blocks of ``block`` images; 0 for an empty batch."""
 
     def add_block(i: int, w: Array) -> Array:
         part = functools.partial(lax.dynamic_slice_in_dim, start_index=i * block, slice_size=block)
@@ -659,7 +661,7 @@ def _sum_of_blocks(
 
 
 def _match_by_depth(c: Correlation, x: Array, y: Array) -> Array:
-    """Slice by slice of the patch."""
+    """Run `match` for each depth slice of the kernel."""
     flat = _flat(c)
     y = y.reshape(-1, *y.shape[2:])
     return jnp.stack([MATCH[choose_match(flat, at, y)](flat, at, y) for at in _depth_slices(c.window, x)])
@@ -672,14 +674,15 @@ def _match_by_group(c: Correlation, x: Array, y: Array) -> Array:
 
 
 def _match_one(c: Correlation, x: Array, y: Array) -> Array:
-    """One matrix product of all patches and δ.
+    """Run one matrix product of all image patches and δ.
 
-    For two kinds of convolution whose ∂E/∂w XLA's partitioner gets wrong in all entries (jaxlib 0.10): of one image,
-    which `jax.vmap` over split images makes a group of each image; and of groups, over one axis of a mesh of several.
+    XLA's partitioner gets ∂E/∂w entirely wrong for two kinds of convolution (jaxlib 0.10), which use this form. One is
+    a batch of one image: `jax.vmap` over sharded images makes a group of each image. The other is a grouped convolution
+    sharded over one axis of a multi-axis mesh.
     """
     win, groups, inputs = c.window, c.groups, x.shape[-1] // c.groups
     patches = fit(win, x)
-    for dim in reversed(range(win.ndim)):  # dim by dim: fewer slices than one for each tap
+    for dim in reversed(range(win.ndim)):  # dim by dim: fewer slices than one per tap
         axis, s, d = patches.ndim - 1 - win.ndim + dim, win.steps[dim], win.dilation[dim]
         last = (win.out[dim] - 1) * s + 1
         slices = [lax.slice_in_dim(patches, k * d, k * d + last, s, axis) for k in range(win.size[dim])]
@@ -692,12 +695,12 @@ def _match_one(c: Correlation, x: Array, y: Array) -> Array:
 
 
 def _neighbours(c: Correlation, inputs: int, outputs: int) -> int:
-    """How many groups side by side make up to `JOINED` channels."""
+    """Return how many neighboring groups together have up to `JOINED` channels."""
     return max(divisor(c.groups, JOINED * c.groups // max(inputs, outputs, 1)), 1)
 
 
 def _match_joined(c: Correlation, x: Array, y: Array) -> Array:
-    """Neighbouring groups as one; what of one group met δ of another is dropped."""
+    """Join neighboring groups, then drop the products of one group's x with another group's δ."""
     m = _neighbours(c, x.shape[-1], y.shape[-1])
     fewer = dataclasses.replace(c, groups=c.groups // m)
     name = choose_match(fewer, x, y) if fewer.groups == 1 else "by_group"
@@ -751,7 +754,7 @@ def _conv(
 
 
 def fit(win: Window, x: Array) -> Array:
-    """The part of the padded picture that the windows cover, ``(N, *win.span, C)``: padded first, then cut."""
+    """Return the part of the padded image that the windows cover, ``(N, *win.span, C)``: padded first, then cut."""
     ends = [max(span - lo - n, 0) for span, n, (lo, _) in zip(win.span, win.shape, win.padding, strict=True)]
     pads = [(lo, end, 0) for (lo, _), end in zip(win.padding, ends, strict=True)]
     x = lax.pad(x, np.zeros((), x.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
@@ -763,14 +766,14 @@ def _dot(a: Array, b: Array, over_a: int, over_b: int, c: Correlation) -> Array:
 
 
 def _flat(c: Correlation) -> Correlation:
-    """Without the first spatial dim, the depth."""
+    """Return ``c`` without the first spatial dim, the depth."""
     win = c.window
     flat = Window(win.shape[1:], win.size[1:], win.stride[1:], win.padding[1:], win.dilation[1:])
     return dataclasses.replace(c, window=flat)
 
 
 def _depth_slices(win: Window, x: Array) -> list[Array]:
-    """For every tap of the depth the slices that it meets, one after the other: ``(N·out, *spatial, C)``."""
+    """Return, for every depth tap, the image slices that it meets, one after the other: ``(N·out, *spatial, C)``."""
     x = pad_axis(x, 1, *win.padding[0])
     s, last = win.steps[0], (win.out[0] - 1) * win.steps[0] + 1
     starts = [k * win.dilation[0] for k in range(win.size[0])]

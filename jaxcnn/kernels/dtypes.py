@@ -1,4 +1,4 @@
-"""Which dtypes sums are taken in, and what two arrays meet in."""
+"""Accumulation dtypes and dtype promotion."""
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +7,11 @@ from jax.typing import DTypeLike
 
 
 def accumulator(dtype: np.dtype) -> np.dtype:
-    """What sums of this dtype are taken in: float32 for 16-bit floats, otherwise itself."""
+    """Return the dtype that sums of ``dtype`` are accumulated in: float32 for 16-bit floats, otherwise ``dtype``."""
     return np.dtype(np.float32) if dtype.itemsize < 4 else np.dtype(dtype)
 
 
 def wider(*dtypes: DTypeLike) -> np.dtype:
-    """The narrowest dtype that holds all; JAX's own promotion refuses to find it where people have set it to strict."""
+    """Return the promoted dtype of all arguments, even where ``jax_numpy_dtype_promotion`` is "strict"."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*(np.dtype(dtype) for dtype in dtypes))

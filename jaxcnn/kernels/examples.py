@@ -1,16 +1,16 @@
-"""The third product of a convolution layer, picture against δ, for each picture of a batch alone; and its size.
+"""Per-example weight gradients of a convolution, and their squared norms.
 
     match_each      w[n, k] = Σ_o x[n, o·s + k·d − lo]ᵀ · y[n, o]
     match_squares   ‖w[n]‖²
 
-The size can be had without w (*ghost norms*): with P the patches that windows meet,
+The norm can be computed without w (*ghost norms*). With P the image patches under the windows,
 
     ‖w‖² = Σ_{o, o'} ⟨P[o], P[o']⟩ · ⟨y[o], y[o']⟩
     ⟨P[o], P[o']⟩ = Σ_k ⟨x[o·s + k·d − lo], x[o'·s + k·d − lo]⟩
 
-where the last inner products, of pixels, are computed once for all patches.  That is cheaper where patches are many
-numbers and places are few; `ghost_is_cheaper` counts.  Its terms have signs, those of ‖w‖² itself have none: where they
-cancel, the digits are gone, and w is made after all.
+where the last inner products, of pixels, are computed once for all patches. This is cheaper for large kernels and few
+output positions; `ghost_is_cheaper` counts. Unlike ‖w‖² itself, its terms have signs and can cancel. If they do,
+precision is lost, and w is computed after all.
 """
 
 import functools
@@ -29,18 +29,18 @@ from jaxcnn.kernels.dtypes import accumulator, wider
 from jaxcnn.kernels.storage import stored
 from jaxcnn.kernels.threads import batched_product
 
-#: What the terms of a ghost norm must come to, of the sum of their sizes.  Nets have a tenth and more.
+#: Smallest acceptable ratio of a ghost norm's sum to the sum of absolute terms. Real nets have 0.1 or more.
 KEPT = 1 / 64
 
-#: Bytes of a picture's patches up to which all patches of a batch at once are worth their memory on CPU.
+#: Up to this many bytes of image patches per example, all patches of a batch are worth their memory on CPU.
 PATCHES_BYTES = 1 << 20
 
 
 def match_each(c: Correlation, x: Array, y: Array) -> Array:
-    """``(N, *size, I/groups, O)``, in what sums of the wider dtype are taken in.
+    """Return per-example weight gradients, ``(N, *size, I/groups, O)``, in the accumulation dtype of x and y.
 
-    One product of all patches of an example, or, on CPU and where they would be too large, `match` of one example after
-    the other: that runs on all threads, as batched products of such sizes do not.
+    This is one product of all patches per example. On CPU, where these would be too large, it is `match` for one
+    example after the other, which runs on all threads; batched products of such sizes do not.
     """
     x, y = _wide(x, y)
     patches_bytes = math.prod(c.window.out) * c.window.entries * x.shape[-1] * x.dtype.itemsize
@@ -57,13 +57,13 @@ def _one_by_one(c: Correlation, x: Array, y: Array) -> Array:
 
 def _by_patches(c: Correlation, x: Array, y: Array) -> Array:
     win, n, inputs, outputs, places = c.window, x.shape[0], x.shape[-1], y.shape[-1], math.prod(c.window.out)
-    patches = stored(jnp.moveaxis(fit(win, x), -1, 1))  # (N, I, *span): places last, as a GEMM likes them
-    for dim in reversed(range(win.ndim)):  # dim by dim: fewer slices than one for each tap
+    patches = stored(jnp.moveaxis(fit(win, x), -1, 1))  # (N, I, *span): positions last, the layout that suits a GEMM
+    for dim in reversed(range(win.ndim)):  # dim by dim: fewer slices than one per tap
         axis, s, last = dim - win.ndim, win.steps[dim], (win.out[dim] - 1) * win.steps[dim] + 1
         starts = range(0, win.size[dim] * win.dilation[dim], win.dilation[dim])
         patches = stored(jnp.stack([lax.slice_in_dim(patches, k, k + last, s, axis) for k in starts], 1))
-    patches = lax.collapse(patches, 2 + win.ndim)  # (N, *size, I, places)
-    if c.groups == 1:  # spelled out: with a group of one, XLA:CPU turns the product's result around
+    patches = lax.collapse(patches, 2 + win.ndim)  # (N, *size, I, positions)
+    if c.groups == 1:  # a special case: with a group dim of one, XLA:CPU transposes the product's result
         patches, y = lax.collapse(patches, 1, -1), y.reshape(n, places, outputs)
         w = batched_product(patches, y, 2, 1, c.precision)
     else:
@@ -74,7 +74,7 @@ def _by_patches(c: Correlation, x: Array, y: Array) -> Array:
 
 
 def match_squares(c: Correlation, x: Array, y: Array) -> Array:
-    """``(N,)``: ‖match_each(c, x, y)[n]‖²."""
+    """Return ``(N,)``: ‖match_each(c, x, y)[n]‖²."""
     if ghost_is_cheaper(c, x.shape[-1], y.shape[-1]):
         x, y = _wide(x, y)
         return _kept_or(lambda x, y: squares(match(c, x[None], y[None])[None])[0], x, y, _ghost_terms(c, x, y))
@@ -82,7 +82,7 @@ def match_squares(c: Correlation, x: Array, y: Array) -> Array:
 
 
 def ghost_is_cheaper(c: Correlation, inputs: int, outputs: int) -> bool:
-    """By multiplications and additions for one picture; those outside of a GEMM take about eight times as long."""
+    """Whether the ghost norm has fewer operations per example; those outside a GEMM count eight times as much."""
     win = c.window
     places, pixels = math.prod(win.out), math.prod(win.span)
     direct = places * win.entries * inputs * outputs // c.groups
@@ -91,11 +91,11 @@ def ghost_is_cheaper(c: Correlation, inputs: int, outputs: int) -> bool:
 
 
 def for_each(f: Callable[..., Any], *batches: Any) -> Any:
-    """``f`` of each example of trees ``(N, …)``: by `jax.vmap`, unless that has a convolution with N groups in it.
+    """Apply ``f`` to each example of trees ``(N, …)``, by `jax.vmap` unless that makes a convolution with N groups.
 
-    Such a convolution is slow, and where the batch is split over devices by automatic axes, XLA computes it wrongly
-    (jaxlib 0.10.2: `jax.vmap` of `jax.grad` of a stock convolution is off by all of its digits).  Then examples go one
-    after the other.
+    Such a convolution is slow. If the batch is sharded by automatic mesh axes, XLA also computes it incorrectly (jaxlib
+    0.10.2: `jax.vmap` of `jax.grad` of a stock convolution has no correct digits). In that case examples are processed
+    one after the other.
     """
     n = jax.tree.leaves(batches)[0].shape[0]
     if isinstance(n, int) and n > 1 and _has_groups_of(n, jax.make_jaxpr(jax.vmap(f))(*batches).jaxpr):
@@ -104,7 +104,7 @@ def for_each(f: Callable[..., Any], *batches: Any) -> Any:
 
 
 def _has_groups_of(n: int, jaxpr: Any) -> bool:
-    """Whether a convolution in it, at any depth, has a multiple of n groups."""
+    """Whether a convolution in the jaxpr, at any depth, has a multiple of n groups."""
 
     def found(params: dict[str, Any]) -> bool:
         groups = max(params.get("feature_group_count", 1), params.get("batch_group_count", 1))
@@ -119,9 +119,9 @@ def _is_jaxpr(value: Any) -> bool:
 
 
 def _kept_or(direct: Callable[[Array, Array], Array], x: Array, y: Array, terms: Array) -> Array:
-    """``(N,)``: the sum of each example's terms, or, if those of any example cancel, what ``direct`` makes of each.
+    """Return ``(N,)`` sums of each example's terms, or, if those of any example cancel, ``direct`` of each example.
 
-    One after the other: memory for all at once would be asked for whether it is needed or not.
+    ``direct`` runs for one example after the other: memory for all at once would be allocated even if it is not needed.
     """
     dims = range(1, terms.ndim)
     total, size = terms.sum(dims), jnp.abs(terms).sum(dims)
@@ -130,7 +130,7 @@ def _kept_or(direct: Callable[[Array, Array], Array], x: Array, y: Array, terms:
 
 
 def _ghost_terms(c: Correlation, x: Array, y: Array) -> Array:
-    """``(N, groups, places, places)``: for each pair of places.  What a patch's taps sum up is summed dim by dim."""
+    """Return ``(N, groups, positions, positions)`` terms, one per pair of positions; taps are summed dim by dim."""
     win, groups, n, inputs, outputs = c.window, c.groups, x.shape[0], x.shape[-1], y.shape[-1]
     pixels = fit(win, x).reshape(n, math.prod(win.span), groups, inputs // groups)
     of_pixels = jnp.einsum("npgi,nqgi->gnpq", pixels, pixels, precision=c.precision)
@@ -144,7 +144,7 @@ def _ghost_terms(c: Correlation, x: Array, y: Array) -> Array:
 
 
 def _sum_of_slices(x: Array, axes: tuple[int, int], ranges: list[range]) -> Array:
-    """Σ over the ranges, each taken of both axes."""
+    """Sum the slices of x given by each range, applied to both axes."""
 
     def part(at: range) -> Array:
         i, j = axes
@@ -155,7 +155,7 @@ def _sum_of_slices(x: Array, axes: tuple[int, int], ranges: list[range]) -> Arra
 
 
 def outer_each(x: Array, y: Array) -> Array:
-    """``(N, I, O)``: for each example Σ over places of x ⊗ y, from ``(N, places, I)`` and ``(N, places, O)``."""
+    """Return ``(N, I, O)``: Σ over positions of x ⊗ y, for x ``(N, positions, I)`` and y ``(N, positions, O)``."""
     x, y = _wide(x, y)
     if x.shape[1] == 1:
         return x[:, 0, :, None] * y[:, 0, None, :]
@@ -163,7 +163,7 @@ def outer_each(x: Array, y: Array) -> Array:
 
 
 def outer_squares(x: Array, y: Array) -> Array:
-    """``(N,)``: ‖outer_each(x, y)[n]‖²."""
+    """Return ``(N,)``: ‖outer_each(x, y)[n]‖²."""
     _, places, inputs = x.shape
     if places * (inputs + y.shape[-1]) >= inputs * y.shape[-1]:
         return squares(outer_each(x, y))
@@ -175,7 +175,7 @@ def outer_squares(x: Array, y: Array) -> Array:
 
 
 def squares(x: Array) -> Array:
-    """``(N,)``: the sum of squared absolute values of each example's entries."""
+    """Return ``(N,)``: the sum of squared absolute values of each example's elements."""
     if jnp.iscomplexobj(x):
         return squares(x.real) + squares(x.imag)
     return jnp.sum(jnp.square(x.astype(accumulator(x.dtype))), range(1, x.ndim))

@@ -1,9 +1,9 @@
-"""One signal against another: correlations of arrays without batch and channels, directly or by Fourier transform.
+"""Correlations of two signals, arrays without batch and channels, directly or by Fourier transform.
 
     correlate   y[o] = Σ_k a[o + first + k] · v[k]       o = 0 … size − 1 in every dim; outside of them a and v are 0
 
-The direct lowerings are those of `correlation` for one picture and one channel.  Of a, v and y the smallest takes the
-part of the patch, because the sum is the same for all three: they meet where i = o + first + k.
+The direct lowerings are those of `correlation` for one image and one channel. The smallest of a, v and y takes the role
+of the kernel, because the sum is the same for all three: it runs over i = o + first + k.
 """
 
 import functools
@@ -22,16 +22,17 @@ from jaxcnn.kernels.split import run_whole
 
 METHODS = ("auto", "direct", "fft")
 
-#: Up to this many entries a patch is written out tap by tap; above, the Fourier transform is faster.  Measured on a CPU
-#: with 2 cores, float32 and float64, 4,000 to 1,000,000 entries in 1, 2 and 3 dims: even between 60 and 250 taps.
+#: Up to this many taps, the kernel is written out tap by tap; for more, the Fourier transform is faster. Measured on a
+#: CPU with 2 cores, in float32 and float64, for 4,000 to 1,000,000 elements in 1, 2 and 3 dims: break-even is between
+#: 60 and 250 taps.
 MOST_TAPS = 128
-#: The same where y is the smallest: a dot product for each of its entries costs ten times as much as a tap does.
+#: The same limit if y is the smallest: each of its elements is a dot product, which costs ten times as much as a tap.
 MOST_DOTS = 8
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
 def correlate(first: tuple[int, ...], size: tuple[int, ...], method: str, a: Array, v: Array) -> Array:
-    """``y``, of shape ``size``, in the dtype of ``a`` and ``v``; 16-bit floats accumulate in float32."""
+    """Compute ``y`` of shape ``size``, in the dtype of ``a`` and ``v``; 16-bit floats accumulate in float32."""
     wide = accumulator(a.dtype)
     fourier = choose_fourier(first, size, method, a, v)
     lowering = correlate_fourier if fourier else correlate_direct
@@ -41,19 +42,19 @@ def correlate(first: tuple[int, ...], size: tuple[int, ...], method: str, a: Arr
 
 
 def choose_fourier(first: tuple[int, ...], size: tuple[int, ...], method: str, a: Array, v: Array) -> bool:
-    """Whether the Fourier transform runs; ``method`` is one of METHODS, "auto" leaves the choice to the sizes."""
+    """Whether to use the Fourier transform; ``method`` is one of METHODS, and "auto" decides by size."""
     if method != "auto":
         return method == "fft"
     return min(a.size, v.size) > MOST_TAPS and math.prod(size) > MOST_DOTS
 
 
 def correlate_direct(first: tuple[int, ...], size: tuple[int, ...], a: Array, v: Array) -> Array:
-    """Shift, multiply, add on CPU; one convolution of XLA elsewhere, and where that would be too long a program."""
+    """Shift, multiply and add on CPU; elsewhere, or if that program would be too long, run one XLA convolution."""
     out = math.prod(size)
-    if out < min(a.size, v.size):  # Σ_o a[o + first + k]·v[k] is a patch y that a and v leave behind
+    if out < min(a.size, v.size):  # Σ_o a[o + first + k]·v[k]: y is the kernel
         c = _geometry(first, a, size, v.shape)
         return _run(MATCH, out <= MOST_DOTS, c, _picture(a), _picture(v)).reshape(size)
-    if a.size < v.size:  # read backwards, v is the picture: k = i + (size − 1 − o) − (first + size − 1)
+    if a.size < v.size:  # v, flipped, is the image: k = i + (size − 1 − o) − (first + size − 1)
         back = tuple(1 - f - s for f, s in zip(first, size, strict=True))
         return lax.rev(correlate_direct(back, size, v, a), range(a.ndim))
     c = _geometry(first, a, v.shape, size)
@@ -61,12 +62,12 @@ def correlate_direct(first: tuple[int, ...], size: tuple[int, ...], a: Array, v:
 
 
 def correlate_fourier(first: tuple[int, ...], size: tuple[int, ...], a: Array, v: Array) -> Array:
-    """The inverse transform of F(a)·conj F(v), read at the shifts first … first + size − 1.
+    """Return the inverse transform of F(a)·conj F(v) at the shifts first … first + size − 1.
 
-    Entries that are not finite take no part in the transform, which would send them everywhere. The results at shifts
-    where they meet an entry are NaN.
+    Non-finite elements are left out of the transform, which would spread them everywhere. The results at shifts where
+    they meet an element are NaN.
     """
-    # Long enough that no other shift is folded onto one of these.
+    # Long enough that no other shift aliases one of these.
     length = [
         fast_length(max(n, k, n - f, f + s + k - 1)) for n, k, f, s in zip(a.shape, v.shape, first, size, strict=True)
     ]
@@ -75,16 +76,16 @@ def correlate_fourier(first: tuple[int, ...], size: tuple[int, ...], a: Array, v
     y = jnp.roll(y, [-f for f in first], range(a.ndim))
     y = lax.slice(y, (0,) * a.ndim, size)
     some = ~(jnp.isfinite(a).all() & jnp.isfinite(v).all())
-    # A loop of one turn or none. Not `lax.cond`: JAX 0.10 confuses its residuals in second derivatives of a scan.
+    # A loop with one or no iteration. Not `lax.cond`: JAX 0.10 confuses its residuals in second derivatives of a scan.
     turn = functools.partial(_nan_where_met, first, size, a=a, v=v)
     return lax.while_loop(lambda to_do: to_do[1], lambda to_do: (turn(to_do[0]), to_do[1] & False), (y, some))[0]
 
 
 def _nan_where_met(first: tuple[int, ...], size: tuple[int, ...], y: Array, a: Array, v: Array) -> Array:
-    """``y``, and NaN at the shifts at which an entry of a or v that is not finite meets one of the other.
+    """Return ``y`` with NaN at the shifts where a non-finite element of a or v meets an element of the other.
 
-    At shift o entry i of a does so if o + first <= i < o + first + K, and entry k of v if
-    −o − first <= k < n − o − first.
+    At shift o, element i of a meets v if o + first <= i < o + first + K, and element k of v meets a if −o − first <= k
+    < n − o − first.
     """
     shifts = [np.arange(s) + f for s, f in zip(size, first, strict=True)]
     meets_a = _any_between(~jnp.isfinite(a), [(at, at + k) for at, k in zip(shifts, v.shape, strict=True)])
@@ -105,7 +106,7 @@ def _any_between(found: Array, bounds: Sequence[tuple[np.ndarray, np.ndarray]]) 
 
 @functools.cache
 def fast_length(n: int) -> int:
-    """The smallest 2ⁱ·3ʲ·5ᵏ that is at least ``n``: lengths for which the transform is fast."""
+    """Return the smallest 2ⁱ·3ʲ·5ᵏ >= ``n``: lengths for which the transform is fast."""
     best = 1 << (n - 1).bit_length()
     fives = 1
     while fives < best:
@@ -118,10 +119,10 @@ def fast_length(n: int) -> int:
 
 
 def _geometry(first: tuple[int, ...], a: Array, patch: tuple[int, ...], out: tuple[int, ...]) -> Correlation:
-    """``a`` padded so that the patch stands at ``first … first + out − 1``.
+    """Return the geometry in which ``a`` is padded so that the kernel is at ``first … first + out − 1``.
 
-    Never negative: the shifts begin at 0 or before, and end at the last that fits or behind it.  That holds for "full",
-    "same" and "valid", and the rules, which negate and exchange shapes, keep it so.
+    The padding is never negative: the shifts begin at 0 or before, and end at or after the last that fits. This holds
+    for "full", "same" and "valid", and for the rules, which negate and exchange shapes.
     """
     padding = tuple((-f, f + o - 1 + k - n) for f, o, k, n in zip(first, out, patch, a.shape, strict=True))
     ones = (1,) * a.ndim
@@ -133,7 +134,7 @@ def _picture(a: Array) -> Array:
 
 
 def _run(table: dict, by_tap: bool, c: Correlation, a: Array, b: Array) -> Array:
-    """With one channel "unrolled" is the plain loop over taps."""
+    """Run "unrolled", the plain loop over taps, on CPU if ``by_tap``; otherwise run "xla"."""
     everywhere = functools.partial(table["xla"], c)
     if not by_tap:
         return everywhere(a, b)

@@ -1,11 +1,11 @@
-"""Mean and spread of every window, without the cancellation of Σ x² − (Σ x)²/n.
+"""Mean and sum of squared deviations of every window, without the cancellation of Σ x² − (Σ x)²/n.
 
-Two stretches side by side are merged from what is known of each (Chan et al. 1979):
+The moments of two adjacent stretches are merged (Chan et al. 1979):
 
     m = m₁ + d·n₂/(n₁ + n₂)        s = s₁ + s₂ + d²·n₁n₂/(n₁ + n₂)        d = m₂ − m₁
 
-with m = Σ x / n and s = Σ (x − m)².  Every term of s is ≥ 0, so that the s of a window whose entries are equal is
-exactly 0.  Stretches of 1, 2, 4, … entries, then the ones a window is made of: log₂ of its size merges a dim.
+with m = Σ x / n and s = Σ (x − m)². Every term of s is ≥ 0, so the s of a window of equal elements is exactly 0.
+Stretches of 1, 2, 4, … elements are computed first, then the windows are composed of them: log₂(size) merges per dim.
 """
 
 import functools
@@ -22,9 +22,9 @@ Stretch = tuple[Array, Array, int]
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def window_moments(win: Window, x: Array) -> tuple[Array, Array]:
-    """``(m, s)``, each of shape ``win.out``; ``x`` has shape ``win.shape``, stride and dilation are 1, no padding.
+    """Return ``(m, s)``, each of shape ``win.out``, in the accumulation dtype.
 
-    In float32 for 16-bit floats.
+    ``x`` has shape ``win.shape``. Stride and dilation must be 1, without padding. 16-bit floats accumulate in float32.
     """
     x = x.astype(accumulator(x.dtype))
     stretch: Stretch = (x, jnp.zeros_like(x), 1)
@@ -34,7 +34,7 @@ def window_moments(win: Window, x: Array) -> tuple[Array, Array]:
 
 
 def _along(dim: int, k: int, stretch: Stretch) -> Stretch:
-    """``k`` neighbours along a dim merged into one; ``k`` as a sum of powers of 2."""
+    """Merge ``k`` adjacent stretches along a dim, with ``k`` as a sum of powers of 2."""
     out = stretch[0].shape[dim] - k + 1
     found, at, power = None, 0, 1
     while power <= k:

@@ -1,7 +1,8 @@
-"""Shapes: arrays of fewer dims brought to the same number, and sizes compared that may be symbolic.
+"""Rank promotion, and comparisons of sizes that may be symbolic.
 
-`jax.export` compiles a program for every batch, whose size is then a symbol such as ``n``. A comparison with a number
-has no answer there. Every choice between two forms of one product asks `at_most`, which takes a symbol for large.
+`jax.export` can compile one program for every batch size, which is then a symbol such as ``n``. Comparing a symbol with
+a number may be inconclusive. Every choice between two forms of a product uses `at_most`, which treats a symbol as
+large.
 """
 
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ A = TypeVar("A", Array, Any)
 
 
 def beside(a: A, like: Array) -> A:
-    """``a`` with leading dims of size 1, as many dims as ``like`` has.
+    """Return ``a`` with leading dims of size 1, so that it has as many dims as ``like``.
 
     NumPy's broadcasting adds them as well, but JAX refuses it under ``jax.numpy_rank_promotion("raise")``.
     """
@@ -34,5 +35,5 @@ def symbolic(n: Any) -> bool:
 
 
 def empty(*arrays: Array) -> bool:
-    """Whether an array has no entries. A symbolic size counts as positive."""
+    """Whether any of the arrays is empty. A symbolic size counts as positive."""
     return any(not symbolic(n) and n == 0 for a in arrays for n in a.shape)

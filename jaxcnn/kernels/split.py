@@ -1,8 +1,8 @@
-"""Arrays that XLA may split over devices (automatic axes of a mesh), kept whole along some of their dims.
+"""Arrays that XLA may shard (automatic axes of a mesh), kept whole along some of their dims.
 
-XLA's partitioner is wrong along spatial dims (jaxlib 0.10).  Of convolutions, ∂E/∂w of split rows has wrong entries,
-and some strides and groups abort the process; of `lax.reduce_window`, large windows do not compile.  Convolutions of
-one group are right along batch and channels.
+XLA's partitioner is incorrect along spatial dims (jaxlib 0.10). For convolutions with split rows, ∂E/∂w has wrong
+elements, and some strides and groups abort the process. For `lax.reduce_window`, large windows do not compile.
+Convolutions with one group are correct along batch and channels.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,10 +14,11 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 
 def run_whole(f: Callable[..., Array], arrays: Sequence[Array], dims: Sequence[slice], of_result: slice) -> Array:
-    """``f(*arrays)``, where XLA splits neither the arrays along ``dims`` nor the result along ``of_result``.
+    """Return ``f(*arrays)``, with neither the arrays sharded along ``dims`` nor the result along ``of_result``.
 
-    XLA gathers what is split there, and chooses along the other dims.  Arrays that no mesh is known of are left alone:
-    so are those that only ``in_shardings`` of `jax.jit` splits, since JAX does not show that to the traced function.
+    XLA gathers dims that are split there, and chooses the sharding of the other dims. Arrays without a known mesh are
+    left alone. These include arrays that only ``in_shardings`` of `jax.jit` shards, because JAX does not show that to
+    the traced function.
     """
     mesh = mesh_of(arrays)
     if mesh is None:
@@ -27,7 +28,7 @@ def run_whole(f: Callable[..., Array], arrays: Sequence[Array], dims: Sequence[s
 
 
 def mesh_of(arrays: Sequence[Array]) -> AbstractMesh | None:
-    """The mesh that an array's type or the context names, if it has automatic axes."""
+    """Return the mesh that an array's type or the context names, if it has automatic axes."""
     known = (*(jax.typeof(a).sharding.mesh for a in arrays), jax.sharding.get_abstract_mesh())
     return next((mesh for mesh in known if mesh.auto_axes), None)
 

@@ -1,7 +1,7 @@
-"""Arrays that are written to memory where XLA:CPU would rather compute them again, once for each entry they meet.
+"""Force XLA:CPU to materialize an array that it would otherwise fuse into every consumer and recompute.
 
-A mask or a winner, kept by a forward half for its rule, is one byte an entry; computing it again in the backward half
-takes longer than reading that byte, and what it was made of stays in memory instead.
+A mask or a winner that a forward pass saves for its rule has one byte per element. Recomputing it in the backward pass
+takes longer than reading that byte, and keeps its inputs in memory instead.
 """
 
 import jax
@@ -11,21 +11,21 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 @jax.jit
 def stored(a: Array) -> Array:
-    """``a``, which XLA:CPU writes to memory at this point.  No other platform is told anything."""
+    """Return ``a``, materialized at this point on XLA:CPU; a no-op on other platforms."""
     return lax.platform_dependent(a, cpu=_behind_a_call, default=lambda a: a)
 
 
 def stored_if_small(a: Array) -> Array:
-    """`stored` if ``a`` is one byte an entry; writing more may cost more than it saves."""
+    """Return `stored` of ``a`` if it has one byte per element; materializing more may cost more than it saves."""
     return stored(a) if a.dtype.itemsize == 1 else a
 
 
 def _behind_a_call(a: Array) -> Array:
-    """XLA:CPU drops `lax.optimization_barrier` before it fuses, but fuses nothing into a call it may not inline."""
+    """Return ``a`` through a call: XLA:CPU drops `lax.optimization_barrier`, but does not fuse into such a call."""
     with set_xla_metadata(inlineable="false"):
         return _passed_through(a)
 
 
 @jax.jit
 def _passed_through(a: Array) -> Array:
-    return lax.optimization_barrier(a)  # JAX itself would drop a call that does nothing
+    return lax.optimization_barrier(a)  # JAX would drop a call that does nothing

@@ -1,8 +1,8 @@
-"""Sums of what is computed on the way there.
+"""Reductions whose terms are computed on the fly.
 
-XLA:CPU hands a reduction to a library that is fast for plain terms and for products of two arrays; where terms are made
-of more, it goes array by array.  Halves, or eighths, that are added are a loop like any other: on all threads, and with
-everything that the terms are made of in it.
+XLA:CPU hands a reduction to a library that is fast for plain terms and for products of two arrays. Where the terms are
+more complex, it computes array by array. Adding halves or eighths of an array is an ordinary loop instead: it runs on
+all threads, and computes the terms inside.
 """
 
 import functools
@@ -18,12 +18,12 @@ from jaxcnn.kernels.shapes import symbolic
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def sum_computed(dims: tuple[int, ...], x: Array) -> Array:
-    """Σ x over dims, where x comes of a product of more than two arrays."""
+    """Σ x over ``dims``, where x is computed from a product of more than two arrays."""
     return lax.platform_dependent(x, cpu=functools.partial(halved, dims), default=lambda x: x.sum(dims))
 
 
 def halved(dims: tuple[int, ...], x: Array) -> Array:
-    """Σ x over dims: halves while there are two alike, then the rest.  The first dim, often the batch, comes last."""
+    """Σ x over ``dims``: add halves while sizes are even, then sum the rest. The first dim (the batch) is last."""
     for dim in (*dims[1:], *dims[:1]):
         while x.shape[dim] and x.shape[dim] % 2 == 0:
             first, second = lax.split(x, (x.shape[dim] // 2,) * 2, axis=dim)
@@ -32,7 +32,7 @@ def halved(dims: tuple[int, ...], x: Array) -> Array:
 
 
 def sum_of_eights(x: Array, axis: int) -> Array:
-    """An eighth as long: the parts of x, one on the other; what is left over stands behind. Of a symbolic size, 1."""
+    """Reduce an axis to about an eighth by adding eight equal slices; a remainder is appended. A symbolic one, to 1."""
     n = x.shape[axis]
     if symbolic(n):
         return x.sum(axis, keepdims=True)

@@ -1,11 +1,11 @@
-"""Shift, multiply, add: the products of `kernels.correlation` as sums with a term for each tap and channel.
+"""Shift, multiply, add: the products of `kernels.correlation` as sums with one term per tap and channel.
 
     correlate    y[o, g, j] = Σ_k Σ_i x[o·s + k·d − lo, g, i] · w[k, i, g, j]
     spread       x[i, g, i'] = Σ_k Σ_j y[(i + lo − k·d) / s, g, j] · w[k, i', g, j]      where the quotient is whole
     match        w[k, i, g, j] = Σ_o x[o·s + k·d − lo, g, i] · y[o, g, j]
 
-XLA:CPU makes one loop of such a sum, over vectors of what comes out, and stores nothing on the way.  Where few channels
-meet, a GEMM has no vectors to fill.
+XLA:CPU compiles such a sum to one loop over vectors of the result and stores no intermediates. With few channels, a
+GEMM cannot fill its vectors.
 """
 
 import functools
@@ -25,25 +25,25 @@ from jaxcnn.kernels.storage import stored
 from jaxcnn.kernels.sums import sum_of_eights
 from jaxcnn.kernels.windows import at_tap, interleaved, meeting, padded, unpad
 
-#: Where a tap meets the padded input: in a loop, traced.
+#: Start of a tap's slice of the padded input; traced inside a loop.
 Start = np.ndarray | Array
 
-#: Sums that a sum is made of: each waits for its own last term alone.
+#: Number of partial sums that a sum is split into: each one waits only for its own previous term.
 CHAINS = 4
 
-#: Terms of one loop.  From about 110 XLA stores parts of them, and takes ten times as long.
+#: Maximum number of terms of one loop. From about 110, XLA stores intermediates and takes ten times as long.
 TERMS = 80
 
-#: Terms above which taps are taken in a loop, and the terms of one of its turns: compile time grows with the number of
-#: terms that are written out. For `match`, whose terms are reductions and take longer, these are "sums" and "block".
+#: Terms above which taps are processed in a loop, and terms per iteration: compile time grows with the number of terms
+#: that are written out. For `match`, whose terms are reductions and compile more slowly, these are "sums" and "block".
 LOOPED = {"terms": 64, "chunk": 16, "sums": 16, "block": 8}
 
-#: Terms up to which it pays to pad each by itself; for each, XLA asks of every entry whether it is padding.
+#: Up to this many terms, padding each one separately pays; XLA then tests every element of each for padding.
 AT_TAPS = 9
 
 
 def correlate(c: Correlation, x: Array, w: Array) -> Array:
-    """``(N, *out, O)``, stored: the sum would be computed again for all that read it, and x for every term."""
+    """Correlate; the result ``(N, *out, O)`` is materialized, as is x, so that consumers do not recompute them."""
     win, groups = c.window, c.groups
     inputs, outputs = w.shape[-2], w.shape[-1] // groups
     depthwise = inputs == 1  # vectors then run over all groups
@@ -68,14 +68,14 @@ def correlate(c: Correlation, x: Array, w: Array) -> Array:
 
 
 def spread(c: Correlation, y: Array, w: Array) -> Array:
-    """``(N, *shape, I)``: entries that are a multiple of the stride apart meet the same taps, and are one sum."""
+    """Apply the adjoint in x, ``(N, *shape, I)``, as one sum per remainder by the stride, which share their taps."""
     win, batch, groups = c.window, y.shape[0], c.groups
     inputs, outputs = w.shape[-2], w.shape[-1] // groups
     turned = stored(jnp.moveaxis(w.reshape(*w.shape[:-1], groups, outputs), (-1, -3), (-3, -1)))  # (…, O, groups, I)
     if math.prod(win.stride) > 1 and all(e <= s for e, s in zip(win.extent, win.stride, strict=True)):
         return _spread_apart(c, y, turned)
     alone = inputs == outputs == 1 and win.stride == (1,) * win.ndim and win.entries <= AT_TAPS
-    # No padded copy of δ; or most remainders meet no tap.
+    # No padded copy of δ; and with large strides, most remainders meet no tap.
     if alone or math.prod(win.stride) > 2 * win.entries:
         y = y.reshape(*y.shape[:-1], groups, outputs)
 
@@ -116,7 +116,7 @@ def spread(c: Correlation, y: Array, w: Array) -> Array:
 
 
 def _spread_apart(c: Correlation, y: Array, turned: Array) -> Array:
-    """`spread` where windows do not overlap: every δ times the whole kernel, side by side."""
+    """Run `spread` where windows do not overlap: every δ times the whole kernel, side by side."""
     win, groups = c.window, c.groups
     outputs = turned.shape[win.ndim]
     y = y.reshape(y.shape[0], *(n for out in win.out for n in (out, 1)), groups, outputs)
@@ -138,10 +138,10 @@ def _spread_apart(c: Correlation, y: Array, turned: Array) -> Array:
 
 
 def match(c: Correlation, x: Array, y: Array) -> Array:
-    """``(*size, I/groups, O)``: the products of every tap and channel, summed eight at a time.
+    """Apply the adjoint in w, ``(*size, I/groups, O)``: products of every tap and channel, summed in eighths.
 
-    First over parts of a dim, before anything is stored: XLA:CPU reduces leading dims on one thread, and what is stored
-    costs more here than what is computed.
+    Parts of a dim are summed first, before anything is stored: XLA:CPU reduces leading dims on one thread, and storing
+    costs more here than computing.
     """
     win, groups, inputs = c.window, c.groups, x.shape[-1] // c.groups
     y = y.reshape(*y.shape[:-1], groups, y.shape[-1] // groups)
@@ -161,8 +161,8 @@ def match(c: Correlation, x: Array, y: Array) -> Array:
 
     if win.entries * inputs <= LOOPED["sums"]:
         return of_taps(padded(win, x), win.taps()).reshape(*win.size, inputs, -1)
-    # A turn of the loop takes a block of taps, and stores the part of x that they meet. What the last blocks have more
-    # than the kernel is cut off.
+    # Each iteration takes a block of taps, and stores the part of x that they meet. Taps of the last blocks that are
+    # outside the kernel are sliced off.
     block, blocks = _blocks(win.size, max(LOOPED["block"] // inputs, 1))
     more = [(q * b - k) * d for q, b, k, d in zip(blocks, block, win.size, win.dilation, strict=True)]
     canvas = lax.pad(padded(win, x), np.zeros((), x.dtype), [(0, 0, 0), *((0, m, 0) for m in more), (0, 0, 0)])
@@ -181,7 +181,7 @@ def match(c: Correlation, x: Array, y: Array) -> Array:
 
 
 def _blocks(size: Sequence[int], most: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The size of a block of at most ``most`` taps, the last dim filled first, and how many cover a kernel."""
+    """Return the size of a block of at most ``most`` taps, the last dim filled first, and the blocks per dim."""
     block: list[int] = []
     for n in reversed(size):
         blocks = -(-n // max(most // math.prod(block), 1))
@@ -190,7 +190,7 @@ def _blocks(size: Sequence[int], most: int) -> tuple[tuple[int, ...], tuple[int,
 
 
 def _at(canvas: Array, start: Start, out: Sequence[int], stride: Sequence[int]) -> Array:
-    """The entries that a tap meets, ``(N, *out, …)``: a strided slice of the spatial dims from ``start`` on."""
+    """Return the elements that a tap meets, ``(N, *out, …)``: a strided slice of the spatial dims from ``start`` on."""
     spans = [(n - 1) * s + 1 for n, s in zip(out, stride, strict=True)]
     rest = canvas.shape[1 + len(spans) :]
     if isinstance(start, np.ndarray):
@@ -205,10 +205,10 @@ def _at(canvas: Array, start: Start, out: Sequence[int], stride: Sequence[int]) 
 def _sum_over_taps(
     terms: Callable[[Start, Array], Iterable[Array]], starts: np.ndarray, weights: Array, taps: np.ndarray, each: int
 ) -> Array:
-    """The sum of ``terms(start, weights[tap])`` over taps, ``each`` terms a tap.
+    """Sum ``terms(start, weights[tap])`` over taps, with ``each`` terms per tap.
 
-    Few are written out. Of more, the first are, and the others are added in a loop over chunks of equal length, so that
-    the program does not grow with the kernel.
+    A few terms are written out. If there are more, the first ones are written out and the others are added in a loop
+    over chunks of equal length, so the program does not grow with the kernel.
     """
 
     def written_out(starts: Iterable[Start], weights: Iterable[Array]) -> list[Array]:
@@ -231,7 +231,7 @@ def _sum_over_taps(
 
 
 def _sum(terms: Iterable[Array]) -> Array:
-    """In loops of at most `TERMS`, each in `CHAINS`."""
+    """Sum the terms in loops of at most `TERMS`, each in `CHAINS` partial sums."""
     terms = list(terms)
     loops = -(-len(terms) // TERMS)
     size = -(-len(terms) // loops)

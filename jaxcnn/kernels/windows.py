@@ -1,11 +1,12 @@
-"""Windows over pictures: the largest entry and where it stands, sums, and their adjoints.
+"""Windows over images: maxima and their indices, sums, and the adjoints of both.
 
-Shapes: a picture is ``(N, *win.shape, C)``, one value a window is ``(N, *win.out, C)``.  The *winner* of a window is
-the row-major number of its largest entry: one byte where the window has at most 255 entries.
+Images have shape ``(N, *win.shape, C)``, and values per window have shape ``(N, *win.out, C)``. The *winner* of a
+window is the row-major number of its largest element within the window. It takes one byte if the window has at most 255
+elements.
 
-Every function is a handful of strided slices (or their adjoint, interior-padded adds), which XLA fuses into one loop;
-``reduce_window`` and ``select_and_scatter`` are tens of times slower on CPU.  Windows of more than `UNROLLED` taps
-would make the program long instead: they take the forms named ``_long``.
+Every function is a few strided slices (or their adjoint, interior-padded adds), which XLA fuses into one loop.
+``reduce_window`` and ``select_and_scatter`` are tens of times slower on CPU. For windows of more than `UNROLLED` taps
+the program would become long, so they use the functions named ``_long``.
 """
 
 import functools
@@ -25,17 +26,17 @@ from jaxcnn.kernels.split import run_whole
 #: Windows of up to this many taps are written out tap by tap.
 UNROLLED = 64
 
-#: Windows side by side of more than this many taps are reduced: XLA would find the winner anew for each entry it meets.
+#: Non-overlapping windows with more taps than this use a reduction; otherwise XLA recomputes the winner per element.
 REDUCED = 16
 
 
 def winner_dtype(win: Window) -> np.dtype:
-    """The smallest integer that numbers a window's entries and has its largest value to spare (see `nothing`)."""
+    """Return the smallest dtype that numbers a window's elements, with its largest value reserved (see `nothing`)."""
     return np.dtype(np.uint8 if win.entries <= 255 else np.uint16 if win.entries <= 65535 else np.uint32)
 
 
 def nothing(win: Window) -> np.generic:
-    """The code that names no entry: `place` sends nothing there, `take` reads zero."""
+    """Return the code for "no element": `place` drops its value, and `take` reads zero."""
     dtype = winner_dtype(win)
     return dtype.type(np.iinfo(dtype).max)
 
@@ -45,7 +46,7 @@ def nothing(win: Window) -> np.generic:
 
 
 def largest(win: Window, x: Array) -> tuple[Array, Array]:
-    """The largest entry of every window and its winner.
+    """Return the largest element of every window, and its winner.
 
     Ties go to the first in row-major order, NaN wins over numbers, and padding never wins.
     """
@@ -58,7 +59,7 @@ def _largest(win: Window, x: Array) -> tuple[Array, Array]:
     entries = list(tap_slices(win, x, -np.inf))
     y = functools.reduce(jnp.maximum, entries)
     dtype = winner_dtype(win)
-    # From the last tap to the first, so that the first of equals stays.  The last needs no test: some entry won.
+    # From the last tap to the first, so that the first of equals remains. The last needs no test: some element won.
     winner = jnp.full(y.shape, win.entries - 1, dtype)
     for number, (tap, entry) in reversed(list(enumerate(zip(win.taps(), entries, strict=True)))):
         wins = (entry == y) | (entry != entry)
@@ -69,7 +70,7 @@ def _largest(win: Window, x: Array) -> tuple[Array, Array]:
 
 
 def _largest_tiles(win: Window, x: Array) -> tuple[Array, Array]:
-    """Side by side: two reductions, the largest entry, then the least number among its equals."""
+    """Reduce non-overlapping windows twice: to the largest element, then to the smallest number among its equals."""
     covered = [o * k for o, k in zip(win.out, win.size, strict=True)]
     x = lax.slice(x, (0,) * x.ndim, (x.shape[0], *covered, x.shape[-1]))
     tiles = x.reshape(x.shape[0], *(n for pair in zip(win.out, win.size, strict=True) for n in pair), x.shape[-1])
@@ -82,10 +83,10 @@ def _largest_tiles(win: Window, x: Array) -> tuple[Array, Array]:
 
 
 def _largest_long(win: Window, x: Array) -> tuple[Array, Array]:
-    """One dim after the other, the last first: the best of a row, then the best row, is row-major order."""
+    """Reduce one dim after the other, the last first: the best of each row, then the best row, is row-major order."""
     y = _pad(win, x, -np.inf)
     winner = jnp.zeros(y.shape, jnp.int32)
-    number = 1  # how many entries the dims behind this one have
+    number = 1  # number of elements in the dims after this one
     for dim in reversed(range(win.ndim)):
         axis = dim + 1
         at = np.arange(win.out[dim])[:, None] * win.stride[dim] + np.arange(win.size[dim]) * win.dilation[dim]
@@ -101,7 +102,7 @@ def _largest_long(win: Window, x: Array) -> tuple[Array, Array]:
 
 
 def take(win: Window, x: Array, winner: Array) -> Array:
-    """What stands at the winner of every window: ``y[o] = x[o·stride + winner[o]]``."""
+    """Return the element at the winner of every window: ``y[o] = x[o·stride + winner[o]]``."""
     if win.entries > UNROLLED:
         return _take_long(win, x, winner)
     picks = (
@@ -111,7 +112,7 @@ def take(win: Window, x: Array, winner: Array) -> Array:
 
 
 def place(win: Window, y: Array, winner: Array) -> Array:
-    """The adjoint of `take`: every ``y[o]`` is added to the entry that won, all others get zero.
+    """Apply the adjoint of `take`: every ``y[o]`` is added at the winner; all other elements are zero.
 
     16-bit floats are summed in float32.
     """
@@ -126,7 +127,7 @@ def place(win: Window, y: Array, winner: Array) -> Array:
 
 
 def _place_tiles(win: Window, y: Array, winner: Array) -> Array:
-    """Side by side, every entry belongs to one window: up(y), masked to where its own number is the winner's."""
+    """Place in non-overlapping windows: up(y), masked to the elements whose number is the winner."""
     number = np.arange(win.entries, dtype=winner.dtype).reshape(*(n for k in win.size for n in (1, k)), 1)
     winner = _tile(win, winner)
     return _untile(win, jnp.where(winner == beside(number, winner), _tile(win, y), 0))
@@ -141,7 +142,7 @@ def _place_long(win: Window, y: Array, winner: Array) -> Array:
 
 
 def flat_index(win: Window, winner: Array) -> Array:
-    """Where every winner stands in the picture's flattened spatial dims; int32."""
+    """Return every winner's int32 index into the flattened spatial dims of the image."""
     index = jnp.zeros(winner.shape, jnp.int32)
     number = winner.astype(jnp.int32)
     for dim in range(win.ndim):
@@ -153,11 +154,11 @@ def flat_index(win: Window, winner: Array) -> Array:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Entries by number, of each channel's flattened spatial dims; a number that is none reads zero and sends nothing
+# Indices into each channel's flattened spatial dims; an index out of range reads zero and is dropped
 
 
 def gather(x: Array, index: Array) -> Array:
-    """``y[o] = x[index[o]]``: pictures ``(N, *spatial, C)`` read at ``index (N, *out, C)``."""
+    """Gather ``y[o] = x[index[o]]`` from images ``(N, *spatial, C)`` at ``index (N, *out, C)``."""
     entries = math.prod(x.shape[1:-1])
     flat = x.reshape(x.shape[0], entries, x.shape[-1])
     at = index.reshape(x.shape[0], math.prod(index.shape[1:-1]), x.shape[-1])
@@ -166,7 +167,7 @@ def gather(x: Array, index: Array) -> Array:
 
 
 def scatter(spatial: tuple[int, ...], y: Array, index: Array) -> Array:
-    """The adjoint of `gather`: every ``y[o]`` is added to the entry ``index[o]`` of a picture of zeros.
+    """Apply the adjoint of `gather`: every ``y[o]`` is added to the element ``index[o]`` of an image of zeros.
 
     16-bit floats are summed in float32.
     """
@@ -184,8 +185,8 @@ def scatter(spatial: tuple[int, ...], y: Array, index: Array) -> Array:
 
 
 def window_sum(win: Window, x: Array) -> Array:
-    """The sum of every window, ``y[o] = Σ_k x[o·stride + k·dilation]``; 16-bit floats are summed in float32."""
-    if 0 in win.out:  # no window fits, in kernels that take a picture of no entries
+    """Sum every window, ``y[o] = Σ_k x[o·stride + k·dilation]``; 16-bit floats are summed in float32."""
+    if 0 in win.out:  # no window fits, if the image is empty
         return jnp.zeros((x.shape[0], *win.out, x.shape[-1]), x.dtype)
     total = _pad(win, x.astype(accumulator(x.dtype)), 0)
     for dim in range(win.ndim):
@@ -194,7 +195,7 @@ def window_sum(win: Window, x: Array) -> Array:
 
 
 def window_spread(win: Window, y: Array) -> Array:
-    """The adjoint of `window_sum`: every entry gets the sum of the ``y[o]`` whose windows hold it.
+    """Apply the adjoint of `window_sum`: every element is the sum of ``y[o]`` over the windows that contain it.
 
     With stride = size this is ⊗ 1, the lecture's *up*.
     """
@@ -245,11 +246,11 @@ def _reduce_dim(x: Array, axis: int, k: int, stride: int, dilation: int) -> Arra
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Slices, and their adjoints
+# Slices and their adjoints
 
 
 def padded(win: Window, x: Array) -> Array:
-    """``x`` with zeros around it, as the windows meet it."""
+    """Return ``x`` with the zero padding that the windows use."""
     return _pad(win, x, 0)
 
 
@@ -260,14 +261,14 @@ def _pad(win: Window, x: Array, fill: float) -> Array:
 
 
 def unpad(win: Window, canvas: Array) -> Array:
-    """The picture within its padding."""
+    """Return the image without its padding."""
     starts = [0, *(lo for lo, _ in win.padding), 0]
     ends = [canvas.shape[0], *(lo + n for n, (lo, _) in zip(win.shape, win.padding, strict=True)), canvas.shape[-1]]
     return lax.slice(canvas, starts, ends)
 
 
 def tap_slices(win: Window, x: Array, fill: float) -> Iterator[Array]:
-    """For every tap the entries it meets, one a window: strided slices ``(N, *out, C)``."""
+    """Yield for every tap the elements it meets, one per window: strided slices ``(N, *out, C)``."""
     canvas = _pad(win, x, fill)
     steps = (1, *win.steps, 1)
     for tap in win.taps():
@@ -277,7 +278,7 @@ def tap_slices(win: Window, x: Array, fill: float) -> Iterator[Array]:
 
 
 def at_tap(win: Window, tap: tuple[int, ...], y: Array) -> Array:
-    """The adjoint of one tap's slice: ``y`` spread by the stride over a padded picture of zeros."""
+    """Apply the adjoint of one tap's slice: ``y`` spread by the stride over a padded image of zeros."""
     widths = (
         (start, lo + n + hi - start - ((out - 1) * s + 1), s - 1)
         for start, n, s, out, (lo, hi) in zip(win.offset(tap), win.shape, win.stride, win.out, win.padding, strict=True)
@@ -286,13 +287,13 @@ def at_tap(win: Window, tap: tuple[int, ...], y: Array) -> Array:
 
 
 def meeting(win: Window, dim: int) -> list[list[tuple[int, int]]]:
-    """Of entry ``i·s + r``, for each r: the taps that meet it, and in which window, counted from i."""
+    """Return for each r the taps that meet position ``i·s + r``, each with its window relative to i."""
     s, d, lo = win.stride[dim], win.dilation[dim], win.padding[dim][0]
     return [[(k, (r + lo - k * d) // s) for k in range(win.size[dim]) if (r + lo - k * d) % s == 0] for r in range(s)]
 
 
 def interleaved(win: Window, phases: Sequence[Array]) -> Array:
-    """A picture for every remainder by the stride, each ``(N, *⌈shape/s⌉, C)``, as one."""
+    """Interleave images for every remainder by the stride, each ``(N, *⌈shape/s⌉, C)``, into one."""
     if len(phases) == 1:
         return phases[0]
     batch, *length, channels = phases[0].shape
@@ -304,21 +305,21 @@ def interleaved(win: Window, phases: Sequence[Array]) -> Array:
 
 
 def pad_axis(x: Array, axis: int, lo: int, hi: int, interior: int = 0) -> Array:
-    """Zeros before, behind and between the entries along one dim."""
+    """Pad with zeros before, after and between the elements along one dim."""
     config = [(0, 0, 0)] * x.ndim
     config[axis] = (lo, hi, interior)
     return lax.pad(x, np.zeros((), x.dtype), config)
 
 
 def _tile(win: Window, y: Array) -> Array:
-    """``(N, out₁, size₁, out₂, size₂, …, C)``: every value repeated over its own window (a broadcast, not a copy)."""
+    """Repeat every value over its own window, ``(N, out₁, size₁, out₂, size₂, …, C)`` (a broadcast, not a copy)."""
     pairs = [n for pair in zip(win.out, win.size, strict=True) for n in pair]
     kept = [0, *range(1, 2 * win.ndim + 1, 2), 2 * win.ndim + 1]
     return lax.broadcast_in_dim(y, (y.shape[0], *pairs, y.shape[-1]), kept)
 
 
 def _untile(win: Window, tiles: Array) -> Array:
-    """Back to a picture; what the last windows left over is zero."""
+    """Reshape tiles back to an image; what the last windows leave uncovered is zero."""
     covered = [o * k for o, k in zip(win.out, win.size, strict=True)]
     x = tiles.reshape(tiles.shape[0], *covered, tiles.shape[-1])
     rest = [(0, n - c, 0) for n, c in zip(win.shape, covered, strict=True)]
@@ -326,13 +327,13 @@ def _untile(win: Window, tiles: Array) -> Array:
 
 
 def _inside(win: Window, tap: tuple[int, ...]) -> np.ndarray:
-    """``out``: in which windows this tap meets the picture, not padding."""
+    """Return a mask of shape ``out``: the windows in which this tap meets the image, not padding."""
     per_dim = (win.inside(dim)[:, k] for dim, k in enumerate(tap))
     return functools.reduce(np.multiply.outer, per_dim)
 
 
 def divisor(n: int, most: int) -> int:
-    """The largest divisor of ``n`` that is at most ``most``, and at least 1; 1 if ``n`` is symbolic."""
+    """Return the largest divisor of ``n`` that is at most ``most``, and at least 1; 0 if ``n`` is 0, 1 if symbolic."""
     if symbolic(n):
         return 1
     return next((k for k in range(min(n, max(most, 1)), 0, -1) if n % k == 0), 0)

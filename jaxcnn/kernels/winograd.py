@@ -1,20 +1,21 @@
-"""Winograd's form of the three products of `kernels.correlation`: fewer multiplications, by short polynomials.
+"""Winograd's form of the three products of `kernels.correlation`, which multiplies short polynomials to save products.
 
-In one dim m outputs of a patch of r taps cost n = m + r − 1 products instead of m·r:
+In one dim, m outputs of a kernel of r taps cost n = m + r − 1 products instead of m·r:
 
-    y = Aᵀ[(G·w) ∘ (Bᵀ·x)]        x: n entries of the picture, a *tile*; w: the patch; y: m outputs
+    y = Aᵀ[(G·w) ∘ (Bᵀ·x)]        x: n elements of the image, a *tile*; w: the kernel; y: m outputs
 
-In several dims the matrices are Kronecker products of themselves, A ⊗ A and so on, and with channels ∘ becomes a matrix
-product for each of the n·n numbers of a tile.  The adjoints are the same three matrices, transposed:
+In several dims the matrices are Kronecker products with themselves, such as A ⊗ A. With channels, ∘ becomes a matrix
+product for each of the n·n elements of a tile. The adjoints use the same three matrices, transposed:
 
     correlate    y = Aᵀ[ (G·w)·(Bᵀ·x) ]    summed over I
     spread       x = B [ (G·w)·(A·y)  ]    summed over O; tiles overlap, and are added
     match        w = Gᵀ[ (Bᵀ·x)·(A·y) ]    summed over tiles
 
-The matrices multiply by small numbers and their quotients, which costs digits: in float32 the relative error of a
-product (of its L2 norm) is up to 2.5e-6 for 3 × 3 kernels and up to 9e-6 for 5 × 5 kernels, against 6e-7. An entry
-reaches its whole tile: a NaN or an infinity makes outputs up to 3 places beyond its windows NaN, and a large number
-adds an error of its own scale there. `kernels.correlation` therefore takes this form on request only.
+The matrices multiply by small numbers and their quotients, which costs precision. In float32 the relative error of a
+product (of its L2 norm) is up to 2.5e-6 for 3 × 3 kernels and up to 9e-6 for 5 × 5 kernels, compared with 6e-7 for
+direct sums. An element reaches its whole tile: a NaN or an infinity makes outputs up to 3 positions beyond its windows
+NaN, and a large number adds an error of its own scale there. `kernels.correlation` therefore uses this form on request
+only.
 
 Source: Winograd 1980; Lavin & Gray 2015, "Fast algorithms for convolutional neural networks".
 """
@@ -33,14 +34,14 @@ from jaxcnn.kernels.storage import stored
 from jaxcnn.kernels.threads import batched_product
 from jaxcnn.kernels.windows import divisor
 
-#: Target for the transforms of a batch block, in bytes: below 32 MB, from where on glibc gives memory back at each
-#: call, so that its pages fault again.
+#: Target size in bytes of a batch block's transforms: below 32 MB, above which glibc returns memory to the OS on every
+#: call and page faults recur.
 BLOCK_BYTES = 30 << 20
 #: m, the outputs of a tile in each dim.
 OUTPUTS = 4
-#: For each size of a kernel what the relative L2 error of the three products in float32 is at most.
+#: Upper bound of the relative L2 error of the three products in float32, by kernel size.
 RELATIVE_ERROR = {3: 2.5e-6, 5: 9e-6}
-#: For each size of a patch the n − 1 points at which polynomials are multiplied; the last is infinity.
+#: The n − 1 finite points at which polynomials are evaluated, by kernel size; the last point is infinity.
 POINTS = {
     3: (0, 1, -1, Fraction(1, 2), -2),
     5: (0, 1, -1, 2, -2, Fraction(1, 2), Fraction(-1, 2)),
@@ -48,14 +49,14 @@ POINTS = {
 
 
 def applies(c: Correlation) -> bool:
-    """Whether there are matrices for this patch, and it meets the picture entry by entry."""
+    """Whether there are matrices for this kernel, and stride, dilation and groups are all 1."""
     win = c.window
     once = all(n == 1 for n in (*win.stride, *win.dilation, c.groups))
     return once and all(size in POINTS for size in win.size) and math.prod(win.out) > 0
 
 
 def cost(c: Correlation, batch: int, inputs: int, outputs: int) -> int:
-    """Multiplications of one product."""
+    """Return the number of multiplications of one product."""
     win = c.window
     n, m, r = _numbers(win), OUTPUTS**win.ndim, win.entries
     tiles = batch * math.prod(_tiles(win))
@@ -63,7 +64,7 @@ def cost(c: Correlation, batch: int, inputs: int, outputs: int) -> int:
 
 
 def correlate(c: Correlation, x: Array, w: Array) -> Array:
-    """``(N, *out, O)``."""
+    """Return ``correlate`` of `kernels.correlation`, ``(N, *out, O)``."""
     of_w = _of_patch(c, w)
 
     def block(x: Array) -> Array:
@@ -74,7 +75,7 @@ def correlate(c: Correlation, x: Array, w: Array) -> Array:
 
 
 def spread(c: Correlation, y: Array, w: Array) -> Array:
-    """``(N, *shape, I)``."""
+    """Return ``spread`` of `kernels.correlation`, ``(N, *shape, I)``."""
     of_w = _of_patch(c, w)
 
     def block(y: Array) -> Array:
@@ -85,15 +86,15 @@ def spread(c: Correlation, y: Array, w: Array) -> Array:
 
 
 def match(c: Correlation, x: Array, y: Array) -> Array:
-    """``(*size, I, O)``."""
+    """Return ``match`` of `kernels.correlation`, ``(*size, I, O)``."""
     inputs, outputs = x.shape[-1], y.shape[-1]
 
     def one_block(x: Array, y: Array) -> Array:
         of_x, of_y = _of_picture(c, x), _of_result(c, y)
-        of_x = stored(jnp.swapaxes(of_x, 1, 2))  # jaxlib 0.10 is twice as fast with what is summed side by side
+        of_x = stored(jnp.swapaxes(of_x, 1, 2))  # jaxlib 0.10 is twice as fast if the summed dim is contiguous
         return batched_product(of_x, of_y, 2, 1, c.precision)
 
-    blocks = [_in_blocks(c, a, 2 * inputs + outputs) for a in (x, y)]  # of the picture, the tiles are held too
+    blocks = [_in_blocks(c, a, 2 * inputs + outputs) for a in (x, y)]  # for x, the tiles are held as well
     if len(blocks[0]) == 1:
         products = one_block(x, y)
     else:
@@ -109,19 +110,19 @@ def in_one_block(c: Correlation, a: Array, inputs: int, outputs: int) -> bool:
 
 
 def _block(c: Correlation, a: Array, channels: int) -> int:
-    """How many of a batch ``(N, …)`` are transformed at a time, if so many channels are held."""
+    """Return how many examples of a batch ``(N, …)`` to transform at a time, if ``channels`` channels are held."""
     one = _numbers(c.window) * math.prod(_tiles(c.window)) * channels * a.dtype.itemsize
     return divisor(a.shape[0], BLOCK_BYTES // max(one, 1))
 
 
 def _in_blocks(c: Correlation, a: Array, channels: int) -> Array:
-    """A batch ``(N, …)`` as ``(blocks, N/blocks, …)``."""
+    """Reshape a batch ``(N, …)`` to ``(blocks, N/blocks, …)``."""
     size = _block(c, a, channels)
     return a.reshape(a.shape[0] // size if size else 0, size, *a.shape[1:])
 
 
 def _map(f: Callable[[Array], Array], blocks: Array) -> Array:
-    """One block is written without a loop: XLA then shares the transforms between the three products of a step."""
+    """Map ``f`` over blocks, without a loop for one: XLA then shares the transforms of a step's three products."""
     if len(blocks) == 1:
         return f(blocks[0])
     found = lax.map(f, blocks)
@@ -133,56 +134,59 @@ def _map(f: Callable[[Array], Array], blocks: Array) -> Array:
 
 
 def _of_picture(c: Correlation, x: Array) -> Array:
-    """``Bᵀ·x``, ``(n·n, N·tiles, I)``."""
+    """Return ``Bᵀ·x``, ``(n·n, N·tiles, I)``."""
     win = c.window
     entries = tuple(OUTPUTS + size - 1 for size in win.size)
     return _times(_kron(win, "B"), _in_tiles(win, x, entries, [lo for lo, _ in win.padding]), c)
 
 
 def _of_patch(c: Correlation, w: Array) -> Array:
-    """``G·w``, ``(n·n, I, O)``."""
+    """Return ``G·w``, ``(n·n, I, O)``."""
     return _times(_kron(c.window, "G"), w.reshape(c.window.entries, *w.shape[-2:]), c)
 
 
 def _of_result(c: Correlation, y: Array) -> Array:
-    """``A·y``, ``(n·n, N·tiles, O)``."""
+    """Return ``A·y``, ``(n·n, N·tiles, O)``."""
     win = c.window
     return _times(_kron(win, "A").T, _in_tiles(win, y, (OUTPUTS,) * win.ndim, [0] * win.ndim), c)
 
 
 def _in_tiles(win: Window, a: Array, entries: tuple[int, ...], before: list[int]) -> Array:
-    """``(N, *spatial, C)`` to ``(entries, N·tiles, C)``: a picture for each entry of a tile, padded where tiles end."""
+    """Convert ``(N, *spatial, C)`` to ``(entries, N·tiles, C)``: one image per tile element, padded to whole tiles."""
     tiles = _tiles(win)
     spans = [(t - 1) * OUTPUTS + size for t, size in zip(tiles, entries, strict=True)]
     pads = [(lo, span - lo - n, 0) for span, n, lo in zip(spans, a.shape[1:-1], before, strict=True)]
     a = lax.pad(a, np.zeros((), a.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
-    for stacked, dim in enumerate(reversed(range(win.ndim))):  # dim by dim: fewer slices than one for each entry
+    for stacked, dim in enumerate(reversed(range(win.ndim))):  # dim by dim: fewer slices than one per element
         axis, reach = stacked + 1 + dim, (tiles[dim] - 1) * OUTPUTS + 1
         a = jnp.stack([lax.slice_in_dim(a, i, i + reach, OUTPUTS, axis) for i in range(entries[dim])])
     return a.reshape(math.prod(entries), a.shape[win.ndim] * math.prod(tiles), a.shape[-1])
 
 
 def _times(matrix: np.ndarray, x: Array, c: Correlation) -> Array:
-    """The matrix times x, over the first dim of x."""
+    """Multiply the matrix by x, over the first dim of x."""
     rows = x.reshape(x.shape[0], math.prod(x.shape[1:]))
     found = lax.dot(matrix.astype(x.dtype), rows, precision=c.precision)
     return found.reshape(matrix.shape[0], *x.shape[1:])
 
 
 def _from_tiles(win: Window, y: Array, batch: int) -> Array:
-    """``(m·m, N·tiles, O)`` to ``(N, *out, O)``."""
+    """Convert ``(m·m, N·tiles, O)`` to ``(N, *out, O)``."""
     y = _side_by_side(win, y, OUTPUTS, _tiles(win), batch)
     return lax.slice(y, (0,) * y.ndim, (batch, *win.out, y.shape[-1]))
 
 
 def _add_tiles(win: Window, x: Array, batch: int) -> Array:
-    """``(n·n, N·tiles, I)`` to ``(N, *shape, I)``: the first m entries of a tile are its own, the others the next's."""
+    """Add overlapping tiles ``(n·n, N·tiles, I)`` to ``(N, *shape, I)``.
+
+    The first m elements of a tile are its own; the others belong to the next tile.
+    """
     tiles, m = _tiles(win), OUTPUTS
     x = x.reshape(*(m + size - 1 for size in win.size), batch, *tiles, x.shape[-1])
     for dim, size in enumerate(win.size):
         tile = win.ndim + 1 + dim
         own, next_ones = jnp.split(x, [m], dim)
-        # (entries, tiles), where there is one tile more
+        # (elements, tiles), with one more tile
         own = _padded(own, {tile: (0, 1)})
         x = own + _padded(next_ones, {tile: (1, 0), dim: (0, m - size + 1)})
     x = _side_by_side(win, x, m, tuple(t + 1 for t in tiles), batch)
@@ -192,7 +196,7 @@ def _add_tiles(win: Window, x: Array, batch: int) -> Array:
 
 
 def _side_by_side(win: Window, x: Array, m: int, tiles: tuple[int, ...], batch: int) -> Array:
-    """``(m, m, N, *tiles, C)`` to ``(N, tiles·m, tiles·m, C)``."""
+    """Convert ``(m, m, N, *tiles, C)`` to ``(N, tiles·m, tiles·m, C)``."""
     x = x.reshape(*(m,) * win.ndim, batch, *tiles, x.shape[-1])
     pairs = [axis for dim in range(win.ndim) for axis in (win.ndim + 1 + dim, dim)]
     x = x.transpose(win.ndim, *pairs, x.ndim - 1)
@@ -204,12 +208,12 @@ def _padded(x: Array, pads: dict[int, tuple[int, int]]) -> Array:
 
 
 def _tiles(win: Window) -> tuple[int, ...]:
-    """How many, in each dim."""
+    """Return the number of tiles in each dim."""
     return tuple(-(-o // OUTPUTS) for o in win.out)
 
 
 def _numbers(win: Window) -> int:
-    """How many a tile has, n·n."""
+    """Return the number of elements of a tile, n·n."""
     return math.prod(OUTPUTS + size - 1 for size in win.size)
 
 
@@ -218,17 +222,17 @@ def _numbers(win: Window) -> int:
 
 
 def _kron(win: Window, name: str) -> np.ndarray:
-    """Aᵀ, G or Bᵀ for all dims."""
+    """Return Aᵀ, G or Bᵀ for all dims."""
     return functools.reduce(np.kron, [matrices(size)["AGB".index(name)] for size in win.size])
 
 
 @functools.cache
 def matrices(r: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """``Aᵀ (m, n), G (n, r), Bᵀ (n, n)`` for a patch of r taps, in one dim.
+    """Return ``Aᵀ (m, n), G (n, r), Bᵀ (n, n)`` for a kernel of r taps, in one dim.
 
     A linear convolution of r and m numbers is a product of polynomials: evaluate both at n points (G, A), multiply,
-    interpolate (the inverse of n powers of the points).  Correlation is its transpose in one argument.  Each row of Bᵀ
-    is cleared of quotients, which go to G.
+    interpolate (the inverse of n powers of the points). Correlation is its transpose in one argument. The denominators
+    of each row of Bᵀ are moved to G.
     """
     points = [Fraction(p) for p in POINTS[r]]
     n = len(points) + 1
@@ -245,7 +249,7 @@ def matrices(r: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _inverse(matrix: list[list[Fraction]]) -> list[list[Fraction]]:
-    """Of a matrix of quotients, exactly; by Gauss and Jordan."""
+    """Invert a matrix of fractions exactly, by Gauss–Jordan elimination."""
     n = len(matrix)
     rows = [[*row, *(Fraction(int(i == j)) for j in range(n))] for i, row in enumerate(matrix)]
     for i in range(n):

@@ -1,6 +1,6 @@
-"""Ops: a forward half and a δ rule each, one under the other, joined by `jax.custom_vjp`.
+"""Ops: each is a forward pass with its backward rule directly below it, joined by `jax.custom_vjp`.
 
-Every file reads the same way: public function (options, checks, docstring) · core · ``_fwd`` · ``_bwd`` · ``defvjp``.
-``delta`` is always ∂E/∂(this op's output); what a rule returns is ``delta_x``, ``grad_w``, ``grad_b``, in the order of
-its inputs.  Rooms: ops import `jaxcnn.kernels` and `jaxcnn.geometry`.
+Every file has the same order: public function (options, checks, docstring), core, ``_fwd``, ``_bwd``, ``defvjp``.
+``delta`` is always ∂E/∂(output of this op). A rule returns ``delta_x``, ``grad_w``, ``grad_b``, in the order of the
+op's inputs.
 """

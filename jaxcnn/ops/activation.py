@@ -1,7 +1,7 @@
-"""Activations: entry by entry, y = g(x), so that δ_x = δ ∘ g'(x) (lecture §3 and §6).
+"""Elementwise activations: y = g(x), so that δ_x = δ ∘ g'(x) (lecture §3 and §6).
 
-`relu` is written out.  The others are rows of one table of g and g', and share its rule: the forward half keeps what δ
-is multiplied with, so that the backward half computes nothing twice.
+`relu` is written out. The others share one rule and a table of g and g'. The forward pass saves the factor that
+multiplies δ, so nothing is recomputed in the backward pass.
 """
 
 import dataclasses
@@ -22,15 +22,17 @@ from jaxcnn.ops.rule import Rule, arrays, custom_vjp, with_rule
 def relu(x: ArrayLike, *, rule: Rule | None = None) -> Array:
     """Rectified linear unit: ``y = max(x, 0)``.
 
-    Backward: ``δ_x = δ ∘ g'(x)`` with g'(x) = 1 where x > 0 and 0 elsewhere, also at 0 (lecture §6, erratum 7).
+    Backward: ``δ_x = δ ∘ g'(x)`` with g'(x) = 1 where x > 0 and 0 elsewhere, including at 0 (lecture §6, erratum 7).
 
     Args:
-        x: any shape and float dtype.
-        rule: another backward half; see `jaxcnn.rules`.
+        x: array of any shape and float dtype.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
 
-    Returns: the shape and dtype of x.
+    Returns:
+        An array with the shape and dtype of x.
 
-    Raises: TypeError for dtypes.
+    Raises:
+        TypeError: if x is not an array of a float dtype.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -46,7 +48,7 @@ def _relu(geometry: None, x: Array) -> Array:
     return jnp.maximum(x, 0)
 
 
-def _relu_fwd(geometry: None, x: Array) -> Any:  # the residual is the one bit that the rule reads
+def _relu_fwd(geometry: None, x: Array) -> Any:  # the residual is the one bit that the rule needs
     y = _relu(None, x)
     return y, stored(y > 0)
 
@@ -65,13 +67,13 @@ def relu_plain(geometry: None, x: Array) -> Array:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The table: g, what the forward half keeps (g' itself, unless something smaller says as much), and g' of what is kept.
+# The table: g, the residual (g' itself, unless something smaller determines it), and δ_x as a function of the residual.
 # c is the op's constant.
 
 
 @dataclasses.dataclass(frozen=True)
 class Activation:
-    """A row of the table with its constant, the static half of a call."""
+    """A row of the table with its constant: the static part of a call."""
 
     name: str
     constant: float = 0.0
@@ -101,21 +103,21 @@ _SELU_SCALE, _SELU_ALPHA = 1.0507009873554805, 1.6732632423543772
 def _gelu_slope(x: Array, y: Array, c: float) -> Array:
     """g'(x) = Φ(x) + x·φ(x), with φ and Φ the normal density and distribution."""
     z = -x * _INV_SQRT_2
-    return _normal(x) + x * _INV_SQRT_2PI * jnp.exp(-(z * z))  # written as in erfc, so that XLA takes it once
+    return _normal(x) + x * _INV_SQRT_2PI * jnp.exp(-(z * z))  # written as in erfc, so that XLA computes it once
 
 
 def _normal(x: Array) -> Array:
-    """Φ(x), by erfc, which keeps its digits where Φ is small."""
+    """Φ(x), by erfc, which stays accurate where Φ is small."""
     return 0.5 * jax.lax.erfc(-x * _INV_SQRT_2)
 
 
 def _clipped(x: Array, low: float, high: float) -> Array:
-    """x, no less than low and no more than high; NaN stays.  Its slope is `_between`, also by autodiff."""
+    """Clip x to [low, high] and keep NaN. Autodiff of this gives `_between` as well."""
     return jnp.where(x <= low, _of(low, x), jnp.where(x >= high, _of(high, x), x))
 
 
 def _between(x: Array, low: float, high: float) -> Array:
-    """Whether low < x < high: not at either end."""
+    """Whether low < x < high, both ends excluded."""
     return (x > low) & (x < high)
 
 
@@ -140,7 +142,10 @@ def _gelu_tanh_slope(x: Array, y: Array, c: float) -> Array:
 
 
 def _hard_swish_delta(x: Array, delta: Array) -> Array:
-    """δ∘g'(x) with g'(x) = 0 up to −3, x/3 + ½ between, 1 from 3 on. Selected, so that δ may be infinite."""
+    """δ∘g'(x) with g'(x) = 0 up to −3, x/3 + ½ between, 1 from 3 on.
+
+    The two constant cases select rather than multiply, so that δ may be infinite.
+    """
     slope = _like(x, _wide(_clipped(x, -3, 3)) / 3 + 0.5)
     return jnp.where(x >= 3, delta, jnp.where(x > -3, delta * slope, 0))
 
@@ -158,24 +163,24 @@ def _mish_slope(x: Array, y: Array, c: float) -> Array:
 
 
 def _mish_parts(x: Array) -> tuple[Array, Array, Array, Array]:
-    """e, w, n, d with e = exp(−|x|) and tanh(log(1 + eˣ)) = n/d: one exponential, which cannot overflow.
+    """e, w, n, d with e = exp(−|x|) and tanh(log(1 + eˣ)) = n/d: a single exponential, which cannot overflow.
 
-    With E = eˣ that is (E² + 2E)/(E² + 2E + 2); where x > 0, both divided by E², and w is e instead of 1.
+    With E = eˣ the quotient is (E² + 2E)/(E² + 2E + 2). Where x > 0, both are divided by E², and w is e instead of 1.
     """
     e = jnp.exp(jnp.where(x > 0, -x, x))
-    w = jnp.where(x > 0, e, 1)  # XLA would make another exponential of e·e, but not of w·w
+    w = jnp.where(x > 0, e, 1)  # XLA rewrites e·e as a second exponential, but not w·w
     n = jnp.where(x > 0, 1 + 2 * e, e * (2 + e))
     return e, w, n, n + 2 * w * w
 
 
 def _squareplus(x: Array, c: float) -> Array:
-    """(x + r)/2 with r = √(x² + c); where x < 0 as c/(2(r − x)), which keeps the digits."""
+    """(x + r)/2 with r = √(x² + c); where x < 0 as c/(2(r − x)), which avoids cancellation."""
     r = jnp.sqrt(x * x + c)
     return jnp.where(x > 0, (x + r) / 2, c / (2 * (r - jnp.minimum(x, 0))))
 
 
 _TABLE = {
-    # name:        g(x)                                     what is kept of x and y,  and δ_x of that and δ
+    # name:        g(x)                                     residual from x and y,    δ_x from residual and δ
     "leaky_relu": _Row(lambda x, c: jnp.where(x > 0, x, c * x),
                        lambda x, y, c: x > 0, lambda positive, delta, c: jnp.where(positive, delta, c * delta)),
     "relu6": _Row(lambda x, c: _clipped(x, 0, 6), lambda x, y, c: _between(x, 0, 6), _masked),
@@ -232,7 +237,7 @@ def _activation_plain(activation: Activation, x: Array) -> Array:
 
 
 def _wide(x: Array) -> Array:
-    """16-bit floats in float32, where x² and e^x have room; others as they are, weakly typed or not."""
+    """16-bit floats in float32, where x² and eˣ do not overflow; others unchanged, including weak types."""
     return x if accumulator(x.dtype) == x.dtype else x.astype(accumulator(x.dtype))
 
 
@@ -241,9 +246,21 @@ def _like(x: Array, y: Array) -> Array:
 
 
 def leaky_relu(x: ArrayLike, *, negative_slope: float = 0.01, rule: Rule | None = None) -> Array:
-    """Leaky ReLU: ``y = x`` where x > 0, else ``negative_slope·x``.  ``δ_x = δ ∘ (1 or negative_slope)``.
+    """Leaky ReLU: ``y = x`` where x > 0, else ``negative_slope·x``.
 
-    x: any shape and float dtype → same.  Raises: TypeError for dtypes, ValueError for a slope that is not finite.
+    Backward: ``δ_x = δ ∘ (1 or negative_slope)``.
+
+    Args:
+        x: array of any shape and float dtype.
+        negative_slope: slope for x <= 0, a finite number; static.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
+
+    Returns:
+        An array with the shape and dtype of x.
+
+    Raises:
+        TypeError: if x is not an array of a float dtype, or negative_slope is not a number.
+        ValueError: if negative_slope is not finite.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -254,9 +271,22 @@ def leaky_relu(x: ArrayLike, *, negative_slope: float = 0.01, rule: Rule | None 
 
 
 def elu(x: ArrayLike, *, alpha: float = 1.0, rule: Rule | None = None) -> Array:
-    """Exponential linear unit: ``y = x`` where x > 0, else ``α(eˣ − 1)``.  ``δ_x = δ ∘ (1 or α·eˣ)``.
+    """Exponential linear unit: ``y = x`` where x > 0, else ``α(eˣ − 1)``.
 
-    x: any shape and float dtype → same.  Raises: TypeError for dtypes, ValueError for an alpha that is not finite.
+    Backward: ``δ_x = δ ∘ (1 or α·eˣ)``.
+
+    Args:
+        x: array of any shape and float dtype.
+        alpha: α, a finite number; static.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
+
+    Returns:
+        An array with the shape and dtype of x.
+
+    Raises:
+        TypeError: if x is not an array of a float dtype, or alpha is not a number.
+        ValueError: if alpha is not finite.
+
     Source: Clevert et al. 2015.
 
     >>> import jax.numpy as jnp
@@ -268,12 +298,24 @@ def elu(x: ArrayLike, *, alpha: float = 1.0, rule: Rule | None = None) -> Array:
 
 
 def gelu(x: ArrayLike, *, approximate: bool = False, rule: Rule | None = None) -> Array:
-    """Gaussian error linear unit, exact: ``y = x·Φ(x)``.  ``δ_x = δ ∘ (Φ(x) + x·φ(x))``.
+    """Gaussian error linear unit: ``y = x·Φ(x)``.
 
-    With ``approximate`` Φ(x) is (1 + t)/2, t = tanh u, u = √(2/π)·(x + 0.044715·x³), and its slope that one's own:
-    ``δ_x = δ ∘ ((1 + t)/2 + x(1 − t²)u'/2)``.
+    If ``approximate``, Φ(x) is replaced by (1 + t)/2 with t = tanh u, u = √(2/π)·(x + 0.044715·x³), and the derivative
+    is that of this approximation.
 
-    x: any shape and float dtype → same.  Raises: TypeError for dtypes and for an option that is no bool.
+    Backward: ``δ_x = δ ∘ (Φ(x) + x·φ(x))``, or ``δ_x = δ ∘ ((1 + t)/2 + x(1 − t²)u'/2)`` if ``approximate``.
+
+    Args:
+        x: array of any shape and float dtype.
+        approximate: whether to use the tanh approximation; static.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
+
+    Returns:
+        An array with the shape and dtype of x.
+
+    Raises:
+        TypeError: if x is not an array of a float dtype, or approximate is not a bool.
+
     Source: Hendrycks & Gimpel 2016.
 
     >>> import jax.numpy as jnp
@@ -286,10 +328,23 @@ def gelu(x: ArrayLike, *, approximate: bool = False, rule: Rule | None = None) -
 
 
 def selu(x: ArrayLike, *, rule: Rule | None = None) -> Array:
-    """Scaled ELU: ``y = λx`` where x > 0, else ``λα(eˣ − 1)``.  ``δ_x = δ ∘ (λ or λα·eˣ)``.
+    """Scaled ELU: ``y = λx`` where x > 0, else ``λα(eˣ − 1)``.
 
-    x: any shape and float dtype → same.  Raises: TypeError for dtypes.  λ ≈ 1.0507 and α ≈ 1.6733 keep mean 0 and
-    variance 1 from layer to layer.  Source: Klambauer et al. 2017.
+    λ ≈ 1.0507 and α ≈ 1.6733 preserve mean 0 and variance 1 from layer to layer.
+
+    Backward: ``δ_x = δ ∘ (λ or λα·eˣ)``.
+
+    Args:
+        x: array of any shape and float dtype.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
+
+    Returns:
+        An array with the shape and dtype of x.
+
+    Raises:
+        TypeError: if x is not an array of a float dtype.
+
+    Source: Klambauer et al. 2017.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -300,9 +355,22 @@ def selu(x: ArrayLike, *, rule: Rule | None = None) -> Array:
 
 
 def celu(x: ArrayLike, *, alpha: float = 1.0, rule: Rule | None = None) -> Array:
-    """ELU whose slope has no jump: ``y = x`` where x > 0, else ``α(e^(x/α) − 1)``.  ``δ_x = δ ∘ (1 or e^(x/α))``.
+    """Continuously differentiable ELU: ``y = x`` where x > 0, else ``α(e^(x/α) − 1)``.
 
-    x: any shape and float dtype → same.  Raises: TypeError for dtypes, ValueError for an alpha that is 0 or not finite.
+    Backward: ``δ_x = δ ∘ (1 or e^(x/α))``.
+
+    Args:
+        x: array of any shape and float dtype.
+        alpha: α, a finite number other than 0; static.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
+
+    Returns:
+        An array with the shape and dtype of x.
+
+    Raises:
+        TypeError: if x is not an array of a float dtype, or alpha is not a number.
+        ValueError: if alpha is 0 or not finite.
+
     Source: Barron 2017.
 
     >>> import jax.numpy as jnp
@@ -317,9 +385,21 @@ def celu(x: ArrayLike, *, alpha: float = 1.0, rule: Rule | None = None) -> Array
 
 
 def relu6(x: ArrayLike, *, rule: Rule | None = None) -> Array:
-    """ReLU that ends at 6: ``y = min(max(x, 0), 6)``.  ``δ_x = δ ∘ [0 < x < 6]``.
+    """ReLU clipped at 6: ``y = min(max(x, 0), 6)``.
 
-    x: any shape and float dtype → same.  Raises: TypeError for dtypes.  Source: Howard et al. 2017.
+    Backward: ``δ_x = δ ∘ [0 < x < 6]``.
+
+    Args:
+        x: array of any shape and float dtype.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
+
+    Returns:
+        An array with the shape and dtype of x.
+
+    Raises:
+        TypeError: if x is not an array of a float dtype.
+
+    Source: Howard et al. 2017.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -330,9 +410,19 @@ def relu6(x: ArrayLike, *, rule: Rule | None = None) -> Array:
 
 
 def hard_tanh(x: ArrayLike, *, rule: Rule | None = None) -> Array:
-    """Tanh in straight lines: ``y = min(max(x, −1), 1)``.  ``δ_x = δ ∘ [−1 < x < 1]``.
+    """Piecewise-linear approximation of tanh: ``y = min(max(x, −1), 1)``.
 
-    x: any shape and float dtype → same.  Raises: TypeError for dtypes.
+    Backward: ``δ_x = δ ∘ [−1 < x < 1]``.
+
+    Args:
+        x: array of any shape and float dtype.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
+
+    Returns:
+        An array with the shape and dtype of x.
+
+    Raises:
+        TypeError: if x is not an array of a float dtype.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -343,9 +433,19 @@ def hard_tanh(x: ArrayLike, *, rule: Rule | None = None) -> Array:
 
 
 def hard_sigmoid(x: ArrayLike, *, rule: Rule | None = None) -> Array:
-    """Sigmoid in straight lines: ``y = min(max(x + 3, 0), 6)/6``.  ``δ_x = δ ∘ [−3 < x < 3]/6``.
+    """Piecewise-linear approximation of the sigmoid: ``y = min(max(x + 3, 0), 6)/6``.
 
-    x: any shape and float dtype → same.  Raises: TypeError for dtypes.
+    Backward: ``δ_x = δ ∘ [−3 < x < 3]/6``.
+
+    Args:
+        x: array of any shape and float dtype.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
+
+    Returns:
+        An array with the shape and dtype of x.
+
+    Raises:
+        TypeError: if x is not an array of a float dtype.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -356,9 +456,20 @@ def hard_sigmoid(x: ArrayLike, *, rule: Rule | None = None) -> Array:
 
 
 def hard_swish(x: ArrayLike, *, rule: Rule | None = None) -> Array:
-    """SiLU in straight lines: ``y = x·hard_sigmoid(x)``.  ``δ_x = δ ∘ (0 up to x = −3, x/3 + ½, 1 from x = 3 on)``.
+    """SiLU with a piecewise-linear sigmoid: ``y = x·hard_sigmoid(x)``.
 
-    x: any shape and float dtype → same.  Raises: TypeError for dtypes.
+    Backward: ``δ_x = δ ∘ (0 up to x = −3, x/3 + ½, 1 from x = 3 on)``.
+
+    Args:
+        x: array of any shape and float dtype.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
+
+    Returns:
+        An array with the shape and dtype of x.
+
+    Raises:
+        TypeError: if x is not an array of a float dtype.
+
     Source: Howard et al. 2019.
 
     >>> import jax.numpy as jnp
@@ -370,9 +481,21 @@ def hard_swish(x: ArrayLike, *, rule: Rule | None = None) -> Array:
 
 
 def mish(x: ArrayLike, *, rule: Rule | None = None) -> Array:
-    """Mish: ``y = x·t, t = tanh(log(1 + eˣ))``.  ``δ_x = δ ∘ (t + x(1 − t²)·sigmoid(x))``.
+    """Mish: ``y = x·t, t = tanh(log(1 + eˣ))``.
 
-    x: any shape and float dtype → same.  Raises: TypeError for dtypes.  Source: Misra 2019.
+    Backward: ``δ_x = δ ∘ (t + x(1 − t²)·sigmoid(x))``.
+
+    Args:
+        x: array of any shape and float dtype.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
+
+    Returns:
+        An array with the shape and dtype of x.
+
+    Raises:
+        TypeError: if x is not an array of a float dtype.
+
+    Source: Misra 2019.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -383,9 +506,19 @@ def mish(x: ArrayLike, *, rule: Rule | None = None) -> Array:
 
 
 def softsign(x: ArrayLike, *, rule: Rule | None = None) -> Array:
-    """Softsign: ``y = x/(1 + |x|)``.  ``δ_x = δ ∘ 1/(1 + |x|)²``.
+    """Softsign: ``y = x/(1 + |x|)``.
 
-    x: any shape and float dtype → same.  Raises: TypeError for dtypes.
+    Backward: ``δ_x = δ ∘ 1/(1 + |x|)²``.
+
+    Args:
+        x: array of any shape and float dtype.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
+
+    Returns:
+        An array with the shape and dtype of x.
+
+    Raises:
+        TypeError: if x is not an array of a float dtype.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -396,10 +529,23 @@ def softsign(x: ArrayLike, *, rule: Rule | None = None) -> Array:
 
 
 def squareplus(x: ArrayLike, *, b: float = 4.0, rule: Rule | None = None) -> Array:
-    """Squareplus, a softplus without exponential: ``y = (x + √(x² + b))/2``.  ``δ_x = δ ∘ y/√(x² + b)``.
+    """Squareplus, a softplus without an exponential: ``y = (x + √(x² + b))/2``.
 
-    x: any shape and float dtype → same.  Raises: TypeError for dtypes, ValueError for a b that is not finite or
-    not > 0.  Source: Barron 2021.
+    Backward: ``δ_x = δ ∘ y/√(x² + b)``.
+
+    Args:
+        x: array of any shape and float dtype.
+        b: a finite number > 0; static.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
+
+    Returns:
+        An array with the shape and dtype of x.
+
+    Raises:
+        TypeError: if x is not an array of a float dtype, or b is not a number.
+        ValueError: if b is not finite or not > 0.
+
+    Source: Barron 2021.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -413,9 +559,19 @@ def squareplus(x: ArrayLike, *, b: float = 4.0, rule: Rule | None = None) -> Arr
 
 
 def log_sigmoid(x: ArrayLike, *, rule: Rule | None = None) -> Array:
-    """Logarithm of the sigmoid: ``y = −log(1 + e⁻ˣ)``.  ``δ_x = δ ∘ sigmoid(−x)``.
+    """Logarithm of the sigmoid: ``y = −log(1 + e⁻ˣ)``.
 
-    x: any shape and float dtype → same.  Raises: TypeError for dtypes.
+    Backward: ``δ_x = δ ∘ sigmoid(−x)``.
+
+    Args:
+        x: array of any shape and float dtype.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
+
+    Returns:
+        An array with the shape and dtype of x.
+
+    Raises:
+        TypeError: if x is not an array of a float dtype.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -426,9 +582,21 @@ def log_sigmoid(x: ArrayLike, *, rule: Rule | None = None) -> Array:
 
 
 def silu(x: ArrayLike, *, rule: Rule | None = None) -> Array:
-    """Sigmoid linear unit (swish): ``y = x·s``, s = sigmoid(x).  ``δ_x = δ ∘ s(1 + x(1 − s))``.
+    """Sigmoid linear unit (swish): ``y = x·s`` with s = sigmoid(x).
 
-    x: any shape and float dtype → same.  Raises: TypeError for dtypes.  Source: Elfwing et al. 2017.
+    Backward: ``δ_x = δ ∘ s(1 + x(1 − s))``.
+
+    Args:
+        x: array of any shape and float dtype.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
+
+    Returns:
+        An array with the shape and dtype of x.
+
+    Raises:
+        TypeError: if x is not an array of a float dtype.
+
+    Source: Elfwing et al. 2017.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -439,9 +607,19 @@ def silu(x: ArrayLike, *, rule: Rule | None = None) -> Array:
 
 
 def softplus(x: ArrayLike, *, rule: Rule | None = None) -> Array:
-    """Softplus: ``y = log(1 + eˣ)``.  ``δ_x = δ ∘ sigmoid(x)``.
+    """Softplus: ``y = log(1 + eˣ)``.
 
-    x: any shape and float dtype → same.  Raises: TypeError for dtypes.
+    Backward: ``δ_x = δ ∘ sigmoid(x)``.
+
+    Args:
+        x: array of any shape and float dtype.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
+
+    Returns:
+        An array with the shape and dtype of x.
+
+    Raises:
+        TypeError: if x is not an array of a float dtype.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -452,9 +630,19 @@ def softplus(x: ArrayLike, *, rule: Rule | None = None) -> Array:
 
 
 def sigmoid(x: ArrayLike, *, rule: Rule | None = None) -> Array:
-    """Logistic sigmoid: ``y = 1 / (1 + e⁻ˣ)``.  ``δ_x = δ ∘ y(1 − y)``, the lecture's g' = g(1 − g) (§3).
+    """Logistic sigmoid: ``y = 1 / (1 + e⁻ˣ)``.
 
-    x: any shape and float dtype → same.  Raises: TypeError for dtypes.
+    Backward: ``δ_x = δ ∘ y(1 − y)``, the lecture's g' = g(1 − g) (§3).
+
+    Args:
+        x: array of any shape and float dtype.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
+
+    Returns:
+        An array with the shape and dtype of x.
+
+    Raises:
+        TypeError: if x is not an array of a float dtype.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -465,9 +653,19 @@ def sigmoid(x: ArrayLike, *, rule: Rule | None = None) -> Array:
 
 
 def tanh(x: ArrayLike, *, rule: Rule | None = None) -> Array:
-    """Hyperbolic tangent: ``y = tanh x``.  ``δ_x = δ ∘ (1 − y²)``.
+    """Hyperbolic tangent: ``y = tanh x``.
 
-    x: any shape and float dtype → same.  Raises: TypeError for dtypes.
+    Backward: ``δ_x = δ ∘ (1 − y²)``.
+
+    Args:
+        x: array of any shape and float dtype.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
+
+    Returns:
+        An array with the shape and dtype of x.
+
+    Raises:
+        TypeError: if x is not an array of a float dtype.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn

@@ -1,4 +1,4 @@
-"""Convolution layers: a patch slides over a picture.
+"""Convolution layers: a kernel slides over an input.
 
 The family is closed under differentiation: the rule of each of its three products is the other two.
 
@@ -6,9 +6,9 @@ The family is closed under differentiation: the rule of each of its three produc
     spread   δ, w → x          its rule:  conv, match
     match    x, δ → w          its rule:  spread, conv
 
-`conv_transpose` is spread as a layer of its own, `depthwise_conv` is conv with as many groups as channels.
-As everywhere in deep learning "convolution" here does not turn the patch: it is cross-correlation (lecture §11, with
-erratum 4).  The patch *is* turned on the way back (lecture §15).
+`conv_transpose` is spread as a layer. `depthwise_conv` is conv with as many groups as channels. As usual in deep
+learning, "convolution" here does not flip the kernel: it is cross-correlation (lecture §11, with erratum 4). The kernel
+*is* flipped in the backward pass (lecture §15).
 """
 
 import functools
@@ -59,29 +59,34 @@ def conv(
 ) -> Array:
     """Convolution layer: ``y[n, o, f] = b[f] + Σ_{k, i} x[n, o·stride + k·dilation − lo, i] · w[k, i, f]``.
 
-    Backward (lecture §6, §9, §15): δ_x = w ∗ δ, the full correlation of δ with the patch turned by 180°;
+    Backward (lecture §6, §9, §15): δ_x = w ∗ δ, the full correlation of δ with the kernel flipped by 180°;
     ∂E/∂w = x ⋆ δ, a valid correlation summed over the batch; ∂E/∂b = Σ δ over batch and space.
 
     Args:
-        x: pictures ``(N, *spatial, I)``, one to three spatial dims, any float dtype.
-        w: patches ``(*K, I/groups, O)``, of the same dtype.
-        b: one number for each output channel, ``(O,)``.
-        stride: how far the patch moves, an int or one for each dim.
-        padding: "VALID", "SAME" (extra at the end), "SAME_LOWER", "CAUSAL" (1-D), an int, an int or a pair for each
-            dim; or, same-size, "REFLECT", "REPLICATE", "CIRCULAR", which repeat the picture instead of adding zeros.
-        dilation: the distance between a patch's entries.
-        groups: output channels ``g·O/groups …`` see input channels ``g·I/groups …`` alone.
+        x: input ``(N, *spatial, I)``, one to three spatial dims, any float dtype.
+        w: kernel ``(*K, I/groups, O)``, of the same dtype.
+        b: bias ``(O,)``, one number per output channel; None for no bias.
+        stride: step of the kernel, an int or one per spatial dim.
+        padding: "VALID", "SAME" (extra at the end), "SAME_LOWER", "CAUSAL" (1-D), an int, or an int or a pair per dim.
+            "REFLECT", "REPLICATE" and "CIRCULAR" repeat the input instead of adding zeros and keep its size.
+        dilation: distance between the kernel's taps.
+        groups: number of channel groups. Output channels ``g·O/groups …`` depend only on input channels
+            ``g·I/groups …``.
         dimension_numbers: the layouts of x, w and y, such as ``("NCHW", "OIHW", "NCHW")``; default channels last.
-        preferred_element_type: dtype of the result, if not that of x.  16-bit inputs accumulate in float32 anyway.
+        preferred_element_type: dtype of the result; default that of x. 16-bit inputs accumulate in float32 in any case.
         precision: as in `jax.lax`. With "fastest" (`jax.lax.Precision.DEFAULT`), or "default" as JAX's
-            ``jax_default_matmul_precision``, large float32 convolutions with 3 × 3 and 5 × 5 kernels run in Winograd's
-            form on CPU: relative errors are up to 2.5e-6 (3 × 3) and 9e-6 (5 × 5) instead of 6e-7, and an entry that is
-            not finite, or large, reaches up to 3 places beyond its windows. With None every sum is direct.
-        rule: another backward half, over channels-last arrays; see `jaxcnn.rules`.
+            ``jax_default_matmul_precision``, large float32 convolutions with 3 × 3 and 5 × 5 kernels use Winograd's
+            algorithm on CPU. Relative errors are then up to 2.5e-6 (3 × 3) and 9e-6 (5 × 5) instead of 6e-7, and an
+            element that is not finite, or is large, affects up to 3 positions beyond its windows. With None every sum
+            is computed directly.
+        rule: replacement for the backward rule, over channels-last arrays; see `jaxcnn.rules`.
 
-    Returns: ``(N, *out, O)``.
+    Returns:
+        The output ``(N, *out, O)``.
 
-    Raises: ValueError for shapes or options that do not fit, TypeError for dtypes; both name argument, got, expected.
+    Raises:
+        ValueError: if shapes or options do not fit.
+        TypeError: if an argument has the wrong type or dtype.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -109,25 +114,28 @@ def depthwise_conv(
     precision: Any = None,
     rule: Rule | None = None,
 ) -> Array:
-    """Depthwise convolution: each channel has patches of its own, ``y[…, c·M + m]`` is channel c with its patch m.
+    """Depthwise convolution: each channel has its own kernels; ``y[…, c·M + m]`` is channel c with its kernel m.
 
-    `conv` with ``groups`` = channels, and its rule.
+    This is `conv` with ``groups`` = channels, and has the same rule.
 
     Args:
-        x: pictures ``(N, *spatial, C)``, one to three spatial dims, any float dtype.
-        w: patches ``(*K, 1, C·M)``, of the same dtype; M, the multiplier, is how many a channel has.
-        b: one number for each output channel, ``(C·M,)``.
-        stride: how far the patch moves.
+        x: input ``(N, *spatial, C)``, one to three spatial dims, any float dtype.
+        w: kernels ``(*K, 1, C·M)``, of the same dtype; the multiplier M is the number of kernels per channel.
+        b: bias ``(C·M,)``, one number per output channel; None for no bias.
+        stride: step of the kernel, an int or one per spatial dim.
         padding: as in `conv`.
-        dilation: the distance between a patch's entries.
+        dilation: distance between the kernel's taps.
         dimension_numbers: as in `conv`.
         preferred_element_type: as in `conv`.
         precision: as in `conv`.
-        rule: another backward half, over channels-last arrays; see `jaxcnn.rules`.
+        rule: replacement for the backward rule, over channels-last arrays; see `jaxcnn.rules`.
 
-    Returns: ``(N, *out, C·M)``.
+    Returns:
+        The output ``(N, *out, C·M)``.
 
-    Raises: ValueError for shapes or options that do not fit, TypeError for dtypes.
+    Raises:
+        ValueError: if shapes or options do not fit.
+        TypeError: if an argument has the wrong type or dtype.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -156,7 +164,7 @@ def _conv_fwd(c: Correlation, x: Array, w: Array, b: Array | None) -> Any:
 
 
 def _conv_bwd(c: Correlation, saved: Any, delta: Array) -> Any:
-    """δ_x = w ∗ δ (full, the patch turned); ∂E/∂w = x ⋆ δ; ∂E/∂b = Σ δ.  Lecture §9 and §15."""
+    """δ_x = w ∗ δ (full, the kernel flipped); ∂E/∂w = x ⋆ δ; ∂E/∂b = Σ δ. Lecture §9 and §15."""
     x, w, b = saved
     delta_x = spread(c, delta, w).astype(x.dtype)
     grad_w = match(c, x, delta).astype(w.dtype)
@@ -187,7 +195,7 @@ def conv_plain(c: Correlation, x: Array, w: Array, b: Array | None) -> Array:
 
 @custom_vjp
 def spread(c: Correlation, delta: Array, w: Array) -> Array:
-    """``w ∗ δ``: the full correlation of δ with the patch turned by 180°."""
+    """``w ∗ δ``: the full correlation of δ with the kernel flipped by 180°."""
     return kernels.spread(c, delta, w)
 
 
@@ -206,7 +214,7 @@ spread.defvjp(_spread_fwd, _spread_bwd)
 
 @custom_vjp
 def match(c: Correlation, x: Array, delta: Array) -> Array:
-    """``x ⋆ δ``: the valid correlation of the picture with δ, summed over the batch."""
+    """``x ⋆ δ``: the valid correlation of the input with δ, summed over the batch."""
     return kernels.match(c, x, delta)
 
 
@@ -244,31 +252,39 @@ def conv_transpose(
 ) -> Array:
     """Transposed convolution, the adjoint of `conv`: ``y[i] = b + Σ_{o·stride + k·dilation − lo = i} x[o]·w[k]ᵀ``.
 
-    With the same w and options it leads from the shapes that `conv` gives back to those that it takes:
+    With the same w and options it maps `conv`'s output shape back to its input shape:
     ⟨conv(y, w), x⟩ = ⟨y, conv_transpose(x, w)⟩.
 
     Backward: ``δ_x = conv(δ, w)``; ``∂E/∂w = δ ⋆ x``, the valid correlation of δ with x; ``∂E/∂b = Σ δ``.
 
     Args:
-        x: pictures ``(N, *spatial, I)``, one to three spatial dims, any float dtype.
-        w: patches of the `conv` that is undone, ``(*K, O/groups, I)``, of the same dtype: its input channels are the
+        x: input ``(N, *spatial, I)``, one to three spatial dims, any float dtype.
+        w: kernel of the `conv` that is transposed, ``(*K, O/groups, I)``, of the same dtype. Its input channels are the
             output channels here.
-        b: one number for each output channel, ``(O,)``.
-        stride: how far an entry of x moves the patch.
-        padding: of the `conv` that is undone, so it is cut off here: an int, an int or a pair for each dim, "VALID",
-            "CAUSAL" (1-D), or "SAME", "SAME_LOWER", of which the result is ``stride`` times as large as x.
-        output_padding: how many entries more at the end, less than ``stride``: `conv` leads from all of those sizes to
-            the same one.  Or less than ``dilation``: as if x went on with zeros.
-        dilation: the distance between a patch's entries.
-        groups: input channels ``g·I/groups …`` reach output channels ``g·O/groups …`` alone.
-        dimension_numbers: the layouts of x, w and y, such as ``("NCHW", "OIHW", "NCHW")``, w's as that of a `conv`.
+        b: bias ``(O,)``, one number per output channel; None for no bias.
+        stride: step of the kernel per element of x, an int or one per spatial dim.
+        padding: padding of the `conv` that is transposed, cropped from the result here: an int, an int or a pair per
+            dim, "VALID", "CAUSAL" (1-D), or "SAME" or "SAME_LOWER", with which the result is ``stride`` times as large
+            as x.
+        output_padding: extra size at the end of each dim, less than ``stride`` or ``dilation``. If less than
+            ``stride``, it selects among the output sizes that `conv` maps to the same input size. Beyond that, the
+            result is as if x continued with zeros.
+        dilation: distance between the kernel's taps.
+        groups: number of channel groups. Input channels ``g·I/groups …`` contribute only to output channels
+            ``g·O/groups …``.
+        dimension_numbers: the layouts of x, w and y, such as ``("NCHW", "OIHW", "NCHW")``; w's is that of a `conv`.
         preferred_element_type: as in `conv`.
         precision: as in `conv`.
-        rule: another backward half, over channels-last arrays; see `jaxcnn.rules`.
+        rule: replacement for the backward rule, over channels-last arrays; see `jaxcnn.rules`.
 
-    Returns: ``(N, *out, O)``, out = (spatial − 1)·stride + (K − 1)·dilation + 1 − padding + output_padding.
+    Returns:
+        The output ``(N, *out, O)``, out = (spatial − 1)·stride + (K − 1)·dilation + 1 − padding + output_padding.
 
-    Raises: ValueError for shapes or options that do not fit, TypeError for dtypes.  Source: Zeiler et al. 2010.
+    Raises:
+        ValueError: if shapes or options do not fit.
+        TypeError: if an argument has the wrong type or dtype.
+
+    Source: Zeiler et al. 2010.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -288,7 +304,7 @@ def conv_transpose(
 
 
 def _followed_by_zeros(out: tuple[int, ...], x: Array) -> Array:
-    """``x`` with spatial dims ``out``; not by `lax.pad`, of which autodiff makes negative padding."""
+    """Extend ``x`` to spatial dims ``out`` with zeros; not by `lax.pad`, whose transpose uses negative padding."""
     for axis, (n, length) in enumerate(zip(x.shape[1:-1], out, strict=True), start=1):
         if length > n:
             rest = jnp.zeros((*x.shape[:axis], length - n, *x.shape[axis + 1 :]), x.dtype)
@@ -307,7 +323,7 @@ def _conv_transpose_fwd(c: Correlation, x: Array, w: Array, b: Array | None) -> 
 
 
 def _conv_transpose_bwd(c: Correlation, saved: Any, delta: Array) -> Any:
-    """δ_x = conv(δ, w);  ∂E/∂w = δ ⋆ x;  ∂E/∂b = Σ δ."""
+    """δ_x = conv(δ, w); ∂E/∂w = δ ⋆ x; ∂E/∂b = Σ δ."""
     x, w, b = saved
     delta_x = _conv(c, delta, w, None).astype(x.dtype)
     grad_w = match(c, delta, x).astype(w.dtype)
@@ -319,10 +335,10 @@ _conv_transpose.defvjp(_conv_transpose_fwd, _conv_transpose_bwd)
 
 
 def _conv_transpose_plain(c: Correlation, x: Array, w: Array, b: Array | None) -> Array:
-    """`conv_transpose` in stock JAX: a convolution of x, spaced by the stride, with the patch turned."""
+    """`conv_transpose` in stock JAX: a convolution of x, dilated by the stride, with the flipped kernel."""
     win, groups, channels = c.window, c.groups, x.ndim - 1
     layout = (0, channels, *range(1, channels))
-    # Padding of the full result, as much as there is; where `conv` pads more than its patch reaches, the rest is cut.
+    # Pad to the full result as far as needed. If `conv` pads more than the kernel's reach, crop the rest.
     starts = [extent - 1 - lo for extent, (lo, _) in zip(win.extent, win.padding, strict=True)]
     full = [(n - 1) * s + e for n, s, e in zip(x.shape[1:-1], win.stride, win.extent, strict=True)]
     ends = [n + lo - f + e - 1 for n, (lo, _), f, e in zip(win.shape, win.padding, full, win.extent, strict=True)]
@@ -351,7 +367,7 @@ def _conv_transpose_plain(c: Correlation, x: Array, w: Array, b: Array | None) -
 
 
 def sum_pixels(delta: Array) -> Array:
-    """Σ over batch and space, one number for each channel; 16-bit floats are summed in float32."""
+    """Σ over batch and space, one number per channel; 16-bit floats are summed in float32."""
     return jnp.sum(delta, range(delta.ndim - 1))
 
 
@@ -360,7 +376,7 @@ def _with_bias(y: Array, b: Array | None) -> Array:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The picture repeated instead of zeros
+# Padding that repeats the input instead of adding zeros
 
 
 @functools.partial(custom_vjp, static=2)
@@ -373,7 +389,7 @@ def _extend_fwd(mode: str, widths: tuple[tuple[int, int], ...], x: Array) -> Any
 
 
 def _extend_bwd(mode: str, widths: tuple[tuple[int, int], ...], saved: None, delta: Array) -> Any:
-    """δ_x[i] = Σ δ over every place that shows entry i."""
+    """δ_x[i] = Σ δ over every position that shows element i."""
     return (_fold(mode, widths, delta),)
 
 
@@ -381,16 +397,16 @@ _extend.defvjp(_extend_fwd, _extend_bwd)
 
 
 def _extend_plain(mode: str, widths: tuple[tuple[int, int], ...], x: Array) -> Array:
-    """The picture continued past its borders, by its mirror image, its last entry or itself."""
+    """Extend the input past its borders by its mirror image, its last element or its periodic repetition."""
     modes = {"REFLECT": "reflect", "REPLICATE": "edge", "CIRCULAR": "wrap"}
     return jnp.pad(x, ((0, 0), *widths, (0, 0)), mode=modes[mode])
 
 
 @functools.partial(custom_vjp, static=2)
 def _fold(mode: str, widths: tuple[tuple[int, int], ...], delta: Array) -> Array:
-    """The adjoint of `_extend`: what lies past the borders is added to the entries it shows.
+    """The adjoint of `_extend`: δ past the borders is added to the elements shown there.
 
-    Of 16 bits in float32; but each of what is added was rounded before.
+    16-bit δ are summed in float32, although each summand has already been rounded.
     """
     dtype, delta = delta.dtype, delta.astype(accumulator(delta.dtype))
     for axis, (lo, hi) in enumerate(widths, start=1):
@@ -422,7 +438,7 @@ _fold.defvjp(_fold_fwd, _fold_bwd)
 
 
 def _put(x: Array, axis: int, at: int, n: int) -> Array:
-    """``x`` at ``at`` along an axis of ``n`` zeros."""
+    """``x`` placed at index ``at`` along an axis of ``n`` zeros."""
     if not x.shape[axis]:
         return jnp.zeros((*x.shape[:axis], n, *x.shape[axis + 1 :]), x.dtype)
     config = [(0, 0, 0)] * x.ndim
@@ -446,7 +462,7 @@ def geometry(
     precision: Any,
     rule: Rule | None = None,
 ) -> tuple[Array, Correlation]:
-    """The static half of a call, and the picture extended if the padding repeats it."""
+    """Return the input, extended if the padding repeats it, and the static part of the call."""
     spatial = picture(op, x)
     shapes = f"x {x.shape}, w {w.shape}"
     if w.ndim != x.ndim:
@@ -482,7 +498,7 @@ def _transposed_geometry(
     dtype: DTypeLike | None,
     precision: Any,
 ) -> Correlation:
-    """Of the `conv` that leads from what comes out to x."""
+    """Return the geometry of the `conv` that maps the output to x."""
     spatial = picture(op, x)
     ndim, shapes = len(spatial), f"x {x.shape}, w {w.shape}"
     if w.ndim != x.ndim:
@@ -500,7 +516,7 @@ def _transposed_geometry(
     if any(not 0 <= e < max(pair) for e, *pair in zip(extra, s, d, strict=True)):
         expected = f"ints >= 0 and less than the stride {s} or the dilation {d}"
         fail(op, f"output_padding expected {expected}, got {output_padding!r}")
-    # The sizes that "SAME" makes equal; the other paddings do not read them.
+    # The sizes for "SAME"; the other paddings ignore them.
     sizes = tuple(n * step for n, step in zip(spatial, s, strict=True))
     undone = Window(sizes, k, s, ((0, 0),) * ndim, d)
     pads = pad_widths(op, padding, undone)
@@ -548,7 +564,7 @@ def _extension(op: str, mode: str, same: Window) -> tuple[tuple[int, int], ...]:
 
 
 def _precision(op: str, precision: Any) -> Any:
-    """As a hashable value that `jax.lax` takes."""
+    """Return the precision as a hashable value that `jax.lax` accepts."""
     try:
         if precision is None or isinstance(precision, lax.Precision | lax.DotAlgorithm | lax.DotAlgorithmPreset):
             return precision
@@ -563,7 +579,7 @@ def _precision(op: str, precision: Any) -> Any:
 def _channels_last(
     op: str, x: Array, w: Array, layouts: Sequence[str] | None
 ) -> tuple[Array, Array, tuple[int, ...] | None]:
-    """``x`` and ``w`` in the house layout, and how to transpose y back into the caller's."""
+    """Return ``x`` and ``w`` in the channels-last layout, and the permutation back to the caller's layout for y."""
     if layouts is None:
         return x, w, None
     listed = isinstance(layouts, list | tuple)

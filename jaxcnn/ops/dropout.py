@@ -1,4 +1,4 @@
-"""Dropout at the output layer while training (lecture §2)."""
+"""Dropout, for training (lecture §2)."""
 
 from typing import Any
 
@@ -12,21 +12,24 @@ from jaxcnn.ops.rule import Rule, arrays, custom_vjp, one_key, with_rule
 
 
 def dropout(x: ArrayLike, rate: float, key: Array, *, rule: Rule | None = None) -> Array:
-    """Dropout: each entry is zero with probability ``rate``, the others are scaled by ``1 / (1 − rate)``.
+    """Dropout: each element is zero with probability ``rate``; the others are scaled by ``1 / (1 − rate)``.
 
-    Backward: ``δ_x = δ ∘ mask / (1 − rate)``.  The residual is the key: the mask is drawn again.
+    Backward: ``δ_x = δ ∘ mask / (1 − rate)``. The residual is the key, from which the mask is drawn again.
 
     Args:
-        x: any shape and float dtype.
-        rate: the probability in [0, 1] that an entry is dropped; static.  With 1 the output and δ_x are 0.
-        key: from `jax.random.key`.
-        rule: another backward half; see `jaxcnn.rules`.  Its cotangents are ``(delta_x, None)``.
+        x: array of any shape and float dtype.
+        rate: probability in [0, 1] that an element is dropped; static. With 1 the output and δ_x are 0.
+        key: a key from `jax.random.key`.
+        rule: replacement for the backward rule; see `jaxcnn.rules`. Its cotangents are ``(delta_x, None)``.
 
-    Returns: the shape and dtype of x.
+    Returns:
+        An array with the shape and dtype of x.
 
-    Raises: ValueError for a rate outside [0, 1], TypeError for a key that is none, and for dtypes.
+    Raises:
+        ValueError: if rate is outside [0, 1].
+        TypeError: if x is not an array of a float dtype, rate is not a number, or key is not a typed key.
 
-    Source: Srivastava et al. 2014, in the inverted form that leaves evaluation alone.
+    Source: Srivastava et al. 2014, in the inverted form, which leaves evaluation unchanged.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -60,11 +63,11 @@ _dropout.defvjp(_dropout_fwd, _dropout_bwd)
 
 def _dropout_plain(rate: float, x: Array, key: Array) -> Array:
     mask = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(mask, x / (1 - rate or 1), 0)  # of rate 1 nothing is kept, and x / 0 must not be made
+    return jnp.where(mask, x / (1 - rate or 1), 0)  # at rate 1 the mask is all False; avoid x / 0
 
 
 def probability(op: str, rate: Any) -> float:
-    """The rate, if it is a number in [0, 1]."""
+    """Return the rate as a float; raise ValueError if it is outside [0, 1]."""
     p = static_float(op, "rate", rate)
     if not 0 <= p <= 1:
         fail(op, f"rate expected a number in [0, 1], got {rate}")

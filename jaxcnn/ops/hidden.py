@@ -1,12 +1,12 @@
 """The lecture's hidden layer as one op: "ReLU and pooling are one hidden layer" (§2), after a convolution.
 
-The composed rule of §9, as it is true (erratum 2):
+The composed rule of §9, corrected (erratum 2):
 
-    δ_l = up(δ) ∘ g'(x)        δ here is w ∗ δ_{l+1}, what the next layer's rule sends back
-    ∂E/∂w = a ⋆ δ_l            ∂E/∂b = Σ δ_l            δ_a = w ∗ δ_l, for the layer before
+    δ_l = up(δ) ∘ g'(x)        δ here is w ∗ δ_{l+1}, the δ_x of the next layer's rule
+    ∂E/∂w = a ⋆ δ_l            ∂E/∂b = Σ δ_l            δ_a = w ∗ δ_l, for the previous layer
 
-up and g' become one look-up: a byte for each pooled entry says which entry of its window won, or that none passed the
-ReLU.  The picture before pooling is never kept.
+up and g' become one lookup. A code per pooled element (one byte for windows of up to 255 elements) records which
+element of its window won, or that none passed the ReLU. The activation before pooling is never saved.
 """
 
 import dataclasses
@@ -41,28 +41,32 @@ def hidden_layer(
 ) -> Array:
     """Hidden layer: ``max_pool(relu(conv(x, w, b)), window)`` as one op with one rule.
 
-    Backward (lecture §9, erratum 2): ``δ_l = up(δ) ∘ g'(x)``, where up sends δ to the winner of each window and
-    g' is 0 where none was positive; ``∂E/∂w = x ⋆ δ_l``; ``∂E/∂b = Σ δ_l``; ``δ_x = w ∗ δ_l``.  The same numbers as the
-    three ops in turn, except that the winner is found before the bias is added: entries of a window that only rounding
-    makes equal are told apart.
+    Backward (lecture §9, erratum 2): ``δ_l = up(δ) ∘ g'(x)``, where up sends δ to the winner of each window and g' is 0
+    where no element was positive; ``∂E/∂w = x ⋆ δ_l``; ``∂E/∂b = Σ δ_l``; ``δ_x = w ∗ δ_l``.
+
+    The result equals the three ops applied in sequence, except that the maximum is taken before the bias is added.
+    Elements of a window that only rounding would make equal therefore still differ.
 
     Args:
-        x: pictures ``(N, *spatial, I)``, one to three spatial dims, any float dtype.
-        w: patches ``(*K, I/groups, O)``, of the same dtype.
-        b: ``(O,)``.
-        window: entries of a pooling window, an int or one for each dim.
-        pool_stride: how far the window moves; default ``window``.
+        x: input ``(N, *spatial, I)``, one to three spatial dims, any float dtype.
+        w: kernel ``(*K, I/groups, O)``, of the same dtype.
+        b: bias ``(O,)``, one number per output channel.
+        window: size of a pooling window, an int or one per dim.
+        pool_stride: step of the pooling window; default ``window``.
         pool_padding: padding of the pooling, as in `max_pool`.
-        stride: how far the patch moves.
+        stride: step of the kernel, an int or one per spatial dim.
         padding: padding of the convolution, as in `conv`.
-        dilation: the distance between a patch's entries.
+        dilation: distance between the kernel's taps.
         groups: as in `conv`.
         precision: as in `conv`.
-        rule: another backward half; see `jaxcnn.rules`.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
 
-    Returns: ``(N, *out, O)``.
+    Returns:
+        The output ``(N, *out, O)``.
 
-    Raises: ValueError for shapes or options that do not fit, TypeError for dtypes.
+    Raises:
+        ValueError: if shapes or options do not fit.
+        TypeError: if an argument has the wrong type or dtype.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -79,7 +83,7 @@ def hidden_layer(
 
 @dataclasses.dataclass(frozen=True)
 class Hidden:
-    """How the patch slides over the picture, and the window over the result."""
+    """Geometry of a hidden layer: the convolution, and the pooling window over its result."""
 
     correlation: Correlation
     window: Window
@@ -96,11 +100,11 @@ def _hidden_layer_fwd(geometry: Hidden, x: Array, w: Array, b: Array) -> Any:
 
 
 def _hidden_layer_bwd(geometry: Hidden, saved: Any, delta: Array) -> Any:
-    """δ_l = up(δ) ∘ g'(x);  δ_x = w ∗ δ_l,  ∂E/∂w = x ⋆ δ_l,  ∂E/∂b = Σ δ_l.  Lecture §9, erratum 2."""
+    """δ_l = up(δ) ∘ g'(x); δ_x = w ∗ δ_l, ∂E/∂w = x ⋆ δ_l, ∂E/∂b = Σ δ_l. Lecture §9, erratum 2."""
     x, w, passed = saved
     c = geometry.correlation
     delta_l = pooling.place(geometry.window, delta, passed)
-    # Σ δ_l over the larger picture is Σ δ over what passed.
+    # Σ δ_l before pooling equals Σ δ over the windows that passed the ReLU.
     grad_b = convolution.sum_pixels(jnp.where(passed == windows.nothing(geometry.window), 0, delta))
     return convolution.spread(c, delta_l, w), convolution.match(c, x, delta_l), grad_b
 
@@ -119,7 +123,7 @@ def _hidden_with_code_fwd(geometry: Hidden, x: Array, w: Array, b: Array) -> Any
 
 
 def _hidden_with_code_bwd(geometry: Hidden, saved: Any, deltas: Any) -> Any:
-    """The rule of the layer; the code is a number, and has no δ."""
+    """The rule of the layer; the winners are integers and have no δ."""
     return _hidden_layer_bwd(geometry, saved, deltas[0])
 
 
@@ -127,8 +131,8 @@ _hidden_with_code.defvjp(_hidden_with_code_fwd, _hidden_with_code_bwd)
 
 
 def _forward(geometry: Hidden, x: Array, w: Array, b: Array) -> tuple[Array, Array]:
-    """``y``, and for each entry the winner of its window, or `nothing` where the ReLU let none pass."""
-    # The bias is one number for a channel: the largest entry is the same before and after it.
+    """Return ``y`` and the winner of each window, or `nothing` where no element passed the ReLU."""
+    # The bias is constant per channel, so it does not change which element is largest.
     best, winner = windows.largest(geometry.window, correlation.correlate(geometry.correlation, x, w))
     y = jnp.maximum(best + beside(b, best), 0)
     return y, jnp.where(y > 0, winner, jnp.asarray(windows.nothing(geometry.window)))
@@ -140,7 +144,7 @@ def _hidden_layer_plain(geometry: Hidden, x: Array, w: Array, b: Array) -> Array
 
 
 def parts(call: Call) -> tuple[Call, Call, Call]:
-    """The calls of `conv`, `relu` and `max_pool` that a call of `hidden_layer` is, for rules that treat them apart."""
+    """Split a `hidden_layer` call into `conv`, `relu` and `max_pool` calls, for rules that treat them separately."""
     conv = call_of(convolution._conv, "conv", call.geometry.correlation, *call.inputs)
     relu = call_of(activation._relu, "relu", None, conv.output)
     return conv, relu, call_of(pooling._max_pool, "max_pool", call.geometry.window, relu.output)

@@ -1,4 +1,4 @@
-"""The Kronecker product and *up* (lecture §7–8): how δ regains the size that pooling took.
+"""The Kronecker product and *up* (lecture §7–8), which upsamples δ to the size before pooling.
 
 ``kron_up`` and ``block_sum`` are adjoint: the rule of each is the other.
 """
@@ -17,17 +17,20 @@ from jaxcnn.ops.rule import Rule, arrays, custom_vjp, picture, with_rule
 def kron(a: ArrayLike, b: ArrayLike, *, rule: Rule | None = None) -> Array:
     """Kronecker product, as `numpy.kron`: block ``(i, j)`` of the result is ``a[i, j]·b``.
 
-    Backward: ``δ_a[i] = Σ_j δ[i·q + j]·b[j]`` (every block against b) and ``δ_b[j] = Σ_i δ[i·q + j]·a[i]``.
-    The lecture's §7 example prints ``kron(b, a)``; its §8 example is the standard order (erratum 1).
+    Backward: ``δ_a[i] = Σ_j δ[i·q + j]·b[j]`` (every block against b) and ``δ_b[j] = Σ_i δ[i·q + j]·a[i]``. The
+    lecture's §7 example prints ``kron(b, a)``; its §8 example has the standard order (erratum 1).
 
     Args:
-        a: ``(p₁, p₂, …)``, any float dtype.
-        b: ``(q₁, q₂, …)``, of the same rank and dtype.
-        rule: another backward half; see `jaxcnn.rules`.
+        a: array ``(p₁, p₂, …)``, any float dtype.
+        b: array ``(q₁, q₂, …)``, of the same rank and dtype.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
 
-    Returns: ``(p₁·q₁, p₂·q₂, …)``.
+    Returns:
+        The product ``(p₁·q₁, p₂·q₂, …)``.
 
-    Raises: ValueError if the ranks differ, TypeError for dtypes.
+    Raises:
+        ValueError: if the ranks differ.
+        TypeError: if a or b is not an array of a float dtype, or the dtypes differ.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -53,7 +56,7 @@ def _kron_fwd(geometry: None, a: Array, b: Array) -> Any:
 
 
 def _kron_bwd(geometry: None, saved: Any, delta: Array) -> Any:
-    """δ_a[i] = Σ_j δ[i, j]·b[j];  δ_b[j] = Σ_i δ[i, j]·a[i], with δ cut into blocks: entry j of block i."""
+    """δ_a[i] = Σ_j δ[i, j]·b[j]; δ_b[j] = Σ_i δ[i, j]·a[i], where δ[i, j] is element j of block i."""
     a, b = saved
     blocks = delta.reshape([n for pair in zip(a.shape, b.shape, strict=True) for n in pair])
     i, j = tuple(range(0, 2 * a.ndim, 2)), tuple(range(1, 2 * a.ndim, 2))
@@ -72,19 +75,22 @@ def _kron_plain(geometry: None, a: Array, b: Array) -> Array:
 
 
 def kron_up(x: ArrayLike, factor: PerDim, *, rule: Rule | None = None) -> Array:
-    """The lecture's *up*: the spatial dims of ``x`` ⊗ 1, every entry repeated over a block (§8).
+    """The lecture's *up*: the spatial dims of ``x`` ⊗ 1, every element repeated over a block (§8).
 
-    Backward: ``δ_x = block_sum(δ, factor)``.  Up itself undoes sum pooling; for average pooling divide by the block's
-    size, for max pooling keep the winner (erratum 3).
+    Backward: ``δ_x = block_sum(δ, factor)``. Up is the backward rule of sum pooling. For average pooling, divide by the
+    block's size; for max pooling, mask all but the winner (erratum 3).
 
     Args:
-        x: pictures ``(N, *spatial, C)``, one to three spatial dims, any float dtype.
-        factor: the size of a block, an int or one for each dim.
-        rule: another backward half; see `jaxcnn.rules`.
+        x: input ``(N, *spatial, C)``, one to three spatial dims, any float dtype.
+        factor: the size of a block, an int or one per dim.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
 
-    Returns: ``(N, *(spatial · factor), C)``.
+    Returns:
+        The output ``(N, *(spatial · factor), C)``.
 
-    Raises: ValueError for a rank or factor that does not fit, TypeError for dtypes.
+    Raises:
+        ValueError: if the rank of x or the factor does not fit.
+        TypeError: if x is not an array of a float dtype, or factor is not made of ints.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -126,18 +132,21 @@ def _kron_up_plain(blocks: Window, x: Array) -> Array:
 
 
 def block_sum(x: ArrayLike, factor: PerDim, *, rule: Rule | None = None) -> Array:
-    """The sum of every block of ``factor`` entries, the adjoint of `kron_up`.
+    """The sum of every block of ``factor`` elements, the adjoint of `kron_up`.
 
     Backward: ``δ_x = kron_up(δ, factor)``, up(δ) (lecture §8).
 
     Args:
-        x: pictures ``(N, *spatial, C)``, one to three spatial dims, any float dtype.
-        factor: the size of a block, an int or one for each dim; it divides the spatial dims.
-        rule: another backward half; see `jaxcnn.rules`.
+        x: input ``(N, *spatial, C)``, one to three spatial dims, any float dtype.
+        factor: the size of a block, an int or one per dim; it must divide the spatial dims.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
 
-    Returns: ``(N, *(spatial / factor), C)``.
+    Returns:
+        The output ``(N, *(spatial / factor), C)``.
 
-    Raises: ValueError for a rank or factor that does not fit, TypeError for dtypes.
+    Raises:
+        ValueError: if the rank of x or the factor does not fit.
+        TypeError: if x is not an array of a float dtype, or factor is not made of ints.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn

@@ -1,6 +1,6 @@
-"""The fully connected layer: δ_l = w δ_{l+1}, and ∂E/∂w the product of δ with the layer's input (lecture §3).
+"""The fully connected layer: δ_l = w δ_{l+1}, and ∂E/∂w is the product of δ with the layer's input (lecture §3).
 
-And the sum of two arrays, which a residual net ends in, as an op, so that it can be given another rule.
+Also `add`, the sum at the end of a residual block, as an op so that its backward rule can be replaced.
 """
 
 from typing import Any
@@ -20,14 +20,17 @@ def dense(x: ArrayLike, w: ArrayLike, b: ArrayLike | None = None, *, rule: Rule 
     Backward: ``δ_x = δ·wᵀ``, ``∂E/∂w = xᵀ·δ``, ``∂E/∂b = Σ δ`` (lecture §3).
 
     Args:
-        x: ``(…, I)``, any float dtype.
-        w: ``(I, O)``, of the same dtype.
-        b: ``(O,)``.
-        rule: another backward half; see `jaxcnn.rules`.
+        x: input ``(…, I)``, any float dtype.
+        w: weights ``(I, O)``, of the same dtype.
+        b: bias ``(O,)``; None for no bias.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
 
-    Returns: ``(…, O)``.
+    Returns:
+        The output ``(…, O)``.
 
-    Raises: ValueError for shapes that do not fit, TypeError for dtypes.
+    Raises:
+        ValueError: if shapes do not fit.
+        TypeError: if an argument is not an array of a float dtype, or the dtypes differ.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -54,7 +57,7 @@ def _dense_fwd(geometry: None, x: Array, w: Array, b: Array | None) -> Any:
 
 
 def _dense_bwd(geometry: None, saved: Any, delta: Array) -> Any:
-    """δ_x = δ·wᵀ;  ∂E/∂w = xᵀ·δ;  ∂E/∂b = Σ δ."""
+    """δ_x = δ·wᵀ; ∂E/∂w = xᵀ·δ; ∂E/∂b = Σ δ."""
     x, w, b = saved
     rows = delta.reshape(-1, delta.shape[-1])
     delta_x = delta @ w.T
@@ -72,11 +75,21 @@ def _dense_plain(geometry: None, x: Array, w: Array, b: Array | None) -> Array:
 
 
 def add(x: ArrayLike, y: ArrayLike, *, rule: Rule | None = None) -> Array:
-    """The sum ``z = x + y`` of two arrays of one shape and float dtype.
+    """The sum ``z = x + y`` of two arrays.
 
-    Backward: ``δ_x = δ_y = δ``.  Another rule says how much of δ each of the two is sent; see `jaxcnn.rules`.
+    Backward: ``δ_x = δ_y = δ``. A replacement rule determines how δ is divided between the two.
 
-    Raises: ValueError for shapes that differ, TypeError for dtypes.
+    Args:
+        x: array of any shape and float dtype.
+        y: array of the same shape and dtype.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
+
+    Returns:
+        An array with the shape and dtype of x.
+
+    Raises:
+        ValueError: if the shapes differ.
+        TypeError: if x or y is not an array of a float dtype, or the dtypes differ.
 
     >>> import jax
     >>> import jax.numpy as jnp

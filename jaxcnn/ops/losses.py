@@ -1,4 +1,7 @@
-"""Errors at the output layer, where δ begins: per example, unreduced, as in optax, whose other losses fit as well."""
+"""Losses, where backpropagation starts.
+
+They return one value per example (unreduced), as in optax. Optax's other losses work as well.
+"""
 
 from typing import Any
 
@@ -14,18 +17,21 @@ from jaxcnn.ops.rule import Rule, array, arrays, custom_vjp, with_rule
 
 
 def squared_error(y: ArrayLike, target: ArrayLike, *, rule: Rule | None = None) -> Array:
-    """Squared error, entry by entry: ``E = (y − target)²``.
+    """Elementwise squared error: ``E = (y − target)²``.
 
     Backward: ``δ_y = 2δ(y − target)``, ``δ_target = −δ_y``.
 
     Args:
-        y: any shape and float dtype.
-        target: of the same shape and dtype.
-        rule: another backward half; see `jaxcnn.rules`.
+        y: predictions of any shape and float dtype.
+        target: targets of the same shape and dtype.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
 
-    Returns: the same shape.
+    Returns:
+        An array with the shape and dtype of y.
 
-    Raises: ValueError if the shapes differ, TypeError for dtypes.
+    Raises:
+        ValueError: if the shapes differ.
+        TypeError: if y or target is not an array of a float dtype, or the dtypes differ.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -70,13 +76,16 @@ def softmax_cross_entropy(logits: ArrayLike, targets: ArrayLike, *, rule: Rule |
     Backward: ``δ_logits = δ(p·Σ targets − targets)``, ``δ_targets = −δ·log p``.
 
     Args:
-        logits: ``(…, C)``, any float dtype.
+        logits: array ``(…, C)``, any float dtype.
         targets: probabilities ``(…, C)``, of the same dtype; they need not sum to 1.
-        rule: another backward half; see `jaxcnn.rules`.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
 
-    Returns: ``(…)``.
+    Returns:
+        The losses ``(…)``.
 
-    Raises: ValueError if the shapes differ, TypeError for dtypes.
+    Raises:
+        ValueError: if the shapes differ or there are no classes.
+        TypeError: if logits or targets is not an array of a float dtype, or the dtypes differ.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -104,7 +113,7 @@ def _softmax_cross_entropy_fwd(geometry: None, logits: Array, targets: Array) ->
 
 
 def _softmax_cross_entropy_bwd(geometry: None, saved: Any, delta: Array) -> Any:
-    """δ_logits = δ(p·Σ targets − targets);  δ_targets = −δ·log p."""
+    """δ_logits = δ(p·Σ targets − targets); δ_targets = −δ·log p."""
     p, log_p, targets = saved
     dtype, delta, targets = targets.dtype, _wide(delta)[..., None], _wide(targets)
     delta_logits = _weighted(delta, p * targets.sum(-1, keepdims=True) - targets)
@@ -124,12 +133,12 @@ def _wide(x: Array) -> Array:
 
 
 def _softmax(logits: Array) -> Array:
-    """p; of 16-bit logits in float32."""
+    """p, in float32 for 16-bit logits."""
     return jax.nn.softmax(_wide(logits))
 
 
 def _log_softmax(logits: Array) -> Array:
-    """Log p, likewise."""
+    """Log p, in float32 for 16-bit logits."""
     return jax.nn.log_softmax(_wide(logits))
 
 
@@ -152,16 +161,21 @@ def softmax_cross_entropy_with_integer_labels(
 
     Backward: ``δ_logits = δ(p − onehot(label))``.
 
+    Under jit the values of the labels cannot be checked. A label that is out of range gives NaN in the loss and in
+    δ_logits, except that a δ of 0 gives 0. ``jnp.where(labels >= 0, loss, 0)`` therefore ignores negative labels, as in
+    optax.
+
     Args:
-        logits: ``(…, C)``, any float dtype.
+        logits: array ``(…, C)``, any float dtype.
         labels: integers ``(…)`` in 0 … C − 1.
-        rule: another backward half; see `jaxcnn.rules`.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
 
-    Returns: ``(…)``.
+    Returns:
+        The losses ``(…)``.
 
-    Raises: ValueError for shapes that do not fit and for labels out of range; TypeError for dtypes.  Under jit labels
-        cannot be looked at: one that is out of range gives NaN, in the error and in δ_logits, except that a δ of 0
-        gives 0. ``jnp.where(labels >= 0, error, 0)`` therefore ignores negative labels, as in optax.
+    Raises:
+        ValueError: if shapes do not fit, there are no classes, or a concrete label is out of range.
+        TypeError: if logits is not an array of a float dtype, or labels is not an array of integers.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -172,7 +186,7 @@ def softmax_cross_entropy_with_integer_labels(
     (logits,) = arrays(op, logits=logits)
     at = array(op, "labels", labels)
     if not isinstance(labels, jax.Array):
-        labels = np.asarray(labels)  # of which jit makes no tracer: they can be looked at
+        labels = np.asarray(labels)  # a NumPy array stays concrete under jit, so its values can be checked
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"{op}: labels expected an integer dtype, got {labels.dtype}")
     if logits.ndim < 1 or labels.shape != logits.shape[:-1]:
@@ -181,11 +195,11 @@ def softmax_cross_entropy_with_integer_labels(
     if classes < 1:
         fail(op, f"logits expected a class or more, got shape {logits.shape}")
     if not isinstance(labels, jax.core.Tracer) and labels.size:
-        seen = np.asarray(labels)  # inside a trace of something else, jnp would trace this too
+        seen = np.asarray(labels)  # not jnp, which would be traced inside another trace
         lowest, highest = int(seen.min()), int(seen.max())
         if lowest < 0 or highest >= classes:
             fail(op, f"labels expected 0 … {classes - 1}, got {lowest} … {highest}")
-    # 8 and 16 bits cannot hold every number of classes that labels are compared with.
+    # 8 and 16 bits may be too few for the number of classes, with which labels are compared.
     at = at if at.dtype.itemsize > 2 else at.astype(jnp.int32)
     return with_rule(_cross_entropy_of_labels, rule, cross_entropy_of_labels_plain, op)(None, logits, at)
 
@@ -213,7 +227,8 @@ _cross_entropy_of_labels.defvjp(_cross_entropy_of_labels_fwd, _cross_entropy_of_
 def cross_entropy_of_labels_plain(geometry: None, logits: Array, labels: Array) -> Array:
     """Cross entropy of the true class in stock JAX: ``log Σ exp(logits − m) − (logits[label] − m)``, m the largest.
 
-    m is taken from both before they meet: 10⁴ − 10⁴ leaves the digits of log 3, 10⁴ + log 3 does not.
+    m is subtracted from both terms before they are combined: with logits near 10⁴, adding m back would round log 3
+    away.
     """
     wide = _wide(logits)
     m = lax.stop_gradient(wide.max(-1, keepdims=True))

@@ -1,6 +1,6 @@
-"""Arrays of a mesh of devices: manual axes inside `jax.shard_map`, and explicit axes, which arrays name in their types.
+"""Sharded arrays: manual mesh axes inside `jax.shard_map`, and explicit axes, which are part of array types.
 
-Automatic axes need nothing here: `jaxcnn.kernels.split` keeps XLA from splitting what it gets wrong.
+Automatic axes need nothing here: `jaxcnn.kernels.split` keeps XLA from partitioning ops that it miscompiles.
 """
 
 import functools
@@ -12,17 +12,17 @@ import jax
 from jax import Array, lax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-#: Parameters of public functions that hold no arrays; mappings of rules may have keys that do not sort.
+#: Parameters of public functions that hold no arrays. Mappings of rules may have keys that JAX cannot sort.
 STATIC = frozenset({"net", "rules", "loss"})
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def varying_alike(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Mark inputs that all devices share as varying, inside `jax.shard_map`, over the axes that the others vary over.
+    """Inside `jax.shard_map`, mark replicated inputs as varying over the axes that the other inputs vary over.
 
-    The transpose of the mark is the sum over devices, which the cotangent of a shared kernel needs and a rule cannot
-    take.
+    The transpose of this mark is the sum over devices. The cotangent of a shared kernel needs that sum, and a rule
+    cannot compute it.
     """
     varying = [frozenset() if a is None else jax.typeof(a).manual_axis_type.varying for a in inputs]
     axes = frozenset().union(*varying)
@@ -33,10 +33,11 @@ def varying_alike(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def on_any_mesh(f: Callable[..., Any], geometry: Any, *inputs: Any) -> Any:
-    """``f(geometry, *inputs)``, also of arrays that are split over explicit axes of a mesh.
+    """Call ``f(geometry, *inputs)``, allowing arrays that are sharded over explicit axes of a mesh.
 
-    There every reshape and product would have to say how its result is split.  XLA may choose inside the op, whose
-    result is split as its first input is where it has the same shape, otherwise over its first dim, the batch.
+    With explicit axes every reshape and product would have to specify how its result is sharded. Inside the op, XLA
+    chooses instead. The op's result is sharded like its first input if it has the same shape, otherwise along its first
+    dim, the batch.
     """
     mesh = _explicit_mesh(inputs)
     if mesh is None:
@@ -54,15 +55,16 @@ def on_any_mesh(f: Callable[..., Any], geometry: Any, *inputs: Any) -> Any:
 
 
 def automatic_inside(*, like: str | None = None) -> Callable[[F], F]:
-    """Decorate a function of arrays so that it takes arrays that are split over explicit axes of a mesh.
+    """Decorate a function so that it accepts arrays that are sharded over explicit axes of a mesh.
 
-    Inside the function XLA chooses how to split.  Without explicit axes the function is called as it is.
+    Inside the function XLA chooses the shardings. Without explicit axes the function is called unchanged.
 
     Args:
-        like: the parameter whose tree the results are split like.  Without it the results are split over their first
-            dim, as the first dim of the parameter ``x`` is.
+        like: name of the parameter whose tree determines the shardings of the results. By default the results are
+            sharded along their first dim, like the first dim of the parameter ``x``.
 
-    Returns: a decorator that keeps the function's signature.
+    Returns:
+        A decorator that preserves the function's signature.
     """
 
     def decorated(f: F) -> F:
@@ -100,7 +102,7 @@ def automatic_inside(*, like: str | None = None) -> Callable[[F], F]:
 
 
 def _automatic(mesh: AbstractMesh, f: Callable[..., Any], inputs: tuple[Any, ...], specs: Callable[[Any], Any]) -> Any:
-    """``f(*inputs)`` with all axes automatic inside; ``specs``: types of its results → their `PartitionSpec`s."""
+    """Return ``f(*inputs)`` with all axes automatic inside; ``specs`` maps result types to `PartitionSpec`s."""
     with jax.sharding.use_abstract_mesh(mesh):
         shapes = [a if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype) for a in inputs]
         of_results = specs(jax.eval_shape(f, *shapes))
@@ -109,7 +111,7 @@ def _automatic(mesh: AbstractMesh, f: Callable[..., Any], inputs: tuple[Any, ...
 
 
 def _explicit_mesh(inputs: tuple[Any, ...]) -> AbstractMesh | None:
-    """The mesh of the first input that is split over an explicit axis."""
+    """Return the mesh of the first input that is sharded over an explicit axis, or None."""
     for a in inputs:
         if a is not None:
             sharding = jax.typeof(a).sharding

@@ -1,19 +1,19 @@
-"""Normalisation: a stretch of entries loses its mean and its spread, then gets what the layer has learned.
+"""Normalization: each group of elements is standardized, then scaled and shifted by learned parameters.
 
     x̂ = (x − m)·r        m = mean(x)        r = 1/√(mean((x − m)²) + ε)        y = γ·x̂ + β
 
-What differs is the stretch that one m and one r belong to:
+The ops differ in the elements that share one m and one r:
 
     batch_norm   one channel, over the whole batch
-    layer_norm   the channels of one pixel, or what ``axes`` says, of one picture
-    group_norm   some neighbouring channels, over one picture
+    layer_norm   the channels of one pixel, or the dims ``axes``, of one example
+    group_norm   a group of neighboring channels, over one example
 
-The rule is the same.  With g = δ·γ, and means over the stretch,
+The rule is the same. With g = δ·γ, and means over the elements that share m and r,
 
     δ_x = r·(g − mean(g) − x̂·mean(g·x̂))        ∂E/∂γ = Σ δ·x̂        ∂E/∂β = Σ δ
 
-Closed under differentiation: the rule reads x, m and r; m and r come from `moments` and Σ δ·x̂ from `inner`, which have
-rules of their own, and what is left are products and means.
+The family is closed under differentiation. The rule reads x, m and r. m and r come from `moments`, and Σ δ·x̂ from
+`inner`, which have their own rules. The rest are products and means.
 """
 
 import dataclasses
@@ -46,30 +46,39 @@ def batch_norm(
     axis_name: str | tuple[str, ...] | None = None,
     rule: Rule | None = None,
 ) -> Array:
-    """Batch normalisation: ``y = γ·x̂ + β`` with ``x̂ = (x − m)/√(v + ε)``, each channel for itself.
+    """Batch normalization: ``y = γ·x̂ + β`` with ``x̂ = (x − m)/√(v + ε)``, for each channel separately.
 
-    m and v are the batch's own mean and variance (Σ (x − m)²/n) over all dims but the last, unless ``mean`` and ``var``
-    are given.  There is no hidden state: statistics of the training data are `jaxcnn.calibrate`'s business.
+    m and v are the batch's mean and variance (Σ (x − m)²/n) over all dims but the last, unless ``mean`` and ``var`` are
+    given. There is no hidden state; `jaxcnn.calibrate` computes the statistics of the training data.
 
-    Backward, of the batch's own: ``δ_x = r(g − mean(g) − x̂·mean(g·x̂))`` with g = δ·γ and r = 1/√(v + ε).  Of given
-    ones: ``δ_x = g·r``, ``∂E/∂mean = −Σ g·r``, ``∂E/∂var = −½ Σ g·x̂·r²``.  Both: ``∂E/∂γ = Σ δ·x̂``, ``∂E/∂β = Σ δ``.
-    Of 16-bit inputs all statistics are in float32.  Under `jax.shard_map` the batch is a device's part of it, unless
-    ``axis_name`` is given; under jit with a split batch it is all of it.
+    Backward, with the batch's statistics: ``δ_x = r(g − mean(g) − x̂·mean(g·x̂))`` with g = δ·γ and r = 1/√(v + ε).
+    With given statistics: ``δ_x = g·r``, ``∂E/∂mean = −Σ g·r``, ``∂E/∂var = −½ Σ g·x̂·r²``. In both cases
+    ``∂E/∂γ = Σ δ·x̂``, ``∂E/∂β = Σ δ``.
+
+    For 16-bit inputs, statistics are computed in float32. Under `jax.shard_map` the batch is the device's shard unless
+    ``axis_name`` is given. Under jit with a sharded batch it is the whole batch.
 
     Args:
-        x: ``(N, …, C)``, any float dtype.
-        scale: γ, ``(C,)``, of the same dtype; 1 if left out.
-        bias: β, ``(C,)``, of the same dtype; 0 if left out.
-        mean: ``(C,)``, of the same dtype, or float32 beside 16 bits; with ``var`` or not at all.
+        x: input ``(N, …, C)``, any float dtype.
+        scale: γ, ``(C,)``, of the same dtype; default 1.
+        bias: β, ``(C,)``, of the same dtype; default 0.
+        mean: ``(C,)``, of x's dtype, or float32 if x is 16-bit. Give both ``mean`` and ``var`` or neither.
         var: as ``mean``.
         eps: ε, at least 0.
-        axis_name: one or several axes of `jax.shard_map`, `jax.pmap` or `jax.vmap`. The batch is then all that the
-            devices along these axes hold, in the statistics and in the means of δ_x. Without effect on given ones.
-        rule: another backward half; see `jaxcnn.rules`.  Its inputs are (x, scale, bias), then mean and var if given.
+        axis_name: one or several axes of `jax.shard_map`, `jax.pmap` or `jax.vmap`. The batch then spans the devices
+            along these axes, in the statistics and in the means of δ_x. It has no effect if ``mean`` and ``var`` are
+            given.
+        rule: replacement for the backward rule; see `jaxcnn.rules`. Its inputs are (x, scale, bias), then mean and var
+            if given.
 
-    Returns: the shape and dtype of x.
+    Returns:
+        An array with the shape and dtype of x.
 
-    Raises: ValueError for shapes or options that do not fit, TypeError for dtypes.  Source: Ioffe & Szegedy 2015.
+    Raises:
+        ValueError: if shapes or options do not fit.
+        TypeError: if an argument has the wrong type or dtype.
+
+    Source: Ioffe & Szegedy 2015.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -107,22 +116,27 @@ def layer_norm(
     eps: float = 1e-5,
     rule: Rule | None = None,
 ) -> Array:
-    """Layer normalisation: ``y = γ·x̂ + β`` with ``x̂ = (x − m)/√(v + ε)``, m and v over ``axes``.
+    """Layer normalization: ``y = γ·x̂ + β`` with ``x̂ = (x − m)/√(v + ε)``, m and v over ``axes``.
 
     Backward: ``δ_x = r(g − mean(g) − x̂·mean(g·x̂))`` with g = δ·γ, r = 1/√(v + ε) and means over ``axes``;
-    ``∂E/∂γ = Σ δ·x̂``, ``∂E/∂β = Σ δ`` over all other dims.  Of 16-bit inputs all statistics are in float32.
+    ``∂E/∂γ = Σ δ·x̂``, ``∂E/∂β = Σ δ`` over all other dims. For 16-bit inputs, statistics are computed in float32.
 
     Args:
-        x: any shape and float dtype.
-        scale: γ, of the shape that x has along ``axes`` and of its dtype; 1 if left out.
-        bias: β, likewise; 0 if left out.
-        axes: the dims that are one layer: the channels alone, unless said otherwise; ``(1, 2, 3)`` is a whole picture.
+        x: array of any shape and float dtype.
+        scale: γ, of the shape that x has along ``axes`` and of its dtype; default 1.
+        bias: β, of the same shape and dtype as ``scale``; default 0.
+        axes: the dims to normalize over, by default only the channels; ``(1, 2, 3)`` is a whole image.
         eps: ε, at least 0.
-        rule: another backward half; see `jaxcnn.rules`.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
 
-    Returns: the shape and dtype of x.
+    Returns:
+        An array with the shape and dtype of x.
 
-    Raises: ValueError for shapes or options that do not fit, TypeError for dtypes.  Source: Ba et al. 2016.
+    Raises:
+        ValueError: if shapes or options do not fit.
+        TypeError: if an argument has the wrong type or dtype.
+
+    Source: Ba et al. 2016.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -146,22 +160,28 @@ def group_norm(
     eps: float = 1e-5,
     rule: Rule | None = None,
 ) -> Array:
-    """Group normalisation: ``y = γ·x̂ + β`` with ``x̂ = (x − m)/√(v + ε)``, m and v over a picture's group of channels.
+    """Group normalization: ``y = γ·x̂ + β`` with ``x̂ = (x − m)/√(v + ε)``, m and v per example and channel group.
 
     Backward: ``δ_x = r(g − mean(g) − x̂·mean(g·x̂))`` with g = δ·γ, r = 1/√(v + ε) and means over the group;
-    ``∂E/∂γ = Σ δ·x̂``, ``∂E/∂β = Σ δ`` over batch and space.  Of 16-bit inputs all statistics are in float32.
+    ``∂E/∂γ = Σ δ·x̂``, ``∂E/∂β = Σ δ`` over batch and space. For 16-bit inputs, statistics are computed in float32.
 
     Args:
-        x: ``(N, …, C)``, any float dtype.
-        scale: γ, ``(C,)``, of the same dtype; 1 if left out.
-        bias: β, ``(C,)``, of the same dtype; 0 if left out.
-        groups: how many; channels ``g·C/groups …`` are one.  As many as channels is instance normalisation.
+        x: input ``(N, …, C)``, any float dtype.
+        scale: γ, ``(C,)``, of the same dtype; default 1.
+        bias: β, ``(C,)``, of the same dtype; default 0.
+        groups: number of groups; channels ``g·C/groups …`` form one. With ``groups`` = C this is instance
+            normalization.
         eps: ε, at least 0.
-        rule: another backward half; see `jaxcnn.rules`.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
 
-    Returns: the shape and dtype of x.
+    Returns:
+        An array with the shape and dtype of x.
 
-    Raises: ValueError for shapes or options that do not fit, TypeError for dtypes.  Source: Wu & He 2018.
+    Raises:
+        ValueError: if shapes or options do not fit.
+        TypeError: if an argument has the wrong type or dtype.
+
+    Source: Wu & He 2018.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -184,41 +204,41 @@ def group_norm(
 
 @dataclasses.dataclass(frozen=True)
 class Normalization:
-    """Which entries are one stretch.  Dims are those of `view`."""
+    """Which elements share a mean and a variance. Dims are those of `view`."""
 
-    #: The dims that a stretch runs along.
+    #: The dims that mean and variance are taken over.
     over: tuple[int, ...]
-    #: The dims that scale and bias run along.
+    #: The dims of scale and bias.
     along: tuple[int, ...]
     eps: float
-    #: Where it is given, channels are seen as ``(groups, C/groups)``.
+    #: If given, channels are reshaped to ``(groups, C/groups)``.
     groups: int | None = None
-    #: Named axes of devices that a stretch runs along, too.
+    #: Named axes of devices that mean and variance also span.
     axis_names: tuple[str, ...] = ()
-    #: How many devices there are along them.
+    #: Number of devices along these axes.
     devices: int = 1
 
     def view(self, x: Array) -> Array:
-        """X in the dtype that statistics are taken in, its channels in groups."""
+        """Return x in the dtype of the statistics, with its channels in groups."""
         wide = x.astype(accumulator(x.dtype))
         return wide if self.groups is None else wide.reshape(*x.shape[:-1], self.groups, x.shape[-1] // self.groups)
 
     def beside(self, x: Array, a: Array) -> Array:
-        """Scale or bias, so that it broadcasts against a view x."""
+        """Reshape scale or bias ``a`` so that it broadcasts against a view x."""
         shape = tuple(n if dim in self.along else 1 for dim, n in enumerate(x.shape))
         return a.astype(x.dtype).reshape(shape)
 
     def gathered(self, x: Array, like: Array) -> Array:
-        """The adjoint of `beside`: the sum over all other dims."""
+        """The adjoint of `beside`: sum over all other dims."""
         return x.sum(self.others(x)).reshape(like.shape).astype(like.dtype)
 
     def others(self, x: Array) -> tuple[int, ...]:
-        """The dims of a view x that scale and bias do not run along."""
+        """Return the dims of a view x that scale and bias do not have."""
         return tuple(dim for dim in range(x.ndim) if dim not in self.along)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# By the stretch's own mean and spread
+# Normalization by the input's own mean and variance
 
 
 @custom_vjp
@@ -232,7 +252,7 @@ def _normalized_fwd(norm: Normalization, x: Array, scale: Array | None, bias: Ar
 
 
 def _normalized_bwd(norm: Normalization, saved: Any, delta: Array) -> Any:
-    """δ_x = r(g − mean(g) − x̂·mean(g·x̂)) with g = δ·γ;  ∂E/∂γ = Σ δ·x̂;  ∂E/∂β = Σ δ."""
+    """δ_x = r(g − mean(g) − x̂·mean(g·x̂)) with g = δ·γ; ∂E/∂γ = Σ δ·x̂; ∂E/∂β = Σ δ."""
     x, m, r, scale, bias = saved
     delta = norm.view(delta)
     x_hat = (norm.view(x) - m) * r
@@ -247,9 +267,9 @@ _normalized.defvjp(_normalized_fwd, _normalized_bwd)
 
 
 def _inner_x_hat(norm: Normalization, delta: Array, x: Array, m: Array, r: Array) -> Array:
-    """Σ δ·x̂, over the dims that scale does not run along.
+    """Σ δ·x̂ over the dims that scale does not have.
 
-    Of groups by channels, for which m and r are written out: XLA:CPU's loops then run along them.
+    With groups, the sum is per channel and m and r are broadcast to channels, so that XLA:CPU's loops run along them.
     """
     if norm.groups is None:
         return inner(norm.others(delta), delta, (norm.view(x) - m) * r)
@@ -282,7 +302,7 @@ inner.defvjp(_inner_fwd, _inner_bwd)
 
 @custom_vjp
 def moments(norm: Normalization, x: Array) -> tuple[Array, Array]:
-    """The mean m of every stretch of a view x, and r = 1/√(mean((x − m)²) + ε); its dims stay, of size 1."""
+    """The mean m over each group of elements of a view x, and r = 1/√(mean((x − m)²) + ε); the dims stay, of size 1."""
     return _moments(norm, x)
 
 
@@ -292,7 +312,7 @@ def _moments_fwd(norm: Normalization, x: Array) -> Any:
 
 
 def _moments_bwd(norm: Normalization, saved: Any, deltas: Any) -> Any:
-    """With δ_m and δ_r, summed over the devices that share m and r:  δ_x = (δ_m − δ_r·r²·x̂)/n."""
+    """With δ_m and δ_r, summed over the devices that share m and r: δ_x = (δ_m − δ_r·r²·x̂)/n."""
     x, m, r = saved
     delta_m, delta_r = (_over_devices(norm, delta) for delta in deltas)
     x_hat = (x - m) * r
@@ -312,7 +332,7 @@ def _mean(norm: Normalization, x: Array) -> Array:
 
 
 def _over_devices(norm: Normalization, x: Array) -> Array:
-    """Σ x over the named axes. Each device has a copy of its own, so that δ of it is the device's own part."""
+    """Σ x over the named axes. Each device has its own copy, so that its δ is the device's own contribution."""
     if not norm.axis_names:
         return x
     own = functools.reduce(operator.add, map(lax.axis_index, norm.axis_names))
@@ -320,7 +340,7 @@ def _over_devices(norm: Normalization, x: Array) -> Array:
 
 
 def _entries(norm: Normalization, x: Array) -> int:
-    """How many entries a stretch has; of an empty one the mean is 0, not NaN."""
+    """Number of elements that share a mean, at least 1 so that the mean of no elements is 0 rather than NaN."""
     return max(math.prod(x.shape[dim] for dim in norm.over), 1) * norm.devices
 
 
@@ -339,7 +359,7 @@ def _normalized_plain(norm: Normalization, x: Array, scale: Array | None, bias: 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# By statistics that are given
+# Normalization by given statistics
 
 
 @custom_vjp
@@ -356,7 +376,7 @@ def _by_statistics_fwd(
 
 
 def _by_statistics_bwd(norm: Normalization, saved: Any, delta: Array) -> Any:
-    """With g = δ·γ, r = 1/√(var + ε):  δ_x = g·r;  ∂E/∂mean = −Σ g·r;  ∂E/∂var = −½ Σ g·x̂·r²."""
+    """With g = δ·γ, r = 1/√(var + ε): δ_x = g·r; ∂E/∂mean = −Σ g·r; ∂E/∂var = −½ Σ g·x̂·r²."""
     x, scale, bias, mean, var = saved
     delta = norm.view(delta)
     r = jax.lax.rsqrt(norm.beside(delta, var) + norm.eps)
@@ -388,7 +408,7 @@ def _by_statistics_plain(
 def _arrays(
     op: str, x: ArrayLike, scale: ArrayLike | None, bias: ArrayLike | None
 ) -> tuple[Array, Array | None, Array | None]:
-    """x, and of scale and bias those that are there."""
+    """Return x, scale and bias as arrays; scale and bias may be None."""
     given = {name: a for name, a in (("scale", scale), ("bias", bias)) if a is not None}
     first, *rest = arrays(op, x=x, **given)
     found = dict(zip(given, rest, strict=True))
@@ -396,7 +416,7 @@ def _arrays(
 
 
 def _statistics(op: str, x: Array, **named: ArrayLike) -> tuple[Array, ...]:
-    """Mean and variance, in x's dtype or in the one that statistics are taken in."""
+    """Return mean and variance, in x's dtype or in the dtype of the statistics."""
     found = {name: array(op, name, a) for name, a in named.items()}
     allowed = {x.dtype, accumulator(x.dtype)}
     for name, a in found.items():
@@ -413,7 +433,7 @@ def _check_shapes(op: str, shape: tuple[int, ...], what: str, **named: Array | N
 
 
 def dims_of(op: str, axes: int | Sequence[int], ndim: int) -> tuple[int, ...]:
-    """The dims, counted from 0 and in x's order."""
+    """Return the dims ``axes`` as sorted non-negative ints."""
     each = tuple(axes) if isinstance(axes, list | tuple) else (axes,)
     ints = [static_int(op, "axes", a, axes) for a in each]
     if not ints or any(not -ndim <= a < ndim for a in ints) or len({a % ndim for a in ints}) < len(ints):
@@ -422,7 +442,7 @@ def dims_of(op: str, axes: int | Sequence[int], ndim: int) -> tuple[int, ...]:
 
 
 def is_bound(name: str) -> bool:
-    """Whether an axis of this name is around the call."""
+    """Whether a named axis is bound around the call."""
     try:
         lax.axis_size(name)
     except NameError:

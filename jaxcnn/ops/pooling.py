@@ -1,13 +1,14 @@
-"""Pooling: a window becomes one entry, and its δ finds the way back.
+"""Pooling: each window is reduced to one value, and δ is routed back to it.
 
-Closed under differentiation, in pairs of which each is the other's adjoint:
+The family is closed under differentiation. It consists of pairs of adjoint functions:
 
     take(x, winner) ↔ place(δ, winner)         max pooling reads the winner of each window, δ goes to the winner
-    pick(x, index)  ↔ unpool(δ, index)         the same, where the winner is told by its place in the picture
-    window_sum(x)   ↔ window_spread(δ)         average pooling is a window sum over its count
-    bin_sum(x)      ↔ bin_sum(δ)               windows of nearly equal size: the sizes before and after change places
+    pick(x, index)  ↔ unpool(δ, index)         the same, with the winner given as a flat index into the input
+    window_sum(x)   ↔ window_spread(δ)         average pooling is a window sum divided by its count
+    bin_sum(x)      ↔ bin_sum(δ)               adaptive windows; its own adjoint with input and output sizes swapped
 
-The residual of max pooling is one byte a window: which entry won (lecture §7–9, with erratum 3).
+The residual of max pooling is the number of the element that won, one byte per window of up to 255 elements
+(lecture §7–9, with erratum 3).
 """
 
 import dataclasses
@@ -52,23 +53,26 @@ def max_pool(
     ceil_mode: bool = False,
     rule: Rule | None = None,
 ) -> Array:
-    """Max pooling: ``y[o] = max_k x[o·stride + k·dilation − lo]``, each channel for itself.
+    """Max pooling: ``y[o] = max_k x[o·stride + k·dilation − lo]``, for each channel separately.
 
-    Backward: δ goes to the winner of each window, ``δ_x = up(δ) ∘ [x is the winner]`` (lecture §8, erratum 3).
-    Ties: the first in row-major order wins.  NaN wins over numbers.  Padding never wins, so no δ is lost into it.
+    Backward: δ goes to the winner of each window, ``δ_x = up(δ) ∘ [x is the winner]`` (lecture §8, erratum 3). In a
+    tie, the first in row-major order wins. NaN wins over numbers. Padding never wins, so no δ is lost in it.
 
     Args:
-        x: pictures ``(N, *spatial, C)``, one to three spatial dims, any float dtype.
-        window: entries of a window, an int or one for each dim.
-        stride: how far it moves; default ``window``.
-        padding: as in `conv`, without the modes that repeat the picture.
-        dilation: the distance between a window's entries.
+        x: input ``(N, *spatial, C)``, one to three spatial dims, any float dtype.
+        window: size of a window, an int or one per dim.
+        stride: step of the window; default ``window``.
+        padding: as in `conv`, without the modes that repeat the input.
+        dilation: distance between a window's taps.
         ceil_mode: whether a last, partial window counts (as in PyTorch).
-        rule: another backward half; see `jaxcnn.rules`.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
 
-    Returns: ``(N, *out, C)``.
+    Returns:
+        The output ``(N, *out, C)``.
 
-    Raises: ValueError for options that do not fit and for windows that lie wholly in padding; TypeError for dtypes.
+    Raises:
+        ValueError: if options do not fit or a window is entirely in the padding.
+        TypeError: if an argument has the wrong type or dtype.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -92,7 +96,7 @@ def _max_pool_fwd(win: Window, x: Array) -> Any:
 
 
 def _max_pool_bwd(win: Window, winner: Array, delta: Array) -> Any:
-    """δ_x = place(δ, winner): up(δ), masked to the winning entry of each window."""
+    """δ_x = place(δ, winner): up(δ), masked to the winner of each window."""
     return (place(win, delta, winner),)
 
 
@@ -117,7 +121,7 @@ def max_pool_plain(win: Window, x: Array) -> Array:
 
 @custom_vjp
 def largest(win: Window, x: Array) -> tuple[Array, Array]:
-    """The largest entry of every window, and which one it is."""
+    """The largest element of every window, and its tap number (the winner)."""
     return kernels.largest(win, x)
 
 
@@ -127,7 +131,7 @@ def _largest_fwd(win: Window, x: Array) -> Any:
 
 
 def _largest_bwd(win: Window, winner: Array, deltas: Any) -> Any:
-    """δ_x = place(δ, winner); the winner is a number, and has no δ."""
+    """δ_x = place(δ, winner); the winner is an integer and has no δ."""
     return (place(win, deltas[0], winner),)
 
 
@@ -136,7 +140,7 @@ largest.defvjp(_largest_fwd, _largest_bwd)
 
 @custom_vjp
 def take(win: Window, x: Array, winner: Array) -> Array:
-    """What stands at the winner of every window."""
+    """The element of x at the winner of every window."""
     return kernels.take(win, x, winner)
 
 
@@ -154,7 +158,7 @@ take.defvjp(_take_fwd, _take_bwd)
 
 @custom_vjp
 def place(win: Window, delta: Array, winner: Array) -> Array:
-    """Every δ to the winner of its window, zero to the others."""
+    """Send the δ of every window to its winner, and zero to the other elements."""
     return kernels.place(win, delta, winner)
 
 
@@ -171,7 +175,7 @@ place.defvjp(_place_fwd, _place_bwd)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Max pooling that says where, and its undoing
+# Max pooling with indices, and unpooling
 
 
 def max_pool_with_indices(
@@ -184,23 +188,26 @@ def max_pool_with_indices(
     ceil_mode: bool = False,
     rule: Rule | None = None,
 ) -> tuple[Array, Array]:
-    """`max_pool`, and where in the picture each winner stands: what `max_unpool` needs.
+    """`max_pool`, and the index of each winner in the input, which `max_unpool` needs.
 
-    Backward: δ_x = up(δ) ∘ [x is the winner], as in `max_pool`; the indices are numbers and have no δ.
+    Backward: δ_x = up(δ) ∘ [x is the winner], as in `max_pool`; the indices are integers and have no δ.
 
     Args:
-        x: pictures ``(N, *spatial, C)``, one to three spatial dims, any float dtype.
-        window: entries of a window, an int or one for each dim.
-        stride: how far it moves; default ``window``.
+        x: input ``(N, *spatial, C)``, one to three spatial dims, any float dtype.
+        window: size of a window, an int or one per dim.
+        stride: step of the window; default ``window``.
         padding: as in `max_pool`.
-        dilation: the distance between a window's entries.
+        dilation: distance between a window's taps.
         ceil_mode: whether a last, partial window counts (as in PyTorch).
-        rule: another backward half; its δ is a pair, of which the second is nothing.  See `jaxcnn.rules`.
+        rule: replacement for the backward rule; see `jaxcnn.rules`. Its δ is a pair whose second element is unused.
 
-    Returns: y ``(N, *out, C)``, and the indices, int32 of the same shape: numbers of entries in each channel's
-        flattened spatial dims, row-major (as in PyTorch).
+    Returns:
+        y ``(N, *out, C)``, and the indices, int32 of the same shape. They are row-major indices into each channel's
+        flattened spatial dims (as in PyTorch).
 
-    Raises: as `max_pool`.
+    Raises:
+        ValueError: if options do not fit or a window is entirely in the padding.
+        TypeError: if an argument has the wrong type or dtype.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -227,7 +234,7 @@ def _max_pool_with_indices_fwd(win: Window, x: Array) -> Any:
 
 
 def _max_pool_with_indices_bwd(win: Window, winner: Array, deltas: Any) -> Any:
-    """δ_x = place(δ, winner); the indices are numbers, and have no δ."""
+    """δ_x = place(δ, winner); the indices are integers and have no δ."""
     return (place(win, deltas[0], winner),)
 
 
@@ -242,23 +249,29 @@ def _max_pool_with_indices_plain(win: Window, x: Array) -> tuple[Array, Array]:
 def max_unpool(
     y: ArrayLike, indices: ArrayLike, spatial_shape: int | tuple[int, ...], *, rule: Rule | None = None
 ) -> Array:
-    """The undoing of max pooling: every entry goes back to where it stood, all others are zero.
+    """Inverse of max pooling: every element returns to its index, and all others are zero.
 
-    ``x[i] = Σ_{indices[o] = i} y[o]``: the adjoint of reading x at the indices.  Where windows overlap and two of them
-    have the same winner their entries are added up (in PyTorch one of the two is lost).
+    ``x[i] = Σ_{indices[o] = i} y[o]``: the adjoint of reading x at the indices. If overlapping windows have the same
+    winner, their elements are added (in PyTorch all but one are lost).
+
+    Under jit the values of the indices cannot be checked. An index that is out of range is dropped, and its δ is zero.
 
     Backward: ``δ_y[o] = δ[indices[o]]``.
 
     Args:
-        y: ``(N, *out, C)``, any float dtype.
-        indices: integers of the same shape, as `max_pool_with_indices` gives them.
-        spatial_shape: the spatial dims of the picture to fill.
-        rule: another backward half; see `jaxcnn.rules`.
+        y: pooled values ``(N, *out, C)``, any float dtype.
+        indices: integers of the same shape, as returned by `max_pool_with_indices`.
+        spatial_shape: the spatial dims of the result.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
 
-    Returns: ``(N, *spatial_shape, C)``.
+    Returns:
+        The output ``(N, *spatial_shape, C)``.
 
-    Raises: ValueError for shapes that do not fit and for indices out of range; TypeError for dtypes.  Under jit indices
-        cannot be looked at: what is out of range goes nowhere, and its δ is zero.  Source: Zeiler & Fergus 2014.
+    Raises:
+        ValueError: if shapes do not fit or a concrete index is out of range.
+        TypeError: if an argument has the wrong type or dtype.
+
+    Source: Zeiler & Fergus 2014.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -270,7 +283,7 @@ def max_unpool(
     (y,) = arrays(op, y=y)
     at = array(op, "indices", indices)
     if not isinstance(indices, jax.Array):
-        indices = np.asarray(indices)  # of which jit makes no tracer: they can be looked at
+        indices = np.asarray(indices)  # a NumPy array stays concrete under jit, so its values can be checked
     if not jnp.issubdtype(at.dtype, jnp.integer):
         raise TypeError(f"{op}: indices expected an integer dtype, got {at.dtype}")
     if not 3 <= y.ndim <= 5 or at.shape != y.shape:
@@ -280,7 +293,7 @@ def max_unpool(
     not_too_many(op, "the result", spatial)
     entries = math.prod(spatial)
     if not isinstance(indices, jax.core.Tracer) and indices.size:
-        seen = np.asarray(indices)  # inside a trace of something else, jnp would trace this too
+        seen = np.asarray(indices)  # not jnp, which would be traced inside another trace
         lowest, highest = int(seen.min()), int(seen.max())
         if lowest < 0 or highest >= entries:
             fail(op, f"indices expected 0 … {entries - 1} for spatial_shape {spatial}, got {lowest} … {highest}")
@@ -290,7 +303,7 @@ def max_unpool(
 
 @custom_vjp
 def unpool(spatial: tuple[int, ...], y: Array, index: Array) -> Array:
-    """Every entry of y to its index in the flattened spatial dims, added up."""
+    """Add every element of y at its index in the flattened spatial dims."""
     return kernels.scatter(spatial, y, index)
 
 
@@ -308,7 +321,7 @@ unpool.defvjp(_unpool_fwd, _unpool_bwd)
 
 @custom_vjp
 def pick(spatial: tuple[int, ...], x: Array, index: Array) -> Array:
-    """What stands at the index in the flattened spatial dims."""
+    """The elements of x at the indices in the flattened spatial dims."""
     return kernels.gather(x, index)
 
 
@@ -339,26 +352,29 @@ def avg_pool(
     divisor: float | None = None,
     rule: Rule | None = None,
 ) -> Array:
-    """Average pooling: ``y[o] = Σ_k x[o·stride + k·dilation − lo] / count[o]``, each channel for itself.
+    """Average pooling: ``y[o] = Σ_k x[o·stride + k·dilation − lo] / count[o]``, for each channel separately.
 
-    Backward: ``δ_x = up(δ / count)``, every entry of a window gets its share (lecture §8, erratum 3).
-    16-bit inputs are summed in float32.
+    Backward: ``δ_x = up(δ / count)``; every element of a window gets an equal share (lecture §8, erratum 3). 16-bit
+    inputs are summed in float32.
 
     Args:
-        x: pictures ``(N, *spatial, C)``, one to three spatial dims, any float dtype.
-        window: entries of a window, an int or one for each dim.
-        stride: how far it moves; default ``window``.
-        padding: as in `conv`, without the modes that repeat the picture.
-        dilation: the distance between a window's entries.
-        ceil_mode: whether a last, partial window counts (as in PyTorch); what it reaches past padding never counts.
-        count_include_pad: whether padding counts as entries that are zero.
-        divisor: a finite number other than 0 that divides every window's sum instead of its count, as PyTorch's
-            ``divisor_override``; static.
-        rule: another backward half; see `jaxcnn.rules`.
+        x: input ``(N, *spatial, C)``, one to three spatial dims, any float dtype.
+        window: size of a window, an int or one per dim.
+        stride: step of the window; default ``window``.
+        padding: as in `conv`, without the modes that repeat the input.
+        dilation: distance between a window's taps.
+        ceil_mode: whether a last, partial window counts (as in PyTorch). Positions beyond the padding never count.
+        count_include_pad: whether padding counts as elements that are zero.
+        divisor: a finite number other than 0 that replaces every window's count, as PyTorch's ``divisor_override``;
+            static.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
 
-    Returns: ``(N, *out, C)``.
+    Returns:
+        The output ``(N, *out, C)``.
 
-    Raises: ValueError for options that do not fit and for windows that lie wholly in padding; TypeError for dtypes.
+    Raises:
+        ValueError: if options do not fit or a window is entirely in the padding.
+        TypeError: if an argument has the wrong type or dtype.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -378,22 +394,22 @@ def avg_pool(
 
 @dataclasses.dataclass(frozen=True)
 class Average:
-    """Windows, and how much of the padding around the picture counts as entries."""
+    """Windows, and how much of the padding around the input counts as elements."""
 
     window: Window
     counted: tuple[tuple[int, int], ...]
-    #: What divides instead of the count.
+    #: Divisor that replaces the count, if given.
     divisor: float | None = None
 
     def count(self) -> np.ndarray:
-        """``(*out, 1)``: the entries of every window, or what stands in for their number."""
+        """Return the divisors of all windows, broadcastable to ``(*out, 1)``."""
         if self.divisor is not None:
             return np.full((1,) * (self.window.ndim + 1), self.divisor)
         per_dim = (self.window.inside(dim, margin).sum(1) for dim, margin in enumerate(self.counted))
         return functools.reduce(np.multiply.outer, per_dim)[..., None]
 
     def divided(self, y: Array) -> Array:
-        """``y / count``; the count is one number wherever it can be."""
+        """Return ``y / count``; the count is a scalar if all counts are equal."""
         count = self.count()
         first = count.flat[0]
         return y / (np.asarray(first, y.dtype) if (count == first).all() else beside(count.astype(y.dtype), y))
@@ -435,7 +451,7 @@ def _avg_pool_plain(average: Average, x: Array) -> Array:
 
 @custom_vjp
 def window_sum(win: Window, x: Array) -> Array:
-    """The sum of every window."""
+    """The sum over every window."""
     return kernels.window_sum(win, x)
 
 
@@ -453,7 +469,7 @@ window_sum.defvjp(_window_sum_fwd, _window_sum_bwd)
 
 @custom_vjp
 def window_spread(win: Window, delta: Array) -> Array:
-    """Every δ to all entries of its window."""
+    """Add the δ of every window to all of the window's elements."""
     return kernels.window_spread(win, delta)
 
 
@@ -470,7 +486,7 @@ window_spread.defvjp(_window_spread_fwd, _window_spread_bwd)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The p-norm of a window
+# The p-norm over a window
 
 
 def lp_pool(
@@ -484,27 +500,30 @@ def lp_pool(
     ceil_mode: bool = False,
     rule: Rule | None = None,
 ) -> Array:
-    """Power-average pooling: ``y[o] = (Σ_k x[o·stride + k·dilation − lo]^p)^(1/p)``, each channel for itself.
+    """Power-average pooling: ``y[o] = (Σ_k x[o·stride + k·dilation − lo]^p)^(1/p)``, for each channel separately.
 
-    As in PyTorch it is ``x^p`` and not ``|x|^p``: with an odd p negative entries count against positive ones, and the
-    root of a negative sum is NaN (for p = 1 the sum itself); so is x^p of a negative x where p is not whole.
+    As in PyTorch, the power is ``x^p`` and not ``|x|^p``. With an odd p, negative elements cancel positive ones, and
+    the root of a negative sum is NaN (for p = 1, the sum itself). x^p of a negative x is NaN if p is not an integer.
 
-    Backward: ``δ_x = x^(p−1) ∘ up(δ·y^(1−p))``.  Where y = 0 there is no derivative, and δ is 0 (as in PyTorch).
-    16-bit inputs are summed in float32.
+    Backward: ``δ_x = x^(p−1) ∘ up(δ·y^(1−p))``. Where y = 0 there is no derivative, and δ is 0 (as in PyTorch). 16-bit
+    inputs are summed in float32.
 
     Args:
-        x: pictures ``(N, *spatial, C)``, one to three spatial dims, any float dtype.
-        window: entries of a window, an int or one for each dim.
+        x: input ``(N, *spatial, C)``, one to three spatial dims, any float dtype.
+        window: size of a window, an int or one per dim.
         p: the power, at least 1; 1 is the sum, 2 the Euclidean norm.
-        stride: how far it moves; default ``window``.
+        stride: step of the window; default ``window``.
         padding: as in `avg_pool`; it adds zeros.
-        dilation: the distance between a window's entries.
-        ceil_mode: whether a last, partial window counts.  As in PyTorch its sum is scaled up to that of a whole one.
-        rule: another backward half; see `jaxcnn.rules`.
+        dilation: distance between a window's taps.
+        ceil_mode: whether a last, partial window counts. As in PyTorch, its sum is scaled up to that of a full window.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
 
-    Returns: ``(N, *out, C)``.
+    Returns:
+        The output ``(N, *out, C)``.
 
-    Raises: ValueError for options that do not fit and for windows that lie wholly in padding; TypeError for dtypes.
+    Raises:
+        ValueError: if options do not fit or a window is entirely in the padding.
+        TypeError: if an argument has the wrong type or dtype.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -522,17 +541,17 @@ def lp_pool(
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """Windows, how much of the padding counts as their entries, and the power."""
+    """Windows, how much of the padding counts as their elements, and the power."""
 
     average: Average
     p: float
 
     def whole(self, total: Array) -> Array:
-        """Sums over windows that `ceil_mode` cut off, scaled up to those of whole ones."""
+        """Scale the sums over windows that `ceil_mode` cut off to those of full windows."""
         return self.average.divided(total) * self.average.window.entries
 
     def power(self, x: Array, less: int = 0) -> Array:
-        """``x^(p − less)``, by multiplication where that is whole."""
+        """Return ``x^(p − less)``, by multiplication if the exponent is an integer."""
         exponent = self.p - less
         return x ** (int(exponent) if exponent.is_integer() else exponent)
 
@@ -548,7 +567,7 @@ def _lp_pool(norm: Norm, x: Array) -> Array:
 
 
 def _lp_pool_fwd(norm: Norm, x: Array) -> Any:
-    # Kept unrounded: y^(1−p) of a 16-bit y would be off by p − 1 times its rounding.
+    # Save y unrounded: y^(1−p) of a 16-bit y would have p − 1 times its rounding error.
     y = _lp_pool(norm, x.astype(accumulator(x.dtype)))
     return y.astype(x.dtype), (x, y)
 
@@ -572,14 +591,22 @@ def _lp_pool_plain(norm: Norm, x: Array) -> Array:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# As many windows as are wanted
+# Global and adaptive pooling: fixed output size
 
 
 def global_max_pool(x: ArrayLike, *, rule: Rule | None = None) -> Array:
-    """The largest entry of each channel: `max_pool` with a window as large as the picture, and its rule.
+    """The maximum of each channel: `max_pool` with one window over the whole input, and its rule.
 
-    x: pictures ``(N, *spatial, C)``, any float dtype → ``(N, C)``.  Raises: ValueError for a shape that is no picture
-    or has no entries, TypeError for dtypes.
+    Args:
+        x: input ``(N, *spatial, C)``, one to three spatial dims, any float dtype.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
+
+    Returns:
+        The output ``(N, C)``.
+
+    Raises:
+        ValueError: if x is not ``(N, *spatial, C)`` or a spatial dim is 0.
+        TypeError: if x is not an array of a float dtype.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -593,10 +620,22 @@ def global_max_pool(x: ArrayLike, *, rule: Rule | None = None) -> Array:
 
 
 def global_avg_pool(x: ArrayLike, *, rule: Rule | None = None) -> Array:
-    """The mean of each channel: `avg_pool` with a window as large as the picture, and its rule.
+    """The mean of each channel: `avg_pool` with one window over the whole input, and its rule.
 
-    x: pictures ``(N, *spatial, C)``, any float dtype → ``(N, C)``; 16 bits are summed in float32.  Raises: ValueError
-    for a shape that is no picture or has no entries, TypeError for dtypes.  Source: Lin et al. 2013.
+    16-bit inputs are summed in float32.
+
+    Args:
+        x: input ``(N, *spatial, C)``, one to three spatial dims, any float dtype.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
+
+    Returns:
+        The output ``(N, C)``.
+
+    Raises:
+        ValueError: if x is not ``(N, *spatial, C)`` or a spatial dim is 0.
+        TypeError: if x is not an array of a float dtype.
+
+    Source: Lin et al. 2013.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -611,18 +650,21 @@ def global_avg_pool(x: ArrayLike, *, rule: Rule | None = None) -> Array:
 
 
 def adaptive_max_pool(x: ArrayLike, size: PerDim, *, rule: Rule | None = None) -> Array:
-    """Max pooling to a result of ``size``: window o runs from ⌊o·n/size⌋ to ⌈(o + 1)·n/size⌉, as in PyTorch.
+    """Max pooling to spatial dims ``size``: window o runs from ⌊o·n/size⌋ to ⌈(o + 1)·n/size⌉, as in PyTorch.
 
-    Backward: δ goes to the winner of each window.  Ties: the first in row-major order wins.  NaN wins over numbers.
+    Backward: δ goes to the winner of each window. In a tie, the first in row-major order wins. NaN wins over numbers.
 
     Args:
-        x: pictures ``(N, *spatial, C)``, one to three spatial dims, any float dtype.
-        size: the spatial dims of the result, an int or one for each dim; they may be larger than those of x.
-        rule: another backward half; see `jaxcnn.rules`.
+        x: input ``(N, *spatial, C)``, one to three spatial dims, any float dtype.
+        size: the spatial dims of the result, an int or one per dim; they may be larger than those of x.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
 
-    Returns: ``(N, *size, C)``.
+    Returns:
+        The output ``(N, *size, C)``.
 
-    Raises: ValueError for a size that is none and for pictures without entries; TypeError for dtypes.
+    Raises:
+        ValueError: if size is invalid, x is not ``(N, *spatial, C)`` or a spatial dim is 0.
+        TypeError: if an argument has the wrong type or dtype.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -632,24 +674,28 @@ def adaptive_max_pool(x: ArrayLike, size: PerDim, *, rule: Rule | None = None) -
     op = "adaptive_max_pool"
     (x,) = arrays(op, x=x)
     sizes = _bins(op, x, size)
-    if sizes.equal:  # the windows of `max_pool`, whose residual is a byte
+    if sizes.equal:  # the windows of `max_pool`, whose residual is smaller
         return with_rule(_max_pool, rule, max_pool_plain, op)(_equal_windows(sizes), x)
     return with_rule(_adaptive_max_pool, rule, _adaptive_max_pool_plain)(sizes, x)
 
 
 def adaptive_avg_pool(x: ArrayLike, size: PerDim, *, rule: Rule | None = None) -> Array:
-    """Average pooling to a result of ``size``: window o runs from ⌊o·n/size⌋ to ⌈(o + 1)·n/size⌉, as in PyTorch.
+    """Average pooling to spatial dims ``size``: window o runs from ⌊o·n/size⌋ to ⌈(o + 1)·n/size⌉, as in PyTorch.
 
-    Backward: ``δ_x = up(δ / count)``, every entry of a window gets its share.  16-bit inputs are summed in float32.
+    Backward: ``δ_x = up(δ / count)``; every element of a window gets an equal share. 16-bit inputs are summed in
+    float32.
 
     Args:
-        x: pictures ``(N, *spatial, C)``, one to three spatial dims, any float dtype.
-        size: the spatial dims of the result, an int or one for each dim; they may be larger than those of x.
-        rule: another backward half; see `jaxcnn.rules`.
+        x: input ``(N, *spatial, C)``, one to three spatial dims, any float dtype.
+        size: the spatial dims of the result, an int or one per dim; they may be larger than those of x.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
 
-    Returns: ``(N, *size, C)``.
+    Returns:
+        The output ``(N, *size, C)``.
 
-    Raises: ValueError for a size that is none and for pictures without entries; TypeError for dtypes.
+    Raises:
+        ValueError: if size is invalid, x is not ``(N, *spatial, C)`` or a spatial dim is 0.
+        TypeError: if an argument has the wrong type or dtype.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -667,28 +713,28 @@ def adaptive_avg_pool(x: ArrayLike, size: PerDim, *, rule: Rule | None = None) -
 
 @dataclasses.dataclass(frozen=True)
 class Bins:
-    """The spatial dims before and after."""
+    """The spatial dims before and after adaptive pooling."""
 
     shape: tuple[int, ...]
     size: tuple[int, ...]
 
     @property
     def equal(self) -> bool:
-        """Whether all windows are of one size and lie side by side."""
+        """Whether all windows have the same size and are adjacent."""
         return all(n % m == 0 for n, m in zip(self.shape, self.size, strict=True))
 
     @property
     def entries(self) -> int:
-        """Of all windows together."""
+        """Number of elements of all windows together."""
         return int(self.count().sum())
 
     def count(self) -> np.ndarray:
-        """``(*size, 1)``: the entries of every window."""
+        """Return the number of elements of every window, ``(*size, 1)``."""
         counts = (bins.counts(n, m) for n, m in zip(self.shape, self.size, strict=True))
         return functools.reduce(np.multiply.outer, counts)[..., None]
 
     def divided(self, y: Array) -> Array:
-        """``y / count``."""
+        """Return ``y / count``."""
         return y / beside(self.count().astype(y.dtype), y)
 
 
@@ -702,7 +748,7 @@ def _adaptive_max_pool_fwd(sizes: Bins, x: Array) -> Any:
 
 
 def _adaptive_max_pool_bwd(sizes: Bins, index: Array, delta: Array) -> Any:
-    """δ_x = unpool(δ, index): to the winners."""
+    """δ_x = unpool(δ, index): δ goes to the winners."""
     return (unpool(sizes.shape, delta, index),)
 
 
@@ -711,7 +757,7 @@ _adaptive_max_pool.defvjp(_adaptive_max_pool_fwd, _adaptive_max_pool_bwd)
 
 @custom_vjp
 def largest_of_bins(sizes: Bins, x: Array) -> tuple[Array, Array]:
-    """The largest entry of every bin, and its index in the flattened spatial dims."""
+    """The largest element of every bin, and its index in the flattened spatial dims."""
     return bins.bin_largest(sizes.size, x)
 
 
@@ -721,7 +767,7 @@ def _largest_of_bins_fwd(sizes: Bins, x: Array) -> Any:
 
 
 def _largest_of_bins_bwd(sizes: Bins, index: Array, deltas: Any) -> Any:
-    """δ_x = unpool(δ, index); the index is a number, and has no δ."""
+    """δ_x = unpool(δ, index); the index is an integer and has no δ."""
     return (unpool(sizes.shape, deltas[0], index),)
 
 
@@ -729,7 +775,7 @@ largest_of_bins.defvjp(_largest_of_bins_fwd, _largest_of_bins_bwd)
 
 
 def _adaptive_max_pool_plain(sizes: Bins, x: Array) -> Array:
-    """In stock JAX, dim by dim, the last first, so that of equals the first in row-major order is taken."""
+    """In stock JAX, dim by dim, the last first, so that the first of equal elements in row-major order is chosen."""
     for axis, (n, m) in reversed([*enumerate(zip(sizes.shape, sizes.size, strict=True), start=1)]):
         parts = [jnp.take(x, at[own], axis) for at, own in zip(*bins.bins(n, m), strict=True)]
         best = [jnp.take_along_axis(part, jnp.argmax(part, axis, keepdims=True), axis) for part in parts]
@@ -767,7 +813,7 @@ def _adaptive_avg_pool_plain(sizes: Bins, x: Array) -> Array:
 
 @functools.partial(custom_vjp, static=2)
 def bin_sum(shape: tuple[int, ...], size: tuple[int, ...], x: Array) -> Array:
-    """The sum of every one of ``size`` bins of a picture of ``shape``."""
+    """The sum over each of ``size`` bins of an input with spatial dims ``shape``."""
     return bins.bin_sum(size, x)
 
 
@@ -776,7 +822,7 @@ def _bin_sum_fwd(shape: tuple[int, ...], size: tuple[int, ...], x: Array) -> Any
 
 
 def _bin_sum_bwd(shape: tuple[int, ...], size: tuple[int, ...], saved: None, delta: Array) -> Any:
-    """The bins that hold entry i are bin i the other way round."""
+    """The bins that contain element i are bin i with ``shape`` and ``size`` swapped."""
     return (bin_sum(size, shape, delta),)
 
 
@@ -793,7 +839,7 @@ def _bins(op: str, x: Array, size: PerDim) -> Bins:
 
 
 def _equal_windows(sizes: Bins) -> Window:
-    """Side by side, as many as ``size``."""
+    """Return the adjacent windows, ``size`` of them."""
     spatial, wanted = sizes.shape, sizes.size
     each = tuple(n // m for n, m in zip(spatial, wanted, strict=True))
     return Window(spatial, each, each, ((0, 0),) * len(spatial), (1,) * len(spatial))
@@ -809,7 +855,7 @@ def pool_window(
     ceil_mode: bool,
     prefix: str = "",
 ) -> Window:
-    """The window of a pooling op, whose every place meets the picture."""
+    """Return the window of a pooling op; raise ValueError if a window is entirely in the padding."""
     win = window(
         op, spatial, size, stride=size if stride is None else stride, padding=padding, dilation=dilation,
         ceil_mode=ceil_mode, prefix=prefix,

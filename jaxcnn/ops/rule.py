@@ -1,8 +1,8 @@
-"""A rule is a value: how an op takes another backward half.
+"""Rules as values: how an op's backward rule is replaced.
 
-Every op takes ``rule=``.  None is the exact rule, written under the op.  `autodiff` drops the hand-written half.  Any
-other value is a function ``rule(call, delta)`` that returns one cotangent for each of the op's inputs; `Call` is what
-the backward half may read.
+Every op accepts ``rule=``. None selects the exact rule, written below the op. `autodiff` skips the hand-written rule.
+Any other value is a function ``rule(call, delta)`` that returns one cotangent per input of the op. `Call` holds
+everything that a rule may read.
 """
 
 import dataclasses
@@ -22,22 +22,22 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One call of an op, as its backward half sees it.
+    """One call of an op, as its backward rule sees it.
 
-    Under jit nothing is kept that the rule does not read.
+    Under jit, values that the rule does not read are not saved.
     """
 
-    #: What messages call the op: "conv", "relu", ….
+    #: Name of the op, as in error messages: "conv", "relu", ….
     name: str
-    #: The arrays that went in, in the op's order; None where an optional one was left out.
+    #: The input arrays in the op's order; None for an omitted optional one.
     inputs: tuple[Any, ...]
-    #: What came out.
+    #: The output of the op.
     output: Any
-    #: The static half: a `Correlation`, a `Window`, ….  None where the op has none.
+    #: The static part of the call, such as a `Correlation` or a `Window`; None if the op has none.
     geometry: Any
-    #: The exact rule: δ → one cotangent for each input.
+    #: The exact rule: maps δ to one cotangent per input.
     exact: Callable[[Any], tuple[Any, ...]]
-    #: The same op at other inputs: arrays → another `Call`, with its own output and exact rule.
+    #: Evaluates the op at other inputs: maps arrays to another `Call`, with its own output and exact rule.
     at: Callable[..., "Call"]
 
 
@@ -45,19 +45,20 @@ Rule = Callable[[Call, Any], tuple[Any, ...]]
 
 
 def custom_vjp(f: Callable[..., Any], static: int = 1) -> Any:
-    """`jax.custom_vjp` with static leading arguments, correct in loops as well.
+    """`jax.custom_vjp` with static leading arguments, correct inside loops.
 
-    JAX 0.10 to 0.12 compute second derivatives through `lax.scan` wrongly if the function has an equation without
+    JAX 0.10 to 0.12 compute second derivatives through `lax.scan` incorrectly if the function has an equation without
     inputs (`jnp.zeros`, an iota, `lax.platform_dependent`) and its ``fwd`` returns an argument as a residual. Partial
     evaluation hoists the equation out of the loop and passes its value as an additional argument, but does not shift
     the positions of the residuals among the arguments. `jax.checkpoint` keeps the function in one equation, so that
     nothing is hoisted. It adds nothing to the compiled program. `docs/mathematics.md` has the smallest case.
 
     Args:
-        f: function of ``static`` hashable arguments and of arrays.
+        f: function of ``static`` hashable arguments followed by arrays.
         static: number of leading arguments that are not differentiated.
 
-    Returns: the `jax.custom_vjp`, without its rule.
+    Returns:
+        The `jax.custom_vjp`, without its rule.
     """
     leading = tuple(range(static))
     whole = jax.checkpoint(f, prevent_cse=False, static_argnums=leading)
@@ -65,7 +66,7 @@ def custom_vjp(f: Callable[..., Any], static: int = 1) -> Any:
 
 
 def call_of(core: Any, name: str, geometry: Any, *inputs: Any) -> Call:
-    """The call ``core(geometry, *inputs)``."""
+    """Return the `Call` of ``core(geometry, *inputs)``."""
     y, saved = core.fwd(geometry, *inputs)
     return _call(core, name, geometry, inputs, y, saved)
 
@@ -76,10 +77,17 @@ def _call(core: Any, name: str, geometry: Any, inputs: tuple[Any, ...], y: Any, 
 
 
 def autodiff(call: Call, delta: Any) -> tuple[Any, ...]:
-    """As ``rule=``: no hand-written half at all, the op in plain JAX.
+    """Marker for ``rule=``: skip the hand-written backward rule and let JAX differentiate the op.
 
-    Forward mode (`jax.jvp`, `jax.jacfwd`, `jax.hessian`) works through it, and it is what the exact rules are compared
-    with.  A marker: it is never called.
+    The op then runs in plain JAX, so forward mode (`jax.jvp`, `jax.jacfwd`, `jax.hessian`) works. The exact rules are
+    tested against it.
+
+    Args:
+        call: unused; the marker is never called.
+        delta: unused.
+
+    Raises:
+        TypeError: always.
 
     >>> import jax, jaxcnn
     >>> jax.jacfwd(lambda x: jaxcnn.relu(x, rule=jaxcnn.rules.autodiff))(2.0)
@@ -89,9 +97,9 @@ def autodiff(call: Call, delta: Any) -> tuple[Any, ...]:
 
 
 def with_rule(core: Any, rule: Any, plain: Callable[..., Any], op: str | None = None) -> Callable[..., Any]:
-    """The op ``core(geometry, *inputs)`` with another backward half; `plain` is the same function in stock JAX.
+    """Return the op ``core(geometry, *inputs)`` with the backward rule ``rule``.
 
-    ``op`` is what messages call it, if not by the core's own name.
+    ``plain`` is the same function in stock JAX. ``op`` is the name for error messages, by default that of the core.
     """
     if rule is autodiff:
         return functools.partial(on_any_mesh, plain)
@@ -103,7 +111,7 @@ def with_rule(core: Any, rule: Any, plain: Callable[..., Any], op: str | None = 
 
 
 def _hashable(rule: Any) -> bool:
-    """Also what it is made of: a frozen dataclass that holds an array is not."""
+    """Test by hashing, because a frozen dataclass that holds an array is not hashable."""
     try:
         hash(rule)
     except TypeError:
@@ -113,7 +121,7 @@ def _hashable(rule: Any) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def _replaced(core: Any, rule: Rule, op: str) -> Any:
-    """A `custom_vjp` of the same forward half."""
+    """Return a `custom_vjp` with the same forward pass and the backward rule ``rule``."""
 
     @custom_vjp
     def other(geometry: Any, *inputs: Any) -> Any:
@@ -133,7 +141,7 @@ def _replaced(core: Any, rule: Rule, op: str) -> Any:
 
 
 def _checked(op: str, rule: Rule, call: Call, found: Any) -> tuple[Any, ...]:
-    """One cotangent for each input, of its shape, in its dtype."""
+    """Return one cotangent per input, with its shape and dtype."""
     name = f"{op}: rule {getattr(rule, '__name__', repr(rule))}"
     if not isinstance(found, tuple) or len(found) != len(call.inputs):
         got = f"{len(found)}" if isinstance(found, tuple) else type(found).__name__
@@ -150,9 +158,10 @@ def _fitted(name: str, i: int, x: Any, cotangent: Any) -> Any:
 
 
 def arrays(op: str, **named: Any) -> tuple[Array, ...]:
-    """The arguments as floating arrays of one dtype.
+    """Return the arguments as floating arrays of one dtype.
 
-    Raises: TypeError for anything that is not an array of a real floating dtype, and for mixed dtypes.
+    Raises:
+        TypeError: if an argument is not an array of a real floating dtype of at least 16 bits, or the dtypes differ.
     """
     found = {name: array(op, name, value) for name, value in named.items()}
     for name, a in found.items():
@@ -167,7 +176,7 @@ def arrays(op: str, **named: Any) -> tuple[Array, ...]:
 
 
 def array(op: str, name: str, value: Any) -> Array:
-    """An argument as an array of any dtype; TypeError for what is none."""
+    """Return an argument as an array of any dtype; raise TypeError if it is not an array."""
     if isinstance(value, str) or value is None:
         raise TypeError(f"{op}: {name} expected an array, got {value!r}")
     try:
@@ -177,7 +186,7 @@ def array(op: str, name: str, value: Any) -> Array:
 
 
 def one_key(op: str, key: Any) -> Array:
-    """A typed key; TypeError for anything else, and for more than one."""
+    """Return a typed key; raise TypeError for anything else, including an array of several keys."""
     if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape:
         got = f"{key.dtype}{list(key.shape)}" if hasattr(key, "dtype") else repr(key)
         raise TypeError(f"{op}: key expected one typed key from jax.random.key(seed), got {got}")
@@ -185,7 +194,7 @@ def one_key(op: str, key: Any) -> Array:
 
 
 def picture(op: str, x: Array) -> tuple[int, ...]:
-    """The spatial dims of a picture ``(N, *spatial, C)``; ValueError unless there are one, two or three."""
+    """Return the spatial dims of an input ``(N, *spatial, C)``; raise ValueError unless there are one, two or three."""
     if not 3 <= x.ndim <= 5:
         raise ValueError(f"{op}: x expected (N, *spatial, C) with 1, 2 or 3 spatial dims, got shape {x.shape}")
     expect_numbers(op, "x", x.shape[1:], x.shape)

@@ -1,13 +1,13 @@
-"""Signals: correlation and convolution as signal processing has them (lecture §11–14).
+"""Signals: correlation and convolution as in signal processing (lecture §11–14).
 
-Arrays of one, two or three dims without batch and channels.  *Correlation* slides v as it is, *convolution* slides it
-turned by 180°; the lecture's §11 has the two names exchanged (erratum 4).  A result is a stretch of shifts, a `Lags`;
-the family of two is closed under differentiation:
+Arrays have one, two or three dims without batch and channels. *Correlation* slides v as it is, *convolution* slides it
+flipped by 180°; the lecture's §11 swaps the two names (erratum 4). A result covers a range of shifts, a `Lags`. The
+family of two is closed under differentiation:
 
     _convolve    y[o] = Σ_k a[o + first − k]·v[k]      δ_a = correlate(δ, v)      δ_v = correlate(δ, a)
     _correlate   y[o] = Σ_k a[o + first + k]·v[k]      δ_a = convolve(δ, v)       δ_v = correlate(a, δ)
 
-`autocorrelate` and `match_template` are made of them.
+`autocorrelate` and `match_template` are built from them.
 """
 
 import dataclasses
@@ -31,30 +31,33 @@ MODES = ("full", "same", "valid")
 def convolve(
     a: ArrayLike, v: ArrayLike, mode: str = "full", *, method: str = "auto", rule: Rule | None = None
 ) -> Array:
-    """Convolution of two signals: ``y[o] = Σ_k a[o + first − k]·v[k]``, with a and v zero outside of their entries.
+    """Convolution of two signals: ``y[o] = Σ_k a[o + first − k]·v[k]``, with a and v zero outside their bounds.
 
-    Equal to `scipy.signal.convolve`, and in one dim to `numpy.convolve`; ``convolve(a, v)`` is ``correlate(a, v turned
-    by 180°)``.  Modes:
+    Equal to `scipy.signal.convolve`, and in one dim to `numpy.convolve`. ``convolve(a, v)`` is the correlation of a
+    with v flipped by 180°. Modes:
 
-    - "full": every shift at which they meet, ``a.shape + v.shape − 1``.
-    - "valid": the shifts at which the smaller lies inside the larger, ``|a.shape − v.shape| + 1``.
-    - "same": the middle of "full", with the shape of a; in one dim with that of the longer one, as in NumPy (where v is
-      the longer one, `scipy.signal` keeps the shape of a).
+    - "full": every shift at which a and v overlap, ``a.shape + v.shape − 1``.
+    - "valid": the shifts at which the smaller is inside the larger, ``|a.shape − v.shape| + 1``.
+    - "same": the middle of "full", with the shape of a. In one dim it has the shape of the longer one, as in NumPy (if
+      v is longer, `scipy.signal` keeps the shape of a).
 
-    Backward: ``δ_a = δ ⋆ v`` and ``δ_v = δ ⋆ a``, two correlations: turned twice, the patch stands as it was.
+    Backward: ``δ_a = δ ⋆ v`` and ``δ_v = δ ⋆ a``, two correlations: flipping the kernel twice restores it.
 
     Args:
-        a: one to three dims, any float dtype, at least one entry.
-        v: of the same rank and dtype.
+        a: array of one to three dims, any float dtype, at least one element.
+        v: array of the same rank and dtype.
         mode: "full", "same" or "valid".
-        method: "direct", "fft", or "auto": by Fourier transform where both have more than 128 entries.  The transform
-            rounds to the scale of the whole result (whole numbers come out near whole, and one NaN is everywhere);
-            "direct" rounds each entry by itself.
-        rule: another backward half; see `jaxcnn.rules`.
+        method: "direct", "fft", or "auto", which uses the Fourier transform if both have more than 128 elements. The
+            transform's rounding error is relative to the whole result (integers come out only near integers, and one
+            NaN spreads everywhere). With "direct" each element is rounded independently.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
 
-    Returns: the mode's shape, in the dtype of a.
+    Returns:
+        An array of the mode's shape, in the dtype of a.
 
-    Raises: ValueError for ranks, sizes or options that do not fit, TypeError for dtypes.
+    Raises:
+        ValueError: if ranks, sizes or options do not fit.
+        TypeError: if a or v is not an array of a float dtype, or the dtypes differ.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -69,23 +72,27 @@ def convolve(
 def correlate(
     a: ArrayLike, v: ArrayLike, mode: str = "full", *, method: str = "auto", rule: Rule | None = None
 ) -> Array:
-    """Cross-correlation of two signals: ``y[o] = Σ_k a[o + first + k]·v[k]``, zero outside of their entries.
+    """Cross-correlation of two signals: ``y[o] = Σ_k a[o + first + k]·v[k]``, with a and v zero outside their bounds.
 
-    Equal to `scipy.signal.correlate`, and in one dim to `numpy.correlate` (whose default mode is "valid").  Modes are
-    those of `convolve`; in "full" and "valid", exchanging a and v reverses the result.
+    Equal to `scipy.signal.correlate`, and in one dim to `numpy.correlate` (whose default mode is "valid"). Modes are
+    those of `convolve`. In "full" and "valid", swapping a and v reverses the result.
 
-    Backward: ``δ_a = δ ∗ v``, a convolution: the patch is turned on the way back (lecture §15); ``δ_v = a ⋆ δ``.
+    Backward: ``δ_a = δ ∗ v``, a convolution, since the kernel is flipped in the backward pass (lecture §15);
+    ``δ_v = a ⋆ δ``.
 
     Args:
-        a: one to three dims, any float dtype, at least one entry.
-        v: of the same rank and dtype.
+        a: array of one to three dims, any float dtype, at least one element.
+        v: array of the same rank and dtype.
         mode: "full", "same" or "valid".
         method: "auto", "direct" or "fft", as in `convolve`.
-        rule: another backward half; see `jaxcnn.rules`.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
 
-    Returns: the mode's shape, in the dtype of a.
+    Returns:
+        An array of the mode's shape, in the dtype of a.
 
-    Raises: ValueError for ranks, sizes or options that do not fit, TypeError for dtypes.
+    Raises:
+        ValueError: if ranks, sizes or options do not fit.
+        TypeError: if a or v is not an array of a float dtype, or the dtypes differ.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -100,20 +107,23 @@ def correlate(
 def autocorrelate(a: ArrayLike, mode: str = "full", *, method: str = "auto", rule: Rule | None = None) -> Array:
     """Correlation of a signal with itself: ``y[o] = Σ_k a[o + first + k]·a[k]`` (lecture §12, §14).
 
-    Even about its middle entry, the shift 0, which holds the energy ``Σ a²`` and is the largest: variance × n if the
-    mean is zero.  White noise has nothing but that entry, a periodic signal a peak at every period.
+    The result is symmetric about its middle element, shift 0. That element is the energy ``Σ a²`` and the largest:
+    variance × n if the mean is zero. White noise has only that peak; a periodic signal has one at every period.
 
-    Backward: ``δ_a = δ ∗ a + a ⋆ δ``, a as the one operand and as the other.
+    Backward: ``δ_a = δ ∗ a + a ⋆ δ``, one term for each of the two operands.
 
     Args:
-        a: one to three dims, any float dtype, at least one entry.
-        mode: "full", "same" or "valid" (the energy alone).
+        a: array of one to three dims, any float dtype, at least one element.
+        mode: "full", "same" or "valid" (only the energy).
         method: "auto", "direct" or "fft", as in `convolve`.
-        rule: another backward half; see `jaxcnn.rules`.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
 
-    Returns: the mode's shape, in the dtype of a.
+    Returns:
+        An array of the mode's shape, in the dtype of a.
 
-    Raises: ValueError for a rank, size or option that does not fit, TypeError for dtypes.
+    Raises:
+        ValueError: if the rank, size or an option does not fit.
+        TypeError: if a is not an array of a float dtype.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
@@ -127,18 +137,18 @@ def autocorrelate(a: ArrayLike, mode: str = "full", *, method: str = "auto", rul
 
 @dataclasses.dataclass(frozen=True)
 class Lags:
-    """The shifts that a result holds, ``first … first + size − 1`` in every dim, and how they are computed."""
+    """The shifts that a result covers, ``first … first + size − 1`` in every dim, and the method that computes them."""
 
     first: tuple[int, ...]
     size: tuple[int, ...]
     method: str = "auto"
 
     def over(self, x: Array) -> "Lags":
-        """The same first shift, for a result of the shape of ``x``."""
+        """The same first shift, for a result with the shape of ``x``."""
         return dataclasses.replace(self, size=x.shape)
 
     def back(self, x: Array) -> "Lags":
-        """From the other side: the first shift negated, for a result of the shape of ``x``."""
+        """The first shift negated, for a result with the shape of ``x``."""
         return Lags(tuple(-f for f in self.first), x.shape, self.method)
 
 
@@ -156,7 +166,7 @@ def _convolve_fwd(lags: Lags, a: Array, v: Array) -> Any:
 
 
 def _convolve_bwd(lags: Lags, saved: Any, delta: Array) -> Any:
-    """δ_a[i] = Σ_k δ[i − first + k]·v[k];  δ_v[k] = Σ_i δ[k − first + i]·a[i]."""
+    """δ_a[i] = Σ_k δ[i − first + k]·v[k]; δ_v[k] = Σ_i δ[k − first + i]·a[i]."""
     a, v = saved
     return _correlate(lags.back(a), delta, v), _correlate(lags.back(v), delta, a)
 
@@ -170,7 +180,7 @@ def _convolve_plain(lags: Lags, a: Array, v: Array) -> Array:
 
 
 def _turned(lags: Lags, v: Array) -> tuple[Array, tuple[int, ...]]:
-    """``v`` turned by 180°, and the first shift that makes a correlation of the convolution: k becomes K − 1 − k."""
+    """Return ``v`` flipped by 180°, and the first shift of the equivalent correlation: k becomes K − 1 − k."""
     return lax.rev(v, range(v.ndim)), tuple(f - (k - 1) for f, k in zip(lags.first, v.shape, strict=True))
 
 
@@ -184,7 +194,7 @@ def _correlate_fwd(lags: Lags, a: Array, v: Array) -> Any:
 
 
 def _correlate_bwd(lags: Lags, saved: Any, delta: Array) -> Any:
-    """δ_a[i] = Σ_k δ[i − first − k]·v[k];  δ_v[k] = Σ_o a[k + first + o]·δ[o]."""
+    """δ_a[i] = Σ_k δ[i − first − k]·v[k]; δ_v[k] = Σ_o a[k + first + o]·δ[o]."""
     a, v = saved
     return _convolve(lags.back(a), delta, v), _correlate(lags.over(v), a, delta)
 
@@ -224,25 +234,29 @@ def _autocorrelate_plain(lags: Lags, a: Array) -> Array:
 
 
 def match_template(image: ArrayLike, template: ArrayLike, *, rule: Rule | None = None) -> Array:
-    """How much each part of a picture looks like a template: zero-mean normalised cross-correlation (lecture §14).
+    """Zero-mean normalized cross-correlation: similarity of each part of an image to a template (lecture §14).
 
         y[o] = Σ_k (x[o + k] − m[o])·t[k] / √(s[o]·T)      s[o] = Σ_k (x[o + k] − m[o])²      T = Σ_k t[k]²
 
-    with m[o] the mean of the window at o, and t the template less its mean.  Between −1 and 1; 1 where the window is
-    the template up to brightness and contrast.  Equal to `skimage.feature.match_template` (``pad_input=False``).  0
-    where the window or the template is flat: its entries differ by no more than a few roundings of the largest one.
+    m[o] is the mean of the window at o, and t is the template minus its mean. Values are between −1 and 1, and 1 where
+    the window equals the template up to brightness and contrast. Equal to `skimage.feature.match_template`
+    (``pad_input=False``). The result is 0 where the window or the template is flat, which means that its elements
+    differ only by a few rounding errors of the largest one.
 
     Backward, with D = √(s·T): ``δ_x = (δ/D) ∗ t − Σ over windows of (δ·y/s)(x − m)``;
-    ``δ_t = Σ_o (δ/D)(x − m) − t·Σ_o δ·y / T``.  At a flat window δ is 0.
+    ``δ_t = Σ_o (δ/D)(x − m) − t·Σ_o δ·y / T``. At a flat window δ is 0.
 
     Args:
-        image: one to three dims, any float dtype.
-        template: of the same rank and dtype, in no dim larger than the image.
-        rule: another backward half; see `jaxcnn.rules`.
+        image: array of one to three dims, any float dtype.
+        template: array of the same rank and dtype, not larger than the image in any dim.
+        rule: replacement for the backward rule; see `jaxcnn.rules`.
 
-    Returns: ``image.shape − template.shape + 1``: one value for each place of the template's first entry.
+    Returns:
+        An array of shape ``image.shape − template.shape + 1``, with one value per position of the template.
 
-    Raises: ValueError for ranks or sizes that do not fit, TypeError for dtypes.
+    Raises:
+        ValueError: if ranks or sizes do not fit.
+        TypeError: if image or template is not an array of a float dtype, or the dtypes differ.
 
     Source: J. P. Lewis, Fast Normalized Cross-Correlation, 1995.
 
@@ -275,7 +289,7 @@ def _match_template_fwd(win: Window, image: Array, template: Array) -> Any:
 
 
 def _match_template_bwd(win: Window, saved: Any, delta: Array) -> Any:
-    """δ_x = (δ/D) ∗ t − spread(δy/s)∘x + spread(δy/s ∘ m);  δ_t = x ⋆ (δ/D) − Σ (δ/D)m − t·Σ δy / T;  D = √(s·T)."""
+    """δ_x = (δ/D) ∗ t − spread(δy/s)∘x + spread(δy/s ∘ m); δ_t = x ⋆ (δ/D) − Σ (δ/D)m − t·Σ δy / T; D = √(s·T)."""
     image, template, y = saved
     x, t, m, inv_s, inv_t = _standardised(win, image, template, _moments)
     delta, delta_y = delta.astype(x.dtype), (delta * y).astype(x.dtype)
@@ -297,10 +311,10 @@ def _match_template_plain(win: Window, image: Array, template: Array) -> Array:
 def _standardised(win: Window, image: Array, template: Array, moments_of: Any) -> tuple[Array, ...]:
     """``x, t, m, 1/√s, 1/√T``; the inverses are 0 where flat.
 
-    x is the image less its mean, which changes no y but saves digits.  16-bit floats become float32.
+    x is the image minus its mean, which leaves y unchanged but improves precision. 16-bit floats become float32.
     """
     image, template = (p.astype(accumulator(p.dtype)) for p in (image, template))
-    # Of what is finite: a NaN elsewhere in the image says nothing about a window.
+    # The mean of finite elements: a NaN elsewhere in the image must not affect a window.
     finite = jnp.isfinite(image)
     x, t = image - image.mean(where=finite), template - template.mean()
     m, s = moments_of(win, x)
@@ -308,7 +322,7 @@ def _standardised(win: Window, image: Array, template: Array, moments_of: Any) -
 
 
 def _inverse_root(s: Array, of: Array, entries: int) -> Array:
-    """``1/√s``, and 0 where s is that of ``entries`` numbers which only rounding tells apart."""
+    """``1/√s``, or 0 where s is no larger than rounding error over ``entries`` values."""
     rounding = 8 * jnp.finfo(of.dtype).eps * jnp.max(jnp.where(jnp.isfinite(of), jnp.abs(of), 0))
     flat = s <= entries * rounding**2
     return jnp.where(flat, 0, 1 / jnp.sqrt(jnp.where(flat, 1, s)))  # the inner where keeps NaN out of the gradient
@@ -320,7 +334,7 @@ def _inside(win: Window) -> Lags:
 
 @custom_vjp
 def _moments(win: Window, x: Array) -> tuple[Array, Array]:
-    """Of every window the mean m, and s = Σ (x − m)²."""
+    """The mean m of every window, and s = Σ (x − m)²."""
     return moments.window_moments(win, x)
 
 
@@ -330,7 +344,7 @@ def _moments_fwd(win: Window, x: Array) -> Any:
 
 
 def _moments_bwd(win: Window, saved: Any, deltas: Any) -> Any:
-    """Over the windows that hold an entry: δ_x = Σ δ_m/n + 2·Σ δ_s·(x − m)."""
+    """Summed over the windows that contain an element: δ_x = Σ δ_m/n + 2·Σ δ_s·(x − m)."""
     x, m = saved
     delta_m, delta_s = deltas
     return (_spread(win, delta_m / win.entries - 2 * delta_s * m) + 2 * _spread(win, delta_s) * x,)
@@ -340,7 +354,7 @@ _moments.defvjp(_moments_fwd, _moments_bwd)
 
 
 def _spread(win: Window, y: Array) -> Array:
-    """To every entry the sum of the values of the windows that hold it."""
+    """Return for every element the sum of the values of the windows that contain it."""
     return pooling.window_spread(win, y[None, ..., None])[0, ..., 0]
 
 
@@ -349,7 +363,7 @@ def _spread(win: Window, y: Array) -> Array:
 
 
 def _signals(op: str, **named: ArrayLike) -> tuple[Array, ...]:
-    """The arguments as floating arrays of one dtype and one rank, 1 to 3, none of them empty."""
+    """Return the arguments as non-empty floating arrays of one dtype and one rank, 1 to 3."""
     found = arrays(op, **named)
     for name, array in zip(named, found, strict=True):
         expect_numbers(op, name, array.shape, array.shape)
@@ -364,7 +378,7 @@ def _signals(op: str, **named: ArrayLike) -> tuple[Array, ...]:
 
 
 def _lags(op: str, a: tuple[int, ...], v: tuple[int, ...], mode: str, method: str) -> Lags:
-    """The shifts of a mode."""
+    """Return the shifts of a mode."""
     if method not in fourier.METHODS:
         fail(op, f"method expected one of {', '.join(fourier.METHODS)}, got {method!r}")
     if mode not in MODES:
@@ -373,17 +387,17 @@ def _lags(op: str, a: tuple[int, ...], v: tuple[int, ...], mode: str, method: st
     if mode == "valid" and not (all(n >= k for n, k in dims) or all(n <= k for n, k in dims)):
         fail(op, f"mode 'valid' expected one of a and v to fit inside the other, got a {a}, v {v}")
     start, size = zip(*(_stretch(op, n, k, mode, len(dims)) for n, k in dims), strict=True)
-    # "full" begins at shift 0 of a convolution, and where the last entry of v meets the first of a in a correlation.
+    # "full" starts at shift 0 in a convolution, and where v's last element overlaps a's first one in a correlation.
     first = start if op == "convolve" else tuple(s - (k - 1) for s, k in zip(start, v, strict=True))
     return Lags(first, size, method)
 
 
 def _stretch(op: str, n: int, k: int, mode: str, ndim: int) -> tuple[int, int]:
-    """Where the mode begins in "full", and how many shifts it holds, in a dim where a has n entries and v has k."""
+    """Return the start of the mode in "full" and its number of shifts, for a dim with n elements of a and k of v."""
     if mode == "full":
         return 0, n + k - 1
     if mode == "valid":
         return min(n, k) - 1, abs(n - k) + 1
-    if ndim == 1 and k > n:  # NumPy exchanges them, and reverses what comes out if it is a correlation
+    if ndim == 1 and k > n:  # NumPy swaps them, and reverses the result of a correlation
         return n // 2 if op == "correlate" else (n - 1) // 2, k
     return (k - 1) // 2, n

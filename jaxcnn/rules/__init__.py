@@ -1,4 +1,4 @@
-"""Other backward halves, as values for ``rule=`` and ``rules=``.  Rooms: rules import `jaxcnn.ops`."""
+"""Alternative backward rules, as values for ``rule=`` and ``rules=``."""
 
 from jaxcnn.ops.rule import Call as Call
 from jaxcnn.ops.rule import Rule as Rule

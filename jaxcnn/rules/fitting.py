@@ -1,4 +1,4 @@
-"""Which ops a rule fits, and a hidden layer as the three ops that it is."""
+"""Check which op a rule accepts, and compose rules for `hidden_layer` from rules for its three parts."""
 
 import dataclasses
 from typing import Any
@@ -11,7 +11,7 @@ from jaxcnn.ops.rule import Call, Rule
 
 
 def check_fits(rule: Any, call: Call, *ops: str) -> None:
-    """ValueError for a call of another op."""
+    """Raise ValueError unless the call is of one of ``ops``."""
     if call.name not in ops:
         name = getattr(rule, "__name__", repr(rule))
         fail(call.name, f"rule {name}: expected as a rule of {', '.join(ops)}")
@@ -19,12 +19,18 @@ def check_fits(rule: Any, call: Call, *ops: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class InHiddenLayer:
-    """A rule for `hidden_layer`, from one for each of the ops it is made of; None is the exact one.
+    """A rule for `hidden_layer`, composed of one rule for each of its three ops.
 
-    ``δ_a = pool(δ)``, ``δ_l = relu(δ_a)``, and what ``conv`` makes of δ_l.  The ready-made rules for one of these ops
-    fit `hidden_layer` as they are; this is for several at once, and for your own.
+    ``δ_a = pool(δ)``, ``δ_l = relu(δ_a)``, and ``conv`` computes the cotangents from δ_l. The ready-made rules for one
+    of these ops accept `hidden_layer` directly. Use this class for several rules at once, or for your own.
 
-    Raises: what its rules raise; ValueError, when δ comes, for another op.
+    Args:
+        conv: rule for the convolution; None for the exact rule.
+        relu: rule for the ReLU; None for the exact rule.
+        pool: rule for the max pooling; None for the exact rule.
+
+    Raises:
+        ValueError: when applied to another op. The three rules may raise errors as well.
 
     >>> from jaxcnn import HiddenLayer, rules
     >>> rules_of_net = {HiddenLayer: rules.InHiddenLayer(relu=rules.guided_relu, pool=rules.literal_up)}
@@ -35,7 +41,7 @@ class InHiddenLayer:
     pool: Rule | None = None
 
     def __call__(self, call: Call, delta: Array) -> tuple[Any, ...]:
-        """The three rules in a row."""
+        """Apply the three rules in sequence."""
         check_fits(self, call, "hidden_layer")
         conv, relu, pool = hidden.parts(call)
         (delta_a,) = _by(self.pool, pool, delta)

@@ -1,7 +1,7 @@
-"""Rules for max pooling: to which entries of a window its δ goes.
+"""Rules for max pooling: which elements of a window receive its δ.
 
-Sums below are over the windows o that hold entry i; windows may overlap and reach into padding.  All of these fit
-`max_pool`, and `hidden_layer`, whose pooling takes them.
+Sums below are over the windows o that contain element i; windows may overlap and extend into padding. All rules fit
+`max_pool`, and `hidden_layer`, where they apply to its pooling.
 """
 
 import functools
@@ -19,9 +19,19 @@ from jaxcnn.rules.fitting import InHiddenLayer, check_fits
 
 
 def winner(call: Call, delta: Array) -> tuple[Array, ...]:
-    """The exact rule: ``δ_x[i] = Σ_o δ[o]·[i won o]``; of equals the first, in row-major order.
+    """The exact rule: ``δ_x[i] = Σ_o δ[o]·[i won o]``; in a tie, the first in row-major order wins.
 
-    Fits `max_pool` and `hidden_layer`.  Raises: ValueError for another op.
+    Fits `max_pool` and `hidden_layer`.
+
+    Args:
+        call: the call of the op.
+        delta: δ of the op's output.
+
+    Returns:
+        One cotangent per input of the op.
+
+    Raises:
+        ValueError: if applied to another op.
 
     >>> import jax, jaxcnn
     >>> import jax.numpy as jnp
@@ -34,12 +44,20 @@ def winner(call: Call, delta: Array) -> tuple[Array, ...]:
 
 
 def literal_up(call: Call, delta: Array) -> tuple[Array, ...]:
-    """The lecture's formula at its word: ``δ_x[i] = Σ_o δ[o]``, every entry of a window gets all of its δ.
+    """The lecture's formula taken literally: ``δ_x[i] = Σ_o δ[o]``, every element of a window gets all of its δ.
 
-    With windows side by side this is up(δ) = δ ⊗ 1, the rule of sum pooling (lecture §8, erratum 3).  What reaches into
-    padding is lost there.  Fits `max_pool` and `hidden_layer`.
+    For adjacent windows this is up(δ) = δ ⊗ 1, the rule of sum pooling (lecture §8, erratum 3). The part that falls
+    into padding is lost. Fits `max_pool` and `hidden_layer`.
 
-    Raises: ValueError for another op.
+    Args:
+        call: the call of the op.
+        delta: δ of the op's output.
+
+    Returns:
+        One cotangent per input of the op.
+
+    Raises:
+        ValueError: if applied to another op.
 
     >>> import jax, jaxcnn
     >>> import jax.numpy as jnp
@@ -55,11 +73,20 @@ def literal_up(call: Call, delta: Array) -> tuple[Array, ...]:
 
 
 def proportional(call: Call, delta: Array) -> tuple[Array, ...]:
-    """To each its share: ``δ_x[i] = Σ_o δ[o]·|x[i]| / Σ_{j in o} |x[j]|``.
+    """Proportional shares: ``δ_x[i] = Σ_o δ[o]·|x[i]| / Σ_{j in o} |x[j]|``.
 
-    A window of zeros shares evenly among its entries in the picture.  Σ δ_x = Σ δ.  Fits `max_pool` and `hidden_layer`.
+    A window of zeros is divided evenly among its elements inside the input. Σ δ_x = Σ δ. Fits `max_pool` and
+    `hidden_layer`.
 
-    Raises: ValueError for another op.
+    Args:
+        call: the call of the op.
+        delta: δ of the op's output.
+
+    Returns:
+        One cotangent per input of the op.
+
+    Raises:
+        ValueError: if applied to another op.
 
     >>> import jax, jaxcnn
     >>> import jax.numpy as jnp
@@ -80,12 +107,20 @@ def proportional(call: Call, delta: Array) -> tuple[Array, ...]:
 
 
 def even_split(call: Call, delta: Array) -> tuple[Array, ...]:
-    """Equals share: ``δ_x[i] = Σ_o δ[o]·[x[i] = y[o]] / (how many entries of o are y[o])``.
+    """Equal shares in a tie: ``δ_x[i] = Σ_o δ[o]·[x[i] = y[o]] / (number of elements of o equal to y[o])``.
 
-    The exact rule where no entries are alike; where some are, the mean of the rules that each of them would have.
-    Padding is never among them.  Σ δ_x = Σ δ.  Fits `max_pool` and `hidden_layer`.
+    Without ties this is the exact rule. With ties it is the mean of the rules in which each of the equal elements wins.
+    Padding is never among them. Σ δ_x = Σ δ. Fits `max_pool` and `hidden_layer`.
 
-    Raises: ValueError for another op.
+    Args:
+        call: the call of the op.
+        delta: δ of the op's output.
+
+    Returns:
+        One cotangent per input of the op.
+
+    Raises:
+        ValueError: if applied to another op.
 
     >>> import jax, jaxcnn
     >>> import jax.numpy as jnp
@@ -106,6 +141,6 @@ def even_split(call: Call, delta: Array) -> tuple[Array, ...]:
 
 
 def _entries(win: Window, x: Array) -> list[tuple[Array, Array]]:
-    """For every tap the entries it meets, one a window, and whether they lie in the picture."""
+    """Return, for every tap, its element in each window and whether that element is inside the input."""
     inside = windows.tap_slices(win, jnp.ones((1, *win.shape, 1), bool), False)
     return list(zip(windows.tap_slices(win, x, -jnp.inf), inside, strict=True))

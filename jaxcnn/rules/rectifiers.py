@@ -1,6 +1,6 @@
-"""Rules for activations: what of δ a rectifier lets pass.
+"""Rules for activations: which part of δ passes through.
 
-The exact rule of ReLU is δ_x = δ ∘ [x > 0].  All of these fit `relu`, and `hidden_layer`, whose ReLU takes them.
+The exact rule of ReLU is δ_x = δ ∘ [x > 0]. All rules fit `relu`, and `hidden_layer`, where they apply to its ReLU.
 """
 
 import dataclasses
@@ -20,9 +20,20 @@ ACTIVATIONS = ("relu", *activation._TABLE)
 def guided_relu(call: Call, delta: Array) -> tuple[Array, ...]:
     """Guided backprop: ``δ_x = δ ∘ [x > 0] ∘ [δ > 0]``.
 
-    What is left at the input speaks for an output, through units that were active.  Fits `relu` and `hidden_layer`.
+    The result at the input is positive evidence for an output, through units that were active. Fits `relu` and
+    `hidden_layer`.
 
-    Raises: ValueError for another op.  Source: Springenberg et al. 2014, §3.4.
+    Args:
+        call: the call of the op.
+        delta: δ of the op's output.
+
+    Returns:
+        One cotangent per input of the op.
+
+    Raises:
+        ValueError: if applied to another op.
+
+    Source: Springenberg et al. 2014, §3.4.
 
     >>> import jax, jaxcnn
     >>> import jax.numpy as jnp
@@ -38,11 +49,21 @@ def guided_relu(call: Call, delta: Array) -> tuple[Array, ...]:
 
 
 def deconv_relu(call: Call, delta: Array) -> tuple[Array, ...]:
-    """The deconvolution net's: ``δ_x = δ ∘ [δ > 0]``, a ReLU of δ itself, whatever x was.
+    """Deconvolutional network: ``δ_x = δ ∘ [δ > 0]``, a ReLU of δ itself, independent of x.
 
     Fits `relu` and `hidden_layer`.
 
-    Raises: ValueError for another op.  Source: Zeiler & Fergus 2014, §2.1.
+    Args:
+        call: the call of the op.
+        delta: δ of the op's output.
+
+    Returns:
+        One cotangent per input of the op.
+
+    Raises:
+        ValueError: if applied to another op.
+
+    Source: Zeiler & Fergus 2014, §2.1.
 
     >>> import jax, jaxcnn
     >>> import jax.numpy as jnp
@@ -61,7 +82,17 @@ def straight_through(call: Call, delta: Array) -> tuple[Array, ...]:
 
     Fits every activation, and `hidden_layer`.
 
-    Raises: ValueError for another op.  Source: Bengio et al. 2013, §4.
+    Args:
+        call: the call of the op.
+        delta: δ of the op's output.
+
+    Returns:
+        One cotangent per input of the op.
+
+    Raises:
+        ValueError: if applied to another op.
+
+    Source: Bengio et al. 2013, §4.
 
     >>> import jax, jaxcnn
     >>> import jax.numpy as jnp
@@ -77,13 +108,19 @@ def straight_through(call: Call, delta: Array) -> tuple[Array, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class SoftplusSmoothed:
-    """``δ_x = δ ∘ sigmoid(β·x)``: the rule of softplus, log(1 + e^(βx))/β, behind a ReLU.
+    """``δ_x = δ ∘ sigmoid(β·x)``: the rule of softplus, log(1 + e^(βx))/β, for a ReLU.
 
-    Saliency maps of a net without kinks; β → ∞ is the exact rule, β = 0 halves every δ.  Fits `relu` and
+    It gives saliency maps of a net without kinks. β → ∞ is the exact rule; β = 0 halves every δ. Fits `relu` and
     `hidden_layer`.
 
-    Raises: TypeError or ValueError, when it is made, for a beta that is no finite number >= 0; ValueError, when δ
-    comes, for another op.  Source: Dombrowski et al. 2019, §4.
+    Args:
+        beta: β, a finite number >= 0.
+
+    Raises:
+        TypeError: if beta is not a number.
+        ValueError: if beta is negative or not finite, or when the rule is applied to another op.
+
+    Source: Dombrowski et al. 2019, §4.
 
     >>> import jax, jaxcnn
     >>> rule = jaxcnn.rules.SoftplusSmoothed(beta=2.0)

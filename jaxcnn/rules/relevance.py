@@ -1,22 +1,22 @@
-"""Relevance (LRP): how much each input had to do with an output, told backwards layer by layer.
+"""Relevance (LRP): how much each input contributed to an output, propagated backward layer by layer.
 
-Here δ is R, the relevance of the op's outputs, and what a rule sends back is the relevance of x.  Each rule divides R
-among the inputs by their shares in z = x·w + b (or in what the rule puts in its place):
+Here δ is R, the relevance of the op's outputs, and a rule returns the relevance of x. Each rule divides R among the
+inputs according to their shares of z = x·w + b (or of the sum that the rule uses instead):
 
     R_x = Σ over the terms of z  (term's x) ∘ (term's w)ᵀ (R / z)
 
-where wᵀ is the op's own transpose, the exact rule at that w.  What b holds of z is not handed on.  A fraction is made
-safe by ``stabilised``: R / (z + ε·sign z) with sign 0 = 1.  Parameters get no cotangent, which is zero.
+where wᵀ is the op's own transpose, the exact rule at that w. The bias's share of z is not propagated. ``stabilised``
+avoids division by zero: R / (z + ε·sign z) with sign 0 = 1. Parameters get no cotangent, which means zero.
 
-x⁺ = max(x, 0) and x⁻ = min(x, 0), entry by entry, and so for w and b.  Conventions are those of zennit 0.5.1,
-with whose numbers the rules agree.  `hidden_layer` is taken as the three ops that it is: R goes to the winner of each
-window, through the ReLU as it is, and is then divided by the convolution's rule.
+x⁺ = max(x, 0) and x⁻ = min(x, 0), elementwise, and likewise for w and b. Conventions and numbers are those of zennit
+0.5.1. `hidden_layer` is treated as its three ops: R goes to the winner of each window, passes the ReLU unchanged, and
+is then distributed by the convolution's rule.
 
-``zero_params`` names the parameters that a rule takes to be 0: "w", "b" or both; zennit's names "weight" and "bias"
-mean the same.  With b = 0 the bias keeps no share of R.
+``zero_params`` names the parameters that a rule replaces by 0: "w", "b" or both; zennit's names "weight" and "bias" are
+accepted as well. With b = 0 the bias keeps no share of R.
 
-The sum of a residual net is the op "add" with the terms x and y, both of which get their share.  What has no x·w, such
-as a pool, an "add" or a batch norm by given statistics, is divided by `Epsilon`; `Flat` fits the sums among them.
+The sum in a residual net is the op "add" with the terms x and y, each of which receives its share. `Epsilon` handles
+ops without x·w, such as pools, "add" and batch norm with given statistics. `Flat` handles the sums among them.
 """
 
 import dataclasses
@@ -32,30 +32,30 @@ from jaxcnn.geometry import fail, static_float
 from jaxcnn.ops import hidden
 from jaxcnn.ops.rule import Call
 
-#: Ops z = x·w + b.
+#: Ops of the form z = x·w + b.
 PATCHES = ("conv", "depthwise_conv", "conv_transpose", "dense")
-#: Ops that weigh their inputs by constants.
+#: Ops that are sums of their inputs with constant weights.
 SUMS = ("avg_pool", "global_avg_pool", "adaptive_avg_pool", "block_sum", "kron_up", "add")
-#: Ops that send δ to the winner.
+#: Ops whose rule sends δ to the winner.
 MAXIMA = ("max_pool", "global_max_pool", "adaptive_max_pool")
 
 
-#: Names of parameters: one, or several.
+#: One parameter name, or several.
 ZeroParams = str | Sequence[str]
-#: Their places among the inputs of an op; of `batch_norm`, scale and bias.
+#: Positions of parameters among the inputs of an op; for `batch_norm`, of scale and bias.
 _PLACES = {"w": 1, "weight": 1, "b": 2, "bias": 2}
 
 
 class _Relevance:
-    """What the rules share: which ops they fit, and a hidden layer taken apart."""
+    """Base of the rules: checks which op a rule accepts, and splits a hidden layer into its parts."""
 
-    #: The ops it fits, beside `hidden_layer`.
+    #: The ops that the rule accepts, in addition to `hidden_layer`.
     fits: ClassVar[tuple[str, ...]] = PATCHES
-    #: A field of every rule.
+    #: Parameters that the rule replaces by 0; every rule has this field.
     zero_params: ZeroParams
 
     def __repr__(self) -> str:
-        """As of a dataclass, without ``zero_params`` where there are none."""
+        """Return the dataclass repr, without ``zero_params`` if it is empty."""
         fields = [f.name for f in dataclasses.fields(self) if f.name != "zero_params" or self.zero_params]  # type: ignore[arg-type]
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in fields)})"
 
@@ -73,17 +73,17 @@ class _Relevance:
         return _of_x(call, self.relevance(call, delta))
 
     def zeroed(self, call: Call) -> Call:
-        """The call with zeros for ``zero_params``."""
+        """Return the call with zeros for ``zero_params``."""
         places = {_PLACES[name] for name in self.zero_params if call.name in (*PATCHES, "batch_norm")}
         inputs = [a if a is None or i not in places else jnp.zeros_like(a) for i, a in enumerate(call.inputs)]
         return call.at(*inputs) if places else call
 
     def relevance(self, call: Call, delta: Array) -> Array:
-        """R_x."""
+        """Return R_x."""
         raise NotImplementedError
 
     def of_sum(self, call: Call, delta: Array) -> tuple[Array, Array]:
-        """R_x and R_y, for the sum x + y."""
+        """Return R_x and R_y for the sum x + y."""
         raise NotImplementedError
 
 
@@ -91,19 +91,24 @@ class _Relevance:
 class Epsilon(_Relevance):
     """LRP-ε: ``R_x = x ∘ wᵀ(R / (z + ε·sign z))``, z = x·w + b.
 
-    A larger ε keeps what was weak or contradicts itself from the input.  With ε = 0 it is LRP-0, and gradient × input
-    in a net of ReLUs and max pooling whose last R is a logit.  For sums such as `avg_pool` w is the constant that they
-    weigh with (zennit's Norm); for the sum of a residual net ``R_x = x ∘ s``, ``R_y = y ∘ s``.  `lp_pool` is divided by
-    the shares of xᵖ in Σ xᵖ; `batch_norm` by given statistics is x·w + b with one w for each channel.  Conserves Σ R
-    but for the shares of ε and b.
+    A larger ε suppresses weak or contradictory contributions. With ε = 0 the rule is LRP-0. In a net of ReLUs and max
+    pooling whose last R is a logit, LRP-0 equals gradient × input.
+
+    For sums such as `avg_pool`, w is their constant weight (zennit's Norm). For the sum of a residual net
+    ``R_x = x ∘ s``, ``R_y = y ∘ s``. For `lp_pool`, R is divided according to the shares of xᵖ in Σ xᵖ. `batch_norm`
+    with given statistics is x·w + b with one w per channel. Conserves Σ R except for the shares of ε and b.
 
     Args:
         epsilon: ε, a finite number >= 0.
-        zero_params: parameters that the rule takes to be 0: "w", "b", or both in a tuple.  Of `batch_norm` w is the
+        zero_params: parameters that the rule replaces by 0: "w", "b", or both in a tuple. For `batch_norm`, w is the
             scale and b the bias; sums have neither.
 
-    Raises: TypeError or ValueError, when it is made, for an epsilon that is no finite number >= 0 and for names that
-    are not among these; ValueError, when R comes, for an op it does not fit.  Source: Bach et al. 2015, eq. 58.
+    Raises:
+        TypeError: if epsilon is not a number, or zero_params does not consist of strings.
+        ValueError: if epsilon is negative or not finite, zero_params contains an unknown name, or the rule is applied
+            to an op that it does not fit.
+
+    Source: Bach et al. 2015, eq. 58.
 
     >>> import jax, jaxcnn
     >>> import jax.numpy as jnp
@@ -138,10 +143,18 @@ class Epsilon(_Relevance):
 class ZPlus(_Relevance):
     """LRP-z⁺: ``R_x = x⁺ ∘ w⁺ᵀ(s) + x⁻ ∘ w⁻ᵀ(s)``, ``s = R / z⁺``, ``z⁺ = x⁺·w⁺ + x⁻·w⁻ + b⁺``.
 
-    Only what speaks for an output is counted, so that R stays positive where it was.  αβ with α = 1, β = 0.  Conserves
-    Σ R but for the share of b⁺, where z⁺ > 0.
+    Only positive evidence for an output counts, so R keeps its sign where it was positive. This is αβ with α = 1,
+    β = 0. Conserves Σ R except for the share of b⁺, where z⁺ > 0.
 
-    Raises: as `Epsilon`.  Source: Bach et al. 2015; Montavon et al. 2017, eq. 11, for x >= 0.
+    Args:
+        stabilizer: ε of the fraction, a finite number >= 0.
+        zero_params: as in `Epsilon`.
+
+    Raises:
+        TypeError: as `Epsilon`.
+        ValueError: as `Epsilon`.
+
+    Source: Bach et al. 2015; Montavon et al. 2017, eq. 11, for x >= 0.
     """
 
     stabilizer: float = 1e-6
@@ -157,13 +170,23 @@ class ZPlus(_Relevance):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class AlphaBeta(_Relevance):
-    """LRP-αβ: what speaks for an output, α times, less what speaks against it, β times; α − β = 1.
+    """LRP-αβ: positive evidence for an output, times α, minus negative evidence, times β; α − β = 1.
 
-    ``R_x = α (x⁺ ∘ w⁺ᵀ(s⁺) + x⁻ ∘ w⁻ᵀ(s⁺)) − β (x⁺ ∘ w⁻ᵀ(s⁻) + x⁻ ∘ w⁺ᵀ(s⁻))`` with ``s⁺ = R / z⁺``,
-    ``s⁻ = R / z⁻``, ``z⁺ = x⁺·w⁺ + x⁻·w⁻ + b⁺``, ``z⁻ = x⁺·w⁻ + x⁻·w⁺ + b⁻``.  Conserves Σ R but for the shares of b,
-    where z⁺ > 0 and z⁻ < 0.
+    ``R_x = α (x⁺ ∘ w⁺ᵀ(s⁺) + x⁻ ∘ w⁻ᵀ(s⁺)) − β (x⁺ ∘ w⁻ᵀ(s⁻) + x⁻ ∘ w⁺ᵀ(s⁻))`` with ``s⁺ = R / z⁺``, ``s⁻ = R / z⁻``,
+    ``z⁺ = x⁺·w⁺ + x⁻·w⁻ + b⁺``, ``z⁻ = x⁺·w⁻ + x⁻·w⁺ + b⁻``. Conserves Σ R except for the shares of b, where z⁺ > 0 and
+    z⁻ < 0.
 
-    Raises: as `Epsilon`; ValueError unless α − β = 1.  Source: Bach et al. 2015, eq. 60.
+    Args:
+        alpha: α, a finite number >= 0.
+        beta: β, a finite number >= 0, equal to α − 1.
+        stabilizer: ε of the fractions, a finite number >= 0.
+        zero_params: as in `Epsilon`.
+
+    Raises:
+        TypeError: as `Epsilon`.
+        ValueError: as `Epsilon`, and unless α − β = 1.
+
+    Source: Bach et al. 2015, eq. 60.
     """
 
     alpha: float = 2.0
@@ -177,21 +200,29 @@ class AlphaBeta(_Relevance):
             fail("AlphaBeta", f"alpha − beta expected 1, got alpha {self.alpha}, beta {self.beta}")
 
     def relevance(self, call: Call, delta: Array) -> Array:
-        """R_x = α · for − β · against."""
+        """R_x = α · positive evidence − β · negative evidence."""
         speaks_for, against = _for_and_against(self.zeroed(call), delta, self.stabilizer)
         return self.alpha * speaks_for - self.beta * against
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Gamma(_Relevance):
-    """LRP-γ: what speaks for an output's sign counts 1 + γ times.
+    """LRP-γ: contributions with the same sign as the output count 1 + γ times.
 
-    With ``w↑ = w + γw⁺`` and ``w↓ = w + γw⁻``, and so for b:
-    ``R_x = x⁺ ∘ (w↑ᵀ(s⁺) + w↓ᵀ(s⁻)) + x⁻ ∘ (w↓ᵀ(s⁺) + w↑ᵀ(s⁻))``, where
-    ``s⁺ = R / (x⁺·w↑ + x⁻·w↓ + b↑)`` where z > 0 and ``s⁻ = R / (x⁺·w↓ + x⁻·w↑ + b↓)`` where z < 0, else 0.  γ = 0 is
-    LRP-0.  Conserves Σ R but for the share of b.
+    With ``w↑ = w + γw⁺`` and ``w↓ = w + γw⁻``, and likewise for b:
+    ``R_x = x⁺ ∘ (w↑ᵀ(s⁺) + w↓ᵀ(s⁻)) + x⁻ ∘ (w↓ᵀ(s⁺) + w↑ᵀ(s⁻))``, where ``s⁺ = R / (x⁺·w↑ + x⁻·w↓ + b↑)`` where z > 0
+    and ``s⁻ = R / (x⁺·w↓ + x⁻·w↑ + b↓)`` where z < 0, else 0. γ = 0 is LRP-0. Conserves Σ R except for the share of b.
 
-    Raises: as `Epsilon`.  Source: Montavon et al. 2019, for x >= 0; of either sign, Andéol et al. 2021.
+    Args:
+        gamma: γ, a finite number >= 0.
+        stabilizer: ε of the fractions, a finite number >= 0.
+        zero_params: as in `Epsilon`.
+
+    Raises:
+        TypeError: as `Epsilon`.
+        ValueError: as `Epsilon`.
+
+    Source: Montavon et al. 2019, for x >= 0; for either sign, Andéol et al. 2021.
     """
 
     gamma: float = 0.25
@@ -203,7 +234,7 @@ class Gamma(_Relevance):
 
     def relevance(self, call: Call, delta: Array) -> Array:
         """R_x = x⁺ ∘ (w↑ᵀ(s⁺) + w↓ᵀ(s⁻)) + x⁻ ∘ (w↓ᵀ(s⁺) + w↑ᵀ(s⁻))."""
-        z, call = call.output, self.zeroed(call)  # whose sign is that of the whole z, as in zennit
+        z, call = call.output, self.zeroed(call)  # the sign is that of z before zeroing, as in zennit
         x, w, b = call.inputs
         (x_pos, x_neg), (w_pos, w_neg), (b_pos, b_neg) = _signs(x), _signs(w), _signs(b)
         w_up, w_down = w + self.gamma * w_pos, w + self.gamma * w_neg
@@ -220,11 +251,19 @@ class Gamma(_Relevance):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class WSquare(_Relevance):
-    """LRP-w²: ``R_x = (w²)ᵀ(R / (1·w² + b²))``: by the patch alone, whatever x is.
+    """LRP-w²: ``R_x = (w²)ᵀ(R / (1·w² + b²))``, determined by the kernel and independent of x.
 
-    For a first layer whose inputs have no bounds.  Conserves Σ R but for the share of b².
+    For a first layer whose inputs have no bounds. Conserves Σ R except for the share of b².
 
-    Raises: as `Epsilon`.  Source: Montavon et al. 2017, eq. 12.
+    Args:
+        stabilizer: ε of the fraction, a finite number >= 0.
+        zero_params: as in `Epsilon`.
+
+    Raises:
+        TypeError: as `Epsilon`.
+        ValueError: as `Epsilon`.
+
+    Source: Montavon et al. 2017, eq. 12.
     """
 
     stabilizer: float = 1e-6
@@ -242,11 +281,19 @@ class WSquare(_Relevance):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Flat(_Relevance):
-    """LRP-flat: ``R_x = 1ᵀ(R / 1·1)``: the same to every input that an output saw.
+    """LRP-flat: ``R_x = 1ᵀ(R / 1·1)``, an equal share for every input that an output depends on.
 
-    For sums as for patches, whose entries and bias are taken to be 1 and 0.  Conserves Σ R.
+    It handles sums and kernels alike: all weights are replaced by 1 and the bias by 0. Conserves Σ R.
 
-    Raises: as `Epsilon`.  Source: Lapuschkin et al. 2019.
+    Args:
+        stabilizer: ε of the fraction, a finite number >= 0.
+        zero_params: as in `Epsilon`.
+
+    Raises:
+        TypeError: as `Epsilon`.
+        ValueError: as `Epsilon`.
+
+    Source: Lapuschkin et al. 2019.
     """
 
     stabilizer: float = 1e-6
@@ -271,18 +318,20 @@ class Flat(_Relevance):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class ZBox(_Relevance):
-    """LRP-zᴮ, for a first layer whose inputs x lie between bounds l and h.
+    """LRP-zᴮ, for a first layer whose inputs x have bounds l and h.
 
-    ``R_x = x ∘ wᵀ(s) − l ∘ w⁺ᵀ(s) − h ∘ w⁻ᵀ(s)``, ``s = R / z``, ``z = x·w − l·w⁺ − h·w⁻``; b cancels.  Conserves
-    Σ R.
+    ``R_x = x ∘ wᵀ(s) − l ∘ w⁺ᵀ(s) − h ∘ w⁻ᵀ(s)``, ``s = R / z``, ``z = x·w − l·w⁺ − h·w⁻``; b cancels. Conserves Σ R.
 
     Args:
-        low: the smallest value a pixel can have: a number, or one for each channel.
-        high: the largest.
-        stabilizer: ε of the fraction.
+        low: the smallest value of a pixel: a number, or one per channel.
+        high: the largest value of a pixel: a number, or one per channel.
+        stabilizer: ε of the fraction, a finite number >= 0.
         zero_params: as in `Epsilon`.
 
-    Raises: TypeError without bounds or for bounds that are no numbers; ValueError for low > high; else as `Epsilon`.
+    Raises:
+        TypeError: if a bound is missing or not a number; otherwise as `Epsilon`.
+        ValueError: if low > high; otherwise as `Epsilon`.
+
     Source: Montavon et al. 2017, eq. 13.
     """
 
@@ -309,7 +358,7 @@ class ZBox(_Relevance):
         return x * call.exact(s)[0] - low * lowest.exact(s)[0] - high * highest.exact(s)[0]
 
     def _spread(self, name: str, x: Array) -> Array:
-        """A bound in the shape of x."""
+        """Return a bound, broadcast to the shape of x."""
         bound = np.asarray(getattr(self, name), x.dtype)
         if bound.ndim and bound.shape != x.shape[-1:]:
             fail("ZBox", f"{name} expected one number or {x.shape[-1]}, one for each channel, got {bound.size}")
@@ -317,9 +366,17 @@ class ZBox(_Relevance):
 
 
 def passed(call: Call, delta: Array) -> tuple[Any, ...]:
-    """``R_x = R``: relevance passes an activation, a dropout or a norm as it is.
+    """``R_x = R``: relevance passes an activation, a dropout or a norm unchanged.
 
-    Raises: ValueError for an op that changes the shape, or that mixes entries by parameters.
+    Args:
+        call: the call of the op.
+        delta: R of the op's output.
+
+    Returns:
+        One cotangent per input of the op; only the first is not None.
+
+    Raises:
+        ValueError: if the op changes the shape, or mixes elements by parameters.
 
     >>> import jax, jaxcnn
     >>> y, pull = jax.vjp(lambda x: jaxcnn.tanh(x, rule=jaxcnn.rules.passed), 2.0)
@@ -334,16 +391,25 @@ def passed(call: Call, delta: Array) -> tuple[Any, ...]:
 
 
 def rescale(call: Call, delta: Array) -> tuple[Any, ...]:
-    """DeepLIFT's rescale rule, for a batch of examples and after them, in the same order, their references x₀.
+    """DeepLIFT's rescale rule, for a batch of examples followed by their references x₀ in the same order.
 
-    Where the op is linear δ goes back by its exact rule.  Through an activation ``δ_x = δ ∘ (y − y₀) / (x − x₀)``, the
-    slope between the two points instead of the slope at one; g'(x) where they meet.  Through max pooling what y gains
-    on y₀ goes to the winner in x, what it loses to the winner in x₀.  Then Σ δ_x ∘ (x − x₀) = Σ δ ∘ (y − y₀) at every
-    op, and at last over the whole net.
+    If the op is linear, δ is propagated by its exact rule. Through an activation ``δ_x = δ ∘ (y − y₀) / (x − x₀)``, the
+    slope between the two points instead of the slope at one; g'(x) where they coincide. Through max pooling, the gain
+    of y over y₀ goes to the winner in x, and the loss to the winner in x₀. Then Σ δ_x ∘ (x − x₀) = Σ δ ∘ (y − y₀) at
+    every op, and therefore over the whole net.
 
-    `jaxcnn.attribution.deep_lift` doubles the batch and uses it.  The second half of what comes back equals the first.
+    `jaxcnn.attribution.deep_lift` doubles the batch and uses this rule. The second half of the result equals the first.
 
-    Raises: ValueError for a batch that is no pairs, and for ops it does not know.
+    Args:
+        call: the call of the op, on examples followed by references.
+        delta: δ of the op's output.
+
+    Returns:
+        One cotangent per input of the op; only the first is not None, except for a sum.
+
+    Raises:
+        ValueError: if the batch does not consist of examples and as many references, or the op is not supported.
+
     Source: Shrikumar et al. 2017, §3.5.1; for max pooling as in captum.
     """
     if call.name == "hidden_layer":
@@ -376,23 +442,23 @@ def rescale(call: Call, delta: Array) -> tuple[Any, ...]:
     return _of_x(call, jnp.concatenate([m, m]))
 
 
-#: Points nearer than this have one slope.  As in captum.
+#: Points closer than this use the slope at x instead of the quotient. As in captum.
 _MET = 1e-10
 
 
 def _differences(x: Array) -> Array:
-    """Each example less its reference, x − x₀."""
+    """Return each example minus its reference, x − x₀."""
     x, reference = jnp.split(x, 2)
     return x - reference
 
 
 def stabilised(z: Array, epsilon: float) -> Array:
-    """``z + ε·sign z`` with sign 0 = 1, to divide by."""
+    """Return the denominator ``z + ε·sign z`` with sign 0 = 1."""
     return z + jnp.where(z < 0, jnp.asarray(-epsilon, z.dtype), jnp.asarray(epsilon, z.dtype))
 
 
 def _for_and_against(call: Call, delta: Array, stabilizer: float) -> tuple[Array, Array]:
-    """R by the terms of z that are positive, and R by those that are negative."""
+    """Return R distributed by the positive terms of z, and R distributed by the negative terms."""
     x, w, b = call.inputs
     (x_pos, x_neg), (w_pos, w_neg), (b_pos, b_neg) = _signs(x), _signs(w), _signs(b)
 
@@ -405,27 +471,27 @@ def _for_and_against(call: Call, delta: Array, stabilizer: float) -> tuple[Array
 
 
 def _signs(a: Any) -> tuple[Any, Any]:
-    """a⁺ and a⁻; None of None."""
+    """Return a⁺ and a⁻; None if a is None."""
     return (None, None) if a is None else (jnp.maximum(a, 0), jnp.minimum(a, 0))
 
 
 def _of_x(call: Call, relevance: Array) -> tuple[Any, ...]:
-    """The relevance of the first input; the others have none."""
+    """Return R for the first input and None for the others."""
     return (relevance, *(None,) * (len(call.inputs) - 1))
 
 
 NORMS = ("batch_norm", "layer_norm", "group_norm")
-#: Of batch norm.
+#: Error text for batch norm with the batch's own statistics.
 STATISTICS = "expected statistics from jaxcnn.calibrate; by the batch's own, examples mix"
 
 
 def _by_the_batch(call: Call) -> bool:
-    """Whether a batch norm mixes examples: beside x, scale and bias no mean and var went in."""
+    """Whether the call is a batch norm without given mean and var, which mixes examples."""
     return call.name == "batch_norm" and len(call.inputs) < 5
 
 
 def _instead(op: str) -> str:
-    """What does fit an op."""
+    """Return the end of an error message: the rules that fit an op."""
     if op in MAXIMA:
         return f"; {op} keeps its exact rule, R to the winner"
     if op in SUMS:
@@ -436,7 +502,7 @@ def _instead(op: str) -> str:
 
 
 def _check(rule: Any, *names: str) -> None:
-    """Options as finite floats >= 0, and ``zero_params`` as a tuple of names."""
+    """Convert options to finite floats >= 0, and ``zero_params`` to a tuple of names."""
     for name in names:
         value = static_float(type(rule).__name__, name, getattr(rule, name))
         if not 0 <= value < math.inf:

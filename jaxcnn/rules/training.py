@@ -1,7 +1,7 @@
-"""Rules to train with: another patch on the way back, or another δ.
+"""Rules for training: another kernel in the backward pass, or another δ.
 
-The first two put another patch in w's place where δ is sent back, and leave ∂E/∂w = x ⋆ δ as it is; they fit `conv`,
-`depthwise_conv`, `conv_transpose`, `dense` and `hidden_layer`.  The others change δ before the exact rule reads it, and
+The first two replace w by another kernel where δ is propagated, and keep ∂E/∂w = x ⋆ δ. They fit `conv`,
+`depthwise_conv`, `conv_transpose`, `dense` and `hidden_layer`. The others change δ before it enters the exact rule, and
 fit every op.
 """
 
@@ -25,14 +25,20 @@ PATCHES = ("conv", "depthwise_conv", "conv_transpose", "dense", "hidden_layer")
 
 @dataclasses.dataclass(frozen=True)
 class FeedbackAlignment:
-    """Feedback alignment: ``δ_x = B ∗ δ`` with a fixed random patch B in place of w.
+    """Feedback alignment: ``δ_x = B ∗ δ`` with a fixed random kernel B in place of w.
 
-    The entries of B are uniform from −√(6/fan-in) to √(6/fan-in), of variance 2/fan-in, as those of a new patch are.  B
-    is drawn from the seed and the shape of w: the same in every step and dtype, and in layers of one shape unless each
-    is given a seed of its own.  Fan-in is what w has entries for one of its last dim.
+    The elements of B are uniform from −√(6/fan-in) to √(6/fan-in), with variance 2/fan-in, as in He initialization. B
+    depends only on the seed and the shape of w, so it is the same in every step and dtype. Layers of equal shape share
+    B unless given different seeds. Fan-in is the number of elements of w per index of its last dim.
 
-    Raises: TypeError or ValueError, when it is made, for a seed that is no int from 0 to 2³² − 1; ValueError, when δ
-    comes, for another op.  Source: Lillicrap et al. 2016.
+    Args:
+        seed: an int from 0 to 2³² − 1.
+
+    Raises:
+        TypeError: if seed is not an int.
+        ValueError: if seed is out of range, or when the rule is applied to another op.
+
+    Source: Lillicrap et al. 2016.
 
     >>> import jax, jaxcnn
     >>> import jax.numpy as jnp
@@ -49,24 +55,27 @@ class FeedbackAlignment:
         _check_seed(self)
 
     def __call__(self, call: Call, delta: Array) -> tuple[Any, ...]:
-        """δ_x by `patch`, all else by the exact rule."""
+        """Compute δ_x with `patch` in place of w, and the other cotangents by the exact rule."""
         return _with_patch(self, call, delta)
 
     def patch(self, w: Array) -> Array:
-        """B, for a patch of the shape and dtype of w."""
+        """Return B, with the shape and dtype of w."""
         key = jax.random.fold_in(jax.random.key(self.seed), zlib.crc32(str(w.shape).encode()))
         most = np.float32(math.sqrt(6 / math.prod(w.shape[:-1])))
-        # Rounded once only, so that every program draws the same bits.
+        # Rounded only once, so that every program draws the same bits.
         return (most * (2 * jax.random.uniform(key, w.shape, np.float32) - 1)).astype(w.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class SignSymmetric:
-    """Sign-symmetric feedback: ``δ_x = (sign(w)·mean|w|) ∗ δ``, of each entry of w its sign alone.
+    """Sign-symmetric feedback: ``δ_x = (sign(w)·mean|w|) ∗ δ``, which uses only the signs of w.
 
-    The mean over all of w keeps δ at its scale.
+    The mean over all of w preserves the scale of δ.
 
-    Raises: ValueError, when δ comes, for another op.  Source: Liao et al. 2016; the scale, Rastegari et al. 2016.
+    Raises:
+        ValueError: when applied to another op.
+
+    Source: Liao et al. 2016; the scale, Rastegari et al. 2016.
 
     >>> import jax, jaxcnn
     >>> import jax.numpy as jnp
@@ -77,11 +86,11 @@ class SignSymmetric:
     """
 
     def __call__(self, call: Call, delta: Array) -> tuple[Any, ...]:
-        """δ_x by `patch`, all else by the exact rule."""
+        """Compute δ_x with `patch` in place of w, and the other cotangents by the exact rule."""
         return _with_patch(self, call, delta)
 
     def patch(self, w: Array) -> Array:
-        """What stands in for w."""
+        """Return the kernel that replaces w."""
         return jnp.sign(w) * jnp.abs(w).mean()
 
 
@@ -97,11 +106,17 @@ def _with_patch(rule: Any, call: Call, delta: Array) -> tuple[Any, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class ClipDelta:
-    """δ clipped, each example's for itself: ``δ_n · min(1, norm / ‖δ_n‖)``, then the exact rule.
+    """Clip δ per example: ``δ_n · min(1, norm / ‖δ_n‖)``, followed by the exact rule.
 
-    The first dim is the batch.  Where E is a mean, every δ has the factor 1/N, and so must the norm.  Fits every op.
+    The first dim is the batch. If E is a mean, every δ contains the factor 1/N, so scale ``norm`` accordingly. Fits
+    every op.
 
-    Raises: TypeError or ValueError, when it is made, for a norm that is no finite number > 0.
+    Args:
+        norm: the largest norm of an example's δ, a finite number > 0.
+
+    Raises:
+        TypeError: if norm is not a number.
+        ValueError: if norm is not finite or not > 0.
 
     >>> import jax, jaxcnn
     >>> import jax.numpy as jnp
@@ -118,11 +133,11 @@ class ClipDelta:
             fail("ClipDelta", f"norm expected a finite number > 0, got {self.norm}")
 
     def __call__(self, call: Call, delta: Array) -> tuple[Any, ...]:
-        """The exact rule, of `clipped` δ."""
+        """Apply the exact rule to `clipped` δ."""
         return call.exact(self.clipped(delta))
 
     def clipped(self, delta: Array) -> Array:
-        """δ_n · min(1, norm / ‖δ_n‖)."""
+        """Return δ_n · min(1, norm / ‖δ_n‖)."""
         wide = delta.astype(accumulator(delta.dtype))
         size = jnp.sqrt(jnp.sum(jnp.square(wide), range(1, delta.ndim), keepdims=True))
         return jnp.where(size > self.norm, wide * (self.norm / jnp.where(size > 0, size, 1)), wide).astype(delta.dtype)
@@ -130,17 +145,17 @@ class ClipDelta:
 
 @dataclasses.dataclass(frozen=True)
 class _Grid:
-    """The numbers of a dtype: ``bits`` after the point, smallest exponent (integers have none), largest number."""
+    """The numbers of a dtype: ``bits`` after the point, smallest exponent (None for integers), largest number."""
 
     bits: int
     lowest: int | None
     largest: float
-    #: Whether δ is first scaled so that its largest entry comes near the largest number.
+    #: Whether δ is first scaled so that its largest element comes near the largest number.
     scaled: bool
 
 
 _GRIDS = {
-    # bfloat16's own smallest exponent is −126; its step there is no normal float32, and CPUs take it for zero.
+    # bfloat16's smallest exponent is −126, but its step there is a subnormal float32, which CPUs flush to zero.
     "bfloat16": _Grid(7, -119, 255 * 2.0**120, False),
     "float8_e4m3fn": _Grid(3, -6, 448.0, True),
     "int8": _Grid(0, None, 127.0, True),
@@ -149,22 +164,26 @@ _GRIDS = {
 
 @dataclasses.dataclass(frozen=True)
 class QuantisedDelta:
-    """δ on the grid of a shorter dtype, then the exact rule in its own: ``δ_q = s·t·⌊|δ| / (s·t) + u⌋·sign δ``.
+    """Round δ to the grid of a shorter dtype, then apply the exact rule: ``δ_q = s·t·⌊|δ| / (s·t) + u⌋·sign δ``.
 
-    t is the step of the grid at that size, u uniform on [0, 1): rounding up is as probable as δ is near, so that δ_q is
-    δ on average.  "int8" and "float8_e4m3fn" have a scale s, one for all of the δ that comes: the least power of two
-    for which no entry of δ / s is beyond the dtype's numbers.  "bfloat16" has none, s = 1.  What is not finite stays.
+    t is the step of the grid at that size, and u is uniform on [0, 1). The probability of rounding up is the fractional
+    distance from the lower grid point, so E[δ_q] = δ (stochastic rounding). "int8" and "float8_e4m3fn" have a scale s,
+    shared by all elements of δ: the smallest power of two for which no element of δ / s exceeds the dtype's range.
+    "bfloat16" has none, s = 1. Elements that are not finite are left unchanged. The exact rule runs in the dtype of δ.
 
-    u is drawn from the seed and the bits of δ: another in every step and layer with no counter to hand on, and the same
-    δ is always rounded alike.  Rounding starts from float32.  Fits every op.
+    u is drawn from the seed and the bits of δ. It therefore differs in every step and layer without a counter, and the
+    same δ is always rounded in the same way. Rounding starts from float32. Fits every op.
 
     Args:
         dtype: "bfloat16", "float8_e4m3fn" or "int8".
-        stochastic: False rounds to the nearest number instead, ties to even.
-        seed: an int.
+        stochastic: whether to round stochastically; False rounds to the nearest number, ties to even.
+        seed: an int from 0 to 2³² − 1.
 
-    Raises: when it is made: ValueError for a dtype that is none of these or a seed out of range, TypeError for what is
-    no bool or int.  Source: Gupta et al. 2015, for the rounding.
+    Raises:
+        TypeError: if stochastic is not a bool or seed is not an int.
+        ValueError: if dtype is not one of these or seed is out of range.
+
+    Source: Gupta et al. 2015, for the rounding.
 
     >>> import jax, jaxcnn
     >>> import jax.numpy as jnp
@@ -184,11 +203,11 @@ class QuantisedDelta:
         _check_seed(self)
 
     def __call__(self, call: Call, delta: Array) -> tuple[Any, ...]:
-        """The exact rule, of `quantised` δ."""
+        """Apply the exact rule to `quantised` δ."""
         return call.exact(self.quantised(delta))
 
     def quantised(self, delta: Array) -> Array:
-        """δ_q."""
+        """Return δ_q."""
         grid, wide = _GRIDS[self.dtype], delta.astype(np.float32)
         finite = jnp.isfinite(wide)
         size = jnp.where(finite, jnp.abs(wide), 0)
@@ -205,14 +224,14 @@ class QuantisedDelta:
 
 
 def _scale(grid: _Grid, size: Array) -> Array:
-    """The least power of two, s, for which size <= largest·s; not so small that s·t is no normal float32."""
+    """Return the smallest power of two s for which size <= largest·s and s·t is a normal float32."""
     (fraction, exponent), (of_largest, its_exponent) = jnp.frexp(size), math.frexp(grid.largest)
     s = jnp.maximum(exponent - its_exponent + (fraction > of_largest), -110)
     return jnp.ldexp(np.float32(1), s)
 
 
 def _step(grid: _Grid, size: Array) -> Array:
-    """How far apart the grid's numbers are at this size: 2^(exponent − bits)."""
+    """Return the distance between the grid's numbers at this size: 2^(exponent − bits)."""
     if grid.lowest is None:
         return jnp.ones_like(size)
     _, above = jnp.frexp(size)  # size < 2^above

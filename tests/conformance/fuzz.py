@@ -1,7 +1,7 @@
-"""Geometries without end against PyTorch: python -m tests.conformance.fuzz --count 10000 --seed 0.
+"""Compare any number of geometries with PyTorch: python -m tests.conformance.fuzz --count 10000 --seed 0.
 
-Prints how many of each op were compared, and every mismatch as a row for `tests/cases.py`.  Exits with 1 if there was
-any.
+It prints how many geometries of each op were compared, and every mismatch as a row for `tests/cases.py`. The exit
+status is 1 if there is a mismatch.
 """
 
 import argparse
@@ -31,13 +31,13 @@ from jaxcnn.kernels import correlation
 from tests.cases import Case
 from tests.conformance.geometries import DTYPES, SHARES, STRATEGIES, Geometry, agree, pasteable
 
-#: Geometries of one turn, after which the compiled programs are forgotten, and of one program; turns of one process.
+#: Geometries per turn, after which compiled programs are cleared; geometries per program; turns per process.
 TURN, TOGETHER, TURNS = 100, 10, 10
 
 
 @dataclasses.dataclass
 class Found:
-    """What one turn compared."""
+    """Results of one turn."""
 
     op: str
     compared: set[str] = dataclasses.field(default_factory=set)
@@ -45,9 +45,9 @@ class Found:
 
 
 def turn(op: str, seed: int, count: int, note: Path | None = None) -> Found:
-    """So many geometries of an op; it goes on after a mismatch.
+    """Compare ``count`` geometries of an op, continuing after a mismatch.
 
-    ``note`` is a file for those that are being compared, should the process not survive it.
+    ``note`` is a file that holds the geometries under comparison, in case the process dies.
     """
     found = Found(op)
     drawn = st.lists(st.tuples(STRATEGIES[op], DTYPES[op]), min_size=TOGETHER, max_size=TOGETHER)
@@ -82,7 +82,7 @@ def name(case: Case, dtype: Any) -> str:
 
 
 def mismatches_alone(geometries: list[Geometry]) -> Iterator[str]:
-    """Which of them they are, or all if none is one alone."""
+    """Return the geometries that fail individually, or all of them if none does."""
     said = []
     for case, dtype in geometries:
         try:
@@ -94,7 +94,7 @@ def mismatches_alone(geometries: list[Geometry]) -> Iterator[str]:
 
 
 def turns(count: int, seed: int, ops: Sequence[str]) -> Iterator[tuple[str, int, int]]:
-    """The ops by their shares, no seed twice."""
+    """Yield turns of the ops in proportion to their shares, with no seed used twice."""
     shares = {op: SHARES[op] for op in ops}
     left = {op: -(-count * share // sum(shares.values())) for op, share in shares.items()}
     for number in range(count):
@@ -110,17 +110,17 @@ def in_process(task: tuple[str, int, int], notes: str) -> Found:
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_numpy_dtype_promotion", "standard")
     torch.set_num_threads(1)
-    correlation.SMALL = 0  # so that drawn convolutions take the lowerings of larger ones
+    correlation.SMALL = 0  # so that drawn convolutions use the lowerings of larger ones
     found = turn(*task, note=Path(notes, str(os.getpid())))
     jax.clear_caches()
     return found
 
 
 def in_processes(tasks: Sequence[tuple[str, int, int]], processes: int, notes: str) -> Iterator[Found]:
-    """What each turn compared, as they end.
+    """Yield the result of each turn as it ends.
 
-    Processes are renewed after some turns, for their memory grows; not by ``max_tasks_per_child``, with which the pool
-    of Python 3.11 can wait for ever (gh-115634).
+    Processes are replaced after some turns because their memory grows. ``max_tasks_per_child`` is not used, because
+    with it the pool of Python 3.11 can wait forever (gh-115634).
     """
     at_once = processes * TURNS
     for start in range(0, len(tasks), at_once):

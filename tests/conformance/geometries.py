@@ -1,6 +1,6 @@
-"""Geometries that Hypothesis draws, as rows of `tests/cases.py`, and the comparison with PyTorch.
+"""Hypothesis strategies for geometries, as rows of `tests/cases.py`, and their comparison with PyTorch.
 
-`STRATEGIES` has one for each op with a geometry; `agree` holds rows against PyTorch, forward and gradient.
+`STRATEGIES` has one for each op with a geometry. `agree` compares rows with PyTorch, forward and gradient.
 """
 
 import math
@@ -24,17 +24,17 @@ Draw = Callable[[st.SearchStrategy[Any]], Any]
 
 
 class Unfit(Exception):
-    """What was drawn is no geometry."""
+    """The drawn values do not form a valid geometry."""
 
 
 def must(fit: bool) -> None:
-    """As Hypothesis's `assume`, but only this geometry is given up, not all that are drawn together."""
+    """Reject a geometry like Hypothesis's `assume`, but without rejecting the others drawn together with it."""
     if not fit:
         raise Unfit
 
 
 def fitting(body: Callable[..., Case]) -> Callable[..., st.SearchStrategy[Case | None]]:
-    """As `st.composite`: None for what does not fit."""
+    """Make a strategy like `st.composite`, which gives None for rejected geometries."""
 
     @st.composite
     def one(draw: Draw, *args: Any) -> Case | None:
@@ -47,24 +47,24 @@ def fitting(body: Callable[..., Case]) -> Callable[..., st.SearchStrategy[Case |
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Parts.  Hypothesis begins with the first of each choice and comes back to it: the dull ones stand last.
+# Parts. Hypothesis starts and shrinks with the first choice, so the trivial choices come last.
 
 RANKS = st.sampled_from((2, 1, 3))
 BATCHES = st.sampled_from((2, 1, 3))
 CHANNELS = st.sampled_from((2, 3, 1, 5))
-#: Entries that a dim has more than a patch reaches; pictures of 3 dims are small.
+#: Elements of a dim beyond the extent of a kernel; 3-D inputs are small.
 MORE = {1: st.integers(0, 9), 2: st.integers(0, 5), 3: st.integers(0, 3)}
 PATCHES = {1: (3, 2, 4, 5, 7, 1), 2: (3, 2, 4, 5, 1), 3: (2, 3, 1)}
 
 
 def each(draw: Draw, ndim: int, choices: tuple[int, ...]) -> Any:
-    """One int for all dims, or one for each."""
+    """Draw one int for all dims, or one per dim."""
     of_dim = st.sampled_from(choices)
     return draw(st.one_of(st.tuples(*[of_dim] * ndim), of_dim))
 
 
 def paddings(draw: Draw, ndim: int, most: int, *names: str) -> Any:
-    """A name, an int, an int or a pair for each dim."""
+    """Draw a name, an int, or an int or a pair per dim."""
     width = st.integers(0, most)
     pairs = st.tuples(*[st.tuples(width, width)] * ndim)
     named = ("VALID", "SAME", "SAME_LOWER", *(("CAUSAL",) if ndim == 1 else ()), *names)
@@ -72,18 +72,18 @@ def paddings(draw: Draw, ndim: int, most: int, *names: str) -> Any:
 
 
 def reaches(size: tuple[int, ...], dilation: Any) -> list[int]:
-    """Entries from the first to the last of a window."""
+    """Return the extent of a window in each dim."""
     return [(k - 1) * d + 1 for k, d in zip(size, oracles.per_dim(dilation, len(size)), strict=True)]
 
 
 def pictures(draw: Draw, extent: list[int], most_padding: int) -> tuple[int, ...]:
-    """Spatial dims, of which some need all the padding."""
+    """Draw spatial dims, some of which need all the padding."""
     more = MORE[len(extent)]
     return tuple(max(e + draw(more) - draw(st.integers(0, 2 * most_padding)), 1) for e in extent)
 
 
 def without(default: dict[str, Any], **options: Any) -> dict[str, Any]:
-    """The options that are not the default."""
+    """Return the options that differ from their defaults."""
     return {name: value for name, value in options.items() if value != default.get(name)}
 
 
@@ -102,7 +102,7 @@ def arranged(shape: tuple[int, ...], letters: str, layout: str) -> tuple[int, ..
 def with_layouts(
     draw: Draw, x: tuple[int, ...], w: tuple[int, ...], options: dict[str, Any]
 ) -> tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]:
-    """The same in one of the layouts."""
+    """Return the same shapes and options in one of the layouts."""
     layouts = draw(st.sampled_from(LAYOUTS[len(x) - 2]))
     if layouts is None:
         return x, w, options
@@ -116,7 +116,7 @@ def with_layouts(
 
 
 def padded_patch(draw: Draw) -> tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]:
-    """Spatial dims, a patch that fits, and how it moves."""
+    """Draw spatial dims, a kernel that fits, and the options of its window."""
     ndim = draw(RANKS)
     size = tuple(draw(st.tuples(*[st.sampled_from(PATCHES[ndim])] * ndim)))
     dilation, most = each(draw, ndim, (1, 2, 3)), draw(st.sampled_from((2, 5)))
@@ -126,7 +126,7 @@ def padded_patch(draw: Draw) -> tuple[tuple[int, ...], tuple[int, ...], dict[str
     steps, distances = (oracles.per_dim(value, ndim) for value in (stride, dilation))
     pads = oracles.pad_widths(padding, spatial, size, steps, distances)
     must(all(e <= lo + n + hi for n, e, (lo, hi) in zip(spatial, extent, pads, strict=True)))
-    if padding in ("REFLECT", "CIRCULAR"):  # which have no more to repeat than there is
+    if padding in ("REFLECT", "CIRCULAR"):  # these cannot repeat more than there is
         must(all(max(pair) <= n - (padding == "REFLECT") for n, pair in zip(spatial, pads, strict=True)))
     return spatial, size, without(DEFAULTS, stride=stride, padding=padding, dilation=dilation)
 
@@ -166,7 +166,7 @@ def conv_transposes(draw: Draw) -> Case:
         sizes = [n * s for n, s in zip(spatial, steps, strict=True)]
         pads = oracles.pad_widths(padding, sizes, size, steps, distances)
         full = [(n - 1) * s + e for n, s, e in zip(spatial, steps, reaches(size, dilation), strict=True)]
-        # Once without what is added at the end: PyTorch's oracle cuts before it adds.
+        # Without output_padding: the PyTorch oracle crops before it pads the output.
         must(all(n > lo + hi for n, (lo, hi) in zip(full, pads, strict=True)))
     groups, i, o = draw(st.sampled_from((1, 1, 2, 3))), draw(CHANNELS), draw(CHANNELS)
     x, w = (draw(BATCHES), *spatial, groups * i), (*size, o, groups * i)
@@ -182,14 +182,14 @@ def conv_transposes(draw: Draw) -> Case:
 
 
 def pool(draw: Draw) -> tuple[tuple[int, ...], dict[str, Any]]:
-    """A picture, and windows each of which holds an entry of it."""
+    """Draw an input shape, and options of windows that each hold an element of the input."""
     ndim = draw(RANKS)
     window = each(draw, ndim, (2, 3, 1, 4, *((9,) if ndim < 3 else ())))
     dilation = each(draw, ndim, (1, 2, 3)) if draw(st.booleans()) else 1
     stride = draw(st.one_of(st.none(), st.just(each(draw, ndim, (2, 1, 3, 4)))))
     size = oracles.per_dim(window, ndim)
     ceil_mode = draw(st.booleans())
-    # PyTorch's own pooling takes no more than half a window on both sides; ceil_mode there is otherwise another.
+    # PyTorch pads at most half a window, equally on both sides; its ceil_mode differs from ours otherwise.
     half = st.integers(0, min(size) // 2)
     padding = draw(half) if ceil_mode else paddings(draw, ndim, 3)
     spatial = pictures(draw, extent := reaches(size, dilation), 2)
@@ -203,7 +203,7 @@ def pool(draw: Draw) -> tuple[tuple[int, ...], dict[str, Any]]:
 
 
 def meets(n: int, extent: int, stride: int, dilation: int, pads: tuple[int, int], *, ceil_mode: bool) -> bool:
-    """Whether a window fits, and every place of it holds an entry of the picture."""
+    """Return whether a window fits, and every window position holds an element of the input."""
     lo, hi = pads
     spare = lo + n + hi - extent
     if spare < 0:
@@ -221,7 +221,10 @@ def max_pools(draw: Draw, op: str) -> Case:
 
 
 def for_averages(draw: Draw) -> tuple[tuple[int, ...], dict[str, Any]]:
-    """PyTorch has no ceil_mode there with dilation, nor where a window of 3 dims is larger than the picture."""
+    """Draw as `pool` does, without combinations of ceil_mode that PyTorch's average pooling does not have.
+
+    These are ceil_mode with dilation, and with 3-D windows larger than the input.
+    """
     x, options = pool(draw)
     size = oracles.per_dim(options["window"], len(x) - 2)
     larger = len(size) == 3 and any(k > n for k, n in zip(size, x[1:], strict=False))
@@ -260,16 +263,16 @@ def adaptive_pools(draw: Draw, op: str) -> Case:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Normalisation
+# Normalization
 
 
 def features(draw: Draw, least: int = 0) -> tuple[int, ...]:
-    """What stands between batch and channels."""
+    """Draw the dims between batch and channels."""
     return tuple(draw(st.lists(st.integers(1, 4), min_size=least, max_size=3)))
 
 
 def scaled(draw: Draw, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Neither scale nor bias, one, or both."""
+    """Draw neither scale nor bias, scale only, or both."""
     return [shape] * draw(st.integers(0, 2))
 
 
@@ -315,7 +318,7 @@ STRATEGIES: dict[str, st.SearchStrategy[Case | None]] = {
     "layer_norm": layer_norms(),
     "group_norm": group_norms(),
 }
-#: How many of a hundred geometries are of an op.
+#: Percentage of geometries per op.
 SHARES = {
     "conv": 24, "conv_transpose": 14, "depthwise_conv": 10, "max_pool": 12, "max_pool_with_indices": 8,
     "max_unpool": 2, "avg_pool": 10, "lp_pool": 6, "adaptive_max_pool": 4, "adaptive_avg_pool": 4, "batch_norm": 2,
@@ -326,7 +329,7 @@ SHARES = {
 # The comparison
 
 
-#: Mostly float64, whose comparison is the sharpest.  What normalisation cancels is not there in narrow dtypes.
+#: Mostly float64, where the comparison is strictest. Normalization cancels too much for narrow dtypes.
 DTYPES = {
     op: st.sampled_from((np.float64,) if op.endswith("norm") else (np.float64, np.float64, np.float32, jnp.bfloat16))
     for op in STRATEGIES
@@ -337,9 +340,10 @@ Geometry = tuple[Case, Any]
 
 
 def agree(geometries: Sequence[Geometry]) -> None:
-    """Values and cotangents are PyTorch's, of rows in a dtype each: one program for all, for compiling is what costs.
+    """Assert that values and cotangents of rows agree with PyTorch, each row in its own dtype.
 
-    In float64 entry by entry, else to what rounding costs.
+    All rows are compiled as one program, because compilation dominates. In float64 the comparison is elementwise; in
+    other dtypes it allows for rounding.
     """
     arrays = [case.arrays(dtype) for case, dtype in geometries]
     results = [jax.eval_shape(case.function, *args) for (case, _), args in zip(geometries, arrays, strict=True)]
@@ -369,9 +373,10 @@ def agree(geometries: Sequence[Geometry]) -> None:
 def tolerances(
     case: Case, dtype: Any, args: Sequence[np.ndarray], delta: np.ndarray, expected: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """Of y and the cotangents: what rounding costs them, and where sums may cancel, what it costs all that is added.
+    """Return the tolerances of y and the cotangents.
 
-    That is rounded as float32 is; where the picture is repeated, δ of its copies as the dtype is.
+    Sums may cancel, so the tolerance of a linear op also includes the rounding of all terms of its sums. The terms are
+    rounded in float32, except for δ of repeated padding, which is rounded in ``dtype``.
     """
     found = np.full(1 + len(args), within(case, dtype))
     if case.linear:
@@ -385,7 +390,7 @@ def tolerances(
 
 
 def indices_agree(geometries: Sequence[Geometry]) -> None:
-    """PyTorch's `return_indices`; the pictures are finite, so that padding of −∞ never wins."""
+    """Assert that indices agree with PyTorch's `return_indices`; inputs are finite, so −∞ in padding never wins."""
     pools = [(case.options, case.arrays(dtype)[0]) for case, dtype in geometries if "indices" in case.op]
     if not pools:
         return
@@ -406,12 +411,12 @@ def indices_in_torch(x: np.ndarray, window, stride=None, padding="VALID", dilati
     found = at.movedim(1, -1).numpy()
     if own is not None:
         return found
-    places = np.unravel_index(found, padded.shape[2:])  # numbers of entries of the padded picture
+    places = np.unravel_index(found, padded.shape[2:])  # indices into the padded input
     return np.ravel_multi_index([at - lo for at, (lo, _) in zip(places, pads, strict=True)], x.shape[1:-1])
 
 
 def pasteable(case: Case) -> str:
-    """The line of `tests/cases.py` that is this case."""
+    """Return the line of `tests/cases.py` for this case."""
     options = [f"{option}={value!r}" for option, value in case.options.items()]
     drawn = [] if case.draw == OPS[case.op].draw else [f"draw={case.draw[0].__name__}"]
     return f"row({', '.join([repr(case.op), *map(repr, case.shapes), *options, *drawn])}),".replace("'", '"')

@@ -1,8 +1,8 @@
-"""JAX's own cases for convolutions and windows, as calls of ours.
+"""JAX's own test cases for convolutions and windows, as calls of jaxcnn.
 
 `jax._src.internal_test_util.test_harnesses` describes how JAX tests its primitives on every platform: a function of
-`jax.lax`, its arrays and its static arguments.  `ours` gives the call that must give the same, or says why there is
-none.
+`jax.lax`, its arrays and its static arguments. `ours` returns the call that must give the same result, or the reason
+why there is none.
 """
 
 import dataclasses
@@ -20,46 +20,46 @@ from jax import Array, lax
 import jaxcnn
 from tests import oracles
 
-#: The primitives that have something to do with us.
+#: The primitives that jaxcnn has a counterpart for.
 GROUPS = (
     "conv_general_dilated", "reduce_window_add", "reduce_window_max", "reduce_window_min", "reduce_window_mul",
     "select_and_gather_add", "select_and_scatter_add",
 )  # fmt: skip
 
-#: Why a case is no call of ours.
+#: Reasons why a case has no counterpart in jaxcnn.
 NO_FLOATS = "whole or complex numbers"
 AGAIN = "once more, for jax2tf"
 BATCH_GROUPS = "batch groups"
 SPACED_BOTH = "a spaced picture that is cut or strided too"
 SPACED_WINDOWS = "windows over a spaced picture"
 PRODUCTS = "products of windows"
-#: What our checks say of cases that they refuse.
+#: Error messages for cases that jaxcnn refuses.
 LARGER = "is larger than the padded picture"
 IN_PADDING = "a window lies wholly in padding"
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What must be equal: ours, the harness's own function, and PyTorch, each of the arrays that have a gradient."""
+    """Three functions of the differentiable arrays that must agree: ours, the harness's, and PyTorch's."""
 
     op: str
     ours: Callable[..., Array]
     theirs: Callable[..., Any]
     oracle: Callable[..., torch.Tensor]
     arrays: tuple[np.ndarray, ...]
-    #: The dtype that rounds most.
+    #: The dtype with the largest rounding error.
     coarsest: Any
-    #: The words in which we refuse it, if we do.
+    #: The error message if jaxcnn refuses the case, otherwise empty.
     refused: str = ""
 
 
 def cases(module: Any) -> list[Any]:
-    """Of the harnesses of a module, those of `GROUPS`."""
+    """Return the harnesses of a module that belong to `GROUPS`."""
     return [h for h in module.all_harnesses if h.group_name in GROUPS]
 
 
 def ours(harness: Any) -> Call | str:
-    """The call that a harness is for us, or why it is none."""
+    """Return our counterpart of a harness, or the reason why there is none."""
     p, dtypes = harness.params, [harness.dtype, harness.params.get("preferred_element_type")]
     if not all(d is None or jnp.issubdtype(d, jnp.floating) for d in dtypes):
         return NO_FLOATS
@@ -101,7 +101,10 @@ def _convolution(harness: Any) -> Call | str:
 
 
 def _transposed(harness: Any, options: Any, extent: Any, pads: Any, arrays: Any) -> Call | str:
-    """A spaced picture under a patch is the adjoint of a stride, of the patch turned, I and O changing places."""
+    """Translate a convolution of a dilated input.
+
+    It is the adjoint of a strided convolution, with the kernel flipped and I and O exchanged.
+    """
     p = harness.params
     cut = [(e - 1 - lo, e - 1 - hi) for e, (lo, hi) in zip(extent, pads, strict=True)]
     more = [max(-hi, 0) for _, hi in cut]
@@ -137,13 +140,13 @@ def _windows(harness: Any) -> Call | str:
     pads = lax.padtype_to_pads(shape, extent, stride, pads) if isinstance(pads, str) else pads
     places = zip(shape, size, stride, dilation, pads, strict=True)
     refused = "" if all(_meets(*place) for place in places) else IN_PADDING
-    # Pictures without a batch and channels, unless there are too many dims for that.
+    # Treat inputs as having no batch and channels, unless there are too many dims.
     spatial = slice(None) if len(shape) <= 3 else slice(1, -1)
     pick = {"window": size, "stride": stride, "dilation": dilation, "padding": tuple(map(tuple, pads))}
     options = {name: value[spatial] for name, value in pick.items()}
     as_picture = (1, *shape, 1) if len(shape) <= 3 else shape
     static = [d.value for d in harness.arg_descriptors if hasattr(d, "value")]
-    flipped = any(value is least for value in static for least in (lax.min, lax.le_p))  # pooling of −x, then
+    flipped = any(value is least for value in static for least in (lax.min, lax.le_p))  # pooling of −x in that case
 
     def pooled(pool: Callable[..., Any], x: Any) -> Any:
         sign = -1 if flipped else 1
@@ -157,7 +160,7 @@ def _windows(harness: Any) -> Call | str:
         delta, x = _drawn(harness)[:2]
         of_delta = functools.partial(sent, most[0], x), functools.partial(sent_in_torch, most[1], x)
         return Call("rule of max_pool", of_delta[0], lambda d: of_harness(d, _wide(x)), of_delta[1], (delta,), coarsest)
-    if harness.group_name == "select_and_gather_add":  # the rule of that
+    if harness.group_name == "select_and_gather_add":  # the rule of that rule
         xi, x = _drawn(harness)[:2]
         found = functools.partial(read, most[0], x), functools.partial(read_in_torch, most[1], x)
         return Call("rule of its rule", found[0], lambda xi: of_harness(xi, _wide(x)), found[1], (xi,), coarsest)
@@ -165,7 +168,7 @@ def _windows(harness: Any) -> Call | str:
     if harness.group_name == "reduce_window_add":
         total, of_torch = ((lambda x, f=f: init + math.prod(size) * f(x)) for f in mean)
         return Call("avg_pool", total, of_harness, of_torch, arrays, coarsest, refused)
-    if math.isfinite(init):  # which wins over all that are less
+    if math.isfinite(init):  # it wins over all smaller values
         clip, clip_torch = (jnp.minimum, torch.clamp_max) if flipped else (jnp.maximum, torch.clamp_min)
         at_least = lambda x: clip(most[0](x), jnp.asarray(init, x.dtype))  # noqa: E731
         return Call("max_pool", at_least, of_harness, lambda x: clip_torch(most[1](x), init), arrays, coarsest)
@@ -173,19 +176,19 @@ def _windows(harness: Any) -> Call | str:
 
 
 def _meets(n: int, size: int, stride: int, dilation: int, pads: tuple[int, int]) -> bool:
-    """Whether every place of a window holds an entry of the picture."""
+    """Return whether every window position holds an element of the input."""
     (lo, hi), reach = pads, (size - 1) * dilation
     starts = range(-lo, n + hi - reach, stride)
     return all(any(0 <= at < n for at in range(start, start + reach + 1, dilation)) for start in starts)
 
 
 def sent(f: Callable[..., Array], x: Array, delta: Array) -> Array:
-    """The δ rule of f at x."""
+    """Apply the δ rule of f at x."""
     return jax.vjp(f, x)[1](delta)[0]
 
 
 def read(f: Callable[..., Array], x: Array, xi: Array) -> Array:
-    """The adjoint of that, by the rule's own rule."""
+    """Apply the adjoint of that rule, by the rule of the rule."""
     y = jax.eval_shape(f, x)
     return jax.vjp(functools.partial(sent, f, x), jnp.zeros(y.shape, y.dtype))[1](xi)[0]
 
@@ -206,12 +209,12 @@ def read_in_torch(f: Callable[..., torch.Tensor], x: np.ndarray, xi: torch.Tenso
 
 
 def _drawn(harness: Any) -> list[np.ndarray]:
-    """The arrays of a harness, as it draws them."""
+    """Return the arrays of a harness, drawn by the harness."""
     return harness.dyn_args_maker(np.random.RandomState(0))
 
 
 def _of_harness(harness: Any) -> Callable[..., Any]:
-    """Its function in float64: the arrays of the call, then its static arguments, all of them wide."""
+    """Return the function of a harness in float64, with its static arguments bound."""
     static = [d.value for d in harness.arg_descriptors if hasattr(d, "value")]
     static = [_wide(s) if isinstance(s, np.ndarray) else s for s in static]
     if harness.group_name == "conv_general_dilated":

@@ -1,6 +1,6 @@
-"""How many cases agreed with whom, counted by the tests of this folder and printed when they have all run.
+"""Counts of the cases that agreed with each source, recorded by the tests in this folder and printed at the end.
 
-The numbers travel as properties of the tests' reports, so that they also come back from the processes of pytest-xdist.
+The counts travel as properties of test reports, so they also reach the main process of pytest-xdist.
 """
 
 import collections
@@ -11,7 +11,7 @@ AGREED, LEFT_OUT = "conformance", "left out of conformance"
 
 
 def agreed(record: Any, source: str, op: str, cases: int = 1) -> None:
-    """``record`` is pytest's fixture `record_property`; the test that counts must have compared the cases."""
+    """Record compared cases; ``record`` is the `record_property` fixture of the test that compared them."""
     record(AGREED, [source, op, cases])
 
 
@@ -20,7 +20,7 @@ def left_out(record: Any, source: str, reason: str, cases: int = 1) -> None:
 
 
 def lines(counted: Iterable[tuple[str, str, int]]) -> list[str]:
-    """One line a source, with what it has of each kind."""
+    """Return one line per source, with its counts per kind."""
     sources: dict[str, collections.Counter[str]] = {}
     for source, kind, cases in counted:
         sources.setdefault(source, collections.Counter())[kind] += cases
@@ -31,7 +31,7 @@ def lines(counted: Iterable[tuple[str, str, int]]) -> list[str]:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """The cases of tests that passed."""
+    """Print the counts of the tests that passed."""
     passed = [report for report in terminalreporter.stats.get("passed", ()) if report.when == "call"]
     properties = [(name, tuple(value)) for report in passed for name, value in report.user_properties]
     counted, others = ([value for name, value in properties if name == wanted] for wanted in (AGREED, LEFT_OUT))

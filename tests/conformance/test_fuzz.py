@@ -1,4 +1,4 @@
-"""The fuzzer finds what is wrong, says it so that it can be pasted, and goes on; the counts add up."""
+"""The fuzzer finds mismatches, prints them as rows that can be pasted, and continues; the counts add up."""
 
 import collections
 import dataclasses

@@ -1,7 +1,7 @@
-"""JAX's own test cases, from the installed wheel: forward and gradient.
+"""JAX's own test cases from the installed wheel: forward and gradient.
 
-The forward is held against the function of the harness in float64 and against PyTorch; the gradient against PyTorch
-alone, for stock JAX gets some gradients of convolutions wrong on CPU.
+The forward pass is compared with the harness's function in float64 and with PyTorch. The gradient is compared only with
+PyTorch, because stock JAX computes some gradients of convolutions wrong on CPU.
 """
 
 import collections
@@ -18,7 +18,7 @@ from tests.conformance.summary import agreed, left_out
 
 SOURCE = "JAX's own test cases"
 
-with jax.enable_x64(True):  # it leaves out cases of float64 otherwise
+with jax.enable_x64(True):  # without it the module omits float64 cases
     module = pytest.importorskip(
         "jax._src.internal_test_util.test_harnesses",
         reason="this jax has no test harnesses in its wheel",
@@ -47,7 +47,7 @@ def test_case_of_jax(name, record_property):
 
 @pytest.mark.parametrize("name", [name for name, call in CALLS.items() if call.refused])
 def test_case_that_we_refuse(name, record_property):
-    """Where JAX gives a result without entries, or of padding alone."""
+    """jaxcnn refuses cases where JAX returns an empty result or one that comes from padding only."""
     call = CALLS[name]
     with pytest.raises(ValueError, match=call.refused):
         call.ours(*call.arrays)
@@ -55,7 +55,7 @@ def test_case_that_we_refuse(name, record_property):
 
 
 def test_cases_that_are_no_calls_of_ours(record_property):
-    """Why, and how many; most of the cases in floating dtypes are calls of ours."""
+    """Record the reasons and their counts; most cases with floating dtypes have a counterpart in jaxcnn."""
     reasons = collections.Counter(REASONS)
     for reason, cases in reasons.items():
         left_out(record_property, SOURCE, reason, cases)

@@ -1,4 +1,4 @@
-"""PyTorch, over geometries that Hypothesis draws: the same each time; `make fuzz` draws others, as many as wanted."""
+"""PyTorch on geometries drawn by Hypothesis, the same every time; `make fuzz` draws any number of others."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +9,7 @@ from tests.conformance import fuzz
 from tests.conformance.geometries import STRATEGIES, agree
 from tests.conformance.summary import agreed
 
-#: Geometries in all, and where they begin: `make fuzz` begins at 0.
+#: Number of geometries and the first seed; `make fuzz` starts at seed 0.
 COUNT, SEED = 2000, 1
 
 
@@ -20,7 +20,7 @@ def test_drawn_geometries(op, seed, count, record_property):
     agreed(record_property, "PyTorch, geometries drawn by Hypothesis", op, len(found.compared))
 
 
-#: What `make fuzz` has found: copies of a repeated picture whose δ were added in bfloat16; sums that nearly cancel.
+#: Mismatches that `make fuzz` has found: δ of repeated padding added in bfloat16, and sums that nearly cancel.
 FOUND = [
     (row("depthwise_conv", (3, 1, 1, 1, 2), (3, 2, 3, 1, 4), (4,), stride=(3, 3, 1), padding="REPLICATE",
          dilation=(1, 3, 1)), jnp.bfloat16),

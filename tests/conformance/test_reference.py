@@ -1,8 +1,8 @@
-"""`jax._src.lax_reference`, JAX's convolutions and windows in NumPy, over a grid of geometries in 1, 2 and 3 dims.
+"""`jax._src.lax_reference`, JAX's convolutions and windows in NumPy, over a grid of 1-D, 2-D and 3-D geometries.
 
-Of the reference only the forward is needed: a convolution is linear in picture and patch, so its values at all unit
-pictures (one batch) and at all unit patches (one output channel each) are its gradients; so are those of a window sum.
-A maximum is linear over steps smaller than the gap between any two entries.
+Only the forward pass of the reference is needed. A convolution is linear in input and kernel, so its values at all unit
+inputs (one batch) and all unit kernels (one output channel each) are its gradients. The same holds for a window sum. A
+maximum is linear over steps smaller than the gap between any two elements.
 """
 
 import functools
@@ -25,18 +25,19 @@ reference = pytest.importorskip(
 )
 
 SHAPES = {1: (7,), 2: (6, 5), 3: (4, 5, 3)}
-#: Geometries compiled as one program: half the time of one by one.
+#: Geometries compiled as one program, in half the time of separate programs.
 AT_ONCE = 12
 
 
 def along(sizes, strides, pads, dilations):
-    """All geometries of one dim: (size, stride, padding, dilation)."""
+    """Return all 1-D geometries: (size, stride, padding, dilation)."""
     return list(itertools.product(sizes, strides, pads, dilations))
 
 
 def grid(ndim, of_one_dim, fits):
-    """All of one dim; in more dims each of them in the first, beside others that step through them at a pace prime to
-    their number.
+    """Combine 1-D geometries into ``ndim`` dims.
+
+    Each geometry appears in the first dim. The other dims step through the list with strides coprime to its length.
     """
     paces = {1: (1,), 2: (1, 5), 3: (1, 5, 7)}[ndim]
     each = range(0, len(of_one_dim), 3 if ndim == 3 else 1)
@@ -53,7 +54,7 @@ def patch_fits(n, size, stride, pads, dilation):
 
 
 def agree(record, op, functions, arguments, expected):
-    """Value and cotangents of some calls, compiled together."""
+    """Compare values and cotangents of several calls, compiled together."""
     results = [jax.eval_shape(f, *args) for f, args in zip(functions, arguments, strict=True)]
     deltas = [random_delta(y, seed) for seed, y in enumerate(results)]
 
@@ -69,7 +70,7 @@ def agree(record, op, functions, arguments, expected):
 
 
 def units(shape):
-    """``(entries, *shape)``: one array for each entry, which alone is 1."""
+    """Return ``(entries, *shape)``: for each element, one array that is 1 there and 0 elsewhere."""
     return np.eye(math.prod(shape)).reshape(-1, *shape)
 
 
@@ -93,7 +94,7 @@ def arranged(a, letters, layout):
 
 
 def judged_by_unit_arrays(of_x, of_w, of_y, x, w, delta, forward):
-    """The forward, and its gradients: of each entry of x (alone in its picture) and of w (alone in its channel)."""
+    """Return the forward result and its gradients, from unit inputs (one per element of x) and unit kernels."""
     n, i, o = (a.shape[layout.index(d)] for a, layout, d in ((x, of_x, "N"), (x, of_x, "C"), (w, of_w, "O")))
     space = spatial_letters(of_w)
     delta = arranged(delta, of_y, f"N{space}C")
@@ -102,14 +103,14 @@ def judged_by_unit_arrays(of_x, of_w, of_y, x, w, delta, forward):
     answers = arranged(forward(arranged(pictures, f"N{space}C", of_x), w), of_y, f"N{space}C")
     delta_x = (delta.reshape(n, -1) @ answers.reshape(len(answers), -1).T).reshape(n, *spatial, i)
     size = [w.shape[of_w.index(d)] for d in space]
-    patches = np.moveaxis(units((*size, i)), 0, -1)  # an output channel for each entry
+    patches = np.moveaxis(units((*size, i)), 0, -1)  # one output channel per element
     answers = arranged(forward(x, arranged(patches, f"{space}IO", of_w)), of_y, f"N{space}C")
     grad_w = (answers.reshape(-1, answers.shape[-1]).T @ delta.reshape(-1, o)).reshape(*size, i, o)
     return forward(x, w), arranged(delta_x, f"N{space}C", of_x), arranged(grad_w, f"{space}IO", of_w)
 
 
 def convolution(number, geometry):
-    """Ours and the judge of one geometry, the layouts taking turns."""
+    """Return our function, its arguments and the reference of one geometry, cycling through the layouts."""
     ndim = len(geometry)
     size, stride, pads, dilation = zip(*geometry, strict=True)
     layouts = LAYOUTS[ndim][number % len(LAYOUTS[ndim])]
@@ -128,7 +129,7 @@ def convolution(number, geometry):
 
 
 def transposed(number, geometry):
-    """The picture spaced by the stride, under the patch turned."""
+    """Return the same for a transposed convolution: an input dilated by the stride, with the kernel flipped."""
     ndim = len(geometry)
     size, stride, cut, dilation = zip(*geometry, strict=True)
     of_x, of_w, of_y = layouts = LAYOUTS[ndim][number % len(LAYOUTS[ndim])]
@@ -153,7 +154,7 @@ def transposed(number, geometry):
 
 
 def cut_fits(n, size, stride, cut, dilation):
-    """No more is cut off than a patch reaches, and something stays."""
+    """Return whether no more is cropped than the kernel reaches, and the result is not empty."""
     reach = (size - 1) * dilation
     return max(cut) <= reach and (n - 2) * stride + reach + 1 > sum(cut)
 
@@ -176,13 +177,13 @@ def test_convolutions(op, ndim, number, geometries, record_property):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Windows; those of the reference are not dilated
+# Windows; the reference has no dilated ones
 
 WINDOWS = along((2, 3, 1, 4), (1, 2, 3), ((0, 0), (1, 1), (0, 2), (3, 0)), (1,))
 
 
 def window_meets(n, size, stride, pads, dilation):
-    """Whether it fits, and every place of it holds an entry of the picture."""
+    """Return whether the window fits, and every window position holds an element of the input."""
     starts = range(-pads[0], n + pads[1] - size + 1, stride)
     return len(starts) > 0 and all(start + size > 0 and start < n for start in starts)
 

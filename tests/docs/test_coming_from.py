@@ -1,4 +1,4 @@
-"""The tables of docs/coming-from.md: both cells of each row are evaluated, and compared forward and backward."""
+"""The tables of docs/coming-from.md: both cells of each row are evaluated and compared, forward and backward."""
 
 import re
 from pathlib import Path
@@ -21,7 +21,7 @@ LAYERS = re.compile(r"(nn|nnx|eqx\.nn)\.[A-Z]")
 
 
 def table(section: str) -> list[tuple[str, str]]:
-    """The rows of a section's tables whose cells are code."""
+    """Return the rows of a section's tables whose cells contain code."""
     (text,) = re.findall(rf"^## {re.escape(section)}$(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL)
     rows = re.findall(r"^\| `(.+?)` \| `(.+?)` \|$", text, re.MULTILINE)
     assert len(rows) == len(re.findall(r"^\| `", text, re.MULTILINE)), "a row whose cells are not both code"
@@ -37,7 +37,7 @@ def test_no_table_is_empty_and_no_section_is_left_out():
 
 
 def inputs() -> dict[str, np.ndarray]:
-    """In torch's layout.  Four channels; no two entries are equal."""
+    """Return inputs in torch's layout, with four channels and without equal elements."""
     draw = np.random.default_rng(0)
     shapes = {"x": (2, 4, 8, 10), "w": (6, 4, 3, 3), "b": (6,), "line": (2, 4, 9), "w1": (6, 4, 3), "m": (6, 5)}
     shapes |= {"v": (2, 5), "u": (2, 5), "z": (4, 7)}
@@ -45,14 +45,14 @@ def inputs() -> dict[str, np.ndarray]:
 
 
 def here(name: str, array: np.ndarray) -> np.ndarray:
-    """From torch's layout."""
+    """Convert from torch's layout."""
     if name in ("x", "line", "out"):
         return np.moveaxis(array, 1, -1)
     return np.moveaxis(np.moveaxis(array, 0, -1), 0, -2) if name in ("w", "w1") else array
 
 
 def value_and_gradients(cell: str, names: dict, arrays: dict):
-    """Of a cell of code in JAX: its value, and the gradients for a δ that differs everywhere."""
+    """Evaluate a cell of JAX code, and return its value and its gradients for a random δ."""
     floats = {n: jnp.asarray(a) for n, a in arrays.items() if a.dtype.kind == "f"}
     others = {n: jnp.asarray(a) for n, a in arrays.items() if a.dtype.kind != "f"}
     y, rule = jax.vjp(lambda floats: eval(cell, names | others | floats), floats)
@@ -212,7 +212,7 @@ def test_a_whole_network_from_torch():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The differences: what is said of the others is true
+# The differences: claims about the other libraries are true
 
 
 def test_other_layouts_are_taken_as_they_are():
@@ -259,7 +259,7 @@ def test_what_is_refused_and_where():
 
 @pytest.mark.parametrize(("k", "s", "d"), [(2, 3, 1), (1, 4, 1), (2, 4, 2), (3, 3, 1), (3, 2, 2)])
 def test_the_output_padding_that_makes_valid_transposed_convolutions_flaxs(k, s, d):
-    """``max(s − extent, 0)``, forward and backward."""
+    """With ``max(s − extent, 0)``, values and gradients are equal."""
     linen = pytest.importorskip("flax.linen")
     layer = linen.ConvTranspose(5, (k,), (s,), "VALID", kernel_dilation=(d,), param_dtype=np.float64)
     draw = np.random.default_rng(k)

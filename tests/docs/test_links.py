@@ -1,4 +1,4 @@
-"""Every link of the pages leads somewhere, and docs/from-the-lecture.md has a row for every § and erratum."""
+"""Every link on the pages has a target, and docs/from-the-lecture.md has a row for every § and erratum."""
 
 import ast
 import functools
@@ -13,14 +13,14 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
 
-# The lecture's blocks, counted from 0.  0 is the title and 1 an introduction; 4 and 5 state one thing.
+# The lecture's blocks, counted from 0: 0 is the title, 1 an introduction, and 4 and 5 make one statement.
 SECTIONS = ["2", "3", "4–5", "6", "7", "8", "9", "10", "11", "12", "13", "14", "15"]
 ERRATA = ["1", "2", "3", "4", "5", "6", "7", "8"]
 
 
 @functools.cache
 def prose(page: Path) -> str:
-    """A page without its blocks of code."""
+    """Return a page without its code blocks."""
     return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
@@ -74,7 +74,7 @@ def test_every_section_and_every_erratum_has_its_row_in_the_lectures_order():
 
 
 def linked(cell: str) -> list[tuple[str, Path]]:
-    """The names and files of a cell, which holds nothing else."""
+    """Return the names and files linked in a cell, which must hold only links."""
     found = LINK.findall(cell)
     assert found, "an empty cell"
     assert not LINK.sub("", cell).strip(" ,"), f"not a link: {cell}"
@@ -111,11 +111,11 @@ def test_tests_exist_where_the_link_leads(row):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The scripts of experiments/lecture say themselves which § and which errata they show
+# The § and errata that the scripts of experiments/lecture state
 
 
 def said(script: Path) -> tuple[set[int], set[int]]:
-    """The sections and the errata of a script's STATEMENT."""
+    """Return the sections and errata in a script's STATEMENT."""
     for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Statement":
             keywords = {k.arg: k.value for k in node.keywords}
@@ -126,7 +126,7 @@ def said(script: Path) -> tuple[set[int], set[int]]:
 
 
 def numbers(text: str) -> set[int]:
-    """{4, 5} of "4–5", {6, 8} of "6, 8"."""
+    """Return the numbers, {4, 5} for "4–5" and {6, 8} for "6, 8"."""
     ranges = [part.split("–") for part in text.split(", ")]
     return {n for ends in ranges for n in range(int(ends[0]), int(ends[-1]) + 1)}
 

@@ -1,4 +1,4 @@
-"""What docs/mathematics.md says that activations keep is what the forward pass keeps."""
+"""The residuals of activations that docs/mathematics.md lists are those that the forward pass saves."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ from jaxcnn.rules import autodiff
 PAGE = (Path(__file__).parents[2] / "docs" / "mathematics.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| `(\w+)` \| [^|]+ \| [^|]+ \| ([^|]+) \|$", PAGE, re.MULTILINE)
 BOOL, SLOPE = "x > 0, one bool for each entry", "g′"
-#: Of the sentence below the table.
+#: Ops listed in the sentence below the table.
 OTHERS = {
     "bool": ("relu6", "hard_tanh", "hard_sigmoid"),
     SLOPE: ("selu", "celu", "hard_swish", "mish", "softsign", "squareplus", "log_sigmoid"),

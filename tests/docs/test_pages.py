@@ -1,4 +1,4 @@
-"""The figures are what docs/figures.py draws now, and docs/api.md names everything that jaxcnn offers."""
+"""The figures match the output of docs/figures.py, and docs/api.md lists all public names of jaxcnn."""
 
 import importlib
 import inspect
@@ -33,7 +33,7 @@ LINKS = [
 
 @pytest.mark.parametrize(("name", "target", "expected"), LINKS)
 def test_a_link_to_a_source_file_opens_a_page(name, target, expected):
-    """Sphinx would make a download of it."""
+    """Without this, Sphinx would make it a download."""
     pytest.importorskip("sphinx")
     from docutils import nodes
     from docutils.utils import new_document

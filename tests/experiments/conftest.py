@@ -1,4 +1,4 @@
-"""Experiments run as their users run them: in JAX's default configuration."""
+"""Test configuration for experiments: JAX's default configuration, which users have."""
 
 import pytest
 
@@ -7,10 +7,10 @@ from experiments import process
 
 @pytest.fixture(scope="module", autouse=True)
 def strict():
-    """In place of the library's strict float64."""
+    """Override the library tests' strict float64 configuration."""
 
 
 @pytest.fixture(autouse=True)
 def allocator(monkeypatch):
-    """Left as it is in the process of the tests: what has been set stays set."""
+    """Leave the allocator of the test process unchanged, because its settings cannot be reverted."""
     monkeypatch.setattr(process, "keep_freed_memory", lambda: False)

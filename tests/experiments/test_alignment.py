@@ -38,7 +38,7 @@ def test_table_csv_and_plot(tmp_path, capsys):
         for rule in rules for seed in "01" for step in steps for layer in ("conv1", "conv2", "dense1")
     ]  # fmt: skip
     for r in angles:
-        if r["rule"] == "exact" or r["layer"] == "dense1":  # whose δ comes from the loss itself
+        if r["rule"] == "exact" or r["layer"] == "dense1":  # its δ comes directly from the loss
             assert float(r["degrees"]) < 0.1
         else:
             assert 1 < float(r["degrees"]) < 90
@@ -47,7 +47,7 @@ def test_table_csv_and_plot(tmp_path, capsys):
     assert [(r["rule"], r["seed"]) for r in accuracies] == [(rule, seed) for rule in rules for seed in "01"]
     text = capsys.readouterr().out
     for r in accuracies:
-        assert float(r["test_accuracy"]) > 0.3  # of chance, 0.1
+        assert float(r["test_accuracy"]) > 0.3  # chance is 0.1
         assert f"{r['rule']:<18} seed {r['seed']}   test accuracy {float(r['test_accuracy']):.4f}" in text
     of_conv2 = [r for r in angles if (r["rule"], r["layer"]) == ("sign-symmetric", "conv2")]
     first, last = (np.mean([float(r["degrees"]) for r in of_conv2 if int(r["step"]) == step]) for step in (0, 39))
@@ -55,7 +55,7 @@ def test_table_csv_and_plot(tmp_path, capsys):
 
 
 def fake(trained, stop):
-    """A `train` whose first trainings are done at once, and whose next raises `stop`."""
+    """Return a `train` that finishes three trainings immediately and then raises `stop`."""
 
     def train(name, seed, dataset, steps, batch_size, update):
         update(steps, 0.5, 0.25, 100.0)
@@ -119,7 +119,7 @@ def test_angles_are_what_the_definition_says():
 
 @pytest.mark.parametrize("name", alignment.RULES[1:])
 def test_every_rule_turns_the_gradient_and_leaves_the_output(name):
-    """By less than a right angle, but for rules that send δ elsewhere; forward all nets are one."""
+    """Rules turn gradients by less than 90°, except rules that redirect δ; the forward results are equal."""
     net = alignment.net(10)
     params = net.init(jax.random.key(0), (28, 28, 1))
     sample = data.load("fashion-mnist-sample")

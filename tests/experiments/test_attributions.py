@@ -33,7 +33,7 @@ def main(*argv: object) -> int:
 
 @pytest.fixture(scope="module")
 def gallery(run, tmp_path_factory) -> tuple[Path, str, dict[str, attributions.Maps]]:
-    """A gallery of two images: its folder, what was printed, and the maps that were drawn."""
+    """Make a gallery of two images, and return its folder, the printed text and the maps."""
     out, printed, drawn = tmp_path_factory.mktemp("gallery") / "out", StringIO(), []
     maps = attributions.maps
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
@@ -51,7 +51,7 @@ def test_a_picture_with_a_row_an_image(gallery):
 
 
 def test_what_is_promised_stands_beside_what_was_found(gallery, run):
-    """The logit, or its rise from a black image; by DeepLIFT nothing is lost."""
+    """The promised total is the logit, or its increase from a black image; DeepLIFT attributes all of it."""
     _, printed, _ = gallery
     table = printed[printed.index("Σ map  should be       rest") :]
     lines = [line for line in table.splitlines() if "image " in line]
@@ -73,7 +73,7 @@ def test_what_is_promised_stands_beside_what_was_found(gallery, run):
 
 
 def test_the_maps_are_those_of_attribute(gallery, run):
-    """Each is what `jaxcnn.attribute` gives by hand, summed over channels."""
+    """Each map equals the result of `jaxcnn.attribute`, summed over channels."""
     trained, found = restore(run), gallery[2]
     x = trained.dataset.test_images[[3, 0]]
     assert list(found) == ALL

@@ -1,4 +1,4 @@
-"""What the benchmarks compare, count and tell; never how long anything takes."""
+"""What the benchmarks compare, count and print; durations are never tested."""
 
 import dataclasses
 import json
@@ -34,14 +34,14 @@ SMALL = Timed(
 
 @pytest.fixture
 def others():
-    """The libraries that jaxcnn is compared with: the extra called bench."""
+    """Import the libraries that jaxcnn is compared with, from the extra "bench"."""
     for name in ("flax", "equinox"):
         pytest.importorskip(name)
 
 
 @pytest.fixture
 def still(monkeypatch):
-    """The machine is not measured."""
+    """Skip the measurement of the machine."""
     monkeypatch.setattr(timing, "machine", lambda *args, **kwargs: {"machine": "none"})
 
 
@@ -90,7 +90,7 @@ def test_results_of_another_run_are_not_overwritten(tmp_path, capsys):
         assert ops.main(["--quick", "--out", str(out)]) == 2
         assert f"--out: must be a new file, got {tmp_path / name}, which is there already" in capsys.readouterr().err
         assert (tmp_path / name).read_text() == "mine"
-    # One that came while this one measured:
+    # A file that another process created in the meantime:
     results.write(tmp_path / "a.json", {}, ops.Config())
     assert (tmp_path / "a.json").read_text() == "mine"
     assert json.loads((tmp_path / "a-2.json").read_text())["machine"] == {}
@@ -116,7 +116,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
 
 
 def test_turns(monkeypatch):
-    """Each round begins with another contender; a turn's first call does not count."""
+    """Each round starts with a different contender, and the first call of a turn is not counted."""
     seen = []
     calls = {"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}
     times = timing.in_turns(calls, 2, calls=2, most=10.0, pause=0)
@@ -157,7 +157,7 @@ def test_summary_counts_rows_below_the_bar_and_leaves_out_what_is_wrong():
 
 
 def test_the_same_program_is_not_below_the_bar():
-    """XLA makes one of two ways to write a sum, and two of a sum and a product."""
+    """XLA compiles two ways to write a sum to the same program, and a sum and a product to different ones."""
     x = jnp.ones((4, 3))
     texts = [ops.program(jax.jit(f), x) for f in (lambda x: x + x * 3, lambda y: jnp.add(y, 3 * y), lambda x: x * x)]
     assert texts[0] == texts[1] != texts[2]
@@ -225,7 +225,7 @@ def test_products_of_a_row():
     ],
 )
 def test_contenders_compute_the_same(name, wanted):
-    """Layouts go to PyTorch and back; δs come under their names."""
+    """Layouts are converted to PyTorch's and back, and each δ has its name."""
     for one in ops.measure(row_called(name), wanted, ops.Config(quick=True)):
         assert one.note == "", one.name
         assert {"jaxcnn", "stock JAX", "torch"} <= set(one.times)
@@ -341,8 +341,8 @@ def test_libraries_compute_the_same_net():
 
 def test_what_is_kept_is_counted_once_and_without_arguments():
     def f(x):
-        y = jnp.sin(x)  # keeps cos x
-        return (y * jax.jit(lambda y: y)(y) * x).sum()  # keeps y, y·y or so; x is an argument
+        y = jnp.sin(x)  # saves cos x
+        return (y * jax.jit(lambda y: y)(y) * x).sum()  # saves y, and y·y or the like; x is an argument
 
     x = jnp.ones((8, 4))
     assert memory.kept_bytes(lambda x: jnp.sin(x).sum(), x) == 8 * 4 * 4
@@ -458,7 +458,7 @@ def test_time_to_the_target():
 
 @pytest.mark.usefixtures("others")
 def test_a_race(tmp_path, capsys, still, monkeypatch):
-    """All begin with the same parameters, and get the same batches."""
+    """All contenders start with the same parameters and get the same batches."""
     tiny = Timed(serial(Conv(2, 5), Relu(), MaxPool(4), Flatten(), Dense(10)), (28, 28, 1), 32)
     monkeypatch.setitem(NETS, "lecture", lambda: tiny)
     out = tmp_path / "accuracy.json"

@@ -14,7 +14,7 @@ from experiments.errors import DataError, UsageError
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the test script does."""
+    """Options of the test script."""
 
     name: str = "x"
     """A name."""
@@ -55,7 +55,7 @@ def test_options_arrive_with_their_types():
 def test_a_wrong_command_line_is_one_line_and_status_2(
     argv, expected, columns, encoding, terminal, capsys, monkeypatch
 ):
-    # The looks of tyro's box depend on these: its width, its lines, its colours.
+    # These determine the width, lines and colors of tyro's box.
     monkeypatch.setenv("COLUMNS", columns)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(type(sys.stdout), "encoding", encoding, raising=False)
@@ -148,7 +148,7 @@ def test_did_you_mean():
         ("--output", "--out"),
         ("--dataset", "--data"),
         ("--grads", "--check-grads"),
-        # Nothing is near but the dashes.
+        # No name is similar, only the dashes match.
         ("--device", ""),
         ("--gpu", ""),
         ("--x", ""),
@@ -161,7 +161,7 @@ def test_an_option_is_compared_without_its_dashes(got, nearest):
     assert cli.did_you_mean(got, options) == (f"; did you mean {nearest}?" if nearest else "")
 
 
-# ---- before a script is run: processes of their own, in which packages or platforms are missing
+# ---- before a script is run: separate processes in which packages or platforms are missing
 
 ROOT = Path(__file__).parents[2]
 HIDDEN = """

@@ -57,7 +57,7 @@ def test_the_sample_is_ten_thousand_and_two_thousand_real_images():
     assert sample.train_images.min() == 0
     assert sample.train_images.max() == 1
     assert len(sample.class_names) == 10
-    # All ten classes, near a tenth each.
+    # All ten classes, about a tenth each.
     np.testing.assert_allclose(np.bincount(sample.train_labels) / 10_000, 0.1, atol=0.01)
     assert sample.sha256 == "0e03de1643cd" + sample.sha256[12:]
 
@@ -174,9 +174,9 @@ def _flip(content: bytes, position: int) -> bytes:
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda gz: gz[:-9],  # cut in the stream
-        lambda gz: gz[:-4],  # cut in the checksum
-        lambda gz: gz[:5],  # cut in the gzip header
+        lambda gz: gz[:-9],  # truncated stream
+        lambda gz: gz[:-4],  # truncated checksum
+        lambda gz: gz[:5],  # truncated gzip header
         lambda gz: _flip(gz, len(gz) // 2),
         lambda gz: _flip(gz, len(gz) - 8),  # wrong CRC
         lambda gz: gz + b"garbage",
@@ -272,11 +272,11 @@ def test_images_of_ones_own_have_numbers_for_classes(tmp_path):
         data.load("idx")
 
 
-# ---- a set that has a name is that set ----
+# ---- a named data set is verified ----
 
 
 def test_other_images_are_refused_under_the_name_of_a_set(tmp_path):
-    """Files of MNIST's form and names, but not Fashion-MNIST: the message names the file, both hashes, and the way."""
+    """Files with MNIST's format and names but other images: the message has the file, both hashes, and the fix."""
     write_set(tmp_path)
     for name, of in (("fashion-mnist", data.FASHION_MNIST_FILES), ("fashion-mnist-sample", data.SAMPLE_FILES)):
         with pytest.raises(DataError) as caught:
@@ -290,7 +290,7 @@ def test_other_images_are_refused_under_the_name_of_a_set(tmp_path):
 
 @pytest.mark.parametrize("part", data.FASHION_MNIST_FILES)
 def test_one_other_file_is_noticed(tmp_path, part):
-    """One pixel or one label that differs; recompressed files are the same set."""
+    """One different pixel or label is detected; recompressed files are the same data set."""
     for file in data.SAMPLE_FILES.values():
         content = gzip.decompress((data.SAMPLE_DIR / f"{file.name}.gz").read_bytes())
         (tmp_path / f"{file.name}.gz").write_bytes(gzip.compress(content, compresslevel=1, mtime=1))
@@ -299,7 +299,7 @@ def test_one_other_file_is_noticed(tmp_path, part):
     content = bytearray(gzip.decompress(path.read_bytes()))
     content[-1] ^= 1
     path.unlink()
-    path.with_suffix("").write_bytes(content)  # not compressed at all
+    path.with_suffix("").write_bytes(content)  # not compressed
     with pytest.raises(DataError, match=f"{path.stem}: must be fashion-mnist-sample's, .*SHA-256"):
         data.fashion_mnist_sample(tmp_path)
 
@@ -327,7 +327,7 @@ def test_other_digits_are_refused(monkeypatch):
 
 @pytest.fixture
 def served(tmp_path, monkeypatch) -> Iterator[Path]:
-    """A folder that a server on loopback serves as the upstream, and an empty cache; no system copy."""
+    """Serve a folder as the upstream from loopback, with an empty cache and no system copy."""
     folder = tmp_path / "upstream"
     folder.mkdir()
 
@@ -376,7 +376,7 @@ def test_downloads_land_in_the_cache_and_are_used_from_there(served, monkeypatch
     assert names == sorted(f"{file.name}.gz" for file in data.FASHION_MNIST_FILES.values())
 
     for path in served.iterdir():
-        path.unlink()  # a second load asks the server for nothing
+        path.unlink()  # a second load does not need the server
     assert data.load("fashion-mnist").sha256 == downloaded.sha256
 
 
@@ -387,7 +387,7 @@ def test_another_compression_of_the_same_bytes_is_the_same_data(served, monkeypa
 
 
 def test_the_wrong_bytes_never_land(served):
-    write_set(served)  # good idx files, but not Fashion-MNIST
+    write_set(served)  # valid idx files, but not Fashion-MNIST
     with pytest.raises(
         DataError, match=r"expected decompressed bytes of SHA-256 c59f468a.*, got [0-9a-f]{64}"
     ) as caught:

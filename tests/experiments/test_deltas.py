@@ -31,7 +31,7 @@ def test_a_picture_for_each_image(run, tmp_path, capsys):
     shapes = [imread(tmp_path / "out" / f"deltas-{n}.png").shape for n in (0, 3)]
     assert shapes[0] == shapes[1]
     height, width, _ = shapes[0]
-    assert height > 1000  # of eleven layers
+    assert height > 1000  # for eleven layers
     assert width > 300
     out = capsys.readouterr().out
     trained = restore(run)
@@ -50,7 +50,7 @@ def test_without_a_run_it_trains_one(tmp_path, capsys, monkeypatch):
 
 
 def finished(run: Path, folder: Path, *, age: float = 0, end: str = "finished") -> None:
-    """Copy `run` to `folder` as one that has ended so, `age` seconds before others."""
+    """Copy `run` to `folder` with the given `end`, and make it `age` seconds older."""
     shutil.copytree(run, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "end": end}))
@@ -58,7 +58,7 @@ def finished(run: Path, folder: Path, *, age: float = 0, end: str = "finished") 
 
 
 def test_the_newest_finished_run_is_taken(run, tmp_path, capsys, monkeypatch):
-    """Not one that was cut off, nor one that is under way, whose config.json does not say how it ended."""
+    """Interrupted runs are skipped, and so are running ones, whose config.json has no end."""
     monkeypatch.chdir(tmp_path)
     runs = tmp_path / "runs"
     finished(run, runs / "old", age=2)
@@ -96,7 +96,7 @@ def test_the_last_layer_has_the_names_of_the_classes(run, tmp_path, monkeypatch)
 
 
 def test_delta_is_what_autodiff_says(run):
-    """Of the logits p − onehot; of a layer on the way, by jax.grad of the rest of the net; each image for itself."""
+    """For the logits δ is p − onehot; for an inner layer it is jax.grad of the rest of the net, per image."""
     trained = restore(run)
     images = [5, 7, 2]
     found = deltas.sweep(trained, images)

@@ -24,14 +24,14 @@ def test_the_rules_of_every_model_agree_with_autodiff(name):
 
 
 class Spoiled:
-    """A net whose rules give gradients for one parameter that are too large by `error`."""
+    """A net whose gradient for one parameter is too large by `error`."""
 
     def __init__(self, error: float) -> None:
         self.error = error
 
     def apply(self, params, x, *, key, rules):
         w, error = params["w"], 0.0 if rules is jaxcnn.rules.autodiff else self.error
-        # The value is w either way; the gradient is 1 + error.
+        # The value is w in any case; the gradient is 1 + error.
         return x @ (w + error * (w - jax.lax.stop_gradient(w))) + params["b"]
 
 

@@ -1,7 +1,7 @@
-"""The lecture's scripts: every statement holds, a wrong rule is noticed, the page stands by itself.
+"""The lecture's scripts: every statement holds, wrong rules are detected, and the page is self-contained.
 
-One run of `python -m experiments.lecture`, as its users run it, serves all tests of this file. What a script trains
-it trains once in a process, so that a planted error costs no second training.
+All tests in this file use one run of `python -m experiments.lecture`. A script trains each net once per process, so a
+planted error causes no second training.
 """
 
 import base64
@@ -33,7 +33,7 @@ STATEMENTS = [script.STATEMENT for script in SCRIPTS.values()]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The run of all scripts: its status, what it printed, its page's folder and text, and what each script found."""
+    """Run all scripts, and return status, printed text, the page's folder and text, and each script's result."""
     out, found = tmp_path_factory.mktemp("lecture") / "runs", {}
 
     def kept(made, show, folder):
@@ -48,7 +48,7 @@ def whole(tmp_path_factory):
 
 
 def show(name, **planted):
-    with jax.enable_x64(True):  # as `statement.tell` runs it
+    with jax.enable_x64(True):  # as in `statement.tell`
         return SCRIPTS[name].show(**planted)
 
 
@@ -58,7 +58,7 @@ def failures(result):
 
 @pytest.fixture
 def measured(whole):
-    """What a script's check of a name measured."""
+    """Return a function that gives the value measured by a script's check."""
 
     def find(name, what):
         (found,) = [check.measured for check in whole.found[name].checks if check.what == what]
@@ -88,7 +88,7 @@ def test_statement_holds(name, whole):
 
 
 def test_every_check_says_what_it_needs(whole):
-    """The value itself, where it holds and where it does not."""
+    """A check states the required value itself, whether it holds or not."""
     for shown in whole.found.values():
         for check in shown.checks:
             assert check.needed == "an error" or re.match(r"[=≤≥] \S", check.needed), check
@@ -98,7 +98,7 @@ def test_every_check_says_what_it_needs(whole):
 
 
 def test_every_op_has_a_row_whose_name_can_be_read(whole):
-    """In points, of a picture that is as wide as the page: nothing is smaller than its other labels."""
+    """At full page width, no label is smaller than the other labels of the figure, in points."""
     figure = whole.found["s04_differences"].figure
     table = SCRIPTS["s04_differences"]
     axes = max(figure.axes, key=lambda axes: len(axes.get_yticklabels()))
@@ -114,7 +114,7 @@ def test_every_op_has_a_row_whose_name_can_be_read(whole):
 
 
 def test_no_sum_of_the_flip_looks_like_the_largest(whole):
-    """The row that lies wholly inside has a frame and a label; its number looks as all others do."""
+    """The row entirely inside has a frame and a label, and its number looks like all others."""
     for axes in whole.found["s11_flip"].figure.axes:
         sums = [text for text in axes.texts if text.get_text().isdigit() and text.get_position()[0] > 8]
         assert len(sums) == 7
@@ -123,7 +123,7 @@ def test_no_sum_of_the_flip_looks_like_the_largest(whole):
 
 
 def sections(made):
-    """{4, 5} of "4–5"."""
+    """Return the section numbers, {4, 5} for "4–5"."""
     low, *high = map(int, made.section.split("–"))
     return set(range(low, (high or [low])[0] + 1))
 
@@ -184,11 +184,11 @@ def test_the_sums_of_5_6_7_8_and_1_2_3_4(measured):
     assert measured("s11_flip", "flipped: convolve(5 6 7 8, 1 2 3 4)") == "[5, 16, 34, 60, 61, 52, 32]"
 
 
-# ---- a wrong rule, op or name is noticed ----
+# ---- a wrong rule, op or name is detected ----
 
 
 def passes_all(call, delta):
-    """As rule= of an activation: g' forgotten."""
+    """A rule= of an activation without g'."""
     return (delta,)
 
 
@@ -197,7 +197,7 @@ def halved(call, delta):
 
 
 def unturned(call, delta):
-    """As rule= of conv: the flip left out."""
+    """A rule= of conv without the flip."""
     x, w, _ = call.inputs
     _, grad_w, grad_b = call.exact(delta)
     _, pull = jax.vjp(lambda x: jaxcnn.conv(x, w[::-1, ::-1], padding=call.geometry.window.padding), x)
@@ -205,7 +205,7 @@ def unturned(call, delta):
 
 
 def tiled(x, factor):
-    """In the place of up: the picture repeated as a whole."""
+    """A wrong `up` that repeats the whole image."""
     return jnp.tile(x, (1, factor, factor, 1))
 
 
@@ -319,7 +319,7 @@ def test_relative_distance():
 
 
 class Tags(html.parser.HTMLParser):
-    """All tags of a page: how deep they nest, where they lead, what they load."""
+    """All tags of a page: their nesting, their links, and what they load."""
 
     VOID = ("meta", "img", "br")
 
@@ -343,7 +343,7 @@ class Tags(html.parser.HTMLParser):
 
 
 def section_of(whole, made):
-    """The part of the page that shows a statement."""
+    """Return the part of the page for a statement."""
     (found,) = re.findall(rf'<section id="{made.name}">(.*?)</section>', whole.page, re.DOTALL)
     return found
 

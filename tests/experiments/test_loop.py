@@ -18,7 +18,7 @@ BATCH_SIZE = 8
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """A training whose one parameter counts its steps."""
+    """A training state whose only parameter counts steps."""
 
     params: dict
 
@@ -36,7 +36,7 @@ class Silent:
 
 
 def one_step(state, batch):
-    """Count; the loss is that of the parameters before the step: finite unless they are not."""
+    """Count a step; the loss is finite exactly if the parameters before the step are."""
     before = state.params["w"]
     return State({"w": before + batch}), {"loss": 1.0 / (1.0 + abs(before)), "accuracy": jnp.float32(0.5)}
 
@@ -68,7 +68,7 @@ def run(step=one_step, *, count=3, max_steps=1000, evaluate=None, batches=None, 
 
 @pytest.fixture
 def default_signals(monkeypatch):
-    """Ctrl-C as in a process that was just started from a terminal."""
+    """Handle Ctrl-C as in a process just started from a terminal."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "the loop must put back what it found"
@@ -108,7 +108,7 @@ def test_max_steps_ends_within_an_epoch_and_still_evaluates(max_steps):
 
 
 def diverging(bad_step):
-    """Steps of which number `bad_step` makes the parameters infinite, so that the next loss is not finite."""
+    """Return a step function that makes the parameters infinite at `bad_step`, so the next loss is not finite."""
 
     def step(state, batch):
         before = float(state.params["w"])
@@ -126,7 +126,7 @@ def test_a_loss_that_is_not_finite_is_named_and_good_parameters_survive(bad):
     assert math.isnan(outcome.bad_loss)
     assert math.isfinite(outcome.params["w"])
     assert outcome.params["w"] == outcome.step < bad
-    assert outcome.step >= bad - 2 * LOOK_EVERY  # little is lost
+    assert outcome.step >= bad - 2 * LOOK_EVERY  # few steps are lost
     assert len(outcome.rows) == len(saved.calls) == bad // BATCHES_PER_EPOCH
 
 
@@ -158,7 +158,7 @@ def test_ctrl_c_ends_after_the_step_in_hand(at):
     assert outcome.end == "interrupted"
     assert outcome.step == at == outcome.params["w"]
     assert outcome.rows[-1].step == at
-    assert math.isnan(outcome.rows[-1].test_loss)  # one who wants to leave does not wait for an evaluation
+    assert math.isnan(outcome.rows[-1].test_loss)  # an interrupted run skips the evaluation
     assert len(saved.calls) == (at - 1) // BATCHES_PER_EPOCH
 
 

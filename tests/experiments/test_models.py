@@ -40,7 +40,7 @@ def test_one_logit_for_each_class(name, classes):
     logits = net.apply(params, images)
     assert logits.shape == (3, classes)
     assert jnp.isfinite(logits).all()
-    # Each image is on its own: a batch of one gives the same logits.
+    # Images are independent: a batch of one gives the same logits.
     np.testing.assert_allclose(net.apply(params, images[1:2]), logits[1:2], rtol=1e-4, atol=1e-5)
 
 

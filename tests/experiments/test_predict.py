@@ -18,7 +18,7 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def broken(run, tmp_path) -> Path:
-    """A copy of a run that a test may spoil."""
+    """Copy a run so that a test can corrupt it."""
     folder = tmp_path / "copy"
     folder.mkdir()
     for path in run.iterdir():
@@ -134,6 +134,6 @@ def test_probabilities_are_those_of_the_class_that_is_named(run, capsys):
     assert main("--run", run, "--images", *range(50)) == 0
     found = [float(line.split("  wrong")[0].split()[-1]) for line in capsys.readouterr().out.splitlines()[2:-1]]
     assert len(found) == 50
-    assert min(found) >= 0.1  # the largest of ten
+    assert min(found) >= 0.1  # the largest of ten probabilities
     assert max(found) <= 1
     assert np.std(found) > 0

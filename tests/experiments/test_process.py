@@ -1,4 +1,4 @@
-"""What a process sets for itself, seen in a process of its own."""
+"""Process-wide settings, observed in separate processes."""
 
 import os
 import platform

@@ -53,7 +53,7 @@ def test_no_terminal_gets_plain_lines_and_not_too_many(monkeypatch):
     monkeypatch.setattr(report.time, "monotonic", lambda: now)
     stream = io.StringIO()
     with report.progress(1000, stream) as progress:
-        for step in range(1, 101):  # a step a second
+        for step in range(1, 101):  # one step per second
             now += 1
             progress.update(step, 0.5, 0.25, 64.0)
         progress.line("epoch 1")
@@ -70,7 +70,7 @@ def test_time_to_go_does_not_count_compiling(monkeypatch):
     monkeypatch.setattr(report.time, "monotonic", lambda: now)
     stream = io.StringIO()
     with report.progress(100, stream) as progress:
-        now = 60.0  # a minute to compile, then two seconds a step
+        now = 60.0  # a minute to compile, then two seconds per step
         progress.update(1, 0.5, 0.25, 64.0)
         now = 80.0
         progress.update(11, 0.5, 0.25, 64.0)

@@ -25,7 +25,7 @@ NOW = datetime(2024, 5, 6, 7, 8, 9)
 
 
 def new(out, now=NOW):
-    """Make a folder, put a file into it, and return it."""
+    """Make a folder with one file in it, and return it."""
     with new_folder(out, "mlp", now) as folder:
         (folder / "config.json").write_text("{}")
     return folder
@@ -71,7 +71,7 @@ except RunError as error:
 
 
 def started_together(count, folder, *out):
-    """Return what `count` processes say that make their folders at once, and then go on."""
+    """Start `count` processes that make their folders at the same time, and return their output."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     processes = [
@@ -144,7 +144,7 @@ def test_a_run_is_never_overwritten(tmp_path):
 
 
 def test_a_place_that_cannot_be_written_to(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as root, every place is writable
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # for root, everything is writable
     with pytest.raises(RunError, match="is not writable"):
         check_folder(tmp_path / "x")
 
@@ -191,7 +191,7 @@ def test_curves_are_a_picture_with_ink_in_both_halves(tmp_path):
     height, width, _ = picture.shape
     assert width > 1.5 * height
     blue = (picture[..., 2] > picture[..., 0] + 0.3).reshape(height, 2, width // 2).sum(axis=(0, 2))
-    assert (blue > 100).all()  # the test line, at the left and at the right
+    assert (blue > 100).all()  # the test curve, in the left and right half
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 12])
@@ -208,7 +208,7 @@ def test_curves_have_whole_epochs_and_a_key_that_hides_nothing(count):
         assert all(tick == round(tick) and 1 <= tick <= count for tick in ticks)
         assert axes.get_legend() is None
         assert not key.get_window_extent().overlaps(axes.get_window_extent())
-        for line in axes.lines:  # every dot lies well inside
+        for line in axes.lines:  # every dot is well inside
             inside = axes.transAxes.inverted().transform(axes.transData.transform(line.get_xydata()))
             assert (inside > 0.02).all()
             assert (inside < 0.98).all()

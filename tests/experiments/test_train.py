@@ -64,7 +64,7 @@ def test_the_main_job_from_banner_to_weights(out, capsys):
     differences = [float(line.split()[1]) for line in text.splitlines() if re.match(r"  \w+/[wb] ", line)]
     assert len(differences) == 6
     assert max(differences) <= 1e-5
-    assert "\x1b" not in text  # no terminal, no colours
+    assert "\x1b" not in text  # no terminal, no colors
     assert "\r" not in text
 
     assert sorted(path.name for path in out.iterdir()) == [
@@ -151,11 +151,11 @@ def test_the_default_folder_lies_in_runs(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == f"results in {folder}"
 
 
-# ---- how it ends otherwise ----
+# ---- other ways to end ----
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_keeps_good_weights(out, capsys):
-    # One step of this size makes the weights so large that the next loss overflows.
+    # A step of this size makes the weights so large that the next loss overflows.
     argv = ("--model", "mlp", "--optimizer", "sgd", "--learning-rate", 3e38, "--max-steps", 40, "--out", out)
     assert main(*argv) == 1
     captured = capsys.readouterr()
@@ -214,7 +214,7 @@ def test_a_second_ctrl_c_says_what_is_kept(out, capsys, monkeypatch):
 
 @pytest.mark.parametrize("file", ["metrics.csv", "curves.png", "weights.safetensors"])
 def test_a_full_disk_names_the_file_and_what_is_kept(out, capsys, monkeypatch, file):
-    """It is full in the second epoch, or at the end, when the curves are drawn."""
+    """The disk fills up in the second epoch, or at the end when the curves are drawn."""
     replace = Path.replace
     written = []
 
@@ -239,7 +239,7 @@ def test_a_full_disk_names_the_file_and_what_is_kept(out, capsys, monkeypatch, f
 def test_the_banner_names_the_device_that_is_used():
     used = report.describe_device()
     assert used.startswith(jax.devices()[0].device_kind)
-    assert used.endswith(f", the first of {len(jax.devices())}")  # conftest.py makes two
+    assert used.endswith(f", the first of {len(jax.devices())}")  # tests/conftest.py creates several
     assert "×" not in used
 
 

@@ -1,4 +1,4 @@
-"""The tutorial, with a few training steps: as a script, and the claims that it prints."""
+"""The tutorial runs as a script with a few training steps, and its printed claims hold."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Every lowering of every product equals its definition, term by term, over geometries that Hypothesis draws.
+"""Every lowering of every product equals its definition term by term, on geometries drawn by Hypothesis.
 
 The definitions are the NumPy loops of `tests/oracles.py`.
 """
@@ -28,7 +28,7 @@ PRODUCTS = {
 }
 LOWERINGS = [(product, name) for product, (table, *_) in PRODUCTS.items() for name in table]
 
-#: Geometries that a lowering is made for; `correlation.applies` has the last word.
+#: Geometries for which a lowering is intended; `correlation.applies` decides.
 MADE_FOR = {
     "pointwise": {"sizes": (1,), "pads": (0,), "groups": (1,)},
     "rows": {"groups": (1,)},
@@ -41,14 +41,14 @@ MADE_FOR = {
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is drawn.  Hypothesis begins with the first of each choice and comes back to it: the dull ones stand last.
+# Strategies. Hypothesis starts and shrinks with the first choice, so the trivial choices come last.
 
 BATCHES = (2, 1, 0)
 
 
 @st.composite
 def drawn_windows(draw, sizes=(2, 3, 1), strides=(2, 1, 3), pads=(1, 0, 2, 4), dims=(2, 1, 3)):
-    """Windows over 1 to 3 dims, with remainders, gaps, dilation, and padding that windows may lie in altogether."""
+    """Draw windows over 1 to 3 dims, with remainders, gaps, dilation, and padding that can contain whole windows."""
     drawn = []
     for _ in range(draw(st.sampled_from(dims))):
         k, s, d = (draw(st.sampled_from(choices)) for choices in (sizes, strides, (2, 1)))
@@ -60,7 +60,7 @@ def drawn_windows(draw, sizes=(2, 3, 1), strides=(2, 1, 3), pads=(1, 0, 2, 4), d
 
 @st.composite
 def drawn_correlations(draw, groups=(2, 3, 1), inputs=(2, 1), **of_window):
-    """The static half, with the shapes of x, w and y; batches of 0 to 2."""
+    """Draw the static arguments and the shapes of x, w and y; batches of 0 to 2."""
     win = draw(drawn_windows(**of_window))
     g, i, o, n = (draw(st.sampled_from(choices)) for choices in (groups, inputs, (2, 3, 1), BATCHES))
     c = Correlation(win, g, np.dtype(np.float64))
@@ -72,7 +72,7 @@ def numbers(*shapes):
     return [normal(rng, shape) for shape in shapes]
 
 
-# What a fixture sets stays the same over all examples, as intended.
+# The fixture's setting stays the same over all examples, as intended.
 as_large = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -86,7 +86,7 @@ def close(found, expected):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures against patches
+# Inputs and kernels
 
 
 @pytest.mark.parametrize(("product", "name"), LOWERINGS, ids=map("-".join, LOWERINGS))
@@ -105,21 +105,21 @@ def test_lowering(product, name):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Winograd's form, on request alone
+# Winograd's form, only on request
 
 FASTEST = lax.Precision.DEFAULT
 
 
 @pytest.mark.parametrize("size", winograd.POINTS)
 def test_winograds_matrices_correlate(size):
-    """y = Aᵀ[(G·w) ∘ (Bᵀ·x)], and so with its arguments one by one: for all x, w is for a basis of both."""
+    """y = Aᵀ[(G·w) ∘ (Bᵀ·x)] for random x and w; it is bilinear, so it holds for all."""
     a, g, b = winograd.matrices(size)
     x, w = numbers((size + winograd.OUTPUTS - 1,), (size,))
     np.testing.assert_allclose(a @ ((g @ w) * (b @ x)), np.correlate(x, w, "valid"), rtol=1e-12)
 
 
 def second_layer(size, dtype=np.float32, precision=FASTEST, batch=None):
-    """The lecture's, 5 × 5 from 32 to 64 channels; or one of 3 × 3 from 64 to 128, whose picture is padded."""
+    """Return a second layer: the lecture's, 5 × 5 from 32 to 64 channels, or a padded 3 × 3 from 64 to 128."""
     side, inputs, outputs, pad, pictures = {5: (12, 32, 64, 0, 128), 3: (16, 64, 128, 1, 16)}[size]
     win = Window((side, side), (size, size), (1, 1), ((pad, pad), (pad, pad)), (1, 1))
     n = batch or pictures
@@ -130,7 +130,7 @@ def second_layer(size, dtype=np.float32, precision=FASTEST, batch=None):
 @pytest.mark.parametrize("size", [3, 5])
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_winograds_digits(product, size):
-    """The errors are those that the docstring of `conv` states; below 1e-6 it would not be Winograd's form."""
+    """The errors are those stated in the docstring of `conv`; an error below 1e-6 would not be Winograd's form."""
     table, choose, run, _ = PRODUCTS[product]
     c, *of_layer = second_layer(size)
     a, b = operands(product, *of_layer)
@@ -153,7 +153,7 @@ def test_winograds_error_is_stated_once_and_for_all(size):
 @pytest.mark.parametrize("size", [3, 5])
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_winograds_form_runs_on_request_alone(product, size):
-    """With the precision "fastest" of both operands, of the call or of the configuration."""
+    """It requires precision "fastest" for both operands, in the call or in the configuration."""
     _, choose, *_ = PRODUCTS[product]
 
     def chosen(dtype=np.float32, precision=None, batch=None):
@@ -169,7 +169,7 @@ def test_winograds_form_runs_on_request_alone(product, size):
     assert not chosen(precision=(FASTEST, lax.Precision.HIGH))
     assert not chosen(precision=lax.DotAlgorithmPreset.F32_F32_F32)
     assert not chosen(np.float64, FASTEST)
-    assert not chosen(precision=FASTEST, batch=1)  # too few tiles to pay for the kernel's transform
+    assert not chosen(precision=FASTEST, batch=1)  # too few tiles to pay for transforming the kernel
     for setting, expected in {"default": True, "highest": False, "F32_F32_F32": False}.items():
         with jax.default_matmul_precision(setting):
             assert chosen() is expected
@@ -193,13 +193,13 @@ def test_winograds_form_in_blocks_of_pictures(monkeypatch, product, pictures):
     table, _, _, definition = PRODUCTS[product]
     c = Correlation(Window((7, 6), (3, 5), (1, 1), ((0, 1), (2, 2)), (1, 1)), 1, np.dtype(np.float64))
     a, b = operands(product, *numbers((pictures, 7, 6, 2), (3, 5, 2, 3), (pictures, *c.window.out, 3)))
-    for block_bytes in (1, 10_000, 1 << 20):  # one picture, two, all
+    for block_bytes in (1, 10_000, 1 << 20):  # one image, two, all
         monkeypatch.setattr(winograd, "BLOCK_BYTES", block_bytes)
         close(compiled(lambda a, b: table["winograd"](c, a, b))(a, b), definition(c, a, b))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is chosen
+# Choice of lowering
 
 
 @pytest.fixture
@@ -221,7 +221,7 @@ def test_what_is_chosen_applies(none_is_small, product, shapes):
 
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_small_products_are_left_to_xla(product):
-    """Up to 2¹⁴ multiplications, as many as it makes in the time of a call; but never groups."""
+    """Up to 2¹⁴ multiplications, as many as XLA does in the time of a call, are left to XLA; groups never are."""
     win = Window((4, 4), (2, 2), (1, 1), ((0, 1), (1, 0)), (1, 1))
     _, choose, *_ = PRODUCTS[product]
 
@@ -238,9 +238,9 @@ def test_small_products_are_left_to_xla(product):
 @settings(as_large, max_examples=30)
 @given(shapes=drawn_correlations())
 def test_products_are_adjoint(none_is_small, shapes):
-    """⟨correlate(x, w), y⟩ = ⟨x, spread(y, w)⟩ = ⟨w, match(x, y)⟩, whatever lowering each of them takes."""
+    """⟨correlate(x, w), y⟩ = ⟨x, spread(y, w)⟩ = ⟨w, match(x, y)⟩, whichever lowering each of them uses."""
     c, *of_arrays = shapes
-    jax.clear_caches()  # JAX remembers what was chosen for a geometry
+    jax.clear_caches()  # JAX caches the choice for a geometry
     x, w, y = numbers(*of_arrays)
     found = compiled(
         lambda x, w, y: (correlation.correlate(c, x, w), correlation.spread(c, y, w), correlation.match(c, x, y))
@@ -252,17 +252,17 @@ def test_products_are_adjoint(none_is_small, shapes):
 @pytest.mark.parametrize(("name", "target"), [("rows", "BLOCK_BYTES"), ("patches", "PATCHES_BYTES")])
 @pytest.mark.parametrize("pictures", [1, 2, 3, 4, 6, 7])
 def test_weight_gradient_in_blocks_of_pictures(monkeypatch, name, target, pictures):
-    """A batch is cut into blocks that fit the cache: into single pictures if it is small, and into a few of them."""
+    """A batch is cut into blocks that fit the cache: single images for a small cache, else a few images."""
     c = Correlation(Window((5, 6), (3, 2), (1, 1), ((0, 0), (0, 0)), (1, 1)), 1, np.dtype(np.float64))
     x, y = numbers((pictures, 5, 6, 2), (pictures, *c.window.out, 3))
-    for block_bytes in (1, 3500, 7000):  # one picture, some, more
+    for block_bytes in (1, 3500, 7000):  # one image, some, more
         monkeypatch.setattr(correlation, target, block_bytes)
         close(compiled(lambda x, y: correlation.MATCH[name](c, x, y))(x, y), oracles.match(c, x, y))
 
 
 @pytest.mark.parametrize(("joined", "groups_left"), [(2, 6), (4, 3), (6, 2), (12, 1)])
 def test_groups_are_joined_up_to_so_many_channels(monkeypatch, joined, groups_left):
-    """Six groups of 2 channels into three of 4, two of 6, one of 12; chosen where it is four of them or more."""
+    """Six groups of 2 channels become three of 4, two of 6 or one of 12; joining is chosen if it leaves one group."""
     monkeypatch.setattr(correlation, "JOINED", joined)
     monkeypatch.setattr(correlation, "SMALL", 0)
     c = Correlation(Window((4, 5), (3, 2), (1, 2), ((1, 0), (0, 0)), (1, 1)), 6, np.dtype(np.float64))
@@ -275,7 +275,7 @@ def test_groups_are_joined_up_to_so_many_channels(monkeypatch, joined, groups_le
 @pytest.mark.parametrize("product", ["correlate", "spread"])
 @pytest.mark.parametrize(("terms", "chains"), [(80, 4), (5, 2), (3, 1), (1, 4)])
 def test_sums_in_loops_and_chains(monkeypatch, product, terms, chains):
-    """Twelve terms of three inputs a group, or eight of two outputs, as one loop, some, and each alone."""
+    """Twelve terms of three inputs per group, or eight of two outputs, run as one loop, as several, and one by one."""
     monkeypatch.setattr(unrolled, "TERMS", terms)
     monkeypatch.setattr(unrolled, "CHAINS", chains)
     table, _, _, definition = PRODUCTS[product]
@@ -289,7 +289,7 @@ def test_sums_in_loops_and_chains(monkeypatch, product, terms, chains):
 @settings(as_large, max_examples=6)
 @given(shapes=drawn_correlations(sizes=(5, 3, 2)))
 def test_taps_in_loops(monkeypatch, product, length, shapes):
-    """In turns of one tap, of some with others left over, and of all; as `LOOPED` has it for large kernels."""
+    """Taps run in blocks of one, in blocks with a remainder, and in one block, as `LOOPED` does for large kernels."""
     monkeypatch.setattr(unrolled, "LOOPED", {"terms": 0, "chunk": length, "sums": 0, "block": length})
     table, _, _, definition = PRODUCTS[product]
     c, *of_layer = shapes
@@ -352,7 +352,7 @@ def test_delta_is_not_spread_with_zeros_between(monkeypatch, stride, dilation, i
     ("product", "name"), [pair for pair in LOWERINGS if pair[1] in ("joined", "by_group", "unrolled")]
 )
 def test_groups_keep_to_themselves(product, name, spoilt):
-    """What is not finite in one group's channels is seen by that group alone."""
+    """NaN and infinity in one group's channels affect only that group."""
     table, _, _, definition = PRODUCTS[product]
     c = Correlation(Window((4, 5), (3, 2), (1, 2), ((1, 0), (0, 0)), (1, 1)), 6, np.dtype(np.float64))
     a, b = numbers(*operands(product, (2, 4, 5, 12), (3, 2, 2, 6), (2, *c.window.out, 6)))
@@ -366,16 +366,16 @@ def test_groups_keep_to_themselves(product, name, spoilt):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Nothing emits negative padding (openxla/xla#48713)
+# No negative padding in any program (openxla/xla#48713)
 
 NEGATIVE = re.compile(r"(?:pad|low|high) = \[[^=]*-\d|pad(?:ding)?=[\d_x]*-\d")
 
-#: Padding that reaches beyond the patch, where a full correlation would need less than none; and rows of all ops.
+#: Padding beyond the kernel's reach, where a full correlation would need negative padding; and rows of all ops.
 PADDED = {case: None for case in CASES if case.op == "conv" and case.plain is None} | dict.fromkeys(covering(CASES))
 
 
 def lowered(f, *args):
-    """The program for CPU, before and after XLA's passes, and what other platforms are given."""
+    """Yield the programs lowered for CPU, CUDA and TPU, and the CPU program after XLA's passes."""
     for platform in ("cpu", "cuda", "tpu"):
         yield jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text()
     yield compiled(f).lower(*args).compile().as_text()
@@ -388,7 +388,7 @@ def test_no_negative_padding(case):
 
 
 def test_negative_padding_would_be_seen():
-    """Stock JAX's does it, in all four."""
+    """Stock JAX has negative padding in all four programs."""
     x, w = np.ones((1, 4, 6, 8)), np.ones((1, 2, 8, 8))
 
     def stock(x, w):
@@ -400,7 +400,7 @@ def test_negative_padding_would_be_seen():
 
     for program in lowered(with_cotangents(stock), (x, w), np.ones((1, 4, 9, 8))):
         assert NEGATIVE.search(program), program
-    for program in list(lowered(cut, x))[:3]:  # XLA makes a slice of it
+    for program in list(lowered(cut, x))[:3]:  # XLA turns it into a slice
         assert NEGATIVE.search(program), program
 
 
@@ -410,26 +410,26 @@ def test_negative_padding_would_be_seen():
 
 @pytest.fixture(params=["unrolled", "long"])
 def form(request, monkeypatch):
-    """Each window function has a form for few taps and one for many; here all windows take the one, then the other."""
+    """Make all windows use the form for few taps, or the form for many, that each window function has."""
     monkeypatch.setattr(windows, "UNROLLED", {"unrolled": 10**6, "long": 0}[request.param])
 
 
 def some_is_real(win):
-    """Whether no window lies wholly in padding: such have no winner, and are refused above."""
+    """Return whether no window is entirely in padding; such windows have no winner, and the ops refuse them."""
     return all(win.inside(dim).any(1).all() for dim in range(win.ndim))
 
 
 def spoiled(rng, shape):
-    """Small whole numbers, many of them alike; NaN and infinities among them."""
+    """Draw small integers with many ties, and NaN and infinities among them."""
     return np.where(rng.uniform(size=shape) < 0.5, rng.choice([np.nan, np.inf, -np.inf], shape), ties(rng, shape))
 
 
 def lowest(rng, shape):
-    """Mostly −∞, which is also what padding is filled with."""
+    """Draw mostly −∞, which is also the padding value."""
     return np.where(rng.uniform(size=shape) < 0.8, -np.inf, ties(rng, shape))
 
 
-# `form` stays the same over all examples, which is what is wanted of it.
+# `form` stays the same over all examples, as intended.
 over_examples = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -456,7 +456,7 @@ def test_largest(form, win, batch, draw, seed):
     st.integers(0),
 )
 def test_largest_side_by_side(monkeypatch, reduced, dims, batch, draw, seed):
-    """With what is left over at the end; windows reduced, and tap by tap."""
+    """Windows side by side with a remainder at the end, both with reductions and tap by tap."""
     monkeypatch.setattr(windows, "REDUCED", reduced)
     out, size, rest = zip(*dims, strict=True)
     shape = tuple(o * k + min(r, k - 1) for o, k, r in zip(out, size, rest, strict=True))
@@ -474,7 +474,7 @@ def test_largest_side_by_side(monkeypatch, reduced, dims, batch, draw, seed):
 @over_examples
 @given(drawn_windows(pads=(1, 0, 2)), st.sampled_from(BATCHES), st.sampled_from((0.5, 1.0, 0.0)), st.integers(0))
 def test_take_and_place(form, win, batch, passed, seed):
-    """Against their definitions and each other; where the winner is `nothing`, none is read and none gets δ."""
+    """`take` and `place` match their definitions and each other; a winner of `nothing` reads and writes nothing."""
     assume(some_is_real(win))
     rng = np.random.default_rng(seed)
     x, y = normal(rng, (batch, *win.shape, 2)), normal(rng, (batch, *win.out, 2))
@@ -491,8 +491,8 @@ def test_take_and_place(form, win, batch, passed, seed):
 @over_examples
 @given(drawn_windows(), st.sampled_from(BATCHES))
 def test_window_sum_and_spread(form, win, batch):
-    # Where the one entry of a picture lies between the taps of a dilated window, XLA:CPU's reduce_window adds it all
-    # the same (jaxlib 0.10.2); such windows lie wholly in padding, and are refused above.
+    # If the only element of an input is between the taps of a dilated window, XLA:CPU's reduce_window still adds it
+    # (jaxlib 0.10.2). Such windows are entirely in padding, and the ops refuse them.
     assume(some_is_real(win))
     rng = np.random.default_rng(3)
     x, y = normal(rng, (batch, *win.shape, 2)), normal(rng, (batch, *win.out, 2))
@@ -506,7 +506,7 @@ def test_window_sum_and_spread(form, win, batch):
     ("size", "dtype"), [((15, 17), np.uint8), ((16, 16), np.uint16), ((255, 257), np.uint16), ((256, 256), np.uint32)]
 )
 def test_winner_is_numbered_in_the_smallest_integer(size, dtype):
-    """With one number to spare, for `nothing`."""
+    """One number is reserved for `nothing`."""
     win = Window(size, size, size, ((0, 0), (0, 0)), (1, 1))
     x = jnp.zeros((1, *size, 1), jnp.float32).at[0, -1, -1, 0].set(1)
     winner = jax.jit(lambda x: windows.largest(win, x)[1])(x)
@@ -522,7 +522,7 @@ def test_winner_is_numbered_in_the_smallest_integer(size, dtype):
 @pytest.mark.parametrize("shape", [(8, 4, 6, 3), (5, 7, 3, 2), (12, 1, 10, 3), (0, 4, 2, 3), (3, 0, 2, 3)], ids=str)
 @pytest.mark.parametrize("dims", [(0, 1, 2), (1, 2), (0,), (0, 2)], ids=str)
 def test_sums_by_halves(shape, dims):
-    """Of even and odd lengths, of one, and of none."""
+    """Sums over dims of even and odd length, of length one, and empty."""
     (x,) = numbers(shape)
     for found in (sums.halved(dims, x), compiled(lambda x: sums.sum_computed(dims, x))(x)):
         np.testing.assert_allclose(found, x.sum(dims), rtol=1e-12, atol=1e-13)

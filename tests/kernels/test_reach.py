@@ -1,7 +1,7 @@
-"""What one entry reaches: a value that is not finite, or large, changes the outputs and gradients that see it alone.
+"""A NaN, infinite or large element changes only the outputs and gradients that depend on it.
 
-The layers are those that Winograd's form, or another that mixes neighbors, would take. Batch sizes differ because the
-choice of a lowering depends on them.
+The layers are those for which Winograd's form, or another form that mixes neighbors, could be chosen. Batch sizes
+differ because the choice of a lowering depends on them.
 """
 
 import jax
@@ -15,12 +15,12 @@ import jaxcnn
 from jaxcnn.kernels import correlation
 from tests.cases import compiled, with_cotangents
 
-#: side, inputs, outputs, kernel size, padding.
+#: Side, input channels, output channels, kernel size, padding.
 LAYERS = {"3x3": (8, 64, 64, 3, 1), "5x5": (12, 32, 64, 5, 0)}
 
 
 def layer(name, batch):
-    """``conv``, and x, w, δ in float32."""
+    """Return compiled ``conv`` with its cotangents, and x, w, δ in float32."""
     side, inputs, outputs, size, pad = LAYERS[name]
     rng = np.random.default_rng(batch)
     out = side + 2 * pad - size + 1
@@ -30,7 +30,10 @@ def layer(name, batch):
 
 
 def windows_of(name, at, n, offset):
-    """Which of ``n`` places along a dim meet entry ``at``: outputs of an input, or with −offset inputs of an output."""
+    """Return which of ``n`` positions along a dim meet element ``at``.
+
+    With ``offset`` these are the outputs that depend on an input; without it, the inputs that an output depends on.
+    """
     size, pad = LAYERS[name][3:]
     first = at + pad - size + 1 if offset else at - pad
     return np.isin(np.arange(n), np.arange(first, first + size))
@@ -39,7 +42,7 @@ def windows_of(name, at, n, offset):
 @pytest.mark.parametrize("batch", [1, 8, 32])
 @pytest.mark.parametrize("name", LAYERS)
 def test_what_is_not_finite_reaches_what_sees_it(name, batch):
-    """A NaN, then an infinity, in x, then in δ; all else is as without it."""
+    """With a NaN or an infinity in x, and then in δ, all results that do not depend on it are unchanged."""
     run, x, w, delta = layer(name, batch)
     y, (delta_x, grad_w) = run((x, w), delta)
     image, row, column, channel = batch // 2, 4, 5, 3
@@ -69,7 +72,7 @@ def test_what_is_not_finite_reaches_what_sees_it(name, batch):
 @pytest.mark.parametrize("hot", [1e4, 1e6])
 @pytest.mark.parametrize("name", LAYERS)
 def test_errors_are_those_of_what_an_output_sees(name, hot):
-    """One large entry of x, then of δ: each result is within 1e-5 of Σ|x||w| of PyTorch's in float64."""
+    """With one large element in x and δ, each result is within 1e-5 of Σ|x||w| of PyTorch's float64 result."""
     run, x, w, delta = layer(name, 32)
     x[16, 4, 5, 3] = delta[16, 4, 5, 3] = hot
     pad = LAYERS[name][-1]
@@ -87,9 +90,9 @@ def test_errors_are_those_of_what_an_output_sees(name, hot):
 
 
 def test_gradients_of_a_deep_net_are_as_exact_as_stock_jaxs():
-    """VGG16's 13 layers, of 64 channels, against plain JAX in float64, parameter by parameter.
+    """VGG16's 13 layers with 64 channels, compared with plain JAX in float64, parameter by parameter.
 
-    Larger rounding finds a ReLU on its edge: with these numbers Winograd's form is off by 1e-3.
+    Larger rounding errors flip a ReLU at its threshold: with these numbers Winograd's form is off by 1e-3.
     """
     rng = np.random.default_rng(3)
     inputs = [3, *(64,) * 12]
@@ -133,7 +136,7 @@ def program_lines(f, *shapes):
     return len(jax.jit(f).lower(*(jnp.zeros(shape, jnp.float32) for shape in shapes)).as_text().splitlines())
 
 
-#: op, shapes of x and w, options. The second of each pair has many more taps than the first.
+#: Op, shapes of x and w, options. The second kernel has many more taps than the first.
 LARGE = {
     "depthwise": (jaxcnn.depthwise_conv, (2, 40, 40, 8), [(9, 9, 1, 8), (31, 31, 1, 8)], {"padding": "SAME"}),
     "depthwise 1-D": (jaxcnn.depthwise_conv, (2, 900, 4), [(90, 1, 4), (800, 1, 4)], {}),
@@ -148,7 +151,7 @@ LARGE = {
 
 @pytest.mark.parametrize("name", LARGE)
 def test_programs_do_not_grow_with_the_kernel(name):
-    """Forward and both cotangents: up to 25 times as many taps, at most half as many lines more."""
+    """For up to 25 times as many taps, forward and both cotangents have at most 1.5 times as many lines."""
     op, x, kernels, options = LARGE[name]
     run = with_cotangents(lambda x, w: op(x, w, **options))
 
@@ -162,7 +165,7 @@ def test_programs_do_not_grow_with_the_kernel(name):
 
 @pytest.mark.parametrize("size", [16, 32])
 def test_patches_far_apart_are_copied_row_by_row(size):
-    """The gradient of a kernel whose windows lie side by side, as vision transformers cut an image."""
+    """The gradient of a kernel with non-overlapping windows, as in vision transformers' patch embedding."""
     win_lines = program_lines(
         lambda x, d: correlation.match(
             correlation.Correlation(
@@ -185,7 +188,7 @@ def test_patches_far_apart_are_copied_row_by_row(size):
 @pytest.mark.parametrize("spoilt", [np.nan, np.inf])
 @pytest.mark.parametrize("mode", ["full", "same", "valid"])
 def test_signals_keep_what_is_not_finite_within_reach(mode, spoilt, method):
-    """In a, then in δ: results and gradients that meet the entry are not finite, all others are as without it."""
+    """For an element of a, then of δ: results that depend on it are not finite, and all others are unchanged."""
     rng = np.random.default_rng(0)
     a, v = rng.standard_normal((17, 20)), rng.standard_normal((3, 4))
     run = compiled(with_cotangents(lambda a, v: jaxcnn.correlate(a, v, mode, method=method)))
@@ -219,7 +222,7 @@ def test_signals_keep_what_is_not_finite_within_reach(mode, spoilt, method):
 
 @pytest.mark.parametrize("spoilt", [np.nan, np.inf, 1e3])
 def test_a_template_is_matched_beside_what_is_not_finite(spoilt):
-    """Windows that do not hold the entry, against NumPy's correlation coefficients, forward and backward."""
+    """Windows without the element agree with NumPy's correlation coefficients, forward and backward."""
     rng = np.random.default_rng(0)
     image, template = rng.standard_normal((24, 22)), rng.standard_normal((13, 12))
     image[2, 3] = spoilt
@@ -230,7 +233,7 @@ def test_a_template_is_matched_beside_what_is_not_finite(spoilt):
     expected = [np.corrcoef(window.ravel(), template.ravel())[0, 1] for window in windows[clear]]
     np.testing.assert_allclose(y[clear], expected, rtol=1e-8, atol=1e-8)
     assert np.isfinite(y).all() == np.isfinite(spoilt)
-    # Entries that share no window with it: none before row 15 and column 15 at once.
+    # Elements that share no window with it: row or column 15 and beyond.
     apart = np.array([[i >= 15 or j >= 15 for j in range(22)] for i in range(24)])
     assert np.isfinite(of_image[apart]).all()
     image[2, 3] = 0.5
@@ -239,11 +242,14 @@ def test_a_template_is_matched_beside_what_is_not_finite(spoilt):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Loops over taps under JAX's transformations
+# Loops over taps under transformations
 
 
 def test_large_kernels_under_transformations():
-    """A 9 × 9 depthwise kernel, forward and both cotangents: PyTorch, a batch split over devices in all ways, vmap."""
+    """A 9 × 9 depthwise kernel agrees with PyTorch, with a batch split in every way and under vmap.
+
+    The forward result and both cotangents are compared.
+    """
     rng = np.random.default_rng(0)
     x, w, delta = (rng.standard_normal(shape) for shape in ((2, 12, 11, 4), (9, 9, 1, 4), (2, 12, 11, 4)))
     run = with_cotangents(lambda x, w: jaxcnn.depthwise_conv(x, w, padding="SAME"))

@@ -1,4 +1,4 @@
-"""Convolutions of the case table by the lowerings that larger ones take: so small ones are left to XLA's own."""
+"""Convolutions of the case table with the lowerings of larger ones; by default XLA computes the small ones."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from jaxcnn.kernels import correlation
 from tests import checks
 from tests.cases import CASES, covering
 
-# Copies, for a case keeps what it has compiled.
+# Copies, because a case caches its compiled functions.
 FAMILY = [dataclasses.replace(case) for case in CASES if case.op in ("conv", "depthwise_conv", "conv_transpose")]
 FEW = list(covering(FAMILY))
 ONE_EACH = [next(case for case in FAMILY if case.op == op) for op in dict.fromkeys(case.op for case in FAMILY)]
@@ -17,7 +17,7 @@ ONE_EACH = [next(case for case in FAMILY if case.op == op) for op in dict.fromke
 
 @pytest.fixture(scope="module", autouse=True)
 def none_is_small():
-    """JAX remembers what it traced, and with it what was chosen."""
+    """Disable the limit for small products, and clear JAX's caches, which hold earlier choices."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(correlation, "SMALL", 0)
         jax.clear_caches()

@@ -1,4 +1,4 @@
-"""What a forward half keeps is in memory, not computed again in the backward half."""
+"""Residuals of the forward pass are in memory and not recomputed in the backward pass."""
 
 import re
 
@@ -14,7 +14,7 @@ from tests.cases import compiled
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
 W = jnp.asarray(np.random.default_rng(1).normal(size=(3, 3, 3, 3)), jnp.float32)
 
-#: A function of x, and what its rule keeps as XLA writes types.
+#: A function of x, and the residual of its rule as XLA writes the type.
 KEEPS = {
     "relu": (lambda x: jaxcnn.relu(2 * x + 1), r"pred\[2,8,8,3\]"),
     "leaky_relu": (lambda x: jaxcnn.leaky_relu(2 * x + 1), r"pred\[2,8,8,3\]"),
@@ -27,7 +27,7 @@ KEEPS = {
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="other platforms are told nothing")
 @pytest.mark.parametrize("op", KEEPS)
 def test_rules_read_what_was_stored(op):
-    """A call that is not inlined has an array for its argument, and XLA fuses nothing into it."""
+    """XLA cannot fuse the computation of a residual into a call that is not inlined: its argument is an array."""
     f, kept = KEEPS[op]
     program = jax.jit(jax.grad(lambda x: jnp.sum(f(x) ** 2))).lower(X).compile().as_text()
     assert len(re.findall(rf"= {kept}\S* call\(", program)) == 1, program

@@ -1,4 +1,4 @@
-"""Products on all threads are the same products, to the last bit, and jaxlib 0.10 does divide them."""
+"""Products on all threads are bitwise equal to the original products, and jaxlib 0.10 does parallelize them."""
 
 import re
 
@@ -18,14 +18,14 @@ A, B = (jnp.asarray(np.random.default_rng(seed).normal(size=(4, 64, 64)), jnp.fl
 @pytest.mark.parametrize("first", [np.nan, np.inf, -np.inf, 0.0, -0.0, 3e38, -3e38])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, jnp.bfloat16])
 def test_nothing_is_added(first, dtype):
-    """Whatever stands where the zero is made."""
+    """The added zero changes nothing, whatever element it is made from."""
     product = jnp.array([[1.5, -0.0, 0.0], [np.inf, -np.inf, np.nan]], dtype)
     for a, b in ((A.at[0, 0, 0].set(first), B), (A, B.at[0, 0, 0].set(first)), (A, B.at[0, 0, 0].set(np.nan))):
         found = compiled(on_all_threads)(product, a.astype(dtype), b.astype(dtype))
         assert found.dtype == product.dtype
         found, expected = (np.asarray(a, np.float64) for a in (found, product))
         np.testing.assert_array_equal(found, expected)
-        np.testing.assert_array_equal(np.signbit(found[:, :2]), np.signbit(expected[:, :2]))  # NaN has none to keep
+        np.testing.assert_array_equal(np.signbit(found[:, :2]), np.signbit(expected[:, :2]))  # NaN has no sign
 
 
 def test_of_nothing():
@@ -70,7 +70,7 @@ def test_under_vmap_and_scan():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What XLA makes of it
+# XLA's compiled programs
 
 ONLY = pytest.mark.skipif(jax.default_backend() != "cpu" or not ONE_THREAD, reason="of jaxlib 0.10, on CPU")
 
@@ -82,7 +82,7 @@ def _correlation(batch, side, inputs, outputs):
 
 
 def _divided(f, *arguments):
-    """How many products stand in one computation with a reduction, and how many stand without."""
+    """Return the numbers of products in computations with and without a reduction."""
     computations = re.split(r"\n(?=%|ENTRY)", jax.jit(f).lower(*arguments).compile().as_text())
     found = [(len(re.findall(r" (?:convolution|dot)\(", c)), len(re.findall(r" reduce\(", c))) for c in computations]
     return sum(n for n, reductions in found if reductions), sum(n for n, reductions in found if not reductions)
@@ -100,7 +100,7 @@ def test_convolutions_stand_beside_a_reduction():
 @ONLY
 @pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (1, 2)])
 def test_float32_divided_is_float64_rounded(stride, dilation):
-    """The lowerings that Hypothesis draws are in float64, which is not divided."""
+    """Float32 is tested here because the lowerings that Hypothesis draws are in float64, which is not divided."""
     win = Window((19, 17), (3, 3), (stride, stride), ((dilation, dilation), (dilation, dilation)), (dilation, dilation))
     rng = np.random.default_rng(0)
     x, w, y = (normal(rng, shape) for shape in ((48, 19, 17, 24), (3, 3, 24, 40), (48, *win.out, 40)))
@@ -116,7 +116,7 @@ def test_float32_divided_is_float64_rounded(stride, dilation):
 
 @ONLY
 def test_each_beside_its_own():
-    """Also two of one picture, and in a loop with one patch."""
+    """Two products of one input, and a loop with one kernel, are parallelized as well."""
     c, x, w = _correlation(64, 16, 32, 32)
 
     def two(x, v, w):
@@ -135,7 +135,7 @@ def test_batched_products_stand_beside_a_reduction():
         return batched_product(a, b, 2, 1, None)
 
     assert _divided(f, A, B) == (1, 0)
-    assert _divided(f, A[:, :8], B[:, :, :8]) == (0, 1)  # too little to divide
+    assert _divided(f, A[:, :8], B[:, :, :8]) == (0, 1)  # too small to divide
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What conv promises beyond the properties of the table: the cases in which stock JAX is wrong, and the flip."""
+"""Properties of conv beyond the case table: the cases where stock JAX is wrong, and the flip."""
 
 import itertools
 import re
@@ -12,8 +12,8 @@ import jaxcnn
 from tests import oracles
 from tests.agreement import assert_agrees, random_delta
 
-# In 18 of these 90 `jax.vjp` of stock conv is wrong on XLA:CPU, by up to infinity (openxla/xla#48713): its input
-# gradient asks for negative padding, and reads out of bounds.  So PyTorch is the oracle.
+# In 18 of these 90 cases `jax.vjp` of stock conv is wrong on XLA:CPU, with unbounded error (openxla/xla#48713): its
+# input gradient uses negative padding and reads out of bounds. So PyTorch is the oracle.
 STOCK_IS_WRONG_IN_SOME = list(itertools.product([1, 2, 3], [0, 2, 3, 4, 5], [0, 1, 3], [6, 7]))
 
 
@@ -53,7 +53,7 @@ def test_corners(name):
 
 
 def test_the_remainder_of_the_stride_gets_nothing():
-    """Windows of 3 at 0, 2, 4 of 8 entries: the last is in none of them."""
+    """Windows of 3 start at 0, 2 and 4 of 8 elements, so none contains the last."""
     x, w = np.random.default_rng(0).standard_normal((1, 8, 2)), np.random.default_rng(1).standard_normal((3, 2, 4))
     y, (delta_x, _) = assert_agrees(jaxcnn.conv, oracles.conv, x, w, options={"stride": 2})
     assert y.shape == (1, 3, 4)
@@ -88,7 +88,7 @@ UNDONE = {
 
 @pytest.mark.parametrize("name", UNDONE)
 def test_conv_transpose_leads_back(name):
-    """⟨conv(y, w), x⟩ = ⟨y, conv_transpose(x, w)⟩, and x has the shape of y again: it is conv's own δ rule."""
+    """⟨conv(y, w), x⟩ = ⟨y, conv_transpose(x, w)⟩, and the shape of y is restored: conv_transpose is conv's δ rule."""
     y_shape, w_shape, options = UNDONE[name]
     rng = np.random.default_rng(0)
     y, w = rng.standard_normal(y_shape), rng.standard_normal(w_shape)
@@ -101,7 +101,7 @@ def test_conv_transpose_leads_back(name):
 
 
 def left_over(y_shape, w_shape, *, stride=1, padding="VALID", dilation=1, groups=1):
-    """What of y lies behind conv's last window: so much more is wanted back."""
+    """Return the ``output_padding`` for the elements of y after conv's last window."""
     if padding in ("SAME", "SAME_LOWER"):
         return 0
     ndim = len(y_shape) - 2
@@ -122,13 +122,13 @@ def test_depthwise_conv_is_conv_with_as_many_groups_as_channels():
     rng = np.random.default_rng(0)
     x, w, b = rng.standard_normal((2, 6, 7, 3)), rng.standard_normal((3, 2, 1, 6)), rng.standard_normal(6)
     np.testing.assert_array_equal(jaxcnn.depthwise_conv(x, w, b), jaxcnn.conv(x, w, b, groups=3))
-    # Output c·M + m is channel c with its patch m.
+    # Output c·M + m is channel c with its kernel m.
     alone = jaxcnn.conv(x[..., 1:2], w[..., 3:4])
     np.testing.assert_allclose(jaxcnn.depthwise_conv(x, w)[..., 3:4], alone, rtol=1e-12)
 
 
 def test_the_patch_is_turned_on_the_way_back():
-    """Lecture §15: δ_x is the full correlation of δ with the patch turned by 180°; without the turn it is wrong."""
+    """Lecture §15: δ_x is the full correlation of δ with the kernel flipped by 180°; without the flip it is wrong."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, 6, 6, 1))
     w = np.array([[1.0, 0.0, 0.0], [2.0, 3.0, 0.0], [4.0, 5.0, 6.0]])[:, :, None, None]  # a right triangle
@@ -165,12 +165,12 @@ def test_a_gradient_that_is_differentiated_keeps_its_value(padding):
     np.testing.assert_allclose(jax.vjp(delta_x, w)[0], delta_x(w), rtol=1e-12)
 
 
-#: As MLIR writes it for a product of matrices, and for a convolution.
+#: How MLIR writes it for a matrix product and for a convolution.
 PRECISION = r"precision(?:_config)? = \[(?:#stablehlo<precision )?(\w+)>?, (?:#stablehlo<precision )?(\w+)>?\]"
 
 
 def precisions(run, *args):
-    """Of every product of a program, on every platform."""
+    """Yield the precision of every product of a program, on every platform."""
     text = jax.jit(run).trace(*args).lower(lowering_platforms=("cpu", "cuda", "tpu")).as_text()
     for product in re.findall(r"stablehlo\.(?:convolution|dot_general)\b.*", text):
         found = re.search(PRECISION, product)
@@ -199,7 +199,7 @@ LAYERS = {
 @pytest.mark.parametrize("spelled", SPELLED)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_precision_is_that_of_every_product(layer, spelled, rule):
-    """Of the forward half and of both cotangents: on CPU no number would show it."""
+    """This checks programs of the forward pass and of both cotangents, because results on CPU would not show it."""
     op, *shapes = LAYERS[layer]
     precision, expected = SPELLED[spelled]
 
@@ -214,7 +214,7 @@ def test_precision_is_that_of_every_product(layer, spelled, rule):
 
 @pytest.mark.parametrize("padding", ["REFLECT", "REPLICATE", "CIRCULAR"])
 def test_forward_mode_with_a_picture_that_is_repeated(padding):
-    """Also what extends the picture is plain JAX then."""
+    """The code that extends the input is plain JAX in this case."""
     rng = np.random.default_rng(0)
     x, v = rng.standard_normal((2, 1, 5, 6, 2))
     w, narrow = rng.standard_normal((3, 3, 2, 2)), rng.standard_normal((3, 3, 1, 2))
@@ -230,7 +230,7 @@ def test_forward_mode_with_a_picture_that_is_repeated(padding):
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize(("inputs", "outputs"), [(0, 4), (4, 0), (0, 0)])
 def test_no_channels(inputs, outputs, groups):
-    """Sums over nothing, and gradients of nothing."""
+    """Empty sums and empty gradients are supported."""
     x, w = np.ones((2, 6, 5, inputs), np.float32), np.ones((3, 3, inputs // groups, outputs), np.float32)
     y, pull = jax.vjp(lambda x, w: jaxcnn.conv(x, w, groups=groups), x, w)
     delta_x, grad_w = pull(np.ones((2, 4, 3, outputs), np.float32))
@@ -242,7 +242,7 @@ def test_no_channels(inputs, outputs, groups):
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_programs_do_not_grow_with_the_stride(groups):
-    """Most remainders by a long stride meet no tap."""
+    """With a large stride, most phases have no tap."""
     x, w = np.ones((1, 33, 33, 4), np.float32), np.ones((3, 3, 4 // groups, 8), np.float32)
 
     def program(stride):

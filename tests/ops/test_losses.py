@@ -1,4 +1,4 @@
-"""The errors against optax, whose other losses are used beside them: values, δ, and where numbers end."""
+"""The losses compared with optax: values, δ, and limits of the number range."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ INF = np.inf
 
 
 def assert_as_optax(ours, theirs, *arrays, **tolerance):
-    """The same value and, for a random δ, the same δ of every array."""
+    """Assert that values and, for a random δ, all cotangents agree with optax."""
     delta = random_delta(jax.eval_shape(ours, *arrays))
     (y, found), (expected_y, expected) = (pulled(f, arrays, delta) for f in (ours, theirs))
     np.testing.assert_allclose(y, expected_y, **(tolerance or CLOSE))
@@ -40,7 +40,7 @@ def normal(*shape):
 def test_values_and_delta(shape):
     logits, targets = normal(*shape), np.random.default_rng(1).uniform(0.1, 1, shape)
     assert_as_optax(jaxcnn.squared_error, optax.squared_error, logits, targets)
-    assert_as_optax(jaxcnn.softmax_cross_entropy, optax.softmax_cross_entropy, logits, targets)  # rows sum to no 1
+    assert_as_optax(jaxcnn.softmax_cross_entropy, optax.softmax_cross_entropy, logits, targets)  # rows do not sum to 1
     assert_as_optax(*of_labels(np.random.default_rng(2).integers(0, shape[-1], shape[:-1])), logits)
 
 
@@ -60,7 +60,7 @@ def test_labels_are_targets_that_are_one_hot():
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_huge_logits_neither_overflow_nor_lose_the_error(dtype):
-    """optax, in float64 here, loses log 3 = 1.0986 against logits of 10⁴ in float32: it subtracts after the log."""
+    """optax runs in float64; in float32 it loses log 3 = 1.0986 against 10⁴, because it subtracts after the log."""
     logits = np.array([[1e4, -1e4, 0], [1e4, -1e4, 0], [-1e4, -1e4, -1e4], [1e4, 1e4, 1e4]])
     labels, delta = np.array([0, 1, 2, 0]), normal(4)
     expected_y, (expected,) = pulled(of_labels(labels)[1], (logits,), delta)
@@ -75,7 +75,7 @@ def test_huge_logits_neither_overflow_nor_lose_the_error(dtype):
 
 
 def test_a_class_that_is_ruled_out_costs_nothing_where_its_target_is_zero():
-    """0·log 0 = 0; optax has a loss of its own for this."""
+    """0·log 0 = 0; optax has a separate loss for this."""
     logits, targets = np.array([[-INF, 0.0, 1.0], [2.0, -INF, -INF]]), np.array([[0.0, 0.25, 0.75], [1.0, 0.0, 0.0]])
     delta = normal(2)
     (y, (found, _)), (expected_y, (expected, _)) = (
@@ -96,7 +96,7 @@ def test_a_class_that_is_ruled_out_and_true_costs_infinity():
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64])
 @pytest.mark.parametrize("classes", [5, 128, 256, 300])
 def test_every_integer_dtype_names_every_class_that_it_can_hold(dtype, classes):
-    """Also where the number of classes is more than the dtype can hold: 256 classes fit a byte's labels."""
+    """This holds even if there are more classes than the dtype can hold: 256 classes with labels of one byte."""
     top = min(classes, np.iinfo(dtype).max + 1) - 1
     labels = np.array([0, top, top // 2], dtype)
     logits = normal(3, classes)
@@ -117,7 +117,7 @@ def test_labels_that_are_known_are_looked_at_inside_a_trace_too():
 
 
 def test_labels_out_of_range_under_jit_are_nan_in_the_error_and_in_delta():
-    """Where they cannot be looked at.  The other rows are not touched."""
+    """Under jit, labels cannot be validated. Other rows are not affected."""
     logits, labels, delta = normal(4, 5), np.array([2, -1, 5, 0]), normal(4)
 
     @jax.jit
@@ -151,7 +151,7 @@ LOSSES = {
 
 
 def doubled(call, delta):
-    """A rule that also knows its op, and the op elsewhere."""
+    """Return twice the exact δ, after checking that a rule can read its op and call it at other inputs."""
     assert call.name in LOSSES
     y, *others = call.inputs
     assert call.at(y + 1, *others).output.shape == call.output.shape
@@ -175,12 +175,12 @@ def test_another_rule(name):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A δ of 0 gives 0
+# δ = 0 gives 0
 
 
 @pytest.mark.parametrize("compile_it", [True, False])
 def test_labels_that_are_masked_out_have_no_gradient(compile_it):
-    """The value and the gradient of PyTorch's `ignore_index`, and those of optax."""
+    """The value and the gradient agree with PyTorch's `ignore_index` and with optax."""
     logits, labels = normal(6, 5), np.array([2, -100, 0, -100, 7, 4])
 
     def masked(loss):
@@ -189,7 +189,7 @@ def test_labels_that_are_masked_out_have_no_gradient(compile_it):
     grad = jax.value_and_grad(masked(jaxcnn.softmax_cross_entropy_with_integer_labels))
     if compile_it:
         found_y, found = jax.jit(grad)(logits, labels)
-    else:  # traced, though nothing is compiled
+    else:  # traced, although nothing is compiled
         found_y, found = (a[0] for a in jax.vmap(grad)(logits[None], labels[None]))
     expected_y, expected = jax.value_and_grad(masked(optax.softmax_cross_entropy_with_integer_labels))(logits, labels)
     of_torch = torch.tensor(logits, requires_grad=True)
@@ -204,7 +204,7 @@ def test_labels_that_are_masked_out_have_no_gradient(compile_it):
 @pytest.mark.parametrize("wrong", [INF, -INF, np.nan])
 @pytest.mark.parametrize("loss", [jaxcnn.squared_error, jaxcnn.softmax_cross_entropy])
 def test_rows_that_are_masked_out_have_no_gradient(loss, wrong):
-    """Predictions and targets of masked rows may be anything; the other rows have the gradient that they have alone."""
+    """Masked rows may have any predictions and targets; the other rows have the same gradient as without them."""
     y, target, keep = normal(4, 3), np.abs(normal(4, 3)), np.array([True, False, True, False])
     marred = y.copy(), target.copy()
     marred[0][1], marred[1][3, 0] = wrong, wrong
@@ -219,7 +219,7 @@ def test_rows_that_are_masked_out_have_no_gradient(loss, wrong):
 
 
 def test_the_rule_of_the_rule_where_delta_is_zero():
-    """With respect to δ the derivative at δ = 0 is the slope, as elsewhere."""
+    """The derivative with respect to δ at δ = 0 is the slope, as elsewhere."""
     logits, labels = normal(2, 3), jnp.array([0, 2])
 
     def pull(delta):

@@ -1,4 +1,4 @@
-"""`batch_norm` over named axes of devices, against PyTorch's on the whole batch."""
+"""`batch_norm` over named axes of devices, compared with PyTorch's on the whole batch."""
 
 import functools
 
@@ -19,7 +19,7 @@ FACTOR, DIRECTION = RNG.standard_normal(X.shape), RNG.standard_normal(X.shape)
 
 
 def error(norm, x, scale, bias, factor):
-    """Of second degree in what the norm returns, so that its second derivative has every term."""
+    """Return a loss that is nonlinear in the norm's result, so that its second derivative has every term."""
     y = norm(x, scale, bias)
     return (y * factor).sum() + (y**3).sum()
 
@@ -29,7 +29,7 @@ def parts(a):
 
 
 def by_shard_map(norm, check_vma=True):
-    """The sum of the devices' errors."""
+    """Return a function that sums the losses of all devices."""
     mesh = jax.make_mesh((DEVICES,), ("i",), axis_types=(AxisType.Auto,))
     split, whole = PartitionSpec("i"), PartitionSpec()
     return jax.shard_map(
@@ -52,7 +52,7 @@ WAYS = {
 
 
 def expected():
-    """Value, gradients, and the derivative of δ_x along a direction, of the whole batch by PyTorch."""
+    """Compute value, gradients, and the derivative of δ_x along a direction for the whole batch in PyTorch."""
     leaves = [torch.tensor(a, requires_grad=True) for a in (X, SCALE, BIAS)]
     total = error(lambda *args: oracles.batch_norm(*args), *leaves, torch.tensor(FACTOR))
     found = torch.autograd.grad(total, leaves, create_graph=True)
@@ -81,7 +81,7 @@ def test_several_axes():
 
 
 def test_a_layer_takes_named_axes():
-    """It is made and summed up where they do not exist, and calibrated without them."""
+    """The layer can be initialized, summarized and calibrated outside the named axes."""
     named, plain = (serial(Conv(2, 1), BatchNorm(axis_name=name)) for name in ("i", None))
     params = named.init(jax.random.key(0), (3, 2), np.float64)
     assert named.summary((3, 2)).parameters == plain.summary((3, 2)).parameters

@@ -1,4 +1,4 @@
-"""``rule=``: another backward half, for every op that takes one."""
+"""``rule=`` replaces the backward pass of every op that takes one."""
 
 import contextlib
 import copy
@@ -26,7 +26,7 @@ def normal(*shape, seed=0):
 PICTURE = normal(2, 6, 6, 3)
 
 OPS = {
-    # name: (op of its arrays, arrays that have a δ, what Call.geometry is)
+    # name: (op as a function of its arrays, differentiable arrays, type of Call.geometry)
     "relu": (jaxcnn.relu, (PICTURE,), type(None)),
     "silu": (jaxcnn.silu, (PICTURE,), Activation),
     "leaky_relu": (functools.partial(jaxcnn.leaky_relu, negative_slope=0.3), (PICTURE,), Activation),
@@ -45,7 +45,7 @@ OPS = {
 
 @pytest.mark.parametrize("name", OPS)
 def test_what_a_rule_may_read(name):
-    """Name, inputs and output as they were, the geometry, the exact rule, and the same op at other inputs."""
+    """A rule reads name, inputs, output, geometry, the exact rule, and the same op at other inputs."""
     op, arrays, kind = OPS[name]
     expected_y, pull = jax.vjp(op, *arrays)
     elsewhere_y, elsewhere_pull = jax.vjp(op, *(a + 1 for a in arrays))
@@ -76,7 +76,7 @@ def test_what_a_rule_may_read(name):
 
 
 def test_a_rule_of_avg_pool_dropout_and_the_error_of_labels():
-    """Their inputs are not only arrays that have a δ, or their geometry has no public type."""
+    """These ops have inputs other than differentiable arrays, or a geometry without a public type."""
 
     def doubled(call, delta):
         first, *rest = call.exact(delta)
@@ -96,12 +96,12 @@ def test_a_rule_of_avg_pool_dropout_and_the_error_of_labels():
 
 
 def backwards(call, delta):
-    """Guided backpropagation's half of ReLU (Springenberg et al. 2015): only positive δ goes through."""
+    """Guided backpropagation's rule for ReLU (Springenberg et al. 2015): only positive δ passes."""
     return (jnp.where(delta > 0, call.exact(delta)[0], 0),)
 
 
 def test_a_rule_under_jit_vmap_and_grad():
-    """A rule is differentiated as it is written: the δ of its δ is its own."""
+    """A rule is differentiated as written, so second derivatives are those of the rule."""
     x, delta, xi = (normal(4, 5, seed=seed) for seed in range(3))
 
     def pulled(x, delta):
@@ -126,7 +126,7 @@ def test_cotangents_take_the_dtype_of_their_primals():
 
 
 def test_no_cotangent_is_zero():
-    """None stops δ, as in feedback alignment with frozen patches."""
+    """None stops δ, as in feedback alignment with frozen kernels."""
     x, w = normal(2, 5, 5, 3), normal(3, 3, 3, 4)
 
     def frozen(call, delta):
@@ -140,7 +140,7 @@ def test_no_cotangent_is_zero():
 
 @pytest.mark.parametrize("case", [case for case in one_each(CASES) if case.takes_rule], ids=str)
 def test_equal_calls_have_the_same_name_and_equal_geometry(case):
-    """Hashable, as what is static must be: a rule may hand it to a function that is jitted or cached."""
+    """Geometries are hashable, so a rule can pass them as static arguments or cache keys."""
     seen = []
 
     def note(call, delta):
@@ -168,7 +168,7 @@ def test_the_sum_where_a_residual_comes_back(rule):
 
 
 def test_a_rule_that_is_not_called_costs_nothing():
-    """The value alone never looks at the rule."""
+    """Computing only the value never calls the rule."""
 
     def broken(call, delta):
         raise AssertionError
@@ -178,7 +178,7 @@ def test_a_rule_that_is_not_called_costs_nothing():
 
 @pytest.mark.parametrize("name", OPS)
 def test_forward_mode_with_autodiff_alone(name):
-    """What `custom_vjp` cannot do, ``rule=autodiff`` can; its numbers are those of the exact rule's transpose."""
+    """`custom_vjp` has no forward mode, but ``rule=autodiff`` does; it agrees with the transpose of the exact rule."""
     op, arrays, _ = OPS[name]
     y, pull = jax.vjp(op, *arrays)
     delta, tangents = random_delta(y), tuple(random_delta(a, seed=3) for a in arrays)
@@ -191,12 +191,12 @@ def test_forward_mode_with_autodiff_alone(name):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Arrays that name the axes of a mesh in their types
+# Arrays with mesh axes in their types
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["jax.set_mesh", "no mesh set"])
 def test_a_split_is_part_of_the_type(inside):
-    """The batch's for pictures; whoever splits the patch gets the numbers, and its gradient split like the patch."""
+    """Results are split along the batch only, have the same values, and each gradient is split like its array."""
     mesh = jax.make_mesh((2,), ("devices",), axis_types=(AxisType.Explicit,))
     x, w = PICTURE, normal(3, 3, 3, 4)
 

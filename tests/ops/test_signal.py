@@ -1,4 +1,4 @@
-"""`convolve`, `correlate`, `autocorrelate`, `match_template` against NumPy, SciPy, scikit-image, and autodiff."""
+"""`convolve`, `correlate`, `autocorrelate`, `match_template` compared with NumPy, SciPy, scikit-image, and autodiff."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from jaxcnn.ops import signal
 from jaxcnn.ops.signal import MODES, autocorrelate, convolve, correlate, match_template
 from tests.agreement import pulled
 
-PAIRS = [  # a and v: one longer than the other either way, even and odd, 2-D and 3-D, neither inside the other
+PAIRS = [  # a and v: either one longer, even and odd, 2-D and 3-D, neither inside the other
     ((9,), (4,)),
     ((4,), (7,)),
     ((5,), (1,)),
@@ -48,7 +48,7 @@ def skimage_match(image, template):
 
 
 def scipys(op, a, v, mode):
-    """SciPy's; where v is longer "same" is NumPy's in one dim."""
+    """Return SciPy's result, or NumPy's in 1-D if v is longer, where mode "same" differs."""
     theirs = scipy.signal if a.ndim > 1 or a.size >= v.size else np
     return getattr(theirs, op.__name__)(np.asarray(a), np.asarray(v), mode)
 
@@ -58,7 +58,7 @@ def fits(a, v):
 
 
 def cases(pairs=PAIRS):
-    """Every op of two signals with every pair and mode that goes with it."""
+    """Return every op of two signals with every pair and every applicable mode."""
     return [
         pytest.param(op, a, v, mode, id=f"{op.__name__}-{a}-{v}-{mode}")
         for op, (a, v), mode in itertools.product((convolve, correlate), pairs, MODES)
@@ -176,7 +176,7 @@ def test_flat_regions_give_zero_and_no_nan_in_gradients(value):
     flat = np.zeros(y.shape, bool)
     flat[:3, :4] = True
     np.testing.assert_array_equal(np.asarray(y) == 0, flat)
-    if value == 0.5:  # a number that scikit-image's running sums keep exact
+    if value == 0.5:  # a number that stays exact in scikit-image's running sums
         assert distance(y, skimage_match(image, template)) < 1e-12
     (ct,) = drawn(y.shape, seed=1)
     assert all(np.isfinite(g).all() for g in pull(ct))
@@ -191,7 +191,7 @@ def test_flat_templates_give_zero():
 
 
 def test_match_template_keeps_its_digits_on_a_bright_picture():
-    """Σ x² − (Σ x)²/n loses all of them here in float32."""
+    """Σ x² − (Σ x)²/n has no correct digits here in float32."""
     image, template = drawn((20, 20), (4, 5))
     bright = (100 + 0.01 * image).astype(np.float32)
     got = match_template(bright, template.astype(np.float32))
@@ -204,7 +204,7 @@ def test_match_template_keeps_its_digits_on_a_bright_picture():
 
 
 def table():
-    """(op, shapes of its inputs): every op here, every mode, both lowerings."""
+    """Return (op, input shapes) for every op here, in every mode, with both lowerings."""
     for param in cases():
         op, a, v, mode = param.values
         yield pytest.param(functools.partial(op, mode=mode), (a, v), id=param.id)
@@ -218,7 +218,7 @@ def table():
 
 @functools.partial(jax.jit, static_argnums=0)
 def once_and_twice(op, inputs, ct, cts):
-    """Value, cotangents, and the cotangents of these, for the inputs and for δ."""
+    """Return value, cotangents, and the cotangents of these for the inputs and for δ."""
 
     def once(ct, *inputs):
         y, pull = jax.vjp(op, *inputs)
@@ -264,7 +264,7 @@ def test_both_cotangents_are_adjoint_to_the_op(op, a, v, mode):
 
 
 def test_a_planted_error_is_seen():
-    """The patch left unturned on the way back (lecture §15) is not the gradient."""
+    """An unflipped kernel in the backward pass (lecture §15) gives a wrong gradient, which is detected."""
     a, v = drawn((9,), (4,))
 
     def unturned(call, delta):
@@ -320,7 +320,7 @@ def test_direct_is_exact_on_whole_numbers():
 
 @pytest.mark.parametrize("op", [convolve, correlate, autocorrelate])
 def test_direct_is_direct_on_the_way_back(op):
-    """One NaN of δ reaches only the entries that meet it."""
+    """One NaN in δ reaches only the elements that meet it."""
     shapes = ((140,), (130,)) if op is not autocorrelate else ((140,),)
     y, pull = jax.vjp(functools.partial(op, method="direct"), *drawn(*shapes))
     for cotangent in pull(y.at[0].set(jnp.nan)):
@@ -329,10 +329,10 @@ def test_direct_is_direct_on_the_way_back(op):
 
 @pytest.mark.parametrize("op", [convolve, correlate])
 def test_fft_is_a_transform(op):
-    """It rounds to the scale of the largest entry; the direct form rounds each result by itself."""
+    """FFT rounding errors scale with the largest element; the direct form rounds each result independently."""
     a, v = drawn((9,), (3,))
     large = a.at[0].set(1e12)
-    exact = op(a, v, method="direct")[3:-3]  # which do not meet the first entry
+    exact = op(a, v, method="direct")[3:-3]  # results that do not depend on the first element
     errors = {m: np.abs(op(large, v, method=m)[3:-3] - exact).max() for m in ("fft", "direct")}
     assert errors["direct"] < 1e-12
     assert 1e-6 < errors["fft"] < 1e-2

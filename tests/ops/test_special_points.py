@@ -1,6 +1,6 @@
-"""Where functions have corners, and where machines disagree: values and δ, against PyTorch.
+"""Values and δ at corners of functions and at extreme numbers, compared with PyTorch.
 
-What is ours alone is written out by hand beside the reason.
+Where we differ from PyTorch, the expected results are written out with the reason.
 """
 
 import functools
@@ -23,18 +23,18 @@ NAN, INF = np.nan, np.inf
 
 
 def delta_x(f, x, delta=None):
-    """δ_x of ``f`` at ``x``; δ is all ones only where a hand-written expectation asks for it."""
+    """Return δ_x of ``f`` at ``x``; δ is random, except where a hand-written expectation uses ones."""
     y = jax.eval_shape(f, x)
     return np.asarray(pulled(f, (x,), np.ones(y.shape, y.dtype) if delta is None else delta)[1][0])
 
 
 def row(*entries):
-    """A 1-D picture of one channel."""
+    """Return a 1-D input with one channel."""
     return as_picture(entries)
 
 
 def as_picture(entries):
-    """One picture of one channel."""
+    """Return a batch of one input with one channel."""
     return np.array(entries, np.float64)[None, ..., None]
 
 
@@ -47,7 +47,7 @@ ACTIVATIONS = (
 )  # fmt: skip
 
 
-#: At ±∞ PyTorch has NaN in more places than there must be.
+#: At ±∞ PyTorch returns NaN in more positions than necessary.
 NAN_IN_PYTORCH = {
     # name: (y, slope) at ∞ and −∞
     "softplus": ([INF, 0], [1, 0]),
@@ -65,19 +65,19 @@ def test_activations_at_zero_at_infinity_and_where_they_saturate(name):
 
 
 def test_hard_sigmoid_at_its_corners():
-    """Against PyTorch's own, which has no second derivative."""
+    """The value and slope agree with PyTorch's hardsigmoid, which has no second derivative."""
     assert_agrees(jaxcnn.hard_sigmoid, F.hardsigmoid, np.array([-INF, -4.0, -3.0, 0.0, 3.0, 4.0, INF]), rtol=1e-7)
 
 
 def test_squareplus_keeps_its_digits():
-    """(x + √(x² + b))/2 of a large negative x has none left in float32."""
+    """For a large negative x, (x + √(x² + b))/2 loses all digits in float32."""
     x = np.array([-1e3, -1e2], np.float32)
     np.testing.assert_allclose(jaxcnn.squareplus(x), jaxcnn.squareplus(x.astype(np.float64)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("rule", [None, jaxcnn.rules.autodiff])
 def test_celu_bends_sharply_without_overflow(rule):
-    """With a small alpha the branch that is not taken would be e^(x / alpha)."""
+    """With a small alpha, e^(x / alpha) overflows in the branch that is not selected."""
     celu = functools.partial(jaxcnn.celu, alpha=1e-4, rule=rule)
     assert [float(f(0.5)) for f in (celu, jax.grad(celu), jax.grad(jax.grad(celu)))] == [0.5, 1, 0]
 
@@ -101,7 +101,7 @@ def test_activations_at_infinity(name):
 
 
 def test_relu_slope_at_zero_and_nan_is_zero():
-    """g'(x) is the bit x > 0: 0 at 0 (erratum 7) and, unlike PyTorch's 1, at NaN."""
+    """g'(x) is the bit x > 0: it is 0 at 0 (erratum 7) and, unlike PyTorch's 1, at NaN."""
     delta = np.array([3.0, 5.0, 7.0, 11.0, 13.0])
     assert delta_x(jaxcnn.relu, np.array([0.0, -0.0, NAN, INF, -INF]), delta).tolist() == [0, 0, 0, 11, 0]
 
@@ -117,7 +117,10 @@ def test_relu_slope_at_zero_and_nan_is_zero():
     ],
 )
 def test_masks_stop_delta_that_is_not_finite(op, x):
-    """A mask, not a product: 0·∞ would be NaN.  Not compiled, for XLA makes a mask of a product with a bool."""
+    """A mask is used instead of a product, because 0·∞ is NaN.
+
+    This runs without jit, because XLA turns a product with a bool into a mask.
+    """
     _, pull = jax.vjp(op, np.array(x))
     assert pull(jnp.array([INF, NAN, INF]))[0].tolist() == [0, 0, INF]
 
@@ -127,7 +130,7 @@ def test_masks_stop_delta_that_is_not_finite(op, x):
 
 
 def integers(*shape, seed=0):
-    """Few different values: nearly every window has a tie."""
+    """Draw a few distinct values, so that nearly every window has a tie."""
     return np.random.default_rng(seed).integers(-1, 2, shape).astype(np.float64)
 
 
@@ -178,13 +181,13 @@ def test_max_pool(name):
 
 @pytest.mark.parametrize("name", MAX_POOLS)
 def test_where_the_winners_stand(name):
-    """PyTorch's `return_indices`, where it takes the padding; of two NaN it takes the last."""
+    """The indices are PyTorch's `return_indices` where it supports the padding; of two NaNs, PyTorch takes the last."""
     x, options = MAX_POOLS[name]
     y, indices = jaxcnn.max_pool_with_indices(x, **options)
     np.testing.assert_array_equal(y, jaxcnn.max_pool(x, **options))
     size, stride, pads, dilation = oracles.pool_options(x, *map(options.get, POOLING, (2, None, "VALID", 1)))
     own = oracles.native(pads, size)
-    if own is None:  # then by what stands there
+    if own is None:  # then compare the values at the indices
         flat = x.reshape(x.shape[0], -1, x.shape[-1])
         np.testing.assert_array_equal(
             np.take_along_axis(flat, np.asarray(indices).reshape(x.shape[0], -1, x.shape[-1]), 1).reshape(y.shape), y
@@ -225,7 +228,7 @@ def test_max_pool_by_hand(name):
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_max_pool_by_hand_with_more_than_64_entries(name):
-    """The same windows, every entry in a row of its own with 80 others that never win: the long form answers alike."""
+    """The long form gives the same results: each element gets a row with 80 others that never win."""
     x, window, options, expected = BY_HAND[name]
     x, expected = (as_picture(a)[..., None, :] for a in (x, expected))
     ndim, pads = x.ndim - 3, options.get("padding", 0)
@@ -332,7 +335,7 @@ def test_avg_pool_keeps_what_is_not_finite_in_its_own_window():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The p-norm of a window, and windows of nearly equal size
+# Power pooling, and windows of nearly equal size
 
 LP_POOLS = {
     # name: (x, options)
@@ -357,13 +360,13 @@ def test_lp_pool(name):
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8, 12])
 def test_adaptive_pooling_to_every_size(n):
-    """Up to more than there was, with ties, NaN and −∞ among the entries."""
+    """Output sizes range beyond the input size, with ties, NaN and −∞ among the elements."""
     rng = np.random.default_rng(n)
     x = rng.integers(-1, 2, (2, n, 4)).astype(np.float64)
     x[0, rng.integers(n), 1], x[0, rng.integers(n), 2], x[:, :, 3] = NAN, -INF, -INF
     for size in range(1, n + 3):
         for name in ("adaptive_max_pool", "adaptive_avg_pool"):
-            if name == "adaptive_max_pool":  # PyTorch takes the last of two NaN, of which there is one in a window
+            if name == "adaptive_max_pool":  # PyTorch takes the last of two NaNs, so a window has at most one
                 assert_agrees(getattr(jaxcnn, name), getattr(oracles, name), x, options={"size": size})
             else:
                 finite = np.where(np.isfinite(x), x, 7)
@@ -377,7 +380,7 @@ def test_global_pooling_is_adaptive_pooling_to_one():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Normalisation
+# Normalization
 
 
 def test_batch_norm_by_given_statistics_is_pytorchs_at_evaluation():
@@ -411,7 +414,7 @@ def test_a_stretch_of_equal_entries_is_zero(name):
 
 @pytest.mark.parametrize("name", NORMS)
 def test_a_stretch_far_from_zero_keeps_its_digits(name):
-    """In float32 Σ x²/n − m² would have none left."""
+    """In float32, Σ x²/n − m² loses all digits."""
     ours, _, options = NORMS[name]
     x = np.random.default_rng(0).integers(-8, 9, (4, 5, 6)).astype(np.float32)
     ours = functools.partial(ours, **options)
@@ -485,7 +488,7 @@ def test_dropout_at_rate_zero_is_the_identity():
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 def test_dropout_forward_and_backward_draw_the_same_mask(rate):
-    x = np.random.default_rng(0).uniform(1, 2, (50, 40))  # no zeros of its own
+    x = np.random.default_rng(0).uniform(1, 2, (50, 40))  # no zeros in the input
     y, pull = jax.vjp(lambda x: jaxcnn.dropout(x, rate, jax.random.key(3)), x)
     mask = np.asarray(y) != 0
     delta = random_delta(y)
@@ -502,11 +505,11 @@ def test_dropout_drops_what_is_not_finite():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The Kronecker product, and the sizes of the lecture
+# The Kronecker product, and sizes from the lecture
 
 
 def test_kron_with_the_numbers_of_the_lecture():
-    """§7 multiplies every block by an entry of B, which is B ⊗ A (erratum 1)."""
+    """§7 multiplies every block by an element of B, which is B ⊗ A (erratum 1)."""
     a, b = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[4.0, 5.0], [6.0, 7.0]])
     printed = [[4, 8, 5, 10], [12, 16, 15, 20], [6, 12, 7, 14], [18, 24, 21, 28]]
     np.testing.assert_array_equal(jaxcnn.kron(b, a), printed)
@@ -524,7 +527,7 @@ def test_kron_with_the_letters_of_the_lecture():
 
 
 def test_sizes_of_the_lecture_24_12_24():
-    """§7–9: pooling halves 24 × 24, and δ regains it by *up*: masked for max, divided for average (erratum 3)."""
+    """§7–9: pooling halves 24 × 24, and *up* restores δ to it: masked for max, divided for average (erratum 3)."""
     x = np.random.default_rng(0).standard_normal((2, 24, 24, 3))
     delta = np.random.default_rng(1).standard_normal((2, 12, 12, 3))
     up = functools.partial(jaxcnn.kron_up, factor=2)
@@ -551,7 +554,7 @@ def test_relu_and_max_pool_commute_and_avg_pool_does_not():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The hidden layer is its three ops in turn
+# The hidden layer equals its three ops in sequence
 
 HIDDEN = {
     # name: (x shape, w shape, options of the convolution, window and options of the pooling)
@@ -568,7 +571,7 @@ HIDDEN = {
 
 @pytest.mark.parametrize("name", HIDDEN)
 def test_hidden_layer_is_conv_relu_and_max_pool_in_turn(name):
-    """Whether every window passes the ReLU, about half of them, or none."""
+    """All windows pass the ReLU, about half of them, or none."""
     x_shape, w_shape, of_conv, window, of_pool = HIDDEN[name]
     rng = np.random.default_rng(0)
     x, w, b = rng.standard_normal(x_shape), rng.standard_normal(w_shape), rng.standard_normal(w_shape[-1])
@@ -613,7 +616,7 @@ def test_hidden_layer_passes_nan_on_and_lets_no_delta_back_there():
     ],
 )
 def test_activations_of_16_bits_have_room(f, x):
-    """x² and eˣ are taken in float32."""
+    """x² and eˣ are computed in float32."""
     half = jnp.float16(x)
     y, slope = f(half), jax.grad(lambda x: f(x).astype(np.float32))(half)
     assert y.dtype == slope.dtype == np.float16
@@ -643,7 +646,7 @@ def test_no_classes(loss):
 
 @pytest.mark.parametrize("rule", [None, jaxcnn.rules.autodiff], ids=["exact", "autodiff"])
 def test_dropout_of_everything_is_zero_forward_and_backward(rule):
-    """As in PyTorch, and of 0 and ∞ too; no NaN is made on the way."""
+    """Results are zero even for inputs of 0 and ∞, as in PyTorch, and no intermediate value is NaN."""
     x, delta = np.array([0.0, -2.0, 3.0]), np.array([0.0, 5.0, -7.0])
     t = torch.tensor(x, requires_grad=True)
     expected = F.dropout(t, 1.0)
@@ -662,7 +665,7 @@ def test_dropout_of_everything_is_zero_forward_and_backward(rule):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# No NaN on the way
+# No intermediate value is NaN
 
 FINITE = {
     "max_pool, padded": (functools.partial(jaxcnn.max_pool, window=3, stride=2, padding=1), PICTURE[:1, :6, :6]),

@@ -1,4 +1,4 @@
-"""Every ready-made rule under jit, vmap and a split batch, in a training step; and on an op that it does not fit."""
+"""Every ready-made rule under jit, vmap and a split batch, in a training step, and on an op that it does not fit."""
 
 import functools
 
@@ -18,7 +18,7 @@ RELU, POOL, PATCH = ("relu",), ("max_pool",), ("conv", "depthwise_conv", "conv_t
 ANY = (*RELU, *POOL, "conv", "dense")
 
 FITS = {
-    # rule: the ops it fits, beside hidden_layer
+    # rule: the ops it fits, in addition to hidden_layer
     rules.guided_relu: RELU,
     rules.deconv_relu: RELU,
     rules.straight_through: RELU,
@@ -55,7 +55,7 @@ def name_of(value):
 
 
 def drawn(op, rule=None, seed=0):
-    """(function, arrays, δ)."""
+    """Return (function, arrays, δ)."""
     function, shapes = OPS[op]
     rng = np.random.default_rng(seed)
     args = tuple(rng.standard_normal(shape) for shape in shapes)
@@ -68,7 +68,7 @@ def flat(result):
 
 
 def test_the_table_is_whole():
-    """Of all ready-made rules of these rooms there is a row."""
+    """The table has a row for every ready-made rule in these modules."""
     rooms = ("rectifiers", "pooling", "training", "fitting")
     listed = {getattr(rule, "__name__", type(rule).__name__) for rule in FITS}
     offered = {
@@ -83,7 +83,7 @@ def test_jit_equals_eager(rule, op):
     found = jax.jit(run)(args, delta)
     assert_close(flat(found), flat(run(tuple(map(jnp.asarray, args)), jnp.asarray(delta))), 1e-10)
     exact = drawn(op)[0](args, delta)
-    assert_close([found[0]], [exact[0]], 1e-12)  # forward: as it is
+    assert_close([found[0]], [exact[0]], 1e-12)  # the forward result is unchanged
     same = all(np.allclose(a, b, rtol=1e-6) for a, b in zip(flat(found[1]), flat(exact[1]), strict=True))
     assert same == (rule in (rules.winner, rules.even_split))
 
@@ -118,7 +118,7 @@ NETS = {
 
 @pytest.mark.parametrize(("rule", "op"), FITTING, ids=name_of)
 def test_in_a_training_step(rule, op):
-    """A step by plain gradient descent is minus the gradient that `rules=` of the net gives; and none of it is NaN."""
+    """A gradient descent step subtracts the gradient given by the net's `rules=`, and no element of it is NaN."""
     net = NETS[op == "hidden_layer"]
     rng = np.random.default_rng(0)
     x, labels = rng.standard_normal((4, 8, 8, 1)).astype(np.float32), np.array([0, 1, 2, 0])
@@ -126,7 +126,7 @@ def test_in_a_training_step(rule, op):
     which = {LAYERS[op]: rule}
     state = jaxcnn.TrainState.create(net, optax.sgd(1.0), jax.random.key(0), (8, 8, 1))
     before = jax.device_get(state.params)
-    # Compiled like the step: a δ that is rounded at random is rounded by its own bits.
+    # Compiled like the step, because stochastic rounding depends on the exact bits of δ.
     gradients = jax.jit(jax.grad(lambda p: loss(net.apply(p, x, rules=which), labels).mean()))(before)
     step = make_train_step(net, loss, optax.sgd(1.0), rules=which)
     state, metrics = step(state, (x, labels))
@@ -146,14 +146,14 @@ def test_an_op_that_it_does_not_fit(rule, op):
 
 @pytest.mark.parametrize("rule", FITS, ids=name_of)
 def test_rules_are_values(rule):
-    """Equal ones compile once."""
+    """Rules constructed with the same arguments are equal and have the same hash."""
     same = rule if not hasattr(rule, "__dataclass_fields__") else type(rule)(**vars(rule))
     assert same == rule
     assert hash(same) == hash(rule)
 
 
 def test_a_rule_of_ones_own_in_a_hidden_layer():
-    """A hidden layer's rule may be the reader's own."""
+    """A hidden layer accepts a user-defined rule."""
 
     def mine(call, delta):
         assert call.name == "relu"

@@ -1,4 +1,4 @@
-"""Rules for max pooling against loops over windows in NumPy."""
+"""Rules for max pooling compared with NumPy loops over windows."""
 
 import itertools
 
@@ -24,7 +24,7 @@ WINDOWS = {
 
 
 def winners(entries):
-    """The first of the largest."""
+    """Return a mask of the first maximum."""
     return np.arange(len(entries)) == np.argmax(entries)
 
 
@@ -38,7 +38,7 @@ def shares(entries):
 
 
 FORMULAS = {
-    # rule: the factor of each entry of a window
+    # rule: the factor for each element of a window
     rules.winner: winners,
     rules.literal_up: np.ones_like,
     rules.proportional: shares,
@@ -47,7 +47,7 @@ FORMULAS = {
 
 
 def by_loops(factors, x, delta, window, stride=None, padding=0, dilation=1, ceil_mode=False):
-    """δ_x: for each window the entries that lie in the picture, and to each δ times its factor."""
+    """Return δ_x: each window adds δ times the factors to its elements inside the input."""
     spatial = x.shape[1:-1]
     size, stride, dilation = (np.broadcast_to(a, len(spatial)) for a in (window, stride or window, dilation))
     if padding == "SAME":
@@ -91,7 +91,7 @@ def test_by_loops(rule, name, kind):
 
 @pytest.mark.parametrize("rule", [rules.proportional, rules.even_split], ids=lambda rule: rule.__name__)
 def test_nothing_is_lost(rule):
-    """Not in windows of zeros, of −∞, nor of −∞ beside padding."""
+    """δ is conserved, even in windows of zeros, of −∞, and of −∞ next to padding."""
     x = np.random.default_rng(0).standard_normal((2, 6, 6, 3))
     x[0, :3] = 0
     if rule is rules.even_split:
@@ -102,7 +102,7 @@ def test_nothing_is_lost(rule):
 
 
 def test_even_split_of_nan():
-    """NaN wins, and several of them share."""
+    """NaN wins, and several NaNs share δ."""
     x = np.array([1.0, np.nan, 2.0, np.nan]).reshape(1, 4, 1)
     _, (delta_x,) = pulled(
         lambda x: jaxcnn.max_pool(x, 4, rule=rules.even_split), (x,), np.full((1, 1, 1), 6.0)

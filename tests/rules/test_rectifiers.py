@@ -1,4 +1,4 @@
-"""Rules for activations against their formulas in NumPy."""
+"""Rules for activations compared with their formulas in NumPy."""
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ X = np.random.default_rng(0).standard_normal((3, 5, 4, 2))
 DELTA = random_delta(X)
 
 FORMULAS = {
-    # rule: δ_x of x and δ
+    # rule: δ_x as a function of x and δ
     rules.guided_relu: lambda x, delta: delta * (x > 0) * (delta > 0),
     rules.deconv_relu: lambda x, delta: delta * (delta > 0),
     rules.straight_through: lambda x, delta: delta,
@@ -36,7 +36,7 @@ def test_relu(rule):
 @pytest.mark.parametrize("stride", [None, 1])
 @pytest.mark.parametrize("rule", FORMULAS, ids=name_of)
 def test_hidden_layer_is_its_three_ops(rule, window, stride):
-    """Where windows overlap too: what arrives at an entry is a sum, and its sign is asked after the summing."""
+    """With overlapping windows, an element receives a sum of δ, and the rule tests the sign of the sum."""
     rng = np.random.default_rng(1)
     args = X, rng.standard_normal((2, 3, 2, 3)), rng.standard_normal(3)
 

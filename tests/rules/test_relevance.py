@@ -1,4 +1,4 @@
-"""LRP's rules: against zennit, op by op; what they conserve; where and how they run; what they refuse."""
+"""LRP rules: agreement with zennit op by op, conservation, transformations, and refused arguments."""
 
 import dataclasses
 import functools
@@ -36,7 +36,7 @@ from tests.agreement import pulled as pulled_by
 from tests.cases import compiled, quick_to_compile
 from tests.checks import SPLIT_BY
 
-#: Bounds of pixels, one for each of up to 12 channels.
+#: Bounds of pixel values, one per channel for up to 12 channels.
 LOW, HIGH = np.random.default_rng(7).uniform((-4,), (-3,), (2, 12)) * [[1], [-1]]
 
 
@@ -45,7 +45,7 @@ def channels(bounds, n):
 
 
 RULES = {
-    # name: ours for n channels, zennit's for n channels and a rank of x
+    # name: ours for n channels, zennit's for n channels and x of a given rank
     "epsilon": (lambda n: Epsilon(), lambda n, rank: zennit.rules.Epsilon()),
     "epsilon 0.3": (lambda n: Epsilon(0.3), lambda n, rank: zennit.rules.Epsilon(0.3)),
     "zplus": (lambda n: ZPlus(), lambda n, rank: zennit.rules.ZPlus()),
@@ -69,14 +69,14 @@ RULES = {
 OTHER = ("epsilon 0.3", "zplus 0.3", "alpha 1.5 beta 0.5", "gamma 1", "zbox")
 
 LAYERS = {
-    # name: a layer, the shape of its input
+    # name: (layer, input shape)
     "conv": (Conv(5, 3), (2, 6, 7, 3)),
     "conv, stride 2, a remainder": (Conv(5, 3, stride=2), (2, 8, 7, 3)),
     "conv, padding": (Conv(5, (3, 2), padding=1), (2, 6, 5, 3)),
     "conv, dilation": (Conv(5, 2, dilation=2, padding=1), (2, 6, 5, 3)),
     "conv, groups": (Conv(6, 3, groups=2, padding=1, stride=2), (2, 6, 5, 4)),
     "conv, depthwise, no bias": (Conv(6, 3, groups=3, bias=False), (2, 6, 5, 3)),
-    # Of these two every output sees many inputs, so that it has terms of both signs to be conserved.
+    # In these two, every output depends on many inputs, so it has terms of both signs to conserve.
     "depthwise": (DepthwiseConv(5, 2, padding=1), (2, 8, 7, 3)),
     "transposed": (ConvTranspose(4, 4, stride=2, padding=3, groups=2), (2, 4, 5, 12)),
     "dense": (Dense(6), (3, 12)),
@@ -101,7 +101,7 @@ POOLING_RULES = {
 
 
 def drawn(layer, shape, bias=True, seed=0):
-    """Inputs of either sign, and parameters with biases that are not zero."""
+    """Draw inputs of both signs, and parameters with nonzero biases."""
     rng = np.random.default_rng(seed)
     params = layer.init(jax.random.key(seed), shape[1:], jnp.float64)
     params = {k: rng.standard_normal(a.shape) * (bias or k == "w") for k, a in params.items()}
@@ -120,7 +120,7 @@ def relevance(layer, rule, x, params, delta=None):
 
 
 def relevance_by_zennit(layer, params, rule, x, delta):
-    """Of the last module that has a rule; a hidden layer's ReLU passes."""
+    """Return zennit's relevance with the rule on the last module that takes one; a hidden layer's ReLU passes it on."""
     module = modules.module(layer, params).double().eval()
     parts = [*module] if isinstance(module, torch.nn.Sequential) else [module]
     hooks = [(part, rule.copy()) for part in parts[:1]]
@@ -134,7 +134,7 @@ def relevance_by_zennit(layer, params, rule, x, delta):
     return modules.channels_last(found)
 
 
-#: Rules, and layers, that show all there is to conserve.
+#: Rules and layers that cover conservation.
 EACH = [name for name in RULES if name not in OTHER]
 FEW = ["conv, padding", "conv, groups", "depthwise", "transposed", "dense", "hidden layer, windows overlap"]
 PAIRS = [(a, r) for a in LAYERS for r in EACH] + [(a, r) for a in ("conv, groups", "dense") for r in OTHER]
@@ -164,7 +164,7 @@ ZERO = {
 
 @pytest.mark.parametrize("rule", ZERO)
 def test_zero_params_are_zennits(rule):
-    """Of dense layers and convolutions, by our names and zennit's."""
+    """The rules for dense layers and convolutions agree, with our parameter names and zennit's."""
     ours, theirs = ZERO[rule]
     for layer in ("dense", "conv, groups"):
         layer, shape = LAYERS[layer]
@@ -174,12 +174,12 @@ def test_zero_params_are_zennits(rule):
             expected = relevance_by_zennit(layer, params, theirs(zero_params=of_zennit), x, delta)
             np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
             assert names != "b" or np.abs(expected).max() > 0
-            if names == "b" and rule not in ("flat", "zbox"):  # whose numbers hold no b
+            if names == "b" and rule not in ("flat", "zbox"):  # these rules do not use b
                 assert not np.allclose(found, relevance(layer, ours(), x, params)[1])
 
 
 def test_zero_params_of_other_ops():
-    """A hidden layer takes those of its convolution, batch norm its scale and bias; an average pool has none."""
+    """A hidden layer uses those of its convolution, batch norm its scale and bias; an average pool has none."""
     layer, shape = LAYERS["hidden layer"]
     x, params = drawn(layer, shape)
     delta, found = relevance(layer, ZPlus(zero_params="b"), x, params)
@@ -198,7 +198,7 @@ def test_zero_params_of_other_ops():
 
 @pytest.mark.parametrize("layer", [MaxPool(2), MaxPool(3, 2), MaxPool(3, 2, padding=1)], ids=str)
 def test_max_pooling_by_its_exact_rule_is_zennits(layer):
-    """zennit has no rule for it: relevance goes as the gradient does, to the winner."""
+    """zennit has no rule for max pooling: like the gradient, relevance goes to the winner."""
     x, params = drawn(layer, (2, 7, 8, 3))
     delta, found = relevance(layer, None, x, params)
     leaf = modules.channels_first(x).requires_grad_()
@@ -207,14 +207,14 @@ def test_max_pooling_by_its_exact_rule_is_zennits(layer):
 
 
 def exact(rule):
-    """With an ε that can be neglected."""
+    """Return the rule with a negligible ε."""
     small = {field.name for field in dataclasses.fields(rule)} & {"epsilon", "stabilizer"}
     return dataclasses.replace(rule, **dict.fromkeys(small, 1e-14))
 
 
 @pytest.mark.parametrize("spatial", [(9,), (4, 5, 4)])
 def test_one_and_three_dims(spatial):
-    """The 1-D rule is the 2-D one of a picture that is one pixel high; the 3-D one is conserved."""
+    """The 1-D rule equals the 2-D rule on an image one pixel high; the 3-D rule conserves relevance."""
     layer = Conv(4, 3, stride=2 if len(spatial) == 1 else 1, bias=False)
     x, params = drawn(layer, (2, *spatial, 4))
     for name in EACH:
@@ -232,7 +232,7 @@ def test_one_and_three_dims(spatial):
 
 
 def sums(layer, rule, bias):
-    """Σ R in and Σ R out of each example."""
+    """Return Σ R at the input and at the output, per example."""
     layer, shape = {**LAYERS, **POOLS}[layer]
     x, params = drawn(layer, shape, bias)
     y = layer.apply(params, x)
@@ -251,7 +251,7 @@ def test_relevance_is_conserved_without_bias(layer, rule):
 @pytest.mark.parametrize("layer", FEW)
 @pytest.mark.parametrize("rule", ["flat", "zbox of channels"])
 def test_relevance_is_conserved_with_bias(layer, rule):
-    """Flat takes the bias for 0, in zᴮ it cancels."""
+    """`Flat` treats the bias as 0, and in zᴮ it cancels."""
     found, expected = sums(layer, RULES[rule][0](LAYERS[layer][1][-1]), bias=True)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
@@ -267,11 +267,11 @@ def test_relevance_is_conserved_by_pooling(layer, rule):
 
 
 def test_the_bias_keeps_its_share_of_epsilon():
-    """Σ R_x = Σ R (z − b) / (z + ε sign z), of one output at a time."""
+    """Σ R_x = Σ R (z − b) / (z + ε sign z), one output at a time."""
     layer, shape = LAYERS["conv, padding"]
     x, params = drawn(layer, shape)
     z = np.asarray(layer.apply(params, x))
-    for n, o in ((0, (1, 2, 3)), (1, (0, 0, 0))):  # in the middle, and at the border
+    for n, o in ((0, (1, 2, 3)), (1, (0, 0, 0))):  # in the middle and at the border
         delta = np.zeros(z.shape)
         delta[(n, *o)] = 2.0
         found = relevance(layer, Epsilon(0.1), x, params, delta)[1].sum()
@@ -280,7 +280,7 @@ def test_the_bias_keeps_its_share_of_epsilon():
 
 
 def test_a_whole_net_hands_the_output_to_the_pixels():
-    """Overlapping max and average pools, a hidden layer, no biases: Σ R_x is the output."""
+    """Σ R_x is the output for a net with overlapping max and average pools and a hidden layer, without biases."""
     net = jaxcnn.serial(
         Conv(6, 3, padding=1, bias=False), jaxcnn.Relu(), MaxPool(3, 2), Conv(6, 2, bias=False), jaxcnn.Relu(),
         AvgPool(3, 2), HiddenLayer(8, 2, window=2, pool_stride=1), jaxcnn.Flatten(), Dense(5, bias=False),
@@ -307,7 +307,7 @@ def test_a_whole_net_hands_the_output_to_the_pixels():
 
 @pytest.mark.parametrize("p", [1, 2, 3.5])
 def test_a_power_pool_divides_by_powers(p):
-    """R_x = xᵖ / Σ xᵖ · R, of inputs that are not negative; windows overlap."""
+    """R_x = xᵖ / Σ xᵖ · R for nonnegative inputs and overlapping windows."""
     layer, x = LpPool(3, p, 2), np.random.default_rng(0).uniform(0, 1, (2, 7, 9, 3))
     delta, found = relevance(layer, Epsilon(1e-14), x, {})
     expected = np.zeros_like(x)
@@ -354,7 +354,7 @@ WHOLE = {
 
 @pytest.mark.parametrize("rules", WHOLE.values(), ids=WHOLE)
 def test_sums_and_other_convolutions_and_pools_conserve(rules):
-    """All that the composites cover, without biases; patches so large that every output has terms of both signs."""
+    """All layers of the composites conserve without biases; large kernels give every output terms of both signs."""
     block = (Conv(8, 3, padding=1, bias=False), jaxcnn.Relu(), Conv(8, 3, padding=1, bias=False))
     net = jaxcnn.serial(
         Conv(8, 3, padding=1, bias=False), jaxcnn.Relu(), jaxcnn.residual(*block),
@@ -370,7 +370,7 @@ def test_sums_and_other_convolutions_and_pools_conserve(rules):
 
 
 def test_epsilon_of_nearly_nothing_is_gradient_times_input():
-    """In a net of ReLUs and max pooling without biases (Shrikumar et al. 2016)."""
+    """This holds in nets of ReLUs and max pooling without biases (Shrikumar et al. 2016)."""
     net = jaxcnn.serial(Conv(6, 3, bias=False), jaxcnn.Relu(), MaxPool(2), jaxcnn.Flatten(), Dense(5, bias=False))
     params = net.init(jax.random.key(0), (8, 9, 3), jnp.float64)
     x = np.random.default_rng(0).standard_normal((3, 8, 9, 3))
@@ -382,7 +382,7 @@ def test_epsilon_of_nearly_nothing_is_gradient_times_input():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# How they run
+# Transformations
 
 ALL = [RULES[name][0](3) for name in EACH]
 
@@ -420,7 +420,7 @@ def test_eager_is_the_same():
 
 @pytest.mark.parametrize("rule", [*ALL, rescale], ids=lambda rule: getattr(rule, "__name__", str(rule)))
 def test_in_a_training_step_parameters_that_relevance_reaches_stay(rule):
-    """Relevance has no share for a patch: the layer under the rule is frozen, the one above it learns."""
+    """Kernels get no relevance: the layer with the rule does not change, and the layer above it learns."""
     net = jaxcnn.serial(HiddenLayer(4, 3), jaxcnn.Flatten(), Dense(5))
     optimizer = optax.sgd(0.1)
     state = jaxcnn.TrainState.create(net, optimizer, jax.random.key(0), (8, 8, 3))
@@ -447,7 +447,7 @@ def test_float32_stays_float32_and_is_near():
 
 
 def test_rules_are_values():
-    """Equal rules are one: no second compilation."""
+    """Rules constructed with the same arguments are equal and have the same hash."""
     for make in (ours for ours, _ in RULES.values()):
         assert make(3) == make(3)
         assert hash(make(3)) == hash(make(3))
@@ -462,7 +462,7 @@ def test_passed():
 
 
 def test_nothing_out_of_nothing():
-    """Inputs and outputs of zero divide nothing by zero."""
+    """Zero inputs and outputs cause no division by zero."""
     x, params = drawn(Conv(5, 3), (2, 6, 7, 3), bias=False)
     for rule in ALL:
         found = relevance(Conv(5, 3), rule, 0 * x, params)[1]
@@ -493,7 +493,7 @@ W, B = np.random.default_rng(5).standard_normal((3, 3, 3, 4)), np.random.default
 
 @pytest.mark.parametrize("op", PAIRED)
 def test_differences_are_handed_on_whole(op):
-    """Σ m ∘ (x − x₀) = Σ δ ∘ (y − y₀), for each pair, also where entries meet."""
+    """Σ m ∘ (x − x₀) = Σ δ ∘ (y − y₀) for each pair, even where x = x₀ for some elements."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((6, 8, 8, 3))
     x[3, :3] = x[0, :3]
@@ -515,7 +515,7 @@ def test_where_two_points_meet_the_slope_is_that_of_one():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What they refuse
+# Refused arguments
 
 X = np.ones((2, 6, 6, 4), np.float32)
 KEY = jax.random.key(0)
@@ -525,7 +525,7 @@ EPSILON = f"{OPS}, {SUMS}, lp_pool, batch_norm, hidden_layer"
 BATCH = "expected statistics from jaxcnn.calibrate; by the batch's own, examples mix"
 
 REFUSED = [
-    # error, message, call of one picture with a rule
+    # error, message, call with one image and a rule
     ("relu: rule ZPlus(stabilizer=1e-06): expected as a rule of " + OPS
      + ", hidden_layer; rules.passed fits activations, dropout and norms",
      lambda x: jaxcnn.relu(x, rule=ZPlus())),
@@ -560,7 +560,7 @@ REFUSED = [
 
 
 def exactly(message):
-    """JAX adds a note to what is raised in a trace."""
+    """Return a pattern for the exact message, allowing for the note that JAX adds to errors raised during tracing."""
     return f"^{re.escape(message)}(?=\n|$)"
 
 

@@ -1,4 +1,4 @@
-"""Rules to train with, against their formulas in NumPy."""
+"""Training rules compared with their formulas in NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -45,13 +45,13 @@ def back(name, rule, *args, delta=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Another patch
+# Another kernel
 
 
 @pytest.mark.parametrize("rule", [rules.FeedbackAlignment(3), rules.SignSymmetric()], ids=repr)
 @pytest.mark.parametrize("name", ["conv", "conv, groups, no bias", "depthwise_conv", "conv_transpose", "dense"])
 def test_delta_comes_back_by_another_patch_alone(rule, name):
-    """The exact rule of a layer whose patch is B, and the exact gradients of the one whose patch is w."""
+    """δ_x is that of the exact rule with kernel B, and the other gradients are the exact ones with kernel w."""
     _, (x, w, *b) = CALLS[name]
     other = np.sign(w) * np.abs(w).mean() if isinstance(rule, rules.SignSymmetric) else np.asarray(rule.patch(w))
     delta_x, *of_parameters = back(name, rule)
@@ -75,7 +75,10 @@ def test_another_patch_in_a_hidden_layer():
 
 
 def test_the_random_patch():
-    """As new patches are: mean 0, variance 2 / fan-in; by seed and shape, the same in every dtype and program."""
+    """It is distributed like an initial kernel, with mean 0 and variance 2 / fan-in.
+
+    It depends only on seed and shape, and is the same in every dtype and program.
+    """
     w = np.zeros((5, 5, 32, 64))
     patch = np.asarray(rules.FeedbackAlignment(1).patch(w))
     n = patch.size
@@ -90,7 +93,7 @@ def test_the_random_patch():
 
 
 def test_aligning():
-    """What gives the rule its name: with B fixed, training turns w towards B."""
+    """The rule is named after this effect: with B fixed, training aligns w with B."""
     rng = np.random.default_rng(0)
     teacher, x = rng.standard_normal((10, 4)), rng.standard_normal((256, 10))
     net = jaxcnn.serial(jaxcnn.Dense(20), jaxcnn.Dense(4))
@@ -159,14 +162,14 @@ def scale(delta, dtype):
 
 
 def spread_out(seed=0, n=4000, least=-4):
-    """Of many sizes, and both signs."""
+    """Draw values of many magnitudes and both signs."""
     rng = np.random.default_rng(seed)
     return (rng.standard_normal(n) * np.exp(rng.uniform(least, 1, n))).astype(np.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rounded_to_nearest(dtype):
-    """As ml_dtypes rounds, also what is small and what is next to nothing."""
+    """Rounding agrees with ml_dtypes, including small values and values near zero."""
     delta = spread_out(least=-20)
     s = scale(delta, dtype)
     short = np.rint(delta / s) if dtype == "int8" else (delta / s).astype(DTYPES[dtype])
@@ -176,7 +179,7 @@ def test_rounded_to_nearest(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rounded_by_chance_to_a_neighbour(dtype):
-    """Every number is one of the dtype, next above or next below."""
+    """Every result is the nearest number of the dtype above or below."""
     delta = spread_out()
     found = np.asarray(rules.QuantisedDelta(dtype).quantised(jnp.asarray(delta)))
     s = scale(delta, dtype)
@@ -188,19 +191,19 @@ def test_rounded_by_chance_to_a_neighbour(dtype):
     assert ((delta / s <= up.astype(np.float32)) | (delta <= 0)).all()
     assert ((delta / s >= down.astype(np.float32)) | (delta <= 0)).all()
     nearest = np.asarray(rules.QuantisedDelta(dtype, stochastic=False).quantised(jnp.asarray(delta)))
-    assert 0.1 < (found != nearest).mean() < 0.5  # a quarter, were all distances alike
+    assert 0.1 < (found != nearest).mean() < 0.5  # it would be a quarter if all distances were equally likely
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_right_on_average(dtype):
-    """The mean of 10,000 copies of each entry, all rounded at once, is that entry, to five standard errors."""
+    """The mean of 10,000 rounded copies of each element is that element, to within five standard errors."""
     delta, copies = spread_out(1, 50).astype(float), 10_000
     found = rules.QuantisedDelta(dtype).quantised(jnp.tile(jnp.asarray(delta, jnp.float32), (copies, 1)))
     s = scale(delta, dtype)
     bits, lowest = {"bfloat16": (7, -126), "float8_e4m3fn": (3, -6), "int8": (0, 0)}[dtype]
     exponent = 0 if dtype == "int8" else np.maximum(np.floor(np.log2(np.abs(delta) / s)), lowest)
     step = s * 2.0 ** (exponent - bits)
-    # Of two numbers a step apart, the standard deviation is half a step at most.
+    # The standard deviation of a value rounded to one of two numbers a step apart is at most half a step.
     assert (np.abs(np.asarray(found, float).mean(0) - delta) <= 5 * step / 2 / np.sqrt(copies) + 1e-6 * delta**2).all()
     assert (np.asarray(found).std(0) > step / 20).mean() > 0.9
 
