@@ -1,49 +1,52 @@
-# make train · make test · make check.  Each sets up what it needs in .venv first; PYTHON chooses the interpreter.
+# `make help` lists the targets. Each sets up .venv first; PYTHON chooses the interpreter, ARGS is passed to the program.
 
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
 PY     := $(VENV)/bin/python
 
-.PHONY: train lecture test fuzz test-all coverage mutants lint types docs build smoke bench check clean
+.PHONY: help train lecture test fuzz test-all coverage mutants lint types docs build smoke bench check clean
+
+help:  ## list the targets
+	@sed -nE 's/^([a-z-]+):.*  ## (.*)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-10s %s\n", $$1, $$2}'
 
 train: $(VENV)/experiments  ## train on the embedded images; ARGS="--data fashion-mnist --epochs 10"
 	$(PY) -m experiments.train $(ARGS)
 
-lecture: $(VENV)/experiments  ## every statement of the lecture, with pictures
+lecture: $(VENV)/experiments  ## run every statement of the lecture and write one page with figures
 	$(PY) -m experiments.lecture $(ARGS)
 
-test: $(VENV)/experiments,test $(VENV)/zennit  ## all tests and doctests
+test: $(VENV)/experiments,test $(VENV)/zennit  ## run all tests and doctests
 	$(PY) -m pytest -n 2 $(ARGS)
 
-test-all:  ## the suite on each Python that is installed, in .venv-3.11, .venv-3.12, …
+test-all:  ## run the suite on each installed Python, in .venv-3.11, .venv-3.12, …
 	$(PYTHON) -m tests.on_each_python $(ARGS)
 
-coverage: $(VENV)/experiments,test $(VENV)/zennit  ## lines of jaxcnn/ that no test reaches
+coverage: $(VENV)/experiments,test $(VENV)/zennit  ## line coverage of jaxcnn/
 	$(PY) -m pytest -n 2 --cov=jaxcnn --cov-report=term-missing:skip-covered --cov-fail-under=97 $(ARGS)
 
-mutants: $(VENV)/experiments,test $(VENV)/zennit  ## small errors in ops/ and geometry.py, that tests must find; ARGS="--sample 400"
+mutants: $(VENV)/experiments,test $(VENV)/zennit  ## mutation testing of ops/ and geometry.py; ARGS="--sample 400"
 	$(PY) -m tests.mutants $(ARGS)
 
-fuzz: $(VENV)/experiments,test  ## 10,000 geometries against PyTorch; ARGS="--count 1000 --seed 1"
+fuzz: $(VENV)/experiments,test  ## compare 10,000 drawn geometries with PyTorch; ARGS="--count 1000 --seed 1"
 	$(PY) -m tests.conformance.fuzz $(ARGS)
 
-lint: $(VENV)/all
+lint: $(VENV)/all  ## ruff check and ruff format --check
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-types: $(VENV)/all
+types: $(VENV)/all  ## mypy
 	$(VENV)/bin/mypy
 
-docs: $(VENV)/all  ## the pages in docs/_build, warnings as errors
+docs: $(VENV)/all  ## build the pages in docs/_build; warnings are errors
 	$(VENV)/bin/sphinx-build -W -q -b html docs docs/_build
 
-build: $(VENV)/all  ## wheel and sdist in dist/, each installed in an environment of its own, where it trains
+build: $(VENV)/all  ## build wheel and sdist in dist/, install each in a new environment and train there
 	rm -rf dist
 	$(PY) -m build --outdir dist .
 	$(PY) -m tests.built dist
 
-smoke: $(VENV)/all  ## a short run of every experiment
+smoke: $(VENV)/all  ## run every experiment briefly
 	rm -rf runs/smoke
 	$(PY) -m experiments.train --max-steps 3 --check-grads --out runs/smoke/train
 	$(PY) -m experiments.train --model mlp --max-steps 3 --out runs/smoke/mlp
@@ -61,20 +64,20 @@ smoke: $(VENV)/all  ## a short run of every experiment
 	$(PY) -m experiments.benchmarks.examples --net lenet5 --libraries "flax nnx" --batch-size 4 --rounds 1 --out runs/smoke/examples.json
 	$(PY) -m experiments.benchmarks.accuracy --data fashion-mnist-sample --libraries jaxcnn torch --max-steps 2 --out runs/smoke/accuracy.json
 
-bench: $(VENV)/all  ## training steps side by side with other libraries
+bench: $(VENV)/all  ## time training steps side by side with other libraries
 	$(PY) -m experiments.benchmarks.step $(ARGS)
 
-check: lint types test docs build smoke  ## all that CI runs
+check: lint types test docs build smoke  ## run everything that CI runs
 
-clean:
+clean:  ## delete environments, runs, builds and caches
 	rm -rf $(VENV) .venv-3.* runs dist .pytest_cache .mypy_cache .ruff_cache
 
-# Without its dependencies: its torchvision would bring another PyTorch.
+# Without dependencies, because torchvision would install another PyTorch.
 $(VENV)/zennit: $(VENV)/experiments,test
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps zennit==0.5.1
 	@touch "$@"
 
-# One stamp for each set of extras, newer than pyproject.toml when it is installed.
+# One stamp file per set of extras; it is newer than pyproject.toml if that set is installed.
 $(VENV)/%: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
