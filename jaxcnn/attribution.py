@@ -359,7 +359,7 @@ def occlusion(
 
     start = jnp.zeros_like(x[..., :1], accumulator(full.dtype))
     total, _ = jax.lax.scan(add, start, jnp.asarray(_places(win)))
-    heat = total / jnp.asarray(_times_covered(win), total.dtype)
+    heat = total / jnp.asarray(_times_covered(win), total.dtype)[None]
     return asked.marked(jnp.broadcast_to(heat, x.shape).astype(x.dtype))
 
 
