@@ -508,6 +508,10 @@ def calibrate(net: Serial, params: Params, batches: Iterable[Batch], *, keep_byt
     def stages(x: Any) -> _Stages:
         return _stages(net, paths, hiding, tree, tuple(map(jax.typeof, leaves)), jax.typeof(jnp.asarray(x)))
 
+    if not paths:
+        for x, _ in batches:
+            stages(x)  # refuses batch norms that custom layers hide
+        return params
     known: dict[str, tuple[Any, Any]] = {}
     held: list[tuple[_Stages, Any]] | None = None
     stage, last, dtypes = 0, 1, dict[str, Any]()

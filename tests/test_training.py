@@ -964,3 +964,20 @@ def test_a_state_goes_to_the_devices_of_two_processes():
         for _ in range(2):
             state, metrics = step(state, DATA)
     assert [float(out.split()[-1]) for out, _ in ended] == pytest.approx([float(metrics["loss"])] * 2, rel=1e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class CallsTheOp(jaxcnn.Layer):
+    """A custom layer that calls the op `batch_norm`, without a layer `BatchNorm`."""
+
+    def apply(self, params, x, *, key=None, rule=None):
+        return jnp.tanh(jaxcnn.batch_norm(x))
+
+
+def test_calibrate_changes_nothing_where_only_the_op_is_called():
+    net = jaxcnn.serial(jaxcnn.Dense(2), CallsTheOp())
+    params = net.init(jax.random.key(0), (3,))
+    calibrated = jaxcnn.calibrate(net, params, [(jnp.ones((4, 3), jnp.float32), None)])
+    assert jax.tree.structure(calibrated) == jax.tree.structure(params)
+    for a, b in zip(jax.tree.leaves(calibrated), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(a, b)
