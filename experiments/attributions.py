@@ -99,9 +99,10 @@ def methods(net: "Serial", shape: tuple[int, ...], seed: int) -> "dict[str, tupl
         "integrated\ngradients": ("integrated_gradients", {"steps": STEPS}),
         "SmoothGrad": ("smooth_grad", {"key": jax.random.key(seed), "samples": SAMPLES}),
     }
-    if any(isinstance(layer, Relu | HiddenLayer) for layer in layers):
+    rectifiers = [kind for kind in (Relu, HiddenLayer) if any(isinstance(layer, kind) for layer in layers)]
+    if rectifiers:
         for title, rule in (("guided\nbackprop", rules.guided_relu), ("deconvnet", rules.deconv_relu)):
-            found[title] = ("gradient", {"rules": {Relu: rule, HiddenLayer: rule}})
+            found[title] = ("gradient", {"rules": dict.fromkeys(rectifiers, rule)})
     if pictures:
         found["Grad-CAM"] = ("grad_cam", {"layer": pictures[-1]})
     return {
