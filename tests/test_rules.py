@@ -4,6 +4,7 @@ Checks that compile much, and that depend on an op and its options more than on 
 op, rank, option and named value of an option at least once. Checks that depend only on the op run on one row of each.
 """
 
+import jax
 import numpy as np
 import pytest
 
@@ -157,3 +158,11 @@ def test_rule_is_used(case):
 @rows([case for case in FEW if case.batched or case.op == "kron"])
 def test_not_finite_stays_within_reach(case):
     checks.not_finite_stays_within_reach(case)
+
+
+@rows(FEW)
+def test_no_nan_is_made_where_results_are_finite(case):
+    args, delta = checks.drawn(case)
+    with jax.debug_nans(True):
+        y, gradients = case.run(args, delta)
+    assert all(np.isfinite(np.asarray(a)).all() for a in checks.flat((y, gradients)))
