@@ -234,7 +234,7 @@ def _applies_as(layer: Layer, *kinds: type[Layer]) -> bool:
 def _product_of(layer: Layer) -> bool:
     """Whether the layer's per-example gradients are products implemented in this file."""
     kinds = (layers.Conv, layers.DepthwiseConv, layers.ConvTranspose, layers.HiddenLayer, layers.Dense)
-    return _applies_as(layer, *kinds) and getattr(layer, "dimension_numbers", None) is None
+    return _applies_as(layer, *kinds)
 
 
 def _known_apart(layer: Layer) -> bool:

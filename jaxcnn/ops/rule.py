@@ -8,7 +8,7 @@ everything that a rule may read.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,6 @@ from jax import Array
 
 from jaxcnn.geometry import expect_numbers
 from jaxcnn.ops.mesh import on_any_mesh, varying_alike
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclasses.dataclass(frozen=True)
