@@ -20,16 +20,16 @@ test: $(VENV)/experiments,test $(VENV)/zennit  ## run all tests and doctests
 	$(PY) -m pytest -n 2 $(ARGS)
 
 test-all:  ## run the suite on each installed Python, in .venv-3.11, .venv-3.12, …
-	$(PYTHON) -m tests.on_each_python $(ARGS)
+	$(PYTHON) -m tools.on_each_python $(ARGS)
 
 coverage: $(VENV)/experiments,test $(VENV)/zennit  ## line coverage of jaxcnn/
 	$(PY) -m pytest -n 2 --cov=jaxcnn --cov-report=term-missing:skip-covered --cov-fail-under=97 $(ARGS)
 
 mutants: $(VENV)/experiments,test $(VENV)/zennit  ## mutation testing of ops/ and geometry.py; ARGS="--sample 400"
-	$(PY) -m tests.mutants $(ARGS)
+	$(PY) -m tools.mutants $(ARGS)
 
 fuzz: $(VENV)/experiments,test  ## compare 10,000 drawn geometries with PyTorch; ARGS="--count 1000 --seed 1"
-	$(PY) -m tests.conformance.fuzz $(ARGS)
+	$(PY) -m tools.fuzz $(ARGS)
 
 lint: $(VENV)/all  ## ruff check and ruff format --check
 	$(VENV)/bin/ruff check .
@@ -44,7 +44,7 @@ docs: $(VENV)/all  ## build the pages in docs/_build; warnings are errors
 build: $(VENV)/all  ## build wheel and sdist in dist/, install each in a new environment and train there
 	rm -rf dist
 	$(PY) -m build --outdir dist .
-	$(PY) -m tests.built dist
+	$(PY) -m tools.check_dist dist
 
 smoke: $(VENV)/all  ## run every experiment briefly
 	rm -rf runs/smoke
@@ -61,7 +61,7 @@ smoke: $(VENV)/all  ## run every experiment briefly
 	$(PY) -m experiments.benchmarks.memory --nets lenet5 --batch-size 8 --out runs/smoke/memory.json
 	$(PY) -m experiments.benchmarks.compile --net lenet5 --libraries "flax nnx" --rounds 1 --out runs/smoke/compile.json
 	$(PY) -m experiments.benchmarks.growth --what channels --most 8 --rounds 1 --out runs/smoke/growth.json
-	$(PY) -m experiments.benchmarks.examples --net lenet5 --libraries "flax nnx" --batch-size 4 --rounds 1 --out runs/smoke/examples.json
+	$(PY) -m experiments.benchmarks.per_example --net lenet5 --libraries "flax nnx" --batch-size 4 --rounds 1 --out runs/smoke/per_example.json
 	$(PY) -m experiments.benchmarks.accuracy --data fashion-mnist-sample --libraries jaxcnn torch --max-steps 2 --out runs/smoke/accuracy.json
 
 bench: $(VENV)/all  ## time training steps side by side with other libraries

@@ -120,7 +120,7 @@ def keep_formulas(app: Any, what: str, name: str, obj: object, options: object, 
 def name_defaults(
     app: Any, what: str, name: str, obj: Any, options: object, signature: str | None, returns: str | None
 ) -> tuple[str | None, str | None]:
-    """In the signature of a dataclass, write a default that is a function by its name: init_w=he_normal."""
+    """In the signature of a dataclass, write a default that is a function by its name: init_weight=he_normal."""
     if what != "class" or not signature or not dataclasses.is_dataclass(obj):
         return signature, returns
     names = {id(value): key for key, value in vars(sys.modules[obj.__module__]).items()}

@@ -17,7 +17,7 @@ from experiments import cli, report
 from experiments.data import Dataset, batches, load, shuffled_batches
 from experiments.errors import RunError, UsageError, WriteError
 from experiments.files import replacing
-from experiments.runs import check_folder, new_folder
+from experiments.run_folder import check_folder, new_folder
 
 if TYPE_CHECKING:
     from jaxcnn import Serial
@@ -145,11 +145,11 @@ def rules_of(name: str, seed: int, batch_size: int) -> Any:
             fixed = rules.FeedbackAlignment(seed)
             return {Conv: fixed, Dense: fixed}
         case "sign-symmetric":
-            return {Conv: rules.SignSymmetric(), Dense: rules.SignSymmetric()}
+            return {Conv: rules.sign_symmetric, Dense: rules.sign_symmetric}
         case "clipped δ":
             return rules.ClipDelta(CLIP / batch_size)
         case "8-bit δ":
-            return rules.QuantisedDelta("int8")
+            return rules.QuantizedDelta("int8")
     raise KeyError(name)
 
 

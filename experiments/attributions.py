@@ -13,8 +13,8 @@ from tyro.conf import FlagCreatePairsOff, arg
 from experiments import cli
 from experiments.deltas import describe, softmax
 from experiments.files import replacing
-from experiments.runs import new_folder
-from experiments.trained import Trained, prepare
+from experiments.restore import Trained, prepare
+from experiments.run_folder import new_folder
 
 if TYPE_CHECKING:
     from jaxcnn import Serial

@@ -1,4 +1,4 @@
-"""Weights on disk: a safetensors file whose names are paths in the parameter tree, such as "conv1/w"."""
+"""Weights on disk: a safetensors file whose names are paths in the parameter tree, such as "conv1/weight"."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,11 +13,11 @@ from experiments.errors import CheckpointError
 from experiments.files import replacing
 
 Params = Any
-"""A tree of dictionaries with arrays as leaves: {"conv1": {"w": …, "b": …}, …}."""
+"""A tree of dictionaries with arrays as leaves: {"conv1": {"weight": …, "bias": …}, …}."""
 
 
 def flatten(params: Params) -> dict[str, np.ndarray]:
-    """Return {"conv1/w": array, …} for {"conv1": {"w": array, …}, …}."""
+    """Return {"conv1/weight": array, …} for {"conv1": {"weight": array, …}, …}."""
     return {name: np.asarray(leaf) for name, leaf in _walk(params)}
 
 

@@ -12,11 +12,11 @@ from tyro.conf import FlagCreatePairsOff, arg
 from experiments import cli
 from experiments.data import Dataset
 from experiments.files import replacing
-from experiments.runs import new_folder
-from experiments.trained import Trained, prepare
+from experiments.restore import Trained, prepare
+from experiments.run_folder import new_folder
 
 if TYPE_CHECKING:
-    from jaxcnn import Serial, Sweep
+    from jaxcnn import BackpropResult, Serial
 
 PROG = "python -m experiments.deltas"
 
@@ -84,7 +84,7 @@ def draw(config: Config) -> int:
     return 0
 
 
-def sweep(trained: Trained, images: Sequence[int]) -> "Sweep":
+def sweep(trained: Trained, images: Sequence[int]) -> "BackpropResult":
     """Return activations and δ of all layers, by name, for the chosen test images; each image's δ is its own ∂E/∂a."""
     import jax
 
@@ -94,11 +94,11 @@ def sweep(trained: Trained, images: Sequence[int]) -> "Sweep":
     x, labels = trained.dataset.test_images[chosen], trained.dataset.test_labels[chosen]
 
     @jax.jit
-    def run(params: Any) -> "Sweep":
-        def error(outputs: jax.Array) -> jax.Array:
+    def run(params: Any) -> "BackpropResult":
+        def total(outputs: jax.Array, labels: jax.Array) -> jax.Array:
             return jaxcnn.softmax_cross_entropy_with_integer_labels(outputs, labels).sum()
 
-        return jaxcnn.backprop(trained.net, params, x, error)
+        return jaxcnn.backprop(trained.net, total, params, x, labels)
 
     return jax.device_get(run(trained.params))
 
@@ -127,7 +127,7 @@ def last(net: "Serial") -> str:
     return net.layers[-1][0]
 
 
-def row(net: "Serial", found: "Sweep", names: tuple[str, ...], i: int, channels: int) -> Row:
+def row(net: "Serial", found: "BackpropResult", names: tuple[str, ...], i: int, channels: int) -> Row:
     """Return the data to draw of a layer for image `i`; of a feature map, the `channels` that matter most."""
     a, delta = np.asarray(found.activations[names[0]][i]), np.asarray(found.deltas[names[0]][i])
     shape = a.shape

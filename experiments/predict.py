@@ -9,7 +9,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from experiments import cli
-from experiments.trained import check_images, newest, restore
+from experiments.restore import check_images, newest, restore
 
 PROG = "python -m experiments.predict"
 

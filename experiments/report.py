@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Protocol, TextIO
 
 from experiments.data import Dataset
-from experiments.runs import Epoch
+from experiments.run_folder import Epoch
 
 PACKAGES = ("jaxcnn", "jax", "jaxlib", "optax", "numpy")
 PLAIN_INTERVAL = 10.0

@@ -13,12 +13,12 @@ from tyro.conf import FlagCreatePairsOff, arg
 from experiments import cli, process, report
 from experiments.data import IN_FOLDERS, SOURCES, Batch, Dataset, batches, load, shuffled_batches
 from experiments.errors import RunError, UsageError, WriteError, explain
-from experiments.runs import Epoch, Run, check_folder, new_folder
+from experiments.run_folder import Epoch, Run, check_folder, new_folder
 
 if TYPE_CHECKING:  # importing jax takes a second, and --help does not need it
     import optax
 
-    from experiments.loop import Step
+    from experiments.training_loop import Step
     from jaxcnn import Serial, TrainState
 
 PROG = "python -m experiments.train"
@@ -117,7 +117,7 @@ def learn(
     import jax
 
     import jaxcnn
-    from experiments.loop import fit
+    from experiments.training_loop import fit
 
     optimizer = make_optimizer(config.optimizer, rate, steps)
     loss = jaxcnn.softmax_cross_entropy_with_integer_labels

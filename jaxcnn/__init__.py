@@ -2,14 +2,11 @@
 
 from jaxcnn import rules as rules
 from jaxcnn.attribution import attribute as attribute
-from jaxcnn.backprop import Sweep as Sweep
+from jaxcnn.backprop import BackpropResult as BackpropResult
 from jaxcnn.backprop import backprop as backprop
 from jaxcnn.backprop import value_grad_and_deltas as value_grad_and_deltas
 from jaxcnn.curvature import gauss_newton_vp as gauss_newton_vp
 from jaxcnn.curvature import hvp as hvp
-from jaxcnn.examples import clipped_gradient as clipped_gradient
-from jaxcnn.examples import per_example_gradients as per_example_gradients
-from jaxcnn.examples import per_example_norms as per_example_norms
 from jaxcnn.folding import fold_batch_norm as fold_batch_norm
 from jaxcnn.layers import AdaptiveAvgPool as AdaptiveAvgPool
 from jaxcnn.layers import AdaptiveMaxPool as AdaptiveMaxPool
@@ -97,6 +94,9 @@ from jaxcnn.ops.signal import autocorrelate as autocorrelate
 from jaxcnn.ops.signal import convolve as convolve
 from jaxcnn.ops.signal import correlate as correlate
 from jaxcnn.ops.signal import match_template as match_template
+from jaxcnn.per_example import clipped_gradient as clipped_gradient
+from jaxcnn.per_example import per_example_gradients as per_example_gradients
+from jaxcnn.per_example import per_example_norms as per_example_norms
 from jaxcnn.taps import tap as tap
 from jaxcnn.training import TrainState as TrainState
 from jaxcnn.training import calibrate as calibrate

@@ -27,8 +27,21 @@ from jax import Array
 from jax.interpreters.partial_eval import dce_jaxpr
 from jax.typing import ArrayLike
 
+from jaxcnn.arguments import (
+    array,
+    arrays,
+    bad_type,
+    bad_value,
+    fail,
+    one_key,
+    positive,
+    spatial_dims,
+    static_bool,
+    static_float,
+    static_int,
+)
 from jaxcnn.folding import fold_batch_norm
-from jaxcnn.geometry import PerDim, Window, fail, positive, static_bool, static_float, static_int, window
+from jaxcnn.geometry import PerDim, Window, window
 from jaxcnn.kernels.dtypes import accumulator
 from jaxcnn.layers import (
     AdaptiveAvgPool,
@@ -65,8 +78,8 @@ from jaxcnn.net import (
     expect_net,
 )
 from jaxcnn.ops.mesh import automatic_inside
-from jaxcnn.ops.rule import Call, Rule, array, arrays, autodiff, one_key, picture
-from jaxcnn.rules.relevance import AlphaBeta, Epsilon, Flat, Gamma, ZBox, ZeroParams, ZPlus, passed, rescale
+from jaxcnn.ops.rule import Call, Rule, autodiff
+from jaxcnn.rules.relevance import AlphaBeta, Epsilon, Flat, Gamma, ZBox, ZeroParams, ZPlus, pass_through, rescale
 from jaxcnn.taps import Collector, probe
 
 
@@ -119,7 +132,7 @@ def attribute(
     expect_net("attribute", net)
     method = ("gradient" if rules is None else "relevance") if method is None else method
     if not isinstance(method, str) or method not in METHODS:
-        _fail(f"method expected {', '.join(METHODS)}; got {method!r}")
+        raise bad_value("attribute", "method", ", ".join(METHODS), repr(method))
     if rules is not None:
         options["rules"] = rules
     _check_options(method, options)
@@ -131,10 +144,10 @@ def _check_options(method: str, options: Mapping[str, Any]) -> None:
     takes = {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}
     for name in options:
         if name not in takes:
-            raise TypeError(f"attribute: options of method {method!r} must be among {', '.join(takes)}; got {name}")
+            raise bad_type("attribute", f"options of method {method!r}", f"among {', '.join(takes)}", name)
     for name, needed in takes.items():
         if needed and name not in options:
-            raise TypeError(f"attribute: {name} must be given for method {method!r}, got none")
+            raise bad_type("attribute", name, f"given for method {method!r}", "none")
 
 
 @automatic_inside()
@@ -211,7 +224,7 @@ def relevance(net: Serial, params: Params, x: ArrayLike, target: ArrayLike, *, r
     x = _examples(x)
     asked = _asked(net, params, x, target)
     if rules is None:
-        raise TypeError("attribute: rules must be given for method 'relevance', got None")
+        raise bad_type("attribute", "rules", "given for method 'relevance'", "None")
     if not isinstance(rules, Mapping):
         rules = {Layer: rules}
     _check_rules(rules, [name for name, _ in net.walk()])
@@ -301,7 +314,7 @@ def smooth_grad(
     of_example = tuple(range(1, x.ndim))
     part = static_float("attribute", "noise", noise)
     if not 0 <= part < float("inf"):
-        _fail(f"noise must be a finite number >= 0, got {noise}")
+        raise bad_value("attribute", "noise", "a finite number >= 0", noise)
     asked = _asked(net, params, x, target)
     sigma = part * (x.max(of_example, keepdims=True) - x.min(of_example, keepdims=True))
 
@@ -341,7 +354,7 @@ def occlusion(
     Source: Zeiler & Fergus 2014.
     """
     x = _examples(x)
-    win = _covering(picture("attribute", x), window, stride)
+    win = _covering(spatial_dims("attribute", x), window, stride)
     cover = jnp.asarray(static_float("attribute", "value", value), x.dtype)
     asked = _asked(net, params, x, target)
 
@@ -400,7 +413,7 @@ def grad_cam(
     names = [name for name, _ in net.walk()]
     if layer not in names:
         near = difflib.get_close_matches(str(layer), names, n=3, cutoff=0.0)
-        _fail(f"layer expected the name of a layer, got {layer!r}; the nearest are {', '.join(near)}")
+        raise bad_value("attribute", "layer", "the name of a layer", f"{layer!r}; the nearest are {', '.join(near)}")
     rules = _with_names(net, rules)
 
     def tapped(probes: Mapping[str, Array]) -> tuple[Array, Collector]:
@@ -417,9 +430,13 @@ def grad_cam(
 
     asked = _checked_target(x, jax.eval_shape(look), target)
     if layer not in types:
-        _fail(f"layer must be one that Serial.apply runs and whose output has a floating dtype, got {layer!r}")
+        raise bad_value(
+            "attribute", "layer", "one that Serial.apply runs and whose output has a floating dtype", repr(layer)
+        )
     if types[layer].ndim < 3:
-        _fail(f"layer expected one whose output is pictures, got {layer!r} with output {types[layer].shape}")
+        raise bad_value(
+            "attribute", "layer", "one whose output is pictures", f"{layer!r} with output {types[layer].shape}"
+        )
 
     def output(shift: Array) -> tuple[Array, Array]:
         y, collector = tapped({layer: shift})
@@ -606,7 +623,7 @@ def excitation_backprop(*, stabilizer: float = 1e-6, zero_params: ZeroParams = (
     Source: Zhang et al. 2016.
     """
     plus = ZPlus(stabilizer, zero_params)
-    rest = {**_each((_Activation,), _exact), **_each((Dropout,), passed)}
+    rest = {**_each((_Activation,), _exact), **_each((Dropout,), pass_through)}
     return {**_each((*_PATCHES, Dense), plus), **_sums(stabilizer), **rest}
 
 
@@ -615,7 +632,7 @@ def _composite(of_patches: Rule, epsilon: float, stabilizer: float, zero_params:
         **_each(_PATCHES, of_patches),
         **_each((Dense,), Epsilon(epsilon, zero_params)),
         **_sums(stabilizer),
-        **_each((_Activation, Dropout), passed),
+        **_each((_Activation, Dropout), pass_through),
     }
 
 
@@ -698,7 +715,7 @@ def _with_names(net: Serial, rules: Rules | None) -> Rules | None:
     if rules is None or rules is autodiff:
         return rules
     if not isinstance(rules, Mapping) and not callable(rules):
-        raise TypeError(f"attribute: rules must be a rule or a mapping from layers to rules, got {rules!r}")
+        raise bad_type("attribute", "rules", "a rule or a mapping from layers to rules", repr(rules))
     if isinstance(rules, Mapping):
         _check_rules(rules, [name for name, _ in net.walk()])
         _check_matches(rules, net)
@@ -757,22 +774,22 @@ def _checked_target(x: Array, y: Any, target: Any) -> _Asked:
     if shape is None:
         raise TypeError(f"attribute: net must return one array (N, classes), got {type(y).__name__}")
     if len(shape) != 2:
-        _fail(f"net expected outputs (N, classes), got {shape}")
+        raise bad_value("attribute", "net", "outputs (N, classes)", shape)
     n, classes = shape
     if n != x.shape[0]:
         _fail(f"net must return one row of outputs for each of {x.shape[0]} examples, got outputs {shape}")
     if not jnp.issubdtype(y.dtype, jnp.floating):
         raise TypeError(f"attribute: net must return outputs of a floating dtype, got {y.dtype}")
     if target is None or isinstance(target, str):
-        raise TypeError(f"attribute: target expected an array, got {target!r}")
+        raise bad_type("attribute", "target", "an array", repr(target))
     values, known = (array("attribute", "target", target), False) if _is_traced(target) else (_values(target), True)
     if not jnp.issubdtype(values.dtype, jnp.integer):
-        raise TypeError(f"attribute: target expected ints, got {values.dtype}")
+        raise bad_type("attribute", "target", "ints", values.dtype)
     if values.shape not in ((), (n,)):
-        _fail(f"target expected an int or {n} of them, one for each example, got shape {values.shape}")
+        raise bad_value("attribute", "target", f"an int or {n} of them, one for each example", f"shape {values.shape}")
     if isinstance(values, np.ndarray):
         if not ((values >= 0) & (values < classes)).all():
-            _fail(f"target expected ints in [0, {classes}), got {values.tolist()}")
+            raise bad_value("attribute", "target", f"ints in [0, {classes})", values.tolist())
     elif values.dtype.itemsize >= 4:
         return _Asked(values, classes, known)
     return _Asked(values.astype(np.int32), classes, known)  # a byte cannot represent more than 255 classes
@@ -791,7 +808,7 @@ def _values(target: Any) -> np.ndarray:
     try:
         return np.asarray(target)
     except (TypeError, ValueError):
-        raise TypeError(f"attribute: target expected an array, got {type(target).__name__}") from None
+        raise bad_type("attribute", "target", "an array", type(target).__name__) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -908,7 +925,7 @@ def _spread(a: Any, number: Array) -> Any:
 def _examples(x: Any) -> Array:
     (x,) = arrays("attribute", x=x)
     if x.ndim < 2:
-        _fail(f"x expected (N, …), got shape {x.shape}")
+        raise bad_value("attribute", "x", "(N, …)", f"shape {x.shape}")
     return x
 
 
@@ -916,17 +933,17 @@ def _like(x: Array, name: str, value: Any) -> Array:
     """Return a baseline in the shape and dtype of x."""
     a = array("attribute", name, value)
     if not jnp.issubdtype(a.dtype, jnp.floating) and not jnp.issubdtype(a.dtype, jnp.integer):
-        raise TypeError(f"attribute: {name} must be real numbers, got {a.dtype}")
+        raise bad_type("attribute", name, "real numbers", a.dtype)
     try:
         return jnp.broadcast_to(a, x.shape).astype(x.dtype)
     except ValueError:
-        _fail(f"{name} expected a shape that broadcasts to {x.shape}, got {a.shape}")
+        raise bad_value("attribute", name, f"a shape that broadcasts to {x.shape}", a.shape) from None
 
 
 def _count(name: str, value: Any) -> int:
     n = static_int("attribute", name, value, value)
     if n < 1:
-        _fail(f"{name} expected an int >= 1, got {n}")
+        raise bad_value("attribute", name, "an int >= 1", n)
     return n
 
 
@@ -935,7 +952,7 @@ def _covering(spatial: tuple[int, ...], size: PerDim, stride: PerDim | None) -> 
     k = positive("attribute", "window", size, len(spatial))
     s = positive("attribute", "stride", k if stride is None else stride, len(spatial))
     if any(i > j for i, j in zip(s, k, strict=True)):
-        _fail(f"stride expected at most the window {k}, so that no pixel is left out, got {s}")
+        raise bad_value("attribute", "stride", f"at most the window {k}, so that no pixel is left out", s)
     return window("attribute", spatial, k, stride=s, ceil_mode=True)
 
 

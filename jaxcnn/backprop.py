@@ -10,15 +10,16 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from jaxcnn.arguments import bad_type
 from jaxcnn.layers import Params
-from jaxcnn.net import Rules, Serial, expect_net
+from jaxcnn.net import Rules, Serial, expect_loss, expect_net
 from jaxcnn.taps import Collector, probe
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Sweep:
-    """The result of a sweep.
+class BackpropResult:
+    """The result of `backprop`.
 
     The names are those of the taps. For a net they are the full names of its layers, as in `Serial.walk`: those of
     inner nets ("residual1") as well as those of their layers ("residual1/conv2"). As in all JAX trees, they are in
@@ -26,7 +27,7 @@ class Sweep:
     """
 
     #: E, a scalar.
-    error: Array
+    loss: Array
     #: ∂E/∂params, a tree like the parameters.
     gradients: Any
     #: δ = ∂E/∂(activation) by name; integer arrays have none.
@@ -37,34 +38,35 @@ class Sweep:
 
 def backprop(
     net: Serial,
+    loss: Callable[[Any, Any], ArrayLike],
     params: Params,
     x: ArrayLike,
-    error: Callable[[Array], ArrayLike],
+    targets: Any,
     *,
     key: Array | None = None,
     rules: Rules | None = None,
-) -> Sweep:
+) -> BackpropResult:
     """Return a net's loss, its gradients, and every layer's activation and δ by name.
 
     δ = ∂E/∂(the layer's output). The gradients are those of `jax.grad`. No extra computation is done; intermediate
-    values that `jax.grad` discards are kept. Under jit, return only the parts of the sweep that you need: XLA then
-    drops the rest. Errors of the net and of ``error`` propagate.
+    values that `jax.grad` discards are kept. Under jit, return only the parts of the result that you need: XLA then
+    drops the rest. Errors of the net and of ``loss`` propagate.
 
     Args:
         net: from `serial`.
+        loss: as in `make_train_step`, a function of outputs and targets that returns an array, whose mean is E. Each
+            example's δ has the factor 1/N. A scalar E is accepted as well.
         params: parameters as made by its `init`.
         x: a batch ``(N, …)``.
-        error: a function of the net's outputs that returns a scalar E, or an array whose mean is E. For a ``loss`` of
-            `make_train_step`, this is ``lambda outputs: loss(outputs, targets)``. Each example's δ then has the factor
-            1/N.
+        targets: passed to ``loss``.
         key: from `jax.random.key`; if given, the net is in training mode (dropout is active).
-        rules: replacement backward rules, as in `Serial.apply`; the sweep returns the δ that they produce.
+        rules: replacement backward rules, as in `Serial.apply`; the result has the δ that they produce.
 
     Returns:
-        A `Sweep`.
+        A `BackpropResult`.
 
     Raises:
-        TypeError: if net or error has the wrong type, or error does not return a floating-point array.
+        TypeError: if net or loss has the wrong type, or loss does not return a floating-point array.
         ValueError: as in `tap`.
 
     >>> import jax
@@ -73,26 +75,25 @@ def backprop(
     >>> net = jaxcnn.serial(jaxcnn.Conv(4, 3), jaxcnn.Relu(), jaxcnn.Flatten(), jaxcnn.Dense(2))
     >>> params = net.init(jax.random.key(0), (5, 5, 1))
     >>> x, target = jnp.ones((8, 5, 5, 1)), jnp.zeros((8, 2))
-    >>> sweep = jaxcnn.backprop(net, params, x, lambda outputs: jaxcnn.squared_error(outputs, target))
-    >>> sorted(sweep.deltas)
+    >>> result = jaxcnn.backprop(net, jaxcnn.squared_error, params, x, target)
+    >>> sorted(result.deltas)
     ['conv1', 'dense1', 'flatten1', 'relu1']
-    >>> sweep.deltas["relu1"].shape, sweep.gradients["conv1"]["w"].shape
+    >>> result.deltas["relu1"].shape, result.gradients["conv1"]["weight"].shape
     ((8, 3, 3, 4), (3, 3, 1, 4))
     """
     expect_net("backprop", net)
-    if not callable(error):
-        raise TypeError(f"backprop: error expected a function of the net's outputs, got {error!r}")
+    expect_loss("backprop", loss)
 
-    def mean_error(params: Params) -> Array:
-        found = jnp.asarray(error(net.apply(params, x, key=key, rules=rules)))
-        if not jnp.issubdtype(found.dtype, jnp.floating):
-            raise TypeError(f"backprop: error expected to return a floating array, got {found.dtype}")
-        return found.mean()
+    def mean_loss(params: Params) -> Array:
+        losses = jnp.asarray(loss(net.apply(params, x, key=key, rules=rules), targets))
+        if not jnp.issubdtype(losses.dtype, jnp.floating):
+            raise TypeError(f"backprop: loss must return a floating array, got {losses.dtype}")
+        return losses.mean()
 
-    return value_grad_and_deltas(mean_error)(params)
+    return value_grad_and_deltas(mean_loss)(params)
 
 
-def value_grad_and_deltas(fun: Callable[..., Any]) -> Callable[..., Sweep]:
+def value_grad_and_deltas(fun: Callable[..., Any]) -> Callable[..., BackpropResult]:
     """Return a function like `jax.value_and_grad` of ``fun`` that also returns the value and δ at every `tap` in it.
 
     Args:
@@ -100,8 +101,8 @@ def value_grad_and_deltas(fun: Callable[..., Any]) -> Callable[..., Sweep]:
             first time to find the taps.
 
     Returns:
-        A function of the same arguments that returns a `Sweep`, whose gradients are with respect to the first argument.
-        It raises TypeError if ``fun`` does not return a floating-point scalar, and ValueError as in `tap`.
+        A function of the same arguments that returns a `BackpropResult`, whose gradients are with respect to the first
+        argument. It raises TypeError if ``fun`` does not return a floating-point scalar, and ValueError as in `tap`.
 
     Raises:
         TypeError: if fun is not callable.
@@ -113,16 +114,16 @@ def value_grad_and_deltas(fun: Callable[..., Any]) -> Callable[..., Sweep]:
     >>> import jaxcnn
     >>> net = jaxcnn.serial(jaxcnn.Conv(4, 3), jaxcnn.Relu(), jaxcnn.Flatten(), jaxcnn.Dense(2))
     >>> params = net.init(jax.random.key(0), (5, 5, 1))
-    >>> def error(params, x):
+    >>> def loss(params, x):
     ...     return net.apply(params, jaxcnn.tap("image", x)).sum()
-    >>> sweep = jaxcnn.value_grad_and_deltas(error)(params, jnp.ones((8, 5, 5, 1)))
-    >>> sweep.deltas["image"].shape
+    >>> result = jaxcnn.value_grad_and_deltas(loss)(params, jnp.ones((8, 5, 5, 1)))
+    >>> result.deltas["image"].shape
     (8, 5, 5, 1)
     """
     if not callable(fun):
-        raise TypeError(f"value_grad_and_deltas: fun expected a function, got {fun!r}")
+        raise bad_type("value_grad_and_deltas", "fun", "a function", repr(fun))
 
-    def swept(params: Any, *args: Any, **kwargs: Any) -> Sweep:
+    def with_deltas(params: Any, *args: Any, **kwargs: Any) -> BackpropResult:
         def run(params: Any, probes: dict[str, Array]) -> tuple[Any, Collector]:
             collector = Collector(probes)
             with collector.collecting():
@@ -144,13 +145,13 @@ def value_grad_and_deltas(fun: Callable[..., Any]) -> Callable[..., Sweep]:
         probes = {name: probe(kind) for name, kind in types.items()}
         run_back = jax.value_and_grad(probed, argnums=(0, 1), has_aux=True)
         (value, activations), (gradients, deltas) = run_back(params, probes)
-        return Sweep(value, gradients, deltas, activations)
+        return BackpropResult(value, gradients, deltas, activations)
 
-    return swept
+    return with_deltas
 
 
 def _check_scalar(value: Any) -> None:
-    expected = "value_grad_and_deltas: fun expected to return a floating scalar"
+    expected = "value_grad_and_deltas: fun must return a floating scalar"
     if not isinstance(value, Array | float | np.ndarray | np.generic):
         raise TypeError(f"{expected}, got {type(value).__name__}")
     kind = jax.typeof(value)

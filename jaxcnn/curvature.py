@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxcnn.geometry import fail
+from jaxcnn.arguments import bad_type, bad_value
 
 
 def hvp(loss: Callable[[Any], Array], params: Any, v: Any) -> Any:
@@ -40,8 +40,8 @@ def hvp(loss: Callable[[Any], Array], params: Any, v: Any) -> Any:
     >>> import jax.numpy as jnp
     >>> import jaxcnn
     >>> def loss(p):
-    ...     return jnp.sum(jaxcnn.squared_error(p["w"], 0.0 * p["w"])) + p["w"][0] * p["w"][1]
-    >>> jaxcnn.hvp(loss, {"w": jnp.zeros(2)}, {"w": jnp.array([1.0, 0.0])})["w"]  # H = [[2, 1], [1, 2]]
+    ...     return jnp.sum(jaxcnn.squared_error(p["weight"], 0.0 * p["weight"])) + p["weight"][0] * p["weight"][1]
+    >>> jaxcnn.hvp(loss, {"weight": jnp.zeros(2)}, {"weight": jnp.array([1.0, 0.0])})["weight"]  # H = [[2, 1], [1, 2]]
     Array([2., 1.], dtype=float32)
     """
     _expect_functions("hvp", loss=loss)
@@ -97,16 +97,16 @@ def _like(op: str, params: Any, v: Any) -> Any:
     """Return v with the shapes and dtypes of ``params``."""
     expected, got = str(jax.tree.structure(params)), str(jax.tree.structure(v))
     if expected != got:
-        fail(op, f"v expected a tree like params, {expected}, got {got}")
+        raise bad_value(op, "v", f"a tree like params, {expected}", got)
 
     def part(path: Any, p: Any, of_v: Any) -> Array:
         at = jax.tree_util.keystr(path)
         if not hasattr(p, "dtype") and not isinstance(p, int | float | complex):
-            raise TypeError(f"{op}: params{at} must be a floating array, got {type(p).__name__}")
+            raise bad_type(op, f"params{at}", "a floating array", type(p).__name__)
         if not jnp.issubdtype(jnp.result_type(p), jnp.floating):
-            raise TypeError(f"{op}: params{at} expected a floating array, got {jnp.result_type(p)}")
+            raise bad_type(op, f"params{at}", "a floating array", jnp.result_type(p))
         if jnp.shape(p) != jnp.shape(of_v):
-            fail(op, f"v{at} expected the shape of params{at}, {jnp.shape(p)}, got {jnp.shape(of_v)}")
+            raise bad_value(op, f"v{at}", f"of the shape of params{at}, {jnp.shape(p)}", jnp.shape(of_v))
         return jnp.asarray(of_v, jnp.result_type(p))
 
     return jax.tree_util.tree_map_with_path(part, params, v)
@@ -115,11 +115,11 @@ def _like(op: str, params: Any, v: Any) -> Any:
 def _expect_functions(op: str, **named: Any) -> None:
     for name, f in named.items():
         if not callable(f):
-            raise TypeError(f"{op}: {name} must be a function, got {f!r}")
+            raise bad_type(op, name, "a function", repr(f))
 
 
 def _check_scalar(op: str, found: Any) -> None:
     known = isinstance(found, jax.ShapeDtypeStruct)
     if not known or found.shape or not jnp.issubdtype(found.dtype, jnp.floating):
         got = f"{found.dtype}{list(found.shape)}" if known else type(found).__name__
-        raise TypeError(f"{op}: loss expected to return a floating scalar, got {got}")
+        raise TypeError(f"{op}: loss must return a floating scalar, got {got}")

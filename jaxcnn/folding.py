@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxcnn.geometry import PADDING_MODES, fail
+from jaxcnn.arguments import bad_type, fail
+from jaxcnn.geometry import PADDING_MODES
 from jaxcnn.layers import BatchNorm, Conv, ConvTranspose, Dense, DepthwiseConv, HiddenLayer, Layer, Params
 from jaxcnn.net import Serial, expect_net, in_a_row
 
@@ -78,7 +79,7 @@ def _folded(net: Serial, params: Params, path: str, leave: Container[str]) -> tu
         elif _is(layer, BatchNorm) and f"{path}{name}" not in leave:
             _check_statistics(f"{path}{name}", own)
             before, of_before = kept[-1] if kept else ("", layer)
-            if _is(of_before, *_TAKE_AFTER) and "w" in found.get(before, {}):
+            if _is(of_before, *_TAKE_AFTER) and "weight" in found.get(before, {}):
                 kept[-1] = before, _with_bias(of_before)
                 found[before] = _after(of_before, found[before], *_affine(layer, own))
                 continue
@@ -86,7 +87,7 @@ def _folded(net: Serial, params: Params, path: str, leave: Container[str]) -> tu
             found[name] = own
             waiting = name
             continue
-        elif waiting and _is(layer, *_TAKE_BEFORE) and not _pads_zeros(layer) and "w" in own:
+        elif waiting and _is(layer, *_TAKE_BEFORE) and not _pads_zeros(layer) and "weight" in own:
             _, norm = kept.pop()
             own = _before(layer, own, *_affine(norm, found.pop(waiting)))
             layer = _with_bias(layer)
@@ -107,7 +108,7 @@ def _is(layer: Layer, *kinds: type[Layer]) -> bool:
 
 def _check_dict(where: str, params: Any) -> None:
     if not isinstance(params, Mapping):
-        raise TypeError(f"{where}: params must be a dict as init makes it, got {type(params).__name__}")
+        raise bad_type(where, "params", "a dict as init makes it", type(params).__name__)
 
 
 def _check_statistics(name: str, own: Params) -> None:
@@ -126,17 +127,17 @@ def _affine(norm: Any, own: Params) -> tuple[Array, Array]:
 
 def _after(layer: Any, own: Params, a: Array, c: Array) -> Params:
     """Return w·a and b·a + c, with one a per output channel."""
-    w, b = own["w"], own.get("b")
+    w, b = own["weight"], own.get("bias")
     scale = a
     if isinstance(layer, ConvTranspose):  # (*K, O/groups, I): groups of input and output channels correspond
         scale = jnp.repeat(a.reshape(layer.groups, -1), w.shape[-1] // layer.groups, axis=0).T
     scale = jnp.expand_dims(scale, range(w.ndim - scale.ndim))
-    return {**own, "w": (w * scale).astype(w.dtype), "b": (c if b is None else b * a + c).astype(w.dtype)}
+    return {**own, "weight": (w * scale).astype(w.dtype), "bias": (c if b is None else b * a + c).astype(w.dtype)}
 
 
 def _before(layer: Any, own: Params, a: Array, c: Array) -> Params:
     """Return a·w and b + c·w, with one a per input channel."""
-    w, b = own["w"], own.get("b")
+    w, b = own["weight"], own.get("bias")
     groups = len(a) if isinstance(layer, DepthwiseConv) else getattr(layer, "groups", 1)
 
     def beside(each: Array) -> Array:
@@ -144,7 +145,11 @@ def _before(layer: Any, own: Params, a: Array, c: Array) -> Params:
         return jnp.expand_dims(jnp.repeat(each.reshape(groups, -1), w.shape[-1] // groups, axis=0).T, range(w.ndim - 2))
 
     shift = (w * beside(c)).sum(range(w.ndim - 1))
-    return {**own, "w": (w * beside(a)).astype(w.dtype), "b": (shift if b is None else b + shift).astype(w.dtype)}
+    return {
+        **own,
+        "weight": (w * beside(a)).astype(w.dtype),
+        "bias": (shift if b is None else b + shift).astype(w.dtype),
+    }
 
 
 def _with_bias(layer: Any) -> Any:

@@ -10,12 +10,12 @@ import dataclasses
 import functools
 import itertools
 import math
-import operator
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn, TypeGuard
+from typing import Any
 
-import jax
 import numpy as np
+
+from jaxcnn.arguments import MAX_ELEMENTS, bad_value, fail, is_sequence, positive, static_bool, static_int
 
 #: Values of `padding=`: "VALID", "SAME", "SAME_LOWER", "CAUSAL", an int, or an int or a pair for every dim.
 Padding = str | int | Sequence[int | tuple[int, int]]
@@ -25,12 +25,6 @@ PerDim = int | Sequence[int]
 PADDINGS = ("VALID", "SAME", "SAME_LOWER", "CAUSAL")
 #: Paddings that repeat the input instead of adding zeros. They keep the size; for `conv` only.
 PADDING_MODES = ("REFLECT", "REPLICATE", "CIRCULAR")
-
-#: Largest number of spatial elements of a padded input. Beyond it, sizes overflow in XLA and crash the process.
-MOST_ENTRIES = 2**31 - 1
-
-#: Error text for a traced value in place of a static argument.
-TRACED = "a value traced by jax; it must be static"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,8 +176,8 @@ def window(
 
 
 def not_too_many(op: str, what: str, spatial: Sequence[int]) -> None:
-    """Raise ValueError if an array with these spatial dims would have more than `MOST_ENTRIES` elements."""
-    if math.prod(spatial) > MOST_ENTRIES:
+    """Raise ValueError if an array with these spatial dims would have more than `MAX_ELEMENTS` elements."""
+    if math.prod(spatial) > MAX_ELEMENTS:
         fail(op, f"{what} would have spatial dims {tuple(spatial)}, more than 2**31 - 1 entries")
 
 
@@ -205,23 +199,23 @@ def pad_widths(
     if isinstance(padding, str):
         if padding.upper() not in accepts:
             names = ", ".join(accepts)
-            fail(op, f"{argument} expected one of {names}, an int, or an int or pair per dim; got {padding!r}")
+            raise bad_value(op, argument, f"one of {names}, an int, or an int or pair per dim", repr(padding))
         return _named_pad_widths(op, argument, padding, win)
-    each = tuple(padding) if _is_sequence(padding) else (padding,) * win.ndim
+    each = tuple(padding) if is_sequence(padding) else (padding,) * win.ndim
     if len(each) != win.ndim:
-        fail(op, f"{argument} expected one int or pair for each of {win.ndim} dims, got {padding!r}")
+        raise bad_value(op, argument, f"one int or pair for each of {win.ndim} dims", repr(padding))
     return tuple(_pad_pair(op, argument, p, padding) for p in each)
 
 
 def _pad_pair(op: str, argument: str, entry: Any, whole: Any) -> tuple[int, int]:
-    pair = tuple(entry) if _is_sequence(entry) else (entry, entry)
+    pair = tuple(entry) if is_sequence(entry) else (entry, entry)
     if len(pair) != 2:
-        fail(op, f"{argument} expected pairs (before, after), got {whole!r}")
+        raise bad_value(op, argument, "pairs (before, after)", repr(whole))
     lo, hi = (static_int(op, argument, p, whole) for p in pair)
     if lo < 0 or hi < 0:
-        fail(op, f"{argument} expected ints >= 0, got {whole!r}")
-    if max(lo, hi) > MOST_ENTRIES:
-        fail(op, f"{argument} expected ints < 2**31, got {whole!r}")
+        raise bad_value(op, argument, "ints >= 0", repr(whole))
+    if max(lo, hi) > MAX_ELEMENTS:
+        raise bad_value(op, argument, "ints < 2**31", repr(whole))
     return lo, hi
 
 
@@ -231,81 +225,9 @@ def _named_pad_widths(op: str, argument: str, padding: str, win: Window) -> tupl
         return ((0, 0),) * win.ndim
     if name == "CAUSAL":
         if win.ndim != 1:
-            fail(op, f"{argument} 'CAUSAL' expected 1 spatial dim, got {win.ndim}")
+            raise bad_value(op, f"{argument} 'CAUSAL'", "1 spatial dim", win.ndim)
         return ((win.extent[0] - 1, 0),)
     total = (max((-(-n // s) - 1) * s + e - n, 0) for n, s, e in zip(win.shape, win.stride, win.extent, strict=True))
     if name == "SAME_LOWER":
         return tuple((t - t // 2, t // 2) for t in total)
     return tuple((t // 2, t - t // 2) for t in total)
-
-
-def static_ints(op: str, argument: str, value: PerDim, ndim: int) -> tuple[int, ...]:
-    """Return one int per dim, from an int or a sequence of ints."""
-    each = tuple(value) if _is_sequence(value) else (value,) * ndim
-    if len(each) != ndim:
-        fail(op, f"{argument} expected one int or {ndim} of them, got {value!r}")
-    ints = tuple(static_int(op, argument, v, value) for v in each)
-    if max(ints, default=0) > MOST_ENTRIES:
-        fail(op, f"{argument} expected ints < 2**31, got {value!r}")
-    return ints
-
-
-def positive(op: str, argument: str, value: PerDim, ndim: int) -> tuple[int, ...]:
-    """Return one int >= 1 per dim, from an int or a sequence of ints."""
-    ints = static_ints(op, argument, value, ndim)
-    if min(ints, default=1) < 1:
-        fail(op, f"{argument} expected ints >= 1, got {value!r}")
-    return ints
-
-
-def _is_sequence(value: Any) -> TypeGuard[Sequence[Any]]:
-    return isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim > 0)
-
-
-def static_int(op: str, argument: str, value: Any, whole: Any) -> int:
-    """Return ``value`` as an int; raise TypeError for bools, floats and traced values."""
-    if isinstance(value, bool | np.bool_):
-        raise TypeError(f"{op}: {argument} expected ints, got {whole!r}")
-    try:
-        return operator.index(value)
-    except TypeError:  # tracers raise a subclass
-        got = TRACED if isinstance(value, jax.core.Tracer) else repr(whole)
-        raise TypeError(f"{op}: {argument} expected ints, got {got}") from None
-
-
-def static_bool(op: str, argument: str, value: Any) -> bool:
-    """Return ``value`` as a bool; raise TypeError for anything else."""
-    if not isinstance(value, bool | np.bool_):
-        got = TRACED if isinstance(value, jax.core.Tracer) else repr(value)
-        raise TypeError(f"{op}: {argument} expected a bool, got {got}")
-    return bool(value)
-
-
-def static_float(op: str, argument: str, value: Any) -> float:
-    """Return ``value`` as a float; raise TypeError for bools, arrays and traced values."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        got = TRACED if isinstance(value, jax.core.Tracer) else type(value).__name__
-        raise TypeError(f"{op}: {argument} expected a Python float, got {got}")
-    try:
-        return float(value)
-    except OverflowError:
-        fail(op, f"{argument} expected a number that a float can hold, got an int of {int(value).bit_length()} bits")
-
-
-def expect_numbers(op: str, argument: str, sizes: Sequence[Any], shape: Sequence[Any]) -> None:
-    """ValueError if a size is a symbol of `jax.export`; only the batch may be one.
-
-    Args:
-        op: the name that the message begins with.
-        argument: the name of the array.
-        sizes: the sizes that must be numbers.
-        shape: the whole shape, for the message.
-    """
-    if not all(isinstance(n, int) for n in sizes):
-        symbols = ", ".join(map(str, shape))
-        fail(op, f"{argument} must have sizes that are numbers, except for the batch; got shape ({symbols})")
-
-
-def fail(op: str, message: str) -> NoReturn:
-    """Raise ValueError with the op's name in front of the message."""
-    raise ValueError(f"{op}: {message}")

@@ -16,7 +16,8 @@ from jax import Array
 from jax.interpreters import batching
 from jax.typing import DTypeLike
 
-from jaxcnn.geometry import Padding, PerDim, fail, positive, static_int
+from jaxcnn.arguments import bad_value, fail, positive, static_int
+from jaxcnn.geometry import Padding, PerDim
 from jaxcnn.ops import activation, convolution, dropout, hidden, linear, normalization, pooling
 from jaxcnn.ops.rule import Rule
 
@@ -116,14 +117,14 @@ class Conv(Layer):
     """
 
     features: int
-    patch: PerDim
+    kernel_size: PerDim
     stride: PerDim = 1
     padding: Padding = "VALID"
     dilation: PerDim = 1
     groups: int = 1
     bias: bool = dataclasses.field(default=True, kw_only=True)
-    init_w: Initializer = dataclasses.field(default=he_normal, kw_only=True)
-    init_b: Initializer = dataclasses.field(default=zeros, kw_only=True)
+    init_weight: Initializer = dataclasses.field(default=he_normal, kw_only=True)
+    init_bias: Initializer = dataclasses.field(default=zeros, kw_only=True)
     preferred_element_type: DTypeLike | None = dataclasses.field(default=None, kw_only=True)
     precision: Any = dataclasses.field(default=None, kw_only=True)
 
@@ -133,20 +134,20 @@ class Conv(Layer):
         _check_count(self, "groups", self.groups)
 
     def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
-        """Make ``w (*patch, I/groups, features)``, and ``b (features,)`` if the layer has a bias."""
+        """Make ``w (*kernel_size, I/groups, features)``, and ``b (features,)`` if the layer has a bias."""
         key_w, key_b = jax.random.split(key)
-        size = positive("Conv", "patch", self.patch, len(shape) - 1)
+        size = positive("Conv", "kernel_size", self.kernel_size, len(shape) - 1)
         if shape[-1] % self.groups or self.features % self.groups:
             fail("Conv", f"groups={self.groups} must divide {shape[-1]} input and {self.features} output channels")
-        params = {"w": self.init_w(key_w, (*size, shape[-1] // self.groups, self.features), dtype)}
-        return {**params, "b": self.init_b(key_b, (self.features,), dtype)} if self.bias else params
+        params = {"weight": self.init_weight(key_w, (*size, shape[-1] // self.groups, self.features), dtype)}
+        return {**params, "bias": self.init_bias(key_b, (self.features,), dtype)} if self.bias else params
 
     def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
         """Return ``conv(x, w, b)``."""
         return convolution.conv(
             x,
-            params["w"],
-            params.get("b"),
+            params["weight"],
+            params.get("bias"),
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,
@@ -158,7 +159,9 @@ class Conv(Layer):
 
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
         """Count a multiplication and an addition for each kernel element at each output."""
-        entries = math.prod(positive("Conv", "patch", self.patch, len(shape) - 1)) * shape[-1] // self.groups
+        entries = (
+            math.prod(positive("Conv", "kernel_size", self.kernel_size, len(shape) - 1)) * shape[-1] // self.groups
+        )
         return math.prod(out) * (2 * entries - 1 + self.bias)
 
 
@@ -169,14 +172,14 @@ class DepthwiseConv(Layer):
     The fields are the options of the op, except ``dimension_numbers``: nets are always channels-last.
     """
 
-    patch: PerDim
+    kernel_size: PerDim
     multiplier: int = 1
     stride: PerDim = 1
     padding: Padding = "VALID"
     dilation: PerDim = 1
     bias: bool = dataclasses.field(default=True, kw_only=True)
-    init_w: Initializer = dataclasses.field(default=he_normal, kw_only=True)
-    init_b: Initializer = dataclasses.field(default=zeros, kw_only=True)
+    init_weight: Initializer = dataclasses.field(default=he_normal, kw_only=True)
+    init_bias: Initializer = dataclasses.field(default=zeros, kw_only=True)
     preferred_element_type: DTypeLike | None = dataclasses.field(default=None, kw_only=True)
     precision: Any = dataclasses.field(default=None, kw_only=True)
 
@@ -185,19 +188,19 @@ class DepthwiseConv(Layer):
         _check_count(self, "multiplier", self.multiplier)
 
     def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
-        """Make ``w (*patch, 1, C·multiplier)``, and ``b (C·multiplier,)`` if the layer has a bias."""
+        """Make ``w (*kernel_size, 1, C·multiplier)``, and ``b (C·multiplier,)`` if the layer has a bias."""
         key_w, key_b = jax.random.split(key)
-        size = positive("DepthwiseConv", "patch", self.patch, len(shape) - 1)
+        size = positive("DepthwiseConv", "kernel_size", self.kernel_size, len(shape) - 1)
         features = shape[-1] * self.multiplier
-        params = {"w": self.init_w(key_w, (*size, 1, features), dtype)}
-        return {**params, "b": self.init_b(key_b, (features,), dtype)} if self.bias else params
+        params = {"weight": self.init_weight(key_w, (*size, 1, features), dtype)}
+        return {**params, "bias": self.init_bias(key_b, (features,), dtype)} if self.bias else params
 
     def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
         """Return ``depthwise_conv(x, w, b)``."""
         return convolution.depthwise_conv(
             x,
-            params["w"],
-            params.get("b"),
+            params["weight"],
+            params.get("bias"),
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,
@@ -208,7 +211,7 @@ class DepthwiseConv(Layer):
 
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
         """Count a multiplication and an addition for each kernel element at each output."""
-        entries = math.prod(positive("DepthwiseConv", "patch", self.patch, len(shape) - 1))
+        entries = math.prod(positive("DepthwiseConv", "kernel_size", self.kernel_size, len(shape) - 1))
         return math.prod(out) * (2 * entries - 1 + self.bias)
 
 
@@ -220,15 +223,15 @@ class ConvTranspose(Layer):
     """
 
     features: int
-    patch: PerDim
+    kernel_size: PerDim
     stride: PerDim = 1
     padding: Padding = "VALID"
     output_padding: PerDim = 0
     dilation: PerDim = 1
     groups: int = 1
     bias: bool = dataclasses.field(default=True, kw_only=True)
-    init_w: Initializer = dataclasses.field(default=he_normal_transposed, kw_only=True)
-    init_b: Initializer = dataclasses.field(default=zeros, kw_only=True)
+    init_weight: Initializer = dataclasses.field(default=he_normal_transposed, kw_only=True)
+    init_bias: Initializer = dataclasses.field(default=zeros, kw_only=True)
     preferred_element_type: DTypeLike | None = dataclasses.field(default=None, kw_only=True)
     precision: Any = dataclasses.field(default=None, kw_only=True)
 
@@ -238,21 +241,21 @@ class ConvTranspose(Layer):
         _check_count(self, "groups", self.groups)
 
     def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
-        """Make ``w (*patch, features/groups, I)``, and ``b (features,)`` if the layer has a bias."""
+        """Make ``w (*kernel_size, features/groups, I)``, and ``b (features,)`` if the layer has a bias."""
         key_w, key_b = jax.random.split(key)
-        size = positive("ConvTranspose", "patch", self.patch, len(shape) - 1)
+        size = positive("ConvTranspose", "kernel_size", self.kernel_size, len(shape) - 1)
         if shape[-1] % self.groups or self.features % self.groups:
             channels = f"{shape[-1]} input and {self.features} output channels"
             fail("ConvTranspose", f"groups={self.groups} must divide {channels}")
-        params = {"w": self.init_w(key_w, (*size, self.features // self.groups, shape[-1]), dtype)}
-        return {**params, "b": self.init_b(key_b, (self.features,), dtype)} if self.bias else params
+        params = {"weight": self.init_weight(key_w, (*size, self.features // self.groups, shape[-1]), dtype)}
+        return {**params, "bias": self.init_bias(key_b, (self.features,), dtype)} if self.bias else params
 
     def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
         """Return ``conv_transpose(x, w, b)``."""
         return convolution.conv_transpose(
             x,
-            params["w"],
-            params.get("b"),
+            params["weight"],
+            params.get("bias"),
             stride=self.stride,
             padding=self.padding,
             output_padding=self.output_padding,
@@ -265,7 +268,7 @@ class ConvTranspose(Layer):
 
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
         """Count a multiplication and an addition for each kernel element at each input, and the bias at each output."""
-        size = positive("ConvTranspose", "patch", self.patch, len(shape) - 1)
+        size = positive("ConvTranspose", "kernel_size", self.kernel_size, len(shape) - 1)
         return math.prod(shape) * 2 * math.prod(size) * self.features // self.groups + math.prod(out) * self.bias
 
 
@@ -277,7 +280,7 @@ class HiddenLayer(Layer):
     """
 
     features: int
-    patch: PerDim
+    kernel_size: PerDim
     window: PerDim = 2
     pool_stride: PerDim | None = None
     stride: PerDim = 1
@@ -285,8 +288,8 @@ class HiddenLayer(Layer):
     pool_padding: Padding = dataclasses.field(default="VALID", kw_only=True)
     dilation: PerDim = dataclasses.field(default=1, kw_only=True)
     groups: int = dataclasses.field(default=1, kw_only=True)
-    init_w: Initializer = dataclasses.field(default=he_normal, kw_only=True)
-    init_b: Initializer = dataclasses.field(default=zeros, kw_only=True)
+    init_weight: Initializer = dataclasses.field(default=he_normal, kw_only=True)
+    init_bias: Initializer = dataclasses.field(default=zeros, kw_only=True)
     precision: Any = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -297,25 +300,25 @@ class HiddenLayer(Layer):
     def _conv(self) -> Conv:
         return Conv(
             self.features,
-            self.patch,
+            self.kernel_size,
             self.stride,
             self.padding,
             self.dilation,
             self.groups,
-            init_w=self.init_w,
-            init_b=self.init_b,
+            init_weight=self.init_weight,
+            init_bias=self.init_bias,
         )
 
     def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
-        """Make ``w (*patch, I/groups, features)`` and ``b (features,)``."""
+        """Make ``w (*kernel_size, I/groups, features)`` and ``b (features,)``."""
         return self._conv().init(key, shape, dtype)
 
     def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
         """Return ``hidden_layer(x, w, b)``."""
         return hidden.hidden_layer(
             x,
-            params["w"],
-            params["b"],
+            params["weight"],
+            params["bias"],
             window=self.window,
             pool_stride=self.pool_stride,
             pool_padding=self.pool_padding,
@@ -345,8 +348,8 @@ class Dense(Layer):
 
     features: int
     bias: bool = dataclasses.field(default=True, kw_only=True)
-    init_w: Initializer = dataclasses.field(default=glorot_uniform, kw_only=True)
-    init_b: Initializer = dataclasses.field(default=zeros, kw_only=True)
+    init_weight: Initializer = dataclasses.field(default=glorot_uniform, kw_only=True)
+    init_bias: Initializer = dataclasses.field(default=zeros, kw_only=True)
 
     def __post_init__(self) -> None:
         _check_count(self, "features", self.features)
@@ -354,12 +357,12 @@ class Dense(Layer):
     def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
         """Make ``w (I, features)``, and ``b (features,)`` if the layer has a bias."""
         key_w, key_b = jax.random.split(key)
-        params = {"w": self.init_w(key_w, (shape[-1], self.features), dtype)}
-        return {**params, "b": self.init_b(key_b, (self.features,), dtype)} if self.bias else params
+        params = {"weight": self.init_weight(key_w, (shape[-1], self.features), dtype)}
+        return {**params, "bias": self.init_bias(key_b, (self.features,), dtype)} if self.bias else params
 
     def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
         """Return ``dense(x, w, b)``."""
-        return linear.dense(x, params["w"], params.get("b"), rule=rule)
+        return linear.dense(x, params["weight"], params.get("bias"), rule=rule)
 
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
         """Count a multiplication and an addition for each input at each output."""
@@ -410,10 +413,11 @@ class BatchNorm(_Normalization):
             statistics = reached_p.bind(x, *statistics)
         elif key is None and not statistics and HIDING.value:
             others = ", ".join(HIDING.value)
-            fail(
+            raise bad_value(
                 "calibrate",
-                f"every BatchNorm must be a layer of a Serial, or a field named like its parameters in a "
-                f"layer; got one that is not, inside one of {others}",
+                "every BatchNorm",
+                "a layer of a Serial, or a field named like its parameters in a layer",
+                f"one that is not, inside one of {others}",
             )
         # Statistics are not parameters: no gradient reaches them.
         statistics = [jax.lax.stop_gradient(a) for a in statistics]
@@ -442,7 +446,7 @@ class LayerNorm(_Normalization):
         """Make ``scale`` of ones and ``bias`` of zeros, with the shape along ``axes``."""
         dims = normalization.dims_of("LayerNorm", self.axes, len(shape) + 1)
         if 0 in dims:
-            fail("LayerNorm", f"axes expected dims of one example, got {self.axes!r}, of which one is the batch")
+            raise bad_value("LayerNorm", "axes", "dims of one example", f"{self.axes!r}, of which one is the batch")
         return self._learned(tuple(shape[dim - 1] for dim in dims), dtype)
 
     def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
@@ -889,4 +893,4 @@ def _freeze(layer: Layer) -> None:
 def _check_count(layer: Layer, name: str, value: Any) -> None:
     kind = type(layer).__name__
     if static_int(kind, name, value, value) < 1:
-        fail(kind, f"{name} expected an int >= 1, got {value}")
+        raise bad_value(kind, name, "an int >= 1", value)

@@ -15,9 +15,10 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
+from jaxcnn.arguments import array, bad_type, one_key
 from jaxcnn.layers import Conv, Flatten, HiddenLayer, Layer, MaxPool, Params, Relu, out_shape, shape_of
 from jaxcnn.ops import linear
-from jaxcnn.ops.rule import Rule, array, autodiff, one_key
+from jaxcnn.ops.rule import Rule, autodiff
 from jaxcnn.taps import tap
 
 #: One rule for all layers, or a mapping from layer types, names or predicates (name, layer) → bool to rules.
@@ -94,7 +95,7 @@ class Serial(Layer):
             _check_matches(rules, self)
             rules = _Followed(rules)
         if not isinstance(params, Mapping):
-            raise TypeError(f"serial: params expected a dict as init makes it, got {type(params).__name__}")
+            raise bad_type("serial", "params", "a dict as init makes it", type(params).__name__)
         x = array("serial", "x", x)
         if key is not None:
             one_key("serial", key)
@@ -102,7 +103,7 @@ class Serial(Layer):
             here = f"{path}{name}"
             own: Params = params.get(name, {})
             if not isinstance(own, Mapping):
-                raise TypeError(f"{here}: params expected a dict as init makes it, got {type(own).__name__}")
+                raise bad_type(here, "params", "a dict as init makes it", type(own).__name__)
             part = None if key is None else jax.random.fold_in(key, i)
             if isinstance(layer, Serial):
                 x = layer.apply(own, x, key=part, rules=rules, path=f"{here}/")
@@ -403,7 +404,7 @@ def _named(op: str, layers: tuple[Layer, ...]) -> tuple[tuple[str, Layer], ...]:
         counts[kind] = counts.get(kind, 0) + 1
         name = f"{kind}{counts[kind]}" if layer.name is None else layer.name
         if not isinstance(name, str):
-            raise TypeError(f"{op}: name expected a str, got {name!r}")
+            raise bad_type(op, "name", "a str", repr(name))
         if name in named or "/" in name:
             raise ValueError(f"{op}: expected names that differ and hold no '/', got {name!r}")
         named[name] = layer
@@ -423,13 +424,13 @@ def in_a_row(layer: Layer) -> TypeGuard[Serial]:
 def expect_net(op: str, net: Any) -> None:
     """Raise TypeError unless ``net`` is a `Serial`."""
     if not isinstance(net, Serial):
-        raise TypeError(f"{op}: net expected what serial returns, got {net!r}")
+        raise bad_type(op, "net", "what serial returns", repr(net))
 
 
 def expect_loss(op: str, loss: Any) -> None:
     """Raise TypeError unless ``loss`` is callable."""
     if not callable(loss):
-        raise TypeError(f"{op}: loss expected a function (outputs, targets), got {loss!r}")
+        raise bad_type(op, "loss", "a function (outputs, targets)", repr(loss))
 
 
 def _rule_for(rules: Rules | None, name: str, layer: Layer) -> Rule | None:
@@ -509,7 +510,7 @@ def _rule_of_sum(rules: Rules | None, net: Layer | None = None) -> Rule | None:
     return None
 
 
-#: The layers that a hidden layer contains, and the argument of `jaxcnn.rules.InHiddenLayer` for each.
+#: The layers that a hidden layer contains, and the argument of `jaxcnn.rules.HiddenLayerRules` for each.
 _IN_HIDDEN_LAYER = {Conv: "conv", Relu: "relu", MaxPool: "pool"}
 
 
@@ -546,7 +547,7 @@ def _instead(kind: type | None, layers: list[tuple[str, Layer]]) -> str:
     inside = next((part for of, part in _IN_HIDDEN_LAYER.items() if kind is not None and issubclass(of, kind)), None)
     if inside is None or not any(isinstance(layer, HiddenLayer) for _, layer in layers):
         return ""
-    return f". A HiddenLayer contains one: {{HiddenLayer: rules.InHiddenLayer({inside}=...)}}"
+    return f". A HiddenLayer contains one: {{HiddenLayer: rules.HiddenLayerRules({inside}=...)}}"
 
 
 def _check_rules(rules: Mapping[Any, Rule], names: list[str]) -> None:
@@ -580,7 +581,7 @@ def _located(name: str, between: str = ": ") -> Iterator[None]:
 
 
 def _example_shape(shape: Any) -> tuple[int, ...]:
-    expected = f"serial: shape expected a tuple of ints >= 1 such as (28, 28, 1), got {shape!r}"
+    expected = f"serial: shape must be a tuple of ints >= 1 such as (28, 28, 1), got {shape!r}"
     if not isinstance(shape, list | tuple) or not all(isinstance(n, int | np.integer) for n in shape):
         raise TypeError(expected)
     if not shape or min(shape) < 1:

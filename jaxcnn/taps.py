@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from jaxcnn.arguments import bad_type
+
 #: Part of JAX's cache key: functions traced outside a sweep, with inactive taps, are retraced inside one.
 _COLLECTING = jax.make_user_context(False)
 _LOCAL = threading.local()
@@ -97,7 +99,7 @@ class Collector:
             ValueError: if a name is used twice, or the tap is inside a function that JAX transforms.
         """
         if not isinstance(name, str):
-            raise TypeError(f"tap: name expected a str, got {name!r}")
+            raise bad_type("tap", "name", "a str", repr(name))
         if name in self.found:
             raise ValueError(f"tap: expected each name once, got {name!r} twice")
         if jax.extend.core.get_opaque_trace_state() != self._trace:

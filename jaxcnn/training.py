@@ -18,14 +18,13 @@ import optax.contrib
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxcnn.geometry import fail, static_int
+from jaxcnn.arguments import bad_type, bad_value, fail, one_key, static_int
 from jaxcnn.layers import HIDING, UNKNOWN, BatchNorm, Layer, Params, reached_p
 from jaxcnn.net import Rules, Serial, expect_loss, expect_net
-from jaxcnn.ops.rule import one_key
 
 #: Loss of each example: (outputs, targets) → (N, …).
 Loss = Callable[[Any, Any], Array]
-#: (net, params, x, targets, loss, *, key) → a tree like params, or one gradient per example.
+#: (net, loss, params, x, targets, *, key) → a tree like params, or one gradient per example.
 Gradient = Callable[..., Any]
 Batch = tuple[Any, Any]
 Metrics = dict[str, Array]
@@ -149,7 +148,7 @@ def make_train_step(
 
     An optimizer that aggregates per-example gradients, such as `optax.contrib.dpsgd`, needs
     ``gradient=jaxcnn.per_example_gradients``. In general ``gradient`` is a function that replaces the gradient of the
-    mean loss: ``gradient(net, params, x, targets, loss, key=key)``. It returns a tree like the parameters, after any
+    mean loss: ``gradient(net, loss, params, x, targets, key=key)``. It returns a tree like the parameters, after any
     processing such as clipping and adding noise (see the last example). The key is that of the step, which dropout
     uses; fold in a number before using it for anything else.
 
@@ -212,8 +211,8 @@ def make_train_step(
 
     Private training, every gradient clipped and noise added to their sum:
 
-    >>> def private(net, params, x, targets, loss, *, key):
-    ...     total = jaxcnn.clipped_gradient(net, params, x, targets, loss, 1.0, key=key)
+    >>> def private(net, loss, params, x, targets, *, key):
+    ...     total = jaxcnn.clipped_gradient(net, loss, params, x, targets, 1.0, key=key)
     ...     leaves, tree = jax.tree.flatten(total)
     ...     keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
     ...     noisy = [a + 0.5 * jax.random.normal(key, a.shape) for key, a in zip(keys, leaves)]
@@ -229,11 +228,11 @@ def make_train_step(
     expect_loss("make_train_step", loss)
     _expect_optimizer("make_train_step", optimizer)
     if microbatch is not None and static_int("make_train_step", "microbatch", microbatch, microbatch) < 1:
-        fail("make_train_step", f"microbatch expected an int >= 1, got {microbatch}")
+        raise bad_value("make_train_step", "microbatch", "an int >= 1", microbatch)
 
     if gradient is not None:
         if not callable(gradient):
-            raise TypeError(f"make_train_step: gradient must be a function, got {gradient!r}")
+            raise bad_type("make_train_step", "gradient", "a function", repr(gradient))
         if rules is not None or microbatch is not None:
             fail("make_train_step", "gradient must not be given together with rules or microbatch")
     asked = _asked_for(optimizer)
@@ -261,7 +260,7 @@ def make_train_step(
             (value, found), counts = over_batch(functools.partial(gradients, state.params), batch, key)
         else:
             value, counts = error(state.params, batch, key)
-            found = gradient(net, state.params, *batch, loss, key=key)
+            found = gradient(net, loss, state.params, *batch, key=key)
 
         def value_fn(params: Params) -> Array:
             return over_batch(functools.partial(error, params), batch, key)[0]
@@ -489,14 +488,16 @@ def calibrate(net: Serial, params: Params, batches: Iterable[Batch], *, keep_byt
     """
     expect_net("calibrate", net)
     if not isinstance(batches, Iterable):
-        raise TypeError(f"calibrate: batches expected (x, targets) pairs, got {batches!r}")
+        raise bad_type("calibrate", "batches", "(x, targets) pairs", repr(batches))
     if static_int("calibrate", "keep_bytes", keep_bytes, keep_bytes) < 0:
-        fail("calibrate", f"keep_bytes must be an int >= 0, got {keep_bytes}")
+        raise bad_value("calibrate", "keep_bytes", "an int >= 0", keep_bytes)
     paths, hiding = _norms(net)
     if iter(batches) is batches and paths:
-        raise TypeError(
-            f"calibrate: batches expected a list, or what else can be gone through once for each of {len(paths)} "
-            f"layers, got {type(batches).__name__}"
+        raise bad_type(
+            "calibrate",
+            "batches",
+            f"a list, or what else can be gone through once for each of {len(paths)} layers",
+            type(batches).__name__,
         )
     if not paths and not hiding:
         return params
@@ -706,7 +707,7 @@ class _Stages:
         x, *unknown = operands
         found = [self._unknown.get(n, ("", "")) for n in unknown]
         if [part for _, part in found] != ["mean", "var"] or found[0][0] != found[1][0]:
-            fail("calibrate", "every BatchNorm must be called with its own parameters, got those of another layer")
+            raise bad_value("calibrate", "every BatchNorm", "called with its own parameters", "those of another layer")
         results = next(self._numbers), next(self._numbers)
         self._steps.append(_Reached(found[0][0], x, results, tuple(var.aval.dtype for var in eqn.outvars)))
         return list(results)
@@ -812,7 +813,7 @@ def _bound(jaxpr: Any, eqn: Any) -> Callable[..., Any]:
 
 def _expect_optimizer(op: str, value: Any) -> None:
     if not (hasattr(value, "init") and hasattr(value, "update")):
-        raise TypeError(f"{op}: optimizer expected one from optax, got {value!r}")
+        raise bad_type(op, "optimizer", "one from optax", repr(value))
 
 
 def _widened(errors: Any) -> Array:

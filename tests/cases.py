@@ -222,7 +222,7 @@ class Case:
         return compiled(with_cotangents(self.function))
 
     @functools.cached_property
-    def run_plain(self) -> Callable[..., Any]:
+    def run_reference(self) -> Callable[..., Any]:
         return compiled(with_cotangents(self.plain))
 
     @functools.cached_property
@@ -231,7 +231,7 @@ class Case:
         return compiled(cotangents_twice(self.function))
 
     @functools.cached_property
-    def twice_plain(self) -> Callable[..., Any]:
+    def twice_reference(self) -> Callable[..., Any]:
         return compiled(cotangents_twice(self.plain))
 
     @functools.cached_property

@@ -128,7 +128,7 @@ def strict_promotion_is_enough(case: Case) -> None:
 
 def rule_against_autodiff(case: Case) -> None:
     """The value and the δ rule agree with stock JAX's autodiff of the plain forward pass, in float64."""
-    assert_close(flat(case.run(*drawn(case))), flat(case.run_plain(*drawn(case))), within(case))
+    assert_close(flat(case.run(*drawn(case))), flat(case.run_reference(*drawn(case))), within(case))
 
 
 def value_of_autodiff(case: Case) -> None:
@@ -150,7 +150,7 @@ def rule_of_rule_against_autodiff(case: Case) -> None:
     """Second derivatives, with respect to the arguments and to δ, agree with autodiff in float64."""
     args, delta = drawn(case)
     xis = cotangents(args)
-    assert_close(case.twice(args, delta, xis), case.twice_plain(args, delta, xis), within(case))
+    assert_close(case.twice(args, delta, xis), case.twice_reference(args, delta, xis), within(case))
 
 
 def rule_of_rule_against_pytorch(case: Case) -> None:
@@ -190,7 +190,7 @@ def rules_by_differences(case: Case) -> None:
 def third_order_by_differences(case: Case) -> None:
     """Third derivatives agree with finite differences.
 
-    This reaches the rules of products that only rules of rules call, such as max pooling's `take`.
+    This reaches the rules of products that only rules of rules call, such as max pooling's `gather_winners`.
     """
     args, delta = drawn(case)
     inputs = args, delta, cotangents(args)

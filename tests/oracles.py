@@ -431,7 +431,7 @@ def correlate(c: Correlation, x: np.ndarray, w: np.ndarray) -> np.ndarray:
     return y
 
 
-def spread(c: Correlation, y: np.ndarray, w: np.ndarray) -> np.ndarray:
+def input_grad(c: Correlation, y: np.ndarray, w: np.ndarray) -> np.ndarray:
     x = np.zeros((y.shape[0], *c.window.shape, w.shape[-2] * c.groups))
     for o, k, i in meetings(c.window):
         for of_x, of_y in channels(c, x.shape[-1], y.shape[-1]):
@@ -439,7 +439,7 @@ def spread(c: Correlation, y: np.ndarray, w: np.ndarray) -> np.ndarray:
     return x
 
 
-def match(c: Correlation, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def kernel_grad(c: Correlation, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     w = np.zeros((*c.window.size, x.shape[-1] // c.groups, y.shape[-1]))
     for o, k, i in meetings(c.window):
         for of_x, of_y in channels(c, x.shape[-1], y.shape[-1]):
@@ -447,7 +447,7 @@ def match(c: Correlation, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return w
 
 
-def largest(win: Window, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def max_and_winner(win: Window, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the maximum and its tap: the first NaN if any, otherwise the first maximum; padding never wins."""
     y = np.full((x.shape[0], *win.out, x.shape[-1]), -np.inf)
     winner = np.full(y.shape, -1)
@@ -459,14 +459,14 @@ def largest(win: Window, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return y, winner
 
 
-def place(win: Window, y: np.ndarray, winner: np.ndarray) -> np.ndarray:
+def scatter_to_winners(win: Window, y: np.ndarray, winner: np.ndarray) -> np.ndarray:
     x = np.zeros((y.shape[0], *win.shape, y.shape[-1]))
     for o, k, i in meetings(win):
         x[:, *i] += np.where(winner[:, *o] == np.ravel_multi_index(k, win.size), y[:, *o], 0)
     return x
 
 
-def take(win: Window, x: np.ndarray, winner: np.ndarray) -> np.ndarray:
+def gather_winners(win: Window, x: np.ndarray, winner: np.ndarray) -> np.ndarray:
     y = np.zeros((x.shape[0], *win.out, x.shape[-1]))
     for o, k, i in meetings(win):
         y[:, *o] += np.where(winner[:, *o] == np.ravel_multi_index(k, win.size), x[:, *i], 0)
@@ -480,7 +480,7 @@ def window_sum(win: Window, x: np.ndarray) -> np.ndarray:
     return y
 
 
-def window_spread(win: Window, y: np.ndarray) -> np.ndarray:
+def window_sum_adjoint(win: Window, y: np.ndarray) -> np.ndarray:
     x = np.zeros((y.shape[0], *win.shape, y.shape[-1]))
     for o, _, i in meetings(win):
         x[:, *i] += y[:, *o]

@@ -14,23 +14,26 @@ PACKAGE = Path(jaxcnn.__file__).parent
 MODULES = {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 
 #: Which modules each module may import; `__init__` is the table of contents and imports what it lists.
-ROOMS = {
-    "geometry": set(),
+IMPORTS = {
+    "arguments": set(),
+    "geometry": {"arguments"},
     "kernels": {"geometry", "kernels"},
-    "ops": {"geometry", "kernels", "ops"},
-    "rules": {"geometry", "kernels", "ops", "rules"},  # kernels: for rules that route elements
-    "layers": {"geometry", "ops"},
-    "taps": set(),  # separate from backprop, which imports nets, because nets tap their layers
-    "net": {"geometry", "ops", "layers", "taps"},
-    "backprop": {"geometry", "ops", "rules", "layers", "net", "taps"},
-    "folding": {"geometry", "layers", "net"},
+    "ops": {"arguments", "geometry", "kernels", "ops"},
+    "rules": {"arguments", "geometry", "kernels", "ops", "rules"},  # kernels: for rules that route elements
+    "layers": {"arguments", "geometry", "ops"},
+    "taps": {"arguments"},  # separate from backprop, which imports nets, because nets tap their layers
+    "net": {"arguments", "geometry", "ops", "layers", "taps"},
+    "backprop": {"arguments", "geometry", "ops", "rules", "layers", "net", "taps"},
+    "folding": {"arguments", "geometry", "layers", "net"},
     # kernels: the dtype of sums
-    "attribution": {"geometry", "kernels", "ops", "rules", "layers", "net", "backprop", "folding", "taps"},
+    "attribution": {
+        "arguments", "geometry", "kernels", "ops", "rules", "layers", "net", "backprop", "folding", "taps",
+    },
     # kernels: per-example products, which no op has
-    "examples": {"geometry", "kernels", "ops", "layers", "net", "backprop", "taps"},
-    "curvature": {"geometry"},
-    "training": {"geometry", "ops", "layers", "net", "backprop"},
-}
+    "per_example": {"arguments", "geometry", "kernels", "ops", "layers", "net", "backprop", "taps"},
+    "curvature": {"arguments", "geometry"},
+    "training": {"arguments", "geometry", "ops", "layers", "net", "backprop"},
+}  # fmt: skip
 
 #: Functions that take derivatives.
 DERIVATIVES = {
@@ -55,7 +58,7 @@ def imported(tree: ast.Module) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "relative imports hide the room"
+            assert node.level == 0, "relative imports hide the module"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
@@ -105,8 +108,8 @@ def test_init_is_a_sorted_table_of_contents():
 
 def test_nothing_else_is_public():
     listed = {name for _, name in exports()}
-    rooms = {Path(path).parts[0].removesuffix(".py") for path in MODULES}
-    assert {name for name in vars(jaxcnn) if not name.startswith("_")} <= listed | rooms
+    modules = {Path(path).parts[0].removesuffix(".py") for path in MODULES}
+    assert {name for name in vars(jaxcnn) if not name.startswith("_")} <= listed | modules
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -132,14 +135,14 @@ def test_options_are_keyword_only_and_arrays_are_not(name):
 
 @pytest.mark.parametrize("path", [path for path in MODULES if path != "__init__.py"])
 def test_imports_run_one_way(path):
-    room = Path(path).parts[0].removesuffix(".py")
-    assert room in ROOMS, f"{path} is in no room that tests/test_api.py knows"
+    module = Path(path).parts[0].removesuffix(".py")
+    assert module in IMPORTS, f"{path} has no entry in IMPORTS"
     for name in imported(MODULES[path]):
         package, *rest = name.split(".")
         assert package not in ("experiments", "tests"), f"{path} imports {name}"
         if package == "jaxcnn":
             assert rest, f"{path} imports all of jaxcnn"
-            assert rest[0] in ROOMS[room], f"{path} imports {name}"
+            assert rest[0] in IMPORTS[module], f"{path} imports {name}"
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if path.startswith(("ops/", "kernels/"))])

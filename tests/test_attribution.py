@@ -39,11 +39,11 @@ from jaxcnn import (
     rules,
     serial,
 )
-from jaxcnn.rules import Epsilon, ZBox, ZPlus, passed
-from tests import modules
-from tests.agreement import CLOSE
+from jaxcnn.rules import Epsilon, ZBox, ZPlus, pass_through
+from tests import as_torch
 from tests.cases import compiled
 from tests.checks import SPLIT_BY
+from tests.compare_torch import CLOSE
 
 with warnings.catch_warnings():  # from its dependencies
     warnings.simplefilter("ignore")
@@ -77,7 +77,7 @@ def found(net, *, target=TARGET, **options):
 
 def in_torch(net):
     params, x = drawn(net)
-    return modules.sequential(net, params), modules.channels_first(x), torch.tensor(TARGET)
+    return as_torch.sequential(net, params), as_torch.channels_first(x), torch.tensor(TARGET)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ WITHOUT_BIAS = {
         lambda: zennit.composites.EpsilonGammaBox(-1.0, 1.0, zero_params=["bias"]),
     ),
     "epsilon_alpha2_beta1_flat": (
-        functools.partial(attribution.epsilon_alpha2_beta1_flat, zero_params=["b"]),
+        functools.partial(attribution.epsilon_alpha2_beta1_flat, zero_params=["bias"]),
         lambda: zennit.composites.EpsilonAlpha2Beta1Flat(zero_params=["bias"]),
     ),
     "excitation_backprop": (
@@ -138,16 +138,16 @@ def test_composites_with_batch_norm_and_sums_are_zennits(composite):
     ours, theirs = COMPOSITES[composite]
     params, x = normed()
     heat = np.asarray(compiled(functools.partial(attribute, NORMED, rules=ours(NORMED)))(params, x, TARGET))
-    model = modules.sequential(NORMED, params)
+    model = as_torch.sequential(NORMED, params)
     np.testing.assert_allclose(
-        modules.channels_last(model(modules.channels_first(x))), compiled(NORMED.apply)(params, x), rtol=1e-10
+        as_torch.channels_last(model(as_torch.channels_first(x))), compiled(NORMED.apply)(params, x), rtol=1e-10
     )
     composite = theirs()
     composite.canonizers = [zennit.canonizers.SequentialMergeBatchNorm()]
     one_hot = torch.nn.functional.one_hot(torch.tensor(TARGET), 5)
     with zennit.attribution.Gradient(model, composite) as attributor:
-        _, expected = attributor(modules.channels_first(x), lambda y: y * one_hot)
-    expected = modules.channels_last(expected)
+        _, expected = attributor(as_torch.channels_first(x), lambda y: y * one_hot)
+    expected = as_torch.channels_last(expected)
     assert np.abs(expected).max() > 0
     np.testing.assert_allclose(heat, expected, rtol=1e-7, atol=1e-7 * np.abs(expected).max())
 
@@ -179,7 +179,7 @@ def agrees_with_zennit(net, ours, theirs):
     one_hot = torch.nn.functional.one_hot(target, 5)
     with zennit.attribution.Gradient(model, theirs()) as attributor:
         _, expected = attributor(x, lambda y: y * one_hot)
-    expected = modules.channels_last(expected)
+    expected = as_torch.channels_last(expected)
     np.testing.assert_allclose(heat, expected, rtol=1e-8, atol=1e-8 * np.abs(expected).max())
 
 
@@ -210,7 +210,7 @@ def by_captum(method, net, *built, **options):
     model, x, target = in_torch(net)
     with warnings.catch_warnings():  # captum warns that it sets hooks
         warnings.simplefilter("ignore")
-        return modules.channels_last(method(model, *(model.get_submodule(b) for b in built)).attribute(
+        return as_torch.channels_last(method(model, *(model.get_submodule(b) for b in built)).attribute(
             x, target=target, **options
         ))  # fmt: skip
 
@@ -238,7 +238,7 @@ def test_integrated_gradients_are_captums(net):
     near(found(NETS[net], method="integrated_gradients"), by_captum(captum.attr.IntegratedGradients, NETS[net]))
     baseline = np.random.default_rng(8).uniform(-1, 1, (1, *SHAPE))
     ours = found(NETS[net], method="integrated_gradients", baseline=baseline, steps=9)
-    first = modules.channels_first(baseline)
+    first = as_torch.channels_first(baseline)
     near(ours, by_captum(captum.attr.IntegratedGradients, NETS[net], baselines=first, n_steps=9))
 
 
@@ -281,7 +281,7 @@ def test_deep_lift_is_captums(net):
     """Nets without max pooling only: there captum's maps do not sum to the difference, by its own convergence delta."""
     reference = np.random.default_rng(8).uniform(-1, 1, (1, *SHAPE))
     theirs = by_captum(
-        captum.attr.DeepLift, UNPOOLED[net], baselines=modules.channels_first(reference).expand(3, -1, -1, -1)
+        captum.attr.DeepLift, UNPOOLED[net], baselines=as_torch.channels_first(reference).expand(3, -1, -1, -1)
     )
     near(found(UNPOOLED[net], method="deep_lift", reference=reference), theirs)
 
@@ -350,7 +350,7 @@ def test_smooth_grads_statistics():
     """For y = x², the mean of 2(x + σξ) over n samples has mean 2x and deviation 2σ/√n."""
     net = serial(Square(), Flatten(), Dense(5))
     params, x = drawn(net)
-    params["dense1"]["w"] = np.ones_like(params["dense1"]["w"])
+    params["dense1"]["weight"] = np.ones_like(params["dense1"]["weight"])
     smooth = functools.partial(attribute, net, method="smooth_grad", samples=64, noise=0.1)
     heat = compiled(smooth)(params, x, TARGET, key=jax.random.key(0))
     sigma = 0.1 * (x.max((1, 2, 3)) - x.min((1, 2, 3)))[:, None, None, None]
@@ -364,7 +364,7 @@ def test_grad_cam_of_a_dense_layer_after_global_average_is_cam():
     net = serial(Conv(4, 3), Relu(), AvgPool((10, 11)), Flatten(), Dense(5))
     params, x = drawn(net)
     a = np.asarray(serial(Conv(4, 3), Relu()).apply(params, x))
-    expected = np.einsum("nijc,cn->nij", a, params["dense1"]["w"][:, TARGET]) / 110
+    expected = np.einsum("nijc,cn->nij", a, params["dense1"]["weight"][:, TARGET]) / 110
     heat = found(net, method="grad_cam", layer="relu1", relu=False)
     np.testing.assert_allclose(heat, expected, **CLOSE)
 
@@ -436,7 +436,7 @@ def test_relevance_starts_as_the_output():
 def test_dropout_is_off():
     net = serial(Flatten(), Dropout(0.5), Dense(5))
     params, _ = drawn(net)
-    np.testing.assert_allclose(found(net).reshape(3, -1), params["dense1"]["w"].T[TARGET], **CLOSE)
+    np.testing.assert_allclose(found(net).reshape(3, -1), params["dense1"]["weight"].T[TARGET], **CLOSE)
 
 
 def test_a_traced_target_out_of_range_is_nan():
@@ -501,7 +501,7 @@ def test_gradients_for_targets_of_every_int_dtype():
     """There are 300 classes, more than a byte can count; the oracle is the weight of a dense layer."""
     net = serial(Dense(300))
     w = np.random.default_rng(0).standard_normal((4, 300))
-    params, x = {"dense1": {"w": w, "b": np.zeros(300)}}, np.ones((3, 4))
+    params, x = {"dense1": {"weight": w, "bias": np.zeros(300)}}, np.ones((3, 4))
     traced = jax.jit(functools.partial(attribute, net))
     for kind in (np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64):
         target = np.array([3, 43, 99], kind)
@@ -526,7 +526,7 @@ def test_occlusion_holds_one_window_at_a_time():
 
 def test_a_window_whose_output_is_not_finite_marks_its_own_pixels():
     net = serial(Flatten(), Dense(3))
-    params = {"dense1": {"w": np.ones((16, 3)), "b": np.zeros(3)}}
+    params = {"dense1": {"weight": np.ones((16, 3)), "bias": np.zeros(3)}}
     x = np.ones((1, 4, 4, 1))
     x[0, 0, 0] = np.inf
     heat = attribute(net, params, x, 2, method="occlusion", window=2)[0, :, :, 0]
@@ -538,25 +538,25 @@ def test_a_window_whose_output_is_not_finite_marks_its_own_pixels():
 # Refused arguments
 
 LISTED = "gradient, gradient_times_input, integrated_gradients, smooth_grad, grad_cam, occlusion, relevance, deep_lift"
-INTS = "attribute: target expected ints"
+INTS = "attribute: target must be ints"
 REFUSED = [
     # error, message, options
     (ValueError, f"{INTS} in [0, 5), got 5", {"target": 5}),
     (ValueError, f"{INTS} in [0, 5), got [0, -1, 4]", {"target": np.array([0, -1, 4])}),
     (TypeError, f"{INTS}, got float64", {"target": np.zeros(3)}),
-    (ValueError, "attribute: target expected an int or 3 of them, one for each example, got shape (2,)",
+    (ValueError, "attribute: target must be an int or 3 of them, one for each example, got shape (2,)",
      {"target": np.zeros(2, int)}),
-    (ValueError, f"attribute: method expected {LISTED}; got 'saliency'", {"method": "saliency"}),
-    (ValueError, "attribute: layer expected the name of a layer, got 'hidden_layer3'; the nearest are hidden_layer2, "
+    (ValueError, f"attribute: method must be {LISTED}; got 'saliency'", {"method": "saliency"}),
+    (ValueError, "attribute: layer must be the name of a layer, got 'hidden_layer3'; the nearest are hidden_layer2, "
      "hidden_layer1, dense1", {"method": "grad_cam", "layer": "hidden_layer3"}),
-    (ValueError, "attribute: layer expected one whose output is pictures, got 'dense1' with output (3, 5)",
+    (ValueError, "attribute: layer must be one whose output is pictures, got 'dense1' with output (3, 5)",
      {"method": "grad_cam", "layer": "dense1"}),
-    (ValueError, "attribute: steps expected an int >= 1, got 0", {"method": "integrated_gradients", "steps": 0}),
-    (ValueError, "attribute: baseline expected a shape that broadcasts to (3, 12, 13, 3), got (2, 12, 13, 3)",
+    (ValueError, "attribute: steps must be an int >= 1, got 0", {"method": "integrated_gradients", "steps": 0}),
+    (ValueError, "attribute: baseline must be a shape that broadcasts to (3, 12, 13, 3), got (2, 12, 13, 3)",
      {"method": "integrated_gradients", "baseline": np.zeros((2, *SHAPE))}),
-    (TypeError, "attribute: key expected one typed key from jax.random.key(seed), got 0",
+    (TypeError, "attribute: key must be one typed key from jax.random.key(seed), got 0",
      {"method": "smooth_grad", "key": 0}),
-    (ValueError, "attribute: stride expected at most the window (2, 2), so that no pixel is left out, got (3, 3)",
+    (ValueError, "attribute: stride must be at most the window (2, 2), so that no pixel is left out, got (3, 3)",
      {"method": "occlusion", "window": 2, "stride": 3}),
     (ValueError, "rules: expected names of layers, got 'conv1'; the nearest are dense1, flatten1, hidden_layer1",
      {"rules": {"conv1": ZPlus()}}),
@@ -566,10 +566,10 @@ REFUSED = [
     (TypeError, "attribute: options of method 'gradient' must be among rules; got steps", {"steps": 3}),
     (TypeError, "attribute: options of method 'occlusion' must be among window, stride, value; got rules",
      {"method": "occlusion", "rules": {}}),
-    (ValueError, f"attribute: method expected {LISTED}; got ['gradient']", {"method": ["gradient"]}),
+    (ValueError, f"attribute: method must be {LISTED}; got ['gradient']", {"method": ["gradient"]}),
     (TypeError, "attribute: rules must be a rule or a mapping from layers to rules, got 3",
      {"method": "gradient", "rules": 3}),
-    (TypeError, "attribute: relu expected a bool, got 'no'", {"method": "grad_cam", "layer": "dense1", "relu": "no"}),
+    (TypeError, "attribute: relu must be a bool, got 'no'", {"method": "grad_cam", "layer": "dense1", "relu": "no"}),
     (ValueError, "attribute: noise must be a finite number >= 0, got -0.1",
      {"method": "smooth_grad", "key": jax.random.key(0), "noise": -0.1}),
     (TypeError, "attribute: reference must be real numbers, got complex128",
@@ -578,14 +578,14 @@ REFUSED = [
     (TypeError, f"{INTS}, got bool", {"target": np.array([True, False, True])}),
     (TypeError, f"{INTS}, got float64", {"target": 2.0}),
     (TypeError, f"{INTS}, got float64", {"target": [0, 1.0, 2]}),
-    (TypeError, "attribute: target expected an array, got None", {"target": None}),
-    (TypeError, "attribute: target expected an array, got '2'", {"target": "2"}),
+    (TypeError, "attribute: target must be an array, got None", {"target": None}),
+    (TypeError, "attribute: target must be an array, got '2'", {"target": "2"}),
     (ValueError, f"{INTS} in [0, 5), got {2**40}", {"target": 2**40}),
     (ValueError, f"{INTS} in [0, 5), got -1", {"target": -1}),
     (ValueError, f"{INTS} in [0, 5), got [0, 255, 2]", {"target": np.array([0, 255, 2], np.uint8)}),
-    (ValueError, "attribute: target expected an int or 3 of them, one for each example, got shape (3, 1)",
+    (ValueError, "attribute: target must be an int or 3 of them, one for each example, got shape (3, 1)",
      {"target": np.zeros((3, 1), int)}),
-    (ValueError, "attribute: target expected an int or 3 of them, one for each example, got shape (2,)",
+    (ValueError, "attribute: target must be an int or 3 of them, one for each example, got shape (2,)",
      {"target": [1, 2], "method": "integrated_gradients"}),
 ]  # fmt: skip
 
@@ -653,7 +653,7 @@ def test_a_norm_passes_relevance_on(key):
     seen = []
 
     def seeing(call, delta):
-        seen.append((delta, passed(call, delta)))
+        seen.append((delta, pass_through(call, delta)))
         return seen[-1][1]
 
     attribute(net, params, x, 2, rules={key: seeing, **attribution.epsilon_plus()})
@@ -676,7 +676,7 @@ def test_a_batch_norm_that_has_a_rule_is_not_folded():
         seen.append(call.name)
         return (delta, *(None,) * (len(call.inputs) - 1))
 
-    others = {Dense: Epsilon(), Relu: passed}
+    others = {Dense: Epsilon(), Relu: pass_through}
     run = functools.partial(attribute, net, params, x, 2)
     assert not np.allclose(run(rules={BatchNorm: seeing, **others}), run(rules=others))
     by_name, by_type = (run(rules={key: seeing, **others}) for key in ("batch_norm1", BatchNorm))
@@ -688,12 +688,12 @@ def test_a_batch_norm_that_has_a_rule_is_not_folded():
 def test_other_things_that_are_refused():
     net = NETS["hidden"]
     params, x = drawn(net)
-    with pytest.raises(TypeError, match=r"^attribute: x expected a floating dtype, got int64"):
+    with pytest.raises(TypeError, match=r"^attribute: x must be of a floating dtype, got int64"):
         attribute(net, params, x.astype(int), 2)
-    with pytest.raises(ValueError, match=r"^attribute: x expected \(N, …\), got shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"^attribute: x must be \(N, …\), got shape \(3,\)"):
         attribute(net, params, x[:, 0, 0, 0], 2)
     headless = serial(*(layer for _, layer in net.layers[:2]))
-    with pytest.raises(ValueError, match=r"^attribute: net expected outputs \(N, classes\), got \(3, "):
+    with pytest.raises(ValueError, match=r"^attribute: net must be outputs \(N, classes\), got \(3, "):
         attribute(headless, params, x, 2)
     with pytest.raises(TypeError, match=r"^ZBox: expected low and high"):
         attribution.epsilon_gamma_box(net)
@@ -716,7 +716,7 @@ ENDS = [
      lambda y: y.mean(0, keepdims=True)),
     (ValueError, "attribute: net must return one row of outputs for each of 3 examples, got outputs (6, 5)",
      lambda y: jnp.concatenate([y, y])),
-    (ValueError, "attribute: net expected outputs (N, classes), got (3,)", lambda y: y[:, 0]),
+    (ValueError, "attribute: net must be outputs (N, classes), got (3,)", lambda y: y[:, 0]),
     (TypeError, "attribute: net must return outputs of a floating dtype, got int64", lambda y: y.astype(int)),
 ]  # fmt: skip
 
@@ -739,11 +739,11 @@ class Projected(jaxcnn.Serial):
 
     def init(self, key, shape, dtype=jnp.float32):
         w = jax.random.normal(jax.random.fold_in(key, 7), (1, 1, shape[-1], 4), dtype)
-        return {**super().init(key, shape, dtype), "shortcut": {"w": w}}
+        return {**super().init(key, shape, dtype), "shortcut": {"weight": w}}
 
     def apply(self, params, x, *, key=None, rules=None, rule=None, path=""):
         y = super().apply(params, x, key=key, rules=rules, rule=rule, path=path)
-        return self.ends(y + jaxcnn.conv(x, params["shortcut"]["w"]))
+        return self.ends(y + jaxcnn.conv(x, params["shortcut"]["weight"]))
 
     def ends(self, y):
         return y
@@ -781,11 +781,13 @@ class Bottleneck(jaxcnn.Layer):
 
     def init(self, key, shape, dtype=jnp.float32):
         w = jax.random.normal(key, (shape[-1], 4), dtype)
-        return {"down": {"w": w}, "up": {"w": w.T}}
+        return {"down": {"weight": w}, "up": {"weight": w.T}}
 
     def apply(self, params, x, *, key=None, rule=None):
         down, up = (rule if ruled else None for ruled in self.ruled)
-        return jaxcnn.dense(self.between(jaxcnn.dense(x, params["down"]["w"], rule=down)), params["up"]["w"], rule=up)
+        return jaxcnn.dense(
+            self.between(jaxcnn.dense(x, params["down"]["weight"], rule=down)), params["up"]["weight"], rule=up
+        )
 
 
 INNER = (("conv1", Conv(4, 3, padding=1)), ("relu1", Relu()))
@@ -800,12 +802,12 @@ def in_plain_jax(params, x, *, rectified=False, shift=0.0):
     def conv(x, w, padding):
         return jax.lax.conv_general_dilated(x, w, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
-    x = conv(x, params["conv1"]["w"], "VALID") + params["conv1"]["b"]
+    x = conv(x, params["conv1"]["weight"], "VALID") + params["conv1"]["bias"]
     block = params["block1"]
-    y = conv(x, block["conv1"]["w"], "SAME") + block["conv1"]["b"] + shift
-    x = jax.nn.relu(y) + conv(x, block["shortcut"]["w"], "VALID")
+    y = conv(x, block["conv1"]["weight"], "SAME") + block["conv1"]["bias"] + shift
+    x = jax.nn.relu(y) + conv(x, block["shortcut"]["weight"], "VALID")
     x = jax.nn.relu(x) if rectified else x
-    return x.reshape(x.shape[0], -1) @ params["dense1"]["w"] + params["dense1"]["b"], y
+    return x.reshape(x.shape[0], -1) @ params["dense1"]["weight"] + params["dense1"]["bias"], y
 
 
 @pytest.mark.parametrize("net", [PROJECTED, RECTIFIED], ids=["linear shortcut", "and a ReLU"])
@@ -833,11 +835,11 @@ def test_relevance_through_a_layer_with_nested_parameters():
     """With a rule for its type, the layer's two products are equivalent to two dense layers in sequence."""
     net, plain = serial(Flatten(), Bottleneck(), Dense(5)), serial(Flatten(), Dense(4), Dense(468), Dense(5))
     params, x = drawn(net)
-    zeros = {"b": np.zeros(4)}, {"b": np.zeros(468)}
+    zeros = {"bias": np.zeros(4)}, {"bias": np.zeros(468)}
     own = params["bottleneck1"]
-    of_plain = {"dense1": own["down"] | zeros[0], "dense2": own["up"] | zeros[1], "dense3": params["dense1"]}
+    of_reference = {"dense1": own["down"] | zeros[0], "dense2": own["up"] | zeros[1], "dense3": params["dense1"]}
     given = {Bottleneck: Epsilon(), Dense: Epsilon()}
-    expected = attribute(plain, of_plain, x, TARGET, rules={Dense: Epsilon()})
+    expected = attribute(plain, of_reference, x, TARGET, rules={Dense: Epsilon()})
     np.testing.assert_allclose(found(net, rules=given), expected, rtol=1e-9)
     np.testing.assert_allclose(found(net, rules=Epsilon()), expected, rtol=1e-9)
 

@@ -72,6 +72,11 @@ def given(name, dtype=np.float64, batch=4):
     return net, params, rng.standard_normal((batch, *shape)).astype(dtype), lambda z: cross_entropy(z, labels)
 
 
+def sweep_of(net, loss, params, x, **options):
+    """Run `backprop` with a loss of the outputs alone."""
+    return backprop(net, lambda outputs, _: loss(outputs), params, x, None, **options)
+
+
 def by_addition(net, params, x, error, key=None, layer_rule=None):
     """Return (E, ∂E/∂params, activations, δ) by running the layers one by one.
 
@@ -121,30 +126,30 @@ def assert_same(found, expected, tolerance=1e-12):
 def test_all_that_a_sweep_finds(name, training):
     net, params, x, error = given(name)
     key = jax.random.key(3) if training else None
-    sweep = compiled(functools.partial(backprop, net, error=error, key=key))(params, x)
+    sweep = compiled(functools.partial(sweep_of, net, error, key=key))(params, x)
     assert set(sweep.deltas) == set(sweep.activations) == {name for name, _ in net.walk()}
     expected = by_addition(net, params, x, error, key, rules.autodiff)
-    assert_same((sweep.error, sweep.gradients, sweep.activations, sweep.deltas), expected)
+    assert_same((sweep.loss, sweep.gradients, sweep.activations, sweep.deltas), expected)
 
 
 @pytest.mark.parametrize("name", NETS)
 def test_gradients_are_those_of_grad(name):
     net, params, x, error = given(name)
-    sweep = compiled(functools.partial(backprop, net, error=error))(params, x)
+    sweep = compiled(functools.partial(sweep_of, net, error))(params, x)
     value, gradients = compiled(jax.value_and_grad(lambda params: error(net.apply(params, x)).mean()))(params)
-    assert_same((sweep.error, sweep.gradients), (value, gradients))
+    assert_same((sweep.loss, sweep.gradients), (value, gradients))
 
 
 def test_without_jit():
     net, params, x, error = given("residual")
-    sweep = backprop(net, params, x, error)
-    assert_same(sweep, compiled(functools.partial(backprop, net, error=error))(params, x))
+    sweep = sweep_of(net, error, params, x)
+    assert_same(sweep, compiled(functools.partial(sweep_of, net, error))(params, x))
 
 
 def test_an_error_that_is_a_scalar_is_not_averaged_again():
     net, params, x, error = given("residual")
-    sweep = backprop(net, params, x, lambda z: error(z).sum())
-    mean = backprop(net, params, x, error)
+    sweep = sweep_of(net, lambda z: error(z).sum(), params, x)
+    mean = sweep_of(net, error, params, x)
     assert_same(sweep.deltas, jax.tree.map(lambda d: len(x) * d, mean.deltas))
 
 
@@ -155,7 +160,7 @@ def test_rules_change_what_they_say():
         return jax.tree.map(lambda c: 2 * c, call.exact(delta))
 
     exact, other = (
-        compiled(functools.partial(backprop, net, error=error, rules=r))(params, x) for r in (None, {"relu2": doubled})
+        compiled(functools.partial(sweep_of, net, error, rules=r))(params, x) for r in (None, {"relu2": doubled})
     )
     assert_same(other.activations, exact.activations)
     factors = {"conv1": 2, "relu1": 2, "max_pool1": 2, "conv2": 2}
@@ -164,7 +169,7 @@ def test_rules_change_what_they_say():
 
 def test_float32_stays_float32():
     net, params, x, error = given("residual", np.float32)
-    sweep = jax.eval_shape(functools.partial(backprop, net, error=error), params, x)
+    sweep = jax.eval_shape(functools.partial(sweep_of, net, error), params, x)
     assert {leaf.dtype for leaf in jax.tree.leaves(sweep)} == {np.dtype(np.float32)}
 
 
@@ -177,7 +182,7 @@ def test_vmap_equals_a_loop():
     labels = np.arange(4, dtype=np.int32)
 
     def one(x, label):
-        return backprop(net, params, x[None], lambda z: cross_entropy(z, label[None]))
+        return backprop(net, cross_entropy, params, x[None], label[None])
 
     found = compiled(jax.vmap(one))(x, labels)
     turns = [compiled(one)(x[i], labels[i]) for i in range(4)]
@@ -189,7 +194,7 @@ def test_a_split_batch(axis_type):
     net, params, x, error = given("nested")
     mesh = jax.make_mesh((2,), ("batch",), axis_types=(axis_type,))
     split = jax.device_put(x, NamedSharding(mesh, PartitionSpec("batch")))
-    run = compiled(functools.partial(backprop, net, error=error))
+    run = compiled(functools.partial(sweep_of, net, error))
     found = run(jax.device_put(params, NamedSharding(mesh, PartitionSpec())), split)
     assert len(found.deltas["dense1"].sharding.device_set) == 2
     assert_same(found, run(params, x))
@@ -201,15 +206,15 @@ def test_inside_shard_map():
     labels = np.arange(4, dtype=np.int32)
 
     def local(params, x, labels):
-        sweep = backprop(net, params, x, lambda z: cross_entropy(z, labels).sum() / 4)
-        return lax.psum(sweep.error, "batch"), sweep.gradients, sweep.deltas
+        sweep = backprop(net, lambda z, t: cross_entropy(z, t).sum() / 4, params, x, labels)
+        return lax.psum(sweep.loss, "batch"), sweep.gradients, sweep.deltas
 
     rows = PartitionSpec("batch")
     run = jax.shard_map(
         local, mesh=mesh, in_specs=(PartitionSpec(), rows, rows), out_specs=(PartitionSpec(), PartitionSpec(), rows)
     )
-    whole = backprop(net, params, x, error)
-    assert_same(compiled(run)(params, x, labels), (whole.error, whole.gradients, whole.deltas))
+    whole = sweep_of(net, error, params, x)
+    assert_same(compiled(run)(params, x, labels), (whole.loss, whole.gradients, whole.deltas))
 
 
 def test_again_in_reverse():
@@ -220,7 +225,7 @@ def test_again_in_reverse():
         return outputs**3
 
     def of_sweep(params, rules=None):
-        return (backprop(net, params, x, error, rules=rules).deltas["conv1"] ** 2).sum()
+        return (sweep_of(net, error, params, x, rules=rules).deltas["conv1"] ** 2).sum()
 
     def plain(params):
         def rest(a):
@@ -250,7 +255,7 @@ def test_one_forward_and_one_backward(name):
     plain = jax.value_and_grad(lambda params, x: error(net.apply(params, x)).mean())
     expected = products(plain, params, x)
     assert expected > 4
-    assert products(functools.partial(backprop, net, error=error), params, x) == expected
+    assert products(functools.partial(sweep_of, net, error), params, x) == expected
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,7 +272,7 @@ def test_a_function_with_taps():
     sweep = value_grad_and_deltas(fun)(params, x, factor=3.0)
     s, c = np.sin(0.7 * x), np.cos(0.7 * x)
     expected = {"first": 6 * s, "second": np.full(2, 3.0), "on no path": np.zeros(2)}
-    np.testing.assert_allclose(sweep.error, 3 * (s**2).sum(), rtol=1e-15)
+    np.testing.assert_allclose(sweep.loss, 3 * (s**2).sum(), rtol=1e-15)
     np.testing.assert_allclose(sweep.gradients["a"], (6 * s * c * x).sum(), rtol=1e-14)
     assert_same(sweep.deltas, jax.tree.map(jnp.asarray, expected), 1e-14)
     assert_same(sweep.activations, {"first": s, "second": s**2, "on no path": 2 * s}, 1e-14)
@@ -342,7 +347,7 @@ def test_after_an_error_taps_are_idle_again():
     with pytest.raises(ValueError, match="twice"):
         value_grad_and_deltas(lambda x: tapped(tapped(x)))(1.0)
     assert tapped(3.0) == 6
-    assert value_grad_and_deltas(tapped)(3.0).error == 6
+    assert value_grad_and_deltas(tapped)(3.0).loss == 6
 
 
 def test_a_name_twice():
@@ -358,20 +363,20 @@ def test_a_name_twice():
 @pytest.mark.parametrize(
     ("call", "kind", "message"),
     [
-        (lambda: value_grad_and_deltas(3), TypeError, "value_grad_and_deltas: fun expected a function, got 3"),
+        (lambda: value_grad_and_deltas(3), TypeError, "value_grad_and_deltas: fun must be a function, got 3"),
         (
             lambda: value_grad_and_deltas(lambda x: x)(jnp.ones(3)), TypeError,
-            r"value_grad_and_deltas: fun expected to return a floating scalar, got float64\[3\]",
+            r"value_grad_and_deltas: fun must return a floating scalar, got float64\[3\]",
         ),
         (
             lambda: value_grad_and_deltas(lambda x: None)(jnp.ones(3)), TypeError,
-            "value_grad_and_deltas: fun expected to return a floating scalar, got NoneType",
+            "value_grad_and_deltas: fun must return a floating scalar, got NoneType",
         ),
         (
             lambda: value_grad_and_deltas(lambda x: jnp.argmax(x))(jnp.ones(3)), TypeError,
-            r"value_grad_and_deltas: fun expected to return a floating scalar, got int64\[\]",
+            r"value_grad_and_deltas: fun must return a floating scalar, got int64\[\]",
         ),
-        (lambda: value_grad_and_deltas(lambda x: tap(3, x))(1.0), TypeError, "tap: name expected a str, got 3"),
+        (lambda: value_grad_and_deltas(lambda x: tap(3, x))(1.0), TypeError, "tap: name must be a str, got 3"),
     ],
 )  # fmt: skip
 def test_messages(call, kind, message):
@@ -381,14 +386,14 @@ def test_messages(call, kind, message):
 
 def test_an_error_that_is_no_number():
     net, params, x, _ = given("residual")
-    with pytest.raises(TypeError, match="backprop: error expected to return a floating array, got int"):
-        backprop(net, params, x, lambda z: z.argmax(-1))
+    with pytest.raises(TypeError, match="backprop: loss must return a floating array, got int"):
+        sweep_of(net, lambda z: z.argmax(-1), params, x)
     with pytest.raises(ValueError, match="rules: expected names of layers, got 'conv9'; the nearest are conv1"):
-        backprop(net, params, x, lambda z: z.mean(), rules={"conv9": rules.autodiff})
+        sweep_of(net, jnp.mean, params, x, rules={"conv9": rules.autodiff})
 
 
 def test_errors_that_are_numbers_of_numpy():
     """`jax.grad` accepts them as well."""
     for value in (np.float32(2), np.float64(3), np.array(4.0)):
         sweep = jaxcnn.value_grad_and_deltas(lambda w, value=value: value)(jnp.ones(2))
-        assert (sweep.error, sweep.gradients.tolist()) == (value, [0, 0])
+        assert (sweep.loss, sweep.gradients.tolist()) == (value, [0, 0])

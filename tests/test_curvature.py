@@ -130,17 +130,17 @@ def test_dtypes_stay(dtype):
 
 
 def test_trees_of_outputs():
-    params, v = {"w": np.array([1.0, 2.0])}, {"w": np.array([3.0, -1.0])}
+    params, v = {"weight": np.array([1.0, 2.0])}, {"weight": np.array([3.0, -1.0])}
 
     def model(p):
-        return {"a": p["w"] ** 2, "b": (p["w"].sum(),)}
+        return {"a": p["weight"] ** 2, "bias": (p["weight"].sum(),)}
 
     def loss(y):
-        return (y["a"] ** 2).sum() + 3 * y["b"][0] ** 2
+        return (y["a"] ** 2).sum() + 3 * y["bias"][0] ** 2
 
     j = np.array([[2.0, 0.0], [0.0, 4.0], [1.0, 1.0]])
-    expected = j.T @ np.diag([2.0, 2.0, 6.0]) @ j @ v["w"]
-    np.testing.assert_allclose(gauss_newton_vp(model, loss, params, v)["w"], expected, rtol=1e-12)
+    expected = j.T @ np.diag([2.0, 2.0, 6.0]) @ j @ v["weight"]
+    np.testing.assert_allclose(gauss_newton_vp(model, loss, params, v)["weight"], expected, rtol=1e-12)
 
 
 class NoHash:
@@ -191,18 +191,18 @@ def test_inside_shard_map():
     assert_close(jax.tree.leaves(found), jax.tree.leaves(compiled(both)(params, v, x)), 1e-10)
 
 
-P, COUNTS = {"w": np.zeros((2, 3))}, {"n": np.arange(2)}
+P, COUNTS = {"weight": np.zeros((2, 3))}, {"n": np.arange(2)}
 REFUSED = [
-    (ValueError, "v expected a tree like params, ", lambda op: op(P, {"v": P["w"]})),
-    (ValueError, r"v\['w'\] expected the shape of params\['w'\], \(2, 3\), got \(3,\)",
-     lambda op: op(P, {"w": P["w"][0]})),
-    (TypeError, r"params\['n'\] expected a floating array, got int64", lambda op: op(COUNTS, COUNTS)),
+    (ValueError, "v must be a tree like params, ", lambda op: op(P, {"v": P["weight"]})),
+    (ValueError, r"v\['w'\] must be of the shape of params\['w'\], \(2, 3\), got \(3,\)",
+     lambda op: op(P, {"weight": P["weight"][0]})),
+    (TypeError, r"params\['n'\] must be a floating array, got int64", lambda op: op(COUNTS, COUNTS)),
     (TypeError, "params must be a floating array, got mappingproxy",
      lambda op: op(types.MappingProxyType(P), types.MappingProxyType(P))),
 ]  # fmt: skip
 OPS = {
-    "hvp": lambda loss: functools.partial(hvp, lambda p: loss(p["w"])),
-    "gauss_newton_vp": lambda loss: functools.partial(gauss_newton_vp, lambda p: p["w"], loss),
+    "hvp": lambda loss: functools.partial(hvp, lambda p: loss(p["weight"])),
+    "gauss_newton_vp": lambda loss: functools.partial(gauss_newton_vp, lambda p: p["weight"], loss),
 }
 
 
@@ -217,10 +217,10 @@ def test_what_is_no_function_and_no_floating_output():
     for message, call in (
         ("hvp: loss must be a function, got 3", lambda: hvp(3, P, P)),
         ("gauss_newton_vp: model must be a function, got 3", lambda: gauss_newton_vp(3, jnp.sum, P, P)),
-        ("gauss_newton_vp: loss must be a function, got 3", lambda: gauss_newton_vp(lambda p: p["w"], 3, P, P)),
+        ("gauss_newton_vp: loss must be a function, got 3", lambda: gauss_newton_vp(lambda p: p["weight"], 3, P, P)),
         (
             r"gauss_newton_vp: model must return floating arrays, got int64 at outputs\[1\]",
-            lambda: gauss_newton_vp(lambda p: (p["w"], jnp.arange(3)), lambda y: y[0].sum(), P, P),
+            lambda: gauss_newton_vp(lambda p: (p["weight"], jnp.arange(3)), lambda y: y[0].sum(), P, P),
         ),
     ):
         with pytest.raises(TypeError, match=f"^{message}$"):
@@ -237,5 +237,5 @@ def test_what_is_no_function_and_no_floating_output():
     ],
 )
 def test_losses_that_are_no_scalar(op, got, loss):
-    with pytest.raises(TypeError, match=f"^{op}: loss expected to return a floating scalar, got {got}"):
+    with pytest.raises(TypeError, match=f"^{op}: loss must return a floating scalar, got {got}"):
         OPS[op](loss)(P, P)

@@ -173,7 +173,7 @@ def test_equal_geometry_compiles_once():
     @functools.partial(jax.jit, static_argnums=0)
     @chex.assert_max_traces(n=1)
     def pooled(win, x):
-        return kernels.largest(win, x)[0]
+        return kernels.max_and_winner(win, x)[0]
 
     x = np.random.default_rng(0).standard_normal((1, 7, 7, 1))
     wins = [geometry.window("op", (7, 7), size, **options) for size, options in SPELLINGS.values()]

@@ -242,9 +242,9 @@ def asked(method, **options):
 
 
 FUNCTIONS = {
-    "per_example_gradients": lambda net, *args: jaxcnn.per_example_gradients(net, *args, LOSS),
-    "per_example_norms": lambda net, *args: jaxcnn.per_example_norms(net, *args, LOSS),
-    "clipped_gradient": lambda net, *args: jaxcnn.clipped_gradient(net, *args, LOSS, 0.5),
+    "per_example_gradients": lambda net, *args: jaxcnn.per_example_gradients(net, LOSS, *args),
+    "per_example_norms": lambda net, *args: jaxcnn.per_example_norms(net, LOSS, *args),
+    "clipped_gradient": lambda net, *args: jaxcnn.clipped_gradient(net, LOSS, *args, 0.5),
     "value_grad_and_deltas": lambda net, params, x, y: jaxcnn.value_grad_and_deltas(
         lambda params: LOSS(net.apply(params, x), y).mean()
     )(params),

@@ -44,7 +44,7 @@ from jaxcnn import (
     residual,
     serial,
 )
-from tests.agreement import net_in_torch, numbers, pulled, random_delta, tensors
+from tests.compare_torch import net_in_torch, numbers, pulled, random_delta, tensors
 
 LECTURE = serial(
     Conv(32, 5), Relu(), MaxPool(2), Conv(64, 5), Relu(), MaxPool(2), Flatten(), Dropout(0.5), Dense(10)
@@ -76,30 +76,30 @@ def shapes(params):
 
 def test_parameters_by_name_and_shape():
     assert shapes(jax.eval_shape(lambda: LECTURE.init(key(), (28, 28, 1)))) == {
-        "conv1": {"w": (5, 5, 1, 32), "b": (32,)},
-        "conv2": {"w": (5, 5, 32, 64), "b": (64,)},
-        "dense1": {"w": (4 * 4 * 64, 10), "b": (10,)},
+        "conv1": {"weight": (5, 5, 1, 32), "bias": (32,)},
+        "conv2": {"weight": (5, 5, 32, 64), "bias": (64,)},
+        "dense1": {"weight": (4 * 4 * 64, 10), "bias": (10,)},
     }
 
 
 LAYERS = {
     # name: (layer, input shape, parameter shapes, output shape)
-    "conv 1-D": (Conv(4, 3), (8, 2), {"w": (3, 2, 4), "b": (4,)}, (6, 4)),
-    "conv 3-D": (Conv(4, (2, 3, 1)), (5, 5, 5, 2), {"w": (2, 3, 1, 2, 4), "b": (4,)}, (4, 3, 5, 4)),
-    "conv, groups": (Conv(6, 3, groups=2), (8, 8, 4), {"w": (3, 3, 2, 6), "b": (6,)}, (6, 6, 6)),
-    "conv, no bias": (Conv(4, 3, bias=False), (8, 8, 2), {"w": (3, 3, 2, 4)}, (6, 6, 4)),
+    "conv 1-D": (Conv(4, 3), (8, 2), {"weight": (3, 2, 4), "bias": (4,)}, (6, 4)),
+    "conv 3-D": (Conv(4, (2, 3, 1)), (5, 5, 5, 2), {"weight": (2, 3, 1, 2, 4), "bias": (4,)}, (4, 3, 5, 4)),
+    "conv, groups": (Conv(6, 3, groups=2), (8, 8, 4), {"weight": (3, 3, 2, 6), "bias": (6,)}, (6, 6, 6)),
+    "conv, no bias": (Conv(4, 3, bias=False), (8, 8, 2), {"weight": (3, 3, 2, 4)}, (6, 6, 4)),
     "conv, every option": (
         Conv(4, 3, stride=2, padding=((1, 0), (2, 1)), dilation=2), (8, 9, 2),
-        {"w": (3, 3, 2, 4), "b": (4,)}, (3, 4, 4),
+        {"weight": (3, 3, 2, 4), "bias": (4,)}, (3, 4, 4),
     ),
-    "hidden layer": (HiddenLayer(4, 3), (8, 8, 2), {"w": (3, 3, 2, 4), "b": (4,)}, (3, 3, 4)),
+    "hidden layer": (HiddenLayer(4, 3), (8, 8, 2), {"weight": (3, 3, 2, 4), "bias": (4,)}, (3, 3, 4)),
     "hidden layer, options": (
         HiddenLayer(4, 3, window=3, pool_stride=2, stride=1, padding="SAME"), (9, 8, 2),
-        {"w": (3, 3, 2, 4), "b": (4,)}, (4, 3, 4),
+        {"weight": (3, 3, 2, 4), "bias": (4,)}, (4, 3, 4),
     ),
-    "dense": (Dense(3), (5,), {"w": (5, 3), "b": (3,)}, (3,)),
-    "dense, no bias": (Dense(3, bias=False), (5,), {"w": (5, 3)}, (3,)),
-    "dense on pixels": (Dense(3), (4, 4, 5), {"w": (5, 3), "b": (3,)}, (4, 4, 3)),
+    "dense": (Dense(3), (5,), {"weight": (5, 3), "bias": (3,)}, (3,)),
+    "dense, no bias": (Dense(3, bias=False), (5,), {"weight": (5, 3)}, (3,)),
+    "dense on pixels": (Dense(3), (4, 4, 5), {"weight": (5, 3), "bias": (3,)}, (4, 4, 3)),
     "max_pool": (MaxPool(2, stride=1, padding="SAME"), (5, 5, 2), {}, (5, 5, 2)),
     "avg_pool": (AvgPool((2, 1)), (5, 5, 2), {}, (2, 5, 2)),
     "flatten": (Flatten(), (5, 4, 2), {}, (40,)),
@@ -124,12 +124,12 @@ def test_the_same_key_makes_the_same_parameters():
     params = net.init(key(), (8, 8, 2))
     chex.assert_trees_all_equal(params, net.init(key(), (8, 8, 2)))
     other = net.init(key(1), (8, 8, 2))
-    assert all(np.any(params[name]["w"] != other[name]["w"]) for name in params)
+    assert all(np.any(params[name]["weight"] != other[name]["weight"]) for name in params)
 
 
 def test_layers_of_one_shape_begin_with_different_parameters():
     params = serial(Conv(2, 3, padding="SAME"), residual(Conv(2, 3, padding="SAME"))).init(key(), (8, 8, 2))
-    assert np.any(params["conv1"]["w"] != params["residual1"]["conv1"]["w"])
+    assert np.any(params["conv1"]["weight"] != params["residual1"]["conv1"]["weight"])
 
 
 def test_a_layer_more_at_the_end_leaves_the_others_as_they_were():
@@ -150,18 +150,18 @@ def test_initial_weights_keep_the_size_of_what_they_carry():
     """Weights follow He et al. 2015 before a ReLU and Glorot & Bengio 2010 elsewhere; biases are zero."""
     params = serial(Conv(64, 5), Flatten(), Dense(200)).init(key(), (12, 12, 16))
     fan_in, fan_out = 8 * 8 * 64, 200
-    assert np.std(params["conv1"]["w"]) == pytest.approx(np.sqrt(2 / (5 * 5 * 16)), rel=0.03)
-    assert np.std(params["dense1"]["w"]) == pytest.approx(np.sqrt(2 / (fan_in + fan_out)), rel=0.03)
-    assert not any(np.any(layer["b"]) for layer in params.values())
+    assert np.std(params["conv1"]["weight"]) == pytest.approx(np.sqrt(2 / (5 * 5 * 16)), rel=0.03)
+    assert np.std(params["dense1"]["weight"]) == pytest.approx(np.sqrt(2 / (fan_in + fan_out)), rel=0.03)
+    assert not any(np.any(layer["bias"]) for layer in params.values())
 
 
 def test_other_initializers():
     layers = (Conv, HiddenLayer, Dense)
     for layer, patch in zip(layers, [(3,), (3,), ()], strict=True):
-        made = layer(2, *patch, init_w=jax.nn.initializers.ones, init_b=jax.nn.initializers.constant(3))
+        made = layer(2, *patch, init_weight=jax.nn.initializers.ones, init_bias=jax.nn.initializers.constant(3))
         params = made.init(key(), (8, 8, 2))
-        assert np.all(params["w"] == 1)
-        assert np.all(params["b"] == 3)
+        assert np.all(params["weight"] == 1)
+        assert np.all(params["bias"] == 3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,10 +180,10 @@ def test_names():
     ]  # fmt: skip
     params = parameters(net, (8, 8, 2))
     assert shapes(params) == {
-        "conv1": {"w": (3, 3, 2, 2), "b": (2,)},
-        "second": {"w": (3, 3, 2, 2), "b": (2,)},
-        "residual1": {"conv1": {"w": (1, 1, 2, 2), "b": (2,)}},
-        "serial1": {"dense1": {"w": (32, 3), "b": (3,)}},
+        "conv1": {"weight": (3, 3, 2, 2), "bias": (2,)},
+        "second": {"weight": (3, 3, 2, 2), "bias": (2,)},
+        "residual1": {"conv1": {"weight": (1, 1, 2, 2), "bias": (2,)}},
+        "serial1": {"dense1": {"weight": (32, 3), "bias": (3,)}},
     }
 
 
@@ -490,7 +490,10 @@ class Projection(jaxcnn.Serial):
         inner = first.init(key, shape, dtype)
         middle = (*shape[:-1], first.features)
         found = {a: inner, b: second.init(key, middle, dtype), c: short.init(key, shape, dtype)}
-        return {**found, "mix": {"down": {"w": jnp.ones((3, 2), dtype)}, "up": {"w": jnp.ones((2, 3), dtype)}}}
+        return {
+            **found,
+            "mix": {"down": {"weight": jnp.ones((3, 2), dtype)}, "up": {"weight": jnp.ones((2, 3), dtype)}},
+        }
 
     def apply(self, params, x, *, key=None, rules=None, rule=None, path=""):
         (a, first), (b, second), (c, short) = self.layers
@@ -501,10 +504,10 @@ class Nested(jaxcnn.Layer):
     """A layer with two levels of parameters."""
 
     def init(self, key, shape, dtype=jnp.float32):
-        return {"down": {"w": jnp.ones((shape[-1], 2), dtype)}, "up": {"w": jnp.ones((2, shape[-1]), dtype)}}
+        return {"down": {"weight": jnp.ones((shape[-1], 2), dtype)}, "up": {"weight": jnp.ones((2, shape[-1]), dtype)}}
 
     def apply(self, params, x, *, key=None, rule=None):
-        return x @ params["down"]["w"] @ params["up"]["w"]
+        return x @ params["down"]["weight"] @ params["up"]["weight"]
 
 
 @pytest.mark.parametrize("at", ["inside", "alone"])
@@ -528,9 +531,9 @@ def test_a_summary_counts_what_nets_of_ones_own_hold(at):
 HIDDEN = serial(HiddenLayer(2, 3), Flatten(), Dense(2))
 NOWHERE = {
     "type": ({jaxcnn.Gelu: times(2)}, "got 'Gelu'; the layers are Dense, Flatten, HiddenLayer"),
-    "inside a hidden layer": ({Relu: jaxcnn.rules.guided_relu}, r"InHiddenLayer\(relu=\.\.\.\)"),
-    "convolution of one": ({Conv: jaxcnn.rules.FeedbackAlignment(1)}, r"InHiddenLayer\(conv=\.\.\.\)"),
-    "pooling of one": ({MaxPool: jaxcnn.rules.winner}, r"InHiddenLayer\(pool=\.\.\.\)"),
+    "inside a hidden layer": ({Relu: jaxcnn.rules.guided_relu}, r"HiddenLayerRules\(relu=\.\.\.\)"),
+    "convolution of one": ({Conv: jaxcnn.rules.FeedbackAlignment(1)}, r"HiddenLayerRules\(conv=\.\.\.\)"),
+    "pooling of one": ({MaxPool: jaxcnn.rules.winner}, r"HiddenLayerRules\(pool=\.\.\.\)"),
     "predicate": ({lambda name, layer: name == "conv7": times(2)}, "got '<lambda>'"),
     "a net": ({jaxcnn.Serial: times(2)}, "A net takes rules by its name"),
     "no sums": ({jaxcnn.Residual: times(2)}, "got 'Residual'"),
@@ -565,7 +568,11 @@ def test_composites_fit_every_net():
     assert composite[Dense] == jaxcnn.rules.Epsilon(1e-6)
     assert Conv in composite
     params, x = parameters(HIDDEN, (6, 6, 1)), pictures(2, 6, 6, 1, dtype=np.float32)
-    for rules in (composite, {"dense1": jaxcnn.rules.passed, **composite}, {**composite, Conv: jaxcnn.rules.ZPlus()}):
+    for rules in (
+        composite,
+        {"dense1": jaxcnn.rules.pass_through, **composite},
+        {**composite, Conv: jaxcnn.rules.ZPlus()},
+    ):
         jax.eval_shape(lambda rules=rules: HIDDEN.apply(params, x, rules=rules))
 
 
@@ -581,7 +588,8 @@ def test_nets_and_rules_are_copied_by_value(again):
         assert hash(again(net)) == hash(net)
     of = jaxcnn.rules
     made = {
-        "ZBox": of.ZBox(-1.0, 1.0), "ClipDelta": of.ClipDelta(1.0), "InHiddenLayer": of.InHiddenLayer(relu=of.winner)
+        "ZBox": of.ZBox(-1.0, 1.0), "ClipDelta": of.ClipDelta(1.0),
+        "HiddenLayerRules": of.HiddenLayerRules(relu=of.winner)
     }  # fmt: skip
     for name, rule in vars(of).items():
         if name.startswith("_") or name in ("Call", "Rule") or inspect.ismodule(rule):

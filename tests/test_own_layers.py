@@ -53,12 +53,12 @@ class Bottleneck(Layer):
 
     def init(self, key, shape, dtype=jnp.float32):
         return {
-            "down": {"w": jnp.ones((shape[-1], self.features), dtype)},
+            "down": {"weight": jnp.ones((shape[-1], self.features), dtype)},
             "up": [jnp.ones((self.features, shape[-1]))],
         }
 
     def apply(self, params, x, *, key=None, rule=None):
-        return x + jnp.tanh(x @ params["down"]["w"]) @ params["up"][0]
+        return x + jnp.tanh(x @ params["down"]["weight"]) @ params["up"][0]
 
 
 class Projection(Serial):
@@ -66,10 +66,10 @@ class Projection(Serial):
 
     def init(self, key, shape, dtype=jnp.float32):
         out = jax.eval_shape(super().apply, super().init(key, shape, dtype), jnp.zeros((1, *shape), dtype)).shape[-1]
-        return {**super().init(key, shape, dtype), "shortcut": {"w": jnp.ones((shape[-1], out), dtype)}}
+        return {**super().init(key, shape, dtype), "shortcut": {"weight": jnp.ones((shape[-1], out), dtype)}}
 
     def apply(self, params, x, **options):
-        return super().apply(params, x, **options) + x @ params["shortcut"]["w"]
+        return super().apply(params, x, **options) + x @ params["shortcut"]["weight"]
 
 
 class Backwards(Serial):
@@ -132,10 +132,10 @@ class Fourier(Layer):
     """A layer with complex parameters."""
 
     def init(self, key, shape, dtype=jnp.float32):
-        return {"w": jnp.ones(shape[-1:], jnp.complex128)}
+        return {"weight": jnp.ones(shape[-1:], jnp.complex128)}
 
     def apply(self, params, x, *, key=None, rule=None):
-        return jnp.abs(jnp.fft.fft(x) * params["w"])
+        return jnp.abs(jnp.fft.fft(x) * params["weight"])
 
 
 class Tripled(Conv):
@@ -190,8 +190,8 @@ def drawn(net, shape):
 
 def all_three(net, params, x, y, limit, loss=cross_entropy):
     """Return gradients, norms and clipped sum."""
-    each, norms = per_example_gradients(net, params, x, y, loss), per_example_norms(net, params, x, y, loss)
-    return each, norms, clipped_gradient(net, params, x, y, loss, limit)
+    each, norms = per_example_gradients(net, loss, params, x, y), per_example_norms(net, loss, params, x, y)
+    return each, norms, clipped_gradient(net, loss, params, x, y, limit)
 
 
 def compare(net, params, x, y, loss=cross_entropy, expected=None):
@@ -240,7 +240,7 @@ class Shared(Mapping):
         return cls(*children)
 
     def __getitem__(self, name):
-        return {"w": self.w if name == "encode" else self.w.T}
+        return {"weight": self.w if name == "encode" else self.w.T}
 
     def __iter__(self):
         return iter(("encode", "decode"))
@@ -269,7 +269,7 @@ def test_a_mapping_that_is_no_tree():
     params, x, y = drawn(net, shape)
     expected = by_vmap(net)(params, x, y)
     for kind in (types.MappingProxyType, Sorted):
-        found = per_example_gradients(net, kind({k: kind(v) for k, v in params.items()}), x, y, cross_entropy)
+        found = per_example_gradients(net, cross_entropy, kind({k: kind(v) for k, v in params.items()}), x, y)
         assert jax.tree.structure(found) == jax.tree.structure(expected)
         assert_close(jax.tree.leaves(found), jax.tree.leaves(expected), 1e-10)
 
@@ -287,8 +287,8 @@ def test_extra_entries():
     conv, dense = params["conv1"], params["dense1"]
     extra = {
         "conv1": {**conv, "old": np.ones(2)},
-        "dense1": {"w": dense["w"], "b": None},
-        "more": {"w": np.ones((2, 3))},
+        "dense1": {"weight": dense["weight"], "bias": None},
+        "more": {"weight": np.ones((2, 3))},
     }
     expected = by_vmap(net)(extra, x, y)
     each, norms, clipped = compiled(functools.partial(all_three, net))(extra, x, y, 0.1)
@@ -351,12 +351,12 @@ class Joined(Layer):
 
 
 NET = serial(Dense(3))
-GIVEN = {"dense1": {"w": np.ones((2, 3)), "b": np.zeros(3)}}
+GIVEN = {"dense1": {"weight": np.ones((2, 3)), "bias": np.zeros(3)}}
 X, Y = np.ones((4, 2)), np.array([0, 1, 2, 0])
 REFUSED = {
     "integers": (TypeError, r"params\['n'\] must be a floating array, got int64", NET, {**GIVEN, "n": np.arange(2)}, X,
                  {}),
-    "strings": (TypeError, r"params\['n'\] expected an array, got 'a'", NET, {**GIVEN, "n": "a"}, X, {}),
+    "strings": (TypeError, r"params\['n'\] must be an array, got 'a'", NET, {**GIVEN, "n": "a"}, X, {}),
     "two outputs": (TypeError, "pair1: output must be an array, got tuple", serial(Pair(), Dense(3)), GIVEN, X, {}),
     "no batch": (ValueError, r"joined1: output must keep the batch dim, \(1, …\) for one example, got \(5, 2\)",
                  serial(Joined(), Dense(3)), GIVEN, np.ones((4, 5, 2)), {}),
@@ -394,7 +394,7 @@ def test_refused(name):
 )
 def test_refused_losses(got, loss):
     with pytest.raises(TypeError, match=f"^per_example_norms: loss must return an? {got}"):
-        per_example_norms(NET, GIVEN, X, Y, loss)
+        per_example_norms(NET, loss, GIVEN, X, Y)
 
 
 def test_keys_reach_layers_without_parameters():
@@ -405,9 +405,9 @@ def test_keys_reach_layers_without_parameters():
             return x if key is None else x + jax.random.normal(key, x.shape)
 
     each = per_example_gradients(
-        serial(Noise(), Dense(3)), GIVEN, X, np.zeros(4, int), cross_entropy, key=jax.random.key(0)
+        serial(Noise(), Dense(3)), cross_entropy, GIVEN, X, np.zeros(4, int), key=jax.random.key(0)
     )
-    w = np.asarray(each["dense1"]["w"])
+    w = np.asarray(each["dense1"]["weight"])
     assert all(np.abs(w[i] - w[j]).max() > 1e-3 for i in range(4) for j in range(i))
 
 
@@ -464,7 +464,7 @@ def test_a_loss_that_varies_where_x_does_not():
 
     def norms(params, x, y):
         scale = lax.axis_index("batch") + 1.0
-        return per_example_norms(NET, params, x, y, lambda z, y: scale * cross_entropy(z, y))
+        return per_example_norms(NET, lambda z, y: scale * cross_entropy(z, y), params, x, y)
 
     mapped = jax.shard_map(norms, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec("batch"))
     with pytest.raises(ValueError, match=r"^per_example_norms: x must vary over \('batch',\) as the errors do"):

@@ -16,7 +16,7 @@ import pytest
 from jax import lax
 
 import jaxcnn
-from jaxcnn.ops.pooling import largest, place
+from jaxcnn.ops.pooling import max_and_winner, scatter_to_winners
 from tests import checks
 from tests.cases import Case, positive, row, ties
 
@@ -72,7 +72,7 @@ def padding_off_by_one(call, delta):
 def remainder_in_front(call, delta):
     """Treat the remainder after the last window as if it came before the first."""
     delta_x, *others = call.exact(delta)
-    win = call.geometry.window
+    win = call.static.window
     return jnp.roll(delta_x, win.shape[0] - win.span[0], axis=1), *others
 
 
@@ -80,21 +80,21 @@ def remainder_dropped(call, delta):
     """Return ∂E/∂w of the input without its first elements, as many as remain at its end."""
     x, w, b = call.inputs
     delta_x, _, grad_b = call.exact(delta)
-    win = call.geometry.window
+    win = call.static.window
     cut = jnp.roll(x, win.span[0] - win.shape[0], axis=1)
     return delta_x, with_inputs(call, delta, cut, w, b)[1], grad_b
 
 
 def groups_swapped(call, delta):
     delta_x, grad_w, grad_b = call.exact(delta)
-    parts = jnp.split(grad_w, call.geometry.groups, axis=-1)
+    parts = jnp.split(grad_w, call.static.groups, axis=-1)
     return delta_x, jnp.concatenate(parts[::-1], -1), grad_b
 
 
 def multiplier_first(call, delta):
     """Put output m·C + c of input c where c·M + m is correct."""
     delta_x, grad_w, grad_b = call.exact(delta)
-    by_input = grad_w.reshape(*grad_w.shape[:-1], call.geometry.groups, -1)
+    by_input = grad_w.reshape(*grad_w.shape[:-1], call.static.groups, -1)
     return delta_x, jnp.swapaxes(by_input, -1, -2).reshape(grad_w.shape), grad_b
 
 
@@ -119,8 +119,8 @@ def first_row_only(call, delta):
 
 
 def winner_off_by_one(call, delta):
-    win, (x,) = call.geometry, call.inputs
-    return (place(win, delta, (largest(win, x)[1] + np.uint8(1)) % np.uint8(win.entries)),)
+    win, (x,) = call.static, call.inputs
+    return (scatter_to_winners(win, delta, (max_and_winner(win, x)[1] + np.uint8(1)) % np.uint8(win.entries)),)
 
 
 def up_to_all(call, delta):
@@ -181,14 +181,12 @@ def not_transposed(call, delta):
 
 
 def dropout_scale_forgotten(call, delta):
-    return call.exact(delta)[0] * (1 - call.geometry), None
+    return call.exact(delta)[0] * (1 - call.static), None
 
 
 def another_mask(call, delta):
     _, key = call.inputs
-    return jnp.where(
-        jax.random.bernoulli(jax.random.fold_in(key, 1), 1 - call.geometry, delta.shape), 2 * delta, 0
-    ), None
+    return jnp.where(jax.random.bernoulli(jax.random.fold_in(key, 1), 1 - call.static, delta.shape), 2 * delta, 0), None
 
 
 def slope_left_out(call, delta):
@@ -219,7 +217,7 @@ def padding_of_the_other_end(call, delta):
 
 def channels_of_other_groups(call, delta):
     delta_x, grad_w, grad_b = call.exact(delta)
-    return delta_x, jnp.concatenate(jnp.split(grad_w, call.geometry.groups, axis=-1)[::-1], -1), grad_b
+    return delta_x, jnp.concatenate(jnp.split(grad_w, call.static.groups, axis=-1)[::-1], -1), grad_b
 
 
 def index_of_next(call, delta):
@@ -235,7 +233,7 @@ def power_left_out(call, delta):
 
 def one_count_for_all(call, delta):
     """Divide by the mean window size where the sizes differ."""
-    sizes = call.geometry
+    sizes = call.static
     return (call.exact(delta * sizes.count() / sizes.count().mean())[0],)
 
 
@@ -248,7 +246,7 @@ def statistics_held_fixed(call, delta):
     x, scale, _ = call.inputs
     _, *others = call.exact(delta)
     over = tuple(range(x.ndim - 1))
-    return delta * scale / jnp.sqrt(x.var(over) + call.geometry.eps), *others
+    return delta * scale / jnp.sqrt(x.var(over) + call.static.eps), *others
 
 
 def variance_held_fixed(call, delta):
@@ -256,7 +254,7 @@ def variance_held_fixed(call, delta):
     x, scale, _ = call.inputs
     _, *others = call.exact(delta)
     over = tuple(range(x.ndim - 1))
-    g, r = delta * scale, 1 / jnp.sqrt(x.var(over) + call.geometry.eps)
+    g, r = delta * scale, 1 / jnp.sqrt(x.var(over) + call.static.eps)
     return r * (g - g.mean(over)), *others
 
 

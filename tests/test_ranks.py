@@ -59,9 +59,9 @@ def curved():
 CALLS = {
     "training step": step,
     "calibrate, fold_batch_norm, evaluate": of_statistics,
-    "per_example_gradients": lambda: traced(lambda p: jaxcnn.per_example_gradients(ALONE, p, X, LABELS, LOSS), ALONE),
-    "per_example_norms": lambda: traced(lambda p: jaxcnn.per_example_norms(ALONE, p, X, LABELS, LOSS), ALONE),
-    "clipped_gradient": lambda: traced(lambda p: jaxcnn.clipped_gradient(ALONE, p, X, LABELS, LOSS, 1.0), ALONE),
+    "per_example_gradients": lambda: traced(lambda p: jaxcnn.per_example_gradients(ALONE, LOSS, p, X, LABELS), ALONE),
+    "per_example_norms": lambda: traced(lambda p: jaxcnn.per_example_norms(ALONE, LOSS, p, X, LABELS), ALONE),
+    "clipped_gradient": lambda: traced(lambda p: jaxcnn.clipped_gradient(ALONE, LOSS, p, X, LABELS, 1.0), ALONE),
     "hvp": curved,
     "gradient": functools.partial(maps, "gradient"),
     "integrated_gradients": functools.partial(maps, "integrated_gradients"),

@@ -38,9 +38,9 @@ from jaxcnn import (
     residual,
     serial,
 )
-from tests.agreement import net_in_torch, numbers, tensors
 from tests.cases import compiled
 from tests.checks import SPLIT_BY
+from tests.compare_torch import net_in_torch, numbers, tensors
 
 SHAPE, CLASSES = (10, 10, 1), 4
 NET = serial(HiddenLayer(4, 3), Flatten(), Dense(CLASSES))
@@ -88,7 +88,7 @@ def test_parameters_and_the_steps_have_keys_of_their_own():
     state = begun()
     chex.assert_trees_all_equal(state.params, begun().params)
     made_with_state_key = NET.init(state.key, SHAPE)
-    assert np.any(made_with_state_key["dense1"]["w"] != state.params["dense1"]["w"])
+    assert np.any(made_with_state_key["dense1"]["weight"] != state.params["dense1"]["weight"])
 
 
 def test_the_state_is_donated():
@@ -253,7 +253,7 @@ def test_rules_reach_the_step():
     )
     state, _ = step(state, batch())
     chex.assert_trees_all_equal(numbers(state.params["hidden_layer1"]), before["hidden_layer1"])
-    assert np.any(state.params["dense1"]["w"] != before["dense1"]["w"])
+    assert np.any(state.params["dense1"]["weight"] != before["dense1"]["weight"])
 
 
 def test_rules_by_autodiff_take_the_same_step():
@@ -270,7 +270,7 @@ def test_regression_has_no_accuracy():
     x, targets = batch()[0], np.random.default_rng(1).standard_normal((8, 3)).astype(np.float32)
     state = begun(net)
     params = numbers(state.params)["dense1"]
-    expected = np.mean((x.reshape(8, -1) @ params["w"] + params["b"] - targets) ** 2)
+    expected = np.mean((x.reshape(8, -1) @ params["weight"] + params["bias"] - targets) ** 2)
     assert evaluate(net, jaxcnn.squared_error, state.params, [(x, targets)]) == pytest.approx(
         {"loss": expected}, rel=1e-5
     )
@@ -340,13 +340,13 @@ def test_a_microbatch_is_a_batch_by_itself(net):
 def test_shares_of_16_bits_are_added_in_float32():
     """In bfloat16, a sum of 256 shares of 1/256 stops growing once a share is less than half of the last bit."""
     net, n = serial(Dense(1, bias=False)), 256
-    params = {"dense1": {"w": jnp.zeros((1, 1), jnp.bfloat16)}}
+    params = {"dense1": {"weight": jnp.zeros((1, 1), jnp.bfloat16)}}
     state = TrainState(jnp.zeros((), jnp.int32), params, optax.sgd(1.0).init(params), jax.random.key(0))
     x = np.full((n, 1), 1 + 1 / 128, jnp.bfloat16)
     step = make_train_step(net, lambda y, _: -y[:, 0], optax.sgd(1.0), microbatch=1)
     state, _ = step(state, (x, np.zeros(n)))
-    assert state.params["dense1"]["w"].dtype == jnp.bfloat16
-    assert float(state.params["dense1"]["w"][0, 0]) == 1 + 1 / 128
+    assert state.params["dense1"]["weight"].dtype == jnp.bfloat16
+    assert float(state.params["dense1"]["weight"][0, 0]) == 1 + 1 / 128
 
 
 def test_microbatches_need_less_memory():
@@ -673,7 +673,7 @@ def of_pixels(n=5, seed=0):
     """Return logits that equal the input, and labels."""
     rng = np.random.default_rng(seed)
     x, labels = rng.standard_normal((n, 8, 8, 3)), rng.integers(0, 3, (n, 8, 8)).astype(np.int32)
-    return {"dense1": {"w": np.eye(3), "b": np.zeros(3)}}, x, labels
+    return {"dense1": {"weight": np.eye(3), "bias": np.zeros(3)}}, x, labels
 
 
 def test_the_accuracy_of_pixels_is_a_mean():
@@ -714,7 +714,7 @@ def test_labels_to_ignore_do_not_count_in_the_accuracy(microbatch, dtype):
 def test_labels_of_few_bits(dtype):
     """There are 300 classes, more than the dtype can hold."""
     net = serial(Dense(300))
-    params = {"dense1": {"w": np.eye(300), "b": np.zeros(300)}}
+    params = {"dense1": {"weight": np.eye(300), "bias": np.zeros(300)}}
     labels = np.array([3, 100, 7], dtype)
     found = evaluate(net, lambda y, _: y.sum(1), params, [(np.eye(300)[[3, 100, 263]], labels)])
     assert found["accuracy"] == pytest.approx(2 / 3)
@@ -723,7 +723,7 @@ def test_labels_of_few_bits(dtype):
 def test_losses_of_16_bits_are_summed_in_float32():
     """In bfloat16, a sum of 4,096 losses near 1 stops at 256."""
     net = serial(Dense(1, bias=False))
-    params = {"dense1": {"w": jnp.ones((1, 1), jnp.bfloat16)}}
+    params = {"dense1": {"weight": jnp.ones((1, 1), jnp.bfloat16)}}
     x = np.random.default_rng(0).uniform(1, 2, (4096, 1)).astype(jnp.bfloat16)
     expected = x.astype(np.float64).mean()
 
@@ -825,7 +825,7 @@ def test_lbfgs_looks_at_the_whole_batch_in_microbatches():
 
 def test_a_state_of_shared_arrays_is_donated():
     net = serial(Dense(4), Dense(4))
-    shared = {"w": jnp.eye(4, dtype=np.float32), "b": jnp.zeros(4, np.float32)}
+    shared = {"weight": jnp.eye(4, dtype=np.float32), "bias": jnp.zeros(4, np.float32)}
     params = {"dense1": shared, "dense2": shared}
     optimizer = optax.sgd(0.1)
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.random.key(0))
@@ -869,7 +869,7 @@ def test_optimizers_for_single_examples_get_their_gradients(name):
     """Without noise, the steps are descent by the mean of the clipped gradients of `jax.vmap` of `jax.grad`."""
     x = np.random.default_rng(0).standard_normal((6, 6)).astype(np.float32)
     state = TrainState.create(SQUARE, PRIVATE[name], jax.random.key(0), (6,))
-    w = np.asarray(state.params["dense1"]["w"], np.float64)
+    w = np.asarray(state.params["dense1"]["weight"], np.float64)
     each = np.asarray(
         jax.vmap(jax.grad(lambda w, x, t: labelled(x @ w, t)), (None, 0, 0))(w, x.astype(np.float64), DATA[1])
     )
@@ -877,26 +877,26 @@ def test_optimizers_for_single_examples_get_their_gradients(name):
     expected = w - 0.5 * (each * np.minimum(1, 0.1 / sizes)[:, None, None]).mean(0)
     step = make_train_step(SQUARE, labelled, PRIVATE[name], gradient=jaxcnn.per_example_gradients)
     state, metrics = step(state, (x, DATA[1]))
-    np.testing.assert_allclose(state.params["dense1"]["w"], expected, rtol=1e-5)
+    np.testing.assert_allclose(state.params["dense1"]["weight"], expected, rtol=1e-5)
     assert set(metrics) == {"loss", "accuracy"}
 
 
 def test_a_gradient_of_ones_own_clips_and_draws_noise():
     def noisy(net, params, x, targets, loss, *, key):
-        total = jaxcnn.clipped_gradient(net, params, x, targets, loss, 0.1, key=key)
-        w = total["dense1"]["w"]
-        return {"dense1": {"w": (w + jax.random.normal(jax.random.fold_in(key, 1), w.shape, w.dtype)) / len(x)}}
+        total = jaxcnn.clipped_gradient(net, loss, params, x, targets, 0.1, key=key)
+        w = total["dense1"]["weight"]
+        return {"dense1": {"weight": (w + jax.random.normal(jax.random.fold_in(key, 1), w.shape, w.dtype)) / len(x)}}
 
     x, optimizer = np.random.default_rng(0).standard_normal((6, 6)).astype(np.float32), optax.sgd(1.0)
     state = TrainState.create(SQUARE, optimizer, jax.random.key(0), (6,))
-    w, key = np.asarray(state.params["dense1"]["w"], np.float64), jax.random.fold_in(state.key, 0)
+    w, key = np.asarray(state.params["dense1"]["weight"], np.float64), jax.random.fold_in(state.key, 0)
     each = np.asarray(
         jax.vmap(jax.grad(lambda w, x, t: labelled(x @ w, t)), (None, 0, 0))(w, x.astype(np.float64), DATA[1])
     )
     clipped = (each * np.minimum(1, 0.1 / np.linalg.norm(each.reshape(6, -1), axis=1))[:, None, None]).sum(0)
     noise = jax.random.normal(jax.random.fold_in(key, 1), w.shape, np.float32)
     state, metrics = make_train_step(SQUARE, labelled, optimizer, gradient=noisy)(state, (x, DATA[1]))
-    np.testing.assert_allclose(state.params["dense1"]["w"], w - (clipped + noise) / 6, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(state.params["dense1"]["weight"], w - (clipped + noise) / 6, rtol=1e-4, atol=1e-6)
     assert float(metrics["loss"]) == pytest.approx(float(labelled(x @ w, DATA[1]).mean()), rel=1e-5)
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,14 +51,13 @@ def compare(config: Config) -> int:
     labels = jax.random.randint(key, (config.batch_size,), 0, 10)
     params = net.init(key, x.shape[1:])
 
-    def error(labels: jax.Array) -> Callable[[jax.Array], jax.Array]:
-        return lambda outputs: softmax_cross_entropy_with_integer_labels(outputs, labels)
+    loss = softmax_cross_entropy_with_integer_labels
 
     def mean(params: Any, x: jax.Array, labels: jax.Array) -> jax.Array:
-        return error(labels)(net.apply(params, x, key=key)).mean()
+        return loss(net.apply(params, x, key=key), labels).mean()
 
     plain = jax.jit(jax.value_and_grad(mean))
-    swept = jax.jit(lambda params, x, labels: backprop(net, params, x, error(labels), key=key))
+    swept = jax.jit(lambda params, x, labels: backprop(net, loss, params, x, labels, key=key))
     contenders = {
         "value_and_grad": lambda: plain(params, x, labels),
         "backprop": lambda: swept(params, x, labels),

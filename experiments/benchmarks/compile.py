@@ -42,7 +42,7 @@ def compare(config: Config) -> int:
     """Compile and print. Returns 0."""
     from experiments.benchmarks import results, timing
     from experiments.benchmarks.nets import NETS
-    from experiments.benchmarks.turn import Contender
+    from experiments.benchmarks.worker import Contender
 
     for flag, number in (("--batch-size", config.batch_size), ("--rounds", config.rounds)):
         cli.check_count(flag, number)

@@ -100,7 +100,7 @@ def flax_net(timed: Timed, seed: int = 0) -> Any:
                 return nnx.Conv(
                     shape[-1],
                     layer.features,
-                    _pairs(layer.patch),
+                    _pairs(layer.kernel_size),
                     strides=_pairs(layer.stride),
                     padding=_named(layer.padding),
                     feature_group_count=layer.groups,
@@ -174,7 +174,7 @@ def equinox_net(timed: Timed) -> Any:
                 return eqx.nn.Conv2d(
                     shape[-1],
                     layer.features,
-                    _pairs(layer.patch),
+                    _pairs(layer.kernel_size),
                     _pairs(layer.stride),
                     _named(layer.padding),
                     groups=layer.groups,
@@ -250,7 +250,7 @@ def keras_step(timed: Timed) -> Step:
             case Conv():
                 padding = "same" if layer.padding in ("SAME", 2) else "valid"
                 made = keras.layers.Conv2D(
-                    layer.features, _pairs(layer.patch), _pairs(layer.stride), padding, groups=layer.groups
+                    layer.features, _pairs(layer.kernel_size), _pairs(layer.stride), padding, groups=layer.groups
                 )
                 return made(x)
             case Dense():
@@ -372,7 +372,7 @@ def torch_step(timed: Timed, *, channels_last: bool, compiled: bool) -> Step:
 
 
 def _torch_conv(nn: Any, layer: Conv, shape: tuple[int, ...]) -> Any:
-    patch, stride = _pairs(layer.patch), _pairs(layer.stride)
+    patch, stride = _pairs(layer.kernel_size), _pairs(layer.stride)
     conv = functools.partial(nn.Conv2d, shape[-1], layer.features, patch, stride=stride, groups=layer.groups)
     if layer.padding == "VALID":
         return conv(padding=0)

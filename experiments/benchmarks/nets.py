@@ -63,7 +63,7 @@ def parts(net: Serial, shape: tuple[int, ...]) -> Iterator[tuple[Layer, tuple[in
     """Yield each layer with its input shape; a hidden layer is split into three, as in other libraries."""
     for _, layer in net.layers:
         if isinstance(layer, HiddenLayer):
-            conv = Conv(layer.features, layer.patch, layer.stride, layer.padding)
+            conv = Conv(layer.features, layer.kernel_size, layer.stride, layer.padding)
             yield conv, shape
             inner = layer.inner_shape(shape)
             yield from ((Relu(), inner), (MaxPool(layer.window, layer.pool_stride), inner))

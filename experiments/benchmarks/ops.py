@@ -332,14 +332,14 @@ def torch_call(
 
 def to_torch(name: str, a: np.ndarray) -> np.ndarray:
     """Convert to PyTorch's layout: channels first; for a kernel, O and I first."""
-    if name == "w":
+    if name == "weight":
         return np.moveaxis(a, (-1, -2), (0, 1))
     return np.moveaxis(a, -1, 1) if name in ("x", "y") and a.ndim > 2 else a
 
 
 def from_torch(name: str, a: np.ndarray) -> np.ndarray:
     """Convert from PyTorch's layout."""
-    if name == "w":
+    if name == "weight":
         return np.moveaxis(a, (0, 1), (-1, -2))
     return np.moveaxis(a, 1, -1) if name in ("x", "y") and a.ndim > 2 else a
 

@@ -115,7 +115,7 @@ def conv(
         for n, k, (lo, hi) in zip(x[1:], patch, pairs, strict=False)
     ]
     flops = 2 * x[0] * math.prod(out) * math.prod(w) if share else None
-    return Row(f"conv {name}", {"x": x, "w": w}, ours, stock, torch, flops=flops)
+    return Row(f"conv {name}", {"x": x, "weight": w}, ours, stock, torch, flops=flops)
 
 
 def conv_transpose(name: str, x: Shape, patch: Shape, features: int, stride: int, padding: int) -> Row:
@@ -134,7 +134,7 @@ def conv_transpose(name: str, x: Shape, patch: Shape, features: int, stride: int
 
         return (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1](x, w, None, stride, padding)
 
-    return Row(f"conv_transpose {name}", {"x": x, "w": (*patch, features, x[-1])}, ours, stock, torch)
+    return Row(f"conv_transpose {name}", {"x": x, "weight": (*patch, features, x[-1])}, ours, stock, torch)
 
 
 def convolutions() -> Iterator[Row]:
@@ -300,7 +300,7 @@ def others() -> Iterator[Row]:
         return F.linear(x, w, b)
 
     for rows, inputs, outputs in ((128, 1024, 10), (128, 3136, 512), (64, 8192, 10)):
-        shapes = {"x": (rows, inputs), "w": (inputs, outputs), "b": (outputs,)}
+        shapes = {"x": (rows, inputs), "weight": (inputs, outputs), "bias": (outputs,)}
         yield Row(f"dense {inputs}→{outputs}, {rows}", shapes, jaxcnn.dense, lambda x, w, b: x @ w + b, linear)
     yield from normalizations()
     yield from losses()
@@ -320,7 +320,7 @@ def hidden_layer(name: str, x: Shape, features: int) -> Row:
 
         return F.max_pool2d(F.relu(F.conv2d(x, w, b)), 2)
 
-    shapes = {"x": x, "w": (5, 5, x[-1], features), "b": (features,)}
+    shapes = {"x": x, "weight": (5, 5, x[-1], features), "bias": (features,)}
     # If two elements of a window differ by less than rounding, the winner may differ: a whole δ goes elsewhere.
     return Row(f"hidden_layer {name}", shapes, jaxcnn.hidden_layer, stock, torch, together=True, equal=5e-3)
 

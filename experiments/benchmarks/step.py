@@ -12,7 +12,7 @@ from experiments import cli, process
 
 if TYPE_CHECKING:
     from experiments.benchmarks.timing import Times
-    from experiments.benchmarks.turn import Told
+    from experiments.benchmarks.worker import Told
 
 PROG = "python -m experiments.benchmarks.step"
 
@@ -53,7 +53,7 @@ def compare(config: Config) -> int:
     names = check(config)
 
     from experiments.benchmarks import results, timing
-    from experiments.benchmarks.turn import Contender
+    from experiments.benchmarks.worker import Contender
 
     platform = "cuda" if config.device == "gpu" else "cpu"
     environment = {"JAXCNN_BENCHMARK_DEVICE": config.device, "JAX_PLATFORMS": platform}

@@ -36,14 +36,14 @@ class Config:
 class Found:
     """One convolution, and the error of δ_x: the largest error relative to the largest element, inf if not finite."""
 
-    patch: int
+    kernel_size: int
     padding: tuple[int, int]
     width: int
     stock: float
     ours: float
 
     def __str__(self) -> str:
-        shape = f"patch 1×{self.patch}, padding {self.padding}, width {self.width}"
+        shape = f"patch 1×{self.kernel_size}, padding {self.padding}, width {self.width}"
         return f"{shape:40}  {self.stock:10.2g}  {self.ours:10.2g}"
 
 

@@ -24,7 +24,7 @@ STATEMENT = Statement(
     claim="The result of a convolution is a quantity in two dimensions, and so is its patch; one differentiates by the "
     "whole patch. What the rules say agrees with differences, for every op and each of its inputs.",
     formula="∂E/∂w[k] ≈ (E(w + h·e<sub>k</sub>) − E(w − h·e<sub>k</sub>)) / 2h, for every entry k",
-    functions=("jaxcnn/ops/convolution.py: conv", "jaxcnn/ops/rule.py: with_rule"),
+    functions=("jaxcnn/ops/convolution.py: conv", "jaxcnn/ops/rule.py: apply_rule"),
     test="tests/test_rules.py",
 )
 
@@ -63,9 +63,9 @@ def ops() -> Table:
     labels, key = np.array([[0, 1, 3], [2, 2, 0]]), jax.random.key(0)
     of_labels = functools.partial(_swapped, jaxcnn.softmax_cross_entropy_with_integer_labels, labels)
     return {
-        "conv": (functools.partial(jaxcnn.conv, padding="SAME"), {"x": x, "w": w, "b": b}),
-        "conv_transpose": (functools.partial(jaxcnn.conv_transpose, stride=2), {"x": x, "w": up, "b": b}),
-        "depthwise_conv": (jaxcnn.depthwise_conv, {"x": x, "w": each, "b": drawn(4, (4,))[0]}),
+        "conv": (functools.partial(jaxcnn.conv, padding="SAME"), {"x": x, "weight": w, "bias": b}),
+        "conv_transpose": (functools.partial(jaxcnn.conv_transpose, stride=2), {"x": x, "weight": up, "bias": b}),
+        "depthwise_conv": (jaxcnn.depthwise_conv, {"x": x, "weight": each, "bias": drawn(4, (4,))[0]}),
         "max_pool": (functools.partial(jaxcnn.max_pool, window=2), of_pictures),
         "max_pool_with_indices": (lambda x: jaxcnn.max_pool_with_indices(x, 2)[0], of_pictures),
         "max_unpool": (lambda y: jaxcnn.max_unpool(y, places, (6, 5)), {"y": drawn(5, places.shape)[0]}),
@@ -75,11 +75,11 @@ def ops() -> Table:
         "global_avg_pool": (jaxcnn.global_avg_pool, {"x": x}),
         "adaptive_max_pool": (functools.partial(jaxcnn.adaptive_max_pool, size=4), of_pictures),
         "adaptive_avg_pool": (functools.partial(jaxcnn.adaptive_avg_pool, size=4), {"x": x}),
-        "hidden_layer": (jaxcnn.hidden_layer, {**of_pictures, "w": w, "b": b}),
-        "kron": (jaxcnn.kron, {"a": y[0], "b": w[0, :, :, 0]}),
+        "hidden_layer": (jaxcnn.hidden_layer, {**of_pictures, "weight": w, "bias": b}),
+        "kron": (jaxcnn.kron, {"a": y[0], "bias": w[0, :, :, 0]}),
         "kron_up": (functools.partial(jaxcnn.kron_up, factor=2), {"x": x}),
         "block_sum": (functools.partial(jaxcnn.block_sum, factor=(2, 5)), {"x": x}),
-        "dense": (jaxcnn.dense, {"x": y, "w": drawn(1, (4, 3))[0], "b": b}),
+        "dense": (jaxcnn.dense, {"x": y, "weight": drawn(1, (4, 3))[0], "bias": b}),
         "dropout": (lambda x: jaxcnn.dropout(x, 0.5, key), {"x": y}),
         **activations,
         "batch_norm": (jaxcnn.batch_norm, norm),
@@ -106,7 +106,7 @@ def show(table: Table | None = None) -> Shown:
     pairs = [(distance, f"{name} by {argument}") for name, row in found.items() for argument, distance in row.items()]
     distance, furthest = max(pairs)
     checks = (
-        equal("the derivative by a 5×5 patch has its shape", patch["rule"].shape, patch["w"].shape),
+        equal("the derivative by a 5×5 patch has its shape", patch["rule"].shape, patch["weight"].shape),
         at_most("rule against differences for that patch", relative(patch["rule"], patch["differences"]), BOUND),
         at_most(f"{len(found)} ops, {len(pairs)} inputs; the furthest apart: {furthest}", distance, BOUND),
         equal(
@@ -134,7 +134,7 @@ def by_patch() -> dict[str, Any]:
     shifts = jnp.linspace(-1, 1, 41)
     (differences,) = slopes_by_differences(error, (w,), jnp.ones(()))
     return {
-        "w": w,
+        "weight": w,
         "rule": jax.grad(error)(w),
         "differences": differences,
         "shifts": np.asarray(shifts),

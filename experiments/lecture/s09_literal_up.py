@@ -47,7 +47,7 @@ LOSS = jaxcnn.softmax_cross_entropy_with_integer_labels
 
 def literal_up(call: Call, delta: Any) -> tuple[Any]:
     """Rule for max pooling: δ_x = up(δ), to every element of the window."""
-    return (jaxcnn.kron_up(delta, call.geometry.size),)
+    return (jaxcnn.kron_up(delta, call.static.size),)
 
 
 def show(rule: Any = literal_up, *, steps: int = 80) -> Shown:
@@ -61,9 +61,9 @@ def show(rule: Any = literal_up, *, steps: int = 80) -> Shown:
 
     exact = jax.jit(jax.grad(error))(params)
     literal = jax.jit(jax.grad(lambda params: error(params, {jaxcnn.MaxPool: rule})))(params)
-    angles = {name: angle(exact[name]["w"], literal[name]["w"]) for name in exact}
-    slopes = slopes_along(jax.jit(error), params, exact["conv1"]["w"])
-    along = (float(jnp.vdot(g["conv1"]["w"], exact["conv1"]["w"])) for g in (exact, literal))
+    angles = {name: angle(exact[name]["weight"], literal[name]["weight"]) for name in exact}
+    slopes = slopes_along(jax.jit(error), params, exact["conv1"]["weight"])
+    along = (float(jnp.vdot(g["conv1"]["weight"], exact["conv1"]["weight"])) for g in (exact, literal))
     to_exact, to_literal = (abs(slope - slopes) / abs(slopes) for slope in along)
     curves = {name: train(rules, steps) for name, rules in {"exact": None, "literal up": rule}.items()}
     checks = (
@@ -96,7 +96,7 @@ def slopes_along(error: Any, params: Any, direction: Any) -> float:
 
     def moved(by: float) -> float:
         first = params["conv1"]
-        return float(error({**params, "conv1": {**first, "w": first["w"] + by * direction}}))
+        return float(error({**params, "conv1": {**first, "weight": first["weight"] + by * direction}}))
 
     return (moved(h) - moved(-h)) / (2 * h)
 

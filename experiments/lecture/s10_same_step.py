@@ -56,7 +56,7 @@ def show(conv: Any = jaxcnn.conv, *, steps: int = 100) -> Shown:
     y_conv, pull_conv = jax.vjp(convolution, x, w, b)
     (delta_x, grad_w, grad_b), found = pull(delta), pull_conv(delta)
     curves = {name: train(net, steps) for name, net in nets().items()}
-    a, c = (curves[name][1]["dense1"]["w"] if name == "products" else curves[name][1]["conv1"]["w"]
+    a, c = (curves[name][1]["dense1"]["weight"] if name == "products" else curves[name][1]["conv1"]["weight"]
             for name in ("products", "the product as a convolution"))  # fmt: skip
     checks = (
         at_most("a product and a convolution with a 28×28 patch: y", relative(y_conv, y), 1e-12),
@@ -114,7 +114,7 @@ def draw(curves: Any) -> Any:
     for row, (name, title) in enumerate(
         (("convolutions", "5×5 patches"), ("the product as a convolution", "28×28 patches"))
     ):
-        w = np.asarray(curves[name][1]["conv1"]["w"])
+        w = np.asarray(curves[name][1]["conv1"]["weight"])
         strongest = np.argsort(-np.square(w).sum((0, 1, 2)))[:4]
         for axes, k in zip(grid[row], strongest, strict=True):
             signed(axes, w[:, :, 0, k], title if k == strongest[0] else "", "")

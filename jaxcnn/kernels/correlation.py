@@ -1,10 +1,10 @@
 """Images and kernels: the three products of a convolution layer, each linear in both arguments.
 
     correlate   y[o] = Σ_k x[o·s + k·d − lo] · w[k]          image and kernel
-    spread      x[i] = Σ_{o·s + k·d − lo = i} y[o] · w[k]ᵀ    its adjoint in x: δ and the flipped kernel
-    match       w[k] = Σ_o x[o·s + k·d − lo]ᵀ · y[o]          its adjoint in w: image and δ
+    input_grad      x[i] = Σ_{o·s + k·d − lo = i} y[o] · w[k]ᵀ    its adjoint in x: δ and the flipped kernel
+    kernel_grad       w[k] = Σ_o x[o·s + k·d − lo]ᵀ · y[o]          its adjoint in w: image and δ
 
-`match` sums over the batch. ⟨correlate(x, w), y⟩ = ⟨x, spread(y, w)⟩ = ⟨w, match(x, y)⟩.
+`kernel_grad` sums over the batch. ⟨correlate(x, w), y⟩ = ⟨x, input_grad(y, w)⟩ = ⟨w, kernel_grad(x, y)⟩.
 
 Each product has several *lowerings*, functions with the same signature, in the table below it. On CPU, one `choose_…`
 function per product picks among them by static shape. Other platforms run "xla": one `lax.conv_general_dilated`. Its
@@ -25,10 +25,10 @@ from jax import Array, lax
 from jaxcnn.geometry import Correlation, Window
 from jaxcnn.kernels import unrolled, winograd
 from jaxcnn.kernels.dtypes import accumulator, wider
+from jaxcnn.kernels.materialize import materialize
+from jaxcnn.kernels.parallel import ONE_THREAD, on_all_threads
 from jaxcnn.kernels.shapes import at_most, symbolic
 from jaxcnn.kernels.split import mesh_of, run_whole
-from jaxcnn.kernels.storage import stored
-from jaxcnn.kernels.threads import ONE_THREAD, on_all_threads
 from jaxcnn.kernels.windows import at_tap, divisor, interleaved, meeting, pad_axis, tap_slices
 
 Lowering = Callable[[Correlation, Array, Array], Array]
@@ -73,26 +73,26 @@ def correlate(c: Correlation, x: Array, w: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def spread(c: Correlation, y: Array, w: Array) -> Array:
+def input_grad(c: Correlation, y: Array, w: Array) -> Array:
     """Apply the adjoint of `correlate` in x; the result is ``(N, *shape, I)``, in the promoted dtype."""
     dtype = wider(y.dtype, w.dtype)
     if y.size == 0 or w.size == 0:
         return jnp.zeros((y.shape[0], *c.window.shape, w.shape[-2] * c.groups), dtype)
-    run = functools.partial(_run, SPREAD, choose_spread(c, y, w), c, dtype=dtype)
+    run = functools.partial(_run, INPUT_GRAD, choose_input_grad(c, y, w), c, dtype=dtype)
     return run_whole(run, (y, w), (places(c), taps(c)), places(c))
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def match(c: Correlation, x: Array, y: Array) -> Array:
+def kernel_grad(c: Correlation, x: Array, y: Array) -> Array:
     """Apply the adjoint of `correlate` in w; the result is ``(*size, I/groups, O)``, in the promoted dtype."""
     dtype = wider(x.dtype, y.dtype)
     if x.size == 0 or y.size == 0:
         return jnp.zeros((*c.window.size, x.shape[-1] // c.groups, y.shape[-1]), dtype)
     mesh = mesh_of((x, y))
     if mesh is not None and (x.shape[0] == 1 or (c.groups > 1 and len(mesh.axis_names) > 1)):
-        run = functools.partial(_run, {"xla": _match_one}, "xla", c, dtype=dtype)
+        run = functools.partial(_run, {"xla": _kernel_grad_one}, "xla", c, dtype=dtype)
     else:
-        run = functools.partial(_run, MATCH, choose_match(c, x, y), c, dtype=dtype)
+        run = functools.partial(_run, KERNEL_GRAD, choose_kernel_grad(c, x, y), c, dtype=dtype)
     return run_whole(run, (x, y), (places(c), places(c)), taps(c))
 
 
@@ -150,13 +150,13 @@ def _small(c: Correlation, batch: int, inputs: int, outputs: int) -> bool:
 
 
 def _choose_grouped(c: Correlation, inputs: int, outputs: int) -> str:
-    """Choose a lowering for more than one group, in `correlate` and `spread`."""
+    """Choose a lowering for more than one group, in `correlate` and `input_grad`."""
     inputs, outputs = inputs // c.groups, outputs // c.groups
     return "unrolled" if max(inputs, outputs) <= UNROLLED["channels"] else "by_group"
 
 
 def _unrolled_pays(c: Correlation, inputs: int, outputs: int) -> bool:
-    """Whether to unroll for one group, in `correlate` and `spread`: few channels, and terms that fit one loop."""
+    """Whether to unroll for one group, in `correlate` and `input_grad`: few channels, and terms that fit one loop."""
     terms = c.window.entries * inputs
     return terms <= unrolled.TERMS and terms * outputs <= UNROLLED["multiplications"]
 
@@ -243,7 +243,7 @@ def _correlate_xla(c: Correlation, x: Array, w: Array) -> Array:
 
 
 def _correlate_all_threads(c: Correlation, x: Array, w: Array) -> Array:
-    """Run XLA's convolution on all threads (see `kernels.threads`)."""
+    """Run XLA's convolution on all threads (see `kernels.parallel`)."""
     return on_all_threads(_correlate_xla(c, x, w), x, w)
 
 
@@ -291,8 +291,8 @@ CORRELATE: dict[str, Lowering] = {
 # spread
 
 
-def choose_spread(c: Correlation, y: Array, w: Array) -> str:
-    """Choose the lowering of `spread` for CPU."""
+def choose_input_grad(c: Correlation, y: Array, w: Array) -> str:
+    """Choose the lowering of `input_grad` for CPU."""
     inputs = w.shape[-2] * c.groups
     if _small(c, y.shape[0], inputs, w.shape[-1]):
         return "xla"
@@ -352,7 +352,7 @@ def _few_meet(win: Window) -> bool:
     return any(1 < s < k for k, s in zip(win.size, win.stride, strict=True))
 
 
-def _spread_xla(c: Correlation, y: Array, w: Array) -> Array:
+def _input_grad_xla(c: Correlation, y: Array, w: Array) -> Array:
     """Correlate δ, dilated by the stride, in full with the kernel flipped by 180° and its channels swapped."""
     win = c.window
     starts, ends, pads = zip(*(_reached(win, dim) for dim in range(win.ndim)), strict=True)
@@ -379,9 +379,9 @@ def never_of_groups(win: Window, pads: tuple[tuple[int, int], ...]) -> tuple[tup
     return tuple((lo, hi + ((k, s, d, lo, hi) == (2, 2, 1, 0, 0))) for k, s, d, (lo, hi) in dims)
 
 
-def _spread_all_threads(c: Correlation, y: Array, w: Array) -> Array:
-    """Run `_spread_xla` on all threads (see `kernels.threads`)."""
-    return on_all_threads(_spread_xla(c, y, w), y, w)
+def _input_grad_all_threads(c: Correlation, y: Array, w: Array) -> Array:
+    """Run `_input_grad_xla` on all threads (see `kernels.parallel`)."""
+    return on_all_threads(_input_grad_xla(c, y, w), y, w)
 
 
 def _reached(win: Window, dim: int) -> tuple[int, int, tuple[int, int]]:
@@ -398,13 +398,13 @@ def _reached(win: Window, dim: int) -> tuple[int, int, tuple[int, int]]:
     return start, end, (before, after)
 
 
-def _spread_pointwise(c: Correlation, y: Array, w: Array) -> Array:
+def _input_grad_pointwise(c: Correlation, y: Array, w: Array) -> Array:
     x = _dot(y, w.reshape(w.shape[-2:]), y.ndim - 1, 1, c)
     (tap,) = c.window.taps()
     return at_tap(c.window, tap, x)
 
 
-def _spread_products(c: Correlation, y: Array, w: Array) -> Array:
+def _input_grad_products(c: Correlation, y: Array, w: Array) -> Array:
     """Multiply every δ by the whole kernel in one GEMM per block of images, then sum the products of each position.
 
     No product has a zero of the stride as a factor.
@@ -425,7 +425,7 @@ def _spread_products(c: Correlation, y: Array, w: Array) -> Array:
     return x.reshape(y.shape[0], *x.shape[2:])
 
 
-def _spread_phases(c: Correlation, y: Array, w: Array) -> Array:
+def _input_grad_phases(c: Correlation, y: Array, w: Array) -> Array:
     """Run one convolution of undilated δ per remainder by the stride: positions that share it meet the same taps."""
     win = c.window
     met = itertools.product(*(meeting(win, dim) for dim in range(win.ndim)))
@@ -473,7 +473,7 @@ def _met(win: Window, dim: int, products: Array) -> Array:
     return lax.slice_in_dim(x.reshape(*before, length * s, *after), 0, n, axis=axis)
 
 
-def _spread_by_depth(c: Correlation, y: Array, w: Array) -> Array:
+def _input_grad_by_depth(c: Correlation, y: Array, w: Array) -> Array:
     """Apply the adjoint of `_correlate_by_depth`: each depth slice's contribution is added at its position."""
     flat, win = _flat(c), c.window
     depth, k, s, d, out, (lo, hi) = (
@@ -483,35 +483,35 @@ def _spread_by_depth(c: Correlation, y: Array, w: Array) -> Array:
     slices = y.reshape(-1, *y.shape[2:])
     x = jnp.zeros((), y.dtype)
     for tap in range(k):
-        one = SPREAD[choose_spread(flat, slices, w[tap])](flat, slices, w[tap])
+        one = INPUT_GRAD[choose_input_grad(flat, slices, w[tap])](flat, slices, w[tap])
         x += pad_axis(one.reshape(y.shape[0], out, *one.shape[1:]), 1, tap * d, rest - tap * d, s - 1)
     return lax.slice_in_dim(x, lo, lo + depth, axis=1)
 
 
-def _spread_by_group(c: Correlation, y: Array, w: Array) -> Array:
+def _input_grad_by_group(c: Correlation, y: Array, w: Array) -> Array:
     one = dataclasses.replace(c, groups=1)
     parts = zip(_split(y, c.groups), _split(w, c.groups), strict=True)
-    return jnp.concatenate([SPREAD[choose_spread(one, a, b)](one, a, b) for a, b in parts], -1)
+    return jnp.concatenate([INPUT_GRAD[choose_input_grad(one, a, b)](one, a, b) for a, b in parts], -1)
 
 
-SPREAD: dict[str, Lowering] = {
-    "xla": _spread_xla,
-    "winograd": winograd.spread,
-    "all_threads": _spread_all_threads,
-    "pointwise": _spread_pointwise,
-    "products": _spread_products,
-    "phases": _spread_phases,
-    "unrolled": unrolled.spread,
-    "by_depth": _spread_by_depth,
-    "by_group": _spread_by_group,
+INPUT_GRAD: dict[str, Lowering] = {
+    "xla": _input_grad_xla,
+    "winograd": winograd.input_grad,
+    "all_threads": _input_grad_all_threads,
+    "pointwise": _input_grad_pointwise,
+    "products": _input_grad_products,
+    "phases": _input_grad_phases,
+    "unrolled": unrolled.input_grad,
+    "by_depth": _input_grad_by_depth,
+    "by_group": _input_grad_by_group,
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
 # match
 
 
-def choose_match(c: Correlation, x: Array, y: Array) -> str:
-    """Choose the lowering of `match` for CPU."""
+def choose_kernel_grad(c: Correlation, x: Array, y: Array) -> str:
+    """Choose the lowering of `kernel_grad` for CPU."""
     inputs = x.shape[-1]
     if _small(c, x.shape[0], inputs, y.shape[-1]):
         return "xla"
@@ -533,10 +533,10 @@ def choose_match(c: Correlation, x: Array, y: Array) -> str:
     return "turned" if few or c.window.ndim == 1 else "rows"
 
 
-def _match_xla(c: Correlation, x: Array, y: Array) -> Array:
+def _kernel_grad_xla(c: Correlation, x: Array, y: Array) -> Array:
     """Run a valid correlation of the image with δ; batch and channels change places, as do stride and dilation."""
     win = c.window
-    x, pads = _match_pads(win, x)
+    x, pads = _kernel_grad_pads(win, x)
     spatial = tuple(range(1, win.ndim + 1))
     roles = lax.ConvDimensionNumbers(  # (batch, feature, *spatial) of x, of y as the kernel, and of w
         (x.ndim - 1, 0, *spatial), (x.ndim - 1, 0, *spatial), (win.ndim, win.ndim + 1, *range(win.ndim))
@@ -553,10 +553,10 @@ def _match_xla(c: Correlation, x: Array, y: Array) -> Array:
     )
 
 
-def _match_turned(c: Correlation, x: Array, y: Array) -> Array:
+def _kernel_grad_turned(c: Correlation, x: Array, y: Array) -> Array:
     """Run the same with explicit transposes: XLA:CPU inserts them itself, but neither in a loop nor in a branch."""
     win = c.window
-    x, pads = _match_pads(win, x)
+    x, pads = _kernel_grad_pads(win, x)
     w = _conv(
         c,
         jnp.swapaxes(x, 0, -1),
@@ -569,7 +569,7 @@ def _match_turned(c: Correlation, x: Array, y: Array) -> Array:
     return jnp.moveaxis(w, 0, -2)
 
 
-def _match_pads(win: Window, x: Array) -> tuple[Array, list[tuple[int, int]]]:
+def _kernel_grad_pads(win: Window, x: Array) -> tuple[Array, list[tuple[int, int]]]:
     """Return the image and its padding, which is never negative, not even once XLA has exchanged x and δ."""
     pads = [(lo, span - lo - n) for span, n, (lo, _) in zip(win.span, win.shape, win.padding, strict=True)]
     longer = [(out - 1) * s + 1 - n for out, s, n in zip(win.out, win.stride, win.shape, strict=True)]
@@ -578,14 +578,14 @@ def _match_pads(win: Window, x: Array) -> tuple[Array, list[tuple[int, int]]]:
     return x, pads
 
 
-def _match_pointwise(c: Correlation, x: Array, y: Array) -> Array:
+def _kernel_grad_pointwise(c: Correlation, x: Array, y: Array) -> Array:
     """Run one GEMM with the left side transposed explicitly; XLA:CPU itself takes two to five times as long."""
     (entries,) = tap_slices(c.window, x, 0)
     w = _dot(entries.reshape(-1, x.shape[-1]).T, y.reshape(-1, y.shape[-1]), 1, 0, c)
     return w.reshape(*c.window.size, *w.shape)
 
 
-def _match_rows(c: Correlation, x: Array, y: Array) -> Array:
+def _kernel_grad_rows(c: Correlation, x: Array, y: Array) -> Array:
     """Multiply the patches of one kernel row (K-major) by δ: one GEMM per kernel row and block of images.
 
     The blocks keep the patches in cache. K-major is the GEMM layout that runs fastest on CPU.
@@ -619,7 +619,7 @@ def _match_rows(c: Correlation, x: Array, y: Array) -> Array:
     return w.reshape(*win.size, channels, y.shape[-1])
 
 
-def _match_patches(c: Correlation, x: Array, y: Array) -> Array:
+def _kernel_grad_patches(c: Correlation, x: Array, y: Array) -> Array:
     """Multiply δᵀ by whole image patches, the taps concatenated: one GEMM per block of images.
 
     The patches are copied without a transpose. This takes longer than `rows` where patches overlap in most elements.
@@ -642,7 +642,7 @@ def _patches(win: Window, x: Array) -> Array:
     for dim in reversed(range(win.ndim)):
         s, last = win.stride[dim], (win.out[dim] - 1) * win.stride[dim] + 1
         starts = (k * win.dilation[dim] for k in range(win.size[dim]))
-        x = stored(jnp.stack([lax.slice_in_dim(x, at, at + last, s, dim + 1) for at in starts], win.ndim + 1))
+        x = materialize(jnp.stack([lax.slice_in_dim(x, at, at + last, s, dim + 1) for at in starts], win.ndim + 1))
     return lax.collapse(x, win.ndim + 1)
 
 
@@ -660,20 +660,20 @@ def _sum_of_blocks(
     return one_block(x, y) if blocks == 1 else lax.fori_loop(0, blocks, add_block, zero)
 
 
-def _match_by_depth(c: Correlation, x: Array, y: Array) -> Array:
-    """Run `match` for each depth slice of the kernel."""
+def _kernel_grad_by_depth(c: Correlation, x: Array, y: Array) -> Array:
+    """Run `kernel_grad` for each depth slice of the kernel."""
     flat = _flat(c)
     y = y.reshape(-1, *y.shape[2:])
-    return jnp.stack([MATCH[choose_match(flat, at, y)](flat, at, y) for at in _depth_slices(c.window, x)])
+    return jnp.stack([KERNEL_GRAD[choose_kernel_grad(flat, at, y)](flat, at, y) for at in _depth_slices(c.window, x)])
 
 
-def _match_by_group(c: Correlation, x: Array, y: Array) -> Array:
+def _kernel_grad_by_group(c: Correlation, x: Array, y: Array) -> Array:
     one = dataclasses.replace(c, groups=1)
-    parts = zip(map(stored, _split(x, c.groups)), map(stored, _split(y, c.groups)), strict=True)
-    return jnp.concatenate([MATCH[choose_match(one, a, b)](one, a, b) for a, b in parts], -1)
+    parts = zip(map(materialize, _split(x, c.groups)), map(materialize, _split(y, c.groups)), strict=True)
+    return jnp.concatenate([KERNEL_GRAD[choose_kernel_grad(one, a, b)](one, a, b) for a, b in parts], -1)
 
 
-def _match_one(c: Correlation, x: Array, y: Array) -> Array:
+def _kernel_grad_one(c: Correlation, x: Array, y: Array) -> Array:
     """Run one matrix product of all image patches and δ.
 
     XLA's partitioner gets ∂E/∂w entirely wrong for two kinds of convolution (jaxlib 0.10), which use this form. One is
@@ -699,27 +699,27 @@ def _neighbours(c: Correlation, inputs: int, outputs: int) -> int:
     return max(divisor(c.groups, JOINED * c.groups // max(inputs, outputs, 1)), 1)
 
 
-def _match_joined(c: Correlation, x: Array, y: Array) -> Array:
+def _kernel_grad_joined(c: Correlation, x: Array, y: Array) -> Array:
     """Join neighboring groups, then drop the products of one group's x with another group's δ."""
     m = _neighbours(c, x.shape[-1], y.shape[-1])
     fewer = dataclasses.replace(c, groups=c.groups // m)
-    name = choose_match(fewer, x, y) if fewer.groups == 1 else "by_group"
-    w = MATCH[name](fewer, x, y).reshape(*c.window.size, m, x.shape[-1] // c.groups, fewer.groups, m, -1)
+    name = choose_kernel_grad(fewer, x, y) if fewer.groups == 1 else "by_group"
+    w = KERNEL_GRAD[name](fewer, x, y).reshape(*c.window.size, m, x.shape[-1] // c.groups, fewer.groups, m, -1)
     own = jnp.stack([w[..., j, :, :, j, :] for j in range(m)], -2)  # (*size, I, groups / m, m, O)
     return own.reshape(*c.window.size, x.shape[-1] // c.groups, y.shape[-1])
 
 
-MATCH: dict[str, Lowering] = {
-    "xla": _match_xla,
-    "turned": _match_turned,
-    "winograd": winograd.match,
-    "pointwise": _match_pointwise,
-    "rows": _match_rows,
-    "patches": _match_patches,
-    "unrolled": unrolled.match,
-    "by_depth": _match_by_depth,
-    "by_group": _match_by_group,
-    "joined": _match_joined,
+KERNEL_GRAD: dict[str, Lowering] = {
+    "xla": _kernel_grad_xla,
+    "turned": _kernel_grad_turned,
+    "winograd": winograd.kernel_grad,
+    "pointwise": _kernel_grad_pointwise,
+    "rows": _kernel_grad_rows,
+    "patches": _kernel_grad_patches,
+    "unrolled": unrolled.kernel_grad,
+    "by_depth": _kernel_grad_by_depth,
+    "by_group": _kernel_grad_by_group,
+    "joined": _kernel_grad_joined,
 }
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxcnn.geometry import Correlation, Window
-from jaxcnn.kernels.correlation import CORRELATE, MATCH
+from jaxcnn.kernels.correlation import CORRELATE, KERNEL_GRAD
 from jaxcnn.kernels.dtypes import accumulator
 from jaxcnn.kernels.split import run_whole
 
@@ -53,7 +53,7 @@ def correlate_direct(first: tuple[int, ...], size: tuple[int, ...], a: Array, v:
     out = math.prod(size)
     if out < min(a.size, v.size):  # Σ_o a[o + first + k]·v[k]: y is the kernel
         c = _geometry(first, a, size, v.shape)
-        return _run(MATCH, out <= MOST_DOTS, c, _picture(a), _picture(v)).reshape(size)
+        return _run(KERNEL_GRAD, out <= MOST_DOTS, c, _picture(a), _picture(v)).reshape(size)
     if a.size < v.size:  # v, flipped, is the image: k = i + (size − 1 − o) − (first + size − 1)
         back = tuple(1 - f - s for f, s in zip(first, size, strict=True))
         return lax.rev(correlate_direct(back, size, v, a), range(a.ndim))

@@ -1,8 +1,8 @@
 """Shift, multiply, add: the products of `kernels.correlation` as sums with one term per tap and channel.
 
     correlate    y[o, g, j] = Σ_k Σ_i x[o·s + k·d − lo, g, i] · w[k, i, g, j]
-    spread       x[i, g, i'] = Σ_k Σ_j y[(i + lo − k·d) / s, g, j] · w[k, i', g, j]      where the quotient is whole
-    match        w[k, i, g, j] = Σ_o x[o·s + k·d − lo, g, i] · y[o, g, j]
+    input_grad       x[i, g, i'] = Σ_k Σ_j y[(i + lo − k·d) / s, g, j] · w[k, i', g, j]      where the quotient is whole
+    kernel_grad        w[k, i, g, j] = Σ_o x[o·s + k·d − lo, g, i] · y[o, g, j]
 
 XLA:CPU compiles such a sum to one loop over vectors of the result and stores no intermediates. With few channels, a
 GEMM cannot fill its vectors.
@@ -20,9 +20,9 @@ import numpy as np
 from jax import Array, lax
 
 from jaxcnn.geometry import Correlation
+from jaxcnn.kernels.materialize import materialize
+from jaxcnn.kernels.reductions import sum_of_eights
 from jaxcnn.kernels.shapes import at_most, beside, symbolic
-from jaxcnn.kernels.storage import stored
-from jaxcnn.kernels.sums import sum_of_eights
 from jaxcnn.kernels.windows import at_tap, interleaved, meeting, padded, unpad
 
 #: Start of a tap's slice of the padded input; traced inside a loop.
@@ -35,7 +35,8 @@ CHAINS = 4
 TERMS = 80
 
 #: Terms above which taps are processed in a loop, and terms per iteration: compile time grows with the number of terms
-#: that are written out. For `match`, whose terms are reductions and compile more slowly, these are "sums" and "block".
+#: that are written out. For `kernel_grad`, whose terms are reductions and compile more slowly, these are "sums" and
+#: "block".
 LOOPED = {"terms": 64, "chunk": 16, "sums": 16, "block": 8}
 
 #: Up to this many terms, padding each one separately pays; XLA then tests every element of each for padding.
@@ -50,7 +51,7 @@ def correlate(c: Correlation, x: Array, w: Array) -> Array:
     if depthwise and outputs > 1:
         x = jnp.repeat(x, outputs, -1)
     looped = win.entries * inputs > LOOPED["terms"]
-    canvas = padded(win, x if depthwise and not looped else stored(x))
+    canvas = padded(win, x if depthwise and not looped else materialize(x))
     w = w.reshape(win.entries, inputs, groups, outputs)
 
     def terms(start: Start, w: Array) -> Iterator[Array]:
@@ -63,17 +64,19 @@ def correlate(c: Correlation, x: Array, w: Array) -> Array:
             yield entries[..., i : i + 1] * beside(w[i], entries)
 
     starts = np.array([win.offset(tap) for tap in win.taps()], np.int32)
-    y = stored(_sum_over_taps(terms, starts, w, np.arange(win.entries), inputs))
+    y = materialize(_sum_over_taps(terms, starts, w, np.arange(win.entries), inputs))
     return y if depthwise else lax.collapse(y, win.ndim + 1)
 
 
-def spread(c: Correlation, y: Array, w: Array) -> Array:
+def input_grad(c: Correlation, y: Array, w: Array) -> Array:
     """Apply the adjoint in x, ``(N, *shape, I)``, as one sum per remainder by the stride, which share their taps."""
     win, batch, groups = c.window, y.shape[0], c.groups
     inputs, outputs = w.shape[-2], w.shape[-1] // groups
-    turned = stored(jnp.moveaxis(w.reshape(*w.shape[:-1], groups, outputs), (-1, -3), (-3, -1)))  # (…, O, groups, I)
+    turned = materialize(
+        jnp.moveaxis(w.reshape(*w.shape[:-1], groups, outputs), (-1, -3), (-3, -1))
+    )  # (…, O, groups, I)
     if math.prod(win.stride) > 1 and all(e <= s for e, s in zip(win.extent, win.stride, strict=True)):
-        return _spread_apart(c, y, turned)
+        return _input_grad_apart(c, y, turned)
     alone = inputs == outputs == 1 and win.stride == (1,) * win.ndim and win.entries <= AT_TAPS
     # No padded copy of δ; and with large strides, most remainders meet no tap.
     if alone or math.prod(win.stride) > 2 * win.entries:
@@ -90,7 +93,7 @@ def spread(c: Correlation, y: Array, w: Array) -> Array:
     before = [max(-min(of, default=0), 0) for of in shifts]
     after = [max(max(of, default=0) + n - out, 0) for of, n, out in zip(shifts, length, win.out, strict=True)]
     pads = [(0, 0, 0), *((lo, hi, 0) for lo, hi in zip(before, after, strict=True)), (0, 0, 0)]
-    y = lax.pad(stored(y), np.zeros((), y.dtype), pads)
+    y = lax.pad(materialize(y), np.zeros((), y.dtype), pads)
     y = y.reshape(*y.shape[:-1], groups, outputs)
     ones = (1,) * win.ndim
 
@@ -111,12 +114,12 @@ def spread(c: Correlation, y: Array, w: Array) -> Array:
             phase = lax.collapse(phase, win.ndim + 1)
         else:
             phase = jnp.zeros((batch, *length, groups * inputs), y.dtype)
-        phases.append(stored(phase) if outputs > 1 else phase)
+        phases.append(materialize(phase) if outputs > 1 else phase)
     return interleaved(win, phases)
 
 
-def _spread_apart(c: Correlation, y: Array, turned: Array) -> Array:
-    """Run `spread` where windows do not overlap: every δ times the whole kernel, side by side."""
+def _input_grad_apart(c: Correlation, y: Array, turned: Array) -> Array:
+    """Run `input_grad` where windows do not overlap: every δ times the whole kernel, side by side."""
     win, groups = c.window, c.groups
     outputs = turned.shape[win.ndim]
     y = y.reshape(y.shape[0], *(n for out in win.out for n in (out, 1)), groups, outputs)
@@ -137,7 +140,7 @@ def _spread_apart(c: Correlation, y: Array, turned: Array) -> Array:
     return lax.slice(found, (0, *starts, 0), (found.shape[0], *limits, found.shape[-1]))
 
 
-def match(c: Correlation, x: Array, y: Array) -> Array:
+def kernel_grad(c: Correlation, x: Array, y: Array) -> Array:
     """Apply the adjoint in w, ``(*size, I/groups, O)``: products of every tap and channel, summed in eighths.
 
     Parts of a dim are summed first, before anything is stored: XLA:CPU reduces leading dims on one thread, and storing
@@ -170,7 +173,7 @@ def match(c: Correlation, x: Array, y: Array) -> Array:
     taps = list(np.ndindex(*block))
 
     def of_block(start: Array) -> Array:
-        return of_taps(stored(_at(canvas, start, reach, (1,) * win.ndim)), taps)
+        return of_taps(materialize(_at(canvas, start, reach, (1,) * win.ndim)), taps)
 
     starts = np.array(list(np.ndindex(*blocks))) * block * np.array(win.dilation)
     w = lax.map(of_block, starts.astype(np.int32)).reshape(*blocks, *block, inputs, -1)
@@ -236,7 +239,7 @@ def _sum(terms: Iterable[Array]) -> Array:
     loops = -(-len(terms) // TERMS)
     size = -(-len(terms) // loops)
     sums = [_chained(terms[at : at + size]) for at in range(0, len(terms), size)]
-    return sums[0] if loops == 1 else functools.reduce(operator.add, map(stored, sums))
+    return sums[0] if loops == 1 else functools.reduce(operator.add, map(materialize, sums))
 
 
 def _chained(terms: Sequence[Array]) -> Array:

@@ -36,7 +36,7 @@ def winner_dtype(win: Window) -> np.dtype:
 
 
 def nothing(win: Window) -> np.generic:
-    """Return the code for "no element": `place` drops its value, and `take` reads zero."""
+    """Return the code for "no element": `scatter_to_winners` drops its value, and `gather_winners` reads zero."""
     dtype = winner_dtype(win)
     return dtype.type(np.iinfo(dtype).max)
 
@@ -45,7 +45,7 @@ def nothing(win: Window) -> np.generic:
 # Maxima
 
 
-def largest(win: Window, x: Array) -> tuple[Array, Array]:
+def max_and_winner(win: Window, x: Array) -> tuple[Array, Array]:
     """Return the largest element of every window, and its winner.
 
     Ties go to the first in row-major order, NaN wins over numbers, and padding never wins.
@@ -101,7 +101,7 @@ def _largest_long(win: Window, x: Array) -> tuple[Array, Array]:
     return y, winner.astype(winner_dtype(win))
 
 
-def take(win: Window, x: Array, winner: Array) -> Array:
+def gather_winners(win: Window, x: Array, winner: Array) -> Array:
     """Return the element at the winner of every window: ``y[o] = x[o·stride + winner[o]]``."""
     if win.entries > UNROLLED:
         return _take_long(win, x, winner)
@@ -111,8 +111,8 @@ def take(win: Window, x: Array, winner: Array) -> Array:
     return functools.reduce(operator.add, picks)
 
 
-def place(win: Window, y: Array, winner: Array) -> Array:
-    """Apply the adjoint of `take`: every ``y[o]`` is added at the winner; all other elements are zero.
+def scatter_to_winners(win: Window, y: Array, winner: Array) -> Array:
+    """Apply the adjoint of `gather_winners`: every ``y[o]`` is added at the winner; all other elements are zero.
 
     16-bit floats are summed in float32.
     """
@@ -194,7 +194,7 @@ def window_sum(win: Window, x: Array) -> Array:
     return total.astype(x.dtype)
 
 
-def window_spread(win: Window, y: Array) -> Array:
+def window_sum_adjoint(win: Window, y: Array) -> Array:
     """Apply the adjoint of `window_sum`: every element is the sum of ``y[o]`` over the windows that contain it.
 
     With stride = size this is ⊗ 1, the lecture's *up*.
@@ -203,7 +203,7 @@ def window_spread(win: Window, y: Array) -> Array:
         return _untile(win, _tile(win, y))
     total = y.astype(accumulator(y.dtype))
     for dim in range(win.ndim):
-        total = _spread_dim(win, dim, total)
+        total = _sum_adjoint_dim(win, dim, total)
     return unpad(win, total).astype(y.dtype)
 
 
@@ -219,7 +219,7 @@ def _sum_dim(win: Window, dim: int, x: Array) -> Array:
     return run_whole(lambda x: _reduce_dim(x, axis, k, s, d), (x,), (along,), along)
 
 
-def _spread_dim(win: Window, dim: int, y: Array) -> Array:
+def _sum_adjoint_dim(win: Window, dim: int, y: Array) -> Array:
     k, s, d, out, axis = win.size[dim], win.stride[dim], win.dilation[dim], win.out[dim], dim + 1
     length, along = sum(win.padding[dim]) + win.shape[dim], slice(axis, axis + 1)
     if out == 1 and d == 1:

@@ -8,8 +8,8 @@ In several dims the matrices are Kronecker products with themselves, such as A �
 product for each of the n·n elements of a tile. The adjoints use the same three matrices, transposed:
 
     correlate    y = Aᵀ[ (G·w)·(Bᵀ·x) ]    summed over I
-    spread       x = B [ (G·w)·(A·y)  ]    summed over O; tiles overlap, and are added
-    match        w = Gᵀ[ (Bᵀ·x)·(A·y) ]    summed over tiles
+    input_grad       x = B [ (G·w)·(A·y)  ]    summed over O; tiles overlap, and are added
+    kernel_grad        w = Gᵀ[ (Bᵀ·x)·(A·y) ]    summed over tiles
 
 The matrices multiply by small numbers and their quotients, which costs precision. In float32 the relative error of a
 product (of its L2 norm) is up to 2.5e-6 for 3 × 3 kernels and up to 9e-6 for 5 × 5 kernels, compared with 6e-7 for
@@ -30,8 +30,8 @@ import numpy as np
 from jax import Array, lax
 
 from jaxcnn.geometry import Correlation, Window
-from jaxcnn.kernels.storage import stored
-from jaxcnn.kernels.threads import batched_product
+from jaxcnn.kernels.materialize import materialize
+from jaxcnn.kernels.parallel import batched_product
 from jaxcnn.kernels.windows import divisor
 
 #: Target size in bytes of a batch block's transforms: below 32 MB, above which glibc returns memory to the OS on every
@@ -74,8 +74,8 @@ def correlate(c: Correlation, x: Array, w: Array) -> Array:
     return _map(block, _in_blocks(c, x, sum(w.shape[-2:])))
 
 
-def spread(c: Correlation, y: Array, w: Array) -> Array:
-    """Return ``spread`` of `kernels.correlation`, ``(N, *shape, I)``."""
+def input_grad(c: Correlation, y: Array, w: Array) -> Array:
+    """Return ``input_grad`` of `kernels.correlation`, ``(N, *shape, I)``."""
     of_w = _of_patch(c, w)
 
     def block(y: Array) -> Array:
@@ -85,13 +85,13 @@ def spread(c: Correlation, y: Array, w: Array) -> Array:
     return _map(block, _in_blocks(c, y, sum(w.shape[-2:])))
 
 
-def match(c: Correlation, x: Array, y: Array) -> Array:
-    """Return ``match`` of `kernels.correlation`, ``(*size, I, O)``."""
+def kernel_grad(c: Correlation, x: Array, y: Array) -> Array:
+    """Return ``kernel_grad`` of `kernels.correlation`, ``(*size, I, O)``."""
     inputs, outputs = x.shape[-1], y.shape[-1]
 
     def one_block(x: Array, y: Array) -> Array:
         of_x, of_y = _of_picture(c, x), _of_result(c, y)
-        of_x = stored(jnp.swapaxes(of_x, 1, 2))  # jaxlib 0.10 is twice as fast if the summed dim is contiguous
+        of_x = materialize(jnp.swapaxes(of_x, 1, 2))  # jaxlib 0.10 is twice as fast if the summed dim is contiguous
         return batched_product(of_x, of_y, 2, 1, c.precision)
 
     blocks = [_in_blocks(c, a, 2 * inputs + outputs) for a in (x, y)]  # for x, the tiles are held as well
@@ -105,7 +105,7 @@ def match(c: Correlation, x: Array, y: Array) -> Array:
 
 
 def in_one_block(c: Correlation, a: Array, inputs: int, outputs: int) -> bool:
-    """Whether `correlate` and `spread` transform the batch as a whole."""
+    """Whether `correlate` and `input_grad` transform the batch as a whole."""
     return _block(c, a, inputs + outputs) == a.shape[0]
 
 

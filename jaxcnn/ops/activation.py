@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxcnn.geometry import fail, static_bool, static_float
+from jaxcnn.arguments import arrays, bad_value, static_bool, static_float
 from jaxcnn.kernels.dtypes import accumulator
-from jaxcnn.kernels.storage import stored, stored_if_small
-from jaxcnn.ops.rule import Rule, arrays, custom_vjp, with_rule
+from jaxcnn.kernels.materialize import materialize, materialize_if_small
+from jaxcnn.ops.rule import Rule, apply_rule, custom_vjp
 
 
 def relu(x: ArrayLike, *, rule: Rule | None = None) -> Array:
@@ -40,20 +40,20 @@ def relu(x: ArrayLike, *, rule: Rule | None = None) -> Array:
     Array([0., 0., 2.], dtype=float32)
     """
     (x,) = arrays("relu", x=x)
-    return with_rule(_relu, rule, relu_plain)(None, x)
+    return apply_rule(_relu, rule, relu_reference)(None, x)
 
 
 @custom_vjp
-def _relu(geometry: None, x: Array) -> Array:
+def _relu(static: None, x: Array) -> Array:
     return jnp.maximum(x, 0)
 
 
-def _relu_fwd(geometry: None, x: Array) -> Any:  # the residual is the one bit that the rule needs
+def _relu_fwd(static: None, x: Array) -> Any:  # the residual is the one bit that the rule needs
     y = _relu(None, x)
-    return y, stored(y > 0)
+    return y, materialize(y > 0)
 
 
-def _relu_bwd(geometry: None, positive: Array, delta: Array) -> Any:
+def _relu_bwd(static: None, positive: Array, delta: Array) -> Any:
     """δ_x = δ ∘ g'(x), with g'(x) = 1 where x > 0 and 0 elsewhere."""
     return (jnp.where(positive, delta, 0),)
 
@@ -61,7 +61,7 @@ def _relu_bwd(geometry: None, positive: Array, delta: Array) -> Any:
 _relu.defvjp(_relu_fwd, _relu_bwd)
 
 
-def relu_plain(geometry: None, x: Array) -> Array:
+def relu_reference(static: None, x: Array) -> Array:
     """ReLU in stock JAX."""
     return jax.nn.relu(x)
 
@@ -210,18 +210,18 @@ _TABLE = {
 
 def _activate(op: str, x: ArrayLike, rule: Rule | None, constant: float = 0.0, form: str | None = None) -> Array:
     (x,) = arrays(op, x=x)
-    return with_rule(_activation, rule, _activation_plain, op)(Activation(form or op, constant), x)
+    return apply_rule(_activation, rule, _activation_reference, op)(Activation(form or op, constant), x)
 
 
 @custom_vjp
 def _activation(activation: Activation, x: Array) -> Array:
-    return _activation_plain(activation, x)
+    return _activation_reference(activation, x)
 
 
 def _activation_fwd(activation: Activation, x: Array) -> Any:
     y = _activation(activation, x)
     kept = _TABLE[activation.name].keeps(_wide(x), _wide(y), activation.constant)
-    return y, stored_if_small(kept if kept.dtype == bool else _like(x, kept))
+    return y, materialize_if_small(kept if kept.dtype == bool else _like(x, kept))
 
 
 def _activation_bwd(activation: Activation, kept: Array, delta: Array) -> Any:
@@ -232,7 +232,7 @@ def _activation_bwd(activation: Activation, kept: Array, delta: Array) -> Any:
 _activation.defvjp(_activation_fwd, _activation_bwd)
 
 
-def _activation_plain(activation: Activation, x: Array) -> Array:
+def _activation_reference(activation: Activation, x: Array) -> Array:
     return _like(x, _TABLE[activation.name].g(_wide(x), activation.constant))
 
 
@@ -380,7 +380,7 @@ def celu(x: ArrayLike, *, alpha: float = 1.0, rule: Rule | None = None) -> Array
     """
     constant = _constant("celu", "alpha", alpha)
     if constant == 0:
-        fail("celu", "alpha expected a number other than 0, got 0")
+        raise bad_value("celu", "alpha", "a number other than 0", "0")
     return _activate("celu", x, rule, constant)
 
 
@@ -554,7 +554,7 @@ def squareplus(x: ArrayLike, *, b: float = 4.0, rule: Rule | None = None) -> Arr
     """
     constant = _constant("squareplus", "b", b)
     if constant <= 0:
-        fail("squareplus", f"b expected a number > 0, got {b}")
+        raise bad_value("squareplus", "b", "a number > 0", b)
     return _activate("squareplus", x, rule, constant)
 
 
@@ -678,5 +678,5 @@ def tanh(x: ArrayLike, *, rule: Rule | None = None) -> Array:
 def _constant(op: str, argument: str, value: Any) -> float:
     constant = static_float(op, argument, value)
     if not abs(constant) < float("inf"):
-        fail(op, f"{argument} expected a finite number, got {value}")
+        raise bad_value(op, argument, "a finite number", value)
     return constant

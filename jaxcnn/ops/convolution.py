@@ -2,9 +2,9 @@
 
 The family is closed under differentiation: the rule of each of its three products is the other two.
 
-    _conv     x, w → y          δ_x = spread(δ, w)      ∂E/∂w = match(x, δ)     ∂E/∂b = Σ δ
-    spread   δ, w → x          its rule:  conv, match
-    match    x, δ → w          its rule:  spread, conv
+    _conv     x, w → y          δ_x = input_grad(δ, w)      ∂E/∂w = kernel_grad(x, δ)     ∂E/∂b = Σ δ
+    input_grad   δ, w → x          its rule:  conv, match
+    kernel_grad    x, δ → w          its rule:  input_grad, conv
 
 `conv_transpose` is spread as a layer. `depthwise_conv` is conv with as many groups as channels. As usual in deep
 learning, "convolution" here does not flip the kernel: it is cross-correlation (lecture §11, with erratum 4). The kernel
@@ -20,6 +20,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
+from jaxcnn.arguments import arrays, bad_value, fail, positive, spatial_dims, static_int, static_ints
 from jaxcnn.geometry import (
     PADDING_MODES,
     PADDINGS,
@@ -27,12 +28,8 @@ from jaxcnn.geometry import (
     Padding,
     PerDim,
     Window,
-    fail,
     not_too_many,
     pad_widths,
-    positive,
-    static_int,
-    static_ints,
     window,
 )
 from jaxcnn.kernels import correlation as kernels
@@ -40,7 +37,7 @@ from jaxcnn.kernels.dtypes import accumulator, wider
 from jaxcnn.kernels.shapes import beside
 from jaxcnn.kernels.split import run_whole
 from jaxcnn.ops.mesh import on_any_mesh
-from jaxcnn.ops.rule import Rule, arrays, autodiff, custom_vjp, picture, with_rule
+from jaxcnn.ops.rule import Rule, apply_rule, autodiff, custom_vjp
 
 
 def conv(
@@ -96,8 +93,8 @@ def conv(
     """
     x, w = arrays("conv", x=x, w=w)
     x, w, back = _channels_last("conv", x, w, dimension_numbers)
-    x, c = geometry("conv", x, w, stride, padding, dilation, groups, preferred_element_type, precision, rule)
-    y = with_rule(_conv, rule, conv_plain)(c, x, w, _bias("conv", w, b, w.shape[-1]))
+    x, c = correlation_of("conv", x, w, stride, padding, dilation, groups, preferred_element_type, precision, rule)
+    y = apply_rule(_conv, rule, conv_reference)(c, x, w, _bias("conv", w, b, w.shape[-1]))
     return y if back is None else jnp.transpose(y, back)
 
 
@@ -145,12 +142,12 @@ def depthwise_conv(
     op = "depthwise_conv"
     x, w = arrays(op, x=x, w=w)
     x, w, back = _channels_last(op, x, w, dimension_numbers)
-    spatial = picture(op, x)
+    spatial = spatial_dims(op, x)
     if w.ndim != x.ndim or w.shape[-2] != 1 or w.shape[-1] % max(x.shape[-1], 1):
         expected = f"(*K, 1, C·M) with {len(spatial)} spatial dims and C = {x.shape[-1]}, like x"
-        fail(op, f"w expected {expected}; x {x.shape}, w {w.shape}")
-    x, c = geometry(op, x, w, stride, padding, dilation, x.shape[-1], preferred_element_type, precision, rule)
-    y = with_rule(_conv, rule, conv_plain, op)(c, x, w, _bias(op, w, b, w.shape[-1]))
+        fail(op, f"w must be {expected}; x {x.shape}, w {w.shape}")
+    x, c = correlation_of(op, x, w, stride, padding, dilation, x.shape[-1], preferred_element_type, precision, rule)
+    y = apply_rule(_conv, rule, conv_reference, op)(c, x, w, _bias(op, w, b, w.shape[-1]))
     return y if back is None else jnp.transpose(y, back)
 
 
@@ -166,8 +163,8 @@ def _conv_fwd(c: Correlation, x: Array, w: Array, b: Array | None) -> Any:
 def _conv_bwd(c: Correlation, saved: Any, delta: Array) -> Any:
     """δ_x = w ∗ δ (full, the kernel flipped); ∂E/∂w = x ⋆ δ; ∂E/∂b = Σ δ. Lecture §9 and §15."""
     x, w, b = saved
-    delta_x = spread(c, delta, w).astype(x.dtype)
-    grad_w = match(c, x, delta).astype(w.dtype)
+    delta_x = input_grad(c, delta, w).astype(x.dtype)
+    grad_w = kernel_grad(c, x, delta).astype(w.dtype)
     grad_b = None if b is None else sum_pixels(delta).astype(b.dtype)
     return delta_x, grad_w, grad_b
 
@@ -175,7 +172,7 @@ def _conv_bwd(c: Correlation, saved: Any, delta: Array) -> Any:
 _conv.defvjp(_conv_fwd, _conv_bwd)
 
 
-def conv_plain(c: Correlation, x: Array, w: Array, b: Array | None) -> Array:
+def conv_reference(c: Correlation, x: Array, w: Array, b: Array | None) -> Array:
     """`conv` in stock JAX."""
     win = c.window
     channels = x.ndim - 1
@@ -194,41 +191,41 @@ def conv_plain(c: Correlation, x: Array, w: Array, b: Array | None) -> Array:
 
 
 @custom_vjp
-def spread(c: Correlation, delta: Array, w: Array) -> Array:
+def input_grad(c: Correlation, delta: Array, w: Array) -> Array:
     """``w ∗ δ``: the full correlation of δ with the kernel flipped by 180°."""
-    return kernels.spread(c, delta, w)
+    return kernels.input_grad(c, delta, w)
 
 
-def _spread_fwd(c: Correlation, delta: Array, w: Array) -> Any:
-    return spread(c, delta, w), (delta, w)
+def _input_grad_fwd(c: Correlation, delta: Array, w: Array) -> Any:
+    return input_grad(c, delta, w), (delta, w)
 
 
-def _spread_bwd(c: Correlation, saved: Any, xi: Array) -> Any:
-    """⟨spread(δ, w), ξ⟩ = ⟨δ, conv(ξ, w)⟩ = ⟨w, match(ξ, δ)⟩."""
+def _input_grad_bwd(c: Correlation, saved: Any, xi: Array) -> Any:
+    """⟨input_grad(δ, w), ξ⟩ = ⟨δ, conv(ξ, w)⟩ = ⟨w, kernel_grad(ξ, δ)⟩."""
     delta, w = saved
-    return _conv(c, xi, w, None).astype(delta.dtype), match(c, xi, delta).astype(w.dtype)
+    return _conv(c, xi, w, None).astype(delta.dtype), kernel_grad(c, xi, delta).astype(w.dtype)
 
 
-spread.defvjp(_spread_fwd, _spread_bwd)
+input_grad.defvjp(_input_grad_fwd, _input_grad_bwd)
 
 
 @custom_vjp
-def match(c: Correlation, x: Array, delta: Array) -> Array:
+def kernel_grad(c: Correlation, x: Array, delta: Array) -> Array:
     """``x ⋆ δ``: the valid correlation of the input with δ, summed over the batch."""
-    return kernels.match(c, x, delta)
+    return kernels.kernel_grad(c, x, delta)
 
 
-def _match_fwd(c: Correlation, x: Array, delta: Array) -> Any:
-    return match(c, x, delta), (x, delta)
+def _kernel_grad_fwd(c: Correlation, x: Array, delta: Array) -> Any:
+    return kernel_grad(c, x, delta), (x, delta)
 
 
-def _match_bwd(c: Correlation, saved: Any, omega: Array) -> Any:
-    """⟨match(x, δ), ω⟩ = ⟨x, spread(δ, ω)⟩ = ⟨δ, conv(x, ω)⟩."""
+def _kernel_grad_bwd(c: Correlation, saved: Any, omega: Array) -> Any:
+    """⟨kernel_grad(x, δ), ω⟩ = ⟨x, input_grad(δ, ω)⟩ = ⟨δ, conv(x, ω)⟩."""
     x, delta = saved
-    return spread(c, delta, omega).astype(x.dtype), _conv(c, x, omega, None).astype(delta.dtype)
+    return input_grad(c, delta, omega).astype(x.dtype), _conv(c, x, omega, None).astype(delta.dtype)
 
 
-match.defvjp(_match_fwd, _match_bwd)
+kernel_grad.defvjp(_kernel_grad_fwd, _kernel_grad_bwd)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -299,7 +296,7 @@ def conv_transpose(
     )
     if x.shape[1:-1] != c.window.out:
         x = on_any_mesh(_followed_by_zeros, c.window.out, x)
-    y = with_rule(_conv_transpose, rule, _conv_transpose_plain)(c, x, w, _bias(op, w, b, w.shape[-2] * c.groups))
+    y = apply_rule(_conv_transpose, rule, _conv_transpose_reference)(c, x, w, _bias(op, w, b, w.shape[-2] * c.groups))
     return y if back is None else jnp.transpose(y, back)
 
 
@@ -315,7 +312,7 @@ def _followed_by_zeros(out: tuple[int, ...], x: Array) -> Array:
 @custom_vjp
 def _conv_transpose(c: Correlation, x: Array, w: Array, b: Array | None) -> Array:
     wide = wider(x.dtype, c.dtype)
-    return _with_bias(kernels.spread(c, x.astype(wide), w).astype(c.dtype), b)
+    return _with_bias(kernels.input_grad(c, x.astype(wide), w).astype(c.dtype), b)
 
 
 def _conv_transpose_fwd(c: Correlation, x: Array, w: Array, b: Array | None) -> Any:
@@ -326,7 +323,7 @@ def _conv_transpose_bwd(c: Correlation, saved: Any, delta: Array) -> Any:
     """δ_x = conv(δ, w); ∂E/∂w = δ ⋆ x; ∂E/∂b = Σ δ."""
     x, w, b = saved
     delta_x = _conv(c, delta, w, None).astype(x.dtype)
-    grad_w = match(c, delta, x).astype(w.dtype)
+    grad_w = kernel_grad(c, delta, x).astype(w.dtype)
     grad_b = None if b is None else sum_pixels(delta).astype(b.dtype)
     return delta_x, grad_w, grad_b
 
@@ -334,7 +331,7 @@ def _conv_transpose_bwd(c: Correlation, saved: Any, delta: Array) -> Any:
 _conv_transpose.defvjp(_conv_transpose_fwd, _conv_transpose_bwd)
 
 
-def _conv_transpose_plain(c: Correlation, x: Array, w: Array, b: Array | None) -> Array:
+def _conv_transpose_reference(c: Correlation, x: Array, w: Array, b: Array | None) -> Array:
     """`conv_transpose` in stock JAX: a convolution of x, dilated by the stride, with the flipped kernel."""
     win, groups, channels = c.window, c.groups, x.ndim - 1
     layout = (0, channels, *range(1, channels))
@@ -381,7 +378,7 @@ def _with_bias(y: Array, b: Array | None) -> Array:
 
 @functools.partial(custom_vjp, static=2)
 def _extend(mode: str, widths: tuple[tuple[int, int], ...], x: Array) -> Array:
-    return _extend_plain(mode, widths, x)
+    return _extend_reference(mode, widths, x)
 
 
 def _extend_fwd(mode: str, widths: tuple[tuple[int, int], ...], x: Array) -> Any:
@@ -396,7 +393,7 @@ def _extend_bwd(mode: str, widths: tuple[tuple[int, int], ...], saved: None, del
 _extend.defvjp(_extend_fwd, _extend_bwd)
 
 
-def _extend_plain(mode: str, widths: tuple[tuple[int, int], ...], x: Array) -> Array:
+def _extend_reference(mode: str, widths: tuple[tuple[int, int], ...], x: Array) -> Array:
     """Extend the input past its borders by its mirror image, its last element or its periodic repetition."""
     modes = {"REFLECT": "reflect", "REPLICATE": "edge", "CIRCULAR": "wrap"}
     return jnp.pad(x, ((0, 0), *widths, (0, 0)), mode=modes[mode])
@@ -450,7 +447,7 @@ def _put(x: Array, axis: int, at: int, n: int) -> Array:
 # Checks
 
 
-def geometry(
+def correlation_of(
     op: str,
     x: Array,
     w: Array,
@@ -463,13 +460,13 @@ def geometry(
     rule: Rule | None = None,
 ) -> tuple[Array, Correlation]:
     """Return the input, extended if the padding repeats it, and the static part of the call."""
-    spatial = picture(op, x)
+    spatial = spatial_dims(op, x)
     shapes = f"x {x.shape}, w {w.shape}"
     if w.ndim != x.ndim:
-        fail(op, f"w expected (*K, I/groups, O) with {len(spatial)} spatial dims, like x; {shapes}")
+        fail(op, f"w must be (*K, I/groups, O) with {len(spatial)} spatial dims, like x; {shapes}")
     groups = static_int(op, "groups", groups, groups)
     if groups < 1:
-        fail(op, f"groups expected an int >= 1, got {groups}")
+        raise bad_value(op, "groups", "an int >= 1", groups)
     inputs, outputs = x.shape[-1], w.shape[-1]
     if inputs % groups or outputs % groups:
         fail(op, f"groups={groups} must divide {inputs} input and {outputs} output channels; {shapes}")
@@ -480,7 +477,7 @@ def geometry(
     )
     result, precision = _result_dtype(op, x.dtype if dtype is None else dtype), _precision(op, precision)
     if isinstance(padding, str) and padding.upper() in PADDING_MODES:
-        mode, extend = padding.upper(), _extend_plain if rule is autodiff else _extend
+        mode, extend = padding.upper(), _extend_reference if rule is autodiff else _extend
         widths = _extension(op, mode, slide(spatial, padding="SAME"))
         x, padding = on_any_mesh(functools.partial(extend, mode), widths, x), "VALID"
     return x, Correlation(slide(x.shape[1:-1], padding=padding), groups, result, precision)
@@ -499,13 +496,13 @@ def _transposed_geometry(
     precision: Any,
 ) -> Correlation:
     """Return the geometry of the `conv` that maps the output to x."""
-    spatial = picture(op, x)
+    spatial = spatial_dims(op, x)
     ndim, shapes = len(spatial), f"x {x.shape}, w {w.shape}"
     if w.ndim != x.ndim:
-        fail(op, f"w expected (*K, O/groups, I) with {ndim} spatial dims, like x; {shapes}")
+        fail(op, f"w must be (*K, O/groups, I) with {ndim} spatial dims, like x; {shapes}")
     groups = static_int(op, "groups", groups, groups)
     if groups < 1:
-        fail(op, f"groups expected an int >= 1, got {groups}")
+        raise bad_value(op, "groups", "an int >= 1", groups)
     if w.shape[-1] != x.shape[-1]:
         fail(op, f"x has {x.shape[-1]} channels but w expects {w.shape[-1]}; {shapes}")
     if x.shape[-1] % groups:
@@ -515,14 +512,14 @@ def _transposed_geometry(
     extra = static_ints(op, "output_padding", output_padding, ndim)
     if any(not 0 <= e < max(pair) for e, *pair in zip(extra, s, d, strict=True)):
         expected = f"ints >= 0 and less than the stride {s} or the dilation {d}"
-        fail(op, f"output_padding expected {expected}, got {output_padding!r}")
+        raise bad_value(op, "output_padding", expected, repr(output_padding))
     # The sizes for "SAME"; the other paddings ignore them.
     sizes = tuple(n * step for n, step in zip(spatial, s, strict=True))
     undone = Window(sizes, k, s, ((0, 0),) * ndim, d)
     pads = pad_widths(op, padding, undone)
     if isinstance(padding, str) and padding.upper() in ("SAME", "SAME_LOWER"):
         if any(extra):
-            fail(op, f"output_padding expected 0 beside padding {padding!r}, got {output_padding!r}")
+            raise bad_value(op, "output_padding", f"0 beside padding {padding!r}", repr(output_padding))
     else:
         sizes = tuple(
             (n - 1) * step + reach - lo - hi + more
@@ -540,12 +537,12 @@ def _bias(op: str, w: Array, b: ArrayLike | None, outputs: int) -> Array | None:
         return None
     _, b = arrays(op, w=w, b=b)
     if b.shape != (outputs,):
-        fail(op, f"b expected shape {(outputs,)}, one number for each output channel, got {b.shape}")
+        raise bad_value(op, "b", f"of shape {(outputs,)}, one number for each output channel", b.shape)
     return b
 
 
 def _result_dtype(op: str, dtype: DTypeLike) -> np.dtype:
-    expected = f"{op}: preferred_element_type expected a floating dtype"
+    expected = f"{op}: preferred_element_type must be a floating dtype"
     try:
         result = np.dtype(dtype)
     except TypeError:
@@ -573,7 +570,9 @@ def _precision(op: str, precision: Any) -> Any:
         of_x, of_w = precision
         return lax.Precision(of_x), lax.Precision(of_w)
     except (TypeError, ValueError):
-        fail(op, f"precision expected None, 'default', 'high', 'highest' or a jax.lax.Precision, got {precision!r}")
+        raise bad_value(
+            op, "precision", "None, 'default', 'high', 'highest' or a jax.lax.Precision", repr(precision)
+        ) from None
 
 
 def _channels_last(
@@ -584,15 +583,15 @@ def _channels_last(
         return x, w, None
     listed = isinstance(layouts, list | tuple)
     if not listed or len(layouts) != 3 or not all(isinstance(layout, str) for layout in layouts):
-        fail(op, f"dimension_numbers expected three strings such as ('NCHW', 'OIHW', 'NCHW'), got {layouts!r}")
+        raise bad_value(op, "dimension_numbers", "three strings such as ('NCHW', 'OIHW', 'NCHW')", repr(layouts))
     of_x, of_w, of_y = layouts
     space = "".join(d for d in of_w if d not in "OI")
     for name, layout, array, letters in (("x", of_x, x, "NC"), ("w", of_w, w, "OI"), ("y", of_y, x, "NC")):
         if sorted(layout) != sorted(letters + space) or len(set(layout)) != len(layout):
             expected = f"the {len(letters + space)} letters {letters + space!r}"
-            fail(op, f"dimension_numbers expected {expected} for {name}, got {layout!r} of {tuple(layouts)!r}")
+            raise bad_value(op, "dimension_numbers", f"{expected} for {name}", f"{layout!r} of {tuple(layouts)!r}")
         if len(layout) != array.ndim:
-            fail(op, f"{name} expected {len(layout)} dims, as dimension_numbers {tuple(layouts)!r}; got {array.shape}")
+            raise bad_value(op, name, f"{len(layout)} dims, as dimension_numbers {tuple(layouts)!r}", array.shape)
     x = jnp.transpose(x, [of_x.index(d) for d in f"N{space}C"])
     w = jnp.transpose(w, [of_w.index(d) for d in f"{space}IO"])
     return x, w, tuple(f"N{space}C".index(d) for d in of_y)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxcnn.geometry import fail, static_float
-from jaxcnn.ops.rule import Rule, arrays, custom_vjp, one_key, with_rule
+from jaxcnn.arguments import arrays, bad_value, one_key, static_float
+from jaxcnn.ops.rule import Rule, apply_rule, custom_vjp
 
 
 def dropout(x: ArrayLike, rate: float, key: Array, *, rule: Rule | None = None) -> Array:
@@ -41,12 +41,12 @@ def dropout(x: ArrayLike, rate: float, key: Array, *, rule: Rule | None = None) 
     rate, key = probability("dropout", rate), one_key("dropout", key)
     if rate == 0 and rule is None:
         return x
-    return with_rule(_dropout, rule, _dropout_plain)(rate, x, key)
+    return apply_rule(_dropout, rule, _dropout_reference)(rate, x, key)
 
 
 @custom_vjp
 def _dropout(rate: float, x: Array, key: Array) -> Array:
-    return _dropout_plain(rate, x, key)
+    return _dropout_reference(rate, x, key)
 
 
 def _dropout_fwd(rate: float, x: Array, key: Array) -> Any:
@@ -61,7 +61,7 @@ def _dropout_bwd(rate: float, key: Array, delta: Array) -> Any:
 _dropout.defvjp(_dropout_fwd, _dropout_bwd)
 
 
-def _dropout_plain(rate: float, x: Array, key: Array) -> Array:
+def _dropout_reference(rate: float, x: Array, key: Array) -> Array:
     mask = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(mask, x / (1 - rate or 1), 0)  # at rate 1 the mask is all False; avoid x / 0
 
@@ -70,5 +70,5 @@ def probability(op: str, rate: Any) -> float:
     """Return the rate as a float; raise ValueError if it is outside [0, 1]."""
     p = static_float(op, "rate", rate)
     if not 0 <= p <= 1:
-        fail(op, f"rate expected a number in [0, 1], got {rate}")
+        raise bad_value(op, "rate", "a number in [0, 1]", rate)
     return p

@@ -16,12 +16,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxcnn.geometry import Correlation, Padding, PerDim, Window, fail
+from jaxcnn.arguments import arrays, bad_value
+from jaxcnn.geometry import Correlation, Padding, PerDim, Window
 from jaxcnn.kernels import correlation, windows
+from jaxcnn.kernels.materialize import materialize
 from jaxcnn.kernels.shapes import beside
-from jaxcnn.kernels.storage import stored
 from jaxcnn.ops import activation, convolution, pooling
-from jaxcnn.ops.rule import Call, Rule, arrays, call_of, custom_vjp, with_rule
+from jaxcnn.ops.rule import Call, Rule, apply_rule, call_of, custom_vjp
 
 
 def hidden_layer(
@@ -74,11 +75,11 @@ def hidden_layer(
     (1, 12, 12, 32)
     """
     x, w, b = arrays("hidden_layer", x=x, w=w, b=b)
-    x, c = convolution.geometry("hidden_layer", x, w, stride, padding, dilation, groups, None, precision, rule)
+    x, c = convolution.correlation_of("hidden_layer", x, w, stride, padding, dilation, groups, None, precision, rule)
     if b.shape != w.shape[-1:]:
-        fail("hidden_layer", f"b expected shape {w.shape[-1:]}, one number for each output channel, got {b.shape}")
+        raise bad_value("hidden_layer", "b", f"of shape {w.shape[-1:]}, one number for each output channel", b.shape)
     win = pooling.pool_window("hidden_layer", c.window.out, window, pool_stride, pool_padding, 1, False, "pool_")
-    return with_rule(_hidden_layer, rule, _hidden_layer_plain)(Hidden(c, win), x, w, b)
+    return apply_rule(_hidden_layer, rule, _hidden_layer_reference)(Hidden(c, win), x, w, b)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,61 +91,61 @@ class Hidden:
 
 
 @custom_vjp
-def _hidden_layer(geometry: Hidden, x: Array, w: Array, b: Array) -> Array:
-    return _forward(geometry, x, w, b)[0]
+def _hidden_layer(static: Hidden, x: Array, w: Array, b: Array) -> Array:
+    return _forward(static, x, w, b)[0]
 
 
-def _hidden_layer_fwd(geometry: Hidden, x: Array, w: Array, b: Array) -> Any:
-    y, passed = _hidden_with_code(geometry, x, w, b)
-    return y, (x, w, stored(passed))
+def _hidden_layer_fwd(static: Hidden, x: Array, w: Array, b: Array) -> Any:
+    y, passed = _hidden_with_code(static, x, w, b)
+    return y, (x, w, materialize(passed))
 
 
-def _hidden_layer_bwd(geometry: Hidden, saved: Any, delta: Array) -> Any:
+def _hidden_layer_bwd(static: Hidden, saved: Any, delta: Array) -> Any:
     """δ_l = up(δ) ∘ g'(x); δ_x = w ∗ δ_l, ∂E/∂w = x ⋆ δ_l, ∂E/∂b = Σ δ_l. Lecture §9, erratum 2."""
     x, w, passed = saved
-    c = geometry.correlation
-    delta_l = pooling.place(geometry.window, delta, passed)
+    c = static.correlation
+    delta_l = pooling.scatter_to_winners(static.window, delta, passed)
     # Σ δ_l before pooling equals Σ δ over the windows that passed the ReLU.
-    grad_b = convolution.sum_pixels(jnp.where(passed == windows.nothing(geometry.window), 0, delta))
-    return convolution.spread(c, delta_l, w), convolution.match(c, x, delta_l), grad_b
+    grad_b = convolution.sum_pixels(jnp.where(passed == windows.nothing(static.window), 0, delta))
+    return convolution.input_grad(c, delta_l, w), convolution.kernel_grad(c, x, delta_l), grad_b
 
 
 _hidden_layer.defvjp(_hidden_layer_fwd, _hidden_layer_bwd)
 
 
 @custom_vjp
-def _hidden_with_code(geometry: Hidden, x: Array, w: Array, b: Array) -> tuple[Array, Array]:
-    return _forward(geometry, x, w, b)
+def _hidden_with_code(static: Hidden, x: Array, w: Array, b: Array) -> tuple[Array, Array]:
+    return _forward(static, x, w, b)
 
 
-def _hidden_with_code_fwd(geometry: Hidden, x: Array, w: Array, b: Array) -> Any:
-    y, passed = _hidden_with_code(geometry, x, w, b)
+def _hidden_with_code_fwd(static: Hidden, x: Array, w: Array, b: Array) -> Any:
+    y, passed = _hidden_with_code(static, x, w, b)
     return (y, passed), (x, w, passed)
 
 
-def _hidden_with_code_bwd(geometry: Hidden, saved: Any, deltas: Any) -> Any:
+def _hidden_with_code_bwd(static: Hidden, saved: Any, deltas: Any) -> Any:
     """The rule of the layer; the winners are integers and have no δ."""
-    return _hidden_layer_bwd(geometry, saved, deltas[0])
+    return _hidden_layer_bwd(static, saved, deltas[0])
 
 
 _hidden_with_code.defvjp(_hidden_with_code_fwd, _hidden_with_code_bwd)
 
 
-def _forward(geometry: Hidden, x: Array, w: Array, b: Array) -> tuple[Array, Array]:
+def _forward(static: Hidden, x: Array, w: Array, b: Array) -> tuple[Array, Array]:
     """Return ``y`` and the winner of each window, or `nothing` where no element passed the ReLU."""
     # The bias is constant per channel, so it does not change which element is largest.
-    best, winner = windows.largest(geometry.window, correlation.correlate(geometry.correlation, x, w))
+    best, winner = windows.max_and_winner(static.window, correlation.correlate(static.correlation, x, w))
     y = jnp.maximum(best + beside(b, best), 0)
-    return y, jnp.where(y > 0, winner, jnp.asarray(windows.nothing(geometry.window)))
+    return y, jnp.where(y > 0, winner, jnp.asarray(windows.nothing(static.window)))
 
 
-def _hidden_layer_plain(geometry: Hidden, x: Array, w: Array, b: Array) -> Array:
-    y = activation.relu_plain(None, convolution.conv_plain(geometry.correlation, x, w, b))
-    return pooling.max_pool_plain(geometry.window, y)
+def _hidden_layer_reference(static: Hidden, x: Array, w: Array, b: Array) -> Array:
+    y = activation.relu_reference(None, convolution.conv_reference(static.correlation, x, w, b))
+    return pooling.max_pool_reference(static.window, y)
 
 
 def parts(call: Call) -> tuple[Call, Call, Call]:
     """Split a `hidden_layer` call into `conv`, `relu` and `max_pool` calls, for rules that treat them separately."""
-    conv = call_of(convolution._conv, "conv", call.geometry.correlation, *call.inputs)
+    conv = call_of(convolution._conv, "conv", call.static.correlation, *call.inputs)
     relu = call_of(activation._relu, "relu", None, conv.output)
-    return conv, relu, call_of(pooling._max_pool, "max_pool", call.geometry.window, relu.output)
+    return conv, relu, call_of(pooling._max_pool, "max_pool", call.static.window, relu.output)

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxcnn.geometry import PerDim, Window, fail, not_too_many, positive
-from jaxcnn.ops.pooling import window_spread, window_sum
-from jaxcnn.ops.rule import Rule, arrays, custom_vjp, picture, with_rule
+from jaxcnn.arguments import arrays, bad_value, fail, positive, spatial_dims
+from jaxcnn.geometry import PerDim, Window, not_too_many
+from jaxcnn.ops.pooling import window_sum, window_sum_adjoint
+from jaxcnn.ops.rule import Rule, apply_rule, custom_vjp
 
 
 def kron(a: ArrayLike, b: ArrayLike, *, rule: Rule | None = None) -> Array:
@@ -42,20 +43,20 @@ def kron(a: ArrayLike, b: ArrayLike, *, rule: Rule | None = None) -> Array:
     """
     a, b = arrays("kron", a=a, b=b)
     if a.ndim != b.ndim:
-        fail("kron", f"a and b expected the same rank, got a {a.shape}, b {b.shape}")
-    return with_rule(_kron, rule, _kron_plain)(None, a, b)
+        raise bad_value("kron", "a and b", "of the same rank", f"a {a.shape}, b {b.shape}")
+    return apply_rule(_kron, rule, _kron_reference)(None, a, b)
 
 
 @custom_vjp
-def _kron(geometry: None, a: Array, b: Array) -> Array:
-    return _kron_plain(None, a, b)
+def _kron(static: None, a: Array, b: Array) -> Array:
+    return _kron_reference(None, a, b)
 
 
-def _kron_fwd(geometry: None, a: Array, b: Array) -> Any:
+def _kron_fwd(static: None, a: Array, b: Array) -> Any:
     return _kron(None, a, b), (a, b)
 
 
-def _kron_bwd(geometry: None, saved: Any, delta: Array) -> Any:
+def _kron_bwd(static: None, saved: Any, delta: Array) -> Any:
     """δ_a[i] = Σ_j δ[i, j]·b[j]; δ_b[j] = Σ_i δ[i, j]·a[i], where δ[i, j] is element j of block i."""
     a, b = saved
     blocks = delta.reshape([n for pair in zip(a.shape, b.shape, strict=True) for n in pair])
@@ -66,7 +67,7 @@ def _kron_bwd(geometry: None, saved: Any, delta: Array) -> Any:
 _kron.defvjp(_kron_fwd, _kron_bwd)
 
 
-def _kron_plain(geometry: None, a: Array, b: Array) -> Array:
+def _kron_reference(static: None, a: Array, b: Array) -> Array:
     outer = jnp.expand_dims(a, tuple(range(1, 2 * a.ndim, 2))) * jnp.expand_dims(b, tuple(range(0, 2 * b.ndim, 2)))
     return outer.reshape([p * q for p, q in zip(a.shape, b.shape, strict=True)])
 
@@ -101,16 +102,16 @@ def kron_up(x: ArrayLike, factor: PerDim, *, rule: Rule | None = None) -> Array:
            [3., 3., 4., 4.]], dtype=float32)
     """
     (x,) = arrays("kron_up", x=x)
-    spatial = picture("kron_up", x)
+    spatial = spatial_dims("kron_up", x)
     k = positive("kron_up", "factor", factor, len(spatial))
     grown = tuple(n * f for n, f in zip(spatial, k, strict=True))
     not_too_many("kron_up", "the result", grown)
-    return with_rule(_kron_up, rule, _kron_up_plain)(_blocks(grown, k), x)
+    return apply_rule(_kron_up, rule, _kron_up_reference)(_blocks(grown, k), x)
 
 
 @custom_vjp
 def _kron_up(blocks: Window, x: Array) -> Array:
-    return window_spread(blocks, x)
+    return window_sum_adjoint(blocks, x)
 
 
 def _kron_up_fwd(blocks: Window, x: Array) -> Any:
@@ -125,7 +126,7 @@ def _kron_up_bwd(blocks: Window, saved: None, delta: Array) -> Any:
 _kron_up.defvjp(_kron_up_fwd, _kron_up_bwd)
 
 
-def _kron_up_plain(blocks: Window, x: Array) -> Array:
+def _kron_up_reference(blocks: Window, x: Array) -> Array:
     for dim, factor in enumerate(blocks.size):
         x = jnp.repeat(x, factor, dim + 1)
     return x
@@ -155,11 +156,11 @@ def block_sum(x: ArrayLike, factor: PerDim, *, rule: Rule | None = None) -> Arra
            [4., 4.]], dtype=float32)
     """
     (x,) = arrays("block_sum", x=x)
-    spatial = picture("block_sum", x)
+    spatial = spatial_dims("block_sum", x)
     k = positive("block_sum", "factor", factor, len(spatial))
     if any(n % f for n, f in zip(spatial, k, strict=True)):
         fail("block_sum", f"factor {k} does not divide the spatial dims {spatial}")
-    return with_rule(_block_sum, rule, _block_sum_plain)(_blocks(spatial, k), x)
+    return apply_rule(_block_sum, rule, _block_sum_reference)(_blocks(spatial, k), x)
 
 
 @custom_vjp
@@ -179,7 +180,7 @@ def _block_sum_bwd(blocks: Window, saved: None, delta: Array) -> Any:
 _block_sum.defvjp(_block_sum_fwd, _block_sum_bwd)
 
 
-def _block_sum_plain(blocks: Window, x: Array) -> Array:
+def _block_sum_reference(blocks: Window, x: Array) -> Array:
     pairs = [n for pair in zip(blocks.out, blocks.size, strict=True) for n in pair]
     tiles = x.reshape(x.shape[0], *pairs, x.shape[-1])
     return tiles.sum(tuple(range(2, 2 * blocks.ndim + 1, 2)))

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxcnn.geometry import fail
+from jaxcnn.arguments import arrays, bad_value, fail
 from jaxcnn.kernels.shapes import beside
-from jaxcnn.ops.rule import Rule, arrays, custom_vjp, with_rule
+from jaxcnn.ops.rule import Rule, apply_rule, custom_vjp
 
 
 def dense(x: ArrayLike, w: ArrayLike, b: ArrayLike | None = None, *, rule: Rule | None = None) -> Array:
@@ -43,20 +43,20 @@ def dense(x: ArrayLike, w: ArrayLike, b: ArrayLike | None = None, *, rule: Rule 
     if b is not None:
         _, b = arrays("dense", w=w, b=b)
         if b.shape != w.shape[1:]:
-            fail("dense", f"b expected shape {w.shape[1:]}, one number for each output, got {b.shape}")
-    return with_rule(_dense, rule, _dense_plain)(None, x, w, b)
+            raise bad_value("dense", "b", f"of shape {w.shape[1:]}, one number for each output", b.shape)
+    return apply_rule(_dense, rule, _dense_reference)(None, x, w, b)
 
 
 @custom_vjp
-def _dense(geometry: None, x: Array, w: Array, b: Array | None) -> Array:
-    return _dense_plain(None, x, w, b)
+def _dense(static: None, x: Array, w: Array, b: Array | None) -> Array:
+    return _dense_reference(None, x, w, b)
 
 
-def _dense_fwd(geometry: None, x: Array, w: Array, b: Array | None) -> Any:
+def _dense_fwd(static: None, x: Array, w: Array, b: Array | None) -> Any:
     return _dense(None, x, w, b), (x, w, b)
 
 
-def _dense_bwd(geometry: None, saved: Any, delta: Array) -> Any:
+def _dense_bwd(static: None, saved: Any, delta: Array) -> Any:
     """δ_x = δ·wᵀ; ∂E/∂w = xᵀ·δ; ∂E/∂b = Σ δ."""
     x, w, b = saved
     rows = delta.reshape(-1, delta.shape[-1])
@@ -69,7 +69,7 @@ def _dense_bwd(geometry: None, saved: Any, delta: Array) -> Any:
 _dense.defvjp(_dense_fwd, _dense_bwd)
 
 
-def _dense_plain(geometry: None, x: Array, w: Array, b: Array | None) -> Array:
+def _dense_reference(static: None, x: Array, w: Array, b: Array | None) -> Array:
     y = jnp.matmul(x, w)
     return y if b is None else y + beside(b, y)
 
@@ -102,19 +102,19 @@ def add(x: ArrayLike, y: ArrayLike, *, rule: Rule | None = None) -> Array:
     x, y = arrays("add", x=x, y=y)
     if x.shape != y.shape:
         fail("add", f"expected x and y of one shape, got x {x.shape}, y {y.shape}")
-    return with_rule(_add, rule, _add_plain)(None, x, y)
+    return apply_rule(_add, rule, _add_reference)(None, x, y)
 
 
 @custom_vjp
-def _add(geometry: None, x: Array, y: Array) -> Array:
+def _add(static: None, x: Array, y: Array) -> Array:
     return x + y
 
 
-def _add_fwd(geometry: None, x: Array, y: Array) -> Any:
+def _add_fwd(static: None, x: Array, y: Array) -> Any:
     return _add(None, x, y), None
 
 
-def _add_bwd(geometry: None, saved: None, delta: Array) -> Any:
+def _add_bwd(static: None, saved: None, delta: Array) -> Any:
     """δ_x = δ_y = δ."""
     return delta, delta
 
@@ -122,5 +122,5 @@ def _add_bwd(geometry: None, saved: None, delta: Array) -> Any:
 _add.defvjp(_add_fwd, _add_bwd)
 
 
-def _add_plain(geometry: None, x: Array, y: Array) -> Array:
+def _add_reference(static: None, x: Array, y: Array) -> Array:
     return x + y

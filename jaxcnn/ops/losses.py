@@ -11,9 +11,9 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxcnn.geometry import fail
+from jaxcnn.arguments import array, arrays, bad_type, bad_value, fail
 from jaxcnn.kernels.dtypes import accumulator
-from jaxcnn.ops.rule import Rule, array, arrays, custom_vjp, with_rule
+from jaxcnn.ops.rule import Rule, apply_rule, custom_vjp
 
 
 def squared_error(y: ArrayLike, target: ArrayLike, *, rule: Rule | None = None) -> Array:
@@ -40,20 +40,20 @@ def squared_error(y: ArrayLike, target: ArrayLike, *, rule: Rule | None = None) 
     """
     y, target = arrays("squared_error", y=y, target=target)
     if y.shape != target.shape:
-        fail("squared_error", f"y and target expected the same shape, got y {y.shape}, target {target.shape}")
-    return with_rule(_squared_error, rule, squared_error_plain)(None, y, target)
+        raise bad_value("squared_error", "y and target", "of the same shape", f"y {y.shape}, target {target.shape}")
+    return apply_rule(_squared_error, rule, squared_error_reference)(None, y, target)
 
 
 @custom_vjp
-def _squared_error(geometry: None, y: Array, target: Array) -> Array:
-    return squared_error_plain(None, y, target)
+def _squared_error(static: None, y: Array, target: Array) -> Array:
+    return squared_error_reference(None, y, target)
 
 
-def _squared_error_fwd(geometry: None, y: Array, target: Array) -> Any:
-    return squared_error_plain(None, y, target), y - target
+def _squared_error_fwd(static: None, y: Array, target: Array) -> Any:
+    return squared_error_reference(None, y, target), y - target
 
 
-def _squared_error_bwd(geometry: None, difference: Array, delta: Array) -> Any:
+def _squared_error_bwd(static: None, difference: Array, delta: Array) -> Any:
     """δ_y = 2δ(y − target), δ_target = −δ_y."""
     delta_y = _weighted(2 * delta, difference)
     return delta_y, -delta_y
@@ -62,7 +62,7 @@ def _squared_error_bwd(geometry: None, difference: Array, delta: Array) -> Any:
 _squared_error.defvjp(_squared_error_fwd, _squared_error_bwd)
 
 
-def squared_error_plain(geometry: None, y: Array, target: Array) -> Array:
+def squared_error_reference(static: None, y: Array, target: Array) -> Array:
     """Squared error in stock JAX."""
     return jnp.square(y - target)
 
@@ -94,25 +94,27 @@ def softmax_cross_entropy(logits: ArrayLike, targets: ArrayLike, *, rule: Rule |
     """
     logits, targets = arrays("softmax_cross_entropy", logits=logits, targets=targets)
     if logits.shape != targets.shape or logits.ndim < 1:
-        fail(
+        raise bad_value(
             "softmax_cross_entropy",
-            f"logits and targets expected the same shape (…, C), got logits {logits.shape}, targets {targets.shape}",
+            "logits and targets",
+            "of the same shape (…, C)",
+            f"logits {logits.shape}, targets {targets.shape}",
         )
     if logits.shape[-1] < 1:
-        fail("softmax_cross_entropy", f"logits expected a class or more, got shape {logits.shape}")
-    return with_rule(_softmax_cross_entropy, rule, softmax_cross_entropy_plain)(None, logits, targets)
+        raise bad_value("softmax_cross_entropy", "logits", "a class or more", f"shape {logits.shape}")
+    return apply_rule(_softmax_cross_entropy, rule, softmax_cross_entropy_reference)(None, logits, targets)
 
 
 @custom_vjp
-def _softmax_cross_entropy(geometry: None, logits: Array, targets: Array) -> Array:
-    return softmax_cross_entropy_plain(None, logits, targets)
+def _softmax_cross_entropy(static: None, logits: Array, targets: Array) -> Array:
+    return softmax_cross_entropy_reference(None, logits, targets)
 
 
-def _softmax_cross_entropy_fwd(geometry: None, logits: Array, targets: Array) -> Any:
-    return softmax_cross_entropy_plain(None, logits, targets), (_softmax(logits), _log_softmax(logits), targets)
+def _softmax_cross_entropy_fwd(static: None, logits: Array, targets: Array) -> Any:
+    return softmax_cross_entropy_reference(None, logits, targets), (_softmax(logits), _log_softmax(logits), targets)
 
 
-def _softmax_cross_entropy_bwd(geometry: None, saved: Any, delta: Array) -> Any:
+def _softmax_cross_entropy_bwd(static: None, saved: Any, delta: Array) -> Any:
     """δ_logits = δ(p·Σ targets − targets); δ_targets = −δ·log p."""
     p, log_p, targets = saved
     dtype, delta, targets = targets.dtype, _wide(delta)[..., None], _wide(targets)
@@ -123,7 +125,7 @@ def _softmax_cross_entropy_bwd(geometry: None, saved: Any, delta: Array) -> Any:
 _softmax_cross_entropy.defvjp(_softmax_cross_entropy_fwd, _softmax_cross_entropy_bwd)
 
 
-def softmax_cross_entropy_plain(geometry: None, logits: Array, targets: Array) -> Array:
+def softmax_cross_entropy_reference(static: None, logits: Array, targets: Array) -> Array:
     """Cross entropy in stock JAX."""
     return -_weighted(_wide(targets), _log_softmax(logits)).sum(-1).astype(logits.dtype)
 
@@ -188,32 +190,32 @@ def softmax_cross_entropy_with_integer_labels(
     if not isinstance(labels, jax.Array):
         labels = np.asarray(labels)  # a NumPy array stays concrete under jit, so its values can be checked
     if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"{op}: labels expected an integer dtype, got {labels.dtype}")
+        raise bad_type(op, "labels", "of an integer dtype", labels.dtype)
     if logits.ndim < 1 or labels.shape != logits.shape[:-1]:
         fail(op, f"expected logits (…, C) and labels (…), got logits {logits.shape}, labels {labels.shape}")
     classes = logits.shape[-1]
     if classes < 1:
-        fail(op, f"logits expected a class or more, got shape {logits.shape}")
+        raise bad_value(op, "logits", "a class or more", f"shape {logits.shape}")
     if not isinstance(labels, jax.core.Tracer) and labels.size:
         seen = np.asarray(labels)  # not jnp, which would be traced inside another trace
         lowest, highest = int(seen.min()), int(seen.max())
         if lowest < 0 or highest >= classes:
-            fail(op, f"labels expected 0 … {classes - 1}, got {lowest} … {highest}")
+            raise bad_value(op, "labels", f"0 … {classes - 1}", f"{lowest} … {highest}")
     # 8 and 16 bits may be too few for the number of classes, with which labels are compared.
     at = at if at.dtype.itemsize > 2 else at.astype(jnp.int32)
-    return with_rule(_cross_entropy_of_labels, rule, cross_entropy_of_labels_plain, op)(None, logits, at)
+    return apply_rule(_cross_entropy_of_labels, rule, cross_entropy_of_labels_reference, op)(None, logits, at)
 
 
 @custom_vjp
-def _cross_entropy_of_labels(geometry: None, logits: Array, labels: Array) -> Array:
-    return cross_entropy_of_labels_plain(None, logits, labels)
+def _cross_entropy_of_labels(static: None, logits: Array, labels: Array) -> Array:
+    return cross_entropy_of_labels_reference(None, logits, labels)
 
 
-def _cross_entropy_of_labels_fwd(geometry: None, logits: Array, labels: Array) -> Any:
-    return cross_entropy_of_labels_plain(None, logits, labels), (_softmax(logits), labels)
+def _cross_entropy_of_labels_fwd(static: None, logits: Array, labels: Array) -> Any:
+    return cross_entropy_of_labels_reference(None, logits, labels), (_softmax(logits), labels)
 
 
-def _cross_entropy_of_labels_bwd(geometry: None, saved: Any, delta: Array) -> Any:
+def _cross_entropy_of_labels_bwd(static: None, saved: Any, delta: Array) -> Any:
     """δ_logits = δ(p − onehot(label))."""
     p, labels = saved
     onehot = lax.broadcasted_iota(labels.dtype, p.shape, p.ndim - 1) == labels[..., None]
@@ -224,7 +226,7 @@ def _cross_entropy_of_labels_bwd(geometry: None, saved: Any, delta: Array) -> An
 _cross_entropy_of_labels.defvjp(_cross_entropy_of_labels_fwd, _cross_entropy_of_labels_bwd)
 
 
-def cross_entropy_of_labels_plain(geometry: None, logits: Array, labels: Array) -> Array:
+def cross_entropy_of_labels_reference(static: None, logits: Array, labels: Array) -> Array:
     """Cross entropy of the true class in stock JAX: ``log Σ exp(logits − m) − (logits[label] − m)``, m the largest.
 
     m is subtracted from both terms before they are combined: with logits near 10⁴, adding m back would round log 3

@@ -32,8 +32,8 @@ def varying_alike(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
-def on_any_mesh(f: Callable[..., Any], geometry: Any, *inputs: Any) -> Any:
-    """Call ``f(geometry, *inputs)``, allowing arrays that are sharded over explicit axes of a mesh.
+def on_any_mesh(f: Callable[..., Any], static: Any, *inputs: Any) -> Any:
+    """Call ``f(static, *inputs)``, allowing arrays that are sharded over explicit axes of a mesh.
 
     With explicit axes every reshape and product would have to specify how its result is sharded. Inside the op, XLA
     chooses instead. The op's result is sharded like its first input if it has the same shape, otherwise along its first
@@ -41,7 +41,7 @@ def on_any_mesh(f: Callable[..., Any], geometry: Any, *inputs: Any) -> Any:
     """
     mesh = _explicit_mesh(inputs)
     if mesh is None:
-        return f(geometry, *inputs)
+        return f(static, *inputs)
     x = inputs[0]
     of_x = _spec(x)
 
@@ -51,7 +51,7 @@ def on_any_mesh(f: Callable[..., Any], geometry: Any, *inputs: Any) -> Any:
         batch = y.ndim and x.ndim and y.shape[0] == x.shape[0]
         return PartitionSpec(of_x[0]) if batch else PartitionSpec()
 
-    return _automatic(mesh, functools.partial(f, geometry), inputs, lambda y: jax.tree.map(of, y))
+    return _automatic(mesh, functools.partial(f, static), inputs, lambda y: jax.tree.map(of, y))
 
 
 def automatic_inside(*, like: str | None = None) -> Callable[[F], F]:

@@ -28,11 +28,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxcnn.geometry import fail, static_float, static_int
+from jaxcnn.arguments import array, arrays, bad_type, bad_value, fail, static_float, static_int
 from jaxcnn.kernels.dtypes import accumulator
-from jaxcnn.kernels.storage import stored
-from jaxcnn.kernels.sums import sum_computed
-from jaxcnn.ops.rule import Rule, array, arrays, custom_vjp, with_rule
+from jaxcnn.kernels.materialize import materialize
+from jaxcnn.kernels.reductions import sum_computed
+from jaxcnn.ops.rule import Rule, apply_rule, custom_vjp
 
 
 def batch_norm(
@@ -90,21 +90,21 @@ def batch_norm(
     op = "batch_norm"
     x, scale, bias = _arrays(op, x, scale, bias)
     if x.ndim < 2:
-        fail(op, f"x expected (N, …, C), got shape {x.shape}")
+        raise bad_value(op, "x", "(N, …, C)", f"shape {x.shape}")
     norm = Normalization(tuple(range(x.ndim - 1)), (x.ndim - 1,), _epsilon(op, eps))
     _check_shapes(op, x.shape[-1:], "one number for each channel", scale=scale, bias=bias)
     names = _axis_names(op, axis_name)
     if mean is None and var is None:
         for name in names:
             if not is_bound(name):
-                fail(op, f"axis_name must be an axis of shard_map, pmap or vmap around the call, got {name!r}")
+                raise bad_value(op, "axis_name", "an axis of shard_map, pmap or vmap around the call", repr(name))
         norm = dataclasses.replace(norm, axis_names=names, devices=math.prod(map(lax.axis_size, names)))
-        return with_rule(_normalized, rule, _normalized_plain, op)(norm, x, scale, bias)
+        return apply_rule(_normalized, rule, _normalized_reference, op)(norm, x, scale, bias)
     if mean is None or var is None:
         fail(op, "expected mean and var, or neither of them, got one")
     mean, var = _statistics(op, x, mean=mean, var=var)
     _check_shapes(op, x.shape[-1:], "one number for each channel", mean=mean, var=var)
-    return with_rule(_by_statistics, rule, _by_statistics_plain, op)(norm, x, scale, bias, mean, var)
+    return apply_rule(_by_statistics, rule, _by_statistics_reference, op)(norm, x, scale, bias, mean, var)
 
 
 def layer_norm(
@@ -148,7 +148,7 @@ def layer_norm(
     dims = dims_of(op, axes, x.ndim)
     norm = Normalization(dims, dims, _epsilon(op, eps))
     _check_shapes(op, tuple(x.shape[d] for d in dims), f"that of x along axes {dims}", scale=scale, bias=bias)
-    return with_rule(_normalized, rule, _normalized_plain, op)(norm, x, scale, bias)
+    return apply_rule(_normalized, rule, _normalized_reference, op)(norm, x, scale, bias)
 
 
 def group_norm(
@@ -191,15 +191,15 @@ def group_norm(
     op = "group_norm"
     x, scale, bias = _arrays(op, x, scale, bias)
     if x.ndim < 2:
-        fail(op, f"x expected (N, …, C), got shape {x.shape}")
+        raise bad_value(op, "x", "(N, …, C)", f"shape {x.shape}")
     groups = static_int(op, "groups", groups, groups)
     if groups < 1:
-        fail(op, f"groups expected an int >= 1, got {groups}")
+        raise bad_value(op, "groups", "an int >= 1", groups)
     if x.shape[-1] % groups:
         fail(op, f"groups={groups} must divide the {x.shape[-1]} channels of x {x.shape}")
     norm = Normalization((*range(1, x.ndim - 1), x.ndim), (x.ndim - 1, x.ndim), _epsilon(op, eps), groups)
     _check_shapes(op, x.shape[-1:], "one number for each channel", scale=scale, bias=bias)
-    return with_rule(_normalized, rule, _normalized_plain, op)(norm, x, scale, bias)
+    return apply_rule(_normalized, rule, _normalized_reference, op)(norm, x, scale, bias)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +275,7 @@ def _inner_x_hat(norm: Normalization, delta: Array, x: Array, m: Array, r: Array
         return inner(norm.others(delta), delta, (norm.view(x) - m) * r)
     channels = (delta.shape[0], *(1,) * (x.ndim - 2), x.shape[-1])
     of_group = (*m.shape[:-1], delta.shape[-1])
-    m, r = (stored(jnp.broadcast_to(a, of_group).reshape(channels)) for a in (m, r))
+    m, r = (materialize(jnp.broadcast_to(a, of_group).reshape(channels)) for a in (m, r))
     x = x.astype(delta.dtype)
     return inner(tuple(range(x.ndim - 1)), delta.reshape(x.shape), (x - m) * r)
 
@@ -349,7 +349,7 @@ def _scaled(norm: Normalization, x_hat: Array, scale: Array | None, bias: Array 
     return y if bias is None else y + norm.beside(y, bias)
 
 
-def _normalized_plain(norm: Normalization, x: Array, scale: Array | None, bias: Array | None) -> Array:
+def _normalized_reference(norm: Normalization, x: Array, scale: Array | None, bias: Array | None) -> Array:
     view = norm.view(x)
     m, v = jnp.mean(view, norm.over, keepdims=True), jnp.var(view, norm.over, keepdims=True)
     if norm.axis_names:
@@ -366,7 +366,7 @@ def _normalized_plain(norm: Normalization, x: Array, scale: Array | None, bias: 
 def _by_statistics(
     norm: Normalization, x: Array, scale: Array | None, bias: Array | None, mean: Array, var: Array
 ) -> Array:
-    return _by_statistics_plain(norm, x, scale, bias, mean, var)
+    return _by_statistics_reference(norm, x, scale, bias, mean, var)
 
 
 def _by_statistics_fwd(
@@ -393,7 +393,7 @@ def _by_statistics_bwd(norm: Normalization, saved: Any, delta: Array) -> Any:
 _by_statistics.defvjp(_by_statistics_fwd, _by_statistics_bwd)
 
 
-def _by_statistics_plain(
+def _by_statistics_reference(
     norm: Normalization, x: Array, scale: Array | None, bias: Array | None, mean: Array, var: Array
 ) -> Array:
     view = norm.view(x)
@@ -422,14 +422,14 @@ def _statistics(op: str, x: Array, **named: ArrayLike) -> tuple[Array, ...]:
     for name, a in found.items():
         if a.dtype not in allowed:
             expected = " or ".join(str(d) for d in sorted(allowed, key=str))
-            raise TypeError(f"{op}: {name} expected {expected}, as x is {x.dtype}; got {a.dtype}")
+            raise bad_type(op, name, f"{expected}, as x is {x.dtype}", a.dtype)
     return tuple(found.values())
 
 
 def _check_shapes(op: str, shape: tuple[int, ...], what: str, **named: Array | None) -> None:
     for name, a in named.items():
         if a is not None and a.shape != shape:
-            fail(op, f"{name} expected shape {shape}, {what}, got {a.shape}")
+            raise bad_value(op, name, f"of shape {shape}, {what}", a.shape)
 
 
 def dims_of(op: str, axes: int | Sequence[int], ndim: int) -> tuple[int, ...]:
@@ -437,7 +437,7 @@ def dims_of(op: str, axes: int | Sequence[int], ndim: int) -> tuple[int, ...]:
     each = tuple(axes) if isinstance(axes, list | tuple) else (axes,)
     ints = [static_int(op, "axes", a, axes) for a in each]
     if not ints or any(not -ndim <= a < ndim for a in ints) or len({a % ndim for a in ints}) < len(ints):
-        fail(op, f"axes expected one or more different dims of the {ndim} of x, got {axes!r}")
+        raise bad_value(op, "axes", f"one or more different dims of the {ndim} of x", repr(axes))
     return tuple(sorted(a % ndim for a in ints))
 
 
@@ -453,12 +453,12 @@ def is_bound(name: str) -> bool:
 def _axis_names(op: str, axis_name: Any) -> tuple[str, ...]:
     names = () if axis_name is None else tuple(axis_name) if isinstance(axis_name, list | tuple) else (axis_name,)
     if not all(isinstance(name, str) for name in names):
-        raise TypeError(f"{op}: axis_name must be a str, several of them or None, got {axis_name!r}")
+        raise bad_type(op, "axis_name", "a str, several of them or None", repr(axis_name))
     return names
 
 
 def _epsilon(op: str, eps: float) -> float:
     found = static_float(op, "eps", eps)
     if not 0 <= found < float("inf"):
-        fail(op, f"eps expected a finite number >= 0, got {eps}")
+        raise bad_value(op, "eps", "a finite number >= 0", eps)
     return found

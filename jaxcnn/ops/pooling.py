@@ -2,10 +2,10 @@
 
 The family is closed under differentiation. It consists of pairs of adjoint functions:
 
-    take(x, winner) ↔ place(δ, winner)         max pooling reads the winner of each window, δ goes to the winner
-    pick(x, index)  ↔ unpool(δ, index)         the same, with the winner given as a flat index into the input
-    window_sum(x)   ↔ window_spread(δ)         average pooling is a window sum divided by its count
-    bin_sum(x)      ↔ bin_sum(δ)               adaptive windows; its own adjoint with input and output sizes swapped
+    gather_winners(x, winner) ↔ scatter_to_winners(δ, winner)   max pooling reads the winner of each window
+    gather_indices(x, index)  ↔ scatter_to_indices(δ, index)    the winner as a flat index into the input
+    window_sum(x)             ↔ window_sum_adjoint(δ)           average pooling is a window sum divided by its count
+    bin_sum(x)                ↔ bin_sum(δ)                      adaptive windows: input and output sizes swapped
 
 The residual of max pooling is the number of the element that won, one byte per window of up to 255 elements
 (lecture §7–9, with erratum 3).
@@ -22,25 +22,15 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxcnn.geometry import (
-    Padding,
-    PerDim,
-    Window,
-    fail,
-    not_too_many,
-    pad_widths,
-    positive,
-    static_bool,
-    static_float,
-    window,
-)
-from jaxcnn.kernels import bins
+from jaxcnn.arguments import array, arrays, bad_type, bad_value, fail, positive, spatial_dims, static_bool, static_float
+from jaxcnn.geometry import Padding, PerDim, Window, not_too_many, pad_widths, window
+from jaxcnn.kernels import adaptive
 from jaxcnn.kernels import windows as kernels
 from jaxcnn.kernels.dtypes import accumulator
+from jaxcnn.kernels.materialize import materialize
 from jaxcnn.kernels.shapes import beside
 from jaxcnn.kernels.split import run_whole
-from jaxcnn.kernels.storage import stored
-from jaxcnn.ops.rule import Rule, array, arrays, custom_vjp, picture, with_rule
+from jaxcnn.ops.rule import Rule, apply_rule, custom_vjp
 
 
 def max_pool(
@@ -81,29 +71,29 @@ def max_pool(
            [13., 15.]], dtype=float32)
     """
     (x,) = arrays("max_pool", x=x)
-    win = pool_window("max_pool", picture("max_pool", x), window, stride, padding, dilation, ceil_mode)
-    return with_rule(_max_pool, rule, max_pool_plain)(win, x)
+    win = pool_window("max_pool", spatial_dims("max_pool", x), window, stride, padding, dilation, ceil_mode)
+    return apply_rule(_max_pool, rule, max_pool_reference)(win, x)
 
 
 @custom_vjp
 def _max_pool(win: Window, x: Array) -> Array:
-    return kernels.largest(win, x)[0]
+    return kernels.max_and_winner(win, x)[0]
 
 
 def _max_pool_fwd(win: Window, x: Array) -> Any:
-    y, winner = largest(win, x)
-    return y, stored(winner)
+    y, winner = max_and_winner(win, x)
+    return y, materialize(winner)
 
 
 def _max_pool_bwd(win: Window, winner: Array, delta: Array) -> Any:
-    """δ_x = place(δ, winner): up(δ), masked to the winner of each window."""
-    return (place(win, delta, winner),)
+    """δ_x = scatter_to_winners(δ, winner): up(δ), masked to the winner of each window."""
+    return (scatter_to_winners(win, delta, winner),)
 
 
 _max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)
 
 
-def max_pool_plain(win: Window, x: Array) -> Array:
+def max_pool_reference(win: Window, x: Array) -> Array:
     """`max_pool` in stock JAX."""
 
     def around(inner: tuple[int, ...]) -> tuple[int, ...]:
@@ -120,58 +110,58 @@ def max_pool_plain(win: Window, x: Array) -> Array:
 
 
 @custom_vjp
-def largest(win: Window, x: Array) -> tuple[Array, Array]:
+def max_and_winner(win: Window, x: Array) -> tuple[Array, Array]:
     """The largest element of every window, and its tap number (the winner)."""
-    return kernels.largest(win, x)
+    return kernels.max_and_winner(win, x)
 
 
-def _largest_fwd(win: Window, x: Array) -> Any:
-    y, winner = largest(win, x)
+def _max_and_winner_fwd(win: Window, x: Array) -> Any:
+    y, winner = max_and_winner(win, x)
     return (y, winner), winner
 
 
-def _largest_bwd(win: Window, winner: Array, deltas: Any) -> Any:
-    """δ_x = place(δ, winner); the winner is an integer and has no δ."""
-    return (place(win, deltas[0], winner),)
+def _max_and_winner_bwd(win: Window, winner: Array, deltas: Any) -> Any:
+    """δ_x = scatter_to_winners(δ, winner); the winner is an integer and has no δ."""
+    return (scatter_to_winners(win, deltas[0], winner),)
 
 
-largest.defvjp(_largest_fwd, _largest_bwd)
+max_and_winner.defvjp(_max_and_winner_fwd, _max_and_winner_bwd)
 
 
 @custom_vjp
-def take(win: Window, x: Array, winner: Array) -> Array:
+def gather_winners(win: Window, x: Array, winner: Array) -> Array:
     """The element of x at the winner of every window."""
-    return kernels.take(win, x, winner)
+    return kernels.gather_winners(win, x, winner)
 
 
-def _take_fwd(win: Window, x: Array, winner: Array) -> Any:
-    return take(win, x, winner), winner
+def _gather_winners_fwd(win: Window, x: Array, winner: Array) -> Any:
+    return gather_winners(win, x, winner), winner
 
 
-def _take_bwd(win: Window, winner: Array, delta: Array) -> Any:
-    """⟨take(x), δ⟩ = ⟨x, place(δ)⟩."""
-    return place(win, delta, winner), None
+def _gather_winners_bwd(win: Window, winner: Array, delta: Array) -> Any:
+    """⟨gather_winners(x), δ⟩ = ⟨x, scatter_to_winners(δ)⟩."""
+    return scatter_to_winners(win, delta, winner), None
 
 
-take.defvjp(_take_fwd, _take_bwd)
+gather_winners.defvjp(_gather_winners_fwd, _gather_winners_bwd)
 
 
 @custom_vjp
-def place(win: Window, delta: Array, winner: Array) -> Array:
+def scatter_to_winners(win: Window, delta: Array, winner: Array) -> Array:
     """Send the δ of every window to its winner, and zero to the other elements."""
-    return kernels.place(win, delta, winner)
+    return kernels.scatter_to_winners(win, delta, winner)
 
 
-def _place_fwd(win: Window, delta: Array, winner: Array) -> Any:
-    return place(win, delta, winner), winner
+def _scatter_to_winners_fwd(win: Window, delta: Array, winner: Array) -> Any:
+    return scatter_to_winners(win, delta, winner), winner
 
 
-def _place_bwd(win: Window, winner: Array, xi: Array) -> Any:
-    """⟨place(δ), ξ⟩ = ⟨δ, take(ξ)⟩."""
-    return take(win, xi, winner), None
+def _scatter_to_winners_bwd(win: Window, winner: Array, xi: Array) -> Any:
+    """⟨scatter_to_winners(δ), ξ⟩ = ⟨δ, gather_winners(ξ)⟩."""
+    return gather_winners(win, xi, winner), None
 
 
-place.defvjp(_place_fwd, _place_bwd)
+scatter_to_winners.defvjp(_scatter_to_winners_fwd, _scatter_to_winners_bwd)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,33 +207,33 @@ def max_pool_with_indices(
     """
     op = "max_pool_with_indices"
     (x,) = arrays(op, x=x)
-    win = pool_window(op, picture(op, x), window, stride, padding, dilation, ceil_mode)
-    return with_rule(_max_pool_with_indices, rule, _max_pool_with_indices_plain)(win, x)
+    win = pool_window(op, spatial_dims(op, x), window, stride, padding, dilation, ceil_mode)
+    return apply_rule(_max_pool_with_indices, rule, _max_pool_with_indices_reference)(win, x)
 
 
 @custom_vjp
 def _max_pool_with_indices(win: Window, x: Array) -> tuple[Array, Array]:
-    y, winner = kernels.largest(win, x)
+    y, winner = kernels.max_and_winner(win, x)
     return y, kernels.flat_index(win, winner)
 
 
 def _max_pool_with_indices_fwd(win: Window, x: Array) -> Any:
-    y, winner = largest(win, x)
-    winner = stored(winner)
+    y, winner = max_and_winner(win, x)
+    winner = materialize(winner)
     return (y, kernels.flat_index(win, winner)), winner
 
 
 def _max_pool_with_indices_bwd(win: Window, winner: Array, deltas: Any) -> Any:
-    """δ_x = place(δ, winner); the indices are integers and have no δ."""
-    return (place(win, deltas[0], winner),)
+    """δ_x = scatter_to_winners(δ, winner); the indices are integers and have no δ."""
+    return (scatter_to_winners(win, deltas[0], winner),)
 
 
 _max_pool_with_indices.defvjp(_max_pool_with_indices_fwd, _max_pool_with_indices_bwd)
 
 
-def _max_pool_with_indices_plain(win: Window, x: Array) -> tuple[Array, Array]:
-    _, winner = kernels.largest(win, lax.stop_gradient(x))
-    return max_pool_plain(win, x), kernels.flat_index(win, winner)
+def _max_pool_with_indices_reference(win: Window, x: Array) -> tuple[Array, Array]:
+    _, winner = kernels.max_and_winner(win, lax.stop_gradient(x))
+    return max_pool_reference(win, x), kernels.flat_index(win, winner)
 
 
 def max_unpool(
@@ -285,7 +275,7 @@ def max_unpool(
     if not isinstance(indices, jax.Array):
         indices = np.asarray(indices)  # a NumPy array stays concrete under jit, so its values can be checked
     if not jnp.issubdtype(at.dtype, jnp.integer):
-        raise TypeError(f"{op}: indices expected an integer dtype, got {at.dtype}")
+        raise bad_type(op, "indices", "of an integer dtype", at.dtype)
     if not 3 <= y.ndim <= 5 or at.shape != y.shape:
         expected = "expected y and indices (N, *out, C) with 1, 2 or 3 spatial dims"
         fail(op, f"{expected}, got y {y.shape}, indices {at.shape}")
@@ -296,45 +286,45 @@ def max_unpool(
         seen = np.asarray(indices)  # not jnp, which would be traced inside another trace
         lowest, highest = int(seen.min()), int(seen.max())
         if lowest < 0 or highest >= entries:
-            fail(op, f"indices expected 0 … {entries - 1} for spatial_shape {spatial}, got {lowest} … {highest}")
+            raise bad_value(op, "indices", f"0 … {entries - 1} for spatial_shape {spatial}", f"{lowest} … {highest}")
     at = at if at.dtype.itemsize > 2 else at.astype(jnp.int32)
-    return with_rule(unpool, rule, kernels.scatter, op)(spatial, y, at)
+    return apply_rule(scatter_to_indices, rule, kernels.scatter, op)(spatial, y, at)
 
 
 @custom_vjp
-def unpool(spatial: tuple[int, ...], y: Array, index: Array) -> Array:
+def scatter_to_indices(spatial: tuple[int, ...], y: Array, index: Array) -> Array:
     """Add every element of y at its index in the flattened spatial dims."""
     return kernels.scatter(spatial, y, index)
 
 
-def _unpool_fwd(spatial: tuple[int, ...], y: Array, index: Array) -> Any:
-    return unpool(spatial, y, index), index
+def _scatter_to_indices_fwd(spatial: tuple[int, ...], y: Array, index: Array) -> Any:
+    return scatter_to_indices(spatial, y, index), index
 
 
-def _unpool_bwd(spatial: tuple[int, ...], index: Array, delta: Array) -> Any:
-    """⟨unpool(y), δ⟩ = ⟨y, pick(δ)⟩."""
-    return pick(spatial, delta, index), None
+def _scatter_to_indices_bwd(spatial: tuple[int, ...], index: Array, delta: Array) -> Any:
+    """⟨scatter_to_indices(y), δ⟩ = ⟨y, gather_indices(δ)⟩."""
+    return gather_indices(spatial, delta, index), None
 
 
-unpool.defvjp(_unpool_fwd, _unpool_bwd)
+scatter_to_indices.defvjp(_scatter_to_indices_fwd, _scatter_to_indices_bwd)
 
 
 @custom_vjp
-def pick(spatial: tuple[int, ...], x: Array, index: Array) -> Array:
+def gather_indices(spatial: tuple[int, ...], x: Array, index: Array) -> Array:
     """The elements of x at the indices in the flattened spatial dims."""
     return kernels.gather(x, index)
 
 
-def _pick_fwd(spatial: tuple[int, ...], x: Array, index: Array) -> Any:
-    return pick(spatial, x, index), index
+def _gather_indices_fwd(spatial: tuple[int, ...], x: Array, index: Array) -> Any:
+    return gather_indices(spatial, x, index), index
 
 
-def _pick_bwd(spatial: tuple[int, ...], index: Array, delta: Array) -> Any:
-    """⟨pick(x), δ⟩ = ⟨x, unpool(δ)⟩."""
-    return unpool(spatial, delta, index), None
+def _gather_indices_bwd(spatial: tuple[int, ...], index: Array, delta: Array) -> Any:
+    """⟨gather_indices(x), δ⟩ = ⟨x, scatter_to_indices(δ)⟩."""
+    return scatter_to_indices(spatial, delta, index), None
 
 
-pick.defvjp(_pick_fwd, _pick_bwd)
+gather_indices.defvjp(_gather_indices_fwd, _gather_indices_bwd)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -383,13 +373,13 @@ def avg_pool(
            [10.5, 12.5]], dtype=float32)
     """
     (x,) = arrays("avg_pool", x=x)
-    win = pool_window("avg_pool", picture("avg_pool", x), window, stride, padding, dilation, ceil_mode)
+    win = pool_window("avg_pool", spatial_dims("avg_pool", x), window, stride, padding, dilation, ceil_mode)
     counts = static_bool("avg_pool", "count_include_pad", count_include_pad)
     by = None if divisor is None else static_float("avg_pool", "divisor", divisor)
     if by is not None and not 0 < abs(by) < float("inf"):
-        fail("avg_pool", f"divisor must be a finite number other than 0, got {divisor}")
+        raise bad_value("avg_pool", "divisor", "a finite number other than 0", divisor)
     average = Average(win, pad_widths("avg_pool", padding if counts else 0, win), by)
-    return with_rule(_avg_pool, rule, _avg_pool_plain)(average, x)
+    return apply_rule(_avg_pool, rule, _avg_pool_reference)(average, x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -427,13 +417,13 @@ def _avg_pool_fwd(average: Average, x: Array) -> Any:
 def _avg_pool_bwd(average: Average, saved: None, delta: Array) -> Any:
     """δ_x = up(δ / count)."""
     shares = average.divided(delta.astype(accumulator(delta.dtype)))
-    return (window_spread(average.window, shares).astype(delta.dtype),)
+    return (window_sum_adjoint(average.window, shares).astype(delta.dtype),)
 
 
 _avg_pool.defvjp(_avg_pool_fwd, _avg_pool_bwd)
 
 
-def _avg_pool_plain(average: Average, x: Array) -> Array:
+def _avg_pool_reference(average: Average, x: Array) -> Array:
     win, wide = average.window, x.astype(accumulator(x.dtype))
 
     def around(inner: tuple[int, ...]) -> tuple[int, ...]:
@@ -460,29 +450,29 @@ def _window_sum_fwd(win: Window, x: Array) -> Any:
 
 
 def _window_sum_bwd(win: Window, saved: None, delta: Array) -> Any:
-    """⟨window_sum(x), δ⟩ = ⟨x, window_spread(δ)⟩."""
-    return (window_spread(win, delta),)
+    """⟨window_sum(x), δ⟩ = ⟨x, window_sum_adjoint(δ)⟩."""
+    return (window_sum_adjoint(win, delta),)
 
 
 window_sum.defvjp(_window_sum_fwd, _window_sum_bwd)
 
 
 @custom_vjp
-def window_spread(win: Window, delta: Array) -> Array:
+def window_sum_adjoint(win: Window, delta: Array) -> Array:
     """Add the δ of every window to all of the window's elements."""
-    return kernels.window_spread(win, delta)
+    return kernels.window_sum_adjoint(win, delta)
 
 
-def _window_spread_fwd(win: Window, delta: Array) -> Any:
-    return window_spread(win, delta), None
+def _window_sum_adjoint_fwd(win: Window, delta: Array) -> Any:
+    return window_sum_adjoint(win, delta), None
 
 
-def _window_spread_bwd(win: Window, saved: None, xi: Array) -> Any:
-    """⟨window_spread(δ), ξ⟩ = ⟨δ, window_sum(ξ)⟩."""
+def _window_sum_adjoint_bwd(win: Window, saved: None, xi: Array) -> Any:
+    """⟨window_sum_adjoint(δ), ξ⟩ = ⟨δ, window_sum(ξ)⟩."""
     return (window_sum(win, xi),)
 
 
-window_spread.defvjp(_window_spread_fwd, _window_spread_bwd)
+window_sum_adjoint.defvjp(_window_sum_adjoint_fwd, _window_sum_adjoint_bwd)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -531,12 +521,12 @@ def lp_pool(
     Array([5., 5.], dtype=float32)
     """
     (x,) = arrays("lp_pool", x=x)
-    win = pool_window("lp_pool", picture("lp_pool", x), window, stride, padding, dilation, ceil_mode)
+    win = pool_window("lp_pool", spatial_dims("lp_pool", x), window, stride, padding, dilation, ceil_mode)
     power = static_float("lp_pool", "p", p)
     if not 1 <= power < float("inf"):
-        fail("lp_pool", f"p expected a finite number >= 1, got {p}")
+        raise bad_value("lp_pool", "p", "a finite number >= 1", p)
     norm = Norm(Average(win, pad_widths("lp_pool", padding, win)), power)
-    return with_rule(_lp_pool, rule, _lp_pool_plain)(norm, x)
+    return apply_rule(_lp_pool, rule, _lp_pool_reference)(norm, x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -576,17 +566,17 @@ def _lp_pool_bwd(norm: Norm, saved: Any, delta: Array) -> Any:
     """δ_x = x^(p−1) ∘ up(δ·y^(1−p)), and 0 where y = 0."""
     x, y, delta = (a.astype(accumulator(a.dtype)) for a in (*saved, delta))
     shares = jnp.where(y == 0, 0, delta / norm.power(jnp.where(y == 0, 1, y), less=1))
-    delta_x = norm.power(x, less=1) * window_spread(norm.average.window, norm.whole(shares))
+    delta_x = norm.power(x, less=1) * window_sum_adjoint(norm.average.window, norm.whole(shares))
     return (delta_x.astype(saved[0].dtype),)
 
 
 _lp_pool.defvjp(_lp_pool_fwd, _lp_pool_bwd)
 
 
-def _lp_pool_plain(norm: Norm, x: Array) -> Array:
+def _lp_pool_reference(norm: Norm, x: Array) -> Array:
     """`lp_pool` in stock JAX."""
     wide = x.astype(accumulator(x.dtype))
-    mean = _avg_pool_plain(norm.average, norm.power(wide))
+    mean = _avg_pool_reference(norm.average, norm.power(wide))
     return norm.root(mean * norm.average.window.entries).astype(x.dtype)
 
 
@@ -616,7 +606,7 @@ def global_max_pool(x: ArrayLike, *, rule: Rule | None = None) -> Array:
     """
     (x,) = arrays("global_max_pool", x=x)
     win = _equal_windows(_bins("global_max_pool", x, 1))
-    return with_rule(_max_pool, rule, max_pool_plain, "global_max_pool")(win, x).reshape(x.shape[0], x.shape[-1])
+    return apply_rule(_max_pool, rule, max_pool_reference, "global_max_pool")(win, x).reshape(x.shape[0], x.shape[-1])
 
 
 def global_avg_pool(x: ArrayLike, *, rule: Rule | None = None) -> Array:
@@ -646,7 +636,9 @@ def global_avg_pool(x: ArrayLike, *, rule: Rule | None = None) -> Array:
     (x,) = arrays("global_avg_pool", x=x)
     win = _equal_windows(_bins("global_avg_pool", x, 1))
     average = Average(win, win.padding)
-    return with_rule(_avg_pool, rule, _avg_pool_plain, "global_avg_pool")(average, x).reshape(x.shape[0], x.shape[-1])
+    return apply_rule(_avg_pool, rule, _avg_pool_reference, "global_avg_pool")(average, x).reshape(
+        x.shape[0], x.shape[-1]
+    )
 
 
 def adaptive_max_pool(x: ArrayLike, size: PerDim, *, rule: Rule | None = None) -> Array:
@@ -675,8 +667,8 @@ def adaptive_max_pool(x: ArrayLike, size: PerDim, *, rule: Rule | None = None) -
     (x,) = arrays(op, x=x)
     sizes = _bins(op, x, size)
     if sizes.equal:  # the windows of `max_pool`, whose residual is smaller
-        return with_rule(_max_pool, rule, max_pool_plain, op)(_equal_windows(sizes), x)
-    return with_rule(_adaptive_max_pool, rule, _adaptive_max_pool_plain)(sizes, x)
+        return apply_rule(_max_pool, rule, max_pool_reference, op)(_equal_windows(sizes), x)
+    return apply_rule(_adaptive_max_pool, rule, _adaptive_max_pool_reference)(sizes, x)
 
 
 def adaptive_avg_pool(x: ArrayLike, size: PerDim, *, rule: Rule | None = None) -> Array:
@@ -707,8 +699,8 @@ def adaptive_avg_pool(x: ArrayLike, size: PerDim, *, rule: Rule | None = None) -
     sizes = _bins(op, x, size)
     if sizes.equal:
         win = _equal_windows(sizes)
-        return with_rule(_avg_pool, rule, _avg_pool_plain, op)(Average(win, win.padding), x)
-    return with_rule(_adaptive_avg_pool, rule, _adaptive_avg_pool_plain)(sizes, x)
+        return apply_rule(_avg_pool, rule, _avg_pool_reference, op)(Average(win, win.padding), x)
+    return apply_rule(_adaptive_avg_pool, rule, _adaptive_avg_pool_reference)(sizes, x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -730,7 +722,7 @@ class Bins:
 
     def count(self) -> np.ndarray:
         """Return the number of elements of every window, ``(*size, 1)``."""
-        counts = (bins.counts(n, m) for n, m in zip(self.shape, self.size, strict=True))
+        counts = (adaptive.counts(n, m) for n, m in zip(self.shape, self.size, strict=True))
         return functools.reduce(np.multiply.outer, counts)[..., None]
 
     def divided(self, y: Array) -> Array:
@@ -740,7 +732,7 @@ class Bins:
 
 @custom_vjp
 def _adaptive_max_pool(sizes: Bins, x: Array) -> Array:
-    return bins.bin_largest(sizes.size, x)[0]
+    return adaptive.bin_largest(sizes.size, x)[0]
 
 
 def _adaptive_max_pool_fwd(sizes: Bins, x: Array) -> Any:
@@ -748,8 +740,8 @@ def _adaptive_max_pool_fwd(sizes: Bins, x: Array) -> Any:
 
 
 def _adaptive_max_pool_bwd(sizes: Bins, index: Array, delta: Array) -> Any:
-    """δ_x = unpool(δ, index): δ goes to the winners."""
-    return (unpool(sizes.shape, delta, index),)
+    """δ_x = scatter_to_indices(δ, index): δ goes to the winners."""
+    return (scatter_to_indices(sizes.shape, delta, index),)
 
 
 _adaptive_max_pool.defvjp(_adaptive_max_pool_fwd, _adaptive_max_pool_bwd)
@@ -758,7 +750,7 @@ _adaptive_max_pool.defvjp(_adaptive_max_pool_fwd, _adaptive_max_pool_bwd)
 @custom_vjp
 def largest_of_bins(sizes: Bins, x: Array) -> tuple[Array, Array]:
     """The largest element of every bin, and its index in the flattened spatial dims."""
-    return bins.bin_largest(sizes.size, x)
+    return adaptive.bin_largest(sizes.size, x)
 
 
 def _largest_of_bins_fwd(sizes: Bins, x: Array) -> Any:
@@ -767,17 +759,17 @@ def _largest_of_bins_fwd(sizes: Bins, x: Array) -> Any:
 
 
 def _largest_of_bins_bwd(sizes: Bins, index: Array, deltas: Any) -> Any:
-    """δ_x = unpool(δ, index); the index is an integer and has no δ."""
-    return (unpool(sizes.shape, deltas[0], index),)
+    """δ_x = scatter_to_indices(δ, index); the index is an integer and has no δ."""
+    return (scatter_to_indices(sizes.shape, deltas[0], index),)
 
 
 largest_of_bins.defvjp(_largest_of_bins_fwd, _largest_of_bins_bwd)
 
 
-def _adaptive_max_pool_plain(sizes: Bins, x: Array) -> Array:
+def _adaptive_max_pool_reference(sizes: Bins, x: Array) -> Array:
     """In stock JAX, dim by dim, the last first, so that the first of equal elements in row-major order is chosen."""
     for axis, (n, m) in reversed([*enumerate(zip(sizes.shape, sizes.size, strict=True), start=1)]):
-        parts = [jnp.take(x, at[own], axis) for at, own in zip(*bins.bins(n, m), strict=True)]
+        parts = [jnp.take(x, at[own], axis) for at, own in zip(*adaptive.bins(n, m), strict=True)]
         best = [jnp.take_along_axis(part, jnp.argmax(part, axis, keepdims=True), axis) for part in parts]
         x = jnp.concatenate(best, axis)
     return x
@@ -802,11 +794,11 @@ def _adaptive_avg_pool_bwd(sizes: Bins, saved: None, delta: Array) -> Any:
 _adaptive_avg_pool.defvjp(_adaptive_avg_pool_fwd, _adaptive_avg_pool_bwd)
 
 
-def _adaptive_avg_pool_plain(sizes: Bins, x: Array) -> Array:
+def _adaptive_avg_pool_reference(sizes: Bins, x: Array) -> Array:
     """In stock JAX, dim by dim."""
     y = x.astype(accumulator(x.dtype))
     for axis, (n, m) in enumerate(zip(sizes.shape, sizes.size, strict=True), start=1):
-        parts = [jnp.take(y, at[own], axis).mean(axis) for at, own in zip(*bins.bins(n, m), strict=True)]
+        parts = [jnp.take(y, at[own], axis).mean(axis) for at, own in zip(*adaptive.bins(n, m), strict=True)]
         y = jnp.stack(parts, axis)
     return y.astype(x.dtype)
 
@@ -814,7 +806,7 @@ def _adaptive_avg_pool_plain(sizes: Bins, x: Array) -> Array:
 @functools.partial(custom_vjp, static=2)
 def bin_sum(shape: tuple[int, ...], size: tuple[int, ...], x: Array) -> Array:
     """The sum over each of ``size`` bins of an input with spatial dims ``shape``."""
-    return bins.bin_sum(size, x)
+    return adaptive.bin_sum(size, x)
 
 
 def _bin_sum_fwd(shape: tuple[int, ...], size: tuple[int, ...], x: Array) -> Any:
@@ -830,9 +822,9 @@ bin_sum.defvjp(_bin_sum_fwd, _bin_sum_bwd)
 
 
 def _bins(op: str, x: Array, size: PerDim) -> Bins:
-    spatial = picture(op, x)
+    spatial = spatial_dims(op, x)
     if not all(spatial):
-        fail(op, f"x expected spatial dims >= 1, got shape {x.shape}")
+        raise bad_value(op, "x", "spatial dims >= 1", f"shape {x.shape}")
     wanted = positive(op, "size", size, len(spatial))
     not_too_many(op, "the result", wanted)
     return Bins(spatial, wanted)

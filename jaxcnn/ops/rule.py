@@ -12,9 +12,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 
-from jaxcnn.geometry import expect_numbers
+from jaxcnn.arguments import bad_type, bad_value
 from jaxcnn.ops.mesh import on_any_mesh, varying_alike
 
 
@@ -32,7 +31,7 @@ class Call:
     #: The output of the op.
     output: Any
     #: The static part of the call, such as a `Correlation` or a `Window`; None if the op has none.
-    geometry: Any
+    static: Any
     #: The exact rule: maps δ to one cotangent per input.
     exact: Callable[[Any], tuple[Any, ...]]
     #: Evaluates the op at other inputs: maps arrays to another `Call`, with its own output and exact rule.
@@ -63,15 +62,15 @@ def custom_vjp(f: Callable[..., Any], static: int = 1) -> Any:
     return jax.custom_vjp(jax.jit(whole, static_argnums=leading, inline=True), nondiff_argnums=leading)
 
 
-def call_of(core: Any, name: str, geometry: Any, *inputs: Any) -> Call:
-    """Return the `Call` of ``core(geometry, *inputs)``."""
-    y, saved = core.fwd(geometry, *inputs)
-    return _call(core, name, geometry, inputs, y, saved)
+def call_of(core: Any, name: str, static: Any, *inputs: Any) -> Call:
+    """Return the `Call` of ``core(static, *inputs)``."""
+    y, saved = core.fwd(static, *inputs)
+    return _call(core, name, static, inputs, y, saved)
 
 
-def _call(core: Any, name: str, geometry: Any, inputs: tuple[Any, ...], y: Any, saved: Any) -> Call:
-    exact = functools.partial(core.bwd, geometry, saved)
-    return Call(name, inputs, y, geometry, exact, functools.partial(call_of, core, name, geometry))
+def _call(core: Any, name: str, static: Any, inputs: tuple[Any, ...], y: Any, saved: Any) -> Call:
+    exact = functools.partial(core.bwd, static, saved)
+    return Call(name, inputs, y, static, exact, functools.partial(call_of, core, name, static))
 
 
 def autodiff(call: Call, delta: Any) -> tuple[Any, ...]:
@@ -94,8 +93,8 @@ def autodiff(call: Call, delta: Any) -> tuple[Any, ...]:
     raise TypeError("autodiff: expected as rule= of an op; it is not a function of (call, delta)")
 
 
-def with_rule(core: Any, rule: Any, plain: Callable[..., Any], op: str | None = None) -> Callable[..., Any]:
-    """Return the op ``core(geometry, *inputs)`` with the backward rule ``rule``.
+def apply_rule(core: Any, rule: Any, plain: Callable[..., Any], op: str | None = None) -> Callable[..., Any]:
+    """Return the op ``core(static, *inputs)`` with the backward rule ``rule``.
 
     ``plain`` is the same function in stock JAX. ``op`` is the name for error messages, by default that of the core.
     """
@@ -103,9 +102,9 @@ def with_rule(core: Any, rule: Any, plain: Callable[..., Any], op: str | None = 
         return functools.partial(on_any_mesh, plain)
     op = op or core.__name__.lstrip("_")
     if not (rule is None or (callable(rule) and not isinstance(rule, type) and _hashable(rule))):
-        raise TypeError(f"{op}: rule expected None, autodiff or a hashable function (call, delta), got {rule!r}")
+        raise bad_type(op, "rule", "None, autodiff or a hashable function (call, delta)", repr(rule))
     chosen = core if rule is None else _replaced(core, rule, op)
-    return lambda geometry, *inputs: on_any_mesh(chosen, geometry, *varying_alike(inputs))
+    return lambda static, *inputs: on_any_mesh(chosen, static, *varying_alike(inputs))
 
 
 def _hashable(rule: Any) -> bool:
@@ -122,16 +121,16 @@ def _replaced(core: Any, rule: Rule, op: str) -> Any:
     """Return a `custom_vjp` with the same forward pass and the backward rule ``rule``."""
 
     @custom_vjp
-    def other(geometry: Any, *inputs: Any) -> Any:
-        return core(geometry, *inputs)
+    def other(static: Any, *inputs: Any) -> Any:
+        return core(static, *inputs)
 
-    def fwd(geometry: Any, *inputs: Any) -> Any:
-        y, saved = core.fwd(geometry, *inputs)
+    def fwd(static: Any, *inputs: Any) -> Any:
+        y, saved = core.fwd(static, *inputs)
         return y, (inputs, y, saved)
 
-    def bwd(geometry: Any, kept: Any, delta: Any) -> tuple[Any, ...]:
+    def bwd(static: Any, kept: Any, delta: Any) -> tuple[Any, ...]:
         inputs, y, saved = kept
-        call = _call(core, op, geometry, inputs, y, saved)
+        call = _call(core, op, static, inputs, y, saved)
         return _checked(op, rule, call, rule(call, delta))
 
     other.defvjp(fwd, bwd)
@@ -151,49 +150,5 @@ def _fitted(name: str, i: int, x: Any, cotangent: Any) -> Any:
     if x is None or cotangent is None or not jnp.issubdtype(x.dtype, jnp.floating):
         return None
     if jnp.shape(cotangent) != x.shape:
-        raise ValueError(f"{name}: cotangent {i} expected shape {x.shape}, got {jnp.shape(cotangent)}")
+        raise bad_value(name, f"cotangent {i}", f"of shape {x.shape}", jnp.shape(cotangent))
     return jnp.asarray(cotangent, x.dtype)
-
-
-def arrays(op: str, **named: Any) -> tuple[Array, ...]:
-    """Return the arguments as floating arrays of one dtype.
-
-    Raises:
-        TypeError: if an argument is not an array of a real floating dtype of at least 16 bits, or the dtypes differ.
-    """
-    found = {name: array(op, name, value) for name, value in named.items()}
-    for name, a in found.items():
-        if not jnp.issubdtype(a.dtype, jnp.floating):
-            raise TypeError(f"{op}: {name} expected a floating dtype, got {a.dtype}")
-        if a.dtype.itemsize < 2:
-            raise TypeError(f"{op}: {name} expected a floating dtype of 16 bits or more, got {a.dtype}")
-    if len({a.dtype for a in found.values()}) > 1:
-        got = ", ".join(f"{name} {a.dtype}" for name, a in found.items())
-        raise TypeError(f"{op}: expected one dtype for all arrays, got {got}")
-    return tuple(found.values())
-
-
-def array(op: str, name: str, value: Any) -> Array:
-    """Return an argument as an array of any dtype; raise TypeError if it is not an array."""
-    if isinstance(value, str) or value is None:
-        raise TypeError(f"{op}: {name} expected an array, got {value!r}")
-    try:
-        return jnp.asarray(value)
-    except (TypeError, ValueError, OverflowError):
-        raise TypeError(f"{op}: {name} expected an array, got {type(value).__name__}") from None
-
-
-def one_key(op: str, key: Any) -> Array:
-    """Return a typed key; raise TypeError for anything else, including an array of several keys."""
-    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape:
-        got = f"{key.dtype}{list(key.shape)}" if hasattr(key, "dtype") else repr(key)
-        raise TypeError(f"{op}: key expected one typed key from jax.random.key(seed), got {got}")
-    return key
-
-
-def picture(op: str, x: Array) -> tuple[int, ...]:
-    """Return the spatial dims of an input ``(N, *spatial, C)``; raise ValueError unless there are one, two or three."""
-    if not 3 <= x.ndim <= 5:
-        raise ValueError(f"{op}: x expected (N, *spatial, C) with 1, 2 or 3 spatial dims, got shape {x.shape}")
-    expect_numbers(op, "x", x.shape[1:], x.shape)
-    return x.shape[1:-1]

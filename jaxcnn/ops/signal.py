@@ -18,12 +18,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxcnn.geometry import Window, expect_numbers, fail
+from jaxcnn.arguments import arrays, bad_value, expect_numbers, fail
+from jaxcnn.geometry import Window
 from jaxcnn.kernels import fourier, moments
 from jaxcnn.kernels.dtypes import accumulator
 from jaxcnn.kernels.split import run_whole
 from jaxcnn.ops import pooling
-from jaxcnn.ops.rule import Rule, arrays, custom_vjp, with_rule
+from jaxcnn.ops.rule import Rule, apply_rule, custom_vjp
 
 MODES = ("full", "same", "valid")
 
@@ -66,7 +67,7 @@ def convolve(
     """
     a, v = _signals("convolve", a=a, v=v)
     lags = _lags("convolve", a.shape, v.shape, mode, method)
-    return with_rule(_convolve, rule, _convolve_plain)(lags, a, v)
+    return apply_rule(_convolve, rule, _convolve_reference)(lags, a, v)
 
 
 def correlate(
@@ -101,7 +102,7 @@ def correlate(
     """
     a, v = _signals("correlate", a=a, v=v)
     lags = _lags("correlate", a.shape, v.shape, mode, method)
-    return with_rule(_correlate, rule, _correlate_plain)(lags, a, v)
+    return apply_rule(_correlate, rule, _correlate_reference)(lags, a, v)
 
 
 def autocorrelate(a: ArrayLike, mode: str = "full", *, method: str = "auto", rule: Rule | None = None) -> Array:
@@ -132,7 +133,7 @@ def autocorrelate(a: ArrayLike, mode: str = "full", *, method: str = "auto", rul
     """
     (a,) = _signals("autocorrelate", a=a)
     lags = _lags("autocorrelate", a.shape, a.shape, mode, method)
-    return with_rule(_autocorrelate, rule, _autocorrelate_plain)(lags, a)
+    return apply_rule(_autocorrelate, rule, _autocorrelate_reference)(lags, a)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,9 +175,9 @@ def _convolve_bwd(lags: Lags, saved: Any, delta: Array) -> Any:
 _convolve.defvjp(_convolve_fwd, _convolve_bwd)
 
 
-def _convolve_plain(lags: Lags, a: Array, v: Array) -> Array:
+def _convolve_reference(lags: Lags, a: Array, v: Array) -> Array:
     turned, first = _turned(lags, v)
-    return _correlate_plain(dataclasses.replace(lags, first=first), a, turned)
+    return _correlate_reference(dataclasses.replace(lags, first=first), a, turned)
 
 
 def _turned(lags: Lags, v: Array) -> tuple[Array, tuple[int, ...]]:
@@ -202,7 +203,7 @@ def _correlate_bwd(lags: Lags, saved: Any, delta: Array) -> Any:
 _correlate.defvjp(_correlate_fwd, _correlate_bwd)
 
 
-def _correlate_plain(lags: Lags, a: Array, v: Array) -> Array:
+def _correlate_reference(lags: Lags, a: Array, v: Array) -> Array:
     pads = [(-f, f + s - 1 + k - n) for f, s, k, n in zip(lags.first, lags.size, v.shape, a.shape, strict=True)]
     ones, everywhere = (1,) * a.ndim, slice(None)
     product = functools.partial(lax.conv_general_dilated, window_strides=ones, padding=pads)
@@ -226,8 +227,8 @@ def _autocorrelate_bwd(lags: Lags, a: Array, delta: Array) -> Any:
 _autocorrelate.defvjp(_autocorrelate_fwd, _autocorrelate_bwd)
 
 
-def _autocorrelate_plain(lags: Lags, a: Array) -> Array:
-    return _correlate_plain(lags, a, a)
+def _autocorrelate_reference(lags: Lags, a: Array) -> Array:
+    return _correlate_reference(lags, a, a)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -274,7 +275,7 @@ def match_template(image: ArrayLike, template: ArrayLike, *, rule: Rule | None =
         fail("match_template", f"template {template.shape} is larger than image {image.shape}")
     ones, zeros = (1,) * image.ndim, ((0, 0),) * image.ndim
     win = Window(image.shape, template.shape, ones, zeros, ones)
-    return with_rule(_match_template, rule, _match_template_plain)(win, image, template)
+    return apply_rule(_match_template, rule, _match_template_reference)(win, image, template)
 
 
 @custom_vjp
@@ -303,9 +304,9 @@ def _match_template_bwd(win: Window, saved: Any, delta: Array) -> Any:
 _match_template.defvjp(_match_template_fwd, _match_template_bwd)
 
 
-def _match_template_plain(win: Window, image: Array, template: Array) -> Array:
+def _match_template_reference(win: Window, image: Array, template: Array) -> Array:
     x, t, _, inv_s, inv_t = _standardised(win, image, template, moments.window_moments)
-    return (_correlate_plain(_inside(win), x, t) * inv_s * inv_t).astype(image.dtype)
+    return (_correlate_reference(_inside(win), x, t) * inv_s * inv_t).astype(image.dtype)
 
 
 def _standardised(win: Window, image: Array, template: Array, moments_of: Any) -> tuple[Array, ...]:
@@ -355,7 +356,7 @@ _moments.defvjp(_moments_fwd, _moments_bwd)
 
 def _spread(win: Window, y: Array) -> Array:
     """Return for every element the sum of the values of the windows that contain it."""
-    return pooling.window_spread(win, y[None, ..., None])[0, ..., 0]
+    return pooling.window_sum_adjoint(win, y[None, ..., None])[0, ..., 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -369,9 +370,9 @@ def _signals(op: str, **named: ArrayLike) -> tuple[Array, ...]:
         expect_numbers(op, name, array.shape, array.shape)
     shapes = ", ".join(f"{name} {array.shape}" for name, array in zip(named, found, strict=True))
     if not 1 <= found[0].ndim <= 3:
-        fail(op, f"{next(iter(named))} expected 1, 2 or 3 dims, got {shapes}")
+        raise bad_value(op, next(iter(named)), "1, 2 or 3 dims", shapes)
     if any(array.ndim != found[0].ndim for array in found):
-        fail(op, f"{' and '.join(named)} expected the same number of dims, got {shapes}")
+        raise bad_value(op, " and ".join(named), "the same number of dims", shapes)
     if any(array.size == 0 for array in found):
         fail(op, f"{' and '.join(named)} expected at least one entry, got {shapes}")
     return found
@@ -380,12 +381,12 @@ def _signals(op: str, **named: ArrayLike) -> tuple[Array, ...]:
 def _lags(op: str, a: tuple[int, ...], v: tuple[int, ...], mode: str, method: str) -> Lags:
     """Return the shifts of a mode."""
     if method not in fourier.METHODS:
-        fail(op, f"method expected one of {', '.join(fourier.METHODS)}, got {method!r}")
+        raise bad_value(op, "method", f"one of {', '.join(fourier.METHODS)}", repr(method))
     if mode not in MODES:
-        fail(op, f"mode expected one of {', '.join(MODES)}, got {mode!r}")
+        raise bad_value(op, "mode", f"one of {', '.join(MODES)}", repr(mode))
     dims = list(zip(a, v, strict=True))
     if mode == "valid" and not (all(n >= k for n, k in dims) or all(n <= k for n, k in dims)):
-        fail(op, f"mode 'valid' expected one of a and v to fit inside the other, got a {a}, v {v}")
+        raise bad_value(op, "mode 'valid'", "one of a and v to fit inside the other", f"a {a}, v {v}")
     start, size = zip(*(_stretch(op, n, k, mode, len(dims)) for n, k in dims), strict=True)
     # "full" starts at shift 0 in a convolution, and where v's last element overlaps a's first one in a correlation.
     first = start if op == "convolve" else tuple(s - (k - 1) for s, k in zip(start, v, strict=True))

@@ -3,7 +3,7 @@
 from jaxcnn.ops.rule import Call as Call
 from jaxcnn.ops.rule import Rule as Rule
 from jaxcnn.ops.rule import autodiff as autodiff
-from jaxcnn.rules.fitting import InHiddenLayer as InHiddenLayer
+from jaxcnn.rules.compose import HiddenLayerRules as HiddenLayerRules
 from jaxcnn.rules.pooling import even_split as even_split
 from jaxcnn.rules.pooling import literal_up as literal_up
 from jaxcnn.rules.pooling import proportional as proportional
@@ -19,9 +19,9 @@ from jaxcnn.rules.relevance import Gamma as Gamma
 from jaxcnn.rules.relevance import WSquare as WSquare
 from jaxcnn.rules.relevance import ZBox as ZBox
 from jaxcnn.rules.relevance import ZPlus as ZPlus
-from jaxcnn.rules.relevance import passed as passed
+from jaxcnn.rules.relevance import pass_through as pass_through
 from jaxcnn.rules.relevance import rescale as rescale
 from jaxcnn.rules.training import ClipDelta as ClipDelta
 from jaxcnn.rules.training import FeedbackAlignment as FeedbackAlignment
-from jaxcnn.rules.training import QuantisedDelta as QuantisedDelta
-from jaxcnn.rules.training import SignSymmetric as SignSymmetric
+from jaxcnn.rules.training import QuantizedDelta as QuantizedDelta
+from jaxcnn.rules.training import sign_symmetric as sign_symmetric

@@ -13,9 +13,9 @@ from jax import Array
 from jaxcnn.geometry import Window
 from jaxcnn.kernels import windows
 from jaxcnn.kernels.dtypes import accumulator
-from jaxcnn.ops.pooling import window_spread, window_sum
+from jaxcnn.ops.pooling import window_sum, window_sum_adjoint
 from jaxcnn.ops.rule import Call
-from jaxcnn.rules.fitting import InHiddenLayer, check_fits
+from jaxcnn.rules.compose import HiddenLayerRules, check_fits
 
 
 def winner(call: Call, delta: Array) -> tuple[Array, ...]:
@@ -67,9 +67,9 @@ def literal_up(call: Call, delta: Array) -> tuple[Array, ...]:
     Array([6., 6., 6., 6.], dtype=float32)
     """
     if call.name == "hidden_layer":
-        return InHiddenLayer(pool=literal_up)(call, delta)
+        return HiddenLayerRules(pool=literal_up)(call, delta)
     check_fits(literal_up, call, "max_pool", "hidden_layer")
-    return (window_spread(call.geometry, delta),)
+    return (window_sum_adjoint(call.static, delta),)
 
 
 def proportional(call: Call, delta: Array) -> tuple[Array, ...]:
@@ -96,14 +96,14 @@ def proportional(call: Call, delta: Array) -> tuple[Array, ...]:
     Array([1., 3., 0., 2.], dtype=float32)
     """
     if call.name == "hidden_layer":
-        return InHiddenLayer(pool=proportional)(call, delta)
+        return HiddenLayerRules(pool=proportional)(call, delta)
     check_fits(proportional, call, "max_pool", "hidden_layer")
-    win, (x,) = call.geometry, call.inputs
+    win, (x,) = call.static, call.inputs
     size, wide = (a.astype(accumulator(a.dtype)) for a in (jnp.abs(x), delta))
     total, count = window_sum(win, size), window_sum(win, jnp.ones((1, *win.shape, 1), size.dtype))
     shares = jnp.where(total > 0, wide / jnp.where(total > 0, total, 1), 0)
     even = jnp.where(total > 0, 0, wide / count)
-    return (size * window_spread(win, shares) + window_spread(win, even),)
+    return (size * window_sum_adjoint(win, shares) + window_sum_adjoint(win, even),)
 
 
 def even_split(call: Call, delta: Array) -> tuple[Array, ...]:
@@ -130,9 +130,9 @@ def even_split(call: Call, delta: Array) -> tuple[Array, ...]:
     Array([0., 3., 3., 0.], dtype=float32)
     """
     if call.name == "hidden_layer":
-        return InHiddenLayer(pool=even_split)(call, delta)
+        return HiddenLayerRules(pool=even_split)(call, delta)
     check_fits(even_split, call, "max_pool", "hidden_layer")
-    win, (x,), y = call.geometry, call.inputs, call.output
+    win, (x,), y = call.static, call.inputs, call.output
     won = [((entry == y) | jnp.isnan(entry)) & inside for entry, inside in _entries(win, x)]
     wide = accumulator(delta.dtype)
     share = delta.astype(wide) / functools.reduce(operator.add, (w.astype(wide) for w in won))

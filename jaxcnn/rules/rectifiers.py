@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxcnn.geometry import fail, static_float
+from jaxcnn.arguments import bad_value, static_float
 from jaxcnn.ops import activation
 from jaxcnn.ops.rule import Call
-from jaxcnn.rules.fitting import InHiddenLayer, check_fits
+from jaxcnn.rules.compose import HiddenLayerRules, check_fits
 
 ACTIVATIONS = ("relu", *activation._TABLE)
 
@@ -42,7 +42,7 @@ def guided_relu(call: Call, delta: Array) -> tuple[Array, ...]:
     [0.0, 5.0, 0.0]
     """
     if call.name == "hidden_layer":
-        return InHiddenLayer(relu=guided_relu)(call, delta)
+        return HiddenLayerRules(relu=guided_relu)(call, delta)
     check_fits(guided_relu, call, "relu", "hidden_layer")
     (delta_x,) = call.exact(delta)
     return (jnp.where(delta > 0, delta_x, 0),)
@@ -72,7 +72,7 @@ def deconv_relu(call: Call, delta: Array) -> tuple[Array, ...]:
     [5.0, 5.0, 0.0]
     """
     if call.name == "hidden_layer":
-        return InHiddenLayer(relu=deconv_relu)(call, delta)
+        return HiddenLayerRules(relu=deconv_relu)(call, delta)
     check_fits(deconv_relu, call, "relu", "hidden_layer")
     return (jnp.where(delta > 0, delta, 0),)
 
@@ -101,7 +101,7 @@ def straight_through(call: Call, delta: Array) -> tuple[Array, ...]:
     [5.0, 5.0, -5.0]
     """
     if call.name == "hidden_layer":
-        return InHiddenLayer(relu=straight_through)(call, delta)
+        return HiddenLayerRules(relu=straight_through)(call, delta)
     check_fits(straight_through, call, *ACTIVATIONS, "hidden_layer")
     return (delta,)
 
@@ -132,12 +132,12 @@ class SoftplusSmoothed:
 
     def __post_init__(self) -> None:
         if not 0 <= static_float("SoftplusSmoothed", "beta", self.beta) < float("inf"):
-            fail("SoftplusSmoothed", f"beta expected a finite number >= 0, got {self.beta}")
+            raise bad_value("SoftplusSmoothed", "beta", "a finite number >= 0", self.beta)
 
     def __call__(self, call: Call, delta: Array) -> tuple[Array, ...]:
         """δ_x = δ ∘ sigmoid(β·x)."""
         if call.name == "hidden_layer":
-            return InHiddenLayer(relu=self)(call, delta)
+            return HiddenLayerRules(relu=self)(call, delta)
         check_fits(self, call, "relu", "hidden_layer")
         (x,) = call.inputs
         return (delta * jax.nn.sigmoid(self.beta * x),)

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxcnn.geometry import fail, static_float
+from jaxcnn.arguments import bad_value, fail, static_float
 from jaxcnn.ops import hidden
 from jaxcnn.ops.rule import Call
 
@@ -43,7 +43,7 @@ MAXIMA = ("max_pool", "global_max_pool", "adaptive_max_pool")
 #: One parameter name, or several.
 ZeroParams = str | Sequence[str]
 #: Positions of parameters among the inputs of an op; for `batch_norm`, of scale and bias.
-_PLACES = {"w": 1, "weight": 1, "b": 2, "bias": 2}
+_PLACES = {"weight": 1, "bias": 2}
 
 
 class _Relevance:
@@ -100,7 +100,7 @@ class Epsilon(_Relevance):
 
     Args:
         epsilon: ε, a finite number >= 0.
-        zero_params: parameters that the rule replaces by 0: "w", "b", or both in a tuple. For `batch_norm`, w is the
+        zero_params: parameters that the rule replaces by 0: "weight", "bias", or both. For `batch_norm`, w is the
             scale and b the bias; sums have neither.
 
     Raises:
@@ -197,7 +197,7 @@ class AlphaBeta(_Relevance):
     def __post_init__(self) -> None:
         _check(self, "alpha", "beta", "stabilizer")
         if self.alpha - self.beta != 1:
-            fail("AlphaBeta", f"alpha − beta expected 1, got alpha {self.alpha}, beta {self.beta}")
+            raise bad_value("AlphaBeta", "alpha − beta", "1", f"alpha {self.alpha}, beta {self.beta}")
 
     def relevance(self, call: Call, delta: Array) -> Array:
         """R_x = α · positive evidence − β · negative evidence."""
@@ -306,7 +306,7 @@ class Flat(_Relevance):
     def relevance(self, call: Call, delta: Array) -> Array:
         """R_x = 1ᵀ(R / 1·1)."""
         x, *rest = call.inputs
-        one = jnp.zeros_like if {"w", "weight"} & set(self.zero_params) else jnp.ones_like
+        one = jnp.zeros_like if "weight" in self.zero_params else jnp.ones_like
         ones = call.at(jnp.ones_like(x), *(None if i else one(w) for i, w in enumerate(rest)))
         return ones.exact(delta / stabilised(ones.output, self.stabilizer))[0]
 
@@ -345,7 +345,7 @@ class ZBox(_Relevance):
         for name in ("low", "high"):
             object.__setattr__(self, name, _bound(name, getattr(self, name)))
         if np.any(np.greater(self.low, self.high)):  # type: ignore[arg-type]
-            fail("ZBox", f"low expected at most high, got low {self.low}, high {self.high}")
+            raise bad_value("ZBox", "low", "at most high", f"low {self.low}, high {self.high}")
 
     def relevance(self, call: Call, delta: Array) -> Array:
         """R_x = x ∘ wᵀ(s) − l ∘ w⁺ᵀ(s) − h ∘ w⁻ᵀ(s)."""
@@ -361,11 +361,11 @@ class ZBox(_Relevance):
         """Return a bound, broadcast to the shape of x."""
         bound = np.asarray(getattr(self, name), x.dtype)
         if bound.ndim and bound.shape != x.shape[-1:]:
-            fail("ZBox", f"{name} expected one number or {x.shape[-1]}, one for each channel, got {bound.size}")
+            raise bad_value("ZBox", name, f"one number or {x.shape[-1]}, one for each channel", bound.size)
         return jnp.broadcast_to(bound, x.shape)
 
 
-def passed(call: Call, delta: Array) -> tuple[Any, ...]:
+def pass_through(call: Call, delta: Array) -> tuple[Any, ...]:
     """``R_x = R``: relevance passes an activation, a dropout or a norm unchanged.
 
     Args:
@@ -379,14 +379,16 @@ def passed(call: Call, delta: Array) -> tuple[Any, ...]:
         ValueError: if the op changes the shape, or mixes elements by parameters.
 
     >>> import jax, jaxcnn
-    >>> y, pull = jax.vjp(lambda x: jaxcnn.tanh(x, rule=jaxcnn.rules.passed), 2.0)
+    >>> y, pull = jax.vjp(lambda x: jaxcnn.tanh(x, rule=jaxcnn.rules.pass_through), 2.0)
     >>> float(pull(1.0)[0])
     1.0
     """
     x, *others = call.inputs
     mixes = any(a is not None and jnp.issubdtype(a.dtype, jnp.floating) for a in others) and call.name not in NORMS
     if mixes or jnp.shape(delta) != x.shape:
-        fail(call.name, "rule passed: expected as a rule of an activation, of dropout or of a norm, entry by entry")
+        fail(
+            call.name, "rule pass_through: expected as a rule of an activation, of dropout or of a norm, entry by entry"
+        )
     return _of_x(call, delta)
 
 
@@ -498,7 +500,7 @@ def _instead(op: str) -> str:
         return f"; Epsilon and Flat fit {op}"
     if op in Epsilon.fits:
         return f"; Epsilon fits {op}"
-    return "; rules.passed fits activations, dropout and norms"
+    return "; rules.pass_through fits activations, dropout and norms"
 
 
 def _check(rule: Any, *names: str) -> None:
@@ -506,11 +508,11 @@ def _check(rule: Any, *names: str) -> None:
     for name in names:
         value = static_float(type(rule).__name__, name, getattr(rule, name))
         if not 0 <= value < math.inf:
-            fail(type(rule).__name__, f"{name} expected a finite number >= 0, got {value}")
+            raise bad_value(type(rule).__name__, name, "a finite number >= 0", value)
         object.__setattr__(rule, name, value)
     given = rule.zero_params
     names_given = (given,) if isinstance(given, str) else given
-    expected = f"zero_params must be 'w', 'b' or a sequence of them, got {given!r}"
+    expected = f"zero_params must be 'weight', 'bias' or a sequence of them, got {given!r}"
     if not isinstance(names_given, Sequence) or not all(isinstance(name, str) for name in names_given):
         raise TypeError(f"{type(rule).__name__}: {expected}")
     if not set(names_given) <= set(_PLACES):

@@ -8,6 +8,7 @@ fit every op.
 import dataclasses
 import math
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxcnn.geometry import fail, static_bool, static_float, static_int
+from jaxcnn.arguments import bad_value, static_bool, static_float, static_int
 from jaxcnn.kernels.dtypes import accumulator
 from jaxcnn.ops.rule import Call
-from jaxcnn.rules.fitting import InHiddenLayer, check_fits
+from jaxcnn.rules.compose import HiddenLayerRules, check_fits
 
 PATCHES = ("conv", "depthwise_conv", "conv_transpose", "dense", "hidden_layer")
 
@@ -55,10 +56,10 @@ class FeedbackAlignment:
         _check_seed(self)
 
     def __call__(self, call: Call, delta: Array) -> tuple[Any, ...]:
-        """Compute δ_x with `patch` in place of w, and the other cotangents by the exact rule."""
-        return _with_patch(self, call, delta)
+        """Compute δ_x with `kernel` in place of w, and the other cotangents by the exact rule."""
+        return _with_kernel(self, self.kernel, call, delta)
 
-    def patch(self, w: Array) -> Array:
+    def kernel(self, w: Array) -> Array:
         """Return B, with the shape and dtype of w."""
         key = jax.random.fold_in(jax.random.key(self.seed), zlib.crc32(str(w.shape).encode()))
         most = np.float32(math.sqrt(6 / math.prod(w.shape[:-1])))
@@ -66,40 +67,39 @@ class FeedbackAlignment:
         return (most * (2 * jax.random.uniform(key, w.shape, np.float32) - 1)).astype(w.dtype)
 
 
-@dataclasses.dataclass(frozen=True)
-class SignSymmetric:
+def sign_symmetric(call: Call, delta: Array) -> tuple[Any, ...]:
     """Sign-symmetric feedback: ``δ_x = (sign(w)·mean|w|) ∗ δ``, which uses only the signs of w.
 
     The mean over all of w preserves the scale of δ.
 
+    Args:
+        call: the call of the op.
+        delta: δ of the op's output.
+
+    Returns:
+        One cotangent per input of the op.
+
     Raises:
-        ValueError: when applied to another op.
+        ValueError: if applied to another op.
 
     Source: Liao et al. 2016; the scale, Rastegari et al. 2016.
 
     >>> import jax, jaxcnn
     >>> import jax.numpy as jnp
     >>> w = jnp.array([[1.0, -3.0]])
-    >>> rule = jaxcnn.rules.SignSymmetric()
+    >>> rule = jaxcnn.rules.sign_symmetric
     >>> jax.vjp(lambda x: jaxcnn.dense(x, w, rule=rule), jnp.ones((1, 1)))[1](jnp.array([[5.0, 1.0]]))[0].tolist()
     [[8.0]]
     """
-
-    def __call__(self, call: Call, delta: Array) -> tuple[Any, ...]:
-        """Compute δ_x with `patch` in place of w, and the other cotangents by the exact rule."""
-        return _with_patch(self, call, delta)
-
-    def patch(self, w: Array) -> Array:
-        """Return the kernel that replaces w."""
-        return jnp.sign(w) * jnp.abs(w).mean()
+    return _with_kernel(sign_symmetric, lambda w: jnp.sign(w) * jnp.abs(w).mean(), call, delta)
 
 
-def _with_patch(rule: Any, call: Call, delta: Array) -> tuple[Any, ...]:
+def _with_kernel(rule: Any, kernel: Callable[[Array], Array], call: Call, delta: Array) -> tuple[Any, ...]:
     if call.name == "hidden_layer":
-        return InHiddenLayer(conv=rule)(call, delta)
+        return HiddenLayerRules(conv=rule)(call, delta)
     check_fits(rule, call, *PATCHES)
     x, w, b = call.inputs
-    delta_x, *_ = call.at(x, rule.patch(w), b).exact(delta)
+    delta_x, *_ = call.at(x, kernel(w), b).exact(delta)
     _, *of_parameters = call.exact(delta)
     return delta_x, *of_parameters
 
@@ -130,7 +130,7 @@ class ClipDelta:
 
     def __post_init__(self) -> None:
         if not 0 < static_float("ClipDelta", "norm", self.norm) < float("inf"):
-            fail("ClipDelta", f"norm expected a finite number > 0, got {self.norm}")
+            raise bad_value("ClipDelta", "norm", "a finite number > 0", self.norm)
 
     def __call__(self, call: Call, delta: Array) -> tuple[Any, ...]:
         """Apply the exact rule to `clipped` δ."""
@@ -163,7 +163,7 @@ _GRIDS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantisedDelta:
+class QuantizedDelta:
     """Round δ to the grid of a shorter dtype, then apply the exact rule: ``δ_q = s·t·⌊|δ| / (s·t) + u⌋·sign δ``.
 
     t is the step of the grid at that size, and u is uniform on [0, 1). The probability of rounding up is the fractional
@@ -187,7 +187,7 @@ class QuantisedDelta:
 
     >>> import jax, jaxcnn
     >>> import jax.numpy as jnp
-    >>> rule = jaxcnn.rules.QuantisedDelta("int8", stochastic=False)
+    >>> rule = jaxcnn.rules.QuantizedDelta("int8", stochastic=False)
     >>> jax.vjp(lambda x: jaxcnn.relu(x, rule=rule), jnp.ones(4))[1](jnp.array([127.0, 0.4, -3.7, 1.0]))[0].tolist()
     [127.0, 0.0, -4.0, 1.0]
     """
@@ -198,8 +198,8 @@ class QuantisedDelta:
 
     def __post_init__(self) -> None:
         if self.dtype not in _GRIDS:
-            fail("QuantisedDelta", f"dtype expected one of {', '.join(_GRIDS)}, got {self.dtype!r}")
-        static_bool("QuantisedDelta", "stochastic", self.stochastic)
+            raise bad_value("QuantizedDelta", "dtype", f"one of {', '.join(_GRIDS)}", repr(self.dtype))
+        static_bool("QuantizedDelta", "stochastic", self.stochastic)
         _check_seed(self)
 
     def __call__(self, call: Call, delta: Array) -> tuple[Any, ...]:
@@ -241,4 +241,4 @@ def _step(grid: _Grid, size: Array) -> Array:
 def _check_seed(rule: Any) -> None:
     op = type(rule).__name__
     if not 0 <= static_int(op, "seed", rule.seed, rule.seed) < 2**32:
-        fail(op, f"seed expected 0 to {2**32 - 1}, got {rule.seed}")
+        raise bad_value(op, "seed", f"0 to {2**32 - 1}", rule.seed)

@@ -16,9 +16,9 @@ import torch
 import jaxcnn
 from jaxcnn.geometry import PADDING_MODES
 from tests import oracles
-from tests.agreement import CLOSE, pulled_in_torch, random_delta
 from tests.cases import OPS, Case, compiled, positive, row, ties, with_cotangents
 from tests.checks import assert_close, within
+from tests.compare_torch import CLOSE, pulled_in_torch, random_delta
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 
 from tests import cases
 from tests.checks import doubled
-from tests.conformance import fuzz, summary
 from tests.conformance.geometries import SHARES, STRATEGIES, pasteable
+from tools import fuzz, summary
 
 
 def test_a_wrong_rule_is_a_mismatch(monkeypatch):

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from tests.agreement import pulled, pulled_in_torch, random_delta
 from tests.cases import compiled
 from tests.checks import TOLERANCE, assert_close
+from tests.compare_torch import pulled, pulled_in_torch, random_delta
 from tests.conformance import harnesses
 from tests.conformance.summary import agreed, left_out
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from tests.cases import row
-from tests.conformance import fuzz
 from tests.conformance.geometries import STRATEGIES, agree
 from tests.conformance.summary import agreed
+from tools import fuzz
 
 #: Number of geometries and the first seed; `make fuzz` starts at seed 0.
 COUNT, SEED = 2000, 1

@@ -15,8 +15,8 @@ import pytest
 from jax import lax
 
 import jaxcnn
-from tests.agreement import CLOSE, random_delta
 from tests.cases import apart, compiled, with_cotangents
+from tests.compare_torch import CLOSE, random_delta
 from tests.conformance.summary import agreed
 
 SOURCE = "jax._src.lax_reference, a grid"

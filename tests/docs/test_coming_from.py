@@ -39,7 +39,7 @@ def test_no_table_is_empty_and_no_section_is_left_out():
 def inputs() -> dict[str, np.ndarray]:
     """Return inputs in torch's layout, with four channels and without equal elements."""
     draw = np.random.default_rng(0)
-    shapes = {"x": (2, 4, 8, 10), "w": (6, 4, 3, 3), "b": (6,), "line": (2, 4, 9), "w1": (6, 4, 3), "m": (6, 5)}
+    shapes = {"x": (2, 4, 8, 10), "weight": (6, 4, 3, 3), "bias": (6,), "line": (2, 4, 9), "w1": (6, 4, 3), "m": (6, 5)}
     shapes |= {"v": (2, 5), "u": (2, 5), "z": (4, 7)}
     return {name: draw.normal(size=shape) for name, shape in shapes.items()} | {"labels": np.array([0, 6, 3, 3])}
 
@@ -158,9 +158,9 @@ def test_equinox(there, cell):
         params = {}
         if "weight" in weights:
             weight = weights["weight"]
-            params["w"] = weight.T if weight.ndim == 2 else here("w", weight)
+            params["weight"] = weight.T if weight.ndim == 2 else here("w", weight)
         if "bias" in weights:
-            params["b"] = weights["bias"].reshape(-1)
+            params["bias"] = weights["bias"].reshape(-1)
         return params
 
     y, rule = jax.vjp(apply, weights, x)
@@ -204,11 +204,11 @@ def test_a_whole_network_from_torch():
     same(y, expected.detach().numpy())
     F.cross_entropy(expected, torch.tensor(labels)).backward()
     for module, name in ((conv1, "conv1"), (conv2, "conv2"), (linear, "dense1")):
-        same(gradients[name]["b"], module.bias.grad.numpy())
-    same(gradients["conv1"]["w"], conv1.weight.grad.numpy().transpose(2, 3, 1, 0))
-    same(gradients["conv2"]["w"], conv2.weight.grad.numpy().transpose(2, 3, 1, 0))
+        same(gradients[name]["bias"], module.bias.grad.numpy())
+    same(gradients["conv1"]["weight"], conv1.weight.grad.numpy().transpose(2, 3, 1, 0))
+    same(gradients["conv2"]["weight"], conv2.weight.grad.numpy().transpose(2, 3, 1, 0))
     rows = linear.weight.grad.numpy().reshape(10, 64, 4, 4).transpose(2, 3, 1, 0).reshape(-1, 10)
-    same(gradients["dense1"]["w"], rows)
+    same(gradients["dense1"]["weight"], rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,8 +217,8 @@ def test_a_whole_network_from_torch():
 
 def test_other_layouts_are_taken_as_they_are():
     arrays = inputs()
-    y = jaxcnn.conv(arrays["x"], arrays["w"], dimension_numbers=("NCHW", "OIHW", "NCHW"))
-    same(y, F.conv2d(torch.tensor(arrays["x"]), torch.tensor(arrays["w"])).numpy())
+    y = jaxcnn.conv(arrays["x"], arrays["weight"], dimension_numbers=("NCHW", "OIHW", "NCHW"))
+    same(y, F.conv2d(torch.tensor(arrays["x"]), torch.tensor(arrays["weight"])).numpy())
 
 
 def test_ties_go_to_the_first_in_torch_and_lax_too():

@@ -106,8 +106,8 @@ def test_progress_is_shown_over_all_trainings(tmp_path, monkeypatch):
 
 def test_angles_are_what_the_definition_says():
     rng = np.random.default_rng(0)
-    one, two = ({"conv1": {"w": rng.standard_normal((3, 4)), "b": rng.standard_normal(4)}} for _ in range(2))
-    flat = [np.concatenate([tree["conv1"]["w"].ravel(), tree["conv1"]["b"]]) for tree in (one, two)]
+    one, two = ({"conv1": {"weight": rng.standard_normal((3, 4)), "bias": rng.standard_normal(4)}} for _ in range(2))
+    flat = [np.concatenate([tree["conv1"]["weight"].ravel(), tree["conv1"]["bias"]]) for tree in (one, two)]
     expected = np.degrees(np.arccos(flat[0] @ flat[1] / np.linalg.norm(flat[0]) / np.linalg.norm(flat[1])))
     assert float(alignment.layer_angles(one, two)["conv1"]) == pytest.approx(expected, rel=1e-4)
     for factor, degrees in ((3.0, 0), (-0.5, 180)):
@@ -147,7 +147,7 @@ def test_every_rule_turns_the_gradient_and_leaves_the_output(name):
 
 def test_each_seed_has_random_patches_of_its_own():
     w = np.ones((5, 5, 1, 8), np.float32)
-    one, two = (alignment.rules_of("feedback alignment", seed, 32)[jaxcnn.Conv].patch(w) for seed in (0, 1))
+    one, two = (alignment.rules_of("feedback alignment", seed, 32)[jaxcnn.Conv].kernel(w) for seed in (0, 1))
     assert not np.allclose(one, two)
 
 

@@ -12,9 +12,9 @@ from matplotlib.image import imread
 
 import jaxcnn
 from experiments import attributions
-from experiments.trained import restore
+from experiments.restore import restore
 from tests.cases import compiled
-from tests.runs import untrained
+from tests.run_folder import untrained
 
 ALL = [
     "gradient", "gradient × input", "integrated\ngradients", "SmoothGrad", "guided\nbackprop", "deconvnet", "Grad-CAM",

@@ -13,10 +13,10 @@ from experiments.benchmarks import (
     accuracy,
     backprop,
     compile,
-    examples,
     growth,
     memory,
     ops,
+    per_example,
     results,
     rows,
     step,
@@ -55,8 +55,8 @@ def test_columns_line_up(capsys):
 
 
 def test_ratios_of_contenders(capsys):
-    times = {"a": Times((1.0, 2.0, 3.0)), "b": Times((3.0, 4.0, 8.0))}
-    results.contenders(times, "a", {"more": {"b": "yes"}})
+    times = {"a": Times((1.0, 2.0, 3.0)), "bias": Times((3.0, 4.0, 8.0))}
+    results.contenders(times, "a", {"more": {"bias": "yes"}})
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == ["median", "minimum", "spread", "times", "a", "more"]
     assert lines[1] == ["a", "2.00", "s", "1.00", "s", "100%", "1.00", "(1.00)"]
@@ -118,10 +118,10 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
 def test_turns(monkeypatch):
     """Each round starts with a different contender, and the first call of a turn is not counted."""
     seen = []
-    calls = {"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}
+    calls = {"a": lambda: seen.append("a"), "bias": lambda: seen.append("b")}
     times = timing.in_turns(calls, 2, calls=2, most=10.0, pause=0)
     assert "".join(seen) == "aaabbb" + "bbbaaa"
-    assert {name: len(t.seconds) for name, t in times.items()} == {"a": 4, "b": 4}
+    assert {name: len(t.seconds) for name, t in times.items()} == {"a": 4, "bias": 4}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -285,8 +285,8 @@ def test_a_wrong_result_of_ours_is_status_1(monkeypatch, capsys, still):
         (growth, "--what weight", "--what: expected one of batch, side, channels, got 'weight'"),
         (growth, "--allocator mine", "--allocator: expected one of tuned, stock, got 'mine'"),
         (growth, "--most 4", "--most: expected at least 16, got 4"),
-        (examples, "--net vgg", "--net: expected one of lecture, lenet5, got 'vgg'"),
-        (examples, "--max-norm 0", "--max-norm: expected a number > 0, got 0.0"),
+        (per_example, "--net vgg", "--net: expected one of lecture, lenet5, got 'vgg'"),
+        (per_example, "--max-norm 0", "--max-norm: expected a number > 0, got 0.0"),
         (accuracy, "--target 90", "--target: expected an accuracy between 0 and 1, got 90.0"),
         (accuracy, "--data digits", "--data: expected one of fashion-mnist"),
         (accuracy, "--turns 0", "--turns: expected 1 or more, got 0"),
@@ -303,7 +303,7 @@ def test_wrong_options(script, argv, said, capsys):
     assert captured.out == ""
 
 
-@pytest.mark.parametrize("script", [ops, memory, compile, growth, examples, step, backprop])
+@pytest.mark.parametrize("script", [ops, memory, compile, growth, per_example, step, backprop])
 def test_out_is_a_file(script, tmp_path, capsys):
     assert script.main(["--out", str(tmp_path)]) == 2
     assert f"--out: expected a file, got the folder {tmp_path}" in capsys.readouterr().err
@@ -373,7 +373,7 @@ def test_a_run_of_memory(tmp_path, monkeypatch, capsys, still):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# growth, examples, accuracy
+# growth, per_example, accuracy
 
 
 def test_cost_of_an_image():
@@ -411,7 +411,7 @@ def small(monkeypatch):
 @pytest.mark.usefixtures("others", "small", "still")
 def test_a_run_of_examples(tmp_path, capsys):
     out = tmp_path / "examples.json"
-    assert examples.main(["--batch-size", "3", "--rounds", "1", "--max-norm", "0.5", "--out", str(out)]) == 0
+    assert per_example.main(["--batch-size", "3", "--rounds", "1", "--max-norm", "0.5", "--out", str(out)]) == 0
     found = json.loads(out.read_text())["seconds"]
     assert set(found) == {"gradients", "norms", "clipped sums"}
     assert set(found["norms"]) == {"jaxcnn", "flax nnx", "equinox"}
@@ -419,23 +419,23 @@ def test_a_run_of_examples(tmp_path, capsys):
 
 @pytest.mark.usefixtures("others", "small", "still")
 def test_examples_that_differ_are_an_error(monkeypatch, capsys):
-    load = examples.model
+    load = per_example.model
 
     def wrong(name, timed, params):
         logits, own = load(name, timed, params)
         return (lambda own, x: 1.1 * logits(own, x)), own
 
-    monkeypatch.setattr(examples, "model", wrong)
-    assert examples.main(["--batch-size", "3", "--rounds", "1", "--libraries", "flax nnx"]) == 1
+    monkeypatch.setattr(per_example, "model", wrong)
+    assert per_example.main(["--batch-size", "3", "--rounds", "1", "--libraries", "flax nnx"]) == 1
     assert "flax nnx: gradients differ from jaxcnn's by" in capsys.readouterr().err
 
 
 def test_apart():
-    a = {"w": np.arange(6.0), "b": np.ones(2)}
-    assert examples.apart(a, [np.ones(2), np.arange(6.0)[::-1]]) == 0
-    assert examples.apart(a, [np.ones(2), np.arange(6.0) + 1]) > 0.1
-    assert examples.apart(a, [np.ones(3), np.arange(6.0)]) == math.inf
-    assert examples.apart([np.array([np.nan])], [np.ones(1)]) == math.inf
+    a = {"weight": np.arange(6.0), "bias": np.ones(2)}
+    assert per_example.apart(a, [np.ones(2), np.arange(6.0)[::-1]]) == 0
+    assert per_example.apart(a, [np.ones(2), np.arange(6.0) + 1]) > 0.1
+    assert per_example.apart(a, [np.ones(3), np.arange(6.0)]) == math.inf
+    assert per_example.apart([np.array([np.nan])], [np.ones(1)]) == math.inf
 
 
 def trained(accuracies):

@@ -8,8 +8,8 @@ from experiments import checkpoints
 from experiments.errors import CheckpointError
 
 PARAMS = {
-    "conv1": {"b": jnp.arange(3.0), "w": jnp.arange(24.0).reshape(2, 2, 2, 3)},
-    "dense1": {"w": jnp.ones((4, 2)) / 3},
+    "conv1": {"bias": jnp.arange(3.0), "weight": jnp.arange(24.0).reshape(2, 2, 2, 3)},
+    "dense1": {"weight": jnp.ones((4, 2)) / 3},
 }
 
 
@@ -17,8 +17,8 @@ def test_names_are_paths_in_the_tree(tmp_path):
     path = tmp_path / "weights.safetensors"
     checkpoints.save(path, PARAMS)
     arrays = load_file(path)
-    assert set(arrays) == {"conv1/b", "conv1/w", "dense1/w"}
-    np.testing.assert_array_equal(arrays["conv1/w"], PARAMS["conv1"]["w"])
+    assert set(arrays) == {"conv1/bias", "conv1/weight", "dense1/weight"}
+    np.testing.assert_array_equal(arrays["conv1/weight"], PARAMS["conv1"]["weight"])
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -32,23 +32,23 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
 
 def test_a_transposed_view_is_written_in_the_order_of_its_indices(tmp_path):
     path = tmp_path / "weights.safetensors"
-    view = {"w": np.arange(6.0, dtype=np.float32).reshape(2, 3).T}
+    view = {"weight": np.arange(6.0, dtype=np.float32).reshape(2, 3).T}
     checkpoints.save(path, view)
-    np.testing.assert_array_equal(checkpoints.load(path, view)["w"], view["w"])
+    np.testing.assert_array_equal(checkpoints.load(path, view)["weight"], view["weight"])
 
 
 @pytest.mark.parametrize(
     ("like", "expected"),
     [
-        ({"w": jnp.zeros((2, 3))}, r"w: expected float32 \(2, 3\), got float32 \(3, 2\)"),
-        ({"w": jnp.zeros((3, 2), jnp.int32)}, r"w: expected int32 \(3, 2\), got float32 \(3, 2\)"),
-        ({"w": jnp.zeros((3, 2)), "b": jnp.zeros(2)}, r"b: expected float32 \(2,\), got no such parameter"),
+        ({"weight": jnp.zeros((2, 3))}, r"w: expected float32 \(2, 3\), got float32 \(3, 2\)"),
+        ({"weight": jnp.zeros((3, 2), jnp.int32)}, r"w: expected int32 \(3, 2\), got float32 \(3, 2\)"),
+        ({"weight": jnp.zeros((3, 2)), "bias": jnp.zeros(2)}, r"b: expected float32 \(2,\), got no such parameter"),
         ({}, r"w: expected no such parameter, got float32 \(3, 2\)"),
     ],
 )
 def test_weights_of_another_net(tmp_path, like, expected):
     path = tmp_path / "weights.safetensors"
-    checkpoints.save(path, {"w": jnp.zeros((3, 2))})
+    checkpoints.save(path, {"weight": jnp.zeros((3, 2))})
     with pytest.raises(CheckpointError, match=expected):
         checkpoints.load(path, like)
 

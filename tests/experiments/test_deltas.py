@@ -11,9 +11,9 @@ from matplotlib.image import imread
 import jaxcnn
 from experiments import deltas, train
 from experiments.lecture import drawing
-from experiments.trained import restore
+from experiments.restore import restore
 from tests.cases import compiled
-from tests.runs import untrained
+from tests.run_folder import untrained
 
 
 @pytest.fixture(scope="module")

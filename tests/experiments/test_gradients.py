@@ -30,24 +30,24 @@ class Spoiled:
         self.error = error
 
     def apply(self, params, x, *, key, rules):
-        w, error = params["w"], 0.0 if rules is jaxcnn.rules.autodiff else self.error
+        w, error = params["weight"], 0.0 if rules is jaxcnn.rules.autodiff else self.error
         # The value is w in any case; the gradient is 1 + error.
-        return x @ (w + error * (w - jax.lax.stop_gradient(w))) + params["b"]
+        return x @ (w + error * (w - jax.lax.stop_gradient(w))) + params["bias"]
 
 
 @pytest.mark.parametrize("error", [1e-3, 0.5, -2.0])
 def test_a_wrong_rule_is_seen_and_named(error):
-    params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
+    params = {"weight": jnp.ones((3, 2)), "bias": jnp.zeros(2)}
     batch = (np.eye(3, dtype=np.float32), np.array([0, 1, 0]))
     differences = gradients.compare(Spoiled(error), LOSS, params, batch, jax.random.key(0))
-    assert differences["w"] == pytest.approx(abs(error), rel=1e-2)
-    assert differences["b"] == 0
+    assert differences["weight"] == pytest.approx(abs(error), rel=1e-2)
+    assert differences["bias"] == 0
 
 
 def test_a_gradient_that_is_no_number_is_not_small():
-    params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
+    params = {"weight": jnp.ones((3, 2)), "bias": jnp.zeros(2)}
     batch = (np.eye(3, dtype=np.float32), np.array([0, 1, 0]))
-    difference = gradients.compare(Spoiled(np.nan), LOSS, params, batch, jax.random.key(0))["w"]
+    difference = gradients.compare(Spoiled(np.nan), LOSS, params, batch, jax.random.key(0))["weight"]
     assert not difference <= gradients.TOLERANCE
 
 

@@ -200,7 +200,7 @@ def unturned(call, delta):
     """A rule= of conv without the flip."""
     x, w, _ = call.inputs
     _, grad_w, grad_b = call.exact(delta)
-    _, pull = jax.vjp(lambda x: jaxcnn.conv(x, w[::-1, ::-1], padding=call.geometry.window.padding), x)
+    _, pull = jax.vjp(lambda x: jaxcnn.conv(x, w[::-1, ::-1], padding=call.static.window.padding), x)
     return (*pull(delta), grad_w, grad_b)
 
 

@@ -25,8 +25,8 @@ def test_every_model_has_its_shapes_here():
 @pytest.mark.parametrize("name", SHAPES)
 def test_weights_have_the_shapes_of_the_literature(name):
     params = jax.eval_shape(lambda: MODELS[name](10).init(jax.random.key(0), (28, 28, 1)))
-    assert {layer: arrays["w"].shape for layer, arrays in params.items()} == SHAPES[name]
-    assert {layer: arrays["b"].shape for layer, arrays in params.items()} == {
+    assert {layer: arrays["weight"].shape for layer, arrays in params.items()} == SHAPES[name]
+    assert {layer: arrays["bias"].shape for layer, arrays in params.items()} == {
         layer: shape[-1:] for layer, shape in SHAPES[name].items()
     }
 

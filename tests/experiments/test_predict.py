@@ -109,7 +109,7 @@ def test_a_config_that_is_none(broken, capsys, config, expected):
     ("key", "value", "expected"),
     [
         ("model", "resnet", "model: expected one of lecture, mlp, lenet5, got 'resnet'"),
-        ("model", "lecture", "dense1/b: expected float32 (10,), got float32 (300,)"),
+        ("model", "lecture", "dense1/bias: expected float32 (10,), got float32 (300,)"),
         ("data", "cifar", "data: expected one of"),
         ("data_sha256", "0" * 64, "expected data 000000"),
     ],

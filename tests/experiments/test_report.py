@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from experiments import data, report
-from experiments.runs import Epoch
+from experiments.run_folder import Epoch
 
 
 class Terminal(io.StringIO):

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxcnn
-from experiments import checkpoints, data, gradients, process, report, runs, train
+from experiments import checkpoints, data, gradients, process, report, run_folder, train
 from experiments.models import MODELS
 
 ROOT = Path(train.__file__).parent.parent
@@ -54,7 +54,7 @@ def test_the_main_job_from_banner_to_weights(out, capsys):
         "12×12×32",
         "62,346",
         "rules against autodiff",
-        "hidden_layer2/w",
+        "hidden_layer2/weight",
         f"results in {out}",
     ):
         assert said in text
@@ -121,7 +121,7 @@ def test_the_seed_decides_everything(tmp_path):
     one, same, other = weights("one"), weights("same"), weights("other", "--seed", 1)
     for name in one:
         np.testing.assert_array_equal(one[name], same[name])
-    assert not np.array_equal(one["dense1/w"], other["dense1/w"])
+    assert not np.array_equal(one["dense1/weight"], other["dense1/weight"])
 
 
 def test_the_lectures_update_learns_too(out):
@@ -191,9 +191,9 @@ def test_ctrl_c_keeps_what_was_learnt(out, capsys, monkeypatch):
 
 def test_after_ctrl_c_the_accuracy_is_that_of_the_last_finished_epoch():
     rows = [
-        runs.Epoch(1, 10, 1.0, 0.5, 0.8, 0.6, 2.0, 320.0),
-        runs.Epoch(2, 20, 0.7, 0.7, 0.6, 0.75, 1.5, 426.0),
-        runs.Epoch(3, 25, 0.7, 0.7, math.nan, math.nan, 1.5, 426.0),
+        run_folder.Epoch(1, 10, 1.0, 0.5, 0.8, 0.6, 2.0, 320.0),
+        run_folder.Epoch(2, 20, 0.7, 0.7, 0.6, 0.75, 1.5, 426.0),
+        run_folder.Epoch(3, 25, 0.7, 0.7, math.nan, math.nan, 1.5, 426.0),
     ]
     text = train.summarise(rows, 10.0)
     assert text.endswith("\ntest accuracy 0.7500 after epoch 2, the last that was finished")
@@ -244,12 +244,14 @@ def test_the_banner_names_the_device_that_is_used():
 
 
 def test_rules_that_differ_from_autodiff_stop_the_run_before_it_begins(out, capsys, monkeypatch):
-    monkeypatch.setattr(gradients, "compare", lambda *args: {"conv1/w": 2e-5, "conv1/b": 1e-7, "conv2/w": float("nan")})
+    monkeypatch.setattr(
+        gradients, "compare", lambda *args: {"conv1/weight": 2e-5, "conv1/bias": 1e-7, "conv2/weight": float("nan")}
+    )
     assert main("--model", "mlp", "--check-grads", "--out", out) == 1
     captured = capsys.readouterr()
-    assert "conv1/b          1.0e-07" in captured.out
+    assert "conv1/bias          1.0e-07" in captured.out
     assert captured.err.startswith("python -m experiments.train: --check-grads: expected differences up to 1e-05, got ")
-    assert captured.err.endswith("for conv1/w, conv2/w\n")
+    assert captured.err.endswith("for conv1/weight, conv2/weight\n")
     assert not out.exists()
 
 

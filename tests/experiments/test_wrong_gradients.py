@@ -29,7 +29,7 @@ def test_stock_jax_is_wrong_where_it_asks_for_negative_padding_and_nowhere_else(
         pytest.skip("this XLA computes them all rightly")
     assert len(wrong) <= 18
     for one in wrong:
-        assert one.padding[0] > one.patch - 1, str(one)
+        assert one.padding[0] > one.kernel_size - 1, str(one)
 
 
 @pytest.mark.parametrize(("patch", "lo", "hi"), list(itertools.product((1, 2, 3), (0, 2, 5), (0, 3))))

@@ -16,15 +16,20 @@ from jax import lax
 
 import jaxcnn
 from jaxcnn.geometry import Correlation, Window
-from jaxcnn.kernels import correlation, sums, unrolled, windows, winograd
+from jaxcnn.kernels import correlation, reductions, unrolled, windows, winograd
 from tests import oracles
 from tests.cases import CASES, compiled, covering, normal, optimised, ties, with_cotangents
 from tests.checks import drawn
 
 PRODUCTS = {
     "correlate": (correlation.CORRELATE, correlation.choose_correlate, correlation.correlate, oracles.correlate),
-    "spread": (correlation.SPREAD, correlation.choose_spread, correlation.spread, oracles.spread),
-    "match": (correlation.MATCH, correlation.choose_match, correlation.match, oracles.match),
+    "input_grad": (correlation.INPUT_GRAD, correlation.choose_input_grad, correlation.input_grad, oracles.input_grad),
+    "kernel_grad": (
+        correlation.KERNEL_GRAD,
+        correlation.choose_kernel_grad,
+        correlation.kernel_grad,
+        oracles.kernel_grad,
+    ),
 }
 LOWERINGS = [(product, name) for product, (table, *_) in PRODUCTS.items() for name in table]
 
@@ -77,7 +82,7 @@ as_large = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def operands(product, x, w, y):
-    return {"correlate": (x, w), "spread": (y, w), "match": (x, y)}[product]
+    return {"correlate": (x, w), "input_grad": (y, w), "kernel_grad": (x, y)}[product]
 
 
 def close(found, expected):
@@ -238,12 +243,16 @@ def test_small_products_are_left_to_xla(product):
 @settings(as_large, max_examples=30)
 @given(shapes=drawn_correlations())
 def test_products_are_adjoint(none_is_small, shapes):
-    """⟨correlate(x, w), y⟩ = ⟨x, spread(y, w)⟩ = ⟨w, match(x, y)⟩, whichever lowering each of them uses."""
+    """⟨correlate(x, w), y⟩ = ⟨x, input_grad(y, w)⟩ = ⟨w, kernel_grad(x, y)⟩, whichever lowering each of them uses."""
     c, *of_arrays = shapes
     jax.clear_caches()  # JAX caches the choice for a geometry
     x, w, y = numbers(*of_arrays)
     found = compiled(
-        lambda x, w, y: (correlation.correlate(c, x, w), correlation.spread(c, y, w), correlation.match(c, x, y))
+        lambda x, w, y: (
+            correlation.correlate(c, x, w),
+            correlation.input_grad(c, y, w),
+            correlation.kernel_grad(c, x, y),
+        )
     )
     inner = [np.vdot(a, b) for a, b in zip(found(x, w, y), (y, x, w), strict=True)]
     np.testing.assert_allclose(inner, inner[0], rtol=1e-10, atol=1e-10)
@@ -257,7 +266,7 @@ def test_weight_gradient_in_blocks_of_pictures(monkeypatch, name, target, pictur
     x, y = numbers((pictures, 5, 6, 2), (pictures, *c.window.out, 3))
     for block_bytes in (1, 3500, 7000):  # one image, some, more
         monkeypatch.setattr(correlation, target, block_bytes)
-        close(compiled(lambda x, y: correlation.MATCH[name](c, x, y))(x, y), oracles.match(c, x, y))
+        close(compiled(lambda x, y: correlation.KERNEL_GRAD[name](c, x, y))(x, y), oracles.kernel_grad(c, x, y))
 
 
 @pytest.mark.parametrize(("joined", "groups_left"), [(2, 6), (4, 3), (6, 2), (12, 1)])
@@ -268,11 +277,11 @@ def test_groups_are_joined_up_to_so_many_channels(monkeypatch, joined, groups_le
     c = Correlation(Window((4, 5), (3, 2), (1, 2), ((1, 0), (0, 0)), (1, 1)), 6, np.dtype(np.float64))
     x, y = numbers((2, 4, 5, 12), (2, *c.window.out, 6))
     assert 6 // correlation._neighbours(c, 12, 6) == groups_left
-    assert correlation.choose_match(c, x, y) == ("joined" if groups_left == 1 else "by_group")
-    close(compiled(lambda x, y: correlation.MATCH["joined"](c, x, y))(x, y), oracles.match(c, x, y))
+    assert correlation.choose_kernel_grad(c, x, y) == ("joined" if groups_left == 1 else "by_group")
+    close(compiled(lambda x, y: correlation.KERNEL_GRAD["joined"](c, x, y))(x, y), oracles.kernel_grad(c, x, y))
 
 
-@pytest.mark.parametrize("product", ["correlate", "spread"])
+@pytest.mark.parametrize("product", ["correlate", "input_grad"])
 @pytest.mark.parametrize(("terms", "chains"), [(80, 4), (5, 2), (3, 1), (1, 4)])
 def test_sums_in_loops_and_chains(monkeypatch, product, terms, chains):
     """Twelve terms of three inputs per group, or eight of two outputs, run as one loop, as several, and one by one."""
@@ -303,17 +312,17 @@ def test_taps_in_loops(monkeypatch, product, length, shapes):
         ("correlate", 28, 1, 6, 1, 2, "unrolled"),  # a first layer
         ("correlate", 28, 3, 64, 1, 2, "xla"),
         ("correlate", 28, 16, 3, 1, 2, "xla"),  # more terms than a loop takes
-        ("spread", 28, 16, 3, 1, 2, "unrolled"),
-        ("spread", 28, 3, 16, 1, 2, "products"),
-        ("match", 28, 1, 6, 1, 2, "unrolled"),
-        ("match", 28, 3, 6, 1, 2, "turned"),
+        ("input_grad", 28, 16, 3, 1, 2, "unrolled"),
+        ("input_grad", 28, 3, 16, 1, 2, "products"),
+        ("kernel_grad", 28, 1, 6, 1, 2, "unrolled"),
+        ("kernel_grad", 28, 3, 6, 1, 2, "turned"),
         *(("correlate", 8, 64, 64, groups, 2, "unrolled") for groups in (64, 32, 8)),
         *(("correlate", 8, 64, 64, groups, 2, "by_group") for groups in (4, 2)),
-        ("spread", 8, 64, 64, 8, 2, "unrolled"),
-        ("spread", 8, 64, 64, 4, 2, "by_group"),
-        ("match", 8, 64, 64, 64, 2, "unrolled"),
-        ("match", 8, 64, 64, 32, 2, "joined"),
-        ("match", 8, 64, 64, 8, 2, "by_group"),
+        ("input_grad", 8, 64, 64, 8, 2, "unrolled"),
+        ("input_grad", 8, 64, 64, 4, 2, "by_group"),
+        ("kernel_grad", 8, 64, 64, 64, 2, "unrolled"),
+        ("kernel_grad", 8, 64, 64, 32, 2, "joined"),
+        ("kernel_grad", 8, 64, 64, 8, 2, "by_group"),
         *((product, 8, 64, 64, 1, 3, "by_depth") for product in PRODUCTS),
     ],
 )
@@ -332,7 +341,7 @@ def test_patches_a_stride_apart_are_copied_whole(stride, chosen):
     win = Window((9,) * dims, (3,) * dims, stride, ((0, 0),) * dims, (1,) * dims)
     x, y = ((2, *size, 32) for size in (win.shape, win.out))
     c = Correlation(win, 1, np.dtype("f"))
-    assert correlation.choose_match(c, *(jax.ShapeDtypeStruct(shape, c.dtype) for shape in (x, y))) == chosen
+    assert correlation.choose_kernel_grad(c, *(jax.ShapeDtypeStruct(shape, c.dtype) for shape in (x, y))) == chosen
 
 
 @pytest.mark.parametrize(
@@ -344,7 +353,7 @@ def test_delta_is_not_spread_with_zeros_between(monkeypatch, stride, dilation, i
     win = Window((32, 32), (3, 3), (stride,) * 2, ((1, 1),) * 2, (dilation,) * 2)
     y, w = (2, *win.out, 128), (3, 3, inputs, 128)
     c = Correlation(win, 1, np.dtype("f"))
-    assert correlation.choose_spread(c, *(jax.ShapeDtypeStruct(shape, c.dtype) for shape in (y, w))) == chosen
+    assert correlation.choose_input_grad(c, *(jax.ShapeDtypeStruct(shape, c.dtype) for shape in (y, w))) == chosen
 
 
 @pytest.mark.parametrize("spoilt", [np.nan, np.inf])
@@ -440,8 +449,8 @@ over_examples = settings(max_examples=40, suppress_health_check=[HealthCheck.fun
 def test_largest(form, win, batch, draw, seed):
     assume(some_is_real(win))
     x = draw(np.random.default_rng(seed), (batch, *win.shape, 3))
-    y, winner = compiled(lambda x: windows.largest(win, x))(x)
-    expected, first = oracles.largest(win, x)
+    y, winner = compiled(lambda x: windows.max_and_winner(win, x))(x)
+    expected, first = oracles.max_and_winner(win, x)
     np.testing.assert_array_equal(y, expected)
     np.testing.assert_array_equal(winner, first)
     assert winner.dtype == windows.winner_dtype(win)
@@ -464,8 +473,8 @@ def test_largest_side_by_side(monkeypatch, reduced, dims, batch, draw, seed):
     assert win.tiles
     assert win.out == out
     x = draw(np.random.default_rng(seed), (batch, *shape, 3))
-    y, winner = compiled(lambda x: windows.largest(win, x))(x)
-    expected, first = oracles.largest(win, x)
+    y, winner = compiled(lambda x: windows.max_and_winner(win, x))(x)
+    expected, first = oracles.max_and_winner(win, x)
     np.testing.assert_array_equal(y, expected)
     np.testing.assert_array_equal(winner, first)
     assert winner.dtype == windows.winner_dtype(win)
@@ -474,17 +483,22 @@ def test_largest_side_by_side(monkeypatch, reduced, dims, batch, draw, seed):
 @over_examples
 @given(drawn_windows(pads=(1, 0, 2)), st.sampled_from(BATCHES), st.sampled_from((0.5, 1.0, 0.0)), st.integers(0))
 def test_take_and_place(form, win, batch, passed, seed):
-    """`take` and `place` match their definitions and each other; a winner of `nothing` reads and writes nothing."""
+    """`gather_winners` and `scatter_to_winners` match their definitions and each other.
+
+    A winner of `nothing` reads and writes nothing.
+    """
     assume(some_is_real(win))
     rng = np.random.default_rng(seed)
     x, y = normal(rng, (batch, *win.shape, 2)), normal(rng, (batch, *win.out, 2))
-    _, winner = oracles.largest(win, normal(rng, x.shape))
+    _, winner = oracles.max_and_winner(win, normal(rng, x.shape))
     winner = np.where(rng.uniform(size=winner.shape) < passed, winner, windows.nothing(win)).astype(
         windows.winner_dtype(win)
     )
-    taken, placed = compiled(lambda x, y: (windows.take(win, x, winner), windows.place(win, y, winner)))(x, y)
-    close(taken, oracles.take(win, x, winner))
-    close(placed, oracles.place(win, y, winner))
+    taken, placed = compiled(
+        lambda x, y: (windows.gather_winners(win, x, winner), windows.scatter_to_winners(win, y, winner))
+    )(x, y)
+    close(taken, oracles.gather_winners(win, x, winner))
+    close(placed, oracles.scatter_to_winners(win, y, winner))
     np.testing.assert_allclose(np.vdot(taken, y), np.vdot(x, placed), rtol=1e-10, atol=1e-10)
 
 
@@ -496,9 +510,9 @@ def test_window_sum_and_spread(form, win, batch):
     assume(some_is_real(win))
     rng = np.random.default_rng(3)
     x, y = normal(rng, (batch, *win.shape, 2)), normal(rng, (batch, *win.out, 2))
-    total, spread = compiled(lambda x, y: (windows.window_sum(win, x), windows.window_spread(win, y)))(x, y)
+    total, spread = compiled(lambda x, y: (windows.window_sum(win, x), windows.window_sum_adjoint(win, y)))(x, y)
     close(total, oracles.window_sum(win, x))
-    close(spread, oracles.window_spread(win, y))
+    close(spread, oracles.window_sum_adjoint(win, y))
     np.testing.assert_allclose(np.vdot(total, y), np.vdot(x, spread), rtol=1e-10, atol=1e-10)
 
 
@@ -509,7 +523,7 @@ def test_winner_is_numbered_in_the_smallest_integer(size, dtype):
     """One number is reserved for `nothing`."""
     win = Window(size, size, size, ((0, 0), (0, 0)), (1, 1))
     x = jnp.zeros((1, *size, 1), jnp.float32).at[0, -1, -1, 0].set(1)
-    winner = jax.jit(lambda x: windows.largest(win, x)[1])(x)
+    winner = jax.jit(lambda x: windows.max_and_winner(win, x)[1])(x)
     assert winner.dtype == dtype
     assert winner.item() == win.entries - 1
     assert windows.nothing(win) == np.iinfo(dtype).max > win.entries - 1
@@ -524,5 +538,5 @@ def test_winner_is_numbered_in_the_smallest_integer(size, dtype):
 def test_sums_by_halves(shape, dims):
     """Sums over dims of even and odd length, of length one, and empty."""
     (x,) = numbers(shape)
-    for found in (sums.halved(dims, x), compiled(lambda x: sums.sum_computed(dims, x))(x)):
+    for found in (reductions.halved(dims, x), compiled(lambda x: reductions.sum_computed(dims, x))(x)):
         np.testing.assert_allclose(found, x.sum(dims), rtol=1e-12, atol=1e-13)

@@ -167,7 +167,7 @@ def test_programs_do_not_grow_with_the_kernel(name):
 def test_patches_far_apart_are_copied_row_by_row(size):
     """The gradient of a kernel with non-overlapping windows, as in vision transformers' patch embedding."""
     win_lines = program_lines(
-        lambda x, d: correlation.match(
+        lambda x, d: correlation.kernel_grad(
             correlation.Correlation(
                 correlation.Window((64, 64), (size, size), (size, size), ((0, 0),) * 2, (1, 1)), 1, np.dtype("f")
             ),

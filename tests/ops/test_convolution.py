@@ -10,7 +10,7 @@ from jax import lax
 
 import jaxcnn
 from tests import oracles
-from tests.agreement import assert_agrees, random_delta
+from tests.compare_torch import assert_agrees, random_delta
 
 # In 18 of these 90 cases `jax.vjp` of stock conv is wrong on XLA:CPU, with unbounded error (openxla/xla#48713): its
 # input gradient uses negative padding and reads out of bounds. So PyTorch is the oracle.

@@ -9,7 +9,7 @@ import torch
 
 import jaxcnn
 from jaxcnn.rules import autodiff
-from tests.agreement import CLOSE, pulled, random_delta
+from tests.compare_torch import CLOSE, pulled, random_delta
 
 INF = np.inf
 
@@ -111,7 +111,7 @@ def test_labels_that_are_known_are_looked_at_inside_a_trace_too():
     def error(logits):
         return jaxcnn.softmax_cross_entropy_with_integer_labels(logits, labels)
 
-    with pytest.raises(ValueError, match="labels expected 0 … 4, got 1 … 5"):
+    with pytest.raises(ValueError, match="labels must be 0 … 4, got 1 … 5"):
         error(np.zeros((2, 5)))
     assert error(np.zeros((2, 6))).shape == (2,)
 

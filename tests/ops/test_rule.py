@@ -15,8 +15,8 @@ from jaxcnn.geometry import Correlation, Window
 from jaxcnn.ops.activation import Activation
 from jaxcnn.ops.hidden import Hidden
 from jaxcnn.ops.linear import add
-from tests.agreement import CLOSE, random_delta
 from tests.cases import CASES, one_each, with_cotangents
+from tests.compare_torch import CLOSE, random_delta
 
 
 def normal(*shape, seed=0):
@@ -26,7 +26,7 @@ def normal(*shape, seed=0):
 PICTURE = normal(2, 6, 6, 3)
 
 OPS = {
-    # name: (op as a function of its arrays, differentiable arrays, type of Call.geometry)
+    # name: (op as a function of its arrays, differentiable arrays, type of Call.static)
     "relu": (jaxcnn.relu, (PICTURE,), type(None)),
     "silu": (jaxcnn.silu, (PICTURE,), Activation),
     "leaky_relu": (functools.partial(jaxcnn.leaky_relu, negative_slope=0.3), (PICTURE,), Activation),
@@ -59,7 +59,7 @@ def test_what_a_rule_may_read(name):
             assert (found is None) == (array is None)
             if array is not None:
                 np.testing.assert_array_equal(found, array)
-        assert isinstance(call.geometry, kind)
+        assert isinstance(call.static, kind)
         assert call.name == name.split()[0]
         exact = call.exact(delta)
         elsewhere = call.at(*(None if a is None else a + 1 for a in call.inputs))
@@ -144,7 +144,7 @@ def test_equal_calls_have_the_same_name_and_equal_geometry(case):
     seen = []
 
     def note(call, delta):
-        seen.append((call.name, call.geometry))
+        seen.append((call.name, call.static))
         return call.exact(delta)
 
     args = case.arrays()

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 
 import jaxcnn
 from tests import oracles
-from tests.agreement import assert_agrees, pulled, random_delta
 from tests.cases import compiled
+from tests.compare_torch import assert_agrees, pulled, random_delta
 
 NAN, INF = np.nan, np.inf
 
@@ -636,7 +636,7 @@ def test_no_classes(loss):
     logits = np.zeros((3, 0), np.float32)
     target = logits if loss == "softmax_cross_entropy" else np.zeros(3, int)
     for run in (getattr(jaxcnn, loss), jax.jit(getattr(jaxcnn, loss))):
-        with pytest.raises(ValueError, match=rf"^{loss}: logits expected a class or more, got shape \(3, 0\)(?=\n|$)"):
+        with pytest.raises(ValueError, match=rf"^{loss}: logits must be a class or more, got shape \(3, 0\)(?=\n|$)"):
             run(logits, target)
 
 

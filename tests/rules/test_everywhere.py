@@ -28,13 +28,13 @@ FITS = {
     rules.proportional: POOL,
     rules.even_split: POOL,
     rules.FeedbackAlignment(3): PATCH,
-    rules.SignSymmetric(): PATCH,
+    rules.sign_symmetric: PATCH,
     rules.ClipDelta(0.5): ANY,
-    rules.QuantisedDelta("bfloat16"): ANY,
-    rules.QuantisedDelta("float8_e4m3fn"): ANY,
-    rules.QuantisedDelta("int8"): ANY,
-    rules.QuantisedDelta("int8", stochastic=False): ANY,
-    rules.InHiddenLayer(conv=rules.SignSymmetric(), relu=rules.guided_relu, pool=rules.literal_up): (),
+    rules.QuantizedDelta("bfloat16"): ANY,
+    rules.QuantizedDelta("float8_e4m3fn"): ANY,
+    rules.QuantizedDelta("int8"): ANY,
+    rules.QuantizedDelta("int8", stochastic=False): ANY,
+    rules.HiddenLayerRules(conv=rules.sign_symmetric, relu=rules.guided_relu, pool=rules.literal_up): (),
 }
 
 OPS = {
@@ -159,7 +159,7 @@ def test_a_rule_of_ones_own_in_a_hidden_layer():
         assert call.name == "relu"
         return (3 * call.exact(delta)[0],)
 
-    run, args, delta = drawn("hidden_layer", rules.InHiddenLayer(relu=mine))
+    run, args, delta = drawn("hidden_layer", rules.HiddenLayerRules(relu=mine))
     exact, found = (compiled(r)(args, delta)[1] for r in (drawn("hidden_layer")[0], run))
     for a, b in zip(found, exact, strict=True):
         np.testing.assert_allclose(a, 3 * np.asarray(b), rtol=1e-10)

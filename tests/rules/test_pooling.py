@@ -8,7 +8,7 @@ import pytest
 
 import jaxcnn
 from jaxcnn import rules
-from tests.agreement import CLOSE, pulled, random_delta
+from tests.compare_torch import CLOSE, pulled, random_delta
 
 WINDOWS = {
     # name: (shape of x, options)

@@ -6,7 +6,7 @@ import pytest
 
 import jaxcnn
 from jaxcnn import rules
-from tests.agreement import CLOSE, pulled, random_delta
+from tests.compare_torch import CLOSE, pulled, random_delta
 
 X = np.random.default_rng(0).standard_normal((3, 5, 4, 2))
 DELTA = random_delta(X)
@@ -66,9 +66,9 @@ def test_smoothing_vanishes_with_beta():
 @pytest.mark.parametrize(
     ("beta", "kind", "message"),
     [
-        (-1.0, ValueError, "SoftplusSmoothed: beta expected a finite number >= 0, got -1.0"),
-        (float("nan"), ValueError, "SoftplusSmoothed: beta expected a finite number >= 0, got nan"),
-        ("1", TypeError, "SoftplusSmoothed: beta expected a Python float, got str"),
+        (-1.0, ValueError, "SoftplusSmoothed: beta must be a finite number >= 0, got -1.0"),
+        (float("nan"), ValueError, "SoftplusSmoothed: beta must be a finite number >= 0, got nan"),
+        ("1", TypeError, "SoftplusSmoothed: beta must be a Python float, got str"),
     ],
 )
 def test_beta(beta, kind, message):

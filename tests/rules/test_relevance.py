@@ -29,12 +29,12 @@ from jaxcnn import (
     attribution,
 )
 from jaxcnn.ops.linear import add
-from jaxcnn.rules import AlphaBeta, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus, passed, rescale
-from tests import modules
-from tests.agreement import CLOSE, random_delta
-from tests.agreement import pulled as pulled_by
+from jaxcnn.rules import AlphaBeta, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus, pass_through, rescale
+from tests import as_torch
 from tests.cases import compiled, quick_to_compile
 from tests.checks import SPLIT_BY
+from tests.compare_torch import CLOSE, random_delta
+from tests.compare_torch import pulled as pulled_by
 
 #: Bounds of pixel values, one per channel for up to 12 channels.
 LOW, HIGH = np.random.default_rng(7).uniform((-4,), (-3,), (2, 12)) * [[1], [-1]]
@@ -121,17 +121,17 @@ def relevance(layer, rule, x, params, delta=None):
 
 def relevance_by_zennit(layer, params, rule, x, delta):
     """Return zennit's relevance with the rule on the last module that takes one; a hidden layer's ReLU passes it on."""
-    module = modules.module(layer, params).double().eval()
+    module = as_torch.module(layer, params).double().eval()
     parts = [*module] if isinstance(module, torch.nn.Sequential) else [module]
     hooks = [(part, rule.copy()) for part in parts[:1]]
     hooks += [(part, zennit.rules.Pass()) for part in parts if isinstance(part, torch.nn.ReLU)]
     handles = [hook.register(part) for part, hook in hooks]
-    leaf = modules.channels_first(x).requires_grad_()
+    leaf = as_torch.channels_first(x).requires_grad_()
     y = module(leaf)
-    (found,) = torch.autograd.grad(y, leaf, modules.channels_first(delta))
+    (found,) = torch.autograd.grad(y, leaf, as_torch.channels_first(delta))
     for handle in handles:
         handle.remove()
-    return modules.channels_last(found)
+    return as_torch.channels_last(found)
 
 
 #: Rules and layers that cover conservation.
@@ -201,9 +201,9 @@ def test_max_pooling_by_its_exact_rule_is_zennits(layer):
     """zennit has no rule for max pooling: like the gradient, relevance goes to the winner."""
     x, params = drawn(layer, (2, 7, 8, 3))
     delta, found = relevance(layer, None, x, params)
-    leaf = modules.channels_first(x).requires_grad_()
-    expected = torch.autograd.grad(modules.module(layer, {})(leaf), leaf, modules.channels_first(delta))[0]
-    np.testing.assert_allclose(found, modules.channels_last(expected), **CLOSE)
+    leaf = as_torch.channels_first(x).requires_grad_()
+    expected = torch.autograd.grad(as_torch.module(layer, {})(leaf), leaf, as_torch.channels_first(delta))[0]
+    np.testing.assert_allclose(found, as_torch.channels_last(expected), **CLOSE)
 
 
 def exact(rule):
@@ -223,7 +223,7 @@ def test_one_and_three_dims(spatial):
         np.testing.assert_allclose(found.sum(), delta.sum(), rtol=1e-6)
         if len(spatial) == 1:
             flat = Conv(4, (1, 3), stride=(1, 2), bias=False)
-            of_2d = relevance(flat, rule, x[:, None], {"w": params["w"][None]}, delta[:, None])[1]
+            of_2d = relevance(flat, rule, x[:, None], {"weight": params["weight"][None]}, delta[:, None])[1]
             np.testing.assert_allclose(found, of_2d[:, 0], **CLOSE)
 
 
@@ -276,7 +276,7 @@ def test_the_bias_keeps_its_share_of_epsilon():
         delta[(n, *o)] = 2.0
         found = relevance(layer, Epsilon(0.1), x, params, delta)[1].sum()
         at = z[(n, *o)]
-        np.testing.assert_allclose(found, 2 * (at - params["b"][o[-1]]) / (at + 0.1 * np.sign(at)), rtol=1e-10)
+        np.testing.assert_allclose(found, 2 * (at - params["bias"][o[-1]]) / (at + 0.1 * np.sign(at)), rtol=1e-10)
 
 
 def test_a_whole_net_hands_the_output_to_the_pixels():
@@ -292,11 +292,11 @@ def test_a_whole_net_hands_the_output_to_the_pixels():
         "plus": attribution.epsilon_plus(epsilon=1e-14, stabilizer=1e-14),
         "gamma": {
             "conv1": ZBox(0.0, 1.0, 1e-14), Conv: Gamma(0.25, 1e-14), HiddenLayer: Gamma(0.25, 1e-14),
-            Dense: Epsilon(1e-14), AvgPool: Epsilon(1e-14), jaxcnn.Relu: passed,
+            Dense: Epsilon(1e-14), AvgPool: Epsilon(1e-14), jaxcnn.Relu: pass_through,
         },
         "flat, square": {
             "conv1": Flat(), Conv: WSquare(1e-14), HiddenLayer: Gamma(0.25, 1e-14), Dense: Epsilon(1e-14),
-            AvgPool: Flat(), jaxcnn.Relu: passed,
+            AvgPool: Flat(), jaxcnn.Relu: pass_through,
         },
     }  # fmt: skip
     y = np.take_along_axis(np.asarray(net.apply(params, x)), target[:, None], 1)[:, 0]
@@ -347,7 +347,7 @@ NO_EPSILON = {"epsilon": 1e-14, "stabilizer": 1e-14}
 WHOLE = {
     "plus": attribution.epsilon_plus(**NO_EPSILON),
     "alpha 2 beta 1": attribution.epsilon_alpha2_beta1(**NO_EPSILON),
-    "epsilon": {jaxcnn.Relu: passed, jaxcnn.Residual: Epsilon(1e-14), jaxcnn.AdaptiveMaxPool: None,
+    "epsilon": {jaxcnn.Relu: pass_through, jaxcnn.Residual: Epsilon(1e-14), jaxcnn.AdaptiveMaxPool: None,
                 jaxcnn.Layer: Epsilon(1e-14)},
 }  # fmt: skip
 
@@ -374,7 +374,7 @@ def test_epsilon_of_nearly_nothing_is_gradient_times_input():
     net = jaxcnn.serial(Conv(6, 3, bias=False), jaxcnn.Relu(), MaxPool(2), jaxcnn.Flatten(), Dense(5, bias=False))
     params = net.init(jax.random.key(0), (8, 9, 3), jnp.float64)
     x = np.random.default_rng(0).standard_normal((3, 8, 9, 3))
-    rules = {Conv: Epsilon(0.0), Dense: Epsilon(1e-14), jaxcnn.Relu: passed}
+    rules = {Conv: Epsilon(0.0), Dense: Epsilon(1e-14), jaxcnn.Relu: pass_through}
     ask = functools.partial(jaxcnn.attribute, net, target=2)
     found = compiled(functools.partial(ask, rules=rules))(params, x)
     expected = compiled(functools.partial(ask, method="gradient_times_input"))(params, x)
@@ -431,8 +431,8 @@ def test_in_a_training_step_parameters_that_relevance_reaches_stay(rule):
     x = np.random.default_rng(0).standard_normal((4, 8, 8, 3)).astype(np.float32)
     state, metrics = step(state, (x, np.arange(4)))
     assert np.isfinite(metrics["loss"])
-    np.testing.assert_array_equal(state.params["hidden_layer1"]["w"], before["hidden_layer1"]["w"])
-    assert not np.array_equal(state.params["dense1"]["w"], before["dense1"]["w"])
+    np.testing.assert_array_equal(state.params["hidden_layer1"]["weight"], before["hidden_layer1"]["weight"])
+    assert not np.array_equal(state.params["dense1"]["weight"], before["dense1"]["weight"])
 
 
 def test_float32_stays_float32_and_is_near():
@@ -458,7 +458,7 @@ def test_rules_are_values():
 def test_passed():
     x, delta = np.random.default_rng(0).standard_normal((2, 3, 4))
     for op in (jaxcnn.relu, jaxcnn.gelu, lambda x, rule: jaxcnn.dropout(x, 0.5, jax.random.key(0), rule=rule)):
-        np.testing.assert_array_equal(jax.vjp(functools.partial(op, rule=passed), x)[1](delta)[0], delta)
+        np.testing.assert_array_equal(jax.vjp(functools.partial(op, rule=pass_through), x)[1](delta)[0], delta)
 
 
 def test_nothing_out_of_nothing():
@@ -527,7 +527,7 @@ BATCH = "expected statistics from jaxcnn.calibrate; by the batch's own, examples
 REFUSED = [
     # error, message, call with one image and a rule
     ("relu: rule ZPlus(stabilizer=1e-06): expected as a rule of " + OPS
-     + ", hidden_layer; rules.passed fits activations, dropout and norms",
+     + ", hidden_layer; rules.pass_through fits activations, dropout and norms",
      lambda x: jaxcnn.relu(x, rule=ZPlus())),
     ("add: rule ZPlus(stabilizer=1e-06): expected as a rule of " + OPS + ", hidden_layer; Epsilon and Flat fit add",
      lambda x: add(x, x, rule=ZPlus())),
@@ -537,20 +537,20 @@ REFUSED = [
      + ", hidden_layer; global_max_pool keeps its exact rule, R to the winner",
      lambda x: jaxcnn.global_max_pool(x, rule=Flat())),
     ("layer_norm: rule Epsilon(epsilon=1e-06): expected as a rule of " + EPSILON
-     + "; rules.passed fits activations, dropout and norms", lambda x: jaxcnn.layer_norm(x, rule=Epsilon())),
+     + "; rules.pass_through fits activations, dropout and norms", lambda x: jaxcnn.layer_norm(x, rule=Epsilon())),
     ("batch_norm: rule Epsilon(epsilon=1e-06): " + BATCH, lambda x: jaxcnn.batch_norm(x, rule=Epsilon())),
     ("batch_norm: rule rescale: " + BATCH, lambda x: jaxcnn.batch_norm(x, rule=rescale)),
     ("gelu: rule Epsilon(epsilon=1e-06): expected as a rule of " + EPSILON
-     + "; rules.passed fits activations, dropout and norms", lambda x: jaxcnn.gelu(x, rule=Epsilon())),
+     + "; rules.pass_through fits activations, dropout and norms", lambda x: jaxcnn.gelu(x, rule=Epsilon())),
     ("max_pool: rule Epsilon(epsilon=1e-06): expected as a rule of " + EPSILON
      + "; max_pool keeps its exact rule, R to the winner", lambda x: jaxcnn.max_pool(x, 2, rule=Epsilon())),
     ("avg_pool: rule Gamma(gamma=0.25, stabilizer=1e-06): expected as a rule of " + OPS
      + ", hidden_layer; Epsilon and Flat fit avg_pool", lambda x: jaxcnn.avg_pool(x, 2, rule=Gamma())),
-    ("conv: rule passed: expected as a rule of an activation, of dropout or of a norm, entry by entry",
-     lambda x: jaxcnn.conv(x, np.ones((1, 1, 4, 4), np.float32), rule=passed)),
-    ("max_pool: rule passed: expected as a rule of an activation, of dropout or of a norm, entry by entry",
-     lambda x: jaxcnn.max_pool(x, 2, rule=passed)),
-    ("ZBox: low expected one number or 4, one for each channel, got 3",
+    ("conv: rule pass_through: expected as a rule of an activation, of dropout or of a norm, entry by entry",
+     lambda x: jaxcnn.conv(x, np.ones((1, 1, 4, 4), np.float32), rule=pass_through)),
+    ("max_pool: rule pass_through: expected as a rule of an activation, of dropout or of a norm, entry by entry",
+     lambda x: jaxcnn.max_pool(x, 2, rule=pass_through)),
+    ("ZBox: low must be one number or 4, one for each channel, got 3",
      lambda x: jaxcnn.conv(x, np.ones((1, 1, 4, 4), np.float32), rule=ZBox((0.0, 0.0, 0.0), 1.0))),
     ("relu: rule rescale: expected examples and as many references after them, got x (3, 6, 6, 4)",
      lambda x: jaxcnn.relu(jnp.concatenate([x, x[:1]]), rule=rescale)),
@@ -579,19 +579,19 @@ MADE = [
     (TypeError, "ZBox: expected low and high, the bounds that pixels lie between, such as ZBox(0.0, 1.0)", ZBox),
     (TypeError, "ZBox: expected low and high, the bounds that pixels lie between, such as ZBox(0.0, 1.0)",
      lambda: ZBox(0.0)),
-    (TypeError, "ZBox: high expected a Python float, got str", lambda: ZBox(0.0, "1")),
-    (ValueError, "ZBox: low expected at most high, got low 1.0, high 0.0", lambda: ZBox(1.0, 0.0)),
-    (ValueError, "ZBox: low expected at most high, got low (0.0, 2.0), high 1.0", lambda: ZBox((0, 2), 1)),
-    (ValueError, "AlphaBeta: alpha − beta expected 1, got alpha 2.0, beta 0.0", lambda: AlphaBeta(2, 0)),
-    (ValueError, "Epsilon: epsilon expected a finite number >= 0, got -1.0", lambda: Epsilon(-1.0)),
-    (ValueError, "Gamma: gamma expected a finite number >= 0, got inf", lambda: Gamma(float("inf"))),
+    (TypeError, "ZBox: high must be a Python float, got str", lambda: ZBox(0.0, "1")),
+    (ValueError, "ZBox: low must be at most high, got low 1.0, high 0.0", lambda: ZBox(1.0, 0.0)),
+    (ValueError, "ZBox: low must be at most high, got low (0.0, 2.0), high 1.0", lambda: ZBox((0, 2), 1)),
+    (ValueError, "AlphaBeta: alpha − beta must be 1, got alpha 2.0, beta 0.0", lambda: AlphaBeta(2, 0)),
+    (ValueError, "Epsilon: epsilon must be a finite number >= 0, got -1.0", lambda: Epsilon(-1.0)),
+    (ValueError, "Gamma: gamma must be a finite number >= 0, got inf", lambda: Gamma(float("inf"))),
     (ValueError, "ZPlus: zero_params must be 'w', 'b' or a sequence of them, got 'biases'",
      lambda: ZPlus(zero_params="biases")),
     (TypeError, "Flat: zero_params must be 'w', 'b' or a sequence of them, got None", lambda: Flat(zero_params=None)),
     (TypeError, "ZBox: zero_params must be 'w', 'b' or a sequence of them, got [1]",
      lambda: ZBox(0.0, 1.0, zero_params=[1])),
-    (TypeError, "ZPlus: stabilizer expected a Python float, got str", lambda: ZPlus("0.1")),
-    (TypeError, "Epsilon: epsilon expected a Python float, got a value traced by jax; it must be static",
+    (TypeError, "ZPlus: stabilizer must be a Python float, got str", lambda: ZPlus("0.1")),
+    (TypeError, "Epsilon: epsilon must be a Python float, got a value traced by jax; it must be static",
      lambda: jax.jit(Epsilon)(0.1)),
 ]  # fmt: skip
 

@@ -8,7 +8,7 @@ import pytest
 
 import jaxcnn
 from jaxcnn import rules
-from tests.agreement import CLOSE, pulled, random_delta
+from tests.compare_torch import CLOSE, pulled, random_delta
 
 RNG = np.random.default_rng(0)
 CALLS = {
@@ -48,12 +48,14 @@ def back(name, rule, *args, delta=None):
 # Another kernel
 
 
-@pytest.mark.parametrize("rule", [rules.FeedbackAlignment(3), rules.SignSymmetric()], ids=repr)
+@pytest.mark.parametrize(
+    "rule", [rules.FeedbackAlignment(3), rules.sign_symmetric], ids=lambda r: getattr(r, "__name__", repr(r))
+)
 @pytest.mark.parametrize("name", ["conv", "conv, groups, no bias", "depthwise_conv", "conv_transpose", "dense"])
 def test_delta_comes_back_by_another_patch_alone(rule, name):
     """δ_x is that of the exact rule with kernel B, and the other gradients are the exact ones with kernel w."""
     _, (x, w, *b) = CALLS[name]
-    other = np.sign(w) * np.abs(w).mean() if isinstance(rule, rules.SignSymmetric) else np.asarray(rule.patch(w))
+    other = np.sign(w) * np.abs(w).mean() if rule is rules.sign_symmetric else np.asarray(rule.kernel(w))
     delta_x, *of_parameters = back(name, rule)
     np.testing.assert_allclose(delta_x, back(name, None, x, other, *b)[0], **CLOSE)
     for found, expected in zip(of_parameters, back(name, None)[1:], strict=True):
@@ -80,16 +82,16 @@ def test_the_random_patch():
     It depends only on seed and shape, and is the same in every dtype and program.
     """
     w = np.zeros((5, 5, 32, 64))
-    patch = np.asarray(rules.FeedbackAlignment(1).patch(w))
-    n = patch.size
-    assert abs(patch.mean()) < 5 * patch.std() / np.sqrt(n)
-    np.testing.assert_allclose(patch.var() * 800 / 2, 1, atol=5 * np.sqrt(2 / n))
-    assert abs(patch).max() <= np.sqrt(6 / 800)
-    np.testing.assert_array_equal(patch, jax.jit(rules.FeedbackAlignment(1).patch)(w))
-    np.testing.assert_array_equal(patch, rules.FeedbackAlignment(1).patch(w.astype(np.float32)))
-    assert np.abs(patch - rules.FeedbackAlignment(2).patch(w)).max() > 0.1
-    turned = np.asarray(rules.FeedbackAlignment(1).patch(np.zeros((5, 5, 64, 32))))
-    assert abs(np.corrcoef(patch.ravel(), turned.ravel())[0, 1]) < 0.05
+    kernel = np.asarray(rules.FeedbackAlignment(1).kernel(w))
+    n = kernel.size
+    assert abs(kernel.mean()) < 5 * kernel.std() / np.sqrt(n)
+    np.testing.assert_allclose(kernel.var() * 800 / 2, 1, atol=5 * np.sqrt(2 / n))
+    assert abs(kernel).max() <= np.sqrt(6 / 800)
+    np.testing.assert_array_equal(kernel, jax.jit(rules.FeedbackAlignment(1).kernel)(w))
+    np.testing.assert_array_equal(kernel, rules.FeedbackAlignment(1).kernel(w.astype(np.float32)))
+    assert np.abs(kernel - rules.FeedbackAlignment(2).kernel(w)).max() > 0.1
+    turned = np.asarray(rules.FeedbackAlignment(1).kernel(np.zeros((5, 5, 64, 32))))
+    assert abs(np.corrcoef(kernel.ravel(), turned.ravel())[0, 1]) < 0.05
 
 
 def test_aligning():
@@ -101,14 +103,14 @@ def test_aligning():
         lambda a: rng.normal(0, 0.1, a.shape), jax.eval_shape(lambda: net.init(jax.random.key(0), (10,)))
     )  # fmt: skip
     rule = rules.FeedbackAlignment(0)
-    patch = rule.patch(params["dense2"]["w"])
+    kernel = rule.kernel(params["dense2"]["weight"])
 
     def error(params):
         return jaxcnn.squared_error(net.apply(params, x, rules=rule), x @ teacher).mean()
 
     def angle(params):
-        w = params["dense2"]["w"]
-        return np.degrees(np.arccos(jnp.vdot(w, patch) / jnp.linalg.norm(w) / jnp.linalg.norm(patch)))
+        w = params["dense2"]["weight"]
+        return np.degrees(np.arccos(jnp.vdot(w, kernel) / jnp.linalg.norm(w) / jnp.linalg.norm(kernel)))
 
     before = angle(params), error(params)
     step = jax.jit(lambda params: jax.tree.map(lambda p, g: p - 0.05 * g, params, jax.grad(error)(params)))
@@ -173,7 +175,7 @@ def test_rounded_to_nearest(dtype):
     delta = spread_out(least=-20)
     s = scale(delta, dtype)
     short = np.rint(delta / s) if dtype == "int8" else (delta / s).astype(DTYPES[dtype])
-    found = rules.QuantisedDelta(dtype, stochastic=False).quantised(jnp.asarray(delta))
+    found = rules.QuantizedDelta(dtype, stochastic=False).quantised(jnp.asarray(delta))
     np.testing.assert_array_equal(found, short.astype(np.float32) * s)
 
 
@@ -181,7 +183,7 @@ def test_rounded_to_nearest(dtype):
 def test_rounded_by_chance_to_a_neighbour(dtype):
     """Every result is the nearest number of the dtype above or below."""
     delta = spread_out()
-    found = np.asarray(rules.QuantisedDelta(dtype).quantised(jnp.asarray(delta)))
+    found = np.asarray(rules.QuantizedDelta(dtype).quantised(jnp.asarray(delta)))
     s = scale(delta, dtype)
     scaled = (found / s).astype(np.float32)
     exact = np.rint(scaled) if dtype == "int8" else scaled.astype(DTYPES[dtype]).astype(np.float32)
@@ -190,7 +192,7 @@ def test_rounded_by_chance_to_a_neighbour(dtype):
     down = np.nextafter(exact.astype(DTYPES[dtype]), DTYPES[dtype](-448)) if dtype != "int8" else exact - 1
     assert ((delta / s <= up.astype(np.float32)) | (delta <= 0)).all()
     assert ((delta / s >= down.astype(np.float32)) | (delta <= 0)).all()
-    nearest = np.asarray(rules.QuantisedDelta(dtype, stochastic=False).quantised(jnp.asarray(delta)))
+    nearest = np.asarray(rules.QuantizedDelta(dtype, stochastic=False).quantised(jnp.asarray(delta)))
     assert 0.1 < (found != nearest).mean() < 0.5  # it would be a quarter if all distances were equally likely
 
 
@@ -198,7 +200,7 @@ def test_rounded_by_chance_to_a_neighbour(dtype):
 def test_right_on_average(dtype):
     """The mean of 10,000 rounded copies of each element is that element, to within five standard errors."""
     delta, copies = spread_out(1, 50).astype(float), 10_000
-    found = rules.QuantisedDelta(dtype).quantised(jnp.tile(jnp.asarray(delta, jnp.float32), (copies, 1)))
+    found = rules.QuantizedDelta(dtype).quantised(jnp.tile(jnp.asarray(delta, jnp.float32), (copies, 1)))
     s = scale(delta, dtype)
     bits, lowest = {"bfloat16": (7, -126), "float8_e4m3fn": (3, -6), "int8": (0, 0)}[dtype]
     exponent = 0 if dtype == "int8" else np.maximum(np.floor(np.log2(np.abs(delta) / s)), lowest)
@@ -210,16 +212,16 @@ def test_right_on_average(dtype):
 
 def test_chance_is_decided_by_seed_and_delta():
     delta = jnp.asarray(spread_out())
-    rule = rules.QuantisedDelta("int8")
+    rule = rules.QuantizedDelta("int8")
     np.testing.assert_array_equal(rule.quantised(delta), rule.quantised(delta))
-    assert (rule.quantised(delta) != rules.QuantisedDelta("int8", seed=1).quantised(delta)).any()
+    assert (rule.quantised(delta) != rules.QuantizedDelta("int8", seed=1).quantised(delta)).any()
     other = delta.at[0].add(1e-3)
     assert (rule.quantised(delta)[1:] != rule.quantised(other)[1:]).any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_special_deltas(dtype):
-    rule = rules.QuantisedDelta(dtype)
+    rule = rules.QuantizedDelta(dtype)
     np.testing.assert_array_equal(rule.quantised(jnp.zeros((3, 2))), 0)
     found = rule.quantised(jnp.array([jnp.nan, jnp.inf, -jnp.inf, 1.0, -2.0], jnp.float32))
     np.testing.assert_array_equal(found[:3], [np.nan, np.inf, -np.inf])
@@ -234,7 +236,7 @@ def test_special_deltas(dtype):
 @pytest.mark.parametrize("name", CALLS)
 def test_the_exact_rule_reads_the_quantised_delta(name):
     op, args = CALLS[name]
-    rule = rules.QuantisedDelta("int8")
+    rule = rules.QuantizedDelta("int8")
     delta = random_delta(jax.eval_shape(op, *args))
     short = np.asarray(rule.quantised(jnp.asarray(delta)))
     assert 0 < np.abs(short - delta).max() <= scale(delta, "int8")
@@ -249,16 +251,16 @@ def test_the_exact_rule_reads_the_quantised_delta(name):
 @pytest.mark.parametrize(
     ("make", "kind", "message"),
     [
-        (lambda: rules.FeedbackAlignment(-1), ValueError, "FeedbackAlignment: seed expected 0 to 4294967295, got -1"),
-        (lambda: rules.FeedbackAlignment(0.5), TypeError, "FeedbackAlignment: seed expected ints, got 0.5"),
-        (lambda: rules.ClipDelta(0), ValueError, "ClipDelta: norm expected a finite number > 0, got 0"),
-        (lambda: rules.ClipDelta(jnp.ones(())), TypeError, "ClipDelta: norm expected a Python float, got ArrayImpl"),
+        (lambda: rules.FeedbackAlignment(-1), ValueError, "FeedbackAlignment: seed must be 0 to 4294967295, got -1"),
+        (lambda: rules.FeedbackAlignment(0.5), TypeError, "FeedbackAlignment: seed must be ints, got 0.5"),
+        (lambda: rules.ClipDelta(0), ValueError, "ClipDelta: norm must be a finite number > 0, got 0"),
+        (lambda: rules.ClipDelta(jnp.ones(())), TypeError, "ClipDelta: norm must be a Python float, got ArrayImpl"),
         (
-            lambda: rules.QuantisedDelta("int4"), ValueError,
-            "QuantisedDelta: dtype expected one of bfloat16, float8_e4m3fn, int8, got 'int4'",
+            lambda: rules.QuantizedDelta("int4"), ValueError,
+            "QuantizedDelta: dtype must be one of bfloat16, float8_e4m3fn, int8, got 'int4'",
         ),
-        (lambda: rules.QuantisedDelta(stochastic=1), TypeError, "QuantisedDelta: stochastic expected a bool, got 1"),
-        (lambda: rules.QuantisedDelta(seed="0"), TypeError, "QuantisedDelta: seed expected ints, got '0'"),
+        (lambda: rules.QuantizedDelta(stochastic=1), TypeError, "QuantizedDelta: stochastic must be a bool, got 1"),
+        (lambda: rules.QuantizedDelta(seed="0"), TypeError, "QuantizedDelta: seed must be ints, got '0'"),
     ],
 )  # fmt: skip
 def test_options(make, kind, message):

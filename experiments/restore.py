@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from experiments import train
 from experiments.data import SOURCES, Dataset, load
 from experiments.errors import CheckpointError, UsageError
-from experiments.runs import Run
+from experiments.run_folder import Run
 
 if TYPE_CHECKING:
     from experiments.checkpoints import Params

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import loop
-from experiments.loop import LOOK_EVERY, fit
-from experiments.runs import Epoch
+from experiments import training_loop
+from experiments.run_folder import Epoch
+from experiments.training_loop import LOOK_EVERY, fit
 
 BATCHES_PER_EPOCH = 20
 BATCH_SIZE = 8
@@ -37,8 +37,8 @@ class Silent:
 
 def one_step(state, batch):
     """Count a step; the loss is finite exactly if the parameters before the step are."""
-    before = state.params["w"]
-    return State({"w": before + batch}), {"loss": 1.0 / (1.0 + abs(before)), "accuracy": jnp.float32(0.5)}
+    before = state.params["weight"]
+    return State({"weight": before + batch}), {"loss": 1.0 / (1.0 + abs(before)), "accuracy": jnp.float32(0.5)}
 
 
 @dataclasses.dataclass
@@ -46,16 +46,16 @@ class Saved:
     calls: list = dataclasses.field(default_factory=list)
 
     def __call__(self, rows: list[Epoch], params: dict, step: int) -> None:
-        self.calls.append((len(rows), float(params["w"]), step))
+        self.calls.append((len(rows), float(params["weight"]), step))
 
 
 def run(step=one_step, *, count=3, max_steps=1000, evaluate=None, batches=None, per_epoch=BATCHES_PER_EPOCH):
     progress, saved = Silent(), Saved()
     outcome = fit(
         step,
-        State({"w": jnp.float32(0)}),
+        State({"weight": jnp.float32(0)}),
         lambda epoch: batches(epoch) if batches else [jnp.float32(1)] * per_epoch,
-        evaluate or (lambda params: {"loss": 0.25, "accuracy": float(params["w"]) / 100}),
+        evaluate or (lambda params: {"loss": 0.25, "accuracy": float(params["weight"]) / 100}),
         count=count,
         batch_size=BATCH_SIZE,
         max_steps=max_steps,
@@ -79,7 +79,7 @@ def test_every_epoch_is_trained_evaluated_and_saved():
     outcome, progress, saved = run()
     assert outcome.end == "finished"
     assert outcome.step == 60
-    assert outcome.params["w"] == 60
+    assert outcome.params["weight"] == 60
     assert saved.calls == [(1, 20.0, 20), (2, 40.0, 40), (3, 60.0, 60)]
     assert [row.epoch for row in outcome.rows] == [1, 2, 3]
     assert [row.test_accuracy for row in outcome.rows] == pytest.approx([0.2, 0.4, 0.6])
@@ -100,7 +100,7 @@ def test_training_numbers_are_means_over_the_epoch():
 def test_max_steps_ends_within_an_epoch_and_still_evaluates(max_steps):
     outcome, _, saved = run(max_steps=max_steps)
     assert outcome.end == "finished"
-    assert outcome.step == max_steps == outcome.params["w"]
+    assert outcome.step == max_steps == outcome.params["weight"]
     assert len(outcome.rows) == math.ceil(max_steps / BATCHES_PER_EPOCH)
     assert outcome.rows[-1].step == max_steps
     assert outcome.rows[-1].test_loss == 0.25
@@ -111,9 +111,9 @@ def diverging(bad_step):
     """Return a step function that makes the parameters infinite at `bad_step`, so the next loss is not finite."""
 
     def step(state, batch):
-        before = float(state.params["w"])
+        before = float(state.params["weight"])
         after = jnp.float32(math.inf if before + 1 == bad_step else before + 1)
-        return State({"w": after}), {"loss": before * 0 + 1.0, "accuracy": jnp.float32(0)}
+        return State({"weight": after}), {"loss": before * 0 + 1.0, "accuracy": jnp.float32(0)}
 
     return step
 
@@ -124,17 +124,17 @@ def test_a_loss_that_is_not_finite_is_named_and_good_parameters_survive(bad):
     assert outcome.end == "diverged"
     assert outcome.bad_step == bad + 1
     assert math.isnan(outcome.bad_loss)
-    assert math.isfinite(outcome.params["w"])
-    assert outcome.params["w"] == outcome.step < bad
+    assert math.isfinite(outcome.params["weight"])
+    assert outcome.params["weight"] == outcome.step < bad
     assert outcome.step >= bad - 2 * LOOK_EVERY  # few steps are lost
     assert len(outcome.rows) == len(saved.calls) == bad // BATCHES_PER_EPOCH
 
 
 def test_parameters_spoiled_by_an_epochs_last_step_are_seen_in_its_evaluation():
-    outcome, _, _ = run(diverging(20), evaluate=lambda params: {"loss": float(params["w"]), "accuracy": 0.0})
+    outcome, _, _ = run(diverging(20), evaluate=lambda params: {"loss": float(params["weight"]), "accuracy": 0.0})
     assert outcome.end == "diverged"
     assert outcome.bad_step == 20
-    assert math.isfinite(outcome.params["w"])
+    assert math.isfinite(outcome.params["weight"])
     assert outcome.rows == []
 
 
@@ -144,7 +144,7 @@ def ctrl_c():
 
 def interrupted_at(*steps):
     def step(state, batch):
-        if int(state.params["w"]) + 1 in steps:
+        if int(state.params["weight"]) + 1 in steps:
             ctrl_c()
         return one_step(state, batch)
 
@@ -156,7 +156,7 @@ def interrupted_at(*steps):
 def test_ctrl_c_ends_after_the_step_in_hand(at):
     outcome, _, saved = run(interrupted_at(at))
     assert outcome.end == "interrupted"
-    assert outcome.step == at == outcome.params["w"]
+    assert outcome.step == at == outcome.params["weight"]
     assert outcome.rows[-1].step == at
     assert math.isnan(outcome.rows[-1].test_loss)  # an interrupted run skips the evaluation
     assert len(saved.calls) == (at - 1) // BATCHES_PER_EPOCH
@@ -217,7 +217,7 @@ def test_the_order_of_batches_is_asked_for_by_epoch():
 
 def test_steps_are_not_waited_for_one_by_one(monkeypatch):
     looks = []
-    device_get = loop.jax.device_get
-    monkeypatch.setattr(loop.jax, "device_get", lambda tree: looks.append(len(tree)) or device_get(tree))
+    device_get = training_loop.jax.device_get
+    monkeypatch.setattr(training_loop.jax, "device_get", lambda tree: looks.append(len(tree)) or device_get(tree))
     run(count=1, per_epoch=40)
     assert looks == [16, 16, 8]

@@ -1,4 +1,4 @@
-"""Checks that the built distributions install and work: python -m tests.built dist.
+"""Checks that the built distributions install and work: python -m tools.check_dist dist.
 
 The wheel must contain the package and nothing else. Wheel and sdist are each installed in a fresh environment with only
 their declared dependencies; they must import, report their version, and train.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from experiments.checkpoints import Params
 from experiments.data import Batch
 from experiments.report import Progress
-from experiments.runs import Epoch
+from experiments.run_folder import Epoch
 from jaxcnn import TrainState
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]

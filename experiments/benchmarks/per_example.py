@@ -1,4 +1,4 @@
-"""Compare per-example gradients with vmap of grad: python -m experiments.benchmarks.examples --help."""
+"""Compare per-example gradients with vmap of grad: python -m experiments.benchmarks.per_example --help."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from experiments.errors import RunError, UsageError
 if TYPE_CHECKING:
     from experiments.benchmarks.nets import Timed
 
-PROG = "python -m experiments.benchmarks.examples"
+PROG = "python -m experiments.benchmarks.per_example"
 LIBRARIES = ("jaxcnn", "flax nnx", "equinox")
 #: Relative L2 distance up to which two results are equal.
 EQUAL = 1e-4
@@ -125,9 +125,9 @@ def ours(timed: "Timed", params: Any) -> Mapping[str, tuple[Any, Any]]:
 
     loss = jaxcnn.softmax_cross_entropy_with_integer_labels
     f: dict[str, Callable[..., Any]] = {
-        "gradients": lambda p, x, y, most: jaxcnn.per_example_gradients(timed.net, p, x, y, loss),
-        "norms": lambda p, x, y, most: jaxcnn.per_example_norms(timed.net, p, x, y, loss),
-        "clipped sums": lambda p, x, y, most: jaxcnn.clipped_gradient(timed.net, p, x, y, loss, most),
+        "gradients": lambda p, x, y, most: jaxcnn.per_example_gradients(timed.net, loss, p, x, y),
+        "norms": lambda p, x, y, most: jaxcnn.per_example_norms(timed.net, loss, p, x, y),
+        "clipped sums": lambda p, x, y, most: jaxcnn.clipped_gradient(timed.net, loss, p, x, y, most),
     }
     return {what: (jax.jit(function), params) for what, function in f.items()}
 

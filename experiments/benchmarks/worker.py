@@ -1,4 +1,4 @@
-"""A contender in its own process, which runs a turn on request: python -m experiments.benchmarks.turn.
+"""A contender in its own process, which runs a turn on request: python -m experiments.benchmarks.worker.
 
 Libraries that have their own threads disturb each other in one process, and each has its own memory to warm up. So
 every contender has a process, and all but one wait, without work, for a line on their standard input.
@@ -34,7 +34,7 @@ class Contender:
         """Start it; it builds its step in parallel with the others. `sizes` are fields of `nets.Timed` or None."""
         self.name = name
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "experiments.benchmarks.turn", name, net, json.dumps(sizes)],
+            [sys.executable, "-m", "experiments.benchmarks.worker", name, net, json.dumps(sizes)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

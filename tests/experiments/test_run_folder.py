@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from experiments.errors import RunError
-from experiments.runs import Epoch, Run, check_folder, draw_curves, new_folder
+from experiments.run_folder import Epoch, Run, check_folder, draw_curves, new_folder
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,7 +55,7 @@ import sys
 from datetime import datetime
 from pathlib import Path
 from experiments.errors import RunError
-from experiments.runs import new_folder
+from experiments.run_folder import new_folder
 
 out = Path(sys.argv[1]) if len(sys.argv) > 1 else None
 print("ready", flush=True)
@@ -160,7 +160,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
 
 def test_what_a_run_leaves_behind(tmp_path):
     run = Run.start(tmp_path / "run", {"model": "mlp", "out": Path("x"), "rate": 0.1})
-    run.save(ROWS, {"dense1": {"w": np.ones((2, 2), np.float32)}}, 20)
+    run.save(ROWS, {"dense1": {"weight": np.ones((2, 2), np.float32)}}, 20)
     run.plot(ROWS, "title")
     assert sorted(path.name for path in run.folder.iterdir()) == [
         "config.json",
@@ -178,7 +178,7 @@ def test_what_a_run_leaves_behind(tmp_path):
 
 def test_an_epoch_that_was_not_evaluated_has_empty_cells(tmp_path):
     run = Run.start(tmp_path, {})
-    run.save([Epoch(1, 3, 1.0, 0.5, math.nan, math.nan, 1.0, 9.0)], {"w": np.ones(1, np.float32)}, 3)
+    run.save([Epoch(1, 3, 1.0, 0.5, math.nan, math.nan, 1.0, 9.0)], {"weight": np.ones(1, np.float32)}, 3)
     assert (tmp_path / "metrics.csv").read_text().splitlines()[1] == "1,3,1,0.5,,,1,9"
     run.plot([Epoch(1, 3, 1.0, 0.5, math.nan, math.nan, 1.0, 9.0)], "cut")
     assert (tmp_path / "curves.png").stat().st_size > 0

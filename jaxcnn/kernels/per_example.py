@@ -1,7 +1,7 @@
 """Per-example weight gradients of a convolution, and their squared norms.
 
-    match_each      w[n, k] = Σ_o x[n, o·s + k·d − lo]ᵀ · y[n, o]
-    match_squares   ‖w[n]‖²
+    kernel_grad_each      w[n, k] = Σ_o x[n, o·s + k·d − lo]ᵀ · y[n, o]
+    kernel_grad_squares   ‖w[n]‖²
 
 The norm can be computed without w (*ghost norms*). With P the image patches under the windows,
 
@@ -24,10 +24,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxcnn.geometry import Correlation
-from jaxcnn.kernels.correlation import fit, match
+from jaxcnn.kernels.correlation import fit, kernel_grad
 from jaxcnn.kernels.dtypes import accumulator, wider
-from jaxcnn.kernels.storage import stored
-from jaxcnn.kernels.threads import batched_product
+from jaxcnn.kernels.materialize import materialize
+from jaxcnn.kernels.parallel import batched_product
 
 #: Smallest acceptable ratio of a ghost norm's sum to the sum of absolute terms. Real nets have 0.1 or more.
 KEPT = 1 / 64
@@ -36,10 +36,10 @@ KEPT = 1 / 64
 PATCHES_BYTES = 1 << 20
 
 
-def match_each(c: Correlation, x: Array, y: Array) -> Array:
+def kernel_grad_each(c: Correlation, x: Array, y: Array) -> Array:
     """Return per-example weight gradients, ``(N, *size, I/groups, O)``, in the accumulation dtype of x and y.
 
-    This is one product of all patches per example. On CPU, where these would be too large, it is `match` for one
+    This is one product of all patches per example. On CPU, where these would be too large, it is `kernel_grad` for one
     example after the other, which runs on all threads; batched products of such sizes do not.
     """
     x, y = _wide(x, y)
@@ -52,16 +52,18 @@ def match_each(c: Correlation, x: Array, y: Array) -> Array:
 
 
 def _one_by_one(c: Correlation, x: Array, y: Array) -> Array:
-    return lax.map(lambda both: match(c, both[0][None], both[1][None]), (x, y))
+    return lax.map(lambda both: kernel_grad(c, both[0][None], both[1][None]), (x, y))
 
 
 def _by_patches(c: Correlation, x: Array, y: Array) -> Array:
     win, n, inputs, outputs, places = c.window, x.shape[0], x.shape[-1], y.shape[-1], math.prod(c.window.out)
-    patches = stored(jnp.moveaxis(fit(win, x), -1, 1))  # (N, I, *span): positions last, the layout that suits a GEMM
+    patches = materialize(
+        jnp.moveaxis(fit(win, x), -1, 1)
+    )  # (N, I, *span): positions last, the layout that suits a GEMM
     for dim in reversed(range(win.ndim)):  # dim by dim: fewer slices than one per tap
         axis, s, last = dim - win.ndim, win.steps[dim], (win.out[dim] - 1) * win.steps[dim] + 1
         starts = range(0, win.size[dim] * win.dilation[dim], win.dilation[dim])
-        patches = stored(jnp.stack([lax.slice_in_dim(patches, k, k + last, s, axis) for k in starts], 1))
+        patches = materialize(jnp.stack([lax.slice_in_dim(patches, k, k + last, s, axis) for k in starts], 1))
     patches = lax.collapse(patches, 2 + win.ndim)  # (N, *size, I, positions)
     if c.groups == 1:  # a special case: with a group dim of one, XLA:CPU transposes the product's result
         patches, y = lax.collapse(patches, 1, -1), y.reshape(n, places, outputs)
@@ -73,12 +75,12 @@ def _by_patches(c: Correlation, x: Array, y: Array) -> Array:
     return w.reshape(n, *win.size, inputs // c.groups, outputs)
 
 
-def match_squares(c: Correlation, x: Array, y: Array) -> Array:
-    """Return ``(N,)``: ‖match_each(c, x, y)[n]‖²."""
+def kernel_grad_squares(c: Correlation, x: Array, y: Array) -> Array:
+    """Return ``(N,)``: ‖kernel_grad_each(c, x, y)[n]‖²."""
     if ghost_is_cheaper(c, x.shape[-1], y.shape[-1]):
         x, y = _wide(x, y)
-        return _kept_or(lambda x, y: squares(match(c, x[None], y[None])[None])[0], x, y, _ghost_terms(c, x, y))
-    return squares(match_each(c, x, y))
+        return _kept_or(lambda x, y: squares(kernel_grad(c, x[None], y[None])[None])[0], x, y, _ghost_terms(c, x, y))
+    return squares(kernel_grad_each(c, x, y))
 
 
 def ghost_is_cheaper(c: Correlation, inputs: int, outputs: int) -> bool:

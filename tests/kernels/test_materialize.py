@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxcnn
-from jaxcnn.kernels.storage import stored, stored_if_small
+from jaxcnn.kernels.materialize import materialize, materialize_if_small
 from tests.cases import compiled
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
@@ -37,14 +37,14 @@ def test_larger_residuals_are_left_to_xla():
     def calls(f):
         return len(re.findall(r" call\(", jax.jit(f).lower(X).compile().as_text()))
 
-    assert calls(lambda x: stored_if_small(jnp.sin(x)) * 2) == 0
+    assert calls(lambda x: materialize_if_small(jnp.sin(x)) * 2) == 0
     if jax.default_backend() == "cpu":
-        assert calls(lambda x: stored(jnp.sin(x)) * 2) == 1
+        assert calls(lambda x: materialize(jnp.sin(x)) * 2) == 1
 
 
 @pytest.mark.parametrize("dtype", [bool, np.uint8, np.int32, np.float32, np.float64, jnp.bfloat16, np.complex64])
 def test_stored_changes_nothing(dtype):
     a = (X * 3).astype(dtype)
-    for found in (stored(a), compiled(stored)(a), jax.vmap(stored)(a), stored_if_small(a)):
+    for found in (materialize(a), compiled(materialize)(a), jax.vmap(materialize)(a), materialize_if_small(a)):
         assert found.dtype == a.dtype
         np.testing.assert_array_equal(found, a)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.small_errors import EQUIVALENT, ROOT, equivalent, mutants
+from tools.mutation_operators import EQUIVALENT, ROOT, equivalent, mutants
 
 SOURCE = '''
 import functools

@@ -1,4 +1,4 @@
-"""Mutation testing of jaxcnn/ops and geometry.py: python -m tests.mutants [--sample 400 --seed 0].
+"""Mutation testing of jaxcnn/ops and geometry.py: python -m tools.mutants [--sample 400 --seed 0].
 
 mutmut's operators make the mutants. The runner is not mutmut's, because Python, JAX and pytest take longer to start
 than most mutants live. A parent process imports the slow modules and nothing of jaxcnn. Each mutant runs in a forked
@@ -33,7 +33,7 @@ from xml.etree import ElementTree
 
 import coverage
 
-from tests.small_errors import ROOT, Mutant, equivalent, mutants
+from tools.mutation_operators import ROOT, Mutant, equivalent, mutants
 
 FILES = ["jaxcnn/geometry.py", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("jaxcnn/ops/[a-z]*.py"))]
 #: Observations of the suite: which tests reach a line, and how long each takes.
@@ -195,7 +195,7 @@ def share(count: collections.Counter[str]) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (None: the process's own) and return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.mutants", description=__doc__.splitlines()[0])
     parser.add_argument("--sample", type=int, default=sys.maxsize, help="so many, drawn from all alike; else all")
     parser.add_argument("--seed", type=int, default=0, help="another one draws others")
     parser.add_argument("--files", nargs="+", choices=FILES, default=FILES, metavar="FILE")

@@ -6,7 +6,7 @@ import jax
 
 from experiments import checkpoints, data
 from experiments.models import MODELS
-from experiments.runs import Run
+from experiments.run_folder import Run
 
 
 def untrained(model: str, folder: Path) -> Path:

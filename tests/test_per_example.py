@@ -36,7 +36,7 @@ from jaxcnn import (
 )
 from jaxcnn import softmax_cross_entropy_with_integer_labels as cross_entropy
 from jaxcnn.geometry import Correlation, window
-from jaxcnn.kernels import examples as kernels
+from jaxcnn.kernels import per_example as kernels
 from tests.cases import compiled
 from tests.checks import SPLIT_BY, assert_close
 
@@ -182,7 +182,7 @@ def test_sums_of_gradients_are_the_batch_s():
     unclipped = run(clipped_gradient, net, params, x, y, 1e9, key=key)
     assert_close(jax.tree.leaves(unclipped), jax.tree.leaves(total), 1e-10)
     without = run(per_example_gradients, net, params, x, y)
-    assert np.abs(without["conv1"]["w"] - found["conv1"]["w"]).max() > 1e-3
+    assert np.abs(without["conv1"]["weight"] - found["conv1"]["weight"]).max() > 1e-3
 
 
 def test_errors_that_are_many_for_an_example_are_averaged():
@@ -195,16 +195,16 @@ def test_errors_that_are_many_for_an_example_are_averaged():
 
 def test_parameters_that_no_layer_reads():
     net, params, x, y = given("one layer")
-    found = per_example_gradients(net, {**params, "old": {"w": np.ones((2, 3))}}, x, y, cross_entropy)
-    np.testing.assert_array_equal(found["old"]["w"], np.zeros((5, 2, 3)))
+    found = per_example_gradients(net, cross_entropy, {**params, "old": {"weight": np.ones((2, 3))}}, x, y)
+    np.testing.assert_array_equal(found["old"]["weight"], np.zeros((5, 2, 3)))
 
 
 def test_no_examples_and_no_parameters():
     net, params, x, y = given("conv")
-    assert {g.shape[0] for g in jax.tree.leaves(per_example_gradients(net, params, x[:0], y[:0], cross_entropy))} == {0}
-    assert per_example_norms(net, params, x[:0], y[:0], cross_entropy).shape == (0,)
-    assert per_example_gradients(serial(Tanh()), {}, x[:, 0, 0], y % 2, cross_entropy) == {}
-    np.testing.assert_array_equal(per_example_norms(serial(Tanh()), {}, x[:, 0, 0], y % 2, cross_entropy), 0)
+    assert {g.shape[0] for g in jax.tree.leaves(per_example_gradients(net, cross_entropy, params, x[:0], y[:0]))} == {0}
+    assert per_example_norms(net, cross_entropy, params, x[:0], y[:0]).shape == (0,)
+    assert per_example_gradients(serial(Tanh()), cross_entropy, {}, x[:, 0, 0], y % 2) == {}
+    np.testing.assert_array_equal(per_example_norms(serial(Tanh()), cross_entropy, {}, x[:, 0, 0], y % 2), 0)
 
 
 def test_a_gradient_of_zero_is_not_clipped_to_nan():
@@ -251,7 +251,7 @@ def test_no_convolution_with_a_group_for_each_example():
         return jax.jit(f).lower(params, x, y).compile().as_text()
 
     plain = text(jax.grad(lambda p, x, y: cross_entropy(net.apply(p, x), y).sum()))
-    ours = text(lambda p, x, y: per_example_gradients(net, p, x, y, cross_entropy))
+    ours = text(lambda p, x, y: per_example_gradients(net, cross_entropy, p, x, y))
     assert "feature_group_count=5" in text(functools.partial(slow_with_autodiff, net))
     assert "group_count=5" not in ours
     assert 0 < ours.count(" convolution(") <= plain.count(" convolution(")
@@ -322,7 +322,7 @@ def test_norms_whose_ghosts_cancel(layers):
     norms = compiled(functools.partial(per_example_norms, net, loss=loss))(params, x, y)
     np.testing.assert_allclose(norms, norms_of(each), rtol=1e-5)
     for n in range(len(x)):
-        clipped = clipped_gradient(net, params, x[n : n + 1], y[n : n + 1], loss, 1.0)
+        clipped = clipped_gradient(net, loss, params, x[n : n + 1], y[n : n + 1], 1.0)
         assert np.sqrt(sum(np.square(g).sum() for g in jax.tree.leaves(clipped))) < 1 + 1e-4
 
 
@@ -361,15 +361,15 @@ def test_batch_norm_that_mixes_examples(f):
 
 def test_a_loss_that_is_not_one_for_each_example():
     net, params, x, y = given("one layer")
-    with pytest.raises(ValueError, match=r"loss expected to return an error for each of 5 examples, got \(\)"):
-        per_example_norms(net, params, x, y, lambda z, y: cross_entropy(z, y).mean())
+    with pytest.raises(ValueError, match=r"loss must return an error for each of 5 examples, got \(\)"):
+        per_example_norms(net, lambda z, y: cross_entropy(z, y).mean(), params, x, y)
 
 
 @pytest.mark.parametrize("limit", [0.0, -1.0, float("nan")])
 def test_a_norm_to_clip_to(limit):
     net, params, x, y = given("one layer")
-    with pytest.raises(ValueError, match="clipped_gradient: max_norm expected a number > 0, got"):
-        clipped_gradient(net, params, x, y, cross_entropy, limit)
+    with pytest.raises(ValueError, match="clipped_gradient: max_norm must be a number > 0, got"):
+        clipped_gradient(net, cross_entropy, params, x, y, limit)
 
 
 class Scaled(Dense):
@@ -388,4 +388,4 @@ def test_a_layer_of_ones_own():
     found = run(per_example_gradients, net, params, x, y)
     assert_close(jax.tree.leaves(found), jax.tree.leaves(by_vmap(net)(params, x, y)), 1e-10)
     with pytest.raises(ValueError, match=r"scaled1: expected layers of jaxcnn.layers while there is a key"):
-        per_example_gradients(net, params, x, y, cross_entropy, key=jax.random.key(0))
+        per_example_gradients(net, cross_entropy, params, x, y, key=jax.random.key(0))

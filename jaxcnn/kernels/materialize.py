@@ -10,14 +10,14 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 
 @jax.jit
-def stored(a: Array) -> Array:
+def materialize(a: Array) -> Array:
     """Return ``a``, materialized at this point on XLA:CPU; a no-op on other platforms."""
     return lax.platform_dependent(a, cpu=_behind_a_call, default=lambda a: a)
 
 
-def stored_if_small(a: Array) -> Array:
-    """Return `stored` of ``a`` if it has one byte per element; materializing more may cost more than it saves."""
-    return stored(a) if a.dtype.itemsize == 1 else a
+def materialize_if_small(a: Array) -> Array:
+    """Return `materialize` of ``a`` if it has one byte per element; materializing more may cost more than it saves."""
+    return materialize(a) if a.dtype.itemsize == 1 else a
 
 
 def _behind_a_call(a: Array) -> Array:

@@ -82,7 +82,7 @@ def net_in_torch(net: jaxcnn.Serial, params: Mapping[str, Any], x: torch.Tensor)
         options = {
             k: v
             for k, v in options.items()
-            if k not in ("name", "features", "patch", "multiplier", "scale", "bias", "init_w", "init_b")
+            if k not in ("name", "features", "patch", "multiplier", "scale", "bias", "init_weight", "init_bias")
         }
         match layer:
             case jaxcnn.Serial():

@@ -9,7 +9,7 @@ import pytest
 
 from jaxcnn.geometry import Correlation, Window
 from jaxcnn.kernels import correlation
-from jaxcnn.kernels.threads import ONE_THREAD, WORTH, batched_product, on_all_threads
+from jaxcnn.kernels.parallel import ONE_THREAD, WORTH, batched_product, on_all_threads
 from tests.cases import compiled, normal
 
 A, B = (jnp.asarray(np.random.default_rng(seed).normal(size=(4, 64, 64)), jnp.float32) for seed in (0, 1))
@@ -91,9 +91,9 @@ def _divided(f, *arguments):
 @ONLY
 def test_convolutions_stand_beside_a_reduction():
     c, x, w = _correlation(64, 16, 32, 32)
-    assert correlation.choose_correlate(c, x, w) == correlation.choose_spread(c, x, w) == "all_threads"
+    assert correlation.choose_correlate(c, x, w) == correlation.choose_input_grad(c, x, w) == "all_threads"
     assert _divided(lambda x, w: correlation.correlate(c, x, w), x, w) == (1, 0)
-    assert _divided(lambda x, w: correlation.spread(c, x, w), x, w) == (1, 0)
+    assert _divided(lambda x, w: correlation.input_grad(c, x, w), x, w) == (1, 0)
     assert _divided(lambda x, w: correlation.CORRELATE["xla"](c, x, w), x, w) == (0, 1)
 
 
@@ -109,7 +109,7 @@ def test_float32_divided_is_float64_rounded(stride, dilation):
         c = Correlation(win, 1, np.dtype(dtype))
         return compiled(lambda a, w: lowering(c, a, w))(*(a.astype(dtype) for a in factors))
 
-    for table, a in ((correlation.CORRELATE, x), (correlation.SPREAD, y)):
+    for table, a in ((correlation.CORRELATE, x), (correlation.INPUT_GRAD, y)):
         found, expected = run(table["all_threads"], np.float32, a, w), run(table["xla"], np.float64, a, w)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
 

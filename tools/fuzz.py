@@ -1,4 +1,4 @@
-"""Compare any number of geometries with PyTorch: python -m tests.conformance.fuzz --count 10000 --seed 0.
+"""Compare any number of geometries with PyTorch: python -m tools.fuzz --count 10000 --seed 0.
 
 It prints how many geometries of each op were compared, and every mismatch as a row for `tests/cases.py`. The exit
 status is 1 if there is a mismatch.
@@ -131,7 +131,7 @@ def in_processes(tasks: Sequence[tuple[str, int, int]], processes: int, notes: s
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (None: the process's own) and return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m tests.conformance.fuzz", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.fuzz", description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=10_000, help="geometries in all")
     parser.add_argument("--seed", type=int, default=0, help="another one draws others")
     parser.add_argument("--processes", type=int, default=2)

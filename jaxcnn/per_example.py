@@ -21,16 +21,17 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxcnn import layers
+from jaxcnn.arguments import array, bad_type, bad_value
 from jaxcnn.backprop import value_grad_and_deltas
 from jaxcnn.geometry import Correlation
-from jaxcnn.kernels import examples as kernels
+from jaxcnn.kernels import per_example as kernels
 from jaxcnn.kernels.dtypes import accumulator
 from jaxcnn.layers import Layer, Params
 from jaxcnn.net import Residual, Serial, expect_loss, expect_net, in_a_row
 from jaxcnn.ops import convolution, hidden, pooling
 from jaxcnn.ops.mesh import automatic_inside, on_any_mesh, varying_alike
 from jaxcnn.ops.normalization import dims_of
-from jaxcnn.ops.rule import Rule, array
+from jaxcnn.ops.rule import Rule
 from jaxcnn.taps import idle
 
 
@@ -51,7 +52,7 @@ class Loss(Protocol):
 
 @automatic_inside()
 def per_example_gradients(
-    net: Serial, params: Params, x: ArrayLike, y: Any, loss: Loss, *, key: Array | None = None
+    net: Serial, loss: Loss, params: Params, x: ArrayLike, targets: Any, *, key: Array | None = None
 ) -> Params:
     """Return the gradient of each example's loss: a tree like ``params``, every array with a leading N.
 
@@ -66,11 +67,11 @@ def per_example_gradients(
     Args:
         net: from `serial`. Its layers must process examples independently (batch norm does, with statistics from
             `calibrate`).
-        params: parameters as made by its `init`, in a dict or any other mapping. All are floating-point arrays.
-        x: a batch ``(N, …)``.
-        y: targets ``(N, …)``.
         loss: loss of each example, as in `make_train_step`. It must process examples independently; this is not
             checked.
+        params: parameters as made by its `init`, in a dict or any other mapping. All are floating-point arrays.
+        x: a batch ``(N, …)``.
+        targets: ``(N, …)``.
         key: from `jax.random.key`. If given, dropout is active, with a separate mask per example. A custom layer
             without parameters receives the key folded with the index of the example.
 
@@ -90,16 +91,16 @@ def per_example_gradients(
     >>> params = net.init(jax.random.key(0), (6, 6, 1))
     >>> x, labels = jnp.ones((8, 6, 6, 1)), jnp.zeros(8, int)
     >>> loss = jaxcnn.softmax_cross_entropy_with_integer_labels
-    >>> jaxcnn.per_example_gradients(net, params, x, labels, loss)["hidden_layer1"]["w"].shape
+    >>> jaxcnn.per_example_gradients(net, loss, params, x, labels)["hidden_layer1"]["weight"].shape
     (8, 3, 3, 1, 4)
     """
-    meeting = _meet("per_example_gradients", net, params, x, y, loss, key)
+    meeting = _meet("per_example_gradients", net, loss, params, x, targets, key)
     return meeting.tree({name: m.each() for name, m in meeting.met.items()}, meeting.norms_like.shape)
 
 
 @automatic_inside()
 def per_example_norms(
-    net: Serial, params: Params, x: ArrayLike, y: Any, loss: Loss, *, key: Array | None = None
+    net: Serial, loss: Loss, params: Params, x: ArrayLike, targets: Any, *, key: Array | None = None
 ) -> Array:
     """Return ``(N,)`` norms of each example's gradient, over all parameters.
 
@@ -109,10 +110,10 @@ def per_example_norms(
 
     Args:
         net: from `serial`. Its layers must process examples independently.
+        loss: loss of each example, as in `make_train_step`.
         params: parameters as made by its `init`, in a dict or any other mapping.
         x: a batch ``(N, …)``.
-        y: targets ``(N, …)``.
-        loss: loss of each example, as in `make_train_step`.
+        targets: ``(N, …)``.
         key: from `jax.random.key`; if given, dropout is active.
 
     Returns:
@@ -128,17 +129,24 @@ def per_example_norms(
     >>> import jax.numpy as jnp
     >>> import jaxcnn
     >>> net = jaxcnn.serial(jaxcnn.Dense(1))
-    >>> params = {"dense1": {"w": jnp.zeros((2, 1)), "b": jnp.zeros(1)}}
+    >>> params = {"dense1": {"weight": jnp.zeros((2, 1)), "bias": jnp.zeros(1)}}
     >>> x, target = jnp.array([[3.0, 0.0], [0.0, 0.0]]), jnp.ones((2, 1))
-    >>> jaxcnn.per_example_norms(net, params, x, target, jaxcnn.squared_error) ** 2  # (2·3)² + 2², 2²
+    >>> jaxcnn.per_example_norms(net, jaxcnn.squared_error, params, x, target) ** 2  # (2·3)² + 2², 2²
     Array([40.,  4.], dtype=float32)
     """
-    return _meet("per_example_norms", net, params, x, y, loss, key).norms()
+    return _meet("per_example_norms", net, loss, params, x, targets, key).norms()
 
 
 @automatic_inside(like="params")
 def clipped_gradient(
-    net: Serial, params: Params, x: ArrayLike, y: Any, loss: Loss, max_norm: ArrayLike, *, key: Array | None = None
+    net: Serial,
+    loss: Loss,
+    params: Params,
+    x: ArrayLike,
+    targets: Any,
+    max_norm: ArrayLike,
+    *,
+    key: Array | None = None,
 ) -> Params:
     """Return the sum of all examples' gradients, each clipped: ``Σ_n g_n · min(1, max_norm / ‖g_n‖)``.
 
@@ -151,10 +159,10 @@ def clipped_gradient(
 
     Args:
         net: from `serial`. Its layers must process examples independently.
+        loss: loss of each example, as in `make_train_step`.
         params: parameters as made by its `init`, in a dict or any other mapping.
         x: a batch ``(N, …)``.
-        y: targets ``(N, …)``.
-        loss: loss of each example, as in `make_train_step`.
+        targets: ``(N, …)``.
         max_norm: maximum norm of an example's gradient over all parameters together, above 0.
         key: from `jax.random.key`; if given, dropout is active.
 
@@ -171,14 +179,15 @@ def clipped_gradient(
     >>> import jax.numpy as jnp
     >>> import jaxcnn
     >>> net = jaxcnn.serial(jaxcnn.Dense(1, bias=False))
-    >>> params = {"dense1": {"w": jnp.zeros((1, 1))}}
+    >>> params = {"dense1": {"weight": jnp.zeros((1, 1))}}
     >>> x, target = jnp.array([[0.1], [3.0]]), jnp.ones((2, 1))
-    >>> jaxcnn.clipped_gradient(net, params, x, target, jaxcnn.squared_error, 1.0)["dense1"]["w"]  # −0.2, and −6 → −1
+    >>> clipped = jaxcnn.clipped_gradient(net, jaxcnn.squared_error, params, x, target, 1.0)
+    >>> clipped["dense1"]["weight"]  # −0.2, and −6 → −1
     Array([[-1.2]], dtype=float32)
     """
     if not isinstance(max_norm, jax.core.Tracer) and not np.all(np.asarray(max_norm) > 0):
-        raise ValueError(f"clipped_gradient: max_norm expected a number > 0, got {max_norm}")
-    meeting = _meet("clipped_gradient", net, params, x, y, loss, key)
+        raise bad_value("clipped_gradient", "max_norm", "a number > 0", max_norm)
+    meeting = _meet("clipped_gradient", net, loss, params, x, targets, key)
     norms = meeting.norms()
     factors = jnp.where(norms > max_norm, max_norm / jnp.where(norms > 0, norms, 1), 1)
     return meeting.tree({name: m.summed(factors) for name, m in meeting.met.items()}, ())
@@ -218,7 +227,7 @@ class _Alone(Layer):
         with idle():
             y = self.layer.apply(params, jax.tree.map(lambda a: a[None], x), key=key, **options)
         if self.path is not None and not jax.tree_util.all_leaves([y]):
-            raise TypeError(f"{self.path}: output must be an array, got {type(y).__name__}")
+            raise bad_type(self.path, "output", "an array", type(y).__name__)
         for a in jax.tree.leaves(y):
             if jnp.shape(a)[:1] != (1,):
                 name = self.path or "net"
@@ -273,7 +282,7 @@ def _read(net: Serial, params: Any) -> dict[str, Any]:
 
     def of(layer: Layer, own: Any) -> Any:
         if _product_of(layer):
-            return {name: own.get(name) for name in ("w", "b") if own.get(name) is not None}
+            return {name: own.get(name) for name in ("weight", "bias") if own.get(name) is not None}
         return own
 
     return {name: of(layer, own) for name, layer, own, _ in _walk(net, params)}
@@ -303,7 +312,7 @@ def _arrays(op: str, params: Any) -> Any:
         name = f"params{jax.tree_util.keystr(path)}"
         a = array(op, name, value)
         if not jnp.issubdtype(a.dtype, jnp.inexact):
-            raise TypeError(f"{op}: {name} must be a floating array, got {a.dtype}")
+            raise bad_type(op, name, "a floating array", a.dtype)
         return a
 
     return jax.tree_util.tree_map_with_path(part, params)
@@ -358,16 +367,16 @@ class _Patches:
     transposed: bool = False
 
     def each(self) -> Params:
-        w = on_any_mesh(kernels.match_each, self.c, self.x, self.delta)
-        return _of_dtypes(self.own, {"w": w, "b": _over_places(self._at_output())})
+        w = on_any_mesh(kernels.kernel_grad_each, self.c, self.x, self.delta)
+        return _of_dtypes(self.own, {"weight": w, "bias": _over_places(self._at_output())})
 
     def squares(self) -> Array:
-        w = on_any_mesh(kernels.match_squares, self.c, self.x, self.delta)
-        return w + kernels.squares(_over_places(self._at_output())) if "b" in self.own else w
+        w = on_any_mesh(kernels.kernel_grad_squares, self.c, self.x, self.delta)
+        return w + kernels.squares(_over_places(self._at_output())) if "bias" in self.own else w
 
     def summed(self, factors: Array) -> Params:
-        w = on_any_mesh(convolution.match, self.c, self.x, _times(self.delta, factors))
-        return _of_dtypes(self.own, {"w": w, "b": convolution.sum_pixels(_times(self._at_output(), factors))})
+        w = on_any_mesh(convolution.kernel_grad, self.c, self.x, _times(self.delta, factors))
+        return _of_dtypes(self.own, {"weight": w, "bias": convolution.sum_pixels(_times(self._at_output(), factors))})
 
     def _at_output(self) -> Array:
         return self.x if self.transposed else self.delta
@@ -382,16 +391,18 @@ class _Rows:
     delta: Array
 
     def each(self) -> Params:
-        return _of_dtypes(self.own, {"w": kernels.outer_each(self.x, self.delta), "b": _over_places(self.delta)})
+        return _of_dtypes(
+            self.own, {"weight": kernels.outer_each(self.x, self.delta), "bias": _over_places(self.delta)}
+        )
 
     def squares(self) -> Array:
         w = kernels.outer_squares(self.x, self.delta)
-        return w + kernels.squares(_over_places(self.delta)) if "b" in self.own else w
+        return w + kernels.squares(_over_places(self.delta)) if "bias" in self.own else w
 
     def summed(self, factors: Array) -> Params:
         delta = _times(self.delta, factors)
         w = on_any_mesh(jnp.einsum, "npi,npo->io", self.x, delta)
-        return _of_dtypes(self.own, {"w": w, "b": convolution.sum_pixels(delta)})
+        return _of_dtypes(self.own, {"weight": w, "bias": convolution.sum_pixels(delta)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -454,7 +465,7 @@ class _Meeting(NamedTuple):
         )
 
 
-def _meet(op: str, net: Serial, params: Any, x: Any, y: Any, loss: Loss, key: Array | None) -> _Meeting:
+def _meet(op: str, net: Serial, loss: Loss, params: Any, x: Any, targets: Any, key: Array | None) -> _Meeting:
     """Pair a and δ of all layers with parameters, where E is the sum of the examples' losses."""
     expect_net(op, net)
     expect_loss(op, loss)
@@ -467,7 +478,7 @@ def _meet(op: str, net: Serial, params: Any, x: Any, y: Any, loss: Loss, key: Ar
             )
 
     def total(outputs: Any) -> Array:
-        errors = loss(outputs, y)
+        errors = loss(outputs, targets)
         if not isinstance(errors, Array):
             raise TypeError(f"{op}: loss must return an array, got {type(errors).__name__}")
         if not jnp.issubdtype(errors.dtype, jnp.floating):
@@ -476,10 +487,10 @@ def _meet(op: str, net: Serial, params: Any, x: Any, y: Any, loss: Loss, key: Ar
         if varying[0] - varying[1]:
             raise ValueError(f"{op}: x must vary over {tuple(varying[0])} as the errors do; use jax.lax.pcast")
         if errors.shape[:1] != (n,):
-            raise ValueError(f"{op}: loss expected to return an error for each of {n} examples, got {errors.shape}")
+            raise ValueError(f"{op}: loss must return an error for each of {n} examples, got {errors.shape}")
         return errors.reshape(n, math.prod(errors.shape[1:])).mean(1).sum()
 
-    x = _batch(op, x, (y, params, key))
+    x = _batch(op, x, (targets, params, key))
     n = next((a.shape[0] for a in jax.tree.leaves(x) if a.ndim), 0)
     apart = _apart(net) if in_a_row(net) else None
     places = None if apart is None else _places(apart, params)
@@ -501,15 +512,13 @@ def _meet(op: str, net: Serial, params: Any, x: Any, y: Any, loss: Loss, key: Ar
     for name, layer, _, before in _walk(apart, params):
         a = sweep.activations[before] if before else x
         if isinstance(layer, layers.LayerNorm) and 0 in dims_of("layer_norm", layer.axes, a.ndim):
-            raise ValueError(
-                f"{op}: {name}: axes must be dims of one example, got {layer.axes!r}, which mixes examples"
-            )
+            raise bad_value(op, f"{name}: axes", "dims of one example", f"{layer.axes!r}, which mixes examples")
         if not jax.tree.leaves(read[name]):
             continue
         if name in sweep.deltas:
             met[name] = _met(layer, read[name], a, sweep.deltas[name])
         elif jnp.iscomplexobj(sweep.activations[name]):
-            raise TypeError(f"{op}: {name}: output must be a real array, got {sweep.activations[name].dtype}")
+            raise bad_type(op, f"{name}: output", "a real array", sweep.activations[name].dtype)
         # No gradient passes an integer output.
     norms_like = jnp.zeros(n, x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else None)
     return _Meeting(met, places, params, norms_like)
@@ -536,22 +545,22 @@ def _met(layer: Layer, own: Any, x: Array, delta: Array) -> _Met:
     known: Any = layer if _product_of(layer) else None
     match known:
         case layers.Conv():
-            x, c = _correlation(known, x, own["w"], known.groups)
+            x, c = _correlation(known, x, own["weight"], known.groups)
             return _Patches(own, c, x, delta)
         case layers.DepthwiseConv():
-            x, c = _correlation(layer, x, own["w"], x.shape[-1])
+            x, c = _correlation(layer, x, own["weight"], x.shape[-1])
             return _Patches(own, c, x, delta)
         case layers.ConvTranspose():
-            x, c = _transposed(layer, x, own["w"])
+            x, c = _transposed(layer, x, own["weight"])
             return _Patches(own, c, delta, x, transposed=True)
         case layers.HiddenLayer():
-            x, c = _correlation(known, x, own["w"], known.groups)
+            x, c = _correlation(known, x, own["weight"], known.groups)
             win = pooling.pool_window(
                 "hidden_layer", c.window.out, known.window, known.pool_stride, known.pool_padding, 1, False, "pool_"
             )
             # The same as in the forward pass; within one program it is computed once.
-            _, passed = on_any_mesh(hidden._hidden_with_code, hidden.Hidden(c, win), x, own["w"], own["b"])
-            return _Patches(own, c, x, on_any_mesh(pooling.place, win, delta, passed))
+            _, passed = on_any_mesh(hidden._hidden_with_code, hidden.Hidden(c, win), x, own["weight"], own["bias"])
+            return _Patches(own, c, x, on_any_mesh(pooling.scatter_to_winners, win, delta, passed))
         case layers.Dense():
             places = math.prod(x.shape[1:-1])
             return _Rows(own, *(a.reshape(a.shape[0], places, a.shape[-1]) for a in (x, delta)))
@@ -560,7 +569,7 @@ def _met(layer: Layer, own: Any, x: Array, delta: Array) -> _Met:
 
 def _correlation(layer: Any, x: Array, w: Array, groups: int) -> tuple[Array, Correlation]:
     op, more = type(layer).__name__, (getattr(layer, name, None) for name in ("preferred_element_type", "precision"))
-    return convolution.geometry(op, x, w, layer.stride, layer.padding, layer.dilation, groups, *more)
+    return convolution.correlation_of(op, x, w, layer.stride, layer.padding, layer.dilation, groups, *more)
 
 
 def _transposed(layer: Any, x: Array, w: Array) -> tuple[Array, Correlation]:

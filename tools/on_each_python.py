@@ -1,4 +1,4 @@
-"""Run the suite on each installed Python: python -m tests.on_each_python [pytest arguments].
+"""Run the suite on each installed Python: python -m tools.on_each_python [pytest arguments].
 
 Each Python gets its own environment (.venv-3.12 and so on) with the newest compatible jax. The suite runs twice if jax
 offers a second implementation of `custom_vjp` (JAX_CUSTOM_VJP3) and it works; in jax 0.10 it does not.

@@ -44,30 +44,30 @@ def module(layer: jaxcnn.Layer, own: Mapping[str, Any]) -> nn.Module:
         case jaxcnn.Serial():
             return sequential(layer, own)
         case jaxcnn.HiddenLayer():
-            conv = jaxcnn.Conv(layer.features, layer.patch, layer.stride, layer.padding)
+            conv = jaxcnn.Conv(layer.features, layer.kernel_size, layer.stride, layer.padding)
             pool = nn.MaxPool2d(layer.window, layer.pool_stride)
             return nn.Sequential(module(conv, own), nn.ReLU(), pool)
         case jaxcnn.Conv():
-            w = np.moveaxis(np.asarray(own["w"]), (-1, -2), (0, 1))
+            w = np.moveaxis(np.asarray(own["weight"]), (-1, -2), (0, 1))
             padding = 0 if layer.padding == "VALID" else layer.padding
             made = nn.Conv2d(
                 w.shape[1] * layer.groups, layer.features, w.shape[2:], layer.stride, padding, layer.dilation,
-                layer.groups, bias="b" in own,
+                layer.groups, bias="bias" in own,
             )  # fmt: skip
-            return filled(made, w, own.get("b"))
+            return filled(made, w, own.get("bias"))
         case jaxcnn.DepthwiseConv():
-            features = np.shape(own["w"])[-1]
+            features = np.shape(own["weight"])[-1]
             groups = features // layer.multiplier
-            conv = jaxcnn.Conv(features, layer.patch, layer.stride, layer.padding, layer.dilation, groups)
+            conv = jaxcnn.Conv(features, layer.kernel_size, layer.stride, layer.padding, layer.dilation, groups)
             return module(conv, own)
         case jaxcnn.ConvTranspose():
-            w = np.moveaxis(np.asarray(own["w"]), (-1, -2), (0, 1))
+            w = np.moveaxis(np.asarray(own["weight"]), (-1, -2), (0, 1))
             padding = 0 if layer.padding == "VALID" else layer.padding
             made = nn.ConvTranspose2d(
                 w.shape[0], layer.features, w.shape[2:], layer.stride, padding, layer.output_padding, layer.groups,
-                bias="b" in own, dilation=layer.dilation,
+                bias="bias" in own, dilation=layer.dilation,
             )  # fmt: skip
-            return filled(made, w, own.get("b"))
+            return filled(made, w, own.get("bias"))
         case jaxcnn.BatchNorm():
             made = filled(nn.BatchNorm2d(len(own["mean"]), layer.eps), own["scale"], own["bias"])
             made.running_mean.copy_(torch.tensor(np.asarray(own["mean"])))
@@ -78,8 +78,8 @@ def module(layer: jaxcnn.Layer, own: Mapping[str, Any]) -> nn.Module:
         case jaxcnn.AdaptiveAvgPool():
             return nn.AdaptiveAvgPool2d(layer.size)
         case jaxcnn.Dense():
-            w = np.asarray(own["w"]).T
-            return filled(nn.Linear(*w.shape[::-1], bias="b" in own), w, own.get("b"))
+            w = np.asarray(own["weight"]).T
+            return filled(nn.Linear(*w.shape[::-1], bias="bias" in own), w, own.get("bias"))
         case jaxcnn.MaxPool():
             return nn.MaxPool2d(layer.window, layer.stride, 0 if layer.padding == "VALID" else layer.padding)
         case jaxcnn.AvgPool():

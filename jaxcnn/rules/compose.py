@@ -5,7 +5,7 @@ from typing import Any
 
 from jax import Array
 
-from jaxcnn.geometry import fail
+from jaxcnn.arguments import fail
 from jaxcnn.ops import hidden
 from jaxcnn.ops.rule import Call, Rule
 
@@ -18,7 +18,7 @@ def check_fits(rule: Any, call: Call, *ops: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class InHiddenLayer:
+class HiddenLayerRules:
     """A rule for `hidden_layer`, composed of one rule for each of its three ops.
 
     ``δ_a = pool(δ)``, ``δ_l = relu(δ_a)``, and ``conv`` computes the cotangents from δ_l. The ready-made rules for one
@@ -33,7 +33,7 @@ class InHiddenLayer:
         ValueError: when applied to another op. The three rules may raise errors as well.
 
     >>> from jaxcnn import HiddenLayer, rules
-    >>> rules_of_net = {HiddenLayer: rules.InHiddenLayer(relu=rules.guided_relu, pool=rules.literal_up)}
+    >>> rules_of_net = {HiddenLayer: rules.HiddenLayerRules(relu=rules.guided_relu, pool=rules.literal_up)}
     """
 
     conv: Rule | None = None

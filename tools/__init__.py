@@ -1,0 +1,1 @@
+"""Programs for maintainers: mutation testing, fuzzing, checks of built packages."""
