@@ -13,17 +13,20 @@ import numpy as np
 from jax import Array
 
 from jaxcnn.kernels.dtypes import accumulator
-from jaxcnn.kernels.shapes import beside
+from jaxcnn.kernels.shapes import expand_rank
 
 
 @functools.cache
 def bins(n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return ``(m, most)`` positions, and a mask of those in the bin; the others repeat its last position."""
+    """Return the positions of every bin, ``(m, largest bin)``, and a mask of those inside it.
+
+    Positions outside a bin repeat its last one.
+    """
     starts = np.arange(m) * n // m
     ends = -(-(np.arange(m) + 1) * n // m)
-    at = starts[:, None] + np.arange(max(ends - starts, default=1))
+    positions = starts[:, None] + np.arange(max(ends - starts, default=1))
     # int32 whether or not 64-bit types are enabled: JAX caches one program for both.
-    return np.minimum(at, ends[:, None] - 1).astype(np.int32), at < ends[:, None]
+    return np.minimum(positions, ends[:, None] - 1).astype(np.int32), positions < ends[:, None]
 
 
 def counts(n: int, m: int) -> np.ndarray:
@@ -38,12 +41,12 @@ def bin_sum(size: tuple[int, ...], x: Array) -> Array:
     """
     total = x.astype(accumulator(x.dtype))
     for axis, m in enumerate(size, start=1):
-        rows, own = _rows(total, axis, m)
-        total = jnp.where(own, rows, 0).sum(axis + 1)
+        rows, inside = _rows(total, axis, m)
+        total = jnp.where(inside, rows, 0).sum(axis + 1)
     return total.astype(x.dtype)
 
 
-def bin_largest(size: tuple[int, ...], x: Array) -> tuple[Array, Array]:
+def max_and_index(size: tuple[int, ...], x: Array) -> tuple[Array, Array]:
     """Return the largest element of every bin, and its int32 index into the flattened spatial dims.
 
     Ties go to the first in row-major order, and NaN wins over numbers. Dims are reduced one after the other, the last
@@ -53,18 +56,20 @@ def bin_largest(size: tuple[int, ...], x: Array) -> tuple[Array, Array]:
     index = jnp.arange(math.prod(spatial), dtype=jnp.int32).reshape(1, *spatial, 1)
     y, index = x, jnp.broadcast_to(index, x.shape)
     for axis in reversed(range(1, x.ndim - 1)):
-        rows, own = _rows(y, axis, size[axis - 1])
+        rows, inside = _rows(y, axis, size[axis - 1])
         y = rows.max(axis + 1)  # positions outside the bin repeat its last element
-        wins = beside(own, rows) & ((rows == jnp.expand_dims(y, axis + 1)) | (rows != rows))
+        wins = expand_rank(inside, rows) & ((rows == jnp.expand_dims(y, axis + 1)) | (rows != rows))
         first = jnp.expand_dims(jnp.argmax(wins, axis + 1), axis + 1)
         index = jnp.squeeze(jnp.take_along_axis(_rows(index, axis, size[axis - 1])[0], first, axis + 1), axis + 1)
     return y, index
 
 
 def _rows(x: Array, axis: int, m: int) -> tuple[Array, np.ndarray]:
-    """Return the elements of every bin along an axis, ``(…, m, most, …)``, and a mask of the valid ones."""
+    """Return the elements of every bin along an axis, ``(…, m, largest bin, …)``, and a mask of those inside it."""
     n = x.shape[axis]
-    at, own = bins(n, m)
-    beside = x.reshape(*x.shape[:axis], m, n // m, *x.shape[axis + 1 :]) if n % m == 0 else None
-    rows = jnp.take(x, at, axis=axis, mode="clip") if beside is None else beside
-    return rows, own.reshape(*own.shape, *(1,) * (x.ndim - axis - 1))
+    positions, inside = bins(n, m)
+    if n % m == 0:
+        rows = x.reshape(*x.shape[:axis], m, n // m, *x.shape[axis + 1 :])
+    else:
+        rows = jnp.take(x, positions, axis=axis, mode="clip")
+    return rows, inside.reshape(*inside.shape, *(1,) * (x.ndim - axis - 1))

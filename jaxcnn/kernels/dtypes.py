@@ -3,12 +3,18 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.typing import DTypeLike
 
 
 def accumulator(dtype: np.dtype) -> np.dtype:
     """Return the dtype that sums of ``dtype`` are accumulated in: float32 for 16-bit floats, otherwise ``dtype``."""
     return np.dtype(np.float32) if dtype.itemsize < 4 else np.dtype(dtype)
+
+
+def to_accumulator(a: Array) -> Array:
+    """Return ``a`` in the dtype that its sums are accumulated in."""
+    return a.astype(accumulator(a.dtype))
 
 
 def wider(*dtypes: DTypeLike) -> np.dtype:

@@ -12,7 +12,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 @jax.jit
 def materialize(a: Array) -> Array:
     """Return ``a``, materialized at this point on XLA:CPU; a no-op on other platforms."""
-    return lax.platform_dependent(a, cpu=_behind_a_call, default=lambda a: a)
+    return lax.platform_dependent(a, cpu=_call_not_inlined, default=lambda a: a)
 
 
 def materialize_if_small(a: Array) -> Array:
@@ -20,12 +20,12 @@ def materialize_if_small(a: Array) -> Array:
     return materialize(a) if a.dtype.itemsize == 1 else a
 
 
-def _behind_a_call(a: Array) -> Array:
+def _call_not_inlined(a: Array) -> Array:
     """Return ``a`` through a call: XLA:CPU drops `lax.optimization_barrier`, but does not fuse into such a call."""
     with set_xla_metadata(inlineable="false"):
-        return _passed_through(a)
+        return _identity(a)
 
 
 @jax.jit
-def _passed_through(a: Array) -> Array:
+def _identity(a: Array) -> Array:
     return lax.optimization_barrier(a)  # JAX would drop a call that does nothing

@@ -1,14 +1,15 @@
 """Mean and sum of squared deviations of every window, without the cancellation of Σ x² − (Σ x)²/n.
 
-The moments of two adjacent stretches are merged (Chan et al. 1979):
+The moments of two disjoint sets of elements are merged (Chan et al. 1979):
 
     m = m₁ + d·n₂/(n₁ + n₂)        s = s₁ + s₂ + d²·n₁n₂/(n₁ + n₂)        d = m₂ − m₁
 
-with m = Σ x / n and s = Σ (x − m)². Every term of s is ≥ 0, so the s of a window of equal elements is exactly 0.
-Stretches of 1, 2, 4, … elements are computed first, then the windows are composed of them: log₂(size) merges per dim.
+with m = Σ x / n and s = Σ (x − m)². Every term of s is ≥ 0, so the s of a window of equal elements is exactly 0. The
+moments of 1, 2, 4, … adjacent elements are computed first, then those of the windows: log₂(size) merges per dim.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,13 @@ from jax import Array, lax
 from jaxcnn.geometry import Window
 from jaxcnn.kernels.dtypes import accumulator
 
-Stretch = tuple[Array, Array, int]
+
+class Moments(NamedTuple):
+    """Mean, sum of squared deviations and number of elements, one set per array element."""
+
+    m: Array
+    s: Array
+    n: int
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
@@ -27,34 +34,35 @@ def window_moments(win: Window, x: Array) -> tuple[Array, Array]:
     ``x`` has shape ``win.shape``. Stride and dilation must be 1, without padding. 16-bit floats accumulate in float32.
     """
     x = x.astype(accumulator(x.dtype))
-    stretch: Stretch = (x, jnp.zeros_like(x), 1)
+    moments = Moments(x, jnp.zeros_like(x), 1)
     for dim in range(win.ndim):
-        stretch = _along(dim, win.size[dim], stretch)
-    return stretch[:2]
+        moments = _merge_adjacent(dim, win.size[dim], moments)
+    return moments.m, moments.s
 
 
-def _along(dim: int, k: int, stretch: Stretch) -> Stretch:
-    """Merge ``k`` adjacent stretches along a dim, with ``k`` as a sum of powers of 2."""
-    out = stretch[0].shape[dim] - k + 1
-    found, at, power = None, 0, 1
+def _merge_adjacent(dim: int, k: int, moments: Moments) -> Moments:
+    """Merge each ``k`` adjacent sets along a dim, with ``k`` as a sum of powers of 2."""
+    out = moments.m.shape[dim] - k + 1
+    result, at, power = None, 0, 1
     while power <= k:
         if k & power:
-            part = _cut(dim, at, out, stretch)
-            found = part if found is None else _merge(found, part)
+            part = _slice(dim, at, out, moments)
+            result = part if result is None else merge(result, part)
             at += power
         power *= 2
         if power <= k:
-            half, rest = power // 2, stretch[0].shape[dim] - power // 2
-            stretch = _merge(_cut(dim, 0, rest, stretch), _cut(dim, half, rest, stretch))
-    return found if found is not None else stretch
+            half, rest = power // 2, moments.m.shape[dim] - power // 2
+            moments = merge(_slice(dim, 0, rest, moments), _slice(dim, half, rest, moments))
+    return moments if result is None else result
 
 
-def _cut(dim: int, at: int, length: int, stretch: Stretch) -> Stretch:
-    m, s, n = stretch
-    return lax.slice_in_dim(m, at, at + length, axis=dim), lax.slice_in_dim(s, at, at + length, axis=dim), n
+def _slice(dim: int, at: int, length: int, moments: Moments) -> Moments:
+    m, s = (lax.slice_in_dim(a, at, at + length, axis=dim) for a in (moments.m, moments.s))
+    return Moments(m, s, moments.n)
 
 
-def _merge(one: Stretch, two: Stretch) -> Stretch:
-    (m1, s1, n1), (m2, s2, n2) = one, two
-    d = m2 - m1
-    return m1 + d * (n2 / (n1 + n2)), s1 + s2 + d * d * (n1 * n2 / (n1 + n2)), n1 + n2
+def merge(first: Moments, second: Moments) -> Moments:
+    """Return the moments of the union of two disjoint sets; 0 if both are empty and have moments 0."""
+    (m1, s1, n1), (m2, s2, n2) = first, second
+    d, n = m2 - m1, max(n1 + n2, 1)
+    return Moments(m1 + d * (n2 / n), s1 + s2 + d * d * (n1 * n2 / n), n1 + n2)

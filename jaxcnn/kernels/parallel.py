@@ -3,7 +3,7 @@
 Its library for convolutions and matrix products (YNN) divides a product between threads if one matrix is large. Many
 small products, or a convolution, run on one thread. If the same program has a reduction next to the product, the
 library divides their common result between threads. `on_all_threads` therefore adds the result of such a reduction to
-the product, a zero that XLA cannot predict. Later versions of jaxlib divide all products.
+the product: a zero that XLA cannot predict. Later versions of jaxlib divide all products.
 """
 
 import math
@@ -17,10 +17,13 @@ from jax import Array, lax
 ONE_THREAD = tuple(map(int, jaxlib.version.__version__.split(".")[:2])) < (0, 11)
 
 #: Number of elements of the smallest reduction that XLA:CPU hands to that library.
-ENTRIES = 8192
+REDUCTION_ELEMENTS = 8192
 
-#: Multiplications from which threads pay for a matrix product, and left-side elements from which XLA divides it anyway.
-WORTH, LARGE = 1 << 18, 1 << 17
+#: Number of multiplications from which threads pay for a matrix product.
+MIN_MULTIPLICATIONS = 1 << 18
+
+#: Number of elements of the left matrix from which XLA divides a product without help.
+DIVIDED_ELEMENTS = 1 << 17
 
 
 def on_all_threads(product: Array, a: Array, b: Array) -> Array:
@@ -32,22 +35,22 @@ def on_all_threads(product: Array, a: Array, b: Array) -> Array:
     if not ONE_THREAD or product.dtype != np.float32 or 0 in (a.size, b.size):
         return product
 
-    def on_cpu(product: Array, some: Array, other: Array) -> Array:
-        numbers = jnp.arange(ENTRIES, dtype=product.dtype) + some
-        return product + jnp.max(jnp.where(numbers > jnp.maximum(other, np.inf), numbers, -0.0))
+    def on_cpu(product: Array, a0: Array, b0: Array) -> Array:
+        numbers = jnp.arange(REDUCTION_ELEMENTS, dtype=product.dtype) + a0
+        return product + jnp.max(jnp.where(numbers > jnp.maximum(b0, np.inf), numbers, -0.0))
 
-    some, other = (lax.stop_gradient(_first(a).astype(product.dtype)) for a in (a, b))
-    return lax.platform_dependent(product, some, other, cpu=on_cpu, default=lambda product, *_: product)
+    a0, b0 = (lax.stop_gradient(_first_element(a).astype(product.dtype)) for a in (a, b))
+    return lax.platform_dependent(product, a0, b0, cpu=on_cpu, default=lambda product, *_: product)
 
 
 def batched_product(a: Array, b: Array, over_a: int, over_b: int, precision: lax.PrecisionLike) -> Array:
     """Return ``(B, M, N)`` products, one per index of the first dim, summed over one of the other dims of each."""
     product = lax.dot_general(a, b, (((over_a,), (over_b,)), ((0,), (0,))), precision=precision)
     left = math.prod(a.shape[1:])
-    if left < LARGE and left * b.shape[3 - over_b] >= WORTH:
+    if left < DIVIDED_ELEMENTS and left * b.shape[3 - over_b] >= MIN_MULTIPLICATIONS:
         return on_all_threads(product, a, b)
     return product
 
 
-def _first(a: Array) -> Array:
+def _first_element(a: Array) -> Array:
     return lax.slice(a, (0,) * a.ndim, (1,) * a.ndim).reshape(())

@@ -1,7 +1,7 @@
 """Per-example weight gradients of a convolution, and their squared norms.
 
-    kernel_grad_each      w[n, k] = Σ_o x[n, o·s + k·d − lo]ᵀ · y[n, o]
-    kernel_grad_squares   ‖w[n]‖²
+    kernel_grad_each     w[n, k] = Σ_o x[n, o·s + k·d − lo]ᵀ · y[n, o]
+    kernel_grad_squares  ‖w[n]‖²
 
 The norm can be computed without w (*ghost norms*). With P the image patches under the windows,
 
@@ -24,16 +24,17 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxcnn.geometry import Correlation
-from jaxcnn.kernels.correlation import fit, kernel_grad
-from jaxcnn.kernels.dtypes import accumulator, wider
+from jaxcnn.kernels.dtypes import accumulator, to_accumulator, wider
+from jaxcnn.kernels.kernel_grad import kernel_grad
+from jaxcnn.kernels.lowering import pad_to_span
 from jaxcnn.kernels.materialize import materialize
 from jaxcnn.kernels.parallel import batched_product
 
 #: Smallest acceptable ratio of a ghost norm's sum to the sum of absolute terms. Real nets have 0.1 or more.
-KEPT = 1 / 64
+MIN_RATIO = 1 / 64
 
 #: Up to this many bytes of image patches per example, all patches of a batch are worth their memory on CPU.
-PATCHES_BYTES = 1 << 20
+PER_EXAMPLE_PATCH_BYTES = 1 << 20
 
 
 def kernel_grad_each(c: Correlation, x: Array, y: Array) -> Array:
@@ -42,35 +43,34 @@ def kernel_grad_each(c: Correlation, x: Array, y: Array) -> Array:
     This is one product of all patches per example. On CPU, where these would be too large, it is `kernel_grad` for one
     example after the other, which runs on all threads; batched products of such sizes do not.
     """
-    x, y = _wide(x, y)
+    x, y = _to_common_accumulator(x, y)
     patches_bytes = math.prod(c.window.out) * c.window.entries * x.shape[-1] * x.dtype.itemsize
-    if c.window.ndim == 1 or patches_bytes <= PATCHES_BYTES:
-        return _by_patches(c, x, y)
-    return lax.platform_dependent(
-        x, y, cpu=functools.partial(_one_by_one, c), default=functools.partial(_by_patches, c)
-    )
+    if c.window.ndim == 1 or patches_bytes <= PER_EXAMPLE_PATCH_BYTES:
+        return by_patches(c, x, y)
+    return lax.platform_dependent(x, y, cpu=functools.partial(one_by_one, c), default=functools.partial(by_patches, c))
 
 
-def _one_by_one(c: Correlation, x: Array, y: Array) -> Array:
-    return lax.map(lambda both: kernel_grad(c, both[0][None], both[1][None]), (x, y))
+def one_by_one(c: Correlation, x: Array, y: Array) -> Array:
+    """Run `kernel_grad` for one example after the other."""
+    return lax.map(lambda pair: kernel_grad(c, pair[0][None], pair[1][None]), (x, y))
 
 
-def _by_patches(c: Correlation, x: Array, y: Array) -> Array:
-    win, n, inputs, outputs, places = c.window, x.shape[0], x.shape[-1], y.shape[-1], math.prod(c.window.out)
-    patches = materialize(
-        jnp.moveaxis(fit(win, x), -1, 1)
-    )  # (N, I, *span): positions last, the layout that suits a GEMM
+def by_patches(c: Correlation, x: Array, y: Array) -> Array:
+    """Run one product of image patches and δ per example."""
+    win, n, inputs, outputs, positions = c.window, x.shape[0], x.shape[-1], y.shape[-1], math.prod(c.window.out)
+    # (N, I, *span): positions last, the layout that suits a GEMM
+    patches = materialize(jnp.moveaxis(pad_to_span(win, x), -1, 1))
     for dim in reversed(range(win.ndim)):  # dim by dim: fewer slices than one per tap
         axis, s, last = dim - win.ndim, win.steps[dim], (win.out[dim] - 1) * win.steps[dim] + 1
         starts = range(0, win.size[dim] * win.dilation[dim], win.dilation[dim])
         patches = materialize(jnp.stack([lax.slice_in_dim(patches, k, k + last, s, axis) for k in starts], 1))
     patches = lax.collapse(patches, 2 + win.ndim)  # (N, *size, I, positions)
     if c.groups == 1:  # a special case: with a group dim of one, XLA:CPU transposes the product's result
-        patches, y = lax.collapse(patches, 1, -1), y.reshape(n, places, outputs)
+        patches, y = lax.collapse(patches, 1, -1), y.reshape(n, positions, outputs)
         w = batched_product(patches, y, 2, 1, c.precision)
     else:
-        patches = lax.collapse(patches, 1, -2).reshape(n, win.entries, c.groups, inputs // c.groups, places)
-        y = y.reshape(n, places, c.groups, outputs // c.groups)
+        patches = lax.collapse(patches, 1, -2).reshape(n, win.entries, c.groups, inputs // c.groups, positions)
+        y = y.reshape(n, positions, c.groups, outputs // c.groups)
         w = jnp.einsum("nkgip,npgo->nkigo", patches, y, precision=c.precision)
     return w.reshape(n, *win.size, inputs // c.groups, outputs)
 
@@ -78,17 +78,19 @@ def _by_patches(c: Correlation, x: Array, y: Array) -> Array:
 def kernel_grad_squares(c: Correlation, x: Array, y: Array) -> Array:
     """Return ``(N,)``: ‖kernel_grad_each(c, x, y)[n]‖²."""
     if ghost_is_cheaper(c, x.shape[-1], y.shape[-1]):
-        x, y = _wide(x, y)
-        return _kept_or(lambda x, y: squares(kernel_grad(c, x[None], y[None])[None])[0], x, y, _ghost_terms(c, x, y))
+        x, y = _to_common_accumulator(x, y)
+        return _sum_unless_cancelled(
+            lambda x, y: squares(kernel_grad(c, x[None], y[None])[None])[0], x, y, ghost_terms(c, x, y)
+        )
     return squares(kernel_grad_each(c, x, y))
 
 
 def ghost_is_cheaper(c: Correlation, inputs: int, outputs: int) -> bool:
     """Whether the ghost norm has fewer operations per example; those outside a GEMM count eight times as much."""
     win = c.window
-    places, pixels = math.prod(win.out), math.prod(win.span)
-    direct = places * win.entries * inputs * outputs // c.groups
-    ghost = pixels**2 * (inputs + 8 * c.groups * win.size[0]) + places**2 * (outputs + 8 * c.groups)
+    positions, pixels = math.prod(win.out), math.prod(win.span)
+    direct = positions * win.entries * inputs * outputs // c.groups
+    ghost = pixels**2 * (inputs + 8 * c.groups * win.size[0]) + positions**2 * (outputs + 8 * c.groups)
     return ghost < direct
 
 
@@ -101,48 +103,50 @@ def for_each(f: Callable[..., Any], *batches: Any) -> Any:
     """
     n = jax.tree.leaves(batches)[0].shape[0]
     if isinstance(n, int) and n > 1 and _has_groups_of(n, jax.make_jaxpr(jax.vmap(f))(*batches).jaxpr):
-        return lax.map(lambda one: f(*one), batches)
+        return lax.map(lambda example: f(*example), batches)
     return jax.vmap(f)(*batches)
 
 
 def _has_groups_of(n: int, jaxpr: Any) -> bool:
     """Whether a convolution in the jaxpr, at any depth, has a multiple of n groups."""
 
-    def found(params: dict[str, Any]) -> bool:
+    def grouped(params: dict[str, Any]) -> bool:
         groups = max(params.get("feature_group_count", 1), params.get("batch_group_count", 1))
         inner = (a for a in jax.tree.leaves(params, is_leaf=_is_jaxpr) if _is_jaxpr(a))
         return (groups > 1 and groups % n == 0) or any(_has_groups_of(n, getattr(a, "jaxpr", a)) for a in inner)
 
-    return any(found(eqn.params) for eqn in jaxpr.eqns)
+    return any(grouped(eqn.params) for eqn in jaxpr.eqns)
 
 
 def _is_jaxpr(value: Any) -> bool:
     return hasattr(value, "eqns")
 
 
-def _kept_or(direct: Callable[[Array, Array], Array], x: Array, y: Array, terms: Array) -> Array:
+def _sum_unless_cancelled(direct: Callable[[Array, Array], Array], x: Array, y: Array, terms: Array) -> Array:
     """Return ``(N,)`` sums of each example's terms, or, if those of any example cancel, ``direct`` of each example.
 
     ``direct`` runs for one example after the other: memory for all at once would be allocated even if it is not needed.
     """
     dims = range(1, terms.ndim)
     total, size = terms.sum(dims), jnp.abs(terms).sum(dims)
-    kept = jnp.all(total >= KEPT * size)
-    return lax.cond(kept, lambda x, y: total, lambda x, y: lax.map(lambda both: direct(*both), (x, y)), x, y)
+    precise = jnp.all(total >= MIN_RATIO * size)
+    return lax.cond(precise, lambda x, y: total, lambda x, y: lax.map(lambda pair: direct(*pair), (x, y)), x, y)
 
 
-def _ghost_terms(c: Correlation, x: Array, y: Array) -> Array:
+def ghost_terms(c: Correlation, x: Array, y: Array) -> Array:
     """Return ``(N, groups, positions, positions)`` terms, one per pair of positions; taps are summed dim by dim."""
     win, groups, n, inputs, outputs = c.window, c.groups, x.shape[0], x.shape[-1], y.shape[-1]
-    pixels = fit(win, x).reshape(n, math.prod(win.span), groups, inputs // groups)
-    of_pixels = jnp.einsum("npgi,nqgi->gnpq", pixels, pixels, precision=c.precision)
-    of_patches = of_pixels.reshape(groups * n, *win.span, *win.span)
+    pixels = pad_to_span(win, x).reshape(n, math.prod(win.span), groups, inputs // groups)
+    pixel_products = jnp.einsum("npgi,nqgi->gnpq", pixels, pixels, precision=c.precision)
+    patch_products = pixel_products.reshape(groups * n, *win.span, *win.span)
     for dim, (size, s, d, o) in enumerate(zip(win.size, win.steps, win.dilation, win.out, strict=True)):
         pair = (1 + dim, 1 + win.ndim + dim)
-        of_patches = _sum_of_slices(of_patches, pair, [range(k * d, k * d + (o - 1) * s + 1, s) for k in range(size)])
+        patch_products = _sum_of_slices(
+            patch_products, pair, [range(k * d, k * d + (o - 1) * s + 1, s) for k in range(size)]
+        )
     y = y.reshape(n, math.prod(win.out), groups, outputs // groups)
-    of_deltas = jnp.einsum("npgo,nqgo->gnpq", y, y, precision=c.precision)
-    return jnp.moveaxis(of_patches.reshape(of_deltas.shape) * of_deltas, 0, 1)
+    delta_products = jnp.einsum("npgo,nqgo->gnpq", y, y, precision=c.precision)
+    return jnp.moveaxis(patch_products.reshape(delta_products.shape) * delta_products, 0, 1)
 
 
 def _sum_of_slices(x: Array, axes: tuple[int, int], ranges: list[range]) -> Array:
@@ -150,15 +154,15 @@ def _sum_of_slices(x: Array, axes: tuple[int, int], ranges: list[range]) -> Arra
 
     def part(at: range) -> Array:
         i, j = axes
-        found = lax.slice_in_dim(x, at.start, at.stop, at.step, i)
-        return lax.slice_in_dim(found, at.start, at.stop, at.step, j)
+        rows = lax.slice_in_dim(x, at.start, at.stop, at.step, i)
+        return lax.slice_in_dim(rows, at.start, at.stop, at.step, j)
 
     return functools.reduce(operator.add, map(part, ranges))
 
 
 def outer_each(x: Array, y: Array) -> Array:
     """Return ``(N, I, O)``: Σ over positions of x ⊗ y, for x ``(N, positions, I)`` and y ``(N, positions, O)``."""
-    x, y = _wide(x, y)
+    x, y = _to_common_accumulator(x, y)
     if x.shape[1] == 1:
         return x[:, 0, :, None] * y[:, 0, None, :]
     return jnp.einsum("npi,npo->nio", x, y)
@@ -166,23 +170,23 @@ def outer_each(x: Array, y: Array) -> Array:
 
 def outer_squares(x: Array, y: Array) -> Array:
     """Return ``(N,)``: ‖outer_each(x, y)[n]‖²."""
-    _, places, inputs = x.shape
-    if places * (inputs + y.shape[-1]) >= inputs * y.shape[-1]:
+    _, positions, inputs = x.shape
+    if positions * (inputs + y.shape[-1]) >= inputs * y.shape[-1]:
         return squares(outer_each(x, y))
-    x, y = _wide(x, y)
-    if places == 1:
+    x, y = _to_common_accumulator(x, y)
+    if positions == 1:
         return squares(x) * squares(y)
     terms = jnp.einsum("npi,nqi->npq", x, x) * jnp.einsum("npo,nqo->npq", y, y)
-    return _kept_or(lambda x, y: jnp.sum(jnp.square(x.T @ y)), x, y, terms)
+    return _sum_unless_cancelled(lambda x, y: jnp.sum(jnp.square(x.T @ y)), x, y, terms)
 
 
 def squares(x: Array) -> Array:
     """Return ``(N,)``: the sum of squared absolute values of each example's elements."""
     if jnp.iscomplexobj(x):
         return squares(x.real) + squares(x.imag)
-    return jnp.sum(jnp.square(x.astype(accumulator(x.dtype))), range(1, x.ndim))
+    return jnp.sum(jnp.square(to_accumulator(x)), range(1, x.ndim))
 
 
-def _wide(x: Array, y: Array) -> tuple[Array, Array]:
-    wide = accumulator(wider(x.dtype, y.dtype))
-    return x.astype(wide), y.astype(wide)
+def _to_common_accumulator(x: Array, y: Array) -> tuple[Array, Array]:
+    dtype = accumulator(wider(x.dtype, y.dtype))
+    return x.astype(dtype), y.astype(dtype)

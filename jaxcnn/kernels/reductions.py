@@ -1,8 +1,8 @@
 """Reductions whose terms are computed on the fly.
 
-XLA:CPU hands a reduction to a library that is fast for plain terms and for products of two arrays. Where the terms are
-more complex, it computes array by array. Adding halves or eighths of an array is an ordinary loop instead: it runs on
-all threads, and computes the terms inside.
+XLA:CPU calls a library for a reduction. The library is fast if the terms are an array or a product of two arrays, and
+slow if they are computed from more. Adding halves or eighths of an array is an ordinary loop instead, which runs on all
+threads and computes the terms as it reads them.
 """
 
 import functools
@@ -13,17 +13,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxcnn.kernels.shapes import symbolic
+from jaxcnn.kernels.shapes import is_symbolic
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def sum_computed(dims: tuple[int, ...], x: Array) -> Array:
-    """Σ x over ``dims``, where x is computed from a product of more than two arrays."""
-    return lax.platform_dependent(x, cpu=functools.partial(halved, dims), default=lambda x: x.sum(dims))
+    """Return Σ x over ``dims``, where x is computed from a product of more than two arrays."""
+    return lax.platform_dependent(x, cpu=functools.partial(sum_by_halves, dims), default=lambda x: x.sum(dims))
 
 
-def halved(dims: tuple[int, ...], x: Array) -> Array:
-    """Σ x over ``dims``: add halves while sizes are even, then sum the rest. The first dim (the batch) is last."""
+def sum_by_halves(dims: tuple[int, ...], x: Array) -> Array:
+    """Return Σ x over ``dims``: add halves while a size is even, then sum the rest. The batch, dim 0, comes last."""
     for dim in (*dims[1:], *dims[:1]):
         while x.shape[dim] and x.shape[dim] % 2 == 0:
             first, second = lax.split(x, (x.shape[dim] // 2,) * 2, axis=dim)
@@ -32,9 +32,12 @@ def halved(dims: tuple[int, ...], x: Array) -> Array:
 
 
 def sum_of_eights(x: Array, axis: int) -> Array:
-    """Reduce an axis to about an eighth by adding eight equal slices; a remainder is appended. A symbolic one, to 1."""
+    """Reduce an axis to about an eighth by adding eight equal slices, and append the remainder.
+
+    An axis of symbolic size is summed to size 1.
+    """
     n = x.shape[axis]
-    if symbolic(n):
+    if is_symbolic(n):
         return x.sum(axis, keepdims=True)
     parts = max(min(n, 8), 1)
     ends = [n // parts * i for i in range(parts + 1)]

@@ -1,7 +1,7 @@
-"""Rank promotion, and comparisons of sizes that may be symbolic.
+"""Rank promotion, and arithmetic of sizes that may be symbolic.
 
 `jax.export` can compile one program for every batch size, which is then a symbol such as ``n``. Comparing a symbol with
-a number may be inconclusive. Every choice between two forms of a product uses `at_most`, which treats a symbol as
+a number may be inconclusive. Every choice between two forms of a product uses `known_at_most`, which treats a symbol as
 large.
 """
 
@@ -13,7 +13,7 @@ from jax import Array
 A = TypeVar("A", Array, Any)
 
 
-def beside(a: A, like: Array) -> A:
+def expand_rank(a: A, like: Array) -> A:
     """Return ``a`` with leading dims of size 1, so that it has as many dims as ``like``.
 
     NumPy's broadcasting adds them as well, but JAX refuses it under ``jax.numpy_rank_promotion("raise")``.
@@ -21,7 +21,7 @@ def beside(a: A, like: Array) -> A:
     return a.reshape((1,) * (like.ndim - a.ndim) + a.shape)
 
 
-def at_most(n: Any, bound: int) -> bool:
+def known_at_most(n: Any, bound: int) -> bool:
     """Whether ``n <= bound``; False if ``n`` is symbolic and the answer depends on its value."""
     try:
         return bool(n <= bound)
@@ -29,11 +29,13 @@ def at_most(n: Any, bound: int) -> bool:
         return False
 
 
-def symbolic(n: Any) -> bool:
+def is_symbolic(n: Any) -> bool:
     """Whether a size is a symbol, not a number."""
     return not isinstance(n, int)
 
 
-def empty(*arrays: Array) -> bool:
-    """Whether any of the arrays is empty. A symbolic size counts as positive."""
-    return any(not symbolic(n) and n == 0 for a in arrays for n in a.shape)
+def largest_divisor(n: int, bound: int) -> int:
+    """Return the largest divisor of ``n`` that is at most ``bound``, and at least 1; 0 if ``n`` is 0, 1 if symbolic."""
+    if is_symbolic(n):
+        return 1
+    return next((k for k in range(min(n, max(bound, 1)), 0, -1) if n % k == 0), 0)

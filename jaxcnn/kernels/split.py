@@ -13,8 +13,8 @@ from jax import Array, lax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 
-def run_whole(f: Callable[..., Array], arrays: Sequence[Array], dims: Sequence[slice], of_result: slice) -> Array:
-    """Return ``f(*arrays)``, with neither the arrays sharded along ``dims`` nor the result along ``of_result``.
+def run_whole(f: Callable[..., Array], arrays: Sequence[Array], dims: Sequence[slice], result_dims: slice) -> Array:
+    """Return ``f(*arrays)``, with neither the arrays sharded along ``dims`` nor the result along ``result_dims``.
 
     XLA gathers dims that are split there, and chooses the sharding of the other dims. Arrays without a known mesh are
     left alone. These include arrays that only ``in_shardings`` of `jax.jit` shards, because JAX does not show that to
@@ -23,17 +23,18 @@ def run_whole(f: Callable[..., Array], arrays: Sequence[Array], dims: Sequence[s
     mesh = mesh_of(arrays)
     if mesh is None:
         return f(*arrays)
-    y = f(*(_whole(mesh, a, kept) for a, kept in zip(arrays, dims, strict=True)))
-    return _whole(mesh, y, of_result)
+    y = f(*(_gather_dims(mesh, a, whole) for a, whole in zip(arrays, dims, strict=True)))
+    return _gather_dims(mesh, y, result_dims)
 
 
 def mesh_of(arrays: Sequence[Array]) -> AbstractMesh | None:
     """Return the mesh that an array's type or the context names, if it has automatic axes."""
-    known = (*(jax.typeof(a).sharding.mesh for a in arrays), jax.sharding.get_abstract_mesh())
-    return next((mesh for mesh in known if mesh.auto_axes), None)
+    meshes = (*(jax.typeof(a).sharding.mesh for a in arrays), jax.sharding.get_abstract_mesh())
+    return next((mesh for mesh in meshes if mesh.auto_axes), None)
 
 
-def _whole(mesh: AbstractMesh, a: Array, kept: slice) -> Array:
+def _gather_dims(mesh: AbstractMesh, a: Array, dims: slice) -> Array:
+    """Constrain ``a`` to be whole along ``dims``."""
     spec: list[Any] = [PartitionSpec.UNCONSTRAINED] * a.ndim
-    spec[kept] = [None] * len(spec[kept])
+    spec[dims] = [None] * len(spec[dims])
     return lax.with_sharding_constraint(a, NamedSharding(mesh, PartitionSpec(*spec)))

@@ -1,8 +1,8 @@
-"""Shift, multiply, add: the products of `kernels.correlation` as sums with one term per tap and channel.
+"""Shift, multiply, add: `correlate`, `input_grad` and `kernel_grad` as sums with one term per tap and channel.
 
-    correlate    y[o, g, j] = Σ_k Σ_i x[o·s + k·d − lo, g, i] · w[k, i, g, j]
-    input_grad       x[i, g, i'] = Σ_k Σ_j y[(i + lo − k·d) / s, g, j] · w[k, i', g, j]      where the quotient is whole
-    kernel_grad        w[k, i, g, j] = Σ_o x[o·s + k·d − lo, g, i] · y[o, g, j]
+    correlate     y[o, g, j] = Σ_k Σ_i x[o·s + k·d − lo, g, i] · w[k, i, g, j]
+    input_grad    x[i, g, i'] = Σ_k Σ_j y[(i + lo − k·d) / s, g, j] · w[k, i', g, j]     for integer quotients
+    kernel_grad   w[k, i, g, j] = Σ_o x[o·s + k·d − lo, g, i] · y[o, g, j]
 
 XLA:CPU compiles such a sum to one loop over vectors of the result and stores no intermediates. With few channels, a
 GEMM cannot fill its vectors.
@@ -22,8 +22,8 @@ from jax import Array, lax
 from jaxcnn.geometry import Correlation
 from jaxcnn.kernels.materialize import materialize
 from jaxcnn.kernels.reductions import sum_of_eights
-from jaxcnn.kernels.shapes import at_most, beside, symbolic
-from jaxcnn.kernels.windows import at_tap, interleaved, meeting, padded, unpad
+from jaxcnn.kernels.shapes import expand_rank, is_symbolic, known_at_most
+from jaxcnn.kernels.windows import at_tap, interleaved, padded, phase_taps, unpad
 
 #: Start of a tap's slice of the padded input; traced inside a loop.
 Start = np.ndarray | Array
@@ -34,13 +34,13 @@ CHAINS = 4
 #: Maximum number of terms of one loop. From about 110, XLA stores intermediates and takes ten times as long.
 TERMS = 80
 
-#: Terms above which taps are processed in a loop, and terms per iteration: compile time grows with the number of terms
-#: that are written out. For `kernel_grad`, whose terms are reductions and compile more slowly, these are "sums" and
-#: "block".
+#: Number of terms above which taps are processed in a loop, and of terms per iteration ("chunk"): compile time grows
+#: with the number of terms that are written out. For `kernel_grad`, whose terms are reductions and compile more slowly,
+#: these are "sums" and "block".
 LOOPED = {"terms": 64, "chunk": 16, "sums": 16, "block": 8}
 
 #: Up to this many terms, padding each one separately pays; XLA then tests every element of each for padding.
-AT_TAPS = 9
+PADDED_TERMS = 9
 
 
 def correlate(c: Correlation, x: Array, w: Array) -> Array:
@@ -55,13 +55,13 @@ def correlate(c: Correlation, x: Array, w: Array) -> Array:
     w = w.reshape(win.entries, inputs, groups, outputs)
 
     def terms(start: Start, w: Array) -> Iterator[Array]:
-        entries = _at(canvas, start, win.out, win.stride)
+        entries = _tap_elements(canvas, start, win.out, win.stride)
         if depthwise:
-            yield entries * beside(w.reshape(-1), entries)
+            yield entries * expand_rank(w.reshape(-1), entries)
             return
         entries = entries.reshape(*entries.shape[:-1], groups, inputs)
         for i in range(inputs):
-            yield entries[..., i : i + 1] * beside(w[i], entries)
+            yield entries[..., i : i + 1] * expand_rank(w[i], entries)
 
     starts = np.array([win.offset(tap) for tap in win.taps()], np.int32)
     y = materialize(_sum_over_taps(terms, starts, w, np.arange(win.entries), inputs))
@@ -69,48 +69,46 @@ def correlate(c: Correlation, x: Array, w: Array) -> Array:
 
 
 def input_grad(c: Correlation, y: Array, w: Array) -> Array:
-    """Apply the adjoint in x, ``(N, *shape, I)``, as one sum per remainder by the stride, which share their taps."""
+    """Apply the adjoint in x, ``(N, *shape, I)``, as one sum per remainder by the stride: its positions share taps."""
     win, batch, groups = c.window, y.shape[0], c.groups
     inputs, outputs = w.shape[-2], w.shape[-1] // groups
-    turned = materialize(
-        jnp.moveaxis(w.reshape(*w.shape[:-1], groups, outputs), (-1, -3), (-3, -1))
-    )  # (…, O, groups, I)
+    # (*size, O, groups, I)
+    swapped = materialize(jnp.moveaxis(w.reshape(*w.shape[:-1], groups, outputs), (-1, -3), (-3, -1)))
     if math.prod(win.stride) > 1 and all(e <= s for e, s in zip(win.extent, win.stride, strict=True)):
-        return _input_grad_apart(c, y, turned)
-    alone = inputs == outputs == 1 and win.stride == (1,) * win.ndim and win.entries <= AT_TAPS
-    # No padded copy of δ; and with large strides, most remainders meet no tap.
-    if alone or math.prod(win.stride) > 2 * win.entries:
+        return _input_grad_disjoint(c, y, swapped)
+    few_terms = inputs == outputs == 1 and win.stride == (1,) * win.ndim and win.entries <= PADDED_TERMS
+    # No padded copy of δ; and with large strides, most remainders have no tap.
+    if few_terms or math.prod(win.stride) > 2 * win.entries:
         y = y.reshape(*y.shape[:-1], groups, outputs)
 
-        def of_tap(tap: tuple[int, ...]) -> Array:
-            found = _sum(y[..., j : j + 1] * beside(turned[(*tap, j)], y) for j in range(outputs))
-            return at_tap(win, tap, lax.collapse(found, win.ndim + 1))
+        def term(tap: tuple[int, ...]) -> Array:
+            products = _sum(y[..., j : j + 1] * expand_rank(swapped[(*tap, j)], y) for j in range(outputs))
+            return at_tap(win, tap, lax.collapse(products, win.ndim + 1))
 
-        return unpad(win, _sum(map(of_tap, win.taps())))
-    met = [meeting(win, dim) for dim in range(win.ndim)]
+        return unpad(win, _sum(map(term, win.taps())))
+    taps_of_phases = [phase_taps(win, dim) for dim in range(win.ndim)]
     length = [-(-n // s) for n, s in zip(win.shape, win.stride, strict=True)]
-    shifts = [[shift for phase in phases for _, shift in phase] for phases in met]
-    before = [max(-min(of, default=0), 0) for of in shifts]
-    after = [max(max(of, default=0) + n - out, 0) for of, n, out in zip(shifts, length, win.out, strict=True)]
+    shifts = [[shift for phase in phases for _, shift in phase] for phases in taps_of_phases]
+    before = [max(-min(along, default=0), 0) for along in shifts]
+    after = [max(max(along, default=0) + n - out, 0) for along, n, out in zip(shifts, length, win.out, strict=True)]
     pads = [(0, 0, 0), *((lo, hi, 0) for lo, hi in zip(before, after, strict=True)), (0, 0, 0)]
     y = lax.pad(materialize(y), np.zeros((), y.dtype), pads)
     y = y.reshape(*y.shape[:-1], groups, outputs)
     ones = (1,) * win.ndim
 
-    def terms(start: Start, turned: Array) -> Iterator[Array]:
-        entries = _at(y, start, length, ones)
+    def terms(start: Start, swapped: Array) -> Iterator[Array]:
+        entries = _tap_elements(y, start, length, ones)
         for j in range(outputs):
-            yield entries[..., j : j + 1] * beside(turned[j], entries)
+            yield entries[..., j : j + 1] * expand_rank(swapped[j], entries)
 
-    of_taps = turned.reshape(win.entries, *turned.shape[win.ndim :])
+    weights = swapped.reshape(win.entries, *swapped.shape[win.ndim :])
     phases = []
-    for pairs in itertools.product(*met):
-        which = list(itertools.product(*pairs))
-        if which:
-            taps = tuple(np.array([[k for k, _ in one] for one in which]).T)
-            starts = np.array([[shift + lo for (_, shift), lo in zip(one, before, strict=True)] for one in which])
-            numbers = np.ravel_multi_index(taps, win.size)
-            phase = _sum_over_taps(terms, starts.astype(np.int32), of_taps, numbers, outputs)
+    for pairs_per_dim in itertools.product(*taps_of_phases):
+        taps = list(itertools.product(*pairs_per_dim))  # per tap, one pair (k, shift) for each dim
+        if taps:
+            starts = np.array([[shift + lo for (_, shift), lo in zip(tap, before, strict=True)] for tap in taps])
+            numbers = np.ravel_multi_index(tuple(np.array([[k for k, _ in tap] for tap in taps]).T), win.size)
+            phase = _sum_over_taps(terms, starts.astype(np.int32), weights, numbers, outputs)
             phase = lax.collapse(phase, win.ndim + 1)
         else:
             phase = jnp.zeros((batch, *length, groups * inputs), y.dtype)
@@ -118,65 +116,65 @@ def input_grad(c: Correlation, y: Array, w: Array) -> Array:
     return interleaved(win, phases)
 
 
-def _input_grad_apart(c: Correlation, y: Array, turned: Array) -> Array:
-    """Run `input_grad` where windows do not overlap: every δ times the whole kernel, side by side."""
+def _input_grad_disjoint(c: Correlation, y: Array, swapped: Array) -> Array:
+    """Run `input_grad` for windows that do not overlap: every δ times the whole kernel, each in its own place."""
     win, groups = c.window, c.groups
-    outputs = turned.shape[win.ndim]
+    outputs = swapped.shape[win.ndim]
     y = y.reshape(y.shape[0], *(n for out in win.out for n in (out, 1)), groups, outputs)
     terms = []
     for j in range(outputs):
-        w = turned[(*(slice(None),) * win.ndim, j)]  # (*size, groups, I)
+        w = swapped[(*(slice(None),) * win.ndim, j)]  # (*size, groups, I)
         w = w.reshape(*(n for k in win.size for n in (1, k)), *w.shape[win.ndim :])
-        terms.append(y[..., j : j + 1] * beside(w, y))
-    found = lax.collapse(_sum(terms), 2 * win.ndim + 1)
+        terms.append(y[..., j : j + 1] * expand_rank(w, y))
+    x = lax.collapse(_sum(terms), 2 * win.ndim + 1)
     zero, none = np.zeros((), y.dtype), (0, 0, 0)
     dims = zip(win.extent, win.stride, win.dilation, strict=True)
-    found = lax.pad(found, zero, [none, *(pad for e, s, d in dims for pad in (none, (0, s - e, d - 1))), none])
-    found = found.reshape(y.shape[0], *(o * s for o, s in zip(win.out, win.stride, strict=True)), found.shape[-1])
+    x = lax.pad(x, zero, [none, *(pad for e, s, d in dims for pad in (none, (0, s - e, d - 1))), none])
+    x = x.reshape(y.shape[0], *(o * s for o, s in zip(win.out, win.stride, strict=True)), x.shape[-1])
     starts = [lo for lo, _ in win.padding]
     limits = [lo + n for lo, n in zip(starts, win.shape, strict=True)]
-    more = [(0, max(limit - n, 0), 0) for limit, n in zip(limits, found.shape[1:-1], strict=True)]
-    found = lax.pad(found, zero, [none, *more, none])
-    return lax.slice(found, (0, *starts, 0), (found.shape[0], *limits, found.shape[-1]))
+    more = [(0, max(limit - n, 0), 0) for limit, n in zip(limits, x.shape[1:-1], strict=True)]
+    x = lax.pad(x, zero, [none, *more, none])
+    return lax.slice(x, (0, *starts, 0), (x.shape[0], *limits, x.shape[-1]))
 
 
 def kernel_grad(c: Correlation, x: Array, y: Array) -> Array:
     """Apply the adjoint in w, ``(*size, I/groups, O)``: products of every tap and channel, summed in eighths.
 
-    Parts of a dim are summed first, before anything is stored: XLA:CPU reduces leading dims on one thread, and storing
-    costs more here than computing.
+    Parts of a dim are summed first, before anything is materialized: XLA:CPU reduces leading dims on one thread, and
+    storing costs more here than computing.
     """
     win, groups, inputs = c.window, c.groups, x.shape[-1] // c.groups
     y = y.reshape(*y.shape[:-1], groups, y.shape[-1] // groups)
-    axis = next((axis for axis, n in enumerate(y.shape[:-2]) if not symbolic(n) and n >= 8), 0)
+    axis = next((axis for axis, n in enumerate(y.shape[:-2]) if not is_symbolic(n) and n >= 8), 0)
 
-    def of_taps(x: Array, taps: Iterable[tuple[int, ...]]) -> Array:
+    def grad_of_taps(x: Array, taps: Iterable[tuple[int, ...]]) -> Array:
         sums = []
         for tap in taps:
-            entries = _at(x, np.multiply(tap, win.dilation), win.out, win.stride)
+            entries = _tap_elements(x, np.multiply(tap, win.dilation), win.out, win.stride)
             entries = entries.reshape(*entries.shape[:-1], groups, inputs)
             sums += [sum_of_eights(entries[..., i : i + 1] * y, axis) for i in range(inputs)]
         w = jnp.stack(sums)
         w = w.reshape(w.shape[0], math.prod(w.shape[1:-2]), math.prod(w.shape[-2:]))
-        while not at_most(w.shape[1], 1):
+        while not known_at_most(w.shape[1], 1):
             w = sum_of_eights(w, 1)
         return w.sum(1)
 
     if win.entries * inputs <= LOOPED["sums"]:
-        return of_taps(padded(win, x), win.taps()).reshape(*win.size, inputs, -1)
-    # Each iteration takes a block of taps, and stores the part of x that they meet. Taps of the last blocks that are
-    # outside the kernel are sliced off.
+        return grad_of_taps(padded(win, x), win.taps()).reshape(*win.size, inputs, -1)
+    # Each iteration takes a block of taps, and materializes the part of x that they read. Taps of the last blocks
+    # that are outside the kernel are sliced off.
     block, blocks = _blocks(win.size, max(LOOPED["block"] // inputs, 1))
     more = [(q * b - k) * d for q, b, k, d in zip(blocks, block, win.size, win.dilation, strict=True)]
     canvas = lax.pad(padded(win, x), np.zeros((), x.dtype), [(0, 0, 0), *((0, m, 0) for m in more), (0, 0, 0)])
     reach = [(o - 1) * s + 1 + (b - 1) * d for o, s, b, d in zip(win.out, win.stride, block, win.dilation, strict=True)]
     taps = list(np.ndindex(*block))
 
-    def of_block(start: Array) -> Array:
-        return of_taps(materialize(_at(canvas, start, reach, (1,) * win.ndim)), taps)
+    def grad_of_block(start: Array) -> Array:
+        return grad_of_taps(materialize(_tap_elements(canvas, start, reach, (1,) * win.ndim)), taps)
 
     starts = np.array(list(np.ndindex(*blocks))) * block * np.array(win.dilation)
-    w = lax.map(of_block, starts.astype(np.int32)).reshape(*blocks, *block, inputs, -1)
+    w = lax.map(grad_of_block, starts.astype(np.int32)).reshape(*blocks, *block, inputs, -1)
     pairs = [axis for dim in range(win.ndim) for axis in (dim, win.ndim + dim)]
     w = w.transpose(*pairs, 2 * win.ndim, 2 * win.ndim + 1)
     w = w.reshape(*(q * b for q, b in zip(blocks, block, strict=True)), *w.shape[-2:])
@@ -192,8 +190,8 @@ def _blocks(size: Sequence[int], most: int) -> tuple[tuple[int, ...], tuple[int,
     return tuple(block), tuple(-(-n // b) for n, b in zip(size, block, strict=True))
 
 
-def _at(canvas: Array, start: Start, out: Sequence[int], stride: Sequence[int]) -> Array:
-    """Return the elements that a tap meets, ``(N, *out, …)``: a strided slice of the spatial dims from ``start`` on."""
+def _tap_elements(canvas: Array, start: Start, out: Sequence[int], stride: Sequence[int]) -> Array:
+    """Return the elements that a tap reads, ``(N, *out, …)``: a strided slice of the spatial dims from ``start`` on."""
     spans = [(n - 1) * s + 1 for n, s in zip(out, stride, strict=True)]
     rest = canvas.shape[1 + len(spans) :]
     if isinstance(start, np.ndarray):
@@ -201,8 +199,8 @@ def _at(canvas: Array, start: Start, out: Sequence[int], stride: Sequence[int]) 
         return lax.slice(canvas, (0, *start, *(0,) * len(rest)), limits, (1, *stride, *(1,) * len(rest)))
     zero = np.int32(0)
     begin = (zero, *start, *(zero,) * len(rest))
-    found = lax.dynamic_slice(canvas, begin, (canvas.shape[0], *spans, *rest), allow_negative_indices=False)
-    return lax.slice(found, (0,) * found.ndim, found.shape, (1, *stride, *(1,) * len(rest)))
+    span = lax.dynamic_slice(canvas, begin, (canvas.shape[0], *spans, *rest), allow_negative_indices=False)
+    return lax.slice(span, (0,) * span.ndim, span.shape, (1, *stride, *(1,) * len(rest)))
 
 
 def _sum_over_taps(
@@ -217,19 +215,19 @@ def _sum_over_taps(
     def written_out(starts: Iterable[Start], weights: Iterable[Array]) -> list[Array]:
         return [term for start, w in zip(starts, weights, strict=True) for term in terms(start, w)]
 
-    chunk = max(LOOPED["chunk"] // each, 1)
-    few = len(starts) * each <= LOOPED["terms"] or len(starts) <= chunk
+    length = max(LOOPED["chunk"] // each, 1)
+    few = len(starts) * each <= LOOPED["terms"] or len(starts) <= length
     # At least one is written out: the loop's carry then has the right sharding.
-    first = len(starts) if few else (len(starts) - 1) % chunk + 1
+    first = len(starts) if few else (len(starts) - 1) % length + 1
     total = _sum(written_out(starts[:first], (weights[tap] for tap in taps[:first].tolist())))
     if few:
         return total
 
-    def add(total: Array, of: tuple[Array, Array]) -> tuple[Array, None]:
-        return total + _chained(written_out(*of)), None
+    def add(total: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
+        return total + _sum_in_chains(written_out(*chunk)), None
 
     rest = jnp.take(weights, taps[first:], axis=0, mode="clip")
-    chunks: Any = starts[first:].reshape(-1, chunk, starts.shape[1]), rest.reshape(-1, chunk, *rest.shape[1:])
+    chunks: Any = starts[first:].reshape(-1, length, starts.shape[1]), rest.reshape(-1, length, *rest.shape[1:])
     return lax.scan(add, total, chunks)[0]
 
 
@@ -238,10 +236,10 @@ def _sum(terms: Iterable[Array]) -> Array:
     terms = list(terms)
     loops = -(-len(terms) // TERMS)
     size = -(-len(terms) // loops)
-    sums = [_chained(terms[at : at + size]) for at in range(0, len(terms), size)]
+    sums = [_sum_in_chains(terms[at : at + size]) for at in range(0, len(terms), size)]
     return sums[0] if loops == 1 else functools.reduce(operator.add, map(materialize, sums))
 
 
-def _chained(terms: Sequence[Array]) -> Array:
+def _sum_in_chains(terms: Sequence[Array]) -> Array:
     chains = [functools.reduce(operator.add, terms[i::CHAINS]) for i in range(min(CHAINS, len(terms)))]
     return functools.reduce(operator.add, chains)

@@ -5,8 +5,8 @@ window is the row-major number of its largest element within the window. It take
 elements.
 
 Every function is a few strided slices (or their adjoint, interior-padded adds), which XLA fuses into one loop.
-``reduce_window`` and ``select_and_scatter`` are tens of times slower on CPU. For windows of more than `UNROLLED` taps
-the program would become long, so they use the functions named ``_long``.
+``reduce_window`` and ``select_and_scatter`` are tens of times slower on CPU. For windows of more than
+`MAX_UNROLLED_TAPS` taps the program would become long, so they use the functions named ``_long``.
 """
 
 import functools
@@ -20,14 +20,14 @@ from jax import Array, lax
 
 from jaxcnn.geometry import Window
 from jaxcnn.kernels.dtypes import accumulator
-from jaxcnn.kernels.shapes import beside, symbolic
+from jaxcnn.kernels.shapes import expand_rank
 from jaxcnn.kernels.split import run_whole
 
 #: Windows of up to this many taps are written out tap by tap.
-UNROLLED = 64
+MAX_UNROLLED_TAPS = 64
 
-#: Non-overlapping windows with more taps than this use a reduction; otherwise XLA recomputes the winner per element.
-REDUCED = 16
+#: As `MAX_UNROLLED_TAPS`, for the maximum over adjacent windows. With more taps XLA recomputes the winner per element.
+MAX_UNROLLED_TILE = 16
 
 
 def winner_dtype(win: Window) -> np.dtype:
@@ -50,12 +50,12 @@ def max_and_winner(win: Window, x: Array) -> tuple[Array, Array]:
 
     Ties go to the first in row-major order, NaN wins over numbers, and padding never wins.
     """
-    if win.tiles and win.entries > REDUCED:
-        return _largest_tiles(win, x)
-    return _largest(win, x) if win.entries <= UNROLLED else _largest_long(win, x)
+    if win.tiles and win.entries > MAX_UNROLLED_TILE:
+        return _max_of_tiles(win, x)
+    return _max_unrolled(win, x) if win.entries <= MAX_UNROLLED_TAPS else _max_long(win, x)
 
 
-def _largest(win: Window, x: Array) -> tuple[Array, Array]:
+def _max_unrolled(win: Window, x: Array) -> tuple[Array, Array]:
     entries = list(tap_slices(win, x, -np.inf))
     y = functools.reduce(jnp.maximum, entries)
     dtype = winner_dtype(win)
@@ -64,12 +64,12 @@ def _largest(win: Window, x: Array) -> tuple[Array, Array]:
     for number, (tap, entry) in reversed(list(enumerate(zip(win.taps(), entries, strict=True)))):
         wins = (entry == y) | (entry != entry)
         if not (real := _inside(win, tap)).all():
-            wins &= beside(real[..., None], wins)
+            wins &= expand_rank(real[..., None], wins)
         winner = jnp.where(wins, dtype.type(number), winner)
     return y, winner
 
 
-def _largest_tiles(win: Window, x: Array) -> tuple[Array, Array]:
+def _max_of_tiles(win: Window, x: Array) -> tuple[Array, Array]:
     """Reduce non-overlapping windows twice: to the largest element, then to the smallest number among its equals."""
     covered = [o * k for o, k in zip(win.out, win.size, strict=True)]
     x = lax.slice(x, (0,) * x.ndim, (x.shape[0], *covered, x.shape[-1]))
@@ -82,7 +82,7 @@ def _largest_tiles(win: Window, x: Array) -> tuple[Array, Array]:
     return y.reshape(winner.shape), winner
 
 
-def _largest_long(win: Window, x: Array) -> tuple[Array, Array]:
+def _max_long(win: Window, x: Array) -> tuple[Array, Array]:
     """Reduce one dim after the other, the last first: the best of each row, then the best row, is row-major order."""
     y = _pad(win, x, -np.inf)
     winner = jnp.zeros(y.shape, jnp.int32)
@@ -94,7 +94,7 @@ def _largest_long(win: Window, x: Array) -> tuple[Array, Array]:
         y = rows.max(axis + 1)
         wins = (rows == jnp.expand_dims(y, axis + 1)) | (rows != rows)
         inside = win.inside(dim).reshape(win.out[dim], win.size[dim], *(1,) * (rows.ndim - axis - 2))
-        first = jnp.expand_dims(lax.argmax(wins & beside(inside, wins), axis + 1, np.int32), axis + 1)
+        first = jnp.expand_dims(lax.argmax(wins & expand_rank(inside, wins), axis + 1, np.int32), axis + 1)
         behind = jnp.take_along_axis(jnp.take(winner, at, axis=axis), first, axis + 1)
         winner = jnp.squeeze(first * number + behind, axis + 1)
         number *= win.size[dim]
@@ -103,12 +103,12 @@ def _largest_long(win: Window, x: Array) -> tuple[Array, Array]:
 
 def gather_winners(win: Window, x: Array, winner: Array) -> Array:
     """Return the element at the winner of every window: ``y[o] = x[o·stride + winner[o]]``."""
-    if win.entries > UNROLLED:
-        return _take_long(win, x, winner)
-    picks = (
+    if win.entries > MAX_UNROLLED_TAPS:
+        return _gather_winners_long(win, x, winner)
+    selected = (
         jnp.where(winner == winner.dtype.type(number), entry, 0) for number, entry in enumerate(tap_slices(win, x, 0))
     )
-    return functools.reduce(operator.add, picks)
+    return functools.reduce(operator.add, selected)
 
 
 def scatter_to_winners(win: Window, y: Array, winner: Array) -> Array:
@@ -117,28 +117,28 @@ def scatter_to_winners(win: Window, y: Array, winner: Array) -> Array:
     16-bit floats are summed in float32.
     """
     if win.tiles:
-        return _place_tiles(win, y, winner)
-    if win.entries > UNROLLED:
-        return _place_long(win, y, winner)
+        return _scatter_to_tiles(win, y, winner)
+    if win.entries > MAX_UNROLLED_TAPS:
+        return _scatter_to_winners_long(win, y, winner)
     wide = y.astype(accumulator(y.dtype))
-    sent = (jnp.where(winner == winner.dtype.type(number), wide, 0) for number in range(win.entries))
-    taps = zip(win.taps(), sent, strict=True)
-    return unpad(win, functools.reduce(operator.add, (at_tap(win, tap, s) for tap, s in taps))).astype(y.dtype)
+    masked = (jnp.where(winner == winner.dtype.type(number), wide, 0) for number in range(win.entries))
+    placed = (at_tap(win, tap, part) for tap, part in zip(win.taps(), masked, strict=True))
+    return unpad(win, functools.reduce(operator.add, placed)).astype(y.dtype)
 
 
-def _place_tiles(win: Window, y: Array, winner: Array) -> Array:
-    """Place in non-overlapping windows: up(y), masked to the elements whose number is the winner."""
+def _scatter_to_tiles(win: Window, y: Array, winner: Array) -> Array:
+    """Scatter to windows that do not overlap: up(y), masked to the elements whose number is the winner."""
     number = np.arange(win.entries, dtype=winner.dtype).reshape(*(n for k in win.size for n in (1, k)), 1)
     winner = _tile(win, winner)
-    return _untile(win, jnp.where(winner == beside(number, winner), _tile(win, y), 0))
+    return _untile(win, jnp.where(winner == expand_rank(number, winner), _tile(win, y), 0))
 
 
-def _take_long(win: Window, x: Array, winner: Array) -> Array:
-    return gather(x, jnp.where(winner == nothing(win), -1, flat_index(win, winner)))
+def _gather_winners_long(win: Window, x: Array, winner: Array) -> Array:
+    return gather_indices(win.shape, x, jnp.where(winner == nothing(win), -1, flat_index(win, winner)))
 
 
-def _place_long(win: Window, y: Array, winner: Array) -> Array:
-    return scatter(win.shape, y, jnp.where(winner == nothing(win), -1, flat_index(win, winner)))
+def _scatter_to_winners_long(win: Window, y: Array, winner: Array) -> Array:
+    return scatter_to_indices(win.shape, y, jnp.where(winner == nothing(win), -1, flat_index(win, winner)))
 
 
 def flat_index(win: Window, winner: Array) -> Array:
@@ -148,7 +148,7 @@ def flat_index(win: Window, winner: Array) -> Array:
     for dim in range(win.ndim):
         tap = number // math.prod(win.size[dim + 1 :]) % win.size[dim]
         start = np.arange(win.out[dim], dtype=np.int32) * win.stride[dim] - win.padding[dim][0]
-        at = beside(start.reshape(-1, *(1,) * (win.ndim - dim)), tap) + tap * win.dilation[dim]
+        at = expand_rank(start.reshape(-1, *(1,) * (win.ndim - dim)), tap) + tap * win.dilation[dim]
         index = index * win.shape[dim] + at
     return index
 
@@ -157,26 +157,26 @@ def flat_index(win: Window, winner: Array) -> Array:
 # Indices into each channel's flattened spatial dims; an index out of range reads zero and is dropped
 
 
-def gather(x: Array, index: Array) -> Array:
-    """Gather ``y[o] = x[index[o]]`` from images ``(N, *spatial, C)`` at ``index (N, *out, C)``."""
-    entries = math.prod(x.shape[1:-1])
+def gather_indices(spatial: tuple[int, ...], x: Array, index: Array) -> Array:
+    """Return ``y[o] = x[index[o]]`` from images ``(N, *spatial, C)`` at ``index (N, *out, C)``."""
+    entries = math.prod(spatial)
     flat = x.reshape(x.shape[0], entries, x.shape[-1])
     at = index.reshape(x.shape[0], math.prod(index.shape[1:-1]), x.shape[-1])
-    found = jnp.take_along_axis(flat, at, axis=1, mode="clip").reshape(index.shape)
-    return jnp.where((index >= 0) & (index < entries), found, 0)
+    y = jnp.take_along_axis(flat, at, axis=1, mode="clip").reshape(index.shape)
+    return jnp.where((index >= 0) & (index < entries), y, 0)
 
 
-def scatter(spatial: tuple[int, ...], y: Array, index: Array) -> Array:
-    """Apply the adjoint of `gather`: every ``y[o]`` is added to the element ``index[o]`` of an image of zeros.
+def scatter_to_indices(spatial: tuple[int, ...], y: Array, index: Array) -> Array:
+    """Apply the adjoint of `gather_indices`: every ``y[o]`` is added to the element ``index[o]`` of an image of zeros.
 
     16-bit floats are summed in float32.
     """
     batch, channels, entries = y.shape[0], y.shape[-1], math.prod(spatial)
-    sent = jnp.where((index >= 0) & (index < entries), y, 0).astype(accumulator(y.dtype))
+    valid = jnp.where((index >= 0) & (index < entries), y, 0).astype(accumulator(y.dtype))
     at = index.reshape(batch, math.prod(index.shape[1:-1]), channels)
-    flat = jnp.zeros((batch, entries, channels), sent.dtype)
+    flat = jnp.zeros((batch, entries, channels), valid.dtype)
     image, channel = (lax.broadcasted_iota(at.dtype, at.shape, dim) for dim in (0, 2))
-    flat = flat.at[image, at, channel].add(sent.reshape(at.shape), mode="clip")
+    flat = flat.at[image, at, channel].add(valid.reshape(at.shape), mode="clip")
     return flat.reshape(batch, *spatial, channels).astype(y.dtype)
 
 
@@ -209,7 +209,7 @@ def window_sum_adjoint(win: Window, y: Array) -> Array:
 
 def _sum_dim(win: Window, dim: int, x: Array) -> Array:
     k, s, d, out, axis = win.size[dim], win.stride[dim], win.dilation[dim], win.out[dim], dim + 1
-    if k <= UNROLLED:
+    if k <= MAX_UNROLLED_TAPS:
         starts, step = (i * d for i in range(k)), win.steps[dim]
         slices = (lax.slice_in_dim(x, i, i + (out - 1) * step + 1, step, axis) for i in starts)
         return functools.reduce(operator.add, slices)
@@ -224,17 +224,17 @@ def _sum_adjoint_dim(win: Window, dim: int, y: Array) -> Array:
     length, along = sum(win.padding[dim]) + win.shape[dim], slice(axis, axis + 1)
     if out == 1 and d == 1:
         return pad_axis(jnp.repeat(y, k, axis), axis, 0, length - k)
-    if k <= UNROLLED:
+    if k <= MAX_UNROLLED_TAPS:
         rest = length - ((out - 1) * s + 1)
         return functools.reduce(operator.add, (pad_axis(y, axis, i * d, rest - i * d, s - 1) for i in range(k)))
 
-    def spread(y: Array) -> Array:
+    def adjoint(y: Array) -> Array:
         reach = (k - 1) * d
         spaced = pad_axis(y, axis, reach, reach, s - 1)
         full = _reduce_dim(spaced, axis, k, 1, d)
         return pad_axis(full, axis, 0, length - full.shape[axis])
 
-    return run_whole(spread, (y,), (along,), along)
+    return run_whole(adjoint, (y,), (along,), along)
 
 
 def _reduce_dim(x: Array, axis: int, k: int, stride: int, dilation: int) -> Array:
@@ -268,7 +268,7 @@ def unpad(win: Window, canvas: Array) -> Array:
 
 
 def tap_slices(win: Window, x: Array, fill: float) -> Iterator[Array]:
-    """Yield for every tap the elements it meets, one per window: strided slices ``(N, *out, C)``."""
+    """Yield for every tap the elements that it reads, one per window: strided slices ``(N, *out, C)``."""
     canvas = _pad(win, x, fill)
     steps = (1, *win.steps, 1)
     for tap in win.taps():
@@ -278,7 +278,7 @@ def tap_slices(win: Window, x: Array, fill: float) -> Iterator[Array]:
 
 
 def at_tap(win: Window, tap: tuple[int, ...], y: Array) -> Array:
-    """Apply the adjoint of one tap's slice: ``y`` spread by the stride over a padded image of zeros."""
+    """Apply the adjoint of one tap's slice: ``y``, with the stride between its elements, in a padded image of zeros."""
     widths = (
         (start, lo + n + hi - start - ((out - 1) * s + 1), s - 1)
         for start, n, s, out, (lo, hi) in zip(win.offset(tap), win.shape, win.stride, win.out, win.padding, strict=True)
@@ -286,14 +286,14 @@ def at_tap(win: Window, tap: tuple[int, ...], y: Array) -> Array:
     return lax.pad(y, np.zeros((), y.dtype), [(0, 0, 0), *widths, (0, 0, 0)])
 
 
-def meeting(win: Window, dim: int) -> list[list[tuple[int, int]]]:
-    """Return for each r the taps that meet position ``i·s + r``, each with its window relative to i."""
+def phase_taps(win: Window, dim: int) -> list[list[tuple[int, int]]]:
+    """Return for each r < s the taps that read position ``i·s + r``, each with its window relative to i."""
     s, d, lo = win.stride[dim], win.dilation[dim], win.padding[dim][0]
     return [[(k, (r + lo - k * d) // s) for k in range(win.size[dim]) if (r + lo - k * d) % s == 0] for r in range(s)]
 
 
 def interleaved(win: Window, phases: Sequence[Array]) -> Array:
-    """Interleave images for every remainder by the stride, each ``(N, *⌈shape/s⌉, C)``, into one."""
+    """Interleave one image per remainder by the stride, each ``(N, *⌈shape/s⌉, C)``, into one image."""
     if len(phases) == 1:
         return phases[0]
     batch, *length, channels = phases[0].shape
@@ -314,12 +314,12 @@ def pad_axis(x: Array, axis: int, lo: int, hi: int, interior: int = 0) -> Array:
 def _tile(win: Window, y: Array) -> Array:
     """Repeat every value over its own window, ``(N, out₁, size₁, out₂, size₂, …, C)`` (a broadcast, not a copy)."""
     pairs = [n for pair in zip(win.out, win.size, strict=True) for n in pair]
-    kept = [0, *range(1, 2 * win.ndim + 1, 2), 2 * win.ndim + 1]
-    return lax.broadcast_in_dim(y, (y.shape[0], *pairs, y.shape[-1]), kept)
+    dims_of_y = [0, *range(1, 2 * win.ndim + 1, 2), 2 * win.ndim + 1]
+    return lax.broadcast_in_dim(y, (y.shape[0], *pairs, y.shape[-1]), dims_of_y)
 
 
 def _untile(win: Window, tiles: Array) -> Array:
-    """Reshape tiles back to an image; what the last windows leave uncovered is zero."""
+    """Reshape tiles to an image; elements beyond the last windows are zero."""
     covered = [o * k for o, k in zip(win.out, win.size, strict=True)]
     x = tiles.reshape(tiles.shape[0], *covered, tiles.shape[-1])
     rest = [(0, n - c, 0) for n, c in zip(win.shape, covered, strict=True)]
@@ -327,13 +327,6 @@ def _untile(win: Window, tiles: Array) -> Array:
 
 
 def _inside(win: Window, tap: tuple[int, ...]) -> np.ndarray:
-    """Return a mask of shape ``out``: the windows in which this tap meets the image, not padding."""
+    """Return a mask of shape ``out``: the windows in which this tap reads the image, not padding."""
     per_dim = (win.inside(dim)[:, k] for dim, k in enumerate(tap))
     return functools.reduce(np.multiply.outer, per_dim)
-
-
-def divisor(n: int, most: int) -> int:
-    """Return the largest divisor of ``n`` that is at most ``most``, and at least 1; 0 if ``n`` is 0, 1 if symbolic."""
-    if symbolic(n):
-        return 1
-    return next((k for k in range(min(n, max(most, 1)), 0, -1) if n % k == 0), 0)

@@ -1,20 +1,21 @@
-"""Winograd's form of the three products of `kernels.correlation`, which multiplies short polynomials to save products.
+"""Winograd's form of `correlate`, `input_grad` and `kernel_grad`, which saves multiplications.
 
-In one dim, m outputs of a kernel of r taps cost n = m + r − 1 products instead of m·r:
+It is a product of short polynomials. In one dim, m outputs of a kernel of r taps cost n = m + r − 1 multiplications
+instead of m·r:
 
     y = Aᵀ[(G·w) ∘ (Bᵀ·x)]        x: n elements of the image, a *tile*; w: the kernel; y: m outputs
 
 In several dims the matrices are Kronecker products with themselves, such as A ⊗ A. With channels, ∘ becomes a matrix
 product for each of the n·n elements of a tile. The adjoints use the same three matrices, transposed:
 
-    correlate    y = Aᵀ[ (G·w)·(Bᵀ·x) ]    summed over I
-    input_grad       x = B [ (G·w)·(A·y)  ]    summed over O; tiles overlap, and are added
-    kernel_grad        w = Gᵀ[ (Bᵀ·x)·(A·y) ]    summed over tiles
+    correlate     y = Aᵀ[ (G·w)·(Bᵀ·x) ]    summed over I
+    input_grad    x = B [ (G·w)·(A·y)  ]    summed over O; tiles overlap, and are added
+    kernel_grad   w = Gᵀ[ (Bᵀ·x)·(A·y) ]    summed over tiles
 
 The matrices multiply by small numbers and their quotients, which costs precision. In float32 the relative error of a
 product (of its L2 norm) is up to 2.5e-6 for 3 × 3 kernels and up to 9e-6 for 5 × 5 kernels, compared with 6e-7 for
 direct sums. An element reaches its whole tile: a NaN or an infinity makes outputs up to 3 positions beyond its windows
-NaN, and a large number adds an error of its own scale there. `kernels.correlation` therefore uses this form on request
+NaN, and a large number adds an error of its own scale there. `kernels.lowering` therefore selects this form on request
 only.
 
 Source: Winograd 1980; Lavin & Gray 2015, "Fast algorithms for convolutional neural networks".
@@ -32,11 +33,11 @@ from jax import Array, lax
 from jaxcnn.geometry import Correlation, Window
 from jaxcnn.kernels.materialize import materialize
 from jaxcnn.kernels.parallel import batched_product
-from jaxcnn.kernels.windows import divisor
+from jaxcnn.kernels.shapes import largest_divisor
 
 #: Target size in bytes of a batch block's transforms: below 32 MB, above which glibc returns memory to the OS on every
 #: call and page faults recur.
-BLOCK_BYTES = 30 << 20
+WINOGRAD_BLOCK_BYTES = 30 << 20
 #: m, the outputs of a tile in each dim.
 OUTPUTS = 4
 #: Upper bound of the relative L2 error of the three products in float32, by kernel size.
@@ -51,109 +52,109 @@ POINTS = {
 def applies(c: Correlation) -> bool:
     """Whether there are matrices for this kernel, and stride, dilation and groups are all 1."""
     win = c.window
-    once = all(n == 1 for n in (*win.stride, *win.dilation, c.groups))
-    return once and all(size in POINTS for size in win.size) and math.prod(win.out) > 0
+    dense = all(n == 1 for n in (*win.stride, *win.dilation, c.groups))
+    return dense and all(size in POINTS for size in win.size) and math.prod(win.out) > 0
 
 
 def cost(c: Correlation, batch: int, inputs: int, outputs: int) -> int:
     """Return the number of multiplications of one product."""
     win = c.window
-    n, m, r = _numbers(win), OUTPUTS**win.ndim, win.entries
-    tiles = batch * math.prod(_tiles(win))
+    n, m, r = _tile_elements(win), OUTPUTS**win.ndim, win.entries
+    tiles = batch * math.prod(_tile_counts(win))
     return tiles * n * (n * inputs + m * outputs + inputs * outputs) + n * r * inputs * outputs
 
 
 def correlate(c: Correlation, x: Array, w: Array) -> Array:
-    """Return ``correlate`` of `kernels.correlation`, ``(N, *out, O)``."""
-    of_w = _of_patch(c, w)
+    """Lowering of `correlate`; the result is ``(N, *out, O)``."""
+    kernel = _transform_kernel(c, w)
 
     def block(x: Array) -> Array:
-        products = batched_product(_of_picture(c, x), of_w, 2, 1, c.precision)
-        return _from_tiles(c.window, _times(_kron(c.window, "A"), products, c), x.shape[0])
+        products = batched_product(_transform_image(c, x), kernel, 2, 1, c.precision)
+        return _outputs_of_tiles(c.window, _multiply(_matrix(c.window, "A"), products, c), x.shape[0])
 
-    return _map(block, _in_blocks(c, x, sum(w.shape[-2:])))
+    return _map_blocks(block, _split_into_blocks(c, x, sum(w.shape[-2:])))
 
 
 def input_grad(c: Correlation, y: Array, w: Array) -> Array:
-    """Return ``input_grad`` of `kernels.correlation`, ``(N, *shape, I)``."""
-    of_w = _of_patch(c, w)
+    """Lowering of `input_grad`; the result is ``(N, *shape, I)``."""
+    kernel = _transform_kernel(c, w)
 
     def block(y: Array) -> Array:
-        products = batched_product(_of_result(c, y), of_w, 2, 2, c.precision)
-        return _add_tiles(c.window, _times(_kron(c.window, "B").T, products, c), y.shape[0])
+        products = batched_product(_transform_result(c, y), kernel, 2, 2, c.precision)
+        return _add_overlapping_tiles(c.window, _multiply(_matrix(c.window, "B").T, products, c), y.shape[0])
 
-    return _map(block, _in_blocks(c, y, sum(w.shape[-2:])))
+    return _map_blocks(block, _split_into_blocks(c, y, sum(w.shape[-2:])))
 
 
 def kernel_grad(c: Correlation, x: Array, y: Array) -> Array:
-    """Return ``kernel_grad`` of `kernels.correlation`, ``(*size, I, O)``."""
+    """Lowering of `kernel_grad`; the result is ``(*size, I, O)``."""
     inputs, outputs = x.shape[-1], y.shape[-1]
 
     def one_block(x: Array, y: Array) -> Array:
-        of_x, of_y = _of_picture(c, x), _of_result(c, y)
-        of_x = materialize(jnp.swapaxes(of_x, 1, 2))  # jaxlib 0.10 is twice as fast if the summed dim is contiguous
-        return batched_product(of_x, of_y, 2, 1, c.precision)
+        image, delta = _transform_image(c, x), _transform_result(c, y)
+        image = materialize(jnp.swapaxes(image, 1, 2))  # jaxlib 0.10 is twice as fast if the summed dim is contiguous
+        return batched_product(image, delta, 2, 1, c.precision)
 
-    blocks = [_in_blocks(c, a, 2 * inputs + outputs) for a in (x, y)]  # for x, the tiles are held as well
+    blocks = [_split_into_blocks(c, a, 2 * inputs + outputs) for a in (x, y)]  # the tiles of x are in memory as well
     if len(blocks[0]) == 1:
         products = one_block(x, y)
     else:
-        zero = jnp.zeros((_numbers(c.window), inputs, outputs), y.dtype)
+        zero = jnp.zeros((_tile_elements(c.window), inputs, outputs), y.dtype)
         products, _ = lax.scan(lambda total, block: (total + one_block(*block), None), zero, tuple(blocks))
-    w = _times(_kron(c.window, "G").T, products, c)
+    w = _multiply(_matrix(c.window, "G").T, products, c)
     return w.reshape(*c.window.size, inputs, outputs)
 
 
 def in_one_block(c: Correlation, a: Array, inputs: int, outputs: int) -> bool:
     """Whether `correlate` and `input_grad` transform the batch as a whole."""
-    return _block(c, a, inputs + outputs) == a.shape[0]
+    return _block_size(c, a, inputs + outputs) == a.shape[0]
 
 
-def _block(c: Correlation, a: Array, channels: int) -> int:
-    """Return how many examples of a batch ``(N, …)`` to transform at a time, if ``channels`` channels are held."""
-    one = _numbers(c.window) * math.prod(_tiles(c.window)) * channels * a.dtype.itemsize
-    return divisor(a.shape[0], BLOCK_BYTES // max(one, 1))
+def _block_size(c: Correlation, a: Array, channels: int) -> int:
+    """Return how many examples of a batch ``(N, …)`` to transform at a time, with ``channels`` channels in memory."""
+    example_bytes = _tile_elements(c.window) * math.prod(_tile_counts(c.window)) * channels * a.dtype.itemsize
+    return largest_divisor(a.shape[0], WINOGRAD_BLOCK_BYTES // max(example_bytes, 1))
 
 
-def _in_blocks(c: Correlation, a: Array, channels: int) -> Array:
+def _split_into_blocks(c: Correlation, a: Array, channels: int) -> Array:
     """Reshape a batch ``(N, …)`` to ``(blocks, N/blocks, …)``."""
-    size = _block(c, a, channels)
+    size = _block_size(c, a, channels)
     return a.reshape(a.shape[0] // size if size else 0, size, *a.shape[1:])
 
 
-def _map(f: Callable[[Array], Array], blocks: Array) -> Array:
+def _map_blocks(f: Callable[[Array], Array], blocks: Array) -> Array:
     """Map ``f`` over blocks, without a loop for one: XLA then shares the transforms of a step's three products."""
     if len(blocks) == 1:
         return f(blocks[0])
-    found = lax.map(f, blocks)
-    return found.reshape(found.shape[0] * found.shape[1], *found.shape[2:])
+    result = lax.map(f, blocks)
+    return result.reshape(result.shape[0] * result.shape[1], *result.shape[2:])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The three transforms, each ``(n·n, …)``
 
 
-def _of_picture(c: Correlation, x: Array) -> Array:
+def _transform_image(c: Correlation, x: Array) -> Array:
     """Return ``Bᵀ·x``, ``(n·n, N·tiles, I)``."""
     win = c.window
     entries = tuple(OUTPUTS + size - 1 for size in win.size)
-    return _times(_kron(win, "B"), _in_tiles(win, x, entries, [lo for lo, _ in win.padding]), c)
+    return _multiply(_matrix(win, "B"), _cut_into_tiles(win, x, entries, [lo for lo, _ in win.padding]), c)
 
 
-def _of_patch(c: Correlation, w: Array) -> Array:
+def _transform_kernel(c: Correlation, w: Array) -> Array:
     """Return ``G·w``, ``(n·n, I, O)``."""
-    return _times(_kron(c.window, "G"), w.reshape(c.window.entries, *w.shape[-2:]), c)
+    return _multiply(_matrix(c.window, "G"), w.reshape(c.window.entries, *w.shape[-2:]), c)
 
 
-def _of_result(c: Correlation, y: Array) -> Array:
+def _transform_result(c: Correlation, y: Array) -> Array:
     """Return ``A·y``, ``(n·n, N·tiles, O)``."""
     win = c.window
-    return _times(_kron(win, "A").T, _in_tiles(win, y, (OUTPUTS,) * win.ndim, [0] * win.ndim), c)
+    return _multiply(_matrix(win, "A").T, _cut_into_tiles(win, y, (OUTPUTS,) * win.ndim, [0] * win.ndim), c)
 
 
-def _in_tiles(win: Window, a: Array, entries: tuple[int, ...], before: list[int]) -> Array:
+def _cut_into_tiles(win: Window, a: Array, entries: tuple[int, ...], before: list[int]) -> Array:
     """Convert ``(N, *spatial, C)`` to ``(entries, N·tiles, C)``: one image per tile element, padded to whole tiles."""
-    tiles = _tiles(win)
+    tiles = _tile_counts(win)
     spans = [(t - 1) * OUTPUTS + size for t, size in zip(tiles, entries, strict=True)]
     pads = [(lo, span - lo - n, 0) for span, n, lo in zip(spans, a.shape[1:-1], before, strict=True)]
     a = lax.pad(a, np.zeros((), a.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
@@ -163,39 +164,39 @@ def _in_tiles(win: Window, a: Array, entries: tuple[int, ...], before: list[int]
     return a.reshape(math.prod(entries), a.shape[win.ndim] * math.prod(tiles), a.shape[-1])
 
 
-def _times(matrix: np.ndarray, x: Array, c: Correlation) -> Array:
+def _multiply(matrix: np.ndarray, x: Array, c: Correlation) -> Array:
     """Multiply the matrix by x, over the first dim of x."""
     rows = x.reshape(x.shape[0], math.prod(x.shape[1:]))
-    found = lax.dot(matrix.astype(x.dtype), rows, precision=c.precision)
-    return found.reshape(matrix.shape[0], *x.shape[1:])
+    product = lax.dot(matrix.astype(x.dtype), rows, precision=c.precision)
+    return product.reshape(matrix.shape[0], *x.shape[1:])
 
 
-def _from_tiles(win: Window, y: Array, batch: int) -> Array:
+def _outputs_of_tiles(win: Window, y: Array, batch: int) -> Array:
     """Convert ``(m·m, N·tiles, O)`` to ``(N, *out, O)``."""
-    y = _side_by_side(win, y, OUTPUTS, _tiles(win), batch)
+    y = _join_tiles(win, y, OUTPUTS, _tile_counts(win), batch)
     return lax.slice(y, (0,) * y.ndim, (batch, *win.out, y.shape[-1]))
 
 
-def _add_tiles(win: Window, x: Array, batch: int) -> Array:
+def _add_overlapping_tiles(win: Window, x: Array, batch: int) -> Array:
     """Add overlapping tiles ``(n·n, N·tiles, I)`` to ``(N, *shape, I)``.
 
-    The first m elements of a tile are its own; the others belong to the next tile.
+    In each dim, the first m elements of a tile stay in place; the others are added to the next tile.
     """
-    tiles, m = _tiles(win), OUTPUTS
+    tiles, m = _tile_counts(win), OUTPUTS
     x = x.reshape(*(m + size - 1 for size in win.size), batch, *tiles, x.shape[-1])
     for dim, size in enumerate(win.size):
         tile = win.ndim + 1 + dim
-        own, next_ones = jnp.split(x, [m], dim)
+        first, rest = jnp.split(x, [m], dim)
         # (elements, tiles), with one more tile
-        own = _padded(own, {tile: (0, 1)})
-        x = own + _padded(next_ones, {tile: (1, 0), dim: (0, m - size + 1)})
-    x = _side_by_side(win, x, m, tuple(t + 1 for t in tiles), batch)
+        first = _pad_axes(first, {tile: (0, 1)})
+        x = first + _pad_axes(rest, {tile: (1, 0), dim: (0, m - size + 1)})
+    x = _join_tiles(win, x, m, tuple(t + 1 for t in tiles), batch)
     starts = [lo for lo, _ in win.padding]
     ends = [lo + n for lo, n in zip(starts, win.shape, strict=True)]
     return lax.slice(x, (0, *starts, 0), (batch, *ends, x.shape[-1]))
 
 
-def _side_by_side(win: Window, x: Array, m: int, tiles: tuple[int, ...], batch: int) -> Array:
+def _join_tiles(win: Window, x: Array, m: int, tiles: tuple[int, ...], batch: int) -> Array:
     """Convert ``(m, m, N, *tiles, C)`` to ``(N, tiles·m, tiles·m, C)``."""
     x = x.reshape(*(m,) * win.ndim, batch, *tiles, x.shape[-1])
     pairs = [axis for dim in range(win.ndim) for axis in (win.ndim + 1 + dim, dim)]
@@ -203,16 +204,16 @@ def _side_by_side(win: Window, x: Array, m: int, tiles: tuple[int, ...], batch: 
     return x.reshape(batch, *(t * m for t in tiles), x.shape[-1])
 
 
-def _padded(x: Array, pads: dict[int, tuple[int, int]]) -> Array:
+def _pad_axes(x: Array, pads: dict[int, tuple[int, int]]) -> Array:
     return lax.pad(x, np.zeros((), x.dtype), [(*pads.get(axis, (0, 0)), 0) for axis in range(x.ndim)])
 
 
-def _tiles(win: Window) -> tuple[int, ...]:
+def _tile_counts(win: Window) -> tuple[int, ...]:
     """Return the number of tiles in each dim."""
     return tuple(-(-o // OUTPUTS) for o in win.out)
 
 
-def _numbers(win: Window) -> int:
+def _tile_elements(win: Window) -> int:
     """Return the number of elements of a tile, n·n."""
     return math.prod(OUTPUTS + size - 1 for size in win.size)
 
@@ -221,7 +222,7 @@ def _numbers(win: Window) -> int:
 # The matrices
 
 
-def _kron(win: Window, name: str) -> np.ndarray:
+def _matrix(win: Window, name: str) -> np.ndarray:
     """Return Aᵀ, G or Bᵀ for all dims."""
     return functools.reduce(np.kron, [matrices(size)["AGB".index(name)] for size in win.size])
 
@@ -241,14 +242,14 @@ def matrices(r: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return [[p**j for j in range(k)] for p in points] + [[Fraction(int(j == k - 1)) for j in range(k)]]
 
     a, g = np.array(powers(OUTPUTS), object), np.array(powers(r), object)
-    b = np.array(_inverse(powers(n)), object).T
+    b = np.array(_exact_inverse(powers(n)), object).T
     for i in range(n):
         common = math.lcm(*(entry.denominator for entry in b[i]))
         b[i], g[i] = b[i] * common, g[i] / common
     return a.T.astype(float), g.astype(float), b.astype(float)
 
 
-def _inverse(matrix: list[list[Fraction]]) -> list[list[Fraction]]:
+def _exact_inverse(matrix: list[list[Fraction]]) -> list[list[Fraction]]:
     """Invert a matrix of fractions exactly, by Gauss–Jordan elimination."""
     n = len(matrix)
     rows = [[*row, *(Fraction(int(i == j)) for j in range(n))] for i, row in enumerate(matrix)]
@@ -258,5 +259,7 @@ def _inverse(matrix: list[list[Fraction]]) -> list[list[Fraction]]:
         rows[i] = [entry / rows[i][i] for entry in rows[i]]
         for j in range(n):
             if j != i:
-                rows[j] = [entry - rows[j][i] * of_i for entry, of_i in zip(rows[j], rows[i], strict=True)]
+                rows[j] = [
+                    entry - rows[j][i] * pivot_entry for entry, pivot_entry in zip(rows[j], rows[i], strict=True)
+                ]
     return [row[n:] for row in rows]

@@ -1,0 +1,280 @@
+"""The product of δ and the flipped kernel, the adjoint of `correlate` in x.
+
+input_grad    x[i] = Σ_{o·s + k·d − lo = i} y[o] · w[k]ᵀ
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxcnn.geometry import Correlation, Window
+from jaxcnn.kernels import correlate, unrolled, winograd
+from jaxcnn.kernels.dtypes import wider
+from jaxcnn.kernels.lowering import (
+    DIVIDED_BY_XLA,
+    MAX_SLICES,
+    Lowering,
+    all_threads_pay,
+    applies,
+    by_group,
+    choose_grouped,
+    convolve,
+    dot,
+    is_small,
+    run_lowering,
+    unrolling_pays,
+    unsharded_image_dims,
+    unsharded_kernel_dims,
+    winograd_pays,
+    without_depth,
+)
+from jaxcnn.kernels.parallel import on_all_threads
+from jaxcnn.kernels.shapes import largest_divisor
+from jaxcnn.kernels.split import run_whole
+from jaxcnn.kernels.windows import at_tap, interleaved, pad_axis, phase_taps
+
+#: Target size in bytes of a batch block's products ("products"): larger than any cache, but few page faults.
+PRODUCTS_BLOCK_BYTES = 1 << 23
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def input_grad(c: Correlation, y: Array, w: Array) -> Array:
+    """Apply the adjoint of `correlate` in x; the result is ``(N, *shape, I)``, in the promoted dtype."""
+    dtype = wider(y.dtype, w.dtype)
+    if y.size == 0 or w.size == 0:
+        return jnp.zeros((y.shape[0], *c.window.shape, w.shape[-2] * c.groups), dtype)
+    run = functools.partial(run_lowering, INPUT_GRAD, choose_input_grad(c, y, w), c, dtype=dtype)
+    image_dims = unsharded_image_dims(c)
+    return run_whole(run, (y, w), (image_dims, unsharded_kernel_dims(c)), image_dims)
+
+
+def choose_input_grad(c: Correlation, y: Array, w: Array) -> str:
+    """Choose the lowering of `input_grad` for CPU."""
+    inputs, outputs = w.shape[-2] * c.groups, w.shape[-1]
+    if is_small(c, y.shape[0], inputs, outputs):
+        return "xla"
+    if c.groups > 1:
+        return choose_grouped(c, inputs, outputs)
+    if applies("pointwise", c):
+        return "pointwise"
+    if unrolling_pays(c, outputs, inputs):
+        return "unrolled"
+    if applies("by_depth", c) and not _partly_overlapping(c.window):
+        return "by_depth"
+    if _products_pay(c.window, inputs):
+        return "products"
+    if _phases_pay(c.window, inputs, outputs):
+        return "phases"
+    if winograd_pays(c, y, *w.shape[-2:], one_block=True):
+        return "winograd"
+    if _mostly_padding(c.window) and _products_fit(c.window, inputs):
+        return "products"
+    return "all_threads" if all_threads_pay(c, y, inputs, c.window.shape) else "xla"
+
+
+def run_chosen(c: Correlation, y: Array, w: Array) -> Array:
+    """Run the lowering that `choose_input_grad` picks, as part of another lowering."""
+    return INPUT_GRAD[choose_input_grad(c, y, w)](c, y, w)
+
+
+def _products_pay(win: Window, inputs: int) -> bool:
+    """Whether "products" pays: each δ yields few products, or XLA's convolution is slow (3-D, or strided δ).
+
+    It also pays for small kernels if δ of windows in the padding would have to be sliced off first, which is a copy.
+    """
+    if not _products_fit(win, inputs):
+        return False
+    if win.ndim == 3 or all(k <= s for k, s in zip(win.size, win.stride, strict=True)):
+        return True
+    if any(s > 1 for s in win.stride):
+        return win.entries * inputs <= 160
+    cut = any(_reaching_outputs(win, dim)[:2] != (0, out) for dim, out in enumerate(win.out))
+    return inputs <= 6 or (cut and win.entries <= 3)
+
+
+def _products_fit(win: Window, inputs: int) -> bool:
+    """Whether the program stays short and the products of a single image's δ with the whole kernel fit in memory."""
+    return max(win.size) <= MAX_SLICES and math.prod(win.out) * win.entries * inputs <= PRODUCTS_BLOCK_BYTES
+
+
+def _mostly_padding(win: Window) -> bool:
+    """Whether XLA's convolution would multiply as many zeros around δ as elements of δ; "products" multiplies none."""
+    dense = all(s == 1 for s in win.stride)
+    return win.ndim == 2 and dense and math.prod(win.shape) >= 2 * math.prod(win.out)
+
+
+def _phases_pay(win: Window, inputs: int, outputs: int) -> bool:
+    """Whether there are zeros between the elements of δ, which cost XLA 10 to 80 % of the time."""
+    strided = win.ndim == 2 and any(s > 1 for s in win.stride)
+    return strided and (inputs * outputs <= DIVIDED_BY_XLA or any(d > 1 for d in win.dilation))
+
+
+def _partly_overlapping(win: Window) -> bool:
+    """Whether windows overlap, but not in all of their taps."""
+    return any(1 < s < k for k, s in zip(win.size, win.stride, strict=True))
+
+
+def _xla(c: Correlation, y: Array, w: Array) -> Array:
+    """Correlate δ, dilated by the stride, in full with the kernel flipped by 180° and its channels swapped."""
+    win = c.window
+    starts, ends, pads = zip(*(_reaching_outputs(win, dim) for dim in range(win.ndim)), strict=True)
+    if any(end <= start for start, end in zip(starts, ends, strict=True)):  # every window is in the padding
+        return jnp.zeros((y.shape[0], *win.shape, w.shape[-2] * c.groups), y.dtype)
+    y = lax.slice(y, (0, *starts, 0), (y.shape[0], *ends, y.shape[-1]))
+    accepted = padding_that_xla_accepts(win, pads)
+    x = convolve(
+        c, y, flip(w, c.groups), padding=accepted, x_dilation=win.stride, w_dilation=win.dilation, groups=c.groups
+    )
+    if accepted == pads:
+        return x
+    return lax.slice(x, (0,) * x.ndim, (x.shape[0], *win.shape, x.shape[-1]))
+
+
+def flip(w: Array, groups: int) -> Array:
+    """Return the kernel flipped by 180°, with the input and output channels of each group swapped."""
+    flipped = lax.rev(w, range(w.ndim - 2))
+    grouped = flipped.reshape(*w.shape[:-1], groups, w.shape[-1] // groups)
+    return jnp.swapaxes(grouped, -3, -1).reshape(*w.shape[:-2], w.shape[-1] // groups, -1)
+
+
+def padding_that_xla_accepts(win: Window, pads: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+    """Return the padding of dilated images, with one extra element where XLA would otherwise abort the process.
+
+    XLA mistakes a dim with kernel size 2, stride 2 and no padding for a group dim. If the kernel is larger than the
+    image, XLA then exchanges the two and rejects its own result as malformed (jaxlib 0.10–0.12).
+    """
+    dims = zip(win.size, win.stride, win.dilation, pads, strict=True)
+    return tuple((lo, hi + ((k, s, d, lo, hi) == (2, 2, 1, 0, 0))) for k, s, d, (lo, hi) in dims)
+
+
+def _all_threads(c: Correlation, y: Array, w: Array) -> Array:
+    """Run `_xla` on all threads (see `kernels.parallel`)."""
+    return on_all_threads(_xla(c, y, w), y, w)
+
+
+def _reaching_outputs(win: Window, dim: int) -> tuple[int, int, tuple[int, int]]:
+    """Return the range ``start … end`` of outputs whose windows reach the image, and their padding (never negative).
+
+    Outputs whose windows are entirely in the padding are dropped, so the remaining padding is smaller than the kernel.
+    """
+    n, s, (lo, _) = win.shape[dim], win.stride[dim], win.padding[dim]
+    reach = win.extent[dim] - 1
+    start = max(-(-(lo - reach) // s), 0)
+    end = min(win.out[dim], -(-(lo + n) // s))
+    before = reach - lo + start * s
+    after = n + lo - 1 - (end - 1) * s
+    return start, end, (before, after)
+
+
+def _pointwise(c: Correlation, y: Array, w: Array) -> Array:
+    x = dot(y, w.reshape(w.shape[-2:]), y.ndim - 1, 1, c)
+    (tap,) = c.window.taps()
+    return at_tap(c.window, tap, x)
+
+
+def _products(c: Correlation, y: Array, w: Array) -> Array:
+    """Multiply every δ by the whole kernel in one GEMM per block of images, then sum the products of each position.
+
+    No product has a zero of the stride as a factor.
+    """
+    win = c.window
+    example_bytes = math.prod(win.out) * win.entries * w.shape[-2] * y.dtype.itemsize
+    block = largest_divisor(y.shape[0], PRODUCTS_BLOCK_BYTES // max(example_bytes, 1))
+
+    def one_block(y: Array) -> Array:
+        products = dot(y, w, y.ndim - 1, w.ndim - 1, c)  # (N, *out, *size, I)
+        for dim in range(win.ndim):
+            products = _scatter_dim(win, dim, products)
+        return products
+
+    if block == y.shape[0]:
+        return one_block(y)
+    x = lax.map(one_block, y.reshape(-1, block, *y.shape[1:]))
+    return x.reshape(y.shape[0], *x.shape[2:])
+
+
+def _scatter_dim(win: Window, dim: int, products: Array) -> Array:
+    """Sum over the first remaining kernel dim, adding the contributions to each input position along ``dim``.
+
+    Positions that are a multiple of the stride apart receive the same taps, so they are one sum of shifted slices.
+    """
+    axis, taps, n, s = dim + 1, win.ndim + 1, win.shape[dim], win.stride[dim]
+    length = -(-n // s)
+    before, after = products.shape[:axis], (*products.shape[axis + 1 : taps], *products.shape[taps + 1 :])
+    sums = [jnp.zeros((*before, length, *after), products.dtype)] * s
+    for tap in range(win.size[dim]):
+        shift, phase = divmod(tap * win.dilation[dim] - win.padding[dim][0], s)
+        begin, end = max(-shift, 0), min(win.out[dim], length - shift)
+        if begin < end:  # otherwise this tap is always in the padding, as are the elements cut off here
+            of_tap = lax.index_in_dim(products, tap, taps, keepdims=False)
+            term = lax.slice_in_dim(of_tap, begin, end, axis=axis)
+            sums[phase] += pad_axis(term, axis, begin + shift, length - end - shift)
+    x = jnp.stack(sums, axis + 1) if s > 1 else sums[0]
+    return lax.slice_in_dim(x.reshape(*before, length * s, *after), 0, n, axis=axis)
+
+
+def _phases(c: Correlation, y: Array, w: Array) -> Array:
+    """Run one convolution of undilated δ per remainder by the stride: positions that share it receive the same taps."""
+    win = c.window
+    phases = itertools.product(*(phase_taps(win, dim) for dim in range(win.ndim)))
+    return interleaved(win, [_phase(c, y, w, taps) for taps in phases])
+
+
+def _phase(c: Correlation, y: Array, w: Array, taps: Sequence[Sequence[tuple[int, int]]]) -> Array:
+    """Compute the positions with one remainder by the stride; ``taps`` are, per dim, pairs of a tap and its shift."""
+    win = c.window
+    length = [-(-n // s) for n, s in zip(win.shape, win.stride, strict=True)]
+    # The shift of δ decreases with the tap, so the kernel is flipped.
+    bounds = [(pairs[-1][1], pairs[0][1] + n) if pairs else (0, 0) for pairs, n in zip(taps, length, strict=True)]
+    starts = [max(low, 0) for low, _ in bounds]
+    ends = [min(high, out) for (_, high), out in zip(bounds, win.out, strict=True)]
+    if any(end <= start for start, end in zip(starts, ends, strict=True)):
+        return jnp.zeros((y.shape[0], *length, w.shape[-2]), y.dtype)
+    pads = tuple((max(-low, 0), max(high - out, 0)) for (low, high), out in zip(bounds, win.out, strict=True))
+    dilation = tuple(pairs[0][1] - pairs[1][1] if len(pairs) > 1 else 1 for pairs in taps)
+    steps = [pairs[1][0] - pairs[0][0] if len(pairs) > 1 else 1 for pairs in taps]
+    first, last = ([pairs[i][0] for pairs in taps] for i in (0, -1))
+    part = lax.slice(w, (*first, 0, 0), (*(k + 1 for k in last), *w.shape[-2:]), (*steps, 1, 1))
+    flipped = jnp.swapaxes(lax.rev(part, range(win.ndim)), -1, -2)
+    y = lax.slice(y, (0, *starts, 0), (y.shape[0], *ends, y.shape[-1]))
+    sizes, ones = tuple(map(len, taps)), (1,) * win.ndim
+    undilated = dataclasses.replace(c, window=Window(y.shape[1:-1], sizes, ones, pads, dilation), dtype=y.dtype)
+    return correlate.run_chosen(undilated, y, flipped)
+
+
+def _by_depth(c: Correlation, y: Array, w: Array) -> Array:
+    """Apply the adjoint of the 3-D correlation slice by slice, each added at its depth."""
+    flat, win = without_depth(c), c.window
+    depth, k, s, d, out, (lo, hi) = (
+        win.shape[0], win.size[0], win.stride[0], win.dilation[0], win.out[0], win.padding[0],
+    )  # fmt: skip
+    rest = lo + depth + hi - ((out - 1) * s + 1)
+    slices = y.reshape(-1, *y.shape[2:])
+    x = jnp.zeros((), y.dtype)
+    for tap in range(k):
+        term = run_chosen(flat, slices, w[tap])
+        x += pad_axis(term.reshape(y.shape[0], out, *term.shape[1:]), 1, tap * d, rest - tap * d, s - 1)
+    return lax.slice_in_dim(x, lo, lo + depth, axis=1)
+
+
+def _by_group(c: Correlation, y: Array, w: Array) -> Array:
+    return by_group(run_chosen, c, y, w)
+
+
+INPUT_GRAD: dict[str, Lowering] = {
+    "xla": _xla,
+    "winograd": winograd.input_grad,
+    "all_threads": _all_threads,
+    "pointwise": _pointwise,
+    "products": _products,
+    "phases": _phases,
+    "unrolled": unrolled.input_grad,
+    "by_depth": _by_depth,
+    "by_group": _by_group,
+}
