@@ -18,6 +18,9 @@ MAX_ELEMENTS = 2**31 - 1
 #: Text for a traced value in place of a static argument.
 TRACED = "a value traced by jax; it must be static"
 
+#: Default of `static_int`; None would also be what a caller passed.
+ITSELF = object()
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Messages
@@ -57,14 +60,14 @@ def fail(op: str, message: str) -> NoReturn:
 # Static arguments
 
 
-def static_int(op: str, argument: str, value: Any, whole: Any = None, *, least: int | None = None) -> int:
+def static_int(op: str, argument: str, value: Any, whole: Any = ITSELF, *, least: int | None = None) -> int:
     """Return ``value`` as an int.
 
     Args:
         op: name of the op.
         argument: name of the argument.
         value: the value.
-        whole: the argument that contains ``value``, for the message; None if it is the value itself.
+        whole: the argument that contains ``value``, for the message; by default the value itself.
         least: smallest accepted value.
 
     Returns:
@@ -74,8 +77,8 @@ def static_int(op: str, argument: str, value: Any, whole: Any = None, *, least: 
         TypeError: for bools, floats and traced values.
         ValueError: if the value is below ``least``.
     """
-    expected = "ints" if whole is not None else "an int" if least is None else f"an int >= {least}"
-    shown = value if whole is None else whole
+    expected = "ints" if whole is not ITSELF else "an int" if least is None else f"an int >= {least}"
+    shown = value if whole is ITSELF else whole
     if isinstance(value, bool | np.bool_):
         raise bad_type(op, argument, expected, repr(shown))
     try:
@@ -165,6 +168,34 @@ def arrays(op: str, **named: Any) -> tuple[Array, ...]:
     return tuple(each.values())
 
 
+def integers(op: str, argument: str, value: Any) -> Array:
+    """Return an argument as an array of integers of 32 bits or more; raise TypeError if it has another dtype."""
+    a = array(op, argument, value)
+    if not jnp.issubdtype(a.dtype, jnp.integer):
+        raise bad_type(op, argument, "of an integer dtype", a.dtype)
+    return a if a.dtype.itemsize > 2 else a.astype(jnp.int32)
+
+
+def check_range(op: str, argument: str, value: Any, count: int, context: str = "") -> None:
+    """Raise ValueError if an element is not in 0 … count − 1. Traced values are not checked.
+
+    Args:
+        op: name of the op.
+        argument: name of the argument.
+        value: integers as the caller passed them, because a NumPy array stays concrete under jit.
+        count: the number of valid values.
+        context: text that follows the range in the message.
+    """
+    try:
+        values = np.asarray(value)  # not jnp, which would be traced inside another trace
+    except jax.errors.TracerArrayConversionError:
+        return
+    if values.size:
+        lowest, highest = int(values.min()), int(values.max())
+        if lowest < 0 or highest >= count:
+            raise bad_value(op, argument, f"in 0 … {count - 1}{context}", f"{lowest} … {highest}")
+
+
 def one_key(op: str, key: Any) -> Array:
     """Return a typed key; raise TypeError for anything else, including an array of several keys."""
     if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape:
@@ -200,3 +231,13 @@ def expect_function(op: str, argument: str, value: Any, expected: str = "a funct
     if not callable(value):
         raise bad_type(op, argument, expected, repr(value))
     return value
+
+
+def expect_scalar(op: str, argument: str, value: Any) -> None:
+    """Raise TypeError unless ``value`` is a floating-point scalar, or the type of one from `jax.eval_shape`."""
+    expected = "a floating scalar"
+    if not isinstance(value, Array | float | np.ndarray | np.generic | jax.ShapeDtypeStruct):
+        raise bad_type(op, argument, expected, type(value).__name__)
+    kind = value if isinstance(value, jax.ShapeDtypeStruct) else jax.typeof(value)
+    if kind.shape or not jnp.issubdtype(kind.dtype, jnp.floating):
+        raise bad_type(op, argument, expected, f"{kind.dtype}{list(kind.shape)}")

@@ -1,9 +1,7 @@
-"""Window geometry, and the checks of static arguments that run before any computation.
+"""Window geometry, and the checks of its arguments, which run before any computation.
 
 An *input* is an array ``(N, *spatial, C)``, channels last, with one, two or three spatial dims. A `Window` describes
 how a window of ``size`` taps slides over the spatial dims. It is static and hashable, so equal geometry compiles once.
-
-Every error names the op, the argument, what was expected and what was given.
 """
 
 import dataclasses
@@ -15,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxcnn.arguments import MAX_ELEMENTS, bad_value, fail, is_sequence, positive, static_bool, static_int
+from jaxcnn.arguments import MAX_ELEMENTS, bad_value, is_sequence, positive, static_bool, static_int
 
 #: Values of `padding=`: "VALID", "SAME", "SAME_LOWER", "CAUSAL", an int, or an int or a pair for every dim.
 Padding = str | int | Sequence[int | tuple[int, int]]
@@ -97,12 +95,12 @@ class Window:
 
     def inside(self, dim: int, margin: tuple[int, int] = (0, 0)) -> np.ndarray:
         """Return a mask ``(out, size)`` along ``dim`` of the taps that fall inside the input or its margin."""
-        at = (
+        positions = (
             np.arange(self.out[dim])[:, None] * self.stride[dim]
             + np.arange(self.size[dim]) * self.dilation[dim]
             - self.padding[dim][0]
         )
-        return (at >= -margin[0]) & (at < self.shape[dim] + margin[1])
+        return (positions >= -margin[0]) & (positions < self.shape[dim] + margin[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,25 +158,25 @@ def window(
     k = positive(op, noun, size, ndim)
     s = positive(op, f"{prefix}stride", stride, ndim)
     d = positive(op, "dilation", dilation, ndim)
-    unsized = Window(shape, k, s, ((0, 0),) * ndim, d)
-    pads = pad_widths(op, padding, unsized, argument=f"{prefix}padding", accepts=accepts)
+    unpadded = Window(shape, k, s, ((0, 0),) * ndim, d)
+    pads = pad_widths(op, padding, unpadded, argument=f"{prefix}padding", accepts=accepts)
     if static_bool(op, "ceil_mode", ceil_mode):
         pads = tuple(
             (lo, hi + _ceil_excess(n, e, i, lo, hi))
-            for n, e, i, (lo, hi) in zip(shape, unsized.extent, s, pads, strict=True)
+            for n, e, i, (lo, hi) in zip(shape, unpadded.extent, s, pads, strict=True)
         )
-    for n, e, (lo, hi) in zip(shape, unsized.extent, pads, strict=True):
-        if e > lo + n + hi:
-            reach = f"{noun} {k}" if all(i == 1 for i in d) else f"{noun} {k} with dilation {d}"
-            fail(op, f"{reach} is larger than the padded picture; spatial dims {shape}, padding {pads}")
-    not_too_many(op, "the padded picture", [lo + n + hi for n, (lo, hi) in zip(shape, pads, strict=True)])
-    return dataclasses.replace(unsized, padding=pads)
+    padded = tuple(lo + n + hi for n, (lo, hi) in zip(shape, pads, strict=True))
+    if any(e > n for e, n in zip(unpadded.extent, padded, strict=True)):
+        got = f"{k}" if all(i == 1 for i in d) else f"{k} with dilation {d}"
+        raise bad_value(op, noun, f"at most the padded spatial dims {padded}", got)
+    not_too_many(op, "the padded input", padded)
+    return dataclasses.replace(unpadded, padding=pads)
 
 
 def not_too_many(op: str, what: str, spatial: Sequence[int]) -> None:
     """Raise ValueError if an array with these spatial dims would have more than `MAX_ELEMENTS` elements."""
     if math.prod(spatial) > MAX_ELEMENTS:
-        fail(op, f"{what} would have spatial dims {tuple(spatial)}, more than 2**31 - 1 entries")
+        raise bad_value(op, what, "of at most 2**31 - 1 spatial elements", f"spatial dims {tuple(spatial)}")
 
 
 def _ceil_excess(n: int, extent: int, stride: int, lo: int, hi: int) -> int:
@@ -208,6 +206,7 @@ def pad_widths(
 
 
 def _pad_pair(op: str, argument: str, entry: Any, whole: Any) -> tuple[int, int]:
+    """Return one dim's padding ``(before, after)`` from an element of the argument ``whole``."""
     pair = tuple(entry) if is_sequence(entry) else (entry, entry)
     if len(pair) != 2:
         raise bad_value(op, argument, "pairs (before, after)", repr(whole))
@@ -220,12 +219,13 @@ def _pad_pair(op: str, argument: str, entry: Any, whole: Any) -> tuple[int, int]
 
 
 def _named_pad_widths(op: str, argument: str, padding: str, win: Window) -> tuple[tuple[int, int], ...]:
+    """Return the widths of "VALID", "SAME", "SAME_LOWER" or "CAUSAL"."""
     name = padding.upper()
     if name == "VALID":
         return ((0, 0),) * win.ndim
     if name == "CAUSAL":
         if win.ndim != 1:
-            raise bad_value(op, f"{argument} 'CAUSAL'", "1 spatial dim", win.ndim)
+            raise bad_value(op, f"the number of spatial dims with {argument} 'CAUSAL'", "1", win.ndim)
         return ((win.extent[0] - 1, 0),)
     total = (max((-(-n // s) - 1) * s + e - n, 0) for n, s, e in zip(win.shape, win.stride, win.extent, strict=True))
     if name == "SAME_LOWER":

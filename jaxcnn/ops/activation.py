@@ -40,16 +40,17 @@ def relu(x: ArrayLike, *, rule: Rule | None = None) -> Array:
     Array([0., 0., 2.], dtype=float32)
     """
     (x,) = arrays("relu", x=x)
-    return apply_rule(_relu, rule, relu_reference)(None, x)
+    return apply_rule(relu_core, rule, relu_reference, "relu")(None, x)
 
 
 @custom_vjp
-def _relu(static: None, x: Array) -> Array:
+def relu_core(static: None, x: Array) -> Array:
+    """`relu`, with its rule."""
     return jnp.maximum(x, 0)
 
 
 def _relu_fwd(static: None, x: Array) -> Any:  # the residual is the one bit that the rule needs
-    y = _relu(None, x)
+    y = relu_core(None, x)
     return y, materialize(y > 0)
 
 
@@ -58,11 +59,11 @@ def _relu_bwd(static: None, positive: Array, delta: Array) -> Any:
     return (jnp.where(positive, delta, 0),)
 
 
-_relu.defvjp(_relu_fwd, _relu_bwd)
+relu_core.defvjp(_relu_fwd, _relu_bwd)
 
 
 def relu_reference(static: None, x: Array) -> Array:
-    """ReLU in stock JAX."""
+    """`relu` in stock JAX."""
     return jax.nn.relu(x)
 
 
@@ -79,19 +80,19 @@ class Activation:
     constant: float = 0.0
 
 
-def _times(kept: Array, delta: Array, c: Array) -> Array:
-    return delta * kept
+def _multiply(slope: Array, delta: Array, c: Array) -> Array:
+    return delta * slope
 
 
-def _masked(kept: Array, delta: Array, c: Array) -> Array:
-    return jnp.where(kept, delta, 0)
+def _mask(inside: Array, delta: Array, c: Array) -> Array:
+    return jnp.where(inside, delta, 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
     g: Callable[[Array, float], Array]
-    keeps: Callable[[Array, Array, float], Array]
-    delta_x: Callable[[Array, Array, Array], Array] = _times
+    residual: Callable[[Array, Array, float], Array]
+    delta_x: Callable[[Array, Array, Array], Array] = _multiply
 
 
 _INV_SQRT_2PI = 0.3989422804014327
@@ -111,9 +112,9 @@ def _normal(x: Array) -> Array:
     return 0.5 * jax.lax.erfc(-x * _INV_SQRT_2)
 
 
-def _clipped(x: Array, low: float, high: float) -> Array:
+def _clip(x: Array, low: float, high: float) -> Array:
     """Clip x to [low, high] and keep NaN. Autodiff of this gives `_between` as well."""
-    return jnp.where(x <= low, _of(low, x), jnp.where(x >= high, _of(high, x), x))
+    return jnp.where(x <= low, _constant_like(low, x), jnp.where(x >= high, _constant_like(high, x), x))
 
 
 def _between(x: Array, low: float, high: float) -> Array:
@@ -121,7 +122,7 @@ def _between(x: Array, low: float, high: float) -> Array:
     return (x > low) & (x < high)
 
 
-def _of(c: float, x: Array) -> Array:
+def _constant_like(c: float, x: Array) -> Array:
     return jnp.asarray(c, x.dtype)
 
 
@@ -146,7 +147,7 @@ def _hard_swish_delta(x: Array, delta: Array) -> Array:
 
     The two constant cases select rather than multiply, so that δ may be infinite.
     """
-    slope = _like(x, _wide(_clipped(x, -3, 3)) / 3 + 0.5)
+    slope = _cast_like(x, _widen(_clip(x, -3, 3)) / 3 + 0.5)
     return jnp.where(x >= 3, delta, jnp.where(x > -3, delta * slope, 0))
 
 
@@ -179,13 +180,13 @@ def _squareplus(x: Array, c: float) -> Array:
     return jnp.where(x > 0, (x + r) / 2, c / (2 * (r - jnp.minimum(x, 0))))
 
 
-_TABLE = {
+TABLE = {
     # name:        g(x)                                     residual from x and y,    δ_x from residual and δ
     "leaky_relu": _Row(lambda x, c: jnp.where(x > 0, x, c * x),
                        lambda x, y, c: x > 0, lambda positive, delta, c: jnp.where(positive, delta, c * delta)),
-    "relu6": _Row(lambda x, c: _clipped(x, 0, 6), lambda x, y, c: _between(x, 0, 6), _masked),
-    "hard_tanh": _Row(lambda x, c: _clipped(x, -1, 1), lambda x, y, c: _between(x, -1, 1), _masked),
-    "hard_sigmoid": _Row(lambda x, c: _clipped(x + 3, 0, 6) / 6,
+    "relu6": _Row(lambda x, c: _clip(x, 0, 6), lambda x, y, c: _between(x, 0, 6), _mask),
+    "hard_tanh": _Row(lambda x, c: _clip(x, -1, 1), lambda x, y, c: _between(x, -1, 1), _mask),
+    "hard_sigmoid": _Row(lambda x, c: _clip(x + 3, 0, 6) / 6,
                          lambda x, y, c: _between(x, -3, 3), lambda inside, delta, c: jnp.where(inside, delta / 6, 0)),
     "sigmoid": _Row(lambda x, c: jax.nn.sigmoid(x), lambda x, y, c: y, lambda y, delta, c: delta * (y * (1 - y))),
     "tanh": _Row(lambda x, c: jnp.tanh(x), lambda x, y, c: y, lambda y, delta, c: delta * ((1 - y) * (1 + y))),
@@ -195,7 +196,7 @@ _TABLE = {
                  lambda x, y, c: _SELU_SCALE * jnp.where(x > 0, 1, _SELU_ALPHA * jnp.exp(jnp.minimum(x, 0)))),
     "celu": _Row(lambda x, c: jnp.where(x > 0, x, c * jnp.expm1(jnp.minimum(x, 0) / c)),
                  lambda x, y, c: jnp.where(x > 0, 1, jnp.exp(jnp.minimum(x, 0) / c))),
-    "hard_swish": _Row(lambda x, c: x * (_clipped(x + 3, 0, 6) / 6),
+    "hard_swish": _Row(lambda x, c: x * (_clip(x + 3, 0, 6) / 6),
                        lambda x, y, c: x, lambda x, delta, c: _hard_swish_delta(x, delta)),
     "gelu": _Row(lambda x, c: x * _normal(x), _gelu_slope),
     "gelu_tanh": _Row(_gelu_tanh, _gelu_tanh_slope),
@@ -220,28 +221,28 @@ def _activation(activation: Activation, x: Array) -> Array:
 
 def _activation_fwd(activation: Activation, x: Array) -> Any:
     y = _activation(activation, x)
-    kept = _TABLE[activation.name].keeps(_wide(x), _wide(y), activation.constant)
-    return y, materialize_if_small(kept if kept.dtype == bool else _like(x, kept))
+    residual = TABLE[activation.name].residual(_widen(x), _widen(y), activation.constant)
+    return y, materialize_if_small(residual if residual.dtype == bool else _cast_like(x, residual))
 
 
-def _activation_bwd(activation: Activation, kept: Array, delta: Array) -> Any:
+def _activation_bwd(activation: Activation, residual: Array, delta: Array) -> Any:
     """δ_x = δ ∘ g'(x)."""
-    return (_TABLE[activation.name].delta_x(kept, delta, _of(activation.constant, delta)),)
+    return (TABLE[activation.name].delta_x(residual, delta, _constant_like(activation.constant, delta)),)
 
 
 _activation.defvjp(_activation_fwd, _activation_bwd)
 
 
 def _activation_reference(activation: Activation, x: Array) -> Array:
-    return _like(x, _TABLE[activation.name].g(_wide(x), activation.constant))
+    return _cast_like(x, TABLE[activation.name].g(_widen(x), activation.constant))
 
 
-def _wide(x: Array) -> Array:
-    """16-bit floats in float32, where x² and eˣ do not overflow; others unchanged, including weak types."""
+def _widen(x: Array) -> Array:
+    """Return 16-bit floats in float32, where x² and eˣ do not overflow; others unchanged, including weak types."""
     return x if accumulator(x.dtype) == x.dtype else x.astype(accumulator(x.dtype))
 
 
-def _like(x: Array, y: Array) -> Array:
+def _cast_like(x: Array, y: Array) -> Array:
     return y if y.dtype == x.dtype else y.astype(x.dtype)
 
 
@@ -267,7 +268,7 @@ def leaky_relu(x: ArrayLike, *, negative_slope: float = 0.01, rule: Rule | None 
     >>> jaxcnn.leaky_relu(jnp.array([-1.0, 2.0]), negative_slope=0.5)
     Array([-0.5,  2. ], dtype=float32)
     """
-    return _activate("leaky_relu", x, rule, _constant("leaky_relu", "negative_slope", negative_slope))
+    return _activate("leaky_relu", x, rule, _finite("leaky_relu", "negative_slope", negative_slope))
 
 
 def elu(x: ArrayLike, *, alpha: float = 1.0, rule: Rule | None = None) -> Array:
@@ -294,7 +295,7 @@ def elu(x: ArrayLike, *, alpha: float = 1.0, rule: Rule | None = None) -> Array:
     >>> jaxcnn.elu(jnp.array([0.0, 2.0]))
     Array([0., 2.], dtype=float32)
     """
-    return _activate("elu", x, rule, _constant("elu", "alpha", alpha))
+    return _activate("elu", x, rule, _finite("elu", "alpha", alpha))
 
 
 def gelu(x: ArrayLike, *, approximate: bool = False, rule: Rule | None = None) -> Array:
@@ -378,9 +379,9 @@ def celu(x: ArrayLike, *, alpha: float = 1.0, rule: Rule | None = None) -> Array
     >>> jaxcnn.celu(jnp.array([0.0, 2.0]))
     Array([0., 2.], dtype=float32)
     """
-    constant = _constant("celu", "alpha", alpha)
+    constant = _finite("celu", "alpha", alpha)
     if constant == 0:
-        raise bad_value("celu", "alpha", "a number other than 0", "0")
+        raise bad_value("celu", "alpha", "a finite number other than 0", alpha)
     return _activate("celu", x, rule, constant)
 
 
@@ -552,9 +553,9 @@ def squareplus(x: ArrayLike, *, b: float = 4.0, rule: Rule | None = None) -> Arr
     >>> jaxcnn.squareplus(jnp.array([0.0]))
     Array([1.], dtype=float32)
     """
-    constant = _constant("squareplus", "b", b)
+    constant = _finite("squareplus", "b", b)
     if constant <= 0:
-        raise bad_value("squareplus", "b", "a number > 0", b)
+        raise bad_value("squareplus", "b", "a finite number > 0", b)
     return _activate("squareplus", x, rule, constant)
 
 
@@ -675,8 +676,8 @@ def tanh(x: ArrayLike, *, rule: Rule | None = None) -> Array:
     return _activate("tanh", x, rule)
 
 
-def _constant(op: str, argument: str, value: Any) -> float:
-    constant = static_float(op, argument, value)
-    if not abs(constant) < float("inf"):
+def _finite(op: str, argument: str, value: Any) -> float:
+    number = static_float(op, argument, value)
+    if not abs(number) < float("inf"):
         raise bad_value(op, argument, "a finite number", value)
-    return constant
+    return number

@@ -2,17 +2,17 @@
 
 The family is closed under differentiation: the rule of each of its three products is the other two.
 
-    _conv     x, w → y          δ_x = input_grad(δ, w)      ∂E/∂w = kernel_grad(x, δ)     ∂E/∂b = Σ δ
-    input_grad   δ, w → x          its rule:  conv, match
-    kernel_grad    x, δ → w          its rule:  input_grad, conv
+    conv_core     x, w → y     δ_x = input_grad(δ, w)     ∂E/∂w = kernel_grad(x, δ)     ∂E/∂b = Σ δ
+    input_grad    δ, w → x     its rule: conv_core, kernel_grad
+    kernel_grad   x, δ → w     its rule: input_grad, conv_core
 
-`conv_transpose` is spread as a layer. `depthwise_conv` is conv with as many groups as channels. As usual in deep
-learning, "convolution" here does not flip the kernel: it is cross-correlation (lecture §11, with erratum 4). The kernel
-*is* flipped in the backward pass (lecture §15).
+`conv_transpose` is `input_grad` as a layer. `depthwise_conv` is `conv` with as many groups as channels. As usual in
+deep learning, "convolution" here does not flip the kernel: it is cross-correlation (lecture §11, with erratum 4). The
+kernel *is* flipped in the backward pass (lecture §15).
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxcnn.arguments import arrays, bad_value, fail, positive, spatial_dims, static_int, static_ints
+from jaxcnn.arguments import arrays, bad_type, bad_value, positive, spatial_dims, static_int, static_ints
 from jaxcnn.geometry import (
     PADDING_MODES,
     PADDINGS,
@@ -32,10 +32,15 @@ from jaxcnn.geometry import (
     pad_widths,
     window,
 )
-from jaxcnn.kernels import correlation as kernels
-from jaxcnn.kernels.dtypes import accumulator, wider
-from jaxcnn.kernels.shapes import beside
+from jaxcnn.kernels import lowering
+from jaxcnn.kernels.correlate import correlate
+from jaxcnn.kernels.dtypes import to_accumulator, wider
+from jaxcnn.kernels.input_grad import flip, padding_that_xla_accepts
+from jaxcnn.kernels.input_grad import input_grad as run_input_grad
+from jaxcnn.kernels.kernel_grad import kernel_grad as run_kernel_grad
+from jaxcnn.kernels.shapes import expand_rank
 from jaxcnn.kernels.split import run_whole
+from jaxcnn.kernels.windows import pad_axis
 from jaxcnn.ops.mesh import on_any_mesh
 from jaxcnn.ops.rule import Rule, apply_rule, autodiff, custom_vjp
 
@@ -94,7 +99,7 @@ def conv(
     x, w = arrays("conv", x=x, w=w)
     x, w, back = _channels_last("conv", x, w, dimension_numbers)
     x, c = correlation_of("conv", x, w, stride, padding, dilation, groups, preferred_element_type, precision, rule)
-    y = apply_rule(_conv, rule, conv_reference)(c, x, w, _bias("conv", w, b, w.shape[-1]))
+    y = apply_rule(conv_core, rule, conv_reference, "conv")(c, x, w, _bias("conv", w, b, w.shape[-1]))
     return y if back is None else jnp.transpose(y, back)
 
 
@@ -145,19 +150,20 @@ def depthwise_conv(
     spatial = spatial_dims(op, x)
     if w.ndim != x.ndim or w.shape[-2] != 1 or w.shape[-1] % max(x.shape[-1], 1):
         expected = f"(*K, 1, C·M) with {len(spatial)} spatial dims and C = {x.shape[-1]}, like x"
-        fail(op, f"w must be {expected}; x {x.shape}, w {w.shape}")
+        raise bad_value(op, "w", expected, f"x {x.shape}, w {w.shape}")
     x, c = correlation_of(op, x, w, stride, padding, dilation, x.shape[-1], preferred_element_type, precision, rule)
-    y = apply_rule(_conv, rule, conv_reference, op)(c, x, w, _bias(op, w, b, w.shape[-1]))
+    y = apply_rule(conv_core, rule, conv_reference, op)(c, x, w, _bias(op, w, b, w.shape[-1]))
     return y if back is None else jnp.transpose(y, back)
 
 
 @custom_vjp
-def _conv(c: Correlation, x: Array, w: Array, b: Array | None) -> Array:
-    return _with_bias(kernels.correlate(c, x, w), b)
+def conv_core(c: Correlation, x: Array, w: Array, b: Array | None) -> Array:
+    """The core of `conv`, also for the rules of its products and of other ops."""
+    return _add_bias(correlate(c, x, w), b)
 
 
 def _conv_fwd(c: Correlation, x: Array, w: Array, b: Array | None) -> Any:
-    return _conv(c, x, w, b), (x, w, b)
+    return conv_core(c, x, w, b), (x, w, b)
 
 
 def _conv_bwd(c: Correlation, saved: Any, delta: Array) -> Any:
@@ -169,31 +175,28 @@ def _conv_bwd(c: Correlation, saved: Any, delta: Array) -> Any:
     return delta_x, grad_w, grad_b
 
 
-_conv.defvjp(_conv_fwd, _conv_bwd)
+conv_core.defvjp(_conv_fwd, _conv_bwd)
 
 
 def conv_reference(c: Correlation, x: Array, w: Array, b: Array | None) -> Array:
     """`conv` in stock JAX."""
     win = c.window
-    channels = x.ndim - 1
-    layout = (0, channels, *range(1, channels))
     product = functools.partial(
-        lax.conv_general_dilated,
-        window_strides=win.stride,
-        padding=win.padding,
-        rhs_dilation=win.dilation,
-        dimension_numbers=lax.ConvDimensionNumbers(layout, (channels, channels - 1, *range(win.ndim)), layout),
-        feature_group_count=c.groups,
-        precision=c.precision,
+        lowering.convolve, c, stride=win.stride, padding=win.padding, w_dilation=win.dilation, groups=c.groups
     )
-    places, taps = kernels.places(c), kernels.taps(c)
-    return _with_bias(run_whole(product, (x.astype(c.dtype), w.astype(c.dtype)), (places, taps), places), b)
+    return _add_bias(_run_reference(c, product, x, w), b)
+
+
+def _run_reference(c: Correlation, product: Callable[[Array, Array], Array], x: Array, w: Array) -> Array:
+    """Run a product of stock JAX in the dtype of the result, with the dims whole that XLA cannot shard."""
+    image_dims, kernel_dims = lowering.unsharded_image_dims(c), lowering.unsharded_kernel_dims(c)
+    return run_whole(product, (x.astype(c.dtype), w.astype(c.dtype)), (image_dims, kernel_dims), image_dims)
 
 
 @custom_vjp
 def input_grad(c: Correlation, delta: Array, w: Array) -> Array:
     """``w ∗ δ``: the full correlation of δ with the kernel flipped by 180°."""
-    return kernels.input_grad(c, delta, w)
+    return run_input_grad(c, delta, w)
 
 
 def _input_grad_fwd(c: Correlation, delta: Array, w: Array) -> Any:
@@ -203,7 +206,7 @@ def _input_grad_fwd(c: Correlation, delta: Array, w: Array) -> Any:
 def _input_grad_bwd(c: Correlation, saved: Any, xi: Array) -> Any:
     """⟨input_grad(δ, w), ξ⟩ = ⟨δ, conv(ξ, w)⟩ = ⟨w, kernel_grad(ξ, δ)⟩."""
     delta, w = saved
-    return _conv(c, xi, w, None).astype(delta.dtype), kernel_grad(c, xi, delta).astype(w.dtype)
+    return conv_core(c, xi, w, None).astype(delta.dtype), kernel_grad(c, xi, delta).astype(w.dtype)
 
 
 input_grad.defvjp(_input_grad_fwd, _input_grad_bwd)
@@ -212,7 +215,7 @@ input_grad.defvjp(_input_grad_fwd, _input_grad_bwd)
 @custom_vjp
 def kernel_grad(c: Correlation, x: Array, delta: Array) -> Array:
     """``x ⋆ δ``: the valid correlation of the input with δ, summed over the batch."""
-    return kernels.kernel_grad(c, x, delta)
+    return run_kernel_grad(c, x, delta)
 
 
 def _kernel_grad_fwd(c: Correlation, x: Array, delta: Array) -> Any:
@@ -222,14 +225,14 @@ def _kernel_grad_fwd(c: Correlation, x: Array, delta: Array) -> Any:
 def _kernel_grad_bwd(c: Correlation, saved: Any, omega: Array) -> Any:
     """⟨kernel_grad(x, δ), ω⟩ = ⟨x, input_grad(δ, ω)⟩ = ⟨δ, conv(x, ω)⟩."""
     x, delta = saved
-    return input_grad(c, delta, omega).astype(x.dtype), _conv(c, x, omega, None).astype(delta.dtype)
+    return input_grad(c, delta, omega).astype(x.dtype), conv_core(c, x, omega, None).astype(delta.dtype)
 
 
 kernel_grad.defvjp(_kernel_grad_fwd, _kernel_grad_bwd)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# spread as a layer
+# input_grad as a layer
 
 
 def conv_transpose(
@@ -291,16 +294,16 @@ def conv_transpose(
     op = "conv_transpose"
     x, w = arrays(op, x=x, w=w)
     x, w, back = _channels_last(op, x, w, dimension_numbers)
-    c = _transposed_geometry(
+    c = transposed_correlation_of(
         op, x, w, stride, padding, output_padding, dilation, groups, preferred_element_type, precision
     )
     if x.shape[1:-1] != c.window.out:
-        x = on_any_mesh(_followed_by_zeros, c.window.out, x)
+        x = on_any_mesh(_append_zeros, c.window.out, x)
     y = apply_rule(_conv_transpose, rule, _conv_transpose_reference)(c, x, w, _bias(op, w, b, w.shape[-2] * c.groups))
     return y if back is None else jnp.transpose(y, back)
 
 
-def _followed_by_zeros(out: tuple[int, ...], x: Array) -> Array:
+def _append_zeros(out: tuple[int, ...], x: Array) -> Array:
     """Extend ``x`` to spatial dims ``out`` with zeros; not by `lax.pad`, whose transpose uses negative padding."""
     for axis, (n, length) in enumerate(zip(x.shape[1:-1], out, strict=True), start=1):
         if length > n:
@@ -312,7 +315,7 @@ def _followed_by_zeros(out: tuple[int, ...], x: Array) -> Array:
 @custom_vjp
 def _conv_transpose(c: Correlation, x: Array, w: Array, b: Array | None) -> Array:
     wide = wider(x.dtype, c.dtype)
-    return _with_bias(kernels.input_grad(c, x.astype(wide), w).astype(c.dtype), b)
+    return _add_bias(run_input_grad(c, x.astype(wide), w).astype(c.dtype), b)
 
 
 def _conv_transpose_fwd(c: Correlation, x: Array, w: Array, b: Array | None) -> Any:
@@ -322,7 +325,7 @@ def _conv_transpose_fwd(c: Correlation, x: Array, w: Array, b: Array | None) -> 
 def _conv_transpose_bwd(c: Correlation, saved: Any, delta: Array) -> Any:
     """δ_x = conv(δ, w); ∂E/∂w = δ ⋆ x; ∂E/∂b = Σ δ."""
     x, w, b = saved
-    delta_x = _conv(c, delta, w, None).astype(x.dtype)
+    delta_x = conv_core(c, delta, w, None).astype(x.dtype)
     grad_w = kernel_grad(c, delta, x).astype(w.dtype)
     grad_b = None if b is None else sum_pixels(delta).astype(b.dtype)
     return delta_x, grad_w, grad_b
@@ -333,30 +336,24 @@ _conv_transpose.defvjp(_conv_transpose_fwd, _conv_transpose_bwd)
 
 def _conv_transpose_reference(c: Correlation, x: Array, w: Array, b: Array | None) -> Array:
     """`conv_transpose` in stock JAX: a convolution of x, dilated by the stride, with the flipped kernel."""
-    win, groups, channels = c.window, c.groups, x.ndim - 1
-    layout = (0, channels, *range(1, channels))
+    win = c.window
     # Pad to the full result as far as needed. If `conv` pads more than the kernel's reach, crop the rest.
     starts = [extent - 1 - lo for extent, (lo, _) in zip(win.extent, win.padding, strict=True)]
     full = [(n - 1) * s + e for n, s, e in zip(x.shape[1:-1], win.stride, win.extent, strict=True)]
     ends = [n + lo - f + e - 1 for n, (lo, _), f, e in zip(win.shape, win.padding, full, win.extent, strict=True)]
     pads = tuple((max(start, 0), max(end, 0)) for start, end in zip(starts, ends, strict=True))
-    turned = lax.rev(w, range(win.ndim)).reshape(*w.shape[:-1], groups, w.shape[-1] // groups)
-    turned = jnp.swapaxes(turned, -3, -1).reshape(*w.shape[:-2], w.shape[-1] // groups, -1)
     product = functools.partial(
-        lax.conv_general_dilated,
-        window_strides=(1,) * win.ndim,
-        padding=kernels.never_of_groups(win, pads),
-        lhs_dilation=win.stride,
-        rhs_dilation=win.dilation,
-        dimension_numbers=lax.ConvDimensionNumbers(layout, (channels, channels - 1, *range(win.ndim)), layout),
-        feature_group_count=groups,
-        precision=c.precision,
+        lowering.convolve,
+        c,
+        padding=padding_that_xla_accepts(win, pads),
+        x_dilation=win.stride,
+        w_dilation=win.dilation,
+        groups=c.groups,
     )
-    places, taps = kernels.places(c), kernels.taps(c)
-    y = run_whole(product, (x.astype(c.dtype), turned.astype(c.dtype)), (places, taps), places)
+    y = _run_reference(c, product, x, flip(w, c.groups))
     for dim, (start, n) in enumerate(zip(starts, win.shape, strict=True)):
         y = lax.slice_in_dim(y, max(-start, 0), max(-start, 0) + n, axis=dim + 1)
-    return _with_bias(y, b)
+    return _add_bias(y, b)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -368,8 +365,9 @@ def sum_pixels(delta: Array) -> Array:
     return jnp.sum(delta, range(delta.ndim - 1))
 
 
-def _with_bias(y: Array, b: Array | None) -> Array:
-    return y if b is None else y + beside(b.astype(y.dtype), y)
+def _add_bias(y: Array, b: Array | None) -> Array:
+    """Return y + b, in y's dtype; b None is no bias."""
+    return y if b is None else y + expand_rank(b.astype(y.dtype), y)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -405,21 +403,20 @@ def _fold(mode: str, widths: tuple[tuple[int, int], ...], delta: Array) -> Array
 
     16-bit δ are summed in float32, although each summand has already been rounded.
     """
-    dtype, delta = delta.dtype, delta.astype(accumulator(delta.dtype))
+    dtype, delta = delta.dtype, to_accumulator(delta)
     for axis, (lo, hi) in enumerate(widths, start=1):
         n = delta.shape[axis] - lo - hi
         part = functools.partial(lax.slice_in_dim, delta, axis=axis)
         before, inner, after = part(0, lo), part(lo, lo + n), part(lo + n, lo + n + hi)
         if mode == "REFLECT":
-            ends = (_put(lax.rev(before, (axis,)), axis, 1, n), _put(lax.rev(after, (axis,)), axis, n - 1 - hi, n))
+            before = pad_axis(lax.rev(before, (axis,)), axis, 1, n - 1 - lo)
+            after = pad_axis(lax.rev(after, (axis,)), axis, n - 1 - hi, 1)
         elif mode == "CIRCULAR":
-            ends = (_put(before, axis, n - lo, n), _put(after, axis, 0, n))
+            before, after = pad_axis(before, axis, n - lo, 0), pad_axis(after, axis, 0, n - hi)
         else:
-            ends = (
-                _put(before.sum(axis, keepdims=True), axis, 0, n),
-                _put(after.sum(axis, keepdims=True), axis, n - 1, n),
-            )
-        delta = inner + ends[0] + ends[1]
+            before = pad_axis(before.sum(axis, keepdims=True), axis, 0, n - 1)
+            after = pad_axis(after.sum(axis, keepdims=True), axis, n - 1, 0)
+        delta = inner + before + after
     return delta.astype(dtype)
 
 
@@ -432,15 +429,6 @@ def _fold_bwd(mode: str, widths: tuple[tuple[int, int], ...], saved: None, xi: A
 
 
 _fold.defvjp(_fold_fwd, _fold_bwd)
-
-
-def _put(x: Array, axis: int, at: int, n: int) -> Array:
-    """``x`` placed at index ``at`` along an axis of ``n`` zeros."""
-    if not x.shape[axis]:
-        return jnp.zeros((*x.shape[:axis], n, *x.shape[axis + 1 :]), x.dtype)
-    config = [(0, 0, 0)] * x.ndim
-    config[axis] = (at, n - at - x.shape[axis], 0)
-    return lax.pad(x, np.zeros((), x.dtype), config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -463,27 +451,32 @@ def correlation_of(
     spatial = spatial_dims(op, x)
     shapes = f"x {x.shape}, w {w.shape}"
     if w.ndim != x.ndim:
-        fail(op, f"w must be (*K, I/groups, O) with {len(spatial)} spatial dims, like x; {shapes}")
-    groups = static_int(op, "groups", groups, groups)
-    if groups < 1:
-        raise bad_value(op, "groups", "an int >= 1", groups)
+        raise bad_value(op, "w", f"(*K, I/groups, O) with {len(spatial)} spatial dims, like x", shapes)
+    groups = static_int(op, "groups", groups, least=1)
     inputs, outputs = x.shape[-1], w.shape[-1]
     if inputs % groups or outputs % groups:
-        fail(op, f"groups={groups} must divide {inputs} input and {outputs} output channels; {shapes}")
+        raise bad_value(op, "groups", f"a divisor of the {inputs} input and {outputs} output channels", groups)
     if w.shape[-2] * groups != inputs:
-        fail(op, f"x has {inputs} channels but w expects {w.shape[-2] * groups} (groups={groups}); {shapes}")
+        expected = f"(*K, {inputs // groups}, O) for an x with {inputs} channels and groups={groups}"
+        raise bad_value(op, "w", expected, shapes)
     slide = functools.partial(
-        window, op, size=w.shape[:-2], stride=stride, dilation=dilation, noun="patch", accepts=PADDINGS + PADDING_MODES
+        window,
+        op,
+        size=w.shape[:-2],
+        stride=stride,
+        dilation=dilation,
+        noun="kernel size",
+        accepts=PADDINGS + PADDING_MODES,
     )
     result, precision = _result_dtype(op, x.dtype if dtype is None else dtype), _precision(op, precision)
     if isinstance(padding, str) and padding.upper() in PADDING_MODES:
         mode, extend = padding.upper(), _extend_reference if rule is autodiff else _extend
-        widths = _extension(op, mode, slide(spatial, padding="SAME"))
+        widths = _repeat_widths(op, mode, slide(spatial, padding="SAME"))
         x, padding = on_any_mesh(functools.partial(extend, mode), widths, x), "VALID"
     return x, Correlation(slide(x.shape[1:-1], padding=padding), groups, result, precision)
 
 
-def _transposed_geometry(
+def transposed_correlation_of(
     op: str,
     x: Array,
     w: Array,
@@ -495,19 +488,17 @@ def _transposed_geometry(
     dtype: DTypeLike | None,
     precision: Any,
 ) -> Correlation:
-    """Return the geometry of the `conv` that maps the output to x."""
+    """Return the static part of the `conv` that maps the output to x."""
     spatial = spatial_dims(op, x)
-    ndim, shapes = len(spatial), f"x {x.shape}, w {w.shape}"
+    ndim, inputs, shapes = len(spatial), x.shape[-1], f"x {x.shape}, w {w.shape}"
     if w.ndim != x.ndim:
-        fail(op, f"w must be (*K, O/groups, I) with {ndim} spatial dims, like x; {shapes}")
-    groups = static_int(op, "groups", groups, groups)
-    if groups < 1:
-        raise bad_value(op, "groups", "an int >= 1", groups)
-    if w.shape[-1] != x.shape[-1]:
-        fail(op, f"x has {x.shape[-1]} channels but w expects {w.shape[-1]}; {shapes}")
-    if x.shape[-1] % groups:
-        fail(op, f"groups={groups} must divide {x.shape[-1]} input channels; {shapes}")
-    s, k = positive(op, "stride", stride, ndim), positive(op, "patch", w.shape[:-2], ndim)
+        raise bad_value(op, "w", f"(*K, O/groups, I) with {ndim} spatial dims, like x", shapes)
+    groups = static_int(op, "groups", groups, least=1)
+    if w.shape[-1] != inputs:
+        raise bad_value(op, "w", f"(*K, O/groups, {inputs}) for an x with {inputs} channels", shapes)
+    if inputs % groups:
+        raise bad_value(op, "groups", f"a divisor of the {inputs} input channels", groups)
+    s, k = positive(op, "stride", stride, ndim), positive(op, "kernel size", w.shape[:-2], ndim)
     d = positive(op, "dilation", dilation, ndim)
     extra = static_ints(op, "output_padding", output_padding, ndim)
     if any(not 0 <= e < max(pair) for e, *pair in zip(extra, s, d, strict=True)):
@@ -515,18 +506,19 @@ def _transposed_geometry(
         raise bad_value(op, "output_padding", expected, repr(output_padding))
     # The sizes for "SAME"; the other paddings ignore them.
     sizes = tuple(n * step for n, step in zip(spatial, s, strict=True))
-    undone = Window(sizes, k, s, ((0, 0),) * ndim, d)
-    pads = pad_widths(op, padding, undone)
+    unpadded = Window(sizes, k, s, ((0, 0),) * ndim, d)
+    pads = pad_widths(op, padding, unpadded)
     if isinstance(padding, str) and padding.upper() in ("SAME", "SAME_LOWER"):
         if any(extra):
-            raise bad_value(op, "output_padding", f"0 beside padding {padding!r}", repr(output_padding))
+            raise bad_value(op, "output_padding", f"0 with padding {padding!r}", repr(output_padding))
     else:
         sizes = tuple(
-            (n - 1) * step + reach - lo - hi + more
-            for n, step, reach, (lo, hi), more in zip(spatial, s, undone.extent, pads, extra, strict=True)
+            (n - 1) * step + extent - lo - hi + more
+            for n, step, extent, (lo, hi), more in zip(spatial, s, unpadded.extent, pads, extra, strict=True)
         )
     if min(sizes) < 1:
-        fail(op, f"padding {pads} leaves nothing: the result would have spatial dims {sizes}; {shapes}")
+        expected, got = "small enough that the result has spatial dims >= 1", f"{pads} with spatial dims {sizes}"
+        raise bad_value(op, "padding", expected, got)
     not_too_many(op, "the result", sizes)
     result, precision = _result_dtype(op, x.dtype if dtype is None else dtype), _precision(op, precision)
     return Correlation(Window(sizes, k, s, pads, d), groups, result, precision)
@@ -542,21 +534,22 @@ def _bias(op: str, w: Array, b: ArrayLike | None, outputs: int) -> Array | None:
 
 
 def _result_dtype(op: str, dtype: DTypeLike) -> np.dtype:
-    expected = f"{op}: preferred_element_type must be a floating dtype"
+    argument, expected = "preferred_element_type", "a floating dtype"
     try:
         result = np.dtype(dtype)
     except TypeError:
-        raise TypeError(f"{expected}, got {dtype!r}") from None
+        raise bad_type(op, argument, expected, repr(dtype)) from None
     if not jnp.issubdtype(result, jnp.floating):
-        raise TypeError(f"{expected}, got {result}")
+        raise bad_type(op, argument, expected, result)
     return result
 
 
-def _extension(op: str, mode: str, same: Window) -> tuple[tuple[int, int], ...]:
+def _repeat_widths(op: str, mode: str, same: Window) -> tuple[tuple[int, int], ...]:
+    """Return the widths by which the input is extended; raise ValueError if it would have to be repeated twice."""
     widths, spatial = same.padding, same.shape
     most = tuple(n if mode != "REFLECT" else n - 1 for n in spatial)
     if mode != "REPLICATE" and any(max(pair) > m for pair, m in zip(widths, most, strict=True)):
-        fail(op, f"padding {mode!r} needs {widths} but the picture allows at most {most}; spatial dims {spatial}")
+        raise bad_value(op, f"padding {mode!r}", f"at most {most} for spatial dims {spatial}", widths)
     return widths
 
 
@@ -567,8 +560,8 @@ def _precision(op: str, precision: Any) -> Any:
             return precision
         if isinstance(precision, str):
             return lax.Precision(precision)
-        of_x, of_w = precision
-        return lax.Precision(of_x), lax.Precision(of_w)
+        for_x, for_w = precision
+        return lax.Precision(for_x), lax.Precision(for_w)
     except (TypeError, ValueError):
         raise bad_value(
             op, "precision", "None, 'default', 'high', 'highest' or a jax.lax.Precision", repr(precision)
@@ -584,14 +577,14 @@ def _channels_last(
     listed = isinstance(layouts, list | tuple)
     if not listed or len(layouts) != 3 or not all(isinstance(layout, str) for layout in layouts):
         raise bad_value(op, "dimension_numbers", "three strings such as ('NCHW', 'OIHW', 'NCHW')", repr(layouts))
-    of_x, of_w, of_y = layouts
-    space = "".join(d for d in of_w if d not in "OI")
-    for name, layout, array, letters in (("x", of_x, x, "NC"), ("w", of_w, w, "OI"), ("y", of_y, x, "NC")):
+    x_layout, w_layout, y_layout = layouts
+    space = "".join(d for d in w_layout if d not in "OI")
+    for name, layout, array, letters in (("x", x_layout, x, "NC"), ("w", w_layout, w, "OI"), ("y", y_layout, x, "NC")):
         if sorted(layout) != sorted(letters + space) or len(set(layout)) != len(layout):
             expected = f"the {len(letters + space)} letters {letters + space!r}"
             raise bad_value(op, "dimension_numbers", f"{expected} for {name}", f"{layout!r} of {tuple(layouts)!r}")
         if len(layout) != array.ndim:
             raise bad_value(op, name, f"{len(layout)} dims, as dimension_numbers {tuple(layouts)!r}", array.shape)
-    x = jnp.transpose(x, [of_x.index(d) for d in f"N{space}C"])
-    w = jnp.transpose(w, [of_w.index(d) for d in f"{space}IO"])
-    return x, w, tuple(f"N{space}C".index(d) for d in of_y)
+    x = jnp.transpose(x, [x_layout.index(d) for d in f"N{space}C"])
+    w = jnp.transpose(w, [w_layout.index(d) for d in f"{space}IO"])
+    return x, w, tuple(f"N{space}C".index(d) for d in y_layout)

@@ -6,7 +6,7 @@ The composed rule of §9, corrected (erratum 2):
     ∂E/∂w = a ⋆ δ_l            ∂E/∂b = Σ δ_l            δ_a = w ∗ δ_l, for the previous layer
 
 up and g' become one lookup. A code per pooled element (one byte for windows of up to 255 elements) records which
-element of its window won, or that none passed the ReLU. The activation before pooling is never saved.
+element of its window won, or that none was positive. The activation before pooling is never saved.
 """
 
 import dataclasses
@@ -18,9 +18,10 @@ from jax.typing import ArrayLike
 
 from jaxcnn.arguments import arrays, bad_value
 from jaxcnn.geometry import Correlation, Padding, PerDim, Window
-from jaxcnn.kernels import correlation, windows
+from jaxcnn.kernels import windows
+from jaxcnn.kernels.correlate import correlate
 from jaxcnn.kernels.materialize import materialize
-from jaxcnn.kernels.shapes import beside
+from jaxcnn.kernels.shapes import expand_rank
 from jaxcnn.ops import activation, convolution, pooling
 from jaxcnn.ops.rule import Call, Rule, apply_rule, call_of, custom_vjp
 
@@ -84,7 +85,7 @@ def hidden_layer(
 
 @dataclasses.dataclass(frozen=True)
 class Hidden:
-    """Geometry of a hidden layer: the convolution, and the pooling window over its result."""
+    """The static part of a hidden layer's call: the convolution, and the pooling window over its result."""
 
     correlation: Correlation
     window: Window
@@ -96,17 +97,17 @@ def _hidden_layer(static: Hidden, x: Array, w: Array, b: Array) -> Array:
 
 
 def _hidden_layer_fwd(static: Hidden, x: Array, w: Array, b: Array) -> Any:
-    y, passed = _hidden_with_code(static, x, w, b)
-    return y, (x, w, materialize(passed))
+    y, code = hidden_with_code(static, x, w, b)
+    return y, (x, w, materialize(code))
 
 
 def _hidden_layer_bwd(static: Hidden, saved: Any, delta: Array) -> Any:
     """δ_l = up(δ) ∘ g'(x); δ_x = w ∗ δ_l, ∂E/∂w = x ⋆ δ_l, ∂E/∂b = Σ δ_l. Lecture §9, erratum 2."""
-    x, w, passed = saved
+    x, w, code = saved
     c = static.correlation
-    delta_l = pooling.scatter_to_winners(static.window, delta, passed)
-    # Σ δ_l before pooling equals Σ δ over the windows that passed the ReLU.
-    grad_b = convolution.sum_pixels(jnp.where(passed == windows.nothing(static.window), 0, delta))
+    delta_l = pooling.scatter_to_winners(static.window, delta, code)
+    # Σ δ_l before pooling equals Σ δ over the windows with a positive element.
+    grad_b = convolution.sum_pixels(jnp.where(code == windows.nothing(static.window), 0, delta))
     return convolution.input_grad(c, delta_l, w), convolution.kernel_grad(c, x, delta_l), grad_b
 
 
@@ -114,13 +115,14 @@ _hidden_layer.defvjp(_hidden_layer_fwd, _hidden_layer_bwd)
 
 
 @custom_vjp
-def _hidden_with_code(static: Hidden, x: Array, w: Array, b: Array) -> tuple[Array, Array]:
+def hidden_with_code(static: Hidden, x: Array, w: Array, b: Array) -> tuple[Array, Array]:
+    """The output of `hidden_layer`, and the code of each of its elements."""
     return _forward(static, x, w, b)
 
 
 def _hidden_with_code_fwd(static: Hidden, x: Array, w: Array, b: Array) -> Any:
-    y, passed = _hidden_with_code(static, x, w, b)
-    return (y, passed), (x, w, passed)
+    y, code = hidden_with_code(static, x, w, b)
+    return (y, code), (x, w, code)
 
 
 def _hidden_with_code_bwd(static: Hidden, saved: Any, deltas: Any) -> Any:
@@ -128,14 +130,14 @@ def _hidden_with_code_bwd(static: Hidden, saved: Any, deltas: Any) -> Any:
     return _hidden_layer_bwd(static, saved, deltas[0])
 
 
-_hidden_with_code.defvjp(_hidden_with_code_fwd, _hidden_with_code_bwd)
+hidden_with_code.defvjp(_hidden_with_code_fwd, _hidden_with_code_bwd)
 
 
 def _forward(static: Hidden, x: Array, w: Array, b: Array) -> tuple[Array, Array]:
-    """Return ``y`` and the winner of each window, or `nothing` where no element passed the ReLU."""
-    # The bias is constant per channel, so it does not change which element is largest.
-    best, winner = windows.max_and_winner(static.window, correlation.correlate(static.correlation, x, w))
-    y = jnp.maximum(best + beside(b, best), 0)
+    """Return ``y`` and its code: the winner of each window, or `nothing` where no element is positive."""
+    # The bias is constant per channel, so the same element is largest before and after it.
+    largest, winner = windows.max_and_winner(static.window, correlate(static.correlation, x, w))
+    y = jnp.maximum(largest + expand_rank(b, largest), 0)
     return y, jnp.where(y > 0, winner, jnp.asarray(windows.nothing(static.window)))
 
 
@@ -146,6 +148,6 @@ def _hidden_layer_reference(static: Hidden, x: Array, w: Array, b: Array) -> Arr
 
 def parts(call: Call) -> tuple[Call, Call, Call]:
     """Split a `hidden_layer` call into `conv`, `relu` and `max_pool` calls, for rules that treat them separately."""
-    conv = call_of(convolution._conv, "conv", call.static.correlation, *call.inputs)
-    relu = call_of(activation._relu, "relu", None, conv.output)
-    return conv, relu, call_of(pooling._max_pool, "max_pool", call.static.window, relu.output)
+    conv = call_of(convolution.conv_core, "conv", call.static.correlation, *call.inputs)
+    relu = call_of(activation.relu_core, "relu", None, conv.output)
+    return conv, relu, call_of(pooling.max_pool_core, "max_pool", call.static.window, relu.output)

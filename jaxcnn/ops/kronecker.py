@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxcnn.arguments import arrays, bad_value, fail, positive, spatial_dims
+from jaxcnn.arguments import arrays, bad_value, positive, spatial_dims
 from jaxcnn.geometry import PerDim, Window, not_too_many
+from jaxcnn.ops.adjoint import adjoint_pair
 from jaxcnn.ops.pooling import window_sum, window_sum_adjoint
 from jaxcnn.ops.rule import Rule, apply_rule, custom_vjp
 
@@ -43,7 +44,7 @@ def kron(a: ArrayLike, b: ArrayLike, *, rule: Rule | None = None) -> Array:
     """
     a, b = arrays("kron", a=a, b=b)
     if a.ndim != b.ndim:
-        raise bad_value("kron", "a and b", "of the same rank", f"a {a.shape}, b {b.shape}")
+        raise bad_value("kron", "a and b", "of one rank", f"a {a.shape}, b {b.shape}")
     return apply_rule(_kron, rule, _kron_reference)(None, a, b)
 
 
@@ -73,6 +74,9 @@ def _kron_reference(static: None, a: Array, b: Array) -> Array:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+
+# Each is the backward rule of the other: δ_x = block_sum(δ) and δ_x = up(δ).
+_kron_up, _block_sum = adjoint_pair(window_sum_adjoint, window_sum)
 
 
 def kron_up(x: ArrayLike, factor: PerDim, *, rule: Rule | None = None) -> Array:
@@ -104,26 +108,9 @@ def kron_up(x: ArrayLike, factor: PerDim, *, rule: Rule | None = None) -> Array:
     (x,) = arrays("kron_up", x=x)
     spatial = spatial_dims("kron_up", x)
     k = positive("kron_up", "factor", factor, len(spatial))
-    grown = tuple(n * f for n, f in zip(spatial, k, strict=True))
-    not_too_many("kron_up", "the result", grown)
-    return apply_rule(_kron_up, rule, _kron_up_reference)(_blocks(grown, k), x)
-
-
-@custom_vjp
-def _kron_up(blocks: Window, x: Array) -> Array:
-    return window_sum_adjoint(blocks, x)
-
-
-def _kron_up_fwd(blocks: Window, x: Array) -> Any:
-    return _kron_up(blocks, x), None
-
-
-def _kron_up_bwd(blocks: Window, saved: None, delta: Array) -> Any:
-    """δ_x = block_sum(δ)."""
-    return (_block_sum(blocks, delta),)
-
-
-_kron_up.defvjp(_kron_up_fwd, _kron_up_bwd)
+    out = tuple(n * f for n, f in zip(spatial, k, strict=True))
+    not_too_many("kron_up", "the result", out)
+    return apply_rule(_kron_up, rule, _kron_up_reference, "kron_up")(_blocks(out, k), x)
 
 
 def _kron_up_reference(blocks: Window, x: Array) -> Array:
@@ -159,25 +146,8 @@ def block_sum(x: ArrayLike, factor: PerDim, *, rule: Rule | None = None) -> Arra
     spatial = spatial_dims("block_sum", x)
     k = positive("block_sum", "factor", factor, len(spatial))
     if any(n % f for n, f in zip(spatial, k, strict=True)):
-        fail("block_sum", f"factor {k} does not divide the spatial dims {spatial}")
-    return apply_rule(_block_sum, rule, _block_sum_reference)(_blocks(spatial, k), x)
-
-
-@custom_vjp
-def _block_sum(blocks: Window, x: Array) -> Array:
-    return window_sum(blocks, x)
-
-
-def _block_sum_fwd(blocks: Window, x: Array) -> Any:
-    return _block_sum(blocks, x), None
-
-
-def _block_sum_bwd(blocks: Window, saved: None, delta: Array) -> Any:
-    """δ_x = up(δ)."""
-    return (_kron_up(blocks, delta),)
-
-
-_block_sum.defvjp(_block_sum_fwd, _block_sum_bwd)
+        raise bad_value("block_sum", "factor", f"a divisor of the spatial dims {spatial}", k)
+    return apply_rule(_block_sum, rule, _block_sum_reference, "block_sum")(_blocks(spatial, k), x)
 
 
 def _block_sum_reference(blocks: Window, x: Array) -> Array:

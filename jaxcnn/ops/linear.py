@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxcnn.arguments import arrays, bad_value, fail
-from jaxcnn.kernels.shapes import beside
+from jaxcnn.arguments import arrays, bad_value
+from jaxcnn.kernels.shapes import expand_rank
 from jaxcnn.ops.rule import Rule, apply_rule, custom_vjp
 
 
@@ -39,7 +39,7 @@ def dense(x: ArrayLike, w: ArrayLike, b: ArrayLike | None = None, *, rule: Rule 
     """
     x, w = arrays("dense", x=x, w=w)
     if x.ndim < 1 or w.ndim != 2 or x.shape[-1] != w.shape[0]:
-        fail("dense", f"expected x (…, I) and w (I, O), got x {x.shape}, w {w.shape}")
+        raise bad_value("dense", "x and w", "(…, I) and (I, O)", f"x {x.shape}, w {w.shape}")
     if b is not None:
         _, b = arrays("dense", w=w, b=b)
         if b.shape != w.shape[1:]:
@@ -71,7 +71,7 @@ _dense.defvjp(_dense_fwd, _dense_bwd)
 
 def _dense_reference(static: None, x: Array, w: Array, b: Array | None) -> Array:
     y = jnp.matmul(x, w)
-    return y if b is None else y + beside(b, y)
+    return y if b is None else y + expand_rank(b, y)
 
 
 def add(x: ArrayLike, y: ArrayLike, *, rule: Rule | None = None) -> Array:
@@ -101,7 +101,7 @@ def add(x: ArrayLike, y: ArrayLike, *, rule: Rule | None = None) -> Array:
     """
     x, y = arrays("add", x=x, y=y)
     if x.shape != y.shape:
-        fail("add", f"expected x and y of one shape, got x {x.shape}, y {y.shape}")
+        raise bad_value("add", "x and y", "of one shape", f"x {x.shape}, y {y.shape}")
     return apply_rule(_add, rule, _add_reference)(None, x, y)
 
 

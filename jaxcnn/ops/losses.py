@@ -7,12 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxcnn.arguments import array, arrays, bad_type, bad_value, fail
-from jaxcnn.kernels.dtypes import accumulator
+from jaxcnn.arguments import arrays, bad_value, check_range, integers
+from jaxcnn.kernels.dtypes import to_accumulator
 from jaxcnn.ops.rule import Rule, apply_rule, custom_vjp
 
 
@@ -40,7 +39,7 @@ def squared_error(y: ArrayLike, target: ArrayLike, *, rule: Rule | None = None) 
     """
     y, target = arrays("squared_error", y=y, target=target)
     if y.shape != target.shape:
-        raise bad_value("squared_error", "y and target", "of the same shape", f"y {y.shape}, target {target.shape}")
+        raise bad_value("squared_error", "y and target", "of one shape", f"y {y.shape}, target {target.shape}")
     return apply_rule(_squared_error, rule, squared_error_reference)(None, y, target)
 
 
@@ -97,11 +96,11 @@ def softmax_cross_entropy(logits: ArrayLike, targets: ArrayLike, *, rule: Rule |
         raise bad_value(
             "softmax_cross_entropy",
             "logits and targets",
-            "of the same shape (…, C)",
+            "of one shape (…, C)",
             f"logits {logits.shape}, targets {targets.shape}",
         )
     if logits.shape[-1] < 1:
-        raise bad_value("softmax_cross_entropy", "logits", "a class or more", f"shape {logits.shape}")
+        raise bad_value("softmax_cross_entropy", "logits", "(…, C) with C >= 1", f"shape {logits.shape}")
     return apply_rule(_softmax_cross_entropy, rule, softmax_cross_entropy_reference)(None, logits, targets)
 
 
@@ -117,7 +116,7 @@ def _softmax_cross_entropy_fwd(static: None, logits: Array, targets: Array) -> A
 def _softmax_cross_entropy_bwd(static: None, saved: Any, delta: Array) -> Any:
     """δ_logits = δ(p·Σ targets − targets); δ_targets = −δ·log p."""
     p, log_p, targets = saved
-    dtype, delta, targets = targets.dtype, _wide(delta)[..., None], _wide(targets)
+    dtype, delta, targets = targets.dtype, to_accumulator(delta)[..., None], to_accumulator(targets)
     delta_logits = _weighted(delta, p * targets.sum(-1, keepdims=True) - targets)
     return delta_logits.astype(dtype), _weighted(-delta, log_p).astype(dtype)
 
@@ -127,28 +126,24 @@ _softmax_cross_entropy.defvjp(_softmax_cross_entropy_fwd, _softmax_cross_entropy
 
 def softmax_cross_entropy_reference(static: None, logits: Array, targets: Array) -> Array:
     """Cross entropy in stock JAX."""
-    return -_weighted(_wide(targets), _log_softmax(logits)).sum(-1).astype(logits.dtype)
-
-
-def _wide(x: Array) -> Array:
-    return x.astype(accumulator(x.dtype))
+    return -_weighted(to_accumulator(targets), _log_softmax(logits)).sum(-1).astype(logits.dtype)
 
 
 def _softmax(logits: Array) -> Array:
-    """p, in float32 for 16-bit logits."""
-    return jax.nn.softmax(_wide(logits))
+    """Return p, in float32 for 16-bit logits."""
+    return jax.nn.softmax(to_accumulator(logits))
 
 
 def _log_softmax(logits: Array) -> Array:
-    """Log p, in float32 for 16-bit logits."""
-    return jax.nn.log_softmax(_wide(logits))
+    """Return log p, in float32 for 16-bit logits."""
+    return jax.nn.log_softmax(to_accumulator(logits))
 
 
 def _weighted(weight: Array, value: Array) -> Array:
-    """``weight·value``; 0 where the weight is 0, also if the value is infinite or NaN.
+    """Return ``weight·value``, which is 0 where the weight is 0, even if the value is infinite or NaN.
 
-    An error that is masked out has no gradient, and a target of 0 asks for nothing where log p = −∞. The value is
-    replaced, not the product, whose derivative with respect to the weight is a finite value at 0 as well.
+    A loss that is masked out has no gradient, and a target of 0 contributes nothing where log p = −∞. The value is
+    replaced, not the product, so that a finite value is also the derivative with respect to a weight of 0.
     """
     return weight * jnp.where((weight == 0) & ~jnp.isfinite(value), 0, value)
 
@@ -186,23 +181,14 @@ def softmax_cross_entropy_with_integer_labels(
     """
     op = "softmax_cross_entropy_with_integer_labels"
     (logits,) = arrays(op, logits=logits)
-    at = array(op, "labels", labels)
-    if not isinstance(labels, jax.Array):
-        labels = np.asarray(labels)  # a NumPy array stays concrete under jit, so its values can be checked
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise bad_type(op, "labels", "of an integer dtype", labels.dtype)
-    if logits.ndim < 1 or labels.shape != logits.shape[:-1]:
-        fail(op, f"expected logits (…, C) and labels (…), got logits {logits.shape}, labels {labels.shape}")
+    at = integers(op, "labels", labels)
+    if logits.ndim < 1 or at.shape != logits.shape[:-1]:
+        got = f"logits {logits.shape}, labels {at.shape}"
+        raise bad_value(op, "logits and labels", "(…, C) and (…)", got)
     classes = logits.shape[-1]
     if classes < 1:
-        raise bad_value(op, "logits", "a class or more", f"shape {logits.shape}")
-    if not isinstance(labels, jax.core.Tracer) and labels.size:
-        seen = np.asarray(labels)  # not jnp, which would be traced inside another trace
-        lowest, highest = int(seen.min()), int(seen.max())
-        if lowest < 0 or highest >= classes:
-            raise bad_value(op, "labels", f"0 … {classes - 1}", f"{lowest} … {highest}")
-    # 8 and 16 bits may be too few for the number of classes, with which labels are compared.
-    at = at if at.dtype.itemsize > 2 else at.astype(jnp.int32)
+        raise bad_value(op, "logits", "(…, C) with C >= 1", f"shape {logits.shape}")
+    check_range(op, "labels", labels, classes)
     return apply_rule(_cross_entropy_of_labels, rule, cross_entropy_of_labels_reference, op)(None, logits, at)
 
 
@@ -219,8 +205,8 @@ def _cross_entropy_of_labels_bwd(static: None, saved: Any, delta: Array) -> Any:
     """δ_logits = δ(p − onehot(label))."""
     p, labels = saved
     onehot = lax.broadcasted_iota(labels.dtype, p.shape, p.ndim - 1) == labels[..., None]
-    slope = jnp.where(_known(labels, p), jnp.where(onehot, p - 1, p), jnp.nan)
-    return _weighted(_wide(delta)[..., None], slope).astype(delta.dtype), None
+    slope = jnp.where(_in_range(labels, p), jnp.where(onehot, p - 1, p), jnp.nan)
+    return _weighted(to_accumulator(delta)[..., None], slope).astype(delta.dtype), None
 
 
 _cross_entropy_of_labels.defvjp(_cross_entropy_of_labels_fwd, _cross_entropy_of_labels_bwd)
@@ -232,12 +218,13 @@ def cross_entropy_of_labels_reference(static: None, logits: Array, labels: Array
     m is subtracted from both terms before they are combined: with logits near 10⁴, adding m back would round log 3
     away.
     """
-    wide = _wide(logits)
+    wide = to_accumulator(logits)
     m = lax.stop_gradient(wide.max(-1, keepdims=True))
-    picked = jnp.take_along_axis(wide, labels[..., None], -1, mode="clip") - m
-    error = jnp.log(jnp.exp(wide - m).sum(-1, keepdims=True)) - picked
-    return jnp.where(_known(labels, wide), error, jnp.nan)[..., 0].astype(logits.dtype)
+    of_label = jnp.take_along_axis(wide, labels[..., None], -1, mode="clip") - m
+    loss = jnp.log(jnp.exp(wide - m).sum(-1, keepdims=True)) - of_label
+    return jnp.where(_in_range(labels, wide), loss, jnp.nan)[..., 0].astype(logits.dtype)
 
 
-def _known(labels: Array, logits: Array) -> Array:
+def _in_range(labels: Array, logits: Array) -> Array:
+    """Return a mask ``(…, 1)`` of the labels that number a class."""
     return ((labels >= 0) & (labels < logits.shape[-1]))[..., None]

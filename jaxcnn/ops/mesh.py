@@ -25,10 +25,10 @@ def varying_alike(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     cannot compute it.
     """
     varying = [frozenset() if a is None else jax.typeof(a).manual_axis_type.varying for a in inputs]
-    axes = frozenset().union(*varying)
+    all_axes = frozenset().union(*varying)
     return tuple(
-        a if a is None or own == axes else lax.pcast(a, tuple(axes - own), to="varying")
-        for a, own in zip(inputs, varying, strict=True)
+        a if a is None or axes == all_axes else lax.pcast(a, tuple(all_axes - axes), to="varying")
+        for a, axes in zip(inputs, varying, strict=True)
     )
 
 
@@ -43,15 +43,15 @@ def on_any_mesh(f: Callable[..., Any], static: Any, *inputs: Any) -> Any:
     if mesh is None:
         return f(static, *inputs)
     x = inputs[0]
-    of_x = _spec(x)
+    x_spec = _spec(x)
 
-    def of(y: Any) -> PartitionSpec:
+    def spec_of(y: Any) -> PartitionSpec:
         if y.shape == x.shape:
-            return of_x
-        batch = y.ndim and x.ndim and y.shape[0] == x.shape[0]
-        return PartitionSpec(of_x[0]) if batch else PartitionSpec()
+            return x_spec
+        same_batch = y.ndim and x.ndim and y.shape[0] == x.shape[0]
+        return PartitionSpec(x_spec[0]) if same_batch else PartitionSpec()
 
-    return _automatic(mesh, functools.partial(f, static), inputs, lambda y: jax.tree.map(of, y))
+    return _run_automatic(mesh, functools.partial(f, static), inputs, lambda y: jax.tree.map(spec_of, y))
 
 
 def automatic_inside(*, like: str | None = None) -> Callable[[F], F]:
@@ -67,46 +67,48 @@ def automatic_inside(*, like: str | None = None) -> Callable[[F], F]:
         A decorator that preserves the function's signature.
     """
 
-    def decorated(f: F) -> F:
+    def decorate(f: F) -> F:
         signature = inspect.signature(f)
 
         @functools.wraps(f)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            given = signature.bind(*args, **kwargs).arguments
-            leaves, tree = jax.tree.flatten({name: a for name, a in given.items() if name not in STATIC})
-            at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Array)]
-            arrays = tuple(leaves[i] for i in at)
+            arguments = signature.bind(*args, **kwargs).arguments
+            leaves, tree = jax.tree.flatten({name: a for name, a in arguments.items() if name not in STATIC})
+            positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Array)]
+            arrays = tuple(leaves[i] for i in positions)
             mesh = _explicit_mesh(arrays)
             if mesh is None:
                 return f(*args, **kwargs)
 
-            def of(found: Any) -> Any:
+            def specs_of(result: Any) -> Any:
                 if like is not None:
-                    specs = [_spec(leaf) for leaf in jax.tree.leaves(given[like])]
-                    return jax.tree.unflatten(jax.tree.structure(found), specs)
-                return jax.tree.map(lambda _: PartitionSpec(*_spec(given["x"])[:1]), found)
+                    specs = [_spec(leaf) for leaf in jax.tree.leaves(arguments[like])]
+                    return jax.tree.unflatten(jax.tree.structure(result), specs)
+                return jax.tree.map(lambda _: PartitionSpec(*_spec(arguments["x"])[:1]), result)
 
             def run(*arrays: Array) -> Any:
                 inner = list(leaves)
-                for i, a in zip(at, arrays, strict=True):
+                for i, a in zip(positions, arrays, strict=True):
                     inner[i] = a
                 bound = signature.bind(*args, **kwargs)
                 bound.arguments |= jax.tree.unflatten(tree, inner)
                 return f(*bound.args, **bound.kwargs)
 
-            return _automatic(mesh, run, arrays, of)
+            return _run_automatic(mesh, run, arrays, specs_of)
 
         return wrapper  # type: ignore[return-value]
 
-    return decorated
+    return decorate
 
 
-def _automatic(mesh: AbstractMesh, f: Callable[..., Any], inputs: tuple[Any, ...], specs: Callable[[Any], Any]) -> Any:
-    """Return ``f(*inputs)`` with all axes automatic inside; ``specs`` maps result types to `PartitionSpec`s."""
+def _run_automatic(
+    mesh: AbstractMesh, f: Callable[..., Any], inputs: tuple[Any, ...], specs_of: Callable[[Any], Any]
+) -> Any:
+    """Return ``f(*inputs)`` with all axes automatic inside; ``specs_of`` maps result types to `PartitionSpec`s."""
     with jax.sharding.use_abstract_mesh(mesh):
         shapes = [a if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype) for a in inputs]
-        of_results = specs(jax.eval_shape(f, *shapes))
-        shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), of_results)
+        specs = specs_of(jax.eval_shape(f, *shapes))
+        shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
         return jax.sharding.auto_axes(f, out_sharding=shardings)(*inputs)
 
 

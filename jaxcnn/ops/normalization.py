@@ -23,12 +23,11 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxcnn.arguments import array, arrays, bad_type, bad_value, fail, static_float, static_int
+from jaxcnn.arguments import array, arrays, bad_type, bad_value, static_float, static_int
 from jaxcnn.kernels.dtypes import accumulator
 from jaxcnn.kernels.materialize import materialize
 from jaxcnn.kernels.reductions import sum_computed
@@ -88,10 +87,10 @@ def batch_norm(
     [[0.0], [1.0]]
     """
     op = "batch_norm"
-    x, scale, bias = _arrays(op, x, scale, bias)
+    x, scale, bias = _input_scale_bias(op, x, scale, bias)
     if x.ndim < 2:
         raise bad_value(op, "x", "(N, …, C)", f"shape {x.shape}")
-    norm = Normalization(tuple(range(x.ndim - 1)), (x.ndim - 1,), _epsilon(op, eps))
+    norm = Normalization(tuple(range(x.ndim - 1)), (x.ndim - 1,), _checked_eps(op, eps))
     _check_shapes(op, x.shape[-1:], "one number for each channel", scale=scale, bias=bias)
     names = _axis_names(op, axis_name)
     if mean is None and var is None:
@@ -99,12 +98,13 @@ def batch_norm(
             if not is_bound(name):
                 raise bad_value(op, "axis_name", "an axis of shard_map, pmap or vmap around the call", repr(name))
         norm = dataclasses.replace(norm, axis_names=names, devices=math.prod(map(lax.axis_size, names)))
-        return apply_rule(_normalized, rule, _normalized_reference, op)(norm, x, scale, bias)
+        return apply_rule(_normalize, rule, _normalize_reference, op)(norm, x, scale, bias)
     if mean is None or var is None:
-        fail(op, "expected mean and var, or neither of them, got one")
-    mean, var = _statistics(op, x, mean=mean, var=var)
+        raise bad_value(op, "mean and var", "given together", "only mean" if var is None else "only var")
+    mean, var = _mean_and_var(op, x, mean=mean, var=var)
     _check_shapes(op, x.shape[-1:], "one number for each channel", mean=mean, var=var)
-    return apply_rule(_by_statistics, rule, _by_statistics_reference, op)(norm, x, scale, bias, mean, var)
+    normalize = apply_rule(_normalize_by_statistics, rule, _normalize_by_statistics_reference, op)
+    return normalize(norm, x, scale, bias, mean, var)
 
 
 def layer_norm(
@@ -144,11 +144,11 @@ def layer_norm(
     [[-1.0, 1.0], [-1.0, 1.0]]
     """
     op = "layer_norm"
-    x, scale, bias = _arrays(op, x, scale, bias)
+    x, scale, bias = _input_scale_bias(op, x, scale, bias)
     dims = dims_of(op, axes, x.ndim)
-    norm = Normalization(dims, dims, _epsilon(op, eps))
+    norm = Normalization(dims, dims, _checked_eps(op, eps))
     _check_shapes(op, tuple(x.shape[d] for d in dims), f"that of x along axes {dims}", scale=scale, bias=bias)
-    return apply_rule(_normalized, rule, _normalized_reference, op)(norm, x, scale, bias)
+    return apply_rule(_normalize, rule, _normalize_reference, op)(norm, x, scale, bias)
 
 
 def group_norm(
@@ -189,22 +189,20 @@ def group_norm(
     [[-1.0, 1.0, -1.0, 1.0]]
     """
     op = "group_norm"
-    x, scale, bias = _arrays(op, x, scale, bias)
+    x, scale, bias = _input_scale_bias(op, x, scale, bias)
     if x.ndim < 2:
         raise bad_value(op, "x", "(N, …, C)", f"shape {x.shape}")
-    groups = static_int(op, "groups", groups, groups)
-    if groups < 1:
-        raise bad_value(op, "groups", "an int >= 1", groups)
+    groups = static_int(op, "groups", groups, least=1)
     if x.shape[-1] % groups:
-        fail(op, f"groups={groups} must divide the {x.shape[-1]} channels of x {x.shape}")
-    norm = Normalization((*range(1, x.ndim - 1), x.ndim), (x.ndim - 1, x.ndim), _epsilon(op, eps), groups)
+        raise bad_value(op, "groups", f"a divisor of the {x.shape[-1]} channels of x {x.shape}", groups)
+    norm = Normalization((*range(1, x.ndim - 1), x.ndim), (x.ndim - 1, x.ndim), _checked_eps(op, eps), groups)
     _check_shapes(op, x.shape[-1:], "one number for each channel", scale=scale, bias=bias)
-    return apply_rule(_normalized, rule, _normalized_reference, op)(norm, x, scale, bias)
+    return apply_rule(_normalize, rule, _normalize_reference, op)(norm, x, scale, bias)
 
 
 @dataclasses.dataclass(frozen=True)
 class Normalization:
-    """Which elements share a mean and a variance. Dims are those of `view`."""
+    """The elements that share a mean and a variance. Dims are those of `view`."""
 
     #: The dims that mean and variance are taken over.
     over: tuple[int, ...]
@@ -223,16 +221,16 @@ class Normalization:
         wide = x.astype(accumulator(x.dtype))
         return wide if self.groups is None else wide.reshape(*x.shape[:-1], self.groups, x.shape[-1] // self.groups)
 
-    def beside(self, x: Array, a: Array) -> Array:
-        """Reshape scale or bias ``a`` so that it broadcasts against a view x."""
+    def expand(self, a: Array, x: Array) -> Array:
+        """Return scale or bias ``a`` with a shape that broadcasts against a view x, in its dtype."""
         shape = tuple(n if dim in self.along else 1 for dim, n in enumerate(x.shape))
         return a.astype(x.dtype).reshape(shape)
 
-    def gathered(self, x: Array, like: Array) -> Array:
-        """The adjoint of `beside`: sum over all other dims."""
-        return x.sum(self.others(x)).reshape(like.shape).astype(like.dtype)
+    def reduce(self, x: Array, a: Array) -> Array:
+        """Apply the adjoint of `expand`: sum over all other dims, in the shape and dtype of ``a``."""
+        return x.sum(self.other_dims(x)).reshape(a.shape).astype(a.dtype)
 
-    def others(self, x: Array) -> tuple[int, ...]:
+    def other_dims(self, x: Array) -> tuple[int, ...]:
         """Return the dims of a view x that scale and bias do not have."""
         return tuple(dim for dim in range(x.ndim) if dim not in self.along)
 
@@ -242,47 +240,48 @@ class Normalization:
 
 
 @custom_vjp
-def _normalized(norm: Normalization, x: Array, scale: Array | None, bias: Array | None) -> Array:
-    m, r = _moments(norm, norm.view(x))
-    return _scaled(norm, (norm.view(x) - m) * r, scale, bias).reshape(x.shape).astype(x.dtype)
+def _normalize(norm: Normalization, x: Array, scale: Array | None, bias: Array | None) -> Array:
+    view = norm.view(x)
+    m, r = moments(norm, view)
+    return _scale_and_shift(norm, (view - m) * r, scale, bias).reshape(x.shape).astype(x.dtype)
 
 
-def _normalized_fwd(norm: Normalization, x: Array, scale: Array | None, bias: Array | None) -> Any:
-    return _normalized(norm, x, scale, bias), (x, *moments(norm, norm.view(x)), scale, bias)
+def _normalize_fwd(norm: Normalization, x: Array, scale: Array | None, bias: Array | None) -> Any:
+    return _normalize(norm, x, scale, bias), (x, *moments(norm, norm.view(x)), scale, bias)
 
 
-def _normalized_bwd(norm: Normalization, saved: Any, delta: Array) -> Any:
+def _normalize_bwd(norm: Normalization, saved: Any, delta: Array) -> Any:
     """δ_x = r(g − mean(g) − x̂·mean(g·x̂)) with g = δ·γ; ∂E/∂γ = Σ δ·x̂; ∂E/∂β = Σ δ."""
     x, m, r, scale, bias = saved
     delta = norm.view(delta)
     x_hat = (norm.view(x) - m) * r
-    g = delta if scale is None else delta * norm.beside(delta, scale)
+    g = delta if scale is None else delta * norm.expand(scale, delta)
     delta_x = r * (g - _mean(norm, g) - x_hat * _mean(norm, g * x_hat))
     grad_scale = None if scale is None else _inner_x_hat(norm, delta, x, m, r).reshape(scale.shape).astype(scale.dtype)
-    grad_bias = None if bias is None else norm.gathered(delta, bias)
+    grad_bias = None if bias is None else norm.reduce(delta, bias)
     return delta_x.reshape(x.shape).astype(x.dtype), grad_scale, grad_bias
 
 
-_normalized.defvjp(_normalized_fwd, _normalized_bwd)
+_normalize.defvjp(_normalize_fwd, _normalize_bwd)
 
 
 def _inner_x_hat(norm: Normalization, delta: Array, x: Array, m: Array, r: Array) -> Array:
-    """Σ δ·x̂ over the dims that scale does not have.
+    """Return Σ δ·x̂ over the dims that scale does not have.
 
     With groups, the sum is per channel and m and r are broadcast to channels, so that XLA:CPU's loops run along them.
     """
     if norm.groups is None:
-        return inner(norm.others(delta), delta, (norm.view(x) - m) * r)
+        return inner(norm.other_dims(delta), delta, (norm.view(x) - m) * r)
     channels = (delta.shape[0], *(1,) * (x.ndim - 2), x.shape[-1])
-    of_group = (*m.shape[:-1], delta.shape[-1])
-    m, r = (materialize(jnp.broadcast_to(a, of_group).reshape(channels)) for a in (m, r))
+    group = (*m.shape[:-1], delta.shape[-1])
+    m, r = (materialize(jnp.broadcast_to(a, group).reshape(channels)) for a in (m, r))
     x = x.astype(delta.dtype)
     return inner(tuple(range(x.ndim - 1)), delta.reshape(x.shape), (x - m) * r)
 
 
 @custom_vjp
 def inner(dims: tuple[int, ...], a: Array, b: Array) -> Array:
-    """Σ a·b over dims."""
+    """Return Σ a·b over dims."""
     return sum_computed(dims, a * b)
 
 
@@ -302,8 +301,12 @@ inner.defvjp(_inner_fwd, _inner_bwd)
 
 @custom_vjp
 def moments(norm: Normalization, x: Array) -> tuple[Array, Array]:
-    """The mean m over each group of elements of a view x, and r = 1/√(mean((x − m)²) + ε); the dims stay, of size 1."""
-    return _moments(norm, x)
+    """Return the mean m over each group of elements of a view x, and r = 1/√(mean((x − m)²) + ε).
+
+    The dims that the means are taken over stay, with size 1.
+    """
+    m = _mean(norm, x)
+    return m, lax.rsqrt(_mean(norm, jnp.square(x - m)) + norm.eps)
 
 
 def _moments_fwd(norm: Normalization, x: Array) -> Any:
@@ -314,48 +317,43 @@ def _moments_fwd(norm: Normalization, x: Array) -> Any:
 def _moments_bwd(norm: Normalization, saved: Any, deltas: Any) -> Any:
     """With δ_m and δ_r, summed over the devices that share m and r: δ_x = (δ_m − δ_r·r²·x̂)/n."""
     x, m, r = saved
-    delta_m, delta_r = (_over_devices(norm, delta) for delta in deltas)
+    delta_m, delta_r = (_sum_devices(norm, delta) for delta in deltas)
     x_hat = (x - m) * r
-    return ((delta_m - delta_r * r**2 * x_hat) / _entries(norm, x),)
+    return ((delta_m - delta_r * r**2 * x_hat) / _count(norm, x),)
 
 
 moments.defvjp(_moments_fwd, _moments_bwd)
 
 
-def _moments(norm: Normalization, x: Array) -> tuple[Array, Array]:
-    m = _mean(norm, x)
-    return m, jax.lax.rsqrt(_mean(norm, jnp.square(x - m)) + norm.eps)
-
-
 def _mean(norm: Normalization, x: Array) -> Array:
-    return _over_devices(norm, x.sum(norm.over, keepdims=True)) / _entries(norm, x)
+    return _sum_devices(norm, x.sum(norm.over, keepdims=True)) / _count(norm, x)
 
 
-def _over_devices(norm: Normalization, x: Array) -> Array:
-    """Σ x over the named axes. Each device has its own copy, so that its δ is the device's own contribution."""
+def _sum_devices(norm: Normalization, x: Array) -> Array:
+    """Return Σ x over the named axes, one copy per device, so that each copy's δ is that device's contribution."""
     if not norm.axis_names:
         return x
-    own = functools.reduce(operator.add, map(lax.axis_index, norm.axis_names))
-    return lax.psum(x, norm.axis_names) + (0 * own).astype(x.dtype)
+    index = functools.reduce(operator.add, map(lax.axis_index, norm.axis_names))
+    return lax.psum(x, norm.axis_names) + (0 * index).astype(x.dtype)
 
 
-def _entries(norm: Normalization, x: Array) -> int:
-    """Number of elements that share a mean, at least 1 so that the mean of no elements is 0 rather than NaN."""
+def _count(norm: Normalization, x: Array) -> int:
+    """Return the number of elements that share a mean, at least 1 so that the mean of no elements is 0, not NaN."""
     return max(math.prod(x.shape[dim] for dim in norm.over), 1) * norm.devices
 
 
-def _scaled(norm: Normalization, x_hat: Array, scale: Array | None, bias: Array | None) -> Array:
-    y = x_hat if scale is None else x_hat * norm.beside(x_hat, scale)
-    return y if bias is None else y + norm.beside(y, bias)
+def _scale_and_shift(norm: Normalization, x_hat: Array, scale: Array | None, bias: Array | None) -> Array:
+    y = x_hat if scale is None else x_hat * norm.expand(scale, x_hat)
+    return y if bias is None else y + norm.expand(bias, y)
 
 
-def _normalized_reference(norm: Normalization, x: Array, scale: Array | None, bias: Array | None) -> Array:
+def _normalize_reference(norm: Normalization, x: Array, scale: Array | None, bias: Array | None) -> Array:
     view = norm.view(x)
     m, v = jnp.mean(view, norm.over, keepdims=True), jnp.var(view, norm.over, keepdims=True)
     if norm.axis_names:
         m = lax.pmean(m, norm.axis_names)
         v = lax.pmean(jnp.mean(jnp.square(view - m), norm.over, keepdims=True), norm.axis_names)
-    return _scaled(norm, (view - m) / jnp.sqrt(v + norm.eps), scale, bias).reshape(x.shape).astype(x.dtype)
+    return _scale_and_shift(norm, (view - m) / jnp.sqrt(v + norm.eps), scale, bias).reshape(x.shape).astype(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -363,67 +361,67 @@ def _normalized_reference(norm: Normalization, x: Array, scale: Array | None, bi
 
 
 @custom_vjp
-def _by_statistics(
+def _normalize_by_statistics(
     norm: Normalization, x: Array, scale: Array | None, bias: Array | None, mean: Array, var: Array
 ) -> Array:
-    return _by_statistics_reference(norm, x, scale, bias, mean, var)
+    return _normalize_by_statistics_reference(norm, x, scale, bias, mean, var)
 
 
-def _by_statistics_fwd(
+def _normalize_by_statistics_fwd(
     norm: Normalization, x: Array, scale: Array | None, bias: Array | None, mean: Array, var: Array
 ) -> Any:
-    return _by_statistics(norm, x, scale, bias, mean, var), (x, scale, bias, mean, var)
+    return _normalize_by_statistics(norm, x, scale, bias, mean, var), (x, scale, bias, mean, var)
 
 
-def _by_statistics_bwd(norm: Normalization, saved: Any, delta: Array) -> Any:
+def _normalize_by_statistics_bwd(norm: Normalization, saved: Any, delta: Array) -> Any:
     """With g = δ·γ, r = 1/√(var + ε): δ_x = g·r; ∂E/∂mean = −Σ g·r; ∂E/∂var = −½ Σ g·x̂·r²."""
     x, scale, bias, mean, var = saved
     delta = norm.view(delta)
-    r = jax.lax.rsqrt(norm.beside(delta, var) + norm.eps)
-    x_hat = (norm.view(x) - norm.beside(delta, mean)) * r
-    g = delta if scale is None else delta * norm.beside(delta, scale)
+    r = lax.rsqrt(norm.expand(var, delta) + norm.eps)
+    x_hat = (norm.view(x) - norm.expand(mean, delta)) * r
+    g = delta if scale is None else delta * norm.expand(scale, delta)
     delta_x = g * r
-    grad_scale = None if scale is None else norm.gathered(delta * x_hat, scale)
-    grad_bias = None if bias is None else norm.gathered(delta, bias)
-    grad_mean = -norm.gathered(delta_x, mean)
-    grad_var = -norm.gathered(delta_x * x_hat * r, var) / 2
+    grad_scale = None if scale is None else norm.reduce(delta * x_hat, scale)
+    grad_bias = None if bias is None else norm.reduce(delta, bias)
+    grad_mean = -norm.reduce(delta_x, mean)
+    grad_var = -norm.reduce(delta_x * x_hat * r, var) / 2
     return delta_x.astype(x.dtype), grad_scale, grad_bias, grad_mean, grad_var
 
 
-_by_statistics.defvjp(_by_statistics_fwd, _by_statistics_bwd)
+_normalize_by_statistics.defvjp(_normalize_by_statistics_fwd, _normalize_by_statistics_bwd)
 
 
-def _by_statistics_reference(
+def _normalize_by_statistics_reference(
     norm: Normalization, x: Array, scale: Array | None, bias: Array | None, mean: Array, var: Array
 ) -> Array:
     view = norm.view(x)
-    x_hat = (view - norm.beside(view, mean)) * jax.lax.rsqrt(norm.beside(view, var) + norm.eps)
-    return _scaled(norm, x_hat, scale, bias).astype(x.dtype)
+    x_hat = (view - norm.expand(mean, view)) * lax.rsqrt(norm.expand(var, view) + norm.eps)
+    return _scale_and_shift(norm, x_hat, scale, bias).astype(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks
 
 
-def _arrays(
+def _input_scale_bias(
     op: str, x: ArrayLike, scale: ArrayLike | None, bias: ArrayLike | None
 ) -> tuple[Array, Array | None, Array | None]:
     """Return x, scale and bias as arrays; scale and bias may be None."""
     given = {name: a for name, a in (("scale", scale), ("bias", bias)) if a is not None}
-    first, *rest = arrays(op, x=x, **given)
-    found = dict(zip(given, rest, strict=True))
-    return first, found.get("scale"), found.get("bias")
+    x, *others = arrays(op, x=x, **given)
+    parameters = dict(zip(given, others, strict=True))
+    return x, parameters.get("scale"), parameters.get("bias")
 
 
-def _statistics(op: str, x: Array, **named: ArrayLike) -> tuple[Array, ...]:
+def _mean_and_var(op: str, x: Array, **named: ArrayLike) -> tuple[Array, ...]:
     """Return mean and variance, in x's dtype or in the dtype of the statistics."""
-    found = {name: array(op, name, a) for name, a in named.items()}
+    statistics = {name: array(op, name, a) for name, a in named.items()}
     allowed = {x.dtype, accumulator(x.dtype)}
-    for name, a in found.items():
+    for name, a in statistics.items():
         if a.dtype not in allowed:
-            expected = " or ".join(str(d) for d in sorted(allowed, key=str))
-            raise bad_type(op, name, f"{expected}, as x is {x.dtype}", a.dtype)
-    return tuple(found.values())
+            dtypes = " or ".join(str(d) for d in sorted(allowed, key=str))
+            raise bad_type(op, name, f"of dtype {dtypes} for x of dtype {x.dtype}", a.dtype)
+    return tuple(statistics.values())
 
 
 def _check_shapes(op: str, shape: tuple[int, ...], what: str, **named: Array | None) -> None:
@@ -437,7 +435,7 @@ def dims_of(op: str, axes: int | Sequence[int], ndim: int) -> tuple[int, ...]:
     each = tuple(axes) if isinstance(axes, list | tuple) else (axes,)
     ints = [static_int(op, "axes", a, axes) for a in each]
     if not ints or any(not -ndim <= a < ndim for a in ints) or len({a % ndim for a in ints}) < len(ints):
-        raise bad_value(op, "axes", f"one or more different dims of the {ndim} of x", repr(axes))
+        raise bad_value(op, "axes", f"one or more distinct axes of an array with {ndim} dims", repr(axes))
     return tuple(sorted(a % ndim for a in ints))
 
 
@@ -457,8 +455,8 @@ def _axis_names(op: str, axis_name: Any) -> tuple[str, ...]:
     return names
 
 
-def _epsilon(op: str, eps: float) -> float:
-    found = static_float(op, "eps", eps)
-    if not 0 <= found < float("inf"):
+def _checked_eps(op: str, eps: float) -> float:
+    number = static_float(op, "eps", eps)
+    if not 0 <= number < float("inf"):
         raise bad_value(op, "eps", "a finite number >= 0", eps)
-    return found
+    return number

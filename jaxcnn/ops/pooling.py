@@ -1,11 +1,10 @@
 """Pooling: each window is reduced to one value, and δ is routed back to it.
 
-The family is closed under differentiation. It consists of pairs of adjoint functions:
+The rules are written in terms of pairs of adjoint functions, so the family is closed under differentiation:
 
     gather_winners(x, winner) ↔ scatter_to_winners(δ, winner)   max pooling reads the winner of each window
     gather_indices(x, index)  ↔ scatter_to_indices(δ, index)    the winner as a flat index into the input
     window_sum(x)             ↔ window_sum_adjoint(δ)           average pooling is a window sum divided by its count
-    bin_sum(x)                ↔ bin_sum(δ)                      adaptive windows: input and output sizes swapped
 
 The residual of max pooling is the number of the element that won, one byte per window of up to 255 elements
 (lecture §7–9, with erratum 3).
@@ -14,23 +13,42 @@ The residual of max pooling is the number of the element that won, one byte per 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxcnn.arguments import array, arrays, bad_type, bad_value, fail, positive, spatial_dims, static_bool, static_float
+from jaxcnn.arguments import (
+    arrays,
+    bad_value,
+    check_range,
+    fail,
+    integers,
+    positive,
+    spatial_dims,
+    static_bool,
+    static_float,
+)
 from jaxcnn.geometry import Padding, PerDim, Window, not_too_many, pad_widths, window
-from jaxcnn.kernels import adaptive
 from jaxcnn.kernels import windows as kernels
 from jaxcnn.kernels.dtypes import accumulator
 from jaxcnn.kernels.materialize import materialize
-from jaxcnn.kernels.shapes import beside
+from jaxcnn.kernels.shapes import expand_rank
 from jaxcnn.kernels.split import run_whole
+from jaxcnn.ops.adjoint import adjoint_pair
 from jaxcnn.ops.rule import Rule, apply_rule, custom_vjp
+
+# Pairs of adjoint functions; the rule of each is the other.
+gather_winners, scatter_to_winners = adjoint_pair(kernels.gather_winners, kernels.scatter_to_winners)
+gather_indices, scatter_to_indices = adjoint_pair(kernels.gather_indices, kernels.scatter_to_indices)
+window_sum, window_sum_adjoint = adjoint_pair(kernels.window_sum, kernels.window_sum_adjoint)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Max pooling
 
 
 def max_pool(
@@ -72,11 +90,12 @@ def max_pool(
     """
     (x,) = arrays("max_pool", x=x)
     win = pool_window("max_pool", spatial_dims("max_pool", x), window, stride, padding, dilation, ceil_mode)
-    return apply_rule(_max_pool, rule, max_pool_reference)(win, x)
+    return apply_rule(max_pool_core, rule, max_pool_reference, "max_pool")(win, x)
 
 
 @custom_vjp
-def _max_pool(win: Window, x: Array) -> Array:
+def max_pool_core(win: Window, x: Array) -> Array:
+    """`max_pool` over given windows, with its rule."""
     return kernels.max_and_winner(win, x)[0]
 
 
@@ -90,20 +109,24 @@ def _max_pool_bwd(win: Window, winner: Array, delta: Array) -> Any:
     return (scatter_to_winners(win, delta, winner),)
 
 
-_max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)
+max_pool_core.defvjp(_max_pool_fwd, _max_pool_bwd)
 
 
 def max_pool_reference(win: Window, x: Array) -> Array:
     """`max_pool` in stock JAX."""
+    return _reduce_windows(win, x, -np.inf, lax.max)
 
-    def around(inner: tuple[int, ...]) -> tuple[int, ...]:
-        return (1, *inner, 1)
 
+def _reduce_windows(win: Window, x: Array, initial: float, operation: Callable[[Any, Any], Any]) -> Array:
     def reduced(x: Array) -> Array:
-        lowest = np.asarray(-np.inf, x.dtype)
-        pads = ((0, 0), *win.padding, (0, 0))
         return lax.reduce_window(
-            x, lowest, lax.max, around(win.size), around(win.stride), pads, window_dilation=around(win.dilation)
+            x,
+            np.asarray(initial, x.dtype),
+            operation,
+            (1, *win.size, 1),
+            (1, *win.stride, 1),
+            ((0, 0), *win.padding, (0, 0)),
+            window_dilation=(1, *win.dilation, 1),
         )
 
     return run_whole(reduced, (x,), (slice(1, -1),), slice(1, -1))
@@ -111,7 +134,7 @@ def max_pool_reference(win: Window, x: Array) -> Array:
 
 @custom_vjp
 def max_and_winner(win: Window, x: Array) -> tuple[Array, Array]:
-    """The largest element of every window, and its tap number (the winner)."""
+    """Return the largest element of every window, and its tap number (the winner)."""
     return kernels.max_and_winner(win, x)
 
 
@@ -126,42 +149,6 @@ def _max_and_winner_bwd(win: Window, winner: Array, deltas: Any) -> Any:
 
 
 max_and_winner.defvjp(_max_and_winner_fwd, _max_and_winner_bwd)
-
-
-@custom_vjp
-def gather_winners(win: Window, x: Array, winner: Array) -> Array:
-    """The element of x at the winner of every window."""
-    return kernels.gather_winners(win, x, winner)
-
-
-def _gather_winners_fwd(win: Window, x: Array, winner: Array) -> Any:
-    return gather_winners(win, x, winner), winner
-
-
-def _gather_winners_bwd(win: Window, winner: Array, delta: Array) -> Any:
-    """⟨gather_winners(x), δ⟩ = ⟨x, scatter_to_winners(δ)⟩."""
-    return scatter_to_winners(win, delta, winner), None
-
-
-gather_winners.defvjp(_gather_winners_fwd, _gather_winners_bwd)
-
-
-@custom_vjp
-def scatter_to_winners(win: Window, delta: Array, winner: Array) -> Array:
-    """Send the δ of every window to its winner, and zero to the other elements."""
-    return kernels.scatter_to_winners(win, delta, winner)
-
-
-def _scatter_to_winners_fwd(win: Window, delta: Array, winner: Array) -> Any:
-    return scatter_to_winners(win, delta, winner), winner
-
-
-def _scatter_to_winners_bwd(win: Window, winner: Array, xi: Array) -> Any:
-    """⟨scatter_to_winners(δ), ξ⟩ = ⟨δ, gather_winners(ξ)⟩."""
-    return gather_winners(win, xi, winner), None
-
-
-scatter_to_winners.defvjp(_scatter_to_winners_fwd, _scatter_to_winners_bwd)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -271,63 +258,19 @@ def max_unpool(
     """
     op = "max_unpool"
     (y,) = arrays(op, y=y)
-    at = array(op, "indices", indices)
-    if not isinstance(indices, jax.Array):
-        indices = np.asarray(indices)  # a NumPy array stays concrete under jit, so its values can be checked
-    if not jnp.issubdtype(at.dtype, jnp.integer):
-        raise bad_type(op, "indices", "of an integer dtype", at.dtype)
-    if not 3 <= y.ndim <= 5 or at.shape != y.shape:
-        expected = "expected y and indices (N, *out, C) with 1, 2 or 3 spatial dims"
-        fail(op, f"{expected}, got y {y.shape}, indices {at.shape}")
+    index = integers(op, "indices", indices)
+    if not 3 <= y.ndim <= 5:
+        raise bad_value(op, "y", "(N, *out, C) with 1, 2 or 3 spatial dims", f"shape {y.shape}")
+    if index.shape != y.shape:
+        raise bad_value(op, "y and indices", "of one shape", f"y {y.shape}, indices {index.shape}")
     spatial = positive(op, "spatial_shape", spatial_shape, y.ndim - 2)
     not_too_many(op, "the result", spatial)
-    entries = math.prod(spatial)
-    if not isinstance(indices, jax.core.Tracer) and indices.size:
-        seen = np.asarray(indices)  # not jnp, which would be traced inside another trace
-        lowest, highest = int(seen.min()), int(seen.max())
-        if lowest < 0 or highest >= entries:
-            raise bad_value(op, "indices", f"0 … {entries - 1} for spatial_shape {spatial}", f"{lowest} … {highest}")
-    at = at if at.dtype.itemsize > 2 else at.astype(jnp.int32)
-    return apply_rule(scatter_to_indices, rule, kernels.scatter, op)(spatial, y, at)
-
-
-@custom_vjp
-def scatter_to_indices(spatial: tuple[int, ...], y: Array, index: Array) -> Array:
-    """Add every element of y at its index in the flattened spatial dims."""
-    return kernels.scatter(spatial, y, index)
-
-
-def _scatter_to_indices_fwd(spatial: tuple[int, ...], y: Array, index: Array) -> Any:
-    return scatter_to_indices(spatial, y, index), index
-
-
-def _scatter_to_indices_bwd(spatial: tuple[int, ...], index: Array, delta: Array) -> Any:
-    """⟨scatter_to_indices(y), δ⟩ = ⟨y, gather_indices(δ)⟩."""
-    return gather_indices(spatial, delta, index), None
-
-
-scatter_to_indices.defvjp(_scatter_to_indices_fwd, _scatter_to_indices_bwd)
-
-
-@custom_vjp
-def gather_indices(spatial: tuple[int, ...], x: Array, index: Array) -> Array:
-    """The elements of x at the indices in the flattened spatial dims."""
-    return kernels.gather(x, index)
-
-
-def _gather_indices_fwd(spatial: tuple[int, ...], x: Array, index: Array) -> Any:
-    return gather_indices(spatial, x, index), index
-
-
-def _gather_indices_bwd(spatial: tuple[int, ...], index: Array, delta: Array) -> Any:
-    """⟨gather_indices(x), δ⟩ = ⟨x, scatter_to_indices(δ)⟩."""
-    return scatter_to_indices(spatial, delta, index), None
-
-
-gather_indices.defvjp(_gather_indices_fwd, _gather_indices_bwd)
+    check_range(op, "indices", indices, math.prod(spatial), f" for spatial_shape {spatial}")
+    return apply_rule(scatter_to_indices, rule, kernels.scatter_to_indices, op)(spatial, y, index)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Average pooling
 
 
 def avg_pool(
@@ -374,19 +317,20 @@ def avg_pool(
     """
     (x,) = arrays("avg_pool", x=x)
     win = pool_window("avg_pool", spatial_dims("avg_pool", x), window, stride, padding, dilation, ceil_mode)
-    counts = static_bool("avg_pool", "count_include_pad", count_include_pad)
-    by = None if divisor is None else static_float("avg_pool", "divisor", divisor)
-    if by is not None and not 0 < abs(by) < float("inf"):
+    counted = padding if static_bool("avg_pool", "count_include_pad", count_include_pad) else 0
+    fixed = None if divisor is None else static_float("avg_pool", "divisor", divisor)
+    if fixed is not None and not 0 < abs(fixed) < float("inf"):
         raise bad_value("avg_pool", "divisor", "a finite number other than 0", divisor)
-    average = Average(win, pad_widths("avg_pool", padding if counts else 0, win), by)
-    return apply_rule(_avg_pool, rule, _avg_pool_reference)(average, x)
+    average = Average(win, pad_widths("avg_pool", counted, win), fixed)
+    return apply_rule(avg_pool_core, rule, avg_pool_reference, "avg_pool")(average, x)
 
 
 @dataclasses.dataclass(frozen=True)
 class Average:
-    """Windows, and how much of the padding around the input counts as elements."""
+    """Windows, and what their sums are divided by."""
 
     window: Window
+    #: Width of the padding that counts as elements, ``(before, after)`` per dim.
     counted: tuple[tuple[int, int], ...]
     #: Divisor that replaces the count, if given.
     divisor: float | None = None
@@ -398,81 +342,36 @@ class Average:
         per_dim = (self.window.inside(dim, margin).sum(1) for dim, margin in enumerate(self.counted))
         return functools.reduce(np.multiply.outer, per_dim)[..., None]
 
-    def divided(self, y: Array) -> Array:
+    def divide_by_count(self, y: Array) -> Array:
         """Return ``y / count``; the count is a scalar if all counts are equal."""
         count = self.count()
         first = count.flat[0]
-        return y / (np.asarray(first, y.dtype) if (count == first).all() else beside(count.astype(y.dtype), y))
+        return y / (np.asarray(first, y.dtype) if (count == first).all() else expand_rank(count.astype(y.dtype), y))
 
 
 @custom_vjp
-def _avg_pool(average: Average, x: Array) -> Array:
-    return average.divided(window_sum(average.window, x.astype(accumulator(x.dtype)))).astype(x.dtype)
+def avg_pool_core(average: Average, x: Array) -> Array:
+    """`avg_pool` over given windows, with its rule."""
+    return average.divide_by_count(window_sum(average.window, x.astype(accumulator(x.dtype)))).astype(x.dtype)
 
 
 def _avg_pool_fwd(average: Average, x: Array) -> Any:
-    return _avg_pool(average, x), None
+    return avg_pool_core(average, x), None
 
 
 def _avg_pool_bwd(average: Average, saved: None, delta: Array) -> Any:
     """δ_x = up(δ / count)."""
-    shares = average.divided(delta.astype(accumulator(delta.dtype)))
+    shares = average.divide_by_count(delta.astype(accumulator(delta.dtype)))
     return (window_sum_adjoint(average.window, shares).astype(delta.dtype),)
 
 
-_avg_pool.defvjp(_avg_pool_fwd, _avg_pool_bwd)
+avg_pool_core.defvjp(_avg_pool_fwd, _avg_pool_bwd)
 
 
-def _avg_pool_reference(average: Average, x: Array) -> Array:
-    win, wide = average.window, x.astype(accumulator(x.dtype))
-
-    def around(inner: tuple[int, ...]) -> tuple[int, ...]:
-        return (1, *inner, 1)
-
-    def reduced(x: Array) -> Array:
-        pads = ((0, 0), *win.padding, (0, 0))
-        return lax.reduce_window(
-            x, np.zeros((), x.dtype), lax.add, around(win.size), around(win.stride), pads,
-            window_dilation=around(win.dilation),
-        )  # fmt: skip
-
-    return average.divided(run_whole(reduced, (wide,), (slice(1, -1),), slice(1, -1))).astype(x.dtype)
-
-
-@custom_vjp
-def window_sum(win: Window, x: Array) -> Array:
-    """The sum over every window."""
-    return kernels.window_sum(win, x)
-
-
-def _window_sum_fwd(win: Window, x: Array) -> Any:
-    return window_sum(win, x), None
-
-
-def _window_sum_bwd(win: Window, saved: None, delta: Array) -> Any:
-    """⟨window_sum(x), δ⟩ = ⟨x, window_sum_adjoint(δ)⟩."""
-    return (window_sum_adjoint(win, delta),)
-
-
-window_sum.defvjp(_window_sum_fwd, _window_sum_bwd)
-
-
-@custom_vjp
-def window_sum_adjoint(win: Window, delta: Array) -> Array:
-    """Add the δ of every window to all of the window's elements."""
-    return kernels.window_sum_adjoint(win, delta)
-
-
-def _window_sum_adjoint_fwd(win: Window, delta: Array) -> Any:
-    return window_sum_adjoint(win, delta), None
-
-
-def _window_sum_adjoint_bwd(win: Window, saved: None, xi: Array) -> Any:
-    """⟨window_sum_adjoint(δ), ξ⟩ = ⟨δ, window_sum(ξ)⟩."""
-    return (window_sum(win, xi),)
-
-
-window_sum_adjoint.defvjp(_window_sum_adjoint_fwd, _window_sum_adjoint_bwd)
+def avg_pool_reference(average: Average, x: Array) -> Array:
+    """`avg_pool` in stock JAX."""
+    total = _reduce_windows(average.window, x.astype(accumulator(x.dtype)), 0, lax.add)
+    return average.divide_by_count(total).astype(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -531,29 +430,30 @@ def lp_pool(
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """Windows, how much of the padding counts as their elements, and the power."""
+    """Windows, and the power p."""
 
     average: Average
     p: float
 
-    def whole(self, total: Array) -> Array:
+    def rescale_partial(self, total: Array) -> Array:
         """Scale the sums over windows that `ceil_mode` cut off to those of full windows."""
-        return self.average.divided(total) * self.average.window.entries
-
-    def power(self, x: Array, less: int = 0) -> Array:
-        """Return ``x^(p − less)``, by multiplication if the exponent is an integer."""
-        exponent = self.p - less
-        return x ** (int(exponent) if exponent.is_integer() else exponent)
+        return self.average.divide_by_count(total) * self.average.window.entries
 
     def root(self, total: Array) -> Array:
-        """``total^(1/p)``."""
+        """Return ``total^(1/p)``."""
         return total if self.p == 1 else jnp.sqrt(total) if self.p == 2 else total ** (1 / self.p)
+
+
+def _power(x: Array, exponent: float) -> Array:
+    """Return ``x^exponent``, by multiplication if the exponent is an integer."""
+    return x ** (int(exponent) if exponent.is_integer() else exponent)
 
 
 @custom_vjp
 def _lp_pool(norm: Norm, x: Array) -> Array:
     wide = x.astype(accumulator(x.dtype))
-    return norm.root(norm.whole(window_sum(norm.average.window, norm.power(wide)))).astype(x.dtype)
+    total = window_sum(norm.average.window, _power(wide, norm.p))
+    return norm.root(norm.rescale_partial(total)).astype(x.dtype)
 
 
 def _lp_pool_fwd(norm: Norm, x: Array) -> Any:
@@ -565,8 +465,8 @@ def _lp_pool_fwd(norm: Norm, x: Array) -> Any:
 def _lp_pool_bwd(norm: Norm, saved: Any, delta: Array) -> Any:
     """δ_x = x^(p−1) ∘ up(δ·y^(1−p)), and 0 where y = 0."""
     x, y, delta = (a.astype(accumulator(a.dtype)) for a in (*saved, delta))
-    shares = jnp.where(y == 0, 0, delta / norm.power(jnp.where(y == 0, 1, y), less=1))
-    delta_x = norm.power(x, less=1) * window_sum_adjoint(norm.average.window, norm.whole(shares))
+    shares = jnp.where(y == 0, 0, delta / _power(jnp.where(y == 0, 1, y), norm.p - 1))
+    delta_x = _power(x, norm.p - 1) * window_sum_adjoint(norm.average.window, norm.rescale_partial(shares))
     return (delta_x.astype(saved[0].dtype),)
 
 
@@ -576,12 +476,12 @@ _lp_pool.defvjp(_lp_pool_fwd, _lp_pool_bwd)
 def _lp_pool_reference(norm: Norm, x: Array) -> Array:
     """`lp_pool` in stock JAX."""
     wide = x.astype(accumulator(x.dtype))
-    mean = _avg_pool_reference(norm.average, norm.power(wide))
+    mean = avg_pool_reference(norm.average, _power(wide, norm.p))
     return norm.root(mean * norm.average.window.entries).astype(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Global and adaptive pooling: fixed output size
+# Global pooling: one window over the whole input
 
 
 def global_max_pool(x: ArrayLike, *, rule: Rule | None = None) -> Array:
@@ -605,8 +505,8 @@ def global_max_pool(x: ArrayLike, *, rule: Rule | None = None) -> Array:
            [10., 11.]], dtype=float32)
     """
     (x,) = arrays("global_max_pool", x=x)
-    win = _equal_windows(_bins("global_max_pool", x, 1))
-    return apply_rule(_max_pool, rule, max_pool_reference, "global_max_pool")(win, x).reshape(x.shape[0], x.shape[-1])
+    y = apply_rule(max_pool_core, rule, max_pool_reference, "global_max_pool")(_whole_input("global_max_pool", x), x)
+    return y.reshape(x.shape[0], x.shape[-1])
 
 
 def global_avg_pool(x: ArrayLike, *, rule: Rule | None = None) -> Array:
@@ -634,207 +534,32 @@ def global_avg_pool(x: ArrayLike, *, rule: Rule | None = None) -> Array:
            [8., 9.]], dtype=float32)
     """
     (x,) = arrays("global_avg_pool", x=x)
-    win = _equal_windows(_bins("global_avg_pool", x, 1))
-    average = Average(win, win.padding)
-    return apply_rule(_avg_pool, rule, _avg_pool_reference, "global_avg_pool")(average, x).reshape(
-        x.shape[0], x.shape[-1]
-    )
+    win = _whole_input("global_avg_pool", x)
+    y = apply_rule(avg_pool_core, rule, avg_pool_reference, "global_avg_pool")(Average(win, win.padding), x)
+    return y.reshape(x.shape[0], x.shape[-1])
 
 
-def adaptive_max_pool(x: ArrayLike, size: PerDim, *, rule: Rule | None = None) -> Array:
-    """Max pooling to spatial dims ``size``: window o runs from ⌊o·n/size⌋ to ⌈(o + 1)·n/size⌉, as in PyTorch.
-
-    Backward: δ goes to the winner of each window. In a tie, the first in row-major order wins. NaN wins over numbers.
-
-    Args:
-        x: input ``(N, *spatial, C)``, one to three spatial dims, any float dtype.
-        size: the spatial dims of the result, an int or one per dim; they may be larger than those of x.
-        rule: replacement for the backward rule; see `jaxcnn.rules`.
-
-    Returns:
-        The output ``(N, *size, C)``.
-
-    Raises:
-        ValueError: if size is invalid, x is not ``(N, *spatial, C)`` or a spatial dim is 0.
-        TypeError: if an argument has the wrong type or dtype.
-
-    >>> import jax.numpy as jnp
-    >>> import jaxcnn
-    >>> jaxcnn.adaptive_max_pool(jnp.array([1.0, 2.0, 9.0, 4.0, 5.0])[None, :, None], 2).ravel()
-    Array([9., 9.], dtype=float32)
-    """
-    op = "adaptive_max_pool"
-    (x,) = arrays(op, x=x)
-    sizes = _bins(op, x, size)
-    if sizes.equal:  # the windows of `max_pool`, whose residual is smaller
-        return apply_rule(_max_pool, rule, max_pool_reference, op)(_equal_windows(sizes), x)
-    return apply_rule(_adaptive_max_pool, rule, _adaptive_max_pool_reference)(sizes, x)
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks
 
 
-def adaptive_avg_pool(x: ArrayLike, size: PerDim, *, rule: Rule | None = None) -> Array:
-    """Average pooling to spatial dims ``size``: window o runs from ⌊o·n/size⌋ to ⌈(o + 1)·n/size⌉, as in PyTorch.
-
-    Backward: ``δ_x = up(δ / count)``; every element of a window gets an equal share. 16-bit inputs are summed in
-    float32.
-
-    Args:
-        x: input ``(N, *spatial, C)``, one to three spatial dims, any float dtype.
-        size: the spatial dims of the result, an int or one per dim; they may be larger than those of x.
-        rule: replacement for the backward rule; see `jaxcnn.rules`.
-
-    Returns:
-        The output ``(N, *size, C)``.
-
-    Raises:
-        ValueError: if size is invalid, x is not ``(N, *spatial, C)`` or a spatial dim is 0.
-        TypeError: if an argument has the wrong type or dtype.
-
-    >>> import jax.numpy as jnp
-    >>> import jaxcnn
-    >>> jaxcnn.adaptive_avg_pool(jnp.array([1.0, 2.0, 9.0, 4.0, 5.0])[None, :, None], 2).ravel()
-    Array([4., 6.], dtype=float32)
-    """
-    op = "adaptive_avg_pool"
-    (x,) = arrays(op, x=x)
-    sizes = _bins(op, x, size)
-    if sizes.equal:
-        win = _equal_windows(sizes)
-        return apply_rule(_avg_pool, rule, _avg_pool_reference, op)(Average(win, win.padding), x)
-    return apply_rule(_adaptive_avg_pool, rule, _adaptive_avg_pool_reference)(sizes, x)
-
-
-@dataclasses.dataclass(frozen=True)
-class Bins:
-    """The spatial dims before and after adaptive pooling."""
-
-    shape: tuple[int, ...]
-    size: tuple[int, ...]
-
-    @property
-    def equal(self) -> bool:
-        """Whether all windows have the same size and are adjacent."""
-        return all(n % m == 0 for n, m in zip(self.shape, self.size, strict=True))
-
-    @property
-    def entries(self) -> int:
-        """Number of elements of all windows together."""
-        return int(self.count().sum())
-
-    def count(self) -> np.ndarray:
-        """Return the number of elements of every window, ``(*size, 1)``."""
-        counts = (adaptive.counts(n, m) for n, m in zip(self.shape, self.size, strict=True))
-        return functools.reduce(np.multiply.outer, counts)[..., None]
-
-    def divided(self, y: Array) -> Array:
-        """Return ``y / count``."""
-        return y / beside(self.count().astype(y.dtype), y)
-
-
-@custom_vjp
-def _adaptive_max_pool(sizes: Bins, x: Array) -> Array:
-    return adaptive.bin_largest(sizes.size, x)[0]
-
-
-def _adaptive_max_pool_fwd(sizes: Bins, x: Array) -> Any:
-    return largest_of_bins(sizes, x)
-
-
-def _adaptive_max_pool_bwd(sizes: Bins, index: Array, delta: Array) -> Any:
-    """δ_x = scatter_to_indices(δ, index): δ goes to the winners."""
-    return (scatter_to_indices(sizes.shape, delta, index),)
-
-
-_adaptive_max_pool.defvjp(_adaptive_max_pool_fwd, _adaptive_max_pool_bwd)
-
-
-@custom_vjp
-def largest_of_bins(sizes: Bins, x: Array) -> tuple[Array, Array]:
-    """The largest element of every bin, and its index in the flattened spatial dims."""
-    return adaptive.bin_largest(sizes.size, x)
-
-
-def _largest_of_bins_fwd(sizes: Bins, x: Array) -> Any:
-    y, index = largest_of_bins(sizes, x)
-    return (y, index), index
-
-
-def _largest_of_bins_bwd(sizes: Bins, index: Array, deltas: Any) -> Any:
-    """δ_x = scatter_to_indices(δ, index); the index is an integer and has no δ."""
-    return (scatter_to_indices(sizes.shape, deltas[0], index),)
-
-
-largest_of_bins.defvjp(_largest_of_bins_fwd, _largest_of_bins_bwd)
-
-
-def _adaptive_max_pool_reference(sizes: Bins, x: Array) -> Array:
-    """In stock JAX, dim by dim, the last first, so that the first of equal elements in row-major order is chosen."""
-    for axis, (n, m) in reversed([*enumerate(zip(sizes.shape, sizes.size, strict=True), start=1)]):
-        parts = [jnp.take(x, at[own], axis) for at, own in zip(*adaptive.bins(n, m), strict=True)]
-        best = [jnp.take_along_axis(part, jnp.argmax(part, axis, keepdims=True), axis) for part in parts]
-        x = jnp.concatenate(best, axis)
-    return x
-
-
-@custom_vjp
-def _adaptive_avg_pool(sizes: Bins, x: Array) -> Array:
-    wide = x.astype(accumulator(x.dtype))
-    return sizes.divided(bin_sum(sizes.shape, sizes.size, wide)).astype(x.dtype)
-
-
-def _adaptive_avg_pool_fwd(sizes: Bins, x: Array) -> Any:
-    return _adaptive_avg_pool(sizes, x), None
-
-
-def _adaptive_avg_pool_bwd(sizes: Bins, saved: None, delta: Array) -> Any:
-    """δ_x = up(δ / count)."""
-    shares = sizes.divided(delta.astype(accumulator(delta.dtype)))
-    return (bin_sum(sizes.size, sizes.shape, shares).astype(delta.dtype),)
-
-
-_adaptive_avg_pool.defvjp(_adaptive_avg_pool_fwd, _adaptive_avg_pool_bwd)
-
-
-def _adaptive_avg_pool_reference(sizes: Bins, x: Array) -> Array:
-    """In stock JAX, dim by dim."""
-    y = x.astype(accumulator(x.dtype))
-    for axis, (n, m) in enumerate(zip(sizes.shape, sizes.size, strict=True), start=1):
-        parts = [jnp.take(y, at[own], axis).mean(axis) for at, own in zip(*adaptive.bins(n, m), strict=True)]
-        y = jnp.stack(parts, axis)
-    return y.astype(x.dtype)
-
-
-@functools.partial(custom_vjp, static=2)
-def bin_sum(shape: tuple[int, ...], size: tuple[int, ...], x: Array) -> Array:
-    """The sum over each of ``size`` bins of an input with spatial dims ``shape``."""
-    return adaptive.bin_sum(size, x)
-
-
-def _bin_sum_fwd(shape: tuple[int, ...], size: tuple[int, ...], x: Array) -> Any:
-    return bin_sum(shape, size, x), None
-
-
-def _bin_sum_bwd(shape: tuple[int, ...], size: tuple[int, ...], saved: None, delta: Array) -> Any:
-    """The bins that contain element i are bin i with ``shape`` and ``size`` swapped."""
-    return (bin_sum(size, shape, delta),)
-
-
-bin_sum.defvjp(_bin_sum_fwd, _bin_sum_bwd)
-
-
-def _bins(op: str, x: Array, size: PerDim) -> Bins:
+def nonempty_dims(op: str, x: Array) -> tuple[int, ...]:
+    """Return the spatial dims of x; raise ValueError if one of them is 0."""
     spatial = spatial_dims(op, x)
     if not all(spatial):
-        raise bad_value(op, "x", "spatial dims >= 1", f"shape {x.shape}")
-    wanted = positive(op, "size", size, len(spatial))
-    not_too_many(op, "the result", wanted)
-    return Bins(spatial, wanted)
+        raise bad_value(op, "x", "(N, *spatial, C) with spatial dims >= 1", f"shape {x.shape}")
+    return spatial
 
 
-def _equal_windows(sizes: Bins) -> Window:
-    """Return the adjacent windows, ``size`` of them."""
-    spatial, wanted = sizes.shape, sizes.size
-    each = tuple(n // m for n, m in zip(spatial, wanted, strict=True))
-    return Window(spatial, each, each, ((0, 0),) * len(spatial), (1,) * len(spatial))
+def _whole_input(op: str, x: Array) -> Window:
+    """Return the window that covers all spatial dims of x."""
+    spatial = nonempty_dims(op, x)
+    return adjacent_windows(spatial, spatial)
+
+
+def adjacent_windows(spatial: tuple[int, ...], size: tuple[int, ...]) -> Window:
+    """Return windows without padding that are as far apart as they are large."""
+    return Window(spatial, size, size, ((0, 0),) * len(spatial), (1,) * len(spatial))
 
 
 def pool_window(
@@ -853,5 +578,6 @@ def pool_window(
         ceil_mode=ceil_mode, prefix=prefix,
     )  # fmt: skip
     if not all(win.inside(dim).any(1).all() for dim in range(win.ndim)):
-        fail(op, f"a window lies wholly in padding; window {win.size}, padding {win.padding}, spatial dims {spatial}")
+        got = f"window {win.size}, padding {win.padding}, spatial dims {spatial}"
+        fail(op, f"a window is entirely in the padding: {got}")
     return win

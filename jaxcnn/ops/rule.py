@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxcnn.arguments import bad_type, bad_value
+from jaxcnn.ops.kinds import kind_of
+from jaxcnn.ops.mark import marked, marking_ops
 from jaxcnn.ops.mesh import on_any_mesh, varying_alike
 
 
@@ -36,6 +38,11 @@ class Call:
     exact: Callable[[Any], tuple[Any, ...]]
     #: Evaluates the op at other inputs: maps arrays to another `Call`, with its own output and exact rule.
     at: Callable[..., "Call"]
+
+    @property
+    def kind(self) -> str:
+        """Return the kind of the op, a key of `jaxcnn.ops.kinds.KINDS`: "affine", "max", "activation", …."""
+        return kind_of(self.name)
 
 
 Rule = Callable[[Call, Any], tuple[Any, ...]]
@@ -63,7 +70,7 @@ def custom_vjp(f: Callable[..., Any], static: int = 1) -> Any:
 
 
 def call_of(core: Any, name: str, static: Any, *inputs: Any) -> Call:
-    """Return the `Call` of ``core(static, *inputs)``."""
+    """Return the `Call` of ``core(static, *inputs)``, an op named ``name``."""
     y, saved = core.fwd(static, *inputs)
     return _call(core, name, static, inputs, y, saved)
 
@@ -90,21 +97,37 @@ def autodiff(call: Call, delta: Any) -> tuple[Any, ...]:
     >>> jax.jacfwd(lambda x: jaxcnn.relu(x, rule=jaxcnn.rules.autodiff))(2.0)
     Array(1., dtype=float32, weak_type=True)
     """
-    raise TypeError("autodiff: expected as rule= of an op; it is not a function of (call, delta)")
+    raise TypeError("autodiff: it must be passed as rule= of an op, and cannot be called")
 
 
-def apply_rule(core: Any, rule: Any, plain: Callable[..., Any], op: str | None = None) -> Callable[..., Any]:
+def apply_rule(core: Any, rule: Any, reference: Callable[..., Any], op: str | None = None) -> Callable[..., Any]:
     """Return the op ``core(static, *inputs)`` with the backward rule ``rule``.
 
-    ``plain`` is the same function in stock JAX. ``op`` is the name for error messages, by default that of the core.
+    Args:
+        core: the op's core, a `custom_vjp`.
+        rule: None for the exact rule, `autodiff`, or a function ``rule(call, delta)``.
+        reference: the same function in stock JAX, which `autodiff` selects.
+        op: name of the op, for rules and error messages; by default that of the core.
+
+    Returns:
+        A function ``(static, *inputs)``.
+
+    Raises:
+        TypeError: if rule is none of these, or not hashable.
     """
     if rule is autodiff:
-        return functools.partial(on_any_mesh, plain)
+        return functools.partial(on_any_mesh, reference)
     op = op or core.__name__.lstrip("_")
     if not (rule is None or (callable(rule) and not isinstance(rule, type) and _hashable(rule))):
         raise bad_type(op, "rule", "None, autodiff or a hashable function (call, delta)", repr(rule))
     chosen = core if rule is None else _replaced(core, rule, op)
-    return lambda static, *inputs: on_any_mesh(chosen, static, *varying_alike(inputs))
+    run = lambda static, *inputs: on_any_mesh(chosen, static, *varying_alike(inputs))  # noqa: E731
+    return functools.partial(marked, core, rule, reference, op, run) if marking_ops() else run
+
+
+def rule_name(rule: Any) -> str:
+    """Return the name of a function, or the repr of another rule, for messages."""
+    return getattr(rule, "__name__", repr(rule))
 
 
 def _hashable(rule: Any) -> bool:
@@ -118,37 +141,42 @@ def _hashable(rule: Any) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def _replaced(core: Any, rule: Rule, op: str) -> Any:
-    """Return a `custom_vjp` with the same forward pass and the backward rule ``rule``."""
+    """Return a core with the same forward pass and the backward rule ``rule``."""
 
     @custom_vjp
-    def other(static: Any, *inputs: Any) -> Any:
+    def replaced(static: Any, *inputs: Any) -> Any:
         return core(static, *inputs)
 
     def fwd(static: Any, *inputs: Any) -> Any:
         y, saved = core.fwd(static, *inputs)
         return y, (inputs, y, saved)
 
-    def bwd(static: Any, kept: Any, delta: Any) -> tuple[Any, ...]:
-        inputs, y, saved = kept
+    def bwd(static: Any, residuals: Any, delta: Any) -> tuple[Any, ...]:
+        inputs, y, saved = residuals
         call = _call(core, op, static, inputs, y, saved)
-        return _checked(op, rule, call, rule(call, delta))
+        return _check_cotangents(op, rule, call, rule(call, delta))
 
-    other.defvjp(fwd, bwd)
-    return other
+    replaced.defvjp(fwd, bwd)
+    return replaced
 
 
-def _checked(op: str, rule: Rule, call: Call, found: Any) -> tuple[Any, ...]:
+def _check_cotangents(op: str, rule: Rule, call: Call, cotangents: Any) -> tuple[Any, ...]:
     """Return one cotangent per input, with its shape and dtype."""
-    name = f"{op}: rule {getattr(rule, '__name__', repr(rule))}"
-    if not isinstance(found, tuple) or len(found) != len(call.inputs):
-        got = f"{len(found)}" if isinstance(found, tuple) else type(found).__name__
-        raise ValueError(f"{name}: expected a tuple of {len(call.inputs)} cotangents, one for each input; got {got}")
-    return tuple(_fitted(name, i, x, ct) for i, (x, ct) in enumerate(zip(call.inputs, found, strict=True)))
+    name = f"rule {getattr(rule, '__name__', repr(rule))}"
+    count = len(call.inputs)
+    if not isinstance(cotangents, tuple) or len(cotangents) != count:
+        got = f"length {len(cotangents)}" if isinstance(cotangents, tuple) else type(cotangents).__name__
+        raise bad_value(op, f"the result of {name}", f"a tuple of length {count}, one cotangent per input", got)
+    return tuple(
+        _check_cotangent(op, f"cotangent {i} of {name}", x, cotangent)
+        for i, (x, cotangent) in enumerate(zip(call.inputs, cotangents, strict=True))
+    )
 
 
-def _fitted(name: str, i: int, x: Any, cotangent: Any) -> Any:
+def _check_cotangent(op: str, argument: str, x: Any, cotangent: Any) -> Any:
+    """Return the cotangent in the dtype of x; None if x has none."""
     if x is None or cotangent is None or not jnp.issubdtype(x.dtype, jnp.floating):
         return None
     if jnp.shape(cotangent) != x.shape:
-        raise bad_value(name, f"cotangent {i}", f"of shape {x.shape}", jnp.shape(cotangent))
+        raise bad_value(op, argument, f"of shape {x.shape}", jnp.shape(cotangent))
     return jnp.asarray(cotangent, x.dtype)

@@ -12,13 +12,14 @@ family of two is closed under differentiation:
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxcnn.arguments import arrays, bad_value, expect_numbers, fail
+from jaxcnn.arguments import arrays, bad_value, expect_numbers
 from jaxcnn.geometry import Window
 from jaxcnn.kernels import fourier, moments
 from jaxcnn.kernels.dtypes import accumulator
@@ -144,12 +145,12 @@ class Lags:
     size: tuple[int, ...]
     method: str = "auto"
 
-    def over(self, x: Array) -> "Lags":
-        """The same first shift, for a result with the shape of ``x``."""
+    def resized(self, x: Array) -> "Lags":
+        """Return the same first shift, for a result with the shape of ``x``."""
         return dataclasses.replace(self, size=x.shape)
 
-    def back(self, x: Array) -> "Lags":
-        """The first shift negated, for a result with the shape of ``x``."""
+    def negated(self, x: Array) -> "Lags":
+        """Return the negated first shift, for a result with the shape of ``x``."""
         return Lags(tuple(-f for f in self.first), x.shape, self.method)
 
 
@@ -158,8 +159,8 @@ class Lags:
 
 @custom_vjp
 def _convolve(lags: Lags, a: Array, v: Array) -> Array:
-    turned, first = _turned(lags, v)
-    return fourier.correlate(first, lags.size, lags.method, a, turned)
+    flipped, first = _flipped(lags, v)
+    return fourier.correlate(first, lags.size, lags.method, a, flipped)
 
 
 def _convolve_fwd(lags: Lags, a: Array, v: Array) -> Any:
@@ -169,18 +170,18 @@ def _convolve_fwd(lags: Lags, a: Array, v: Array) -> Any:
 def _convolve_bwd(lags: Lags, saved: Any, delta: Array) -> Any:
     """δ_a[i] = Σ_k δ[i − first + k]·v[k]; δ_v[k] = Σ_i δ[k − first + i]·a[i]."""
     a, v = saved
-    return _correlate(lags.back(a), delta, v), _correlate(lags.back(v), delta, a)
+    return _correlate(lags.negated(a), delta, v), _correlate(lags.negated(v), delta, a)
 
 
 _convolve.defvjp(_convolve_fwd, _convolve_bwd)
 
 
 def _convolve_reference(lags: Lags, a: Array, v: Array) -> Array:
-    turned, first = _turned(lags, v)
-    return _correlate_reference(dataclasses.replace(lags, first=first), a, turned)
+    flipped, first = _flipped(lags, v)
+    return _correlate_reference(dataclasses.replace(lags, first=first), a, flipped)
 
 
-def _turned(lags: Lags, v: Array) -> tuple[Array, tuple[int, ...]]:
+def _flipped(lags: Lags, v: Array) -> tuple[Array, tuple[int, ...]]:
     """Return ``v`` flipped by 180°, and the first shift of the equivalent correlation: k becomes K − 1 − k."""
     return lax.rev(v, range(v.ndim)), tuple(f - (k - 1) for f, k in zip(lags.first, v.shape, strict=True))
 
@@ -197,7 +198,7 @@ def _correlate_fwd(lags: Lags, a: Array, v: Array) -> Any:
 def _correlate_bwd(lags: Lags, saved: Any, delta: Array) -> Any:
     """δ_a[i] = Σ_k δ[i − first − k]·v[k]; δ_v[k] = Σ_o a[k + first + o]·δ[o]."""
     a, v = saved
-    return _convolve(lags.back(a), delta, v), _correlate(lags.over(v), a, delta)
+    return _convolve(lags.negated(a), delta, v), _correlate(lags.resized(v), a, delta)
 
 
 _correlate.defvjp(_correlate_fwd, _correlate_bwd)
@@ -221,7 +222,7 @@ def _autocorrelate_fwd(lags: Lags, a: Array) -> Any:
 
 def _autocorrelate_bwd(lags: Lags, a: Array, delta: Array) -> Any:
     """δ_a[i] = Σ_k δ[i − first − k]·a[k] + Σ_o a[i + first + o]·δ[o]."""
-    return (_convolve(lags.back(a), delta, a) + _correlate(lags.over(a), a, delta),)
+    return (_convolve(lags.negated(a), delta, a) + _correlate(lags.resized(a), a, delta),)
 
 
 _autocorrelate.defvjp(_autocorrelate_fwd, _autocorrelate_bwd)
@@ -272,7 +273,8 @@ def match_template(image: ArrayLike, template: ArrayLike, *, rule: Rule | None =
     """
     image, template = _signals("match_template", image=image, template=template)
     if any(k > n for n, k in zip(image.shape, template.shape, strict=True)):
-        fail("match_template", f"template {template.shape} is larger than image {image.shape}")
+        expected = f"no larger than image {image.shape} in any dim"
+        raise bad_value("match_template", "template", expected, template.shape)
     ones, zeros = (1,) * image.ndim, ((0, 0),) * image.ndim
     win = Window(image.shape, template.shape, ones, zeros, ones)
     return apply_rule(_match_template, rule, _match_template_reference)(win, image, template)
@@ -280,8 +282,8 @@ def match_template(image: ArrayLike, template: ArrayLike, *, rule: Rule | None =
 
 @custom_vjp
 def _match_template(win: Window, image: Array, template: Array) -> Array:
-    x, t, _, inv_s, inv_t = _standardised(win, image, template, _moments)
-    return (_correlate(_inside(win), x, t) * inv_s * inv_t).astype(image.dtype)
+    x, t, _, inv_s, inv_t = _standardize(win, image, template, _window_moments)
+    return (_correlate(_valid_lags(win), x, t) * inv_s * inv_t).astype(image.dtype)
 
 
 def _match_template_fwd(win: Window, image: Array, template: Array) -> Any:
@@ -290,14 +292,18 @@ def _match_template_fwd(win: Window, image: Array, template: Array) -> Any:
 
 
 def _match_template_bwd(win: Window, saved: Any, delta: Array) -> Any:
-    """δ_x = (δ/D) ∗ t − spread(δy/s)∘x + spread(δy/s ∘ m); δ_t = x ⋆ (δ/D) − Σ (δ/D)m − t·Σ δy / T; D = √(s·T)."""
+    """δ_x = (δ/D) ∗ t − Σ(δ·y/s)∘x + Σ(δ·y·m/s), sums over the windows that contain an element, with D = √(s·T).
+
+    δ_t = x ⋆ (δ/D) − Σ (δ/D)m − t·Σ δ·y / T.
+    """
     image, template, y = saved
-    x, t, m, inv_s, inv_t = _standardised(win, image, template, _moments)
+    lags = _valid_lags(win)
+    x, t, m, inv_s, inv_t = _standardize(win, image, template, _window_moments)
     delta, delta_y = delta.astype(x.dtype), (delta * y).astype(x.dtype)
     delta_d = delta * inv_s * inv_t
-    along = delta_y * inv_s**2
-    delta_x = _convolve(_inside(win).back(x), delta_d, t) - _spread(win, along) * x + _spread(win, along * m)
-    delta_t = _correlate(_inside(win).over(t), x, delta_d) - jnp.sum(delta_d * m) - t * inv_t**2 * delta_y.sum()
+    weight = delta_y * inv_s**2
+    delta_x = _convolve(lags.negated(x), delta_d, t) - _sum_windows(win, weight) * x + _sum_windows(win, weight * m)
+    delta_t = _correlate(lags.resized(t), x, delta_d) - jnp.sum(delta_d * m) - t * inv_t**2 * delta_y.sum()
     return delta_x.astype(image.dtype), delta_t.astype(template.dtype)
 
 
@@ -305,57 +311,59 @@ _match_template.defvjp(_match_template_fwd, _match_template_bwd)
 
 
 def _match_template_reference(win: Window, image: Array, template: Array) -> Array:
-    x, t, _, inv_s, inv_t = _standardised(win, image, template, moments.window_moments)
-    return (_correlate_reference(_inside(win), x, t) * inv_s * inv_t).astype(image.dtype)
+    x, t, _, inv_s, inv_t = _standardize(win, image, template, moments.window_moments)
+    return (_correlate_reference(_valid_lags(win), x, t) * inv_s * inv_t).astype(image.dtype)
 
 
-def _standardised(win: Window, image: Array, template: Array, moments_of: Any) -> tuple[Array, ...]:
-    """``x, t, m, 1/√s, 1/√T``; the inverses are 0 where flat.
+def _standardize(
+    win: Window, image: Array, template: Array, window_moments: Callable[[Window, Array], Any]
+) -> tuple[Array, ...]:
+    """Return ``x, t, m, 1/√s, 1/√T``; the inverses are 0 where flat.
 
     x is the image minus its mean, which leaves y unchanged but improves precision. 16-bit floats become float32.
     """
-    image, template = (p.astype(accumulator(p.dtype)) for p in (image, template))
+    image, template = (a.astype(accumulator(a.dtype)) for a in (image, template))
     # The mean of finite elements: a NaN elsewhere in the image must not affect a window.
     finite = jnp.isfinite(image)
     x, t = image - image.mean(where=finite), template - template.mean()
-    m, s = moments_of(win, x)
+    m, s = window_moments(win, x)
     return x, t, m, _inverse_root(s, image, win.entries), _inverse_root(jnp.sum(t * t), template, win.entries)
 
 
-def _inverse_root(s: Array, of: Array, entries: int) -> Array:
-    """``1/√s``, or 0 where s is no larger than rounding error over ``entries`` values."""
-    rounding = 8 * jnp.finfo(of.dtype).eps * jnp.max(jnp.where(jnp.isfinite(of), jnp.abs(of), 0))
+def _inverse_root(s: Array, values: Array, entries: int) -> Array:
+    """Return ``1/√s``, or 0 where s is no larger than the rounding error of a sum over ``entries`` of the values."""
+    rounding = 8 * jnp.finfo(values.dtype).eps * jnp.max(jnp.where(jnp.isfinite(values), jnp.abs(values), 0))
     flat = s <= entries * rounding**2
     return jnp.where(flat, 0, 1 / jnp.sqrt(jnp.where(flat, 1, s)))  # the inner where keeps NaN out of the gradient
 
 
-def _inside(win: Window) -> Lags:
+def _valid_lags(win: Window) -> Lags:
     return Lags((0,) * win.ndim, win.out)
 
 
 @custom_vjp
-def _moments(win: Window, x: Array) -> tuple[Array, Array]:
-    """The mean m of every window, and s = Σ (x − m)²."""
+def _window_moments(win: Window, x: Array) -> tuple[Array, Array]:
+    """Return the mean m of every window, and s = Σ (x − m)²."""
     return moments.window_moments(win, x)
 
 
-def _moments_fwd(win: Window, x: Array) -> Any:
-    m, s = _moments(win, x)
+def _window_moments_fwd(win: Window, x: Array) -> Any:
+    m, s = _window_moments(win, x)
     return (m, s), (x, m)
 
 
-def _moments_bwd(win: Window, saved: Any, deltas: Any) -> Any:
+def _window_moments_bwd(win: Window, saved: Any, deltas: Any) -> Any:
     """Summed over the windows that contain an element: δ_x = Σ δ_m/n + 2·Σ δ_s·(x − m)."""
     x, m = saved
     delta_m, delta_s = deltas
-    return (_spread(win, delta_m / win.entries - 2 * delta_s * m) + 2 * _spread(win, delta_s) * x,)
+    return (_sum_windows(win, delta_m / win.entries - 2 * delta_s * m) + 2 * _sum_windows(win, delta_s) * x,)
 
 
-_moments.defvjp(_moments_fwd, _moments_bwd)
+_window_moments.defvjp(_window_moments_fwd, _window_moments_bwd)
 
 
-def _spread(win: Window, y: Array) -> Array:
-    """Return for every element the sum of the values of the windows that contain it."""
+def _sum_windows(win: Window, y: Array) -> Array:
+    """Return for every element the sum of y over the windows that contain it."""
     return pooling.window_sum_adjoint(win, y[None, ..., None])[0, ..., 0]
 
 
@@ -365,17 +373,18 @@ def _spread(win: Window, y: Array) -> Array:
 
 def _signals(op: str, **named: ArrayLike) -> tuple[Array, ...]:
     """Return the arguments as non-empty floating arrays of one dtype and one rank, 1 to 3."""
-    found = arrays(op, **named)
-    for name, array in zip(named, found, strict=True):
+    signals = arrays(op, **named)
+    for name, array in zip(named, signals, strict=True):
         expect_numbers(op, name, array.shape, array.shape)
-    shapes = ", ".join(f"{name} {array.shape}" for name, array in zip(named, found, strict=True))
-    if not 1 <= found[0].ndim <= 3:
-        raise bad_value(op, next(iter(named)), "1, 2 or 3 dims", shapes)
-    if any(array.ndim != found[0].ndim for array in found):
-        raise bad_value(op, " and ".join(named), "the same number of dims", shapes)
-    if any(array.size == 0 for array in found):
-        fail(op, f"{' and '.join(named)} expected at least one entry, got {shapes}")
-    return found
+    names = " and ".join(named)
+    shapes = ", ".join(f"{name} {array.shape}" for name, array in zip(named, signals, strict=True))
+    if len({array.ndim for array in signals}) > 1:
+        raise bad_value(op, names, "of one rank", shapes)
+    if not 1 <= signals[0].ndim <= 3:
+        raise bad_value(op, names, "of rank 1, 2 or 3", shapes)
+    if any(array.size == 0 for array in signals):
+        raise bad_value(op, names, "non-empty", shapes)
+    return signals
 
 
 def _lags(op: str, a: tuple[int, ...], v: tuple[int, ...], mode: str, method: str) -> Lags:
@@ -386,14 +395,15 @@ def _lags(op: str, a: tuple[int, ...], v: tuple[int, ...], mode: str, method: st
         raise bad_value(op, "mode", f"one of {', '.join(MODES)}", repr(mode))
     dims = list(zip(a, v, strict=True))
     if mode == "valid" and not (all(n >= k for n, k in dims) or all(n <= k for n, k in dims)):
-        raise bad_value(op, "mode 'valid'", "one of a and v to fit inside the other", f"a {a}, v {v}")
-    start, size = zip(*(_stretch(op, n, k, mode, len(dims)) for n, k in dims), strict=True)
+        expected = "at least as large as the other in every dim for mode 'valid'"
+        raise bad_value(op, "one of a and v", expected, f"a {a}, v {v}")
+    start, size = zip(*(_start_and_size(op, n, k, mode, len(dims)) for n, k in dims), strict=True)
     # "full" starts at shift 0 in a convolution, and where v's last element overlaps a's first one in a correlation.
     first = start if op == "convolve" else tuple(s - (k - 1) for s, k in zip(start, v, strict=True))
     return Lags(first, size, method)
 
 
-def _stretch(op: str, n: int, k: int, mode: str, ndim: int) -> tuple[int, int]:
+def _start_and_size(op: str, n: int, k: int, mode: str, ndim: int) -> tuple[int, int]:
     """Return the start of the mode in "full" and its number of shifts, for a dim with n elements of a and k of v."""
     if mode == "full":
         return 0, n + k - 1
