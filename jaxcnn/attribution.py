@@ -18,7 +18,7 @@ import dataclasses
 import difflib
 import inspect
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,8 @@ from jaxcnn.arguments import (
     arrays,
     bad_type,
     bad_value,
-    fail,
+    check_range,
+    integers,
     one_key,
     positive,
     spatial_dims,
@@ -43,43 +44,12 @@ from jaxcnn.arguments import (
 from jaxcnn.folding import fold_batch_norm
 from jaxcnn.geometry import PerDim, Window, window
 from jaxcnn.kernels.dtypes import accumulator
-from jaxcnn.layers import (
-    AdaptiveAvgPool,
-    AdaptiveMaxPool,
-    AvgPool,
-    BatchNorm,
-    Conv,
-    ConvTranspose,
-    Dense,
-    DepthwiseConv,
-    Dropout,
-    Flatten,
-    GlobalAvgPool,
-    GlobalMaxPool,
-    HiddenLayer,
-    Layer,
-    LpPool,
-    MaxPool,
-    Params,
-    Relu,
-    _Activation,
-)
-from jaxcnn.net import (
-    Checked,
-    IfThere,
-    Residual,
-    Rules,
-    Serial,
-    _check_matches,
-    _check_rules,
-    _located,
-    _rule_for,
-    _rule_of_sum,
-    expect_net,
-)
+from jaxcnn.layers import Activation, BatchNorm, Dense, Dropout, Flatten, Layer, LpPool, Params, Relu
+from jaxcnn.net import Residual, Serial, expect_net, is_custom, layers_of, located
 from jaxcnn.ops.mesh import automatic_inside
-from jaxcnn.ops.rule import Call, Rule, autodiff
+from jaxcnn.ops.rule import Call, Rule, autodiff, rule_name
 from jaxcnn.rules.relevance import AlphaBeta, Epsilon, Flat, Gamma, ZBox, ZeroParams, ZPlus, pass_through, rescale
+from jaxcnn.selection import Checked, IfThere, Rules, Selection, check_matches, check_rules, rule_for, rule_of_sum
 from jaxcnn.taps import Collector, probe
 
 
@@ -132,7 +102,7 @@ def attribute(
     expect_net("attribute", net)
     method = ("gradient" if rules is None else "relevance") if method is None else method
     if not isinstance(method, str) or method not in METHODS:
-        raise bad_value("attribute", "method", ", ".join(METHODS), repr(method))
+        raise bad_value("attribute", "method", f"one of {', '.join(METHODS)}", repr(method))
     if rules is not None:
         options["rules"] = rules
     _check_options(method, options)
@@ -141,12 +111,12 @@ def attribute(
 
 def _check_options(method: str, options: Mapping[str, Any]) -> None:
     parameters = inspect.signature(METHODS[method]).parameters.values()
-    takes = {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}
+    is_required = {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}
     for name in options:
-        if name not in takes:
-            raise bad_type("attribute", f"options of method {method!r}", f"among {', '.join(takes)}", name)
-    for name, needed in takes.items():
-        if needed and name not in options:
+        if name not in is_required:
+            raise bad_type("attribute", f"options of method {method!r}", f"among {', '.join(is_required)}", name)
+    for name, required in is_required.items():
+        if required and name not in options:
             raise bad_type("attribute", name, f"given for method {method!r}", "none")
 
 
@@ -168,8 +138,8 @@ def gradient(net: Serial, params: Params, x: ArrayLike, target: ArrayLike, *, ru
 
     Source: Simonyan et al. 2013.
     """
-    x = _examples(x)
-    return _swept(net, params, x, _asked(net, params, x, target), rules)
+    x = _check_batch(x)
+    return _delta_of_input(net, params, x, _targets(net, params, x, target), rules)
 
 
 @automatic_inside()
@@ -190,8 +160,8 @@ def gradient_times_input(
 
     Source: Shrikumar et al. 2016.
     """
-    x = _examples(x)
-    return x * _swept(net, params, x, _asked(net, params, x, target), rules)
+    x = _check_batch(x)
+    return x * _delta_of_input(net, params, x, _targets(net, params, x, target), rules)
 
 
 @automatic_inside()
@@ -215,28 +185,29 @@ def relevance(net: Serial, params: Params, x: ArrayLike, target: ArrayLike, *, r
 
     Raises:
         ValueError: if another layer has no rule, because its gradient is not a relevance; if a rule does not fit its
-            layer; if a batch norm has no statistics; if an inner net has its own ``apply``; or if a custom layer has a
-            path outside the ops that receive its rule. The message names the layer.
+            layer; if a batch norm has no statistics; if a net has a custom ``apply``; or if a custom layer has a path
+            outside the ops that receive its rule. The message names the layer.
         TypeError: if rules is None.
 
     Source: Bach et al. 2015.
     """
-    x = _examples(x)
-    asked = _asked(net, params, x, target)
+    x = _check_batch(x)
+    targets = _targets(net, params, x, target)
     if rules is None:
         raise bad_type("attribute", "rules", "given for method 'relevance'", "None")
     if not isinstance(rules, Mapping):
         rules = {Layer: rules}
-    _check_rules(rules, [name for name, _ in net.walk()])
-    _check_matches(rules, net)
-    _check_relevance_of_own(net, params, x, rules)
-    whole, given = net, {name for name, layer in net.walk() if _rule_for(rules, name, layer) is not None}
-    net, params = fold_batch_norm(net, params, leave=given)
-    folded = {name for name, _ in whole.walk()} - {name for name, _ in net.walk()}
+    check_rules(rules, [name for name, _ in net.walk()])
+    check_matches(rules, net)
+    _check_custom_relevance(net, params, x, rules)
+    names = {name for name, _ in net.walk()}
+    with_rule = {name for name, layer in net.walk() if rule_for(rules, name, layer) is not None}
+    net, params = fold_batch_norm(net, params, leave=with_rule)
+    folded = names - {name for name, _ in net.walk()}
     rules = {key: rule for key, rule in rules.items() if key not in folded}
     rules = Checked({**rules, IfThere(BatchNorm): rules.get(BatchNorm, Epsilon())})
     _check_all_have_rules(net, rules)
-    return _swept(net, params, x, asked, rules, lambda y: y)
+    return _delta_of_input(net, params, x, targets, rules, lambda y: y)
 
 
 @automatic_inside()
@@ -266,15 +237,15 @@ def integrated_gradients(
 
     Source: Sundararajan et al. 2017.
     """
-    x = _examples(x)
-    x0 = _like(x, "baseline", baseline)
-    asked = _asked(net, params, x, target)
-    nodes, weights = np.polynomial.legendre.leggauss(_count("steps", steps))
+    x = _check_batch(x)
+    x0 = _broadcast_baseline(x, "baseline", baseline)
+    targets = _targets(net, params, x, target)
+    nodes, weights = np.polynomial.legendre.leggauss(static_int("attribute", "steps", steps, least=1))
     points = jnp.asarray((1 + nodes) / 2, x.dtype), jnp.asarray(weights / 2, x.dtype)
 
     def add(total: Array, point: tuple[Array, Array]) -> tuple[Array, None]:
         t, weight = point
-        return total + weight * _swept(net, params, x0 + t * (x - x0), asked, rules), None
+        return total + weight * _delta_of_input(net, params, x0 + t * (x - x0), targets, rules), None
 
     total, _ = jax.lax.scan(add, jnp.zeros_like(x), points)
     return (x - x0) * total
@@ -309,18 +280,18 @@ def smooth_grad(
 
     Source: Smilkov et al. 2017.
     """
-    x = _examples(x)
-    keys = jax.random.split(one_key("attribute", key), _count("samples", samples))
-    of_example = tuple(range(1, x.ndim))
-    part = static_float("attribute", "noise", noise)
-    if not 0 <= part < float("inf"):
+    x = _check_batch(x)
+    keys = jax.random.split(one_key("attribute", key), static_int("attribute", "samples", samples, least=1))
+    fraction = static_float("attribute", "noise", noise)
+    if not 0 <= fraction < float("inf"):
         raise bad_value("attribute", "noise", "a finite number >= 0", noise)
-    asked = _asked(net, params, x, target)
-    sigma = part * (x.max(of_example, keepdims=True) - x.min(of_example, keepdims=True))
+    targets = _targets(net, params, x, target)
+    dims = tuple(range(1, x.ndim))
+    sigma = fraction * (x.max(dims, keepdims=True) - x.min(dims, keepdims=True))
 
     def add(total: Array, key: Array) -> tuple[Array, None]:
         xi = jax.random.normal(key, x.shape, x.dtype)
-        return total + _swept(net, params, x + sigma * xi, asked, rules), None
+        return total + _delta_of_input(net, params, x + sigma * xi, targets, rules), None
 
     total, _ = jax.lax.scan(add, jnp.zeros_like(x), keys)
     return total / samples
@@ -353,27 +324,26 @@ def occlusion(
 
     Source: Zeiler & Fergus 2014.
     """
-    x = _examples(x)
-    win = _covering(spatial_dims("attribute", x), window, stride)
+    x = _check_batch(x)
+    win = _covering_windows(spatial_dims("attribute", x), window, stride)
     cover = jnp.asarray(static_float("attribute", "value", value), x.dtype)
-    asked = _asked(net, params, x, target)
+    targets = _targets(net, params, x, target)
 
     def output(x: Array) -> Array:
-        y = net.apply(params, x)
-        return asked.picked(y).sum(1)
+        return targets.select(net.apply(params, x)).sum(1)
 
-    full = output(x)
+    uncovered = output(x)
 
     def add(total: Array, first: Array) -> tuple[Array, None]:
         """Add one window's result. Its mask is made from its position, so only one mask is in memory at a time."""
-        hidden = _covered(win, first)
-        fall = full - output(jnp.where(hidden, cover, x))
-        return total + jnp.where(hidden, jnp.expand_dims(fall, range(1, x.ndim)).astype(total.dtype), 0), None
+        mask = _window_mask(win, first)
+        decrease = uncovered - output(jnp.where(mask, cover, x))
+        return total + jnp.where(mask, jnp.expand_dims(decrease, range(1, x.ndim)).astype(total.dtype), 0), None
 
-    start = jnp.zeros_like(x[..., :1], accumulator(full.dtype))
-    total, _ = jax.lax.scan(add, start, jnp.asarray(_places(win)))
-    heat = total / jnp.asarray(_times_covered(win), total.dtype)[None]
-    return asked.marked(jnp.broadcast_to(heat, x.shape).astype(x.dtype))
+    start = jnp.zeros_like(x[..., :1], accumulator(uncovered.dtype))
+    total, _ = jax.lax.scan(add, start, jnp.asarray(_window_starts(win)))
+    heat = total / jnp.asarray(_window_counts(win), total.dtype)[None]
+    return targets.nan_if_invalid(jnp.broadcast_to(heat, x.shape).astype(x.dtype))
 
 
 @automatic_inside()
@@ -403,11 +373,11 @@ def grad_cam(
 
     Raises:
         ValueError: if the layer does not exist, its output is not images, or `Serial.apply` does not run it (a net with
-            its own ``apply`` may call it in another way).
+            a custom ``apply`` may call it in another way).
 
     Source: Selvaraju et al. 2017.
     """
-    x = _examples(x)
+    x = _check_batch(x)
     expect_net("attribute", net)
     relu = static_bool("attribute", "relu", relu)
     names = [name for name, _ in net.walk()]
@@ -428,25 +398,23 @@ def grad_cam(
         types.update(collector.types())
         return y
 
-    asked = _checked_target(x, jax.eval_shape(look), target)
+    targets = _check_targets(x, jax.eval_shape(look), target)
     if layer not in types:
-        raise bad_value(
-            "attribute", "layer", "one that Serial.apply runs and whose output has a floating dtype", repr(layer)
-        )
+        expected = "one that Serial.apply runs and whose output has a floating dtype"
+        raise bad_value("attribute", "layer", expected, repr(layer))
     if types[layer].ndim < 3:
-        raise bad_value(
-            "attribute", "layer", "one whose output is pictures", f"{layer!r} with output {types[layer].shape}"
-        )
+        got = f"{layer!r} with output {types[layer].shape}"
+        raise bad_value("attribute", "layer", "one whose output is (N, *spatial, C)", got)
 
     def output(shift: Array) -> tuple[Array, Array]:
         y, collector = tapped({layer: shift})
-        return y, collector.found[layer]
+        return y, collector.values[layer]
 
     y, pull, a = jax.vjp(output, probe(types[layer]), has_aux=True)
-    (delta,) = pull(asked.picked(jnp.ones_like(y)))
-    space = tuple(range(1, a.ndim - 1))
-    heat = (a * delta.mean(space, keepdims=True)).sum(-1)
-    return asked.marked(jnp.maximum(heat, 0) if relu else heat)
+    (delta,) = pull(targets.select(jnp.ones_like(y)))
+    alpha = delta.mean(tuple(range(1, a.ndim - 1)), keepdims=True)
+    heat = (a * alpha).sum(-1)
+    return targets.nan_if_invalid(jnp.maximum(heat, 0) if relu else heat)
 
 
 @automatic_inside()
@@ -471,15 +439,15 @@ def deep_lift(net: Serial, params: Params, x: ArrayLike, target: ArrayLike, *, r
 
     Source: Shrikumar et al. 2017.
     """
-    x = _examples(x)
-    x0 = _like(x, "reference", reference)
-    asked = _asked(net, params, x, target)
-    _check_rescale_of_own(net, params, x)
+    x = _check_batch(x)
+    x0 = _broadcast_baseline(x, "reference", reference)
+    targets = _targets(net, params, x, target)
+    _check_custom_rescale(net, params, x)
     rules = _with_names(net, rescale)
     y, pull = jax.vjp(lambda both: _outputs(net, params, both, rules), jnp.concatenate([x, x0]))
-    seed = asked.picked(jnp.ones_like(y[: x.shape[0]]))
-    m = pull(jnp.concatenate([seed, seed]))[0][: x.shape[0]]
-    return asked.marked((x - x0) * m)
+    delta = targets.select(jnp.ones_like(y[: x.shape[0]]))
+    m = pull(jnp.concatenate([delta, delta]))[0][: x.shape[0]]
+    return targets.nan_if_invalid((x - x0) * m)
 
 
 #: The methods of `attribute` by name.
@@ -500,6 +468,12 @@ METHODS: Mapping[str, Callable[..., Array]] = {
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Composites: LRP's rules for a whole net
+
+#: Layers of the form x·w + b, and the convolutions among them.
+_AFFINE = layers_of("affine", "hidden")
+_CONVOLUTIONS = tuple(layer for layer in _AFFINE if layer is not Dense)
+#: Layers whose exact rule propagates relevance: to the winner, through an active ReLU, or all of it.
+_NEED_NO_RULE = (*layers_of("max", "dropout"), Relu, Flatten)
 
 
 def epsilon_plus(*, epsilon: float = 1e-6, stabilizer: float = 1e-6, zero_params: ZeroParams = ()) -> dict[Any, Rule]:
@@ -537,7 +511,7 @@ def epsilon_plus_flat(
 
     Source: Lapuschkin et al. 2019.
     """
-    first = _first(net, (*_PATCHES, Dense), Flat(stabilizer, zero_params))
+    first = _for_first(net, _AFFINE, Flat(stabilizer, zero_params))
     return {**first, **epsilon_plus(epsilon=epsilon, stabilizer=stabilizer, zero_params=zero_params)}
 
 
@@ -573,7 +547,7 @@ def epsilon_alpha2_beta1_flat(
     Returns:
         A mapping for ``rules=``.
     """
-    first = _first(net, (*_PATCHES, Dense), Flat(stabilizer, zero_params))
+    first = _for_first(net, _AFFINE, Flat(stabilizer, zero_params))
     return {**first, **epsilon_alpha2_beta1(epsilon=epsilon, stabilizer=stabilizer, zero_params=zero_params)}
 
 
@@ -604,7 +578,7 @@ def epsilon_gamma_box(
     Raises:
         TypeError: if low or high is missing.
     """
-    first = _first(net, _PATCHES, ZBox(low, high, stabilizer, zero_params))
+    first = _for_first(net, _CONVOLUTIONS, ZBox(low, high, stabilizer, zero_params))
     return {**first, **_composite(Gamma(gamma, stabilizer, zero_params), epsilon, stabilizer, zero_params)}
 
 
@@ -622,33 +596,36 @@ def excitation_backprop(*, stabilizer: float = 1e-6, zero_params: ZeroParams = (
 
     Source: Zhang et al. 2016.
     """
-    plus = ZPlus(stabilizer, zero_params)
-    rest = {**_each((_Activation,), _exact), **_each((Dropout,), pass_through)}
-    return {**_each((*_PATCHES, Dense), plus), **_sums(stabilizer), **rest}
-
-
-def _composite(of_patches: Rule, epsilon: float, stabilizer: float, zero_params: ZeroParams) -> dict[Any, Rule]:
     return {
-        **_each(_PATCHES, of_patches),
-        **_each((Dense,), Epsilon(epsilon, zero_params)),
-        **_sums(stabilizer),
-        **_each((_Activation, Dropout), pass_through),
+        **_for_types(_AFFINE, ZPlus(stabilizer, zero_params)),
+        **_for_sums(stabilizer),
+        **_for_types((Activation,), _exact),
+        **_for_types((Dropout,), pass_through),
     }
 
 
-def _sums(stabilizer: float) -> dict[Any, Rule]:
-    return _each((AvgPool, GlobalAvgPool, AdaptiveAvgPool, LpPool, Residual), Epsilon(stabilizer))
+def _composite(conv_rule: Rule, epsilon: float, stabilizer: float, zero_params: ZeroParams) -> dict[Any, Rule]:
+    return {
+        **_for_types(_CONVOLUTIONS, conv_rule),
+        **_for_types((Dense,), Epsilon(epsilon, zero_params)),
+        **_for_sums(stabilizer),
+        **_for_types((Activation, Dropout), pass_through),
+    }
 
 
-def _each(kinds: tuple[type, ...], rule: Rule) -> dict[Any, Rule]:
+def _for_sums(stabilizer: float) -> dict[Any, Rule]:
+    return _for_types((*layers_of("sum"), LpPool, Residual), Epsilon(stabilizer))
+
+
+def _for_types(types: tuple[type, ...], rule: Rule) -> dict[Any, Rule]:
     """Return the rule for each of these layer types, none of which a net has to contain."""
-    return dict.fromkeys(map(IfThere, kinds), rule)
+    return dict.fromkeys(map(IfThere, types), rule)
 
 
-def _first(net: Serial, kinds: tuple[type, ...], rule: Rule) -> dict[Any, Rule]:
+def _for_first(net: Serial, types: tuple[type, ...], rule: Rule) -> dict[Any, Rule]:
     """Return the rule under the name of the first layer of these types, if there is one."""
     expect_net("attribute", net)
-    return dict.fromkeys([name for name, layer in net.walk() if isinstance(layer, kinds)][:1], rule)
+    return dict.fromkeys([name for name, layer in net.walk() if isinstance(layer, types)][:1], rule)
 
 
 def _exact(call: Call, delta: Any) -> tuple[Any, ...]:
@@ -656,39 +633,35 @@ def _exact(call: Call, delta: Any) -> tuple[Any, ...]:
     return call.exact(delta)
 
 
-_PATCHES = (Conv, DepthwiseConv, ConvTranspose, HiddenLayer)
-#: Layers whose exact rule propagates relevance: to the winner, through an active ReLU, or all of it.
-_NEED_NO_RULE = (MaxPool, GlobalMaxPool, AdaptiveMaxPool, Relu, Flatten, Dropout)
-
-
 def _check_all_have_rules(net: Serial, rules: Mapping[Any, Rule]) -> None:
     for name, layer in (("the net", net), *net.walk()):
-        if isinstance(layer, Residual):
-            found, kind = _rule_of_sum(rules, layer), "the sum of Residual"
+        if _ends_in_sum(layer):
+            rule, where = rule_of_sum(rules, layer), f"the sum of {name}"
+        elif isinstance(layer, Serial) or (isinstance(layer, _NEED_NO_RULE) and not is_custom(layer)):
+            continue
         else:
-            found, kind = _rule_for(rules, name, layer), type(layer).__name__
-        row_of_layers = isinstance(layer, Serial) and not isinstance(layer, Residual)
-        needs_none = row_of_layers or (isinstance(layer, _NEED_NO_RULE) and not _is_own(layer))
-        if found in (None, autodiff) and not needs_none:
-            _fail(f"{name}: expected a rule for {kind}, whose gradient is no relevance; rules has none")
+            rule, where = rule_for(rules, name, layer), name
+        if rule in (None, autodiff):
+            expected = "given for each layer whose gradient is not a relevance"
+            raise bad_value("attribute", "rules", expected, f"none for {where}, a {type(layer).__name__}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shared parts
 
 
-def _swept(
+def _delta_of_input(
     net: Serial,
     params: Params,
     x: Array,
-    asked: "_Asked",
+    targets: "_Targets",
     rules: Rules | None,
     start: Callable[[Array], Array] = jnp.ones_like,
 ) -> Array:
     """Return the net's δ of x, where δ of the outputs is ``start(y)`` at the target and 0 elsewhere."""
     rules = _with_names(net, rules)
     y, pull = jax.vjp(lambda x: _outputs(net, params, x, rules), x)
-    return asked.marked(pull(asked.picked(start(y)))[0])
+    return targets.nan_if_invalid(pull(targets.select(start(y)))[0])
 
 
 def _outputs(net: Serial, params: Params, x: Array, rules: Rules | None) -> Array:
@@ -703,11 +676,11 @@ class _Named:
     name: str
 
     def __call__(self, call: Call, delta: Any) -> tuple[Any, ...]:
-        with _located(self.name):
+        with located(self.name):
             return self.rule(call, delta)
 
     def __repr__(self) -> str:
-        return f"{getattr(self.rule, '__name__', repr(self.rule))} of {self.name}"
+        return f"{rule_name(self.rule)} of {self.name}"
 
 
 def _with_names(net: Serial, rules: Rules | None) -> Rules | None:
@@ -717,22 +690,28 @@ def _with_names(net: Serial, rules: Rules | None) -> Rules | None:
     if not isinstance(rules, Mapping) and not callable(rules):
         raise bad_type("attribute", "rules", "a rule or a mapping from layers to rules", repr(rules))
     if isinstance(rules, Mapping):
-        _check_rules(rules, [name for name, _ in net.walk()])
-        _check_matches(rules, net)
+        check_rules(rules, [name for name, _ in net.walk()])
+        check_matches(rules, net)
 
     def named(rule: Any, name: str) -> Any:
-        fit = callable(rule) and isinstance(rule, Hashable) and rule is not autodiff
-        return _Named(rule, name) if fit else rule
+        is_rule = callable(rule) and isinstance(rule, Hashable) and rule is not autodiff
+        return _Named(rule, name) if is_rule else rule
 
-    leaves = {name: layer for name, layer in net.walk() if not isinstance(layer, Serial)}
-    found: dict[Any, Any] = {name: named(_rule_for(rules, name, layer), name) for name, layer in leaves.items()}
-    sums = {type(layer): layer for layer in (net, *(layer for _, layer in net.walk())) if isinstance(layer, Residual)}
+    layers = {name: layer for name, layer in net.walk() if not isinstance(layer, Serial)}
+    by_name: dict[Any, Any] = {name: named(rule_for(rules, name, layer), name) for name, layer in layers.items()}
+    sums = {type(layer): layer for layer in (net, *(layer for _, layer in net.walk())) if _ends_in_sum(layer)}
     # The first key that matches wins, so a subclass comes before its base class.
-    of_sums: dict[Any, Any] = {
-        kind: named(_rule_of_sum(rules, sums[kind]), "Residual") for kind in sorted(sums, key=_depth)[::-1]
+    for_sums: dict[Any, Any] = {
+        kind: named(rule_of_sum(rules, sums[kind]), kind.__name__) for kind in sorted(sums, key=_depth)[::-1]
     }
-    of_layers: dict[Any, Any] = {(lambda at, _, name=name: at == name): rule for name, rule in found.items()}
-    return Checked({key: rule for key, rule in (of_layers | of_sums).items() if rule is not None})
+    for_layers: dict[Any, Any] = {(lambda at, _, name=name: at == name): rule for name, rule in by_name.items()}
+    # None for a sum stays: without it, the key of a base class would match.
+    return Checked({key: rule for key, rule in for_layers.items() if rule is not None} | for_sums)
+
+
+def _ends_in_sum(layer: Layer) -> bool:
+    """Whether the layer is a net whose last operation is a sum, which takes a rule."""
+    return isinstance(layer, Serial) and bool(layer.sum_keys)
 
 
 def _depth(kind: type) -> int:
@@ -741,7 +720,7 @@ def _depth(kind: type) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Asked:
+class _Targets:
     """The classes to explain, checked against the net's outputs."""
 
     #: ``()`` or ``(N,)``.
@@ -750,12 +729,12 @@ class _Asked:
     #: Whether every target is known to be a class.
     known: bool
 
-    def picked(self, y: Array) -> Array:
-        """Return ``(N, classes)``: y at the target and 0 elsewhere, whatever y is there."""
+    def select(self, y: Array) -> Array:
+        """Return ``(N, classes)``: y at the target and 0 elsewhere, even where y is not finite."""
         target = jnp.expand_dims(jnp.broadcast_to(self.target, y.shape[:1]), 1)
         return jnp.where(target == jnp.arange(self.classes, dtype=target.dtype)[None], y, 0)
 
-    def marked(self, heat: Array) -> Array:
+    def nan_if_invalid(self, heat: Array) -> Array:
         """Return the map, with NaN throughout if the target is not a class."""
         if self.known:
             return heat
@@ -763,130 +742,130 @@ class _Asked:
         return jnp.where(jnp.expand_dims(valid, range(valid.ndim, heat.ndim)), heat, jnp.nan)
 
 
-def _asked(net: Serial, params: Params, x: Array, target: Any) -> _Asked:
-    """Return the target, checked before anything is computed."""
+def _targets(net: Serial, params: Params, x: Array, target: Any) -> _Targets:
+    """Return the targets, checked before anything is computed."""
     expect_net("attribute", net)
-    return _checked_target(x, jax.eval_shape(lambda: net.apply(params, x)), target)
+    return _check_targets(x, jax.eval_shape(lambda: net.apply(params, x)), target)
 
 
-def _checked_target(x: Array, y: Any, target: Any) -> _Asked:
-    shape = getattr(y, "shape", None)
+def _check_targets(x: Array, y: Any, target: Any) -> _Targets:
+    shape, result = getattr(y, "shape", None), "the result of net"
     if shape is None:
-        raise TypeError(f"attribute: net must return one array (N, classes), got {type(y).__name__}")
-    if len(shape) != 2:
-        raise bad_value("attribute", "net", "outputs (N, classes)", shape)
-    n, classes = shape
-    if n != x.shape[0]:
-        _fail(f"net must return one row of outputs for each of {x.shape[0]} examples, got outputs {shape}")
+        raise bad_type("attribute", result, "one array (N, classes)", type(y).__name__)
+    if len(shape) != 2 or shape[0] != x.shape[0]:
+        raise bad_value("attribute", result, f"({x.shape[0]}, classes), a row for each example", f"shape {shape}")
     if not jnp.issubdtype(y.dtype, jnp.floating):
-        raise TypeError(f"attribute: net must return outputs of a floating dtype, got {y.dtype}")
+        raise bad_type("attribute", result, "of a floating dtype", y.dtype)
+    n, classes = shape
     if target is None or isinstance(target, str):
         raise bad_type("attribute", "target", "an array", repr(target))
-    values, known = (array("attribute", "target", target), False) if _is_traced(target) else (_values(target), True)
-    if not jnp.issubdtype(values.dtype, jnp.integer):
-        raise bad_type("attribute", "target", "ints", values.dtype)
+    known = _is_known(target)
+    values = _concrete(target) if known else integers("attribute", "target", target)
     if values.shape not in ((), (n,)):
         raise bad_value("attribute", "target", f"an int or {n} of them, one for each example", f"shape {values.shape}")
-    if isinstance(values, np.ndarray):
-        if not ((values >= 0) & (values < classes)).all():
-            raise bad_value("attribute", "target", f"ints in [0, {classes})", values.tolist())
-    elif values.dtype.itemsize >= 4:
-        return _Asked(values, classes, known)
-    return _Asked(values.astype(np.int32), classes, known)  # a byte cannot represent more than 255 classes
+    if known:
+        check_range("attribute", "target", values, classes)
+        values = values.astype(np.int32)
+    return _Targets(values, classes, known)
 
 
-def _is_traced(value: Any) -> bool:
-    """Whether the value of an array, or of one in a list, is unknown here: traced, or on another process."""
-    return any(
+def _is_known(target: Any) -> bool:
+    """Whether the value of an array, or of each array in a list, is known: not traced, and all on this process."""
+    return not any(
         isinstance(a, jax.core.Tracer) or (isinstance(a, jax.Array) and not a.is_fully_addressable)
-        for a in jax.tree.leaves(value)
+        for a in jax.tree.leaves(target)
     )
 
 
-def _values(target: Any) -> np.ndarray:
-    """Return a concrete target, which stays known inside jit and scan; ops of `jax.numpy` would trace it."""
+def _concrete(target: Any) -> np.ndarray:
+    """Return a known target as integers that stay known inside jit and scan; ops of `jax.numpy` would trace it."""
     try:
-        return np.asarray(target)
+        values = np.asarray(target)
     except (TypeError, ValueError):
         raise bad_type("attribute", "target", "an array", type(target).__name__) from None
+    if not np.issubdtype(values.dtype, np.integer):
+        raise bad_type("attribute", "target", "of an integer dtype", values.dtype)
+    return values
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Custom layers and nets
 
 
-def _is_own(layer: Layer) -> bool:
-    """Whether the layer's ``apply`` is not one of this library's."""
-    return not str(getattr(type(layer).apply, "__module__", "")).startswith("jaxcnn.")
-
-
-def _check_relevance_of_own(net: Serial, params: Params, x: Array, rules: Mapping[Any, Rule]) -> None:
+def _check_custom_relevance(net: Serial, params: Params, x: Array, rules: Mapping[Any, Rule]) -> None:
     """Raise ValueError for a layer through which relevance would pass by the gradient, entirely or in part."""
     for name, layer in (("the net", net), *net.walk()):
-        if isinstance(layer, Serial) and _is_own(layer):
-            expected = "must be a net without an apply of its own, whose sums and products no rule would divide"
-            _fail(f"{name}: {type(layer).__name__} {expected}; got one with its own")
+        if callable(join := getattr(layer, "join", None)):
+            raise bad_value("attribute", f"{name}: join", "'concatenate' or 'add' for relevance", repr(join))
+        if isinstance(layer, Serial) and is_custom(layer):
+            expected = "a net without a custom apply, because no rule divides the sums and products in it"
+            raise bad_value("attribute", name, expected, type(layer).__name__)
 
-    def check(name: str, layer: Layer, own: Params, x: Array) -> None:
-        if _rule_for(rules, name, layer) in (None, autodiff):
+    def check(name: str, layer: Layer, params: Params, x: Array) -> None:
+        if rule_for(rules, name, layer) in (None, autodiff):
             return
-        back = _pulled(lambda x, own: layer.apply(own, x, rule=_stopped))
-        if _used(back, x, own)[-1]:
-            expected = "must hand rule= to ops that everything passes between input and output"
-            _fail(f"{name}: apply of {type(layer).__name__} {expected}; got a way around them")
+        back = _input_delta(lambda x, params: layer.apply(params, x, rule=_stop))
+        if _dependencies(back, x, params)[-1]:
+            expected = "a composition of ops that receive its rule"
+            got = f"{type(layer).__name__}, whose output depends on x in another way"
+            raise bad_value("attribute", f"apply of {name}", expected, got)
 
-    _look_at_own(net, params, x, check)
+    _check_custom_layers(net, params, x, check)
 
 
-def _check_rescale_of_own(net: Serial, params: Params, x: Array) -> None:
+def _check_custom_rescale(net: Serial, params: Params, x: Array) -> None:
     """Raise ValueError for a layer whose slope, outside the ops that get `rescale`, is not constant."""
     rules = _with_names(net, _constant)
 
-    def check(name: str, layer: Layer, own: Params, x: Array) -> None:
+    def check(name: str, layer: Layer, params: Params, x: Array) -> None:
         if isinstance(layer, Serial):
-            options: dict[str, Any] = {"rules": rules, **({"path": f"{name}/"} if name else {})}
+            options: dict[str, Any] = {"rules": Selection(rules, f"{name}/") if name else rules}
         else:
             options = {"rule": _constant}
-        back = _pulled(lambda x, own: layer.apply(own, x, **options))
-        if _used(back, x, own)[0]:
-            expected = "must be linear outside of the ops that get its rule"
-            _fail(f"{name or 'the net'}: apply of {type(layer).__name__} {expected}; got a slope that depends on x")
+        back = _input_delta(lambda x, params: layer.apply(params, x, **options))
+        if _dependencies(back, x, params)[0]:
+            expected = "linear outside of the ops that receive its rule"
+            got = f"{type(layer).__name__}, whose slope depends on x"
+            raise bad_value("attribute", f"apply of {name or 'the net'}", expected, got)
 
-    _look_at_own(net, params, x, check)
+    _check_custom_layers(net, params, x, check)
 
 
-def _look_at_own(net: Serial, params: Params, x: Array, check: Callable[[str, Layer, Params, Array], None]) -> None:
+def _check_custom_layers(
+    net: Serial, params: Params, x: Array, check: Callable[[str, Layer, Params, Array], None]
+) -> None:
     """Run ``check(name, layer, params, x)`` for each custom layer and net, without computing anything."""
-    if any(map(_is_own, (net, *(layer for _, layer in net.walk())))):
-        jax.eval_shape(lambda: _watched(net, check).apply(params, x))
+    if any(map(is_custom, (net, *(layer for _, layer in net.walk())))):
+        jax.eval_shape(lambda: _with_check(net, check).apply(params, x))
 
 
-def _watched(layer: Layer, check: Callable[..., None], name: str = "") -> Layer:
-    if _is_own(layer):
-        return _Watched(layer, check, name)
+def _with_check(layer: Layer, check: Callable[..., None], name: str = "") -> Layer:
+    """Return the layer with `_CheckedLayer` around each custom layer."""
+    if is_custom(layer):
+        return _CheckedLayer(layer, check, name)
     if not isinstance(layer, Serial):
         return layer
     path = f"{name}/" if name else ""
-    watched = copy.copy(layer)  # of a subclass with any __init__
-    layers = tuple((at, _watched(each, check, f"{path}{at}")) for at, each in layer.layers)
-    object.__setattr__(watched, "layers", layers)
-    return watched
+    net = copy.copy(layer)  # of a subclass with any __init__
+    layers = tuple((inner, _with_check(each, check, f"{path}{inner}")) for inner, each in layer.layers)
+    object.__setattr__(net, "layers", layers)
+    return net
 
 
 @dataclasses.dataclass(frozen=True)
-class _Watched(Layer):
+class _CheckedLayer(Layer):
     """A layer that is checked before it is applied."""
 
     layer: Layer
     check: Callable[..., None]
-    at: str
+    full_name: str
 
     def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        self.check(self.at, self.layer, params, x)
+        self.check(self.full_name, self.layer, params, x)
         return self.layer.apply(params, x)
 
 
-def _pulled(f: Callable[[Array, Params], Array]) -> Callable[..., Array]:
+def _input_delta(f: Callable[[Array, Params], Array]) -> Callable[..., Array]:
     """Return δ of x as a function of x, of the parameters and of a factor of δ."""
 
     def back(x: Array, params: Params, factor: Array) -> Array:
@@ -898,56 +877,54 @@ def _pulled(f: Callable[[Array, Params], Array]) -> Callable[..., Array]:
     return back
 
 
-def _used(back: Callable[..., Array], x: Array, params: Params) -> tuple[bool, bool]:
-    """Whether δ of x, by `_pulled`, depends on x, and whether it depends on δ of the output."""
+def _dependencies(back: Callable[..., Array], x: Array, params: Params) -> tuple[bool, bool]:
+    """Whether δ of x, by `_input_delta`, depends on x, and whether it depends on δ of the output."""
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), (x, params))
     jaxpr = jax.make_jaxpr(back)(*shapes, jax.ShapeDtypeStruct((), x.dtype)).jaxpr
     _, used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     return used[0], used[-1]
 
 
-def _stopped(call: Call, delta: Array) -> tuple[Any, ...]:
+def _stop(call: Call, delta: Array) -> tuple[Any, ...]:
     """Send nothing to x; other inputs get a value, which is detected if they depend on x."""
-    summed = 2 if call.name == "add" else 1
-    return tuple(None if i < summed else _spread(a, delta.sum()) for i, a in enumerate(call.inputs))
+    n = _data_inputs(call)
+    return (*(None,) * n, *(_broadcast_like(a, delta.sum()) for a in call.inputs[n:]))
 
 
 def _constant(call: Call, delta: Array) -> tuple[Any, ...]:
     """Send a number that does not depend on x; other inputs get one that does, which is detected."""
-    summed = 2 if call.name == "add" else 1
-    return tuple(_spread(a, delta.sum()) if i < summed else a for i, a in enumerate(call.inputs))
+    n = _data_inputs(call)
+    return (*(_broadcast_like(a, delta.sum()) for a in call.inputs[:n]), *call.inputs[n:])
 
 
-def _spread(a: Any, number: Array) -> Any:
+def _data_inputs(call: Call) -> int:
+    """Return the number of leading inputs that are not parameters."""
+    return 2 if call.name == "add" else 1
+
+
+def _broadcast_like(a: Any, number: Array) -> Any:
     return None if a is None else jnp.broadcast_to(number, a.shape)
 
 
-def _examples(x: Any) -> Array:
+def _check_batch(x: Any) -> Array:
     (x,) = arrays("attribute", x=x)
     if x.ndim < 2:
         raise bad_value("attribute", "x", "(N, …)", f"shape {x.shape}")
     return x
 
 
-def _like(x: Array, name: str, value: Any) -> Array:
+def _broadcast_baseline(x: Array, name: str, value: Any) -> Array:
     """Return a baseline in the shape and dtype of x."""
     a = array("attribute", name, value)
     if not jnp.issubdtype(a.dtype, jnp.floating) and not jnp.issubdtype(a.dtype, jnp.integer):
-        raise bad_type("attribute", name, "real numbers", a.dtype)
+        raise bad_type("attribute", name, "of a real dtype", a.dtype)
     try:
         return jnp.broadcast_to(a, x.shape).astype(x.dtype)
     except ValueError:
-        raise bad_value("attribute", name, f"a shape that broadcasts to {x.shape}", a.shape) from None
+        raise bad_value("attribute", name, f"of a shape that broadcasts to {x.shape}", a.shape) from None
 
 
-def _count(name: str, value: Any) -> int:
-    n = static_int("attribute", name, value, value)
-    if n < 1:
-        raise bad_value("attribute", name, "an int >= 1", n)
-    return n
-
-
-def _covering(spatial: tuple[int, ...], size: PerDim, stride: PerDim | None) -> Window:
+def _covering_windows(spatial: tuple[int, ...], size: PerDim, stride: PerDim | None) -> Window:
     """Return windows that cover every pixel."""
     k = positive("attribute", "window", size, len(spatial))
     s = positive("attribute", "stride", k if stride is None else stride, len(spatial))
@@ -956,28 +933,24 @@ def _covering(spatial: tuple[int, ...], size: PerDim, stride: PerDim | None) -> 
     return window("attribute", spatial, k, stride=s, ceil_mode=True)
 
 
-def _places(win: Window) -> np.ndarray:
+def _window_starts(win: Window) -> np.ndarray:
     """Return ``(windows, dims)``: the first pixel of each window."""
     return np.indices(win.out, np.int32).reshape(win.ndim, -1).T * np.asarray(win.stride, np.int32)
 
 
-def _covered(win: Window, first: Array) -> Array:
+def _window_mask(win: Window, first: Array) -> Array:
     """Return ``(1, *spatial, 1)``: a mask of the window whose first pixel is ``first``."""
-    covered = jnp.ones((1,) * (win.ndim + 2), bool)
+    mask = jnp.ones((1,) * (win.ndim + 2), bool)
     for dim, (n, size) in enumerate(zip(win.shape, win.size, strict=True)):
-        pixel = jnp.arange(n, dtype=first.dtype) - first[dim]
-        covered &= jnp.expand_dims((pixel >= 0) & (pixel < size), [d for d in range(win.ndim + 2) if d != dim + 1])
-    return covered
+        offset = jnp.arange(n, dtype=first.dtype) - first[dim]
+        mask &= jnp.expand_dims((offset >= 0) & (offset < size), [d for d in range(win.ndim + 2) if d != dim + 1])
+    return mask
 
 
-def _times_covered(win: Window) -> np.ndarray:
+def _window_counts(win: Window) -> np.ndarray:
     """Return ``(*spatial, 1)``: the number of windows that contain each pixel."""
-    times = np.ones((), int)
+    counts = np.ones((), int)
     for n, size, stride, out in zip(win.shape, win.size, win.stride, win.out, strict=True):
         offset = np.arange(n) - np.arange(out)[:, None] * stride
-        times = np.multiply.outer(times, ((offset >= 0) & (offset < size)).sum(0))
-    return times[..., None]
-
-
-def _fail(message: str) -> NoReturn:
-    fail("attribute", message)
+        counts = np.multiply.outer(counts, ((offset >= 0) & (offset < size)).sum(0))
+    return counts[..., None]

@@ -6,13 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxcnn.arguments import bad_type
+from jaxcnn.arguments import bad_type, expect_function, expect_scalar
 from jaxcnn.layers import Params
-from jaxcnn.net import Rules, Serial, expect_loss, expect_net
+from jaxcnn.net import Loss, Serial, expect_loss, expect_net
+from jaxcnn.selection import Rules
 from jaxcnn.taps import Collector, probe
 
 
@@ -38,7 +38,7 @@ class BackpropResult:
 
 def backprop(
     net: Serial,
-    loss: Callable[[Any, Any], ArrayLike],
+    loss: Loss,
     params: Params,
     x: ArrayLike,
     targets: Any,
@@ -87,7 +87,7 @@ def backprop(
     def mean_loss(params: Params) -> Array:
         losses = jnp.asarray(loss(net.apply(params, x, key=key, rules=rules), targets))
         if not jnp.issubdtype(losses.dtype, jnp.floating):
-            raise TypeError(f"backprop: loss must return a floating array, got {losses.dtype}")
+            raise bad_type("backprop", "the result of loss", "of a floating dtype", losses.dtype)
         return losses.mean()
 
     return value_grad_and_deltas(mean_loss)(params)
@@ -120,8 +120,7 @@ def value_grad_and_deltas(fun: Callable[..., Any]) -> Callable[..., BackpropResu
     >>> result.deltas["image"].shape
     (8, 5, 5, 1)
     """
-    if not callable(fun):
-        raise bad_type("value_grad_and_deltas", "fun", "a function", repr(fun))
+    expect_function("value_grad_and_deltas", "fun", fun)
 
     def with_deltas(params: Any, *args: Any, **kwargs: Any) -> BackpropResult:
         def run(params: Any, probes: dict[str, Array]) -> tuple[Any, Collector]:
@@ -133,14 +132,14 @@ def value_grad_and_deltas(fun: Callable[..., Any]) -> Callable[..., BackpropResu
 
         def look() -> None:
             value, collector = run(params, {})
-            _check_scalar(value)
+            expect_scalar("value_grad_and_deltas", "the result of fun", value)
             types.update(collector.types())
 
         jax.eval_shape(look)
 
         def probed(params: Any, probes: dict[str, Array]) -> tuple[Any, dict[str, Array]]:
             value, collector = run(params, probes)
-            return value, collector.found
+            return value, collector.values
 
         probes = {name: probe(kind) for name, kind in types.items()}
         run_back = jax.value_and_grad(probed, argnums=(0, 1), has_aux=True)
@@ -148,12 +147,3 @@ def value_grad_and_deltas(fun: Callable[..., Any]) -> Callable[..., BackpropResu
         return BackpropResult(value, gradients, deltas, activations)
 
     return with_deltas
-
-
-def _check_scalar(value: Any) -> None:
-    expected = "value_grad_and_deltas: fun must return a floating scalar"
-    if not isinstance(value, Array | float | np.ndarray | np.generic):
-        raise TypeError(f"{expected}, got {type(value).__name__}")
-    kind = jax.typeof(value)
-    if kind.shape or not jnp.issubdtype(kind.dtype, jnp.floating):
-        raise TypeError(f"{expected}, got {kind.dtype}{list(kind.shape)}")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxcnn.arguments import bad_type, bad_value
+from jaxcnn.arguments import bad_type, bad_value, expect_function, expect_scalar
 
 
 def hvp(loss: Callable[[Any], Array], params: Any, v: Any) -> Any:
@@ -44,9 +44,9 @@ def hvp(loss: Callable[[Any], Array], params: Any, v: Any) -> Any:
     >>> jaxcnn.hvp(loss, {"weight": jnp.zeros(2)}, {"weight": jnp.array([1.0, 0.0])})["weight"]  # H = [[2, 1], [1, 2]]
     Array([2., 1.], dtype=float32)
     """
-    _expect_functions("hvp", loss=loss)
-    v = _like("hvp", params, v)
-    _check_scalar("hvp", jax.eval_shape(loss, params))
+    expect_function("hvp", "loss", loss)
+    v = _validate_vector("hvp", params, v)
+    expect_scalar("hvp", "the result of loss", jax.eval_shape(loss, params))
     return jax.vjp(jax.grad(loss), params)[1](v)[0]
 
 
@@ -81,45 +81,34 @@ def gauss_newton_vp(model: Callable[[Any], Any], loss: Callable[[Any], Array], p
     >>> jaxcnn.gauss_newton_vp(lambda w: jaxcnn.dense(x, w), loss, jnp.zeros((3, 3)), jnp.eye(3)).round(3)[0]
     Array([ 0.074, -0.037, -0.037], dtype=float32)
     """
-    _expect_functions("gauss_newton_vp", model=model, loss=loss)
-    v = _like("gauss_newton_vp", params, v)
+    op = "gauss_newton_vp"
+    expect_function(op, "model", model)
+    expect_function(op, "loss", loss)
+    v = _validate_vector(op, params, v)
     y, pull = jax.vjp(model, params)
     for path, a in jax.tree_util.tree_leaves_with_path(y):
         if not jnp.issubdtype(a.dtype, jnp.floating):
-            at = jax.tree_util.keystr(path)
-            raise TypeError(f"gauss_newton_vp: model must return floating arrays, got {a.dtype} at outputs{at}")
-    _check_scalar("gauss_newton_vp", jax.eval_shape(loss, y))
+            got = f"{a.dtype} at {jax.tree_util.keystr(path)}" if path else a.dtype
+            raise bad_type(op, "the result of model", "a tree of floating arrays", got)
+    expect_scalar(op, "the result of loss", jax.eval_shape(loss, y))
     (jv,) = jax.vjp(lambda u: pull(u)[0], jax.tree.map(jnp.zeros_like, y))[1](v)
     return pull(jax.vjp(jax.grad(loss), y)[1](jv)[0])[0]
 
 
-def _like(op: str, params: Any, v: Any) -> Any:
-    """Return v with the shapes and dtypes of ``params``."""
+def _validate_vector(op: str, params: Any, v: Any) -> Any:
+    """Return v with the dtypes of ``params``; raise an error unless it has the same structure and shapes."""
     expected, got = str(jax.tree.structure(params)), str(jax.tree.structure(v))
     if expected != got:
         raise bad_value(op, "v", f"a tree like params, {expected}", got)
 
-    def part(path: Any, p: Any, of_v: Any) -> Array:
+    def leaf(path: Any, p: Any, a: Any) -> Array:
         at = jax.tree_util.keystr(path)
         if not hasattr(p, "dtype") and not isinstance(p, int | float | complex):
             raise bad_type(op, f"params{at}", "a floating array", type(p).__name__)
         if not jnp.issubdtype(jnp.result_type(p), jnp.floating):
             raise bad_type(op, f"params{at}", "a floating array", jnp.result_type(p))
-        if jnp.shape(p) != jnp.shape(of_v):
-            raise bad_value(op, f"v{at}", f"of the shape of params{at}, {jnp.shape(p)}", jnp.shape(of_v))
-        return jnp.asarray(of_v, jnp.result_type(p))
+        if jnp.shape(p) != jnp.shape(a):
+            raise bad_value(op, f"v{at}", f"of the shape of params{at}, {jnp.shape(p)}", jnp.shape(a))
+        return jnp.asarray(a, jnp.result_type(p))
 
-    return jax.tree_util.tree_map_with_path(part, params, v)
-
-
-def _expect_functions(op: str, **named: Any) -> None:
-    for name, f in named.items():
-        if not callable(f):
-            raise bad_type(op, name, "a function", repr(f))
-
-
-def _check_scalar(op: str, found: Any) -> None:
-    known = isinstance(found, jax.ShapeDtypeStruct)
-    if not known or found.shape or not jnp.issubdtype(found.dtype, jnp.floating):
-        got = f"{found.dtype}{list(found.shape)}" if known else type(found).__name__
-        raise TypeError(f"{op}: loss must return a floating scalar, got {got}")
+    return jax.tree_util.tree_map_with_path(leaf, params, v)

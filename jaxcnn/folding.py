@@ -17,25 +17,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxcnn.arguments import bad_type, fail
+from jaxcnn.arguments import bad_type, bad_value
+from jaxcnn.branches import Branches, is_branches
 from jaxcnn.geometry import PADDING_MODES
-from jaxcnn.layers import BatchNorm, Conv, ConvTranspose, Dense, DepthwiseConv, HiddenLayer, Layer, Params
-from jaxcnn.net import Serial, expect_net, in_a_row
+from jaxcnn.layers import BatchNorm, ConvTranspose, DepthwiseConv, Layer, Params
+from jaxcnn.net import Serial, expect_net, in_a_row, is_custom, layers_of
 
-#: Layers that can absorb a batch norm after them, and before them.
-_TAKE_AFTER = (Conv, DepthwiseConv, ConvTranspose, Dense)
-_TAKE_BEFORE = (Conv, DepthwiseConv, Dense, HiddenLayer)
+#: Layers into which the next batch norm can be folded, and the previous one.
+_ABSORBS_NEXT = layers_of("affine")
+_ABSORBS_PREVIOUS = tuple(layer for layer in layers_of("affine", "hidden") if layer is not ConvTranspose)
 
 
 def fold_batch_norm(net: Serial, params: Params, *, leave: Container[str] = ()) -> tuple[Serial, Params]:
     """Return an equivalent net for evaluation with each batch norm folded into an adjacent layer, and its parameters.
 
     A batch norm is folded into the convolution (of any kind) or dense layer before it; otherwise into the one after it,
-    if that has no zero padding. A batch norm without such a neighbor is kept. Both ways work under jit, with ``params``
+    if that has no zero padding. A batch norm without such a neighbor is kept. Folding works under jit, with ``params``
     traced.
 
-    A layer or net with an overridden ``apply`` is kept with everything inside it. So is a net in which two layers have
-    the same name and share parameters.
+    A layer or net with a custom ``apply`` is kept with everything inside it. So is a net in which two layers have the
+    same name and share parameters.
 
     Args:
         net: from `serial`; inner nets are folded as well.
@@ -55,55 +56,63 @@ def fold_batch_norm(net: Serial, params: Params, *, leave: Container[str] = ()) 
     >>> net = jaxcnn.serial(jaxcnn.Conv(4, 3, bias=False), jaxcnn.BatchNorm(), jaxcnn.Relu())
     >>> x = jax.random.normal(jax.random.key(1), (8, 6, 6, 1))
     >>> params = jaxcnn.calibrate(net, net.init(jax.random.key(0), (6, 6, 1)), [(x, None)])
-    >>> folded, of_folded = jaxcnn.fold_batch_norm(net, params)
-    >>> [name for name, _ in folded.walk()], sorted(of_folded["conv1"])
-    (['conv1', 'relu1'], ['b', 'w'])
-    >>> bool(jnp.allclose(folded.apply(of_folded, x), net.apply(params, x), atol=1e-5))
+    >>> folded, folded_params = jaxcnn.fold_batch_norm(net, params)
+    >>> [name for name, _ in folded.walk()], sorted(folded_params["conv1"])
+    (['conv1', 'relu1'], ['bias', 'weight'])
+    >>> bool(jnp.allclose(folded.apply(folded_params, x), net.apply(params, x), atol=1e-5))
     True
     """
     expect_net("fold_batch_norm", net)
     _check_dict("fold_batch_norm", params)
-    return _folded(net, params, "", leave) if in_a_row(net) else (net, params)
+    return _fold(net, params, "", leave) if in_a_row(net) or is_branches(net) else (net, params)
 
 
-def _folded(net: Serial, params: Params, path: str, leave: Container[str]) -> tuple[Any, Params]:
+def _fold(net: Serial, params: Params, path: str, leave: Container[str]) -> tuple[Any, Params]:
     """Fold the batch norms of one net, its layers from first to last."""
-    kept: list[tuple[str, Layer]] = []
-    found = {name: own for name, own in params.items() if name not in dict(net.layers)}
-    waiting = ""  # the previous layer, if it is a batch norm that no layer before it could absorb
+    layers: list[tuple[str, Layer]] = []
+    folded_params = {name: value for name, value in params.items() if name not in dict(net.layers)}
+    unfolded_norm = ""  # name of the previous layer, if it is a batch norm that the layer before it cannot absorb
     for name, layer in net.layers:
-        own: Any = params.get(name, {})
-        _check_dict(f"fold_batch_norm: {path}{name}", own)
-        if in_a_row(layer):
-            layer, own = _folded(layer, own, f"{path}{name}/", leave)
-        elif _is(layer, BatchNorm) and f"{path}{name}" not in leave:
-            _check_statistics(f"{path}{name}", own)
-            before, of_before = kept[-1] if kept else ("", layer)
-            if _is(of_before, *_TAKE_AFTER) and "weight" in found.get(before, {}):
-                kept[-1] = before, _with_bias(of_before)
-                found[before] = _after(of_before, found[before], *_affine(layer, own))
+        layer_params: Any = params.get(name, {})
+        _check_dict(f"fold_batch_norm: {path}{name}", layer_params)
+        if in_a_row(layer) or is_branches(layer):
+            layer, layer_params = _fold(layer, layer_params, f"{path}{name}/", leave)
+        elif isinstance(net, Branches):
+            pass  # no layer precedes another
+        elif _is_library_layer(layer, BatchNorm) and f"{path}{name}" not in leave:
+            _check_statistics(f"{path}{name}", layer_params)
+            previous_name, previous = layers[-1] if layers else ("", layer)
+            if _is_library_layer(previous, *_ABSORBS_NEXT) and "weight" in folded_params.get(previous_name, {}):
+                layers[-1] = previous_name, _with_bias(previous)
+                scale_and_shift = _scale_and_shift(layer, layer_params)
+                folded_params[previous_name] = _fold_next(previous, folded_params[previous_name], *scale_and_shift)
                 continue
-            kept.append((name, layer))
-            found[name] = own
-            waiting = name
+            layers.append((name, layer))
+            folded_params[name] = layer_params
+            unfolded_norm = name
             continue
-        elif waiting and _is(layer, *_TAKE_BEFORE) and not _pads_zeros(layer) and "weight" in own:
-            _, norm = kept.pop()
-            own = _before(layer, own, *_affine(norm, found.pop(waiting)))
+        elif (
+            unfolded_norm
+            and _is_library_layer(layer, *_ABSORBS_PREVIOUS)
+            and not _pads_zeros(layer)
+            and "weight" in layer_params
+        ):
+            _, norm = layers.pop()
+            scale_and_shift = _scale_and_shift(norm, folded_params.pop(unfolded_norm))
+            layer_params = _fold_previous(layer, layer_params, *scale_and_shift)
             layer = _with_bias(layer)
-        waiting = ""
-        kept.append((name, layer))
-        if own:
-            found[name] = own
+        unfolded_norm = ""
+        layers.append((name, layer))
+        if layer_params:
+            folded_params[name] = layer_params
     folded = copy.copy(net)  # of a subclass with any __init__
-    object.__setattr__(folded, "layers", tuple(kept))
-    return folded, found
+    object.__setattr__(folded, "layers", tuple(layers))
+    return folded, folded_params
 
 
-def _is(layer: Layer, *kinds: type[Layer]) -> bool:
-    """Whether ``layer`` is exactly of one of these types, with its original ``apply`` and channels last."""
-    plain = "apply" not in vars(layer) and getattr(layer, "dimension_numbers", None) is None
-    return type(layer) in kinds and plain
+def _is_library_layer(layer: Layer, *types: type[Layer]) -> bool:
+    """Whether ``layer`` is exactly of one of these types, without a custom ``apply``, and channels-last."""
+    return type(layer) in types and not is_custom(layer) and getattr(layer, "dimension_numbers", None) is None
 
 
 def _check_dict(where: str, params: Any) -> None:
@@ -111,43 +120,43 @@ def _check_dict(where: str, params: Any) -> None:
         raise bad_type(where, "params", "a dict as init makes it", type(params).__name__)
 
 
-def _check_statistics(name: str, own: Params) -> None:
-    if own.get("mean") is None or own.get("var") is None:
-        expected = "expected statistics from jaxcnn.calibrate beside its parameters"
-        fail("fold_batch_norm", f"{name}: {expected}, got {', '.join(sorted(own)) or 'none'}")
+def _check_statistics(name: str, params: Params) -> None:
+    if params.get("mean") is None or params.get("var") is None:
+        got = ", ".join(sorted(params)) or "none"
+        raise bad_value(f"fold_batch_norm: {name}", "params", "those of jaxcnn.calibrate, with mean and var", got)
 
 
-def _affine(norm: Any, own: Params) -> tuple[Array, Array]:
-    """Return the factors a and c."""
-    a = 1 / jnp.sqrt(own["var"] + norm.eps)
-    a = a if own.get("scale") is None else a * own["scale"]
-    c = -a * own["mean"]
-    return a, c if own.get("bias") is None else c + own["bias"]
+def _scale_and_shift(norm: Any, params: Params) -> tuple[Array, Array]:
+    """Return a = γ/√(v + ε) and c = β − a·m."""
+    a = 1 / jnp.sqrt(params["var"] + norm.eps)
+    a = a if params.get("scale") is None else a * params["scale"]
+    c = -a * params["mean"]
+    return a, c if params.get("bias") is None else c + params["bias"]
 
 
-def _after(layer: Any, own: Params, a: Array, c: Array) -> Params:
-    """Return w·a and b·a + c, with one a per output channel."""
-    w, b = own["weight"], own.get("bias")
+def _fold_next(layer: Any, params: Params, a: Array, c: Array) -> Params:
+    """Return the parameters w·a and b·a + c, with one a per output channel."""
+    w, b = params["weight"], params.get("bias")
     scale = a
     if isinstance(layer, ConvTranspose):  # (*K, O/groups, I): groups of input and output channels correspond
         scale = jnp.repeat(a.reshape(layer.groups, -1), w.shape[-1] // layer.groups, axis=0).T
     scale = jnp.expand_dims(scale, range(w.ndim - scale.ndim))
-    return {**own, "weight": (w * scale).astype(w.dtype), "bias": (c if b is None else b * a + c).astype(w.dtype)}
+    return {**params, "weight": (w * scale).astype(w.dtype), "bias": (c if b is None else b * a + c).astype(w.dtype)}
 
 
-def _before(layer: Any, own: Params, a: Array, c: Array) -> Params:
-    """Return a·w and b + c·w, with one a per input channel."""
-    w, b = own["weight"], own.get("bias")
+def _fold_previous(layer: Any, params: Params, a: Array, c: Array) -> Params:
+    """Return the parameters a·w and b + c·w, with one a per input channel."""
+    w, b = params["weight"], params.get("bias")
     groups = len(a) if isinstance(layer, DepthwiseConv) else getattr(layer, "groups", 1)
 
-    def beside(each: Array) -> Array:
+    def per_input(a: Array) -> Array:
         """Return ``(1, …, I/groups, O)``: for each output channel, the values of its input channels."""
-        return jnp.expand_dims(jnp.repeat(each.reshape(groups, -1), w.shape[-1] // groups, axis=0).T, range(w.ndim - 2))
+        return jnp.expand_dims(jnp.repeat(a.reshape(groups, -1), w.shape[-1] // groups, axis=0).T, range(w.ndim - 2))
 
-    shift = (w * beside(c)).sum(range(w.ndim - 1))
+    shift = (w * per_input(c)).sum(range(w.ndim - 1))
     return {
-        **own,
-        "weight": (w * beside(a)).astype(w.dtype),
+        **params,
+        "weight": (w * per_input(a)).astype(w.dtype),
         "bias": (shift if b is None else b + shift).astype(w.dtype),
     }
 

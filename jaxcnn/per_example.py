@@ -1,18 +1,19 @@
-"""Per-example gradients from the (a, δ) of one sweep: a is a layer's input, δ the gradient at its output.
+"""Per-example gradients from a and δ of one backward pass: a is a layer's input, δ the gradient at its output.
 
     conv     ∂E_n/∂w = a_n ⋆ δ_n        ∂E_n/∂b = Σ δ_n
     dense    ∂E_n/∂w = a_n ⊗ δ_n        ∂E_n/∂b = δ_n
 
-The rule for the batch is the same products, summed over n. Nothing here is vectorized over copies of a kernel. That is
-what makes `jax.vmap` of `jax.grad` slow: it turns a convolution into one with a group per example.
+The rule for the batch is the same products, summed over n. No convolution has one group per example; that is what makes
+`jax.vmap` of `jax.grad` slow.
 """
 
+import copy
 import dataclasses
 import functools
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -23,31 +24,18 @@ from jax.typing import ArrayLike
 from jaxcnn import layers
 from jaxcnn.arguments import array, bad_type, bad_value
 from jaxcnn.backprop import value_grad_and_deltas
+from jaxcnn.branches import Branches, Parallel, is_branches
 from jaxcnn.geometry import Correlation
 from jaxcnn.kernels import per_example as kernels
 from jaxcnn.kernels.dtypes import accumulator
 from jaxcnn.layers import Layer, Params
-from jaxcnn.net import Residual, Serial, expect_loss, expect_net, in_a_row
+from jaxcnn.net import Loss, Serial, expect_loss, expect_net, in_a_row, is_custom, layers_of
 from jaxcnn.ops import convolution, hidden, pooling
 from jaxcnn.ops.mesh import automatic_inside, on_any_mesh, varying_alike
 from jaxcnn.ops.normalization import dims_of
 from jaxcnn.ops.rule import Rule
+from jaxcnn.selection import Selection
 from jaxcnn.taps import idle
-
-
-class Loss(Protocol):
-    """Loss of each example: (outputs, targets) → (N, …); all dims after N are averaged."""
-
-    def __call__(self, outputs: Any, targets: Any, /) -> Array:
-        """Return the losses ``(N, …)``.
-
-        Args:
-            outputs: outputs of the net, ``(N, …)``.
-            targets: targets, ``(N, …)``.
-
-        Returns:
-            The losses.
-        """
 
 
 @automatic_inside()
@@ -56,10 +44,10 @@ def per_example_gradients(
 ) -> Params:
     """Return the gradient of each example's loss: a tree like ``params``, every array with a leading N.
 
-    These are the gradients of `jax.vmap` of `jax.grad`, computed by one sweep over the batch and one matrix product per
-    layer and example.
+    These are the gradients of `jax.vmap` of `jax.grad`, computed by one forward and backward pass over the batch and
+    one matrix product per layer and example.
 
-    A custom layer, or a net with an overridden ``apply``, is applied to each example separately, so the examples cannot
+    A custom layer, or a net with a custom ``apply``, is applied to each example separately, so the examples cannot
     influence each other. Its gradients come from `jax.vjp` of its ``apply``, with a and δ of the whole layer.
 
     Inside `jax.shard_map` each device returns the gradients of its own examples, even for replicated parameters.
@@ -67,8 +55,8 @@ def per_example_gradients(
     Args:
         net: from `serial`. Its layers must process examples independently (batch norm does, with statistics from
             `calibrate`).
-        loss: loss of each example, as in `make_train_step`. It must process examples independently; this is not
-            checked.
+        loss: loss of each example, as in `make_train_step`: ``(outputs, targets)`` → ``(N, …)``. All dims after N are
+            averaged. It must process examples independently; this is not checked.
         params: parameters as made by its `init`, in a dict or any other mapping. All are floating-point arrays.
         x: a batch ``(N, …)``.
         targets: ``(N, …)``.
@@ -94,8 +82,8 @@ def per_example_gradients(
     >>> jaxcnn.per_example_gradients(net, loss, params, x, labels)["hidden_layer1"]["weight"].shape
     (8, 3, 3, 1, 4)
     """
-    meeting = _meet("per_example_gradients", net, loss, params, x, targets, key)
-    return meeting.tree({name: m.each() for name, m in meeting.met.items()}, meeting.norms_like.shape)
+    result = _collect("per_example_gradients", net, loss, params, x, targets, key)
+    return result.tree({name: layer.each() for name, layer in result.gradients.items()}, result.norms_like.shape)
 
 
 @automatic_inside()
@@ -134,7 +122,7 @@ def per_example_norms(
     >>> jaxcnn.per_example_norms(net, jaxcnn.squared_error, params, x, target) ** 2  # (2·3)² + 2², 2²
     Array([40.,  4.], dtype=float32)
     """
-    return _meet("per_example_norms", net, loss, params, x, targets, key).norms()
+    return _collect("per_example_norms", net, loss, params, x, targets, key).norms()
 
 
 @automatic_inside(like="params")
@@ -187,10 +175,10 @@ def clipped_gradient(
     """
     if not isinstance(max_norm, jax.core.Tracer) and not np.all(np.asarray(max_norm) > 0):
         raise bad_value("clipped_gradient", "max_norm", "a number > 0", max_norm)
-    meeting = _meet("clipped_gradient", net, loss, params, x, targets, key)
-    norms = meeting.norms()
+    result = _collect("clipped_gradient", net, loss, params, x, targets, key)
+    norms = result.norms()
     factors = jnp.where(norms > max_norm, max_norm / jnp.where(norms > 0, norms, 1), 1)
-    return meeting.tree({name: m.summed(factors) for name, m in meeting.met.items()}, ())
+    return result.tree({name: layer.summed(factors) for name, layer in result.gradients.items()}, ())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,11 +186,11 @@ def clipped_gradient(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Alone(Layer):
-    """A layer, applied to each example separately.
+class _EachExample(Layer):
+    """A layer that is applied to each example separately.
 
-    Whatever that layer computes, no example can influence the output of another. So δ at the output belongs to single
-    examples, and the gradients are those of `jax.vmap` of `jax.grad` by construction.
+    No example can influence the output of another. So δ at the output belongs to single examples, and the gradients are
+    those of `jax.vmap` of `jax.grad` by construction.
     """
 
     layer: Layer
@@ -223,99 +211,105 @@ class _Alone(Layer):
         """Return the output for one example, without the batch dim."""
         options: dict[str, Any] = {}
         if self.path is not None:
-            options = {"rules": None, "path": f"{self.path}/"} if isinstance(self.layer, Serial) else {"rule": None}
+            options = {"rules": Selection(None, f"{self.path}/")} if isinstance(self.layer, Serial) else {"rule": None}
         with idle():
             y = self.layer.apply(params, jax.tree.map(lambda a: a[None], x), key=key, **options)
         if self.path is not None and not jax.tree_util.all_leaves([y]):
             raise bad_type(self.path, "output", "an array", type(y).__name__)
         for a in jax.tree.leaves(y):
             if jnp.shape(a)[:1] != (1,):
-                name = self.path or "net"
-                raise ValueError(f"{name}: output must keep the batch dim, (1, …) for one example, got {jnp.shape(a)}")
+                expected = "(1, …) for a batch of one example"
+                raise bad_value(self.path or "net", "output", expected, f"shape {jnp.shape(a)}")
         return jax.tree.map(lambda a: jnp.asarray(a)[0], y)
 
 
-def _applies_as(layer: Layer, *kinds: type[Layer]) -> bool:
-    """Whether ``apply`` is exactly that of one of these types, overridden by neither a subclass nor an attribute."""
-    return "apply" not in vars(layer) and type(layer).apply in [kind.apply for kind in kinds]
+#: Layers whose per-example gradients are products implemented in this file.
+_WITH_PRODUCTS = layers_of("affine", "hidden")
 
 
-def _product_of(layer: Layer) -> bool:
-    """Whether the layer's per-example gradients are products implemented in this file."""
-    kinds = (layers.Conv, layers.DepthwiseConv, layers.ConvTranspose, layers.HiddenLayer, layers.Dense)
-    return _applies_as(layer, *kinds)
+def _has_products(layer: Layer) -> bool:
+    """Whether the layer is one of these types, with an ``apply`` that neither a subclass nor an attribute overrides."""
+    return isinstance(layer, _WITH_PRODUCTS) and not is_custom(layer)
 
 
-def _known_apart(layer: Layer) -> bool:
-    """Whether this is an unmodified layer of this package; `_meet` rejects those that mix examples."""
-    return _product_of(layer) or (type(layer).__module__ == layers.__name__ and "apply" not in vars(layer))
+def _is_known(layer: Layer) -> bool:
+    """Whether this is an unmodified layer of this package; `_collect` rejects those that mix examples."""
+    defined_here = type(layer).__module__ == layers.__name__ and not is_custom(layer)
+    return defined_here or _has_products(layer)
 
 
-def _apart(net: Serial, path: str = "") -> Serial:
+def _separate_examples(net: Serial, path: str = "") -> Serial:
     """Return a net with the same layers and names in which custom layers are applied to each example separately."""
 
-    def part(name: str, layer: Layer) -> Layer:
-        if in_a_row(layer):
-            return _apart(layer, f"{name}/")
-        return layer if _known_apart(layer) else _Alone(layer, name)
+    def separate(name: str, layer: Layer) -> Layer:
+        if in_a_row(layer) or _has_separate_branches(layer):
+            return _separate_examples(layer, f"{name}/")
+        return layer if _is_known(layer) else _EachExample(layer, name)
 
-    kind = Residual if _applies_as(net, Residual) else Serial
-    return kind(tuple((name, part(f"{path}{name}", layer)) for name, layer in net.layers))
+    separated = copy.copy(net)  # of a subclass with any __init__
+    parts = tuple((name, separate(f"{path}{name}", layer)) for name, layer in net.layers)
+    object.__setattr__(separated, "layers", parts)
+    return separated
 
 
-def _walk(net: Serial, params: Any, path: str = "", before: str = "") -> Iterator[tuple[str, Layer, Any, str]]:
+def _has_separate_branches(layer: Layer) -> TypeGuard[Branches]:
+    """Whether the layer consists of branches with one input, whose outputs are concatenated or added."""
+    return is_branches(layer) and not isinstance(layer, Parallel) and not callable(layer.join)
+
+
+def _walk(net: Serial, params: Any, path: str = "", previous: str = "") -> Iterator[tuple[str, Layer, Any, str]]:
     """Yield (full name, layer, its parameters, name of its input) for each layer that is not a `Serial`.
 
     The input of the outermost net has the name "".
     """
     for name, layer in net.layers:
-        here, own = f"{path}{name}", _get(params, name)
+        full_name, layer_params = f"{path}{name}", _get(params, name)
         if isinstance(layer, Serial):
-            yield from _walk(layer, own, f"{here}/", before)
+            yield from _walk(layer, layer_params, f"{full_name}/", previous)
         else:
-            yield here, layer, own, before
-        before = here
+            yield full_name, layer, layer_params, previous
+        previous = previous if isinstance(net, Branches) else full_name
 
 
-def _read(net: Serial, params: Any) -> dict[str, Any]:
+def _params_by_layer(net: Serial, params: Any) -> dict[str, Any]:
     """Return, by full name, the tree of parameters that each layer's ``apply`` reads."""
 
-    def of(layer: Layer, own: Any) -> Any:
-        if _product_of(layer):
-            return {name: own.get(name) for name in ("weight", "bias") if own.get(name) is not None}
-        return own
+    def read(layer: Layer, layer_params: Any) -> Any:
+        if _has_products(layer):
+            return {name: layer_params[name] for name in ("weight", "bias") if layer_params.get(name) is not None}
+        return layer_params
 
-    return {name: of(layer, own) for name, layer, own, _ in _walk(net, params)}
+    return {name: read(layer, layer_params) for name, layer, layer_params, _ in _walk(net, params)}
 
 
-def _places(net: Serial, params: Any) -> dict[str, list[int]] | None:
+def _leaf_indices(net: Serial, params: Any) -> dict[str, list[int]] | None:
     """Return, by layer, the index among the leaves of ``params`` for each leaf that it reads.
 
     The result is None if a layer reads anything but leaves of ``params``, or if two layers read the same leaf; a custom
     mapping may do so. Then the gradient at one layer is not the gradient of a parameter.
     """
-    traced, read = jax.make_jaxpr(functools.partial(_read, net), return_shape=True)(params)
-    number = {id(variable): i for i, variable in enumerate(traced.jaxpr.invars)}
-    numbers = [number.get(id(variable), -1) for variable in traced.jaxpr.outvars]
-    if traced.jaxpr.eqns or -1 in numbers or len(set(numbers)) < len(numbers):
+    traced, by_layer = jax.make_jaxpr(functools.partial(_params_by_layer, net), return_shape=True)(params)
+    index = {id(variable): i for i, variable in enumerate(traced.jaxpr.invars)}
+    indices = [index.get(id(variable), -1) for variable in traced.jaxpr.outvars]
+    if traced.jaxpr.eqns or -1 in indices or len(set(indices)) < len(indices):
         return None
-    of_layers = jax.tree.unflatten(jax.tree.structure(read), numbers)
-    return {name: jax.tree.leaves(of_layer) for name, of_layer in of_layers.items()}
+    tree = jax.tree.unflatten(jax.tree.structure(by_layer), indices)
+    return {name: jax.tree.leaves(layer) for name, layer in tree.items()}
 
 
 def _arrays(op: str, params: Any) -> Any:
     """Return the parameters as a tree of arrays; a mapping that is not a JAX pytree becomes a dict."""
 
-    def part(path: Any, value: Any) -> Any:
+    def leaf(path: Any, value: Any) -> Any:
         if isinstance(value, Mapping):
-            return jax.tree_util.tree_map_with_path(lambda inner, v: part((*path, *inner), v), dict(value))
+            return jax.tree_util.tree_map_with_path(lambda inner, v: leaf((*path, *inner), v), dict(value))
         name = f"params{jax.tree_util.keystr(path)}"
         a = array(op, name, value)
         if not jnp.issubdtype(a.dtype, jnp.inexact):
             raise bad_type(op, name, "a floating array", a.dtype)
         return a
 
-    return jax.tree_util.tree_map_with_path(part, params)
+    return jax.tree_util.tree_map_with_path(leaf, params)
 
 
 def _get(params: Any, name: str) -> Any:
@@ -325,8 +319,8 @@ def _get(params: Any, name: str) -> Any:
     return params
 
 
-def _calibrated(own: Any) -> bool:
-    return isinstance(own, Mapping) and own.get("mean") is not None and own.get("var") is not None
+def _has_statistics(params: Any) -> bool:
+    return isinstance(params, Mapping) and params.get("mean") is not None and params.get("var") is not None
 
 
 def _on_devices(f: Callable[..., Any], *trees: Any) -> Any:
@@ -340,11 +334,11 @@ def _on_devices(f: Callable[..., Any], *trees: Any) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# a and δ at a layer
+# Gradients of one layer, from its a and δ
 
 
-class _Met(Protocol):
-    """a and δ at one layer."""
+class _LayerGradients(Protocol):
+    """The per-example gradients of one layer, which are not materialized before a method is called."""
 
     def each(self) -> Any:
         """Return the gradients ``(N, …)`` of each parameter that the layer reads."""
@@ -357,10 +351,10 @@ class _Met(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Patches:
+class _ConvGradients:
     """A convolution: its inputs x, and δ at its output before further ops. For a transposed one, δ and x swap roles."""
 
-    own: Params
+    params: Params
     c: Correlation
     x: Array
     delta: Array
@@ -368,45 +362,45 @@ class _Patches:
 
     def each(self) -> Params:
         w = on_any_mesh(kernels.kernel_grad_each, self.c, self.x, self.delta)
-        return _of_dtypes(self.own, {"weight": w, "bias": _over_places(self._at_output())})
+        return _cast_like(self.params, {"weight": w, "bias": _sum_positions(self._at_output())})
 
     def squares(self) -> Array:
         w = on_any_mesh(kernels.kernel_grad_squares, self.c, self.x, self.delta)
-        return w + kernels.squares(_over_places(self._at_output())) if "bias" in self.own else w
+        return w + kernels.squares(_sum_positions(self._at_output())) if "bias" in self.params else w
 
     def summed(self, factors: Array) -> Params:
-        w = on_any_mesh(convolution.kernel_grad, self.c, self.x, _times(self.delta, factors))
-        return _of_dtypes(self.own, {"weight": w, "bias": convolution.sum_pixels(_times(self._at_output(), factors))})
+        w = on_any_mesh(convolution.kernel_grad, self.c, self.x, _scale(self.delta, factors))
+        b = convolution.sum_pixels(_scale(self._at_output(), factors))
+        return _cast_like(self.params, {"weight": w, "bias": b})
 
     def _at_output(self) -> Array:
         return self.x if self.transposed else self.delta
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rows:
+class _DenseGradients:
     """A dense layer: rows x and δ, ``(N, positions, …)``."""
 
-    own: Params
+    params: Params
     x: Array
     delta: Array
 
     def each(self) -> Params:
-        return _of_dtypes(
-            self.own, {"weight": kernels.outer_each(self.x, self.delta), "bias": _over_places(self.delta)}
-        )
+        w, b = kernels.outer_each(self.x, self.delta), _sum_positions(self.delta)
+        return _cast_like(self.params, {"weight": w, "bias": b})
 
     def squares(self) -> Array:
         w = kernels.outer_squares(self.x, self.delta)
-        return w + kernels.squares(_over_places(self.delta)) if "bias" in self.own else w
+        return w + kernels.squares(_sum_positions(self.delta)) if "bias" in self.params else w
 
     def summed(self, factors: Array) -> Params:
-        delta = _times(self.delta, factors)
+        delta = _scale(self.delta, factors)
         w = on_any_mesh(jnp.einsum, "npi,npo->io", self.x, delta)
-        return _of_dtypes(self.own, {"weight": w, "bias": convolution.sum_pixels(delta)})
+        return _cast_like(self.params, {"weight": w, "bias": convolution.sum_pixels(delta)})
 
 
 @dataclasses.dataclass(frozen=True)
-class _Other:
+class _OtherGradients:
     """Any other layer; its gradients come from its own rule, for each example separately."""
 
     gradients: Any
@@ -418,110 +412,106 @@ class _Other:
         return functools.reduce(operator.add, map(kernels.squares, jax.tree.leaves(self.gradients)))
 
     def summed(self, factors: Array) -> Any:
-        def of(g: Array) -> Array:
-            return _times(g.astype(accumulator(g.dtype)), factors).sum(0).astype(g.dtype)
+        def leaf(g: Array) -> Array:
+            return _scale(g.astype(accumulator(g.dtype)), factors).sum(0).astype(g.dtype)
 
-        return jax.tree.map(of, self.gradients)
-
-
-def _other(layer: Layer, own: Any, x: Any, delta: Any) -> _Other:
-    run = layer.one if isinstance(layer, _Alone) else lambda x, own: layer.apply(own, x[None])[0]
-
-    def each(x: Any, delta: Any, own: Any) -> Any:
-        return kernels.for_each(lambda x, delta: jax.vjp(functools.partial(run, x), own)[1](delta)[0], x, delta)
-
-    return _Other(_on_devices(each, x, delta, own))
+        return jax.tree.map(leaf, self.gradients)
 
 
-class _Meeting(NamedTuple):
-    """The input/δ pairs of all layers with parameters."""
+def _other_gradients(layer: Layer, params: Any, x: Any, delta: Any) -> _OtherGradients:
+    run = layer.one if isinstance(layer, _EachExample) else lambda x, params: layer.apply(params, x[None])[0]
 
-    met: dict[str, _Met]
+    def each(x: Any, delta: Any, params: Any) -> Any:
+        return kernels.for_each(lambda x, delta: jax.vjp(functools.partial(run, x), params)[1](delta)[0], x, delta)
+
+    return _OtherGradients(_on_devices(each, x, delta, params))
+
+
+class _NetGradients(NamedTuple):
+    """The gradients of all layers with parameters."""
+
+    gradients: dict[str, _LayerGradients]
     #: By layer, the indices of its parameters among the leaves of ``params``.
-    places: dict[str, list[int]]
+    leaf_indices: dict[str, list[int]]
     params: Any
     norms_like: Array
 
     def norms(self) -> Array:
         """Return ``(N,)`` gradient norms over all layers."""
-        squares = [m.squares() for m in self.met.values()]
+        squares = [layer.squares() for layer in self.gradients.values()]
         return jnp.sqrt(functools.reduce(operator.add, squares)) if squares else self.norms_like
 
-    def tree(self, found: Mapping[str, Any], batch: tuple[int, ...]) -> Any:
+    def tree(self, by_layer: Mapping[str, Any], batch: tuple[int, ...]) -> Any:
         """Return a tree like ``params`` from results by layer; a leaf that no layer reads has a gradient of 0."""
-        of_leaf = {
-            number: gradient
-            for name, of_layer in found.items()
-            for number, gradient in zip(self.places[name], jax.tree.leaves(of_layer), strict=True)
+        by_leaf = {
+            index: gradient
+            for name, gradients in by_layer.items()
+            for index, gradient in zip(self.leaf_indices[name], jax.tree.leaves(gradients), strict=True)
         }
         leaves, tree = jax.tree.flatten(self.params)
-        missing = {i: a for i, a in enumerate(leaves) if i not in of_leaf}
-        return jax.tree.unflatten(
-            tree,
-            [
-                jnp.zeros((*batch, *missing[i].shape), missing[i].dtype) if i in missing else of_leaf[i]
-                for i in range(len(leaves))
-            ],
-        )
+        for i, a in enumerate(leaves):
+            if i not in by_leaf:
+                by_leaf[i] = jnp.zeros((*batch, *a.shape), a.dtype)
+        return jax.tree.unflatten(tree, [by_leaf[i] for i in range(len(leaves))])
 
 
-def _meet(op: str, net: Serial, loss: Loss, params: Any, x: Any, targets: Any, key: Array | None) -> _Meeting:
-    """Pair a and δ of all layers with parameters, where E is the sum of the examples' losses."""
+def _collect(op: str, net: Serial, loss: Loss, params: Any, x: Any, targets: Any, key: Array | None) -> _NetGradients:
+    """Run one forward and backward pass of the sum of the examples' losses, and pair a and δ of each layer."""
     expect_net(op, net)
     expect_loss(op, loss)
     params = _arrays(op, params)
     for name, layer in net.walk():
-        if isinstance(layer, layers.BatchNorm) and (key is not None or not _calibrated(_get(params, name))):
-            raise ValueError(
-                f"{op}: {name}: batch norm by the batch's own statistics mixes examples; expected statistics from "
-                f"jaxcnn.calibrate, and no key"
-            )
+        if isinstance(layer, layers.BatchNorm) and (key is not None or not _has_statistics(_get(params, name))):
+            expected = "used without a key and with statistics from jaxcnn.calibrate"
+            raise bad_value(op, name, expected, "statistics of the batch, which mix examples")
 
-    def total(outputs: Any) -> Array:
-        errors = loss(outputs, targets)
-        if not isinstance(errors, Array):
-            raise TypeError(f"{op}: loss must return an array, got {type(errors).__name__}")
-        if not jnp.issubdtype(errors.dtype, jnp.floating):
-            raise TypeError(f"{op}: loss must return a floating array, got {errors.dtype}")
-        varying = [jax.typeof(a).manual_axis_type.varying for a in (errors, jax.tree.leaves(x)[0])]
-        if varying[0] - varying[1]:
-            raise ValueError(f"{op}: x must vary over {tuple(varying[0])} as the errors do; use jax.lax.pcast")
-        if errors.shape[:1] != (n,):
-            raise ValueError(f"{op}: loss must return an error for each of {n} examples, got {errors.shape}")
-        return errors.reshape(n, math.prod(errors.shape[1:])).mean(1).sum()
+    def total_loss(outputs: Any) -> Array:
+        result, losses = "the result of loss", loss(outputs, targets)
+        if not isinstance(losses, Array):
+            raise bad_type(op, result, "an array", type(losses).__name__)
+        if not jnp.issubdtype(losses.dtype, jnp.floating):
+            raise bad_type(op, result, "of a floating dtype", losses.dtype)
+        varying = [tuple(jax.typeof(a).manual_axis_type.varying) for a in (losses, jax.tree.leaves(x)[0])]
+        if set(varying[0]) - set(varying[1]):
+            expected = f"varying over {varying[0]}, as {result} is (see jax.lax.pcast)"
+            raise bad_value(op, "x", expected, f"an array that varies over {varying[1]}")
+        if losses.shape[:1] != (n,):
+            raise bad_value(op, result, f"({n}, …), a loss for each example", f"shape {losses.shape}")
+        return losses.reshape(n, math.prod(losses.shape[1:])).mean(1).sum()
 
     x = _batch(op, x, (targets, params, key))
     n = next((a.shape[0] for a in jax.tree.leaves(x) if a.ndim), 0)
-    apart = _apart(net) if in_a_row(net) else None
-    places = None if apart is None else _places(apart, params)
-    if apart is None or places is None:
+    separate = _separate_examples(net) if in_a_row(net) else None
+    leaf_indices = None if separate is None else _leaf_indices(separate, params)
+    if separate is None or leaf_indices is None:
         _refuse_key(op, "net", net, params, key)
-        whole = _Alone(net, None)
+        whole = _EachExample(net, None)
         outputs = whole.apply(params, x, key=key)
-        other: dict[str, _Met] = (
-            {"": _other(whole, params, x, jax.grad(total)(outputs))} if jax.tree.leaves(params) else {}
-        )
-        return _Meeting(other, {"": list(range(len(jax.tree.leaves(params))))}, params, jnp.zeros(n))
+        gradients: dict[str, _LayerGradients] = {}
+        if jax.tree.leaves(params):
+            gradients[""] = _other_gradients(whole, params, x, jax.grad(total_loss)(outputs))
+        return _NetGradients(gradients, {"": list(range(len(jax.tree.leaves(params))))}, params, jnp.zeros(n))
 
-    read = _read(apart, params)
-    for name, layer, *_ in _walk(apart, params):
-        if isinstance(layer, _Alone):
-            _refuse_key(op, name, layer.layer, read[name], key)
-    sweep = value_grad_and_deltas(lambda _: total(apart.apply(params, x, key=key)))(())
-    met: dict[str, _Met] = {}
-    for name, layer, _, before in _walk(apart, params):
-        a = sweep.activations[before] if before else x
+    by_layer = _params_by_layer(separate, params)
+    for name, layer, *_ in _walk(separate, params):
+        if isinstance(layer, _EachExample):
+            _refuse_key(op, name, layer.layer, by_layer[name], key)
+    result = value_grad_and_deltas(lambda _: total_loss(separate.apply(params, x, key=key)))(())
+    gradients = {}
+    for name, layer, _, previous in _walk(separate, params):
+        a = result.activations[previous] if previous else x
         if isinstance(layer, layers.LayerNorm) and 0 in dims_of("layer_norm", layer.axes, a.ndim):
             raise bad_value(op, f"{name}: axes", "dims of one example", f"{layer.axes!r}, which mixes examples")
-        if not jax.tree.leaves(read[name]):
+        if not jax.tree.leaves(by_layer[name]):
             continue
-        if name in sweep.deltas:
-            met[name] = _met(layer, read[name], a, sweep.deltas[name])
-        elif jnp.iscomplexobj(sweep.activations[name]):
-            raise bad_type(op, f"{name}: output", "a real array", sweep.activations[name].dtype)
+        if name in result.deltas:
+            gradients[name] = _layer_gradients(layer, by_layer[name], a, result.deltas[name])
+        elif jnp.iscomplexobj(result.activations[name]):
+            raise bad_type(op, f"{name}: output", "a real array", result.activations[name].dtype)
         # No gradient passes an integer output.
-    norms_like = jnp.zeros(n, x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else None)
-    return _Meeting(met, places, params, norms_like)
+    dtype = jax.tree.leaves(x)[0].dtype
+    norms_like = jnp.zeros(n, dtype if jnp.issubdtype(dtype, jnp.floating) else None)
+    return _NetGradients(gradients, leaf_indices, params, norms_like)
 
 
 def _batch(op: str, x: Any, others: Any) -> Any:
@@ -529,66 +519,74 @@ def _batch(op: str, x: Any, others: Any) -> Any:
 
     Without that mark, δ of a replicated x would be a sum over devices.
     """
-    given = jax.tree.leaves(x)
-    x = jax.tree.map(jnp.asarray, x) if given and all(map(jnp.ndim, given)) else array(op, "x", x)
+    leaves = jax.tree.leaves(x)
+    x = jax.tree.map(jnp.asarray, x) if leaves and all(map(jnp.ndim, leaves)) else array(op, "x", x)
     leaves, tree = jax.tree.flatten(x)
     others = [a for a in jax.tree.leaves(others) if isinstance(a, Array)]
     return jax.tree.unflatten(tree, varying_alike((*leaves, *others))[: len(leaves)])
 
 
-def _refuse_key(op: str, name: str, layer: Layer, own: Any, key: Array | None) -> None:
-    if key is not None and jax.tree.leaves(own):
-        raise ValueError(f"{op}: {name}: expected layers of jaxcnn.layers while there is a key, got {layer!r}")
+def _refuse_key(op: str, name: str, layer: Layer, params: Any, key: Array | None) -> None:
+    """Raise ValueError for a custom layer with parameters if there is a key."""
+    if key is not None and jax.tree.leaves(params):
+        raise bad_value(op, name, "a layer of jaxcnn.layers if key is given", repr(layer))
 
 
-def _met(layer: Layer, own: Any, x: Array, delta: Array) -> _Met:
-    known: Any = layer if _product_of(layer) else None
+def _layer_gradients(layer: Layer, params: Any, x: Array, delta: Array) -> _LayerGradients:
+    known: Any = layer if _has_products(layer) else None
     match known:
         case layers.Conv():
-            x, c = _correlation(known, x, own["weight"], known.groups)
-            return _Patches(own, c, x, delta)
+            x, c = _correlation(known, x, params["weight"], known.groups)
+            return _ConvGradients(params, c, x, delta)
         case layers.DepthwiseConv():
-            x, c = _correlation(layer, x, own["weight"], x.shape[-1])
-            return _Patches(own, c, x, delta)
+            x, c = _correlation(layer, x, params["weight"], x.shape[-1])
+            return _ConvGradients(params, c, x, delta)
         case layers.ConvTranspose():
-            x, c = _transposed(layer, x, own["weight"])
-            return _Patches(own, c, delta, x, transposed=True)
+            x, c = _transposed(layer, x, params["weight"])
+            return _ConvGradients(params, c, delta, x, transposed=True)
         case layers.HiddenLayer():
-            x, c = _correlation(known, x, own["weight"], known.groups)
+            x, c = _correlation(known, x, params["weight"], known.groups)
             win = pooling.pool_window(
                 "hidden_layer", c.window.out, known.window, known.pool_stride, known.pool_padding, 1, False, "pool_"
             )
             # The same as in the forward pass; within one program it is computed once.
-            _, passed = on_any_mesh(hidden._hidden_with_code, hidden.Hidden(c, win), x, own["weight"], own["bias"])
-            return _Patches(own, c, x, on_any_mesh(pooling.scatter_to_winners, win, delta, passed))
+            static = hidden.Hidden(c, win)
+            _, code = on_any_mesh(hidden.hidden_with_code, static, x, params["weight"], params["bias"])
+            return _ConvGradients(params, c, x, on_any_mesh(pooling.scatter_to_winners, win, delta, code))
         case layers.Dense():
-            places = math.prod(x.shape[1:-1])
-            return _Rows(own, *(a.reshape(a.shape[0], places, a.shape[-1]) for a in (x, delta)))
-    return _other(layer, own, x, delta)
+            positions = math.prod(x.shape[1:-1])
+            return _DenseGradients(params, *(a.reshape(a.shape[0], positions, a.shape[-1]) for a in (x, delta)))
+    return _other_gradients(layer, params, x, delta)
 
 
 def _correlation(layer: Any, x: Array, w: Array, groups: int) -> tuple[Array, Correlation]:
-    op, more = type(layer).__name__, (getattr(layer, name, None) for name in ("preferred_element_type", "precision"))
-    return convolution.correlation_of(op, x, w, layer.stride, layer.padding, layer.dilation, groups, *more)
+    return convolution.correlation_of(
+        type(layer).__name__, x, w, layer.stride, layer.padding, layer.dilation, groups, *_dtype_options(layer)
+    )
 
 
 def _transposed(layer: Any, x: Array, w: Array) -> tuple[Array, Correlation]:
     """Return the input, extended by zeros as in `conv_transpose`, and the geometry of the `conv` that it transposes."""
     options = (layer.stride, layer.padding, layer.output_padding, layer.dilation, layer.groups)
-    more = (getattr(layer, name, None) for name in ("preferred_element_type", "precision"))
-    c = convolution._transposed_geometry("conv_transpose", x, w, *options, *more)
+    c = convolution.transposed_correlation_of("conv_transpose", x, w, *options, *_dtype_options(layer))
     ends = [(0, out - n) for n, out in zip(x.shape[1:-1], c.window.out, strict=True)]
     return (jnp.pad(x, ((0, 0), *ends, (0, 0))) if any(end for _, end in ends) else x), c
 
 
-def _over_places(delta: Array) -> Array:
+def _dtype_options(layer: Any) -> tuple[Any, Any]:
+    return getattr(layer, "preferred_element_type", None), getattr(layer, "precision", None)
+
+
+def _sum_positions(delta: Array) -> Array:
     """Return ``(N, O)``: each example's Σ δ."""
     return jnp.sum(delta, range(1, delta.ndim - 1))
 
 
-def _times(delta: Array, factors: Array) -> Array:
-    return delta * factors.reshape(-1, *(1,) * (delta.ndim - 1)).astype(delta.dtype)
+def _scale(a: Array, factors: Array) -> Array:
+    """Return ``a`` with each example multiplied by its factor."""
+    return a * factors.reshape(-1, *(1,) * (a.ndim - 1)).astype(a.dtype)
 
 
-def _of_dtypes(own: Params, found: Params) -> Params:
-    return {name: found[name].astype(a.dtype) for name, a in own.items()}
+def _cast_like(params: Params, gradients: Params) -> Params:
+    """Return the gradients of ``params`` in their dtypes."""
+    return {name: gradients[name].astype(a.dtype) for name, a in params.items()}

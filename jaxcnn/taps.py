@@ -1,7 +1,7 @@
 """Taps: named points of a computation, at which `jaxcnn.backprop` records the value and its δ.
 
-A tap is an identity. During a sweep, each tap adds a *probe*, an array of zeros, to x in the tangent only. In the
-backward pass, δ arrives at x and at the probe.
+A tap is an identity. In a function that `value_grad_and_deltas` runs, each tap adds a *probe*, an array of zeros, to x
+in the tangent only. In the backward pass, δ arrives at x and at the probe.
 
     y = x + 0·p        ẏ = ẋ + ṗ        δ_x = δ        δ_p = δ
 """
@@ -15,42 +15,80 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from jaxcnn.arguments import bad_type
+from jaxcnn.arguments import bad_type, bad_value, fail
 
-#: Part of JAX's cache key: functions traced outside a sweep, with inactive taps, are retraced inside one.
-_COLLECTING = jax.make_user_context(False)
+#: Part of JAX's cache key: functions traced with inactive taps are traced again with active ones.
+_COLLECTING: Any = jax.make_user_context(False)
 _LOCAL = threading.local()
+
+#: Marks the names of taps among those of `jax.ad_checkpoint.checkpoint_name`.
+_PREFIX = "jaxcnn.tap:"
 
 
 def tap(name: str, x: Any) -> Array:
-    """Return ``x`` unchanged and, inside a sweep, record its value and δ under ``name``.
+    """Return ``x`` unchanged; inside `backprop` or `value_grad_and_deltas`, record its value and δ under ``name``.
 
-    Nets tap every layer. In your own function, tap every value that `value_grad_and_deltas` should report.
+    Nets tap every layer. In your own function, tap every value that `value_grad_and_deltas` should report. Elsewhere a
+    tap does nothing.
 
     Args:
-        name: name in the sweep; each name can be used once.
+        name: name in the result; each name can be used once.
         x: an array of any shape; ∂E/∂x is recorded if its dtype is floating-point.
 
     Returns:
         ``x``.
 
     Raises:
-        ValueError: inside a sweep, if a name is used twice, or if the tap is inside a function that JAX transforms
-            within the swept one (jit, vmap, scan, checkpoint, …), from which neither value nor δ can be returned.
-        TypeError: inside a sweep, if name is not a str.
+        ValueError: while recording, if a name is used twice, or if the tap is inside a function that JAX transforms
+            within the recorded one (jit, vmap, scan, checkpoint, …), from which neither value nor δ can be returned.
+        TypeError: while recording, if name is not a str.
 
     >>> import jax.numpy as jnp
     >>> import jaxcnn
-    >>> def error(w, x):
+    >>> def loss(w, x):
     ...     return jnp.sum(jaxcnn.tap("product", w * x) ** 2)
-    >>> sweep = jaxcnn.value_grad_and_deltas(error)(jnp.array(3.0), jnp.array([1.0, 2.0]))
-    >>> sweep.activations["product"], sweep.deltas["product"]
+    >>> result = jaxcnn.value_grad_and_deltas(loss)(jnp.array(3.0), jnp.array([1.0, 2.0]))
+    >>> result.activations["product"], result.deltas["product"]
     (Array([3., 6.], dtype=float32), Array([ 6., 12.], dtype=float32))
     """
     collector = getattr(_LOCAL, "collector", None)
-    return x if collector is None else collector.meet(name, x)
+    return x if collector is None else collector.observe(name, x)
+
+
+def collecting() -> bool:
+    """Return whether values are collected the values at taps."""
+    return isinstance(getattr(_LOCAL, "collector", None), Collector)
+
+
+@contextlib.contextmanager
+def as_equations() -> Iterator[None]:
+    """Inside this context, taps become equations of the traced function, which `tapped_name` recognizes."""
+    outer = getattr(_LOCAL, "collector", None)
+    _LOCAL.collector = _Recorder()
+    try:
+        with _COLLECTING("as equations"):
+            yield
+    finally:
+        _LOCAL.collector = outer
+
+
+class _Recorder:
+    """Writes taps into the jaxpr of the function that is traced."""
+
+    def observe(self, name: str, x: ArrayLike) -> Array:
+        """Return ``x`` with the name of the tap."""
+        if not isinstance(name, str):
+            raise bad_type("tap", "name", "a str", repr(name))
+        return checkpoint_name(jnp.asarray(x), f"{_PREFIX}{name}")
+
+
+def tapped_name(eqn: Any) -> str | None:
+    """Return the name of the tap that an equation of a jaxpr is, or None."""
+    name = eqn.params.get("name") if eqn.primitive.name == "name" else None
+    return name.removeprefix(_PREFIX) if isinstance(name, str) and name.startswith(_PREFIX) else None
 
 
 @contextlib.contextmanager
@@ -69,7 +107,7 @@ class Collector:
     """Collects the values at the taps of one function call. Without probes it only records names and types."""
 
     def __init__(self, probes: Mapping[str, Array] | None = None) -> None:
-        self.found: dict[str, Array] = {}
+        self.values: dict[str, Array] = {}
         self._probes = probes or {}
 
     @contextlib.contextmanager
@@ -84,7 +122,7 @@ class Collector:
         finally:
             _LOCAL.collector = outer
 
-    def meet(self, name: str, x: ArrayLike) -> Array:
+    def observe(self, name: str, x: ArrayLike) -> Array:
         """Record ``x`` under ``name`` and return it.
 
         Args:
@@ -100,21 +138,21 @@ class Collector:
         """
         if not isinstance(name, str):
             raise bad_type("tap", "name", "a str", repr(name))
-        if name in self.found:
-            raise ValueError(f"tap: expected each name once, got {name!r} twice")
+        if name in self.values:
+            raise bad_value("tap", "name", "used once", f"{name!r} twice")
         if jax.extend.core.get_opaque_trace_state() != self._trace:
-            raise ValueError(
-                f"tap: {name!r} stands inside a function that jax transforms by itself (jit, vmap, scan, checkpoint, "
-                "…), and no δ can leave it; expected taps outside of such functions, and the transformation around "
-                "the whole sweep"
+            fail(
+                "tap",
+                f"{name!r} is inside a function transformed by JAX (jit, vmap, scan, checkpoint, …), so its δ cannot "
+                "be returned; move the tap outside, or transform the whole computation instead",
             )
         x = jnp.asarray(x)
-        self.found[name] = x
-        return _meet(x, self._probes[name]) if name in self._probes else x
+        self.values[name] = x
+        return _add_probe(x, self._probes[name]) if name in self._probes else x
 
     def types(self) -> dict[str, Any]:
         """Return the types of all recorded values that have a δ, by name."""
-        return {name: jax.typeof(x) for name, x in self.found.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+        return {name: jax.typeof(x) for name, x in self.values.items() if jnp.issubdtype(x.dtype, jnp.floating)}
 
 
 def probe(kind: Any) -> Array:
@@ -132,11 +170,11 @@ def probe(kind: Any) -> Array:
 
 
 @jax.custom_jvp
-def _meet(x: Array, probe: Array) -> Array:
+def _add_probe(x: Array, probe: Array) -> Array:
     return x
 
 
-@_meet.defjvp
-def _meet_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+@_add_probe.defjvp
+def _add_probe_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     """Return x with the tangent ẏ = ẋ + ṗ."""
     return primals[0], tangents[0] + tangents[1]

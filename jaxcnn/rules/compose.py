@@ -1,20 +1,58 @@
-"""Check which op a rule accepts, and compose rules for `hidden_layer` from rules for its three parts."""
+"""Declare which ops a rule fits, and compose rules for `hidden_layer` from rules for its three parts."""
 
 import dataclasses
-from typing import Any
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 from jax import Array
 
-from jaxcnn.arguments import fail
+from jaxcnn.arguments import bad_value
 from jaxcnn.ops import hidden
-from jaxcnn.ops.rule import Call, Rule
+from jaxcnn.ops.kinds import names_of
+from jaxcnn.ops.rule import Call, Rule, rule_name
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-def check_fits(rule: Any, call: Call, *ops: str) -> None:
-    """Raise ValueError unless the call is of one of ``ops``."""
-    if call.name not in ops:
-        name = getattr(rule, "__name__", repr(rule))
-        fail(call.name, f"rule {name}: expected as a rule of {', '.join(ops)}")
+def fits(*ops: str, part: str | None = None) -> Callable[[F], F]:
+    """Decorate a rule, or its ``__call__``, to raise ValueError for an op that the rule does not fit.
+
+    Args:
+        *ops: names or kinds of the ops that the rule fits.
+        part: "conv", "relu" or "pool" if the rule also fits `hidden_layer`, where it applies to this part.
+
+    Returns:
+        The decorator.
+    """
+    all_ops = (*ops, "hidden_layer") if part else ops
+
+    def checked(rule: Rule, formula: Rule, call: Call, delta: Array) -> tuple[Any, ...]:
+        if part and call.name == "hidden_layer":
+            return HiddenLayerRules(**{part: rule})(call, delta)
+        check_fits(rule, call, all_ops)
+        return formula(call, delta)
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def of_function(call: Call, delta: Array) -> tuple[Any, ...]:
+            return checked(of_function, function, call, delta)
+
+        @functools.wraps(function)
+        def of_method(self: Any, call: Call, delta: Array) -> tuple[Any, ...]:
+            return checked(self, functools.partial(function, self), call, delta)
+
+        return cast("F", of_method if "self" in inspect.signature(function).parameters else of_function)
+
+    return decorate
+
+
+def check_fits(rule: Any, call: Call, ops: tuple[str, ...], hint: str = "") -> None:
+    """Raise ValueError unless the call is of one of ``ops``, which are names or kinds."""
+    if call.name not in ops and call.kind not in ops:
+        got = f"{rule_name(rule)}, which fits {', '.join(names_of(*ops))}{hint}"
+        raise bad_value(call.name, "rule", f"one that fits {call.name}", got)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +78,14 @@ class HiddenLayerRules:
     relu: Rule | None = None
     pool: Rule | None = None
 
+    @fits("hidden_layer")
     def __call__(self, call: Call, delta: Array) -> tuple[Any, ...]:
         """Apply the three rules in sequence."""
-        check_fits(self, call, "hidden_layer")
         conv, relu, pool = hidden.parts(call)
-        (delta_a,) = _by(self.pool, pool, delta)
-        (delta_l,) = _by(self.relu, relu, delta_a)
-        return _by(self.conv, conv, delta_l)
+        (delta_a,) = _apply(self.pool, pool, delta)
+        (delta_l,) = _apply(self.relu, relu, delta_a)
+        return _apply(self.conv, conv, delta_l)
 
 
-def _by(rule: Rule | None, call: Call, delta: Array) -> tuple[Any, ...]:
+def _apply(rule: Rule | None, call: Call, delta: Array) -> tuple[Any, ...]:
     return call.exact(delta) if rule is None else rule(call, delta)

@@ -15,9 +15,10 @@ from jaxcnn.kernels import windows
 from jaxcnn.kernels.dtypes import accumulator
 from jaxcnn.ops.pooling import window_sum, window_sum_adjoint
 from jaxcnn.ops.rule import Call
-from jaxcnn.rules.compose import HiddenLayerRules, check_fits
+from jaxcnn.rules.compose import fits
 
 
+@fits("max_pool", "hidden_layer")
 def winner(call: Call, delta: Array) -> tuple[Array, ...]:
     """The exact rule: ``δ_x[i] = Σ_o δ[o]·[i won o]``; in a tie, the first in row-major order wins.
 
@@ -39,10 +40,10 @@ def winner(call: Call, delta: Array) -> tuple[Array, ...]:
     >>> jax.vjp(lambda x: jaxcnn.max_pool(x, 4, rule=jaxcnn.rules.winner), x)[1](jnp.full((1, 1, 1), 6.0))[0].ravel()
     Array([0., 6., 0., 0.], dtype=float32)
     """
-    check_fits(winner, call, "max_pool", "hidden_layer")
     return call.exact(delta)
 
 
+@fits("max_pool", part="pool")
 def literal_up(call: Call, delta: Array) -> tuple[Array, ...]:
     """The lecture's formula taken literally: ``δ_x[i] = Σ_o δ[o]``, every element of a window gets all of its δ.
 
@@ -66,12 +67,10 @@ def literal_up(call: Call, delta: Array) -> tuple[Array, ...]:
     >>> jax.vjp(lambda x: jaxcnn.max_pool(x, 4, rule=rule), x)[1](jnp.full((1, 1, 1), 6.0))[0].ravel()
     Array([6., 6., 6., 6.], dtype=float32)
     """
-    if call.name == "hidden_layer":
-        return HiddenLayerRules(pool=literal_up)(call, delta)
-    check_fits(literal_up, call, "max_pool", "hidden_layer")
     return (window_sum_adjoint(call.static, delta),)
 
 
+@fits("max_pool", part="pool")
 def proportional(call: Call, delta: Array) -> tuple[Array, ...]:
     """Proportional shares: ``δ_x[i] = Σ_o δ[o]·|x[i]| / Σ_{j in o} |x[j]|``.
 
@@ -95,9 +94,6 @@ def proportional(call: Call, delta: Array) -> tuple[Array, ...]:
     >>> jax.vjp(lambda x: jaxcnn.max_pool(x, 4, rule=rule), x)[1](jnp.full((1, 1, 1), 6.0))[0].ravel()
     Array([1., 3., 0., 2.], dtype=float32)
     """
-    if call.name == "hidden_layer":
-        return HiddenLayerRules(pool=proportional)(call, delta)
-    check_fits(proportional, call, "max_pool", "hidden_layer")
     win, (x,) = call.static, call.inputs
     size, wide = (a.astype(accumulator(a.dtype)) for a in (jnp.abs(x), delta))
     total, count = window_sum(win, size), window_sum(win, jnp.ones((1, *win.shape, 1), size.dtype))
@@ -106,6 +102,7 @@ def proportional(call: Call, delta: Array) -> tuple[Array, ...]:
     return (size * window_sum_adjoint(win, shares) + window_sum_adjoint(win, even),)
 
 
+@fits("max_pool", part="pool")
 def even_split(call: Call, delta: Array) -> tuple[Array, ...]:
     """Equal shares in a tie: ``δ_x[i] = Σ_o δ[o]·[x[i] = y[o]] / (number of elements of o equal to y[o])``.
 
@@ -129,15 +126,12 @@ def even_split(call: Call, delta: Array) -> tuple[Array, ...]:
     >>> jax.vjp(lambda x: jaxcnn.max_pool(x, 4, rule=rule), x)[1](jnp.full((1, 1, 1), 6.0))[0].ravel()
     Array([0., 3., 3., 0.], dtype=float32)
     """
-    if call.name == "hidden_layer":
-        return HiddenLayerRules(pool=even_split)(call, delta)
-    check_fits(even_split, call, "max_pool", "hidden_layer")
     win, (x,), y = call.static, call.inputs, call.output
     won = [((entry == y) | jnp.isnan(entry)) & inside for entry, inside in _entries(win, x)]
     wide = accumulator(delta.dtype)
     share = delta.astype(wide) / functools.reduce(operator.add, (w.astype(wide) for w in won))
-    sent = (windows.at_tap(win, tap, jnp.where(w, share, 0)) for tap, w in zip(win.taps(), won, strict=True))
-    return (windows.unpad(win, functools.reduce(operator.add, sent)),)
+    placed = (windows.at_tap(win, tap, jnp.where(w, share, 0)) for tap, w in zip(win.taps(), won, strict=True))
+    return (windows.unpad(win, functools.reduce(operator.add, placed)),)
 
 
 def _entries(win: Window, x: Array) -> list[tuple[Array, Array]]:

@@ -10,13 +10,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxcnn.arguments import bad_value, static_float
-from jaxcnn.ops import activation
 from jaxcnn.ops.rule import Call
-from jaxcnn.rules.compose import HiddenLayerRules, check_fits
-
-ACTIVATIONS = ("relu", *activation._TABLE)
+from jaxcnn.rules.compose import fits
 
 
+@fits("relu", part="relu")
 def guided_relu(call: Call, delta: Array) -> tuple[Array, ...]:
     """Guided backprop: ``δ_x = δ ∘ [x > 0] ∘ [δ > 0]``.
 
@@ -41,13 +39,11 @@ def guided_relu(call: Call, delta: Array) -> tuple[Array, ...]:
     >>> jax.vjp(lambda x: jaxcnn.relu(x, rule=jaxcnn.rules.guided_relu), x)[1](delta)[0].tolist()
     [0.0, 5.0, 0.0]
     """
-    if call.name == "hidden_layer":
-        return HiddenLayerRules(relu=guided_relu)(call, delta)
-    check_fits(guided_relu, call, "relu", "hidden_layer")
     (delta_x,) = call.exact(delta)
     return (jnp.where(delta > 0, delta_x, 0),)
 
 
+@fits("relu", part="relu")
 def deconv_relu(call: Call, delta: Array) -> tuple[Array, ...]:
     """Deconvolutional network: ``δ_x = δ ∘ [δ > 0]``, a ReLU of δ itself, independent of x.
 
@@ -71,12 +67,10 @@ def deconv_relu(call: Call, delta: Array) -> tuple[Array, ...]:
     >>> jax.vjp(lambda x: jaxcnn.relu(x, rule=jaxcnn.rules.deconv_relu), x)[1](delta)[0].tolist()
     [5.0, 5.0, 0.0]
     """
-    if call.name == "hidden_layer":
-        return HiddenLayerRules(relu=deconv_relu)(call, delta)
-    check_fits(deconv_relu, call, "relu", "hidden_layer")
     return (jnp.where(delta > 0, delta, 0),)
 
 
+@fits("activation", part="relu")
 def straight_through(call: Call, delta: Array) -> tuple[Array, ...]:
     """Straight through: ``δ_x = δ``, as if the activation were the identity.
 
@@ -100,9 +94,6 @@ def straight_through(call: Call, delta: Array) -> tuple[Array, ...]:
     >>> jax.vjp(lambda x: jaxcnn.relu(x, rule=jaxcnn.rules.straight_through), x)[1](delta)[0].tolist()
     [5.0, 5.0, -5.0]
     """
-    if call.name == "hidden_layer":
-        return HiddenLayerRules(relu=straight_through)(call, delta)
-    check_fits(straight_through, call, *ACTIVATIONS, "hidden_layer")
     return (delta,)
 
 
@@ -134,10 +125,8 @@ class SoftplusSmoothed:
         if not 0 <= static_float("SoftplusSmoothed", "beta", self.beta) < float("inf"):
             raise bad_value("SoftplusSmoothed", "beta", "a finite number >= 0", self.beta)
 
+    @fits("relu", part="relu")
     def __call__(self, call: Call, delta: Array) -> tuple[Array, ...]:
         """δ_x = δ ∘ sigmoid(β·x)."""
-        if call.name == "hidden_layer":
-            return HiddenLayerRules(relu=self)(call, delta)
-        check_fits(self, call, "relu", "hidden_layer")
         (x,) = call.inputs
         return (delta * jax.nn.sigmoid(self.beta * x),)

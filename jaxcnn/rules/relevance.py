@@ -5,15 +5,15 @@ inputs according to their shares of z = x·w + b (or of the sum that the rule us
 
     R_x = Σ over the terms of z  (term's x) ∘ (term's w)ᵀ (R / z)
 
-where wᵀ is the op's own transpose, the exact rule at that w. The bias's share of z is not propagated. ``stabilised``
+where wᵀ is the op's own transpose, the exact rule at that w. The bias's share of z is not propagated. ``stabilized``
 avoids division by zero: R / (z + ε·sign z) with sign 0 = 1. Parameters get no cotangent, which means zero.
 
 x⁺ = max(x, 0) and x⁻ = min(x, 0), elementwise, and likewise for w and b. Conventions and numbers are those of zennit
 0.5.1. `hidden_layer` is treated as its three ops: R goes to the winner of each window, passes the ReLU unchanged, and
 is then distributed by the convolution's rule.
 
-``zero_params`` names the parameters that a rule replaces by 0: "w", "b" or both; zennit's names "weight" and "bias" are
-accepted as well. With b = 0 the bias keeps no share of R.
+``zero_params`` names the parameters that a rule replaces by 0: "weight", "bias" or both. With b = 0 the bias keeps no
+share of R.
 
 The sum in a residual net is the op "add" with the terms x and y, each of which receives its share. `Epsilon` handles
 ops without x·w, such as pools, "add" and batch norm with given statistics. `Flat` handles the sums among them.
@@ -28,29 +28,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxcnn.arguments import bad_value, fail, static_float
-from jaxcnn.ops import hidden
-from jaxcnn.ops.rule import Call
-
-#: Ops of the form z = x·w + b.
-PATCHES = ("conv", "depthwise_conv", "conv_transpose", "dense")
-#: Ops that are sums of their inputs with constant weights.
-SUMS = ("avg_pool", "global_avg_pool", "adaptive_avg_pool", "block_sum", "kron_up", "add")
-#: Ops whose rule sends δ to the winner.
-MAXIMA = ("max_pool", "global_max_pool", "adaptive_max_pool")
-
+from jaxcnn.arguments import bad_type, bad_value, static_float
+from jaxcnn.ops.kinds import kind_of
+from jaxcnn.ops.rule import Call, rule_name
+from jaxcnn.rules.compose import HiddenLayerRules, check_fits, fits
 
 #: One parameter name, or several.
 ZeroParams = str | Sequence[str]
 #: Positions of parameters among the inputs of an op; for `batch_norm`, of scale and bias.
-_PLACES = {"weight": 1, "bias": 2}
+_POSITIONS = {"weight": 1, "bias": 2}
 
 
 class _Relevance:
-    """Base of the rules: checks which op a rule accepts, and splits a hidden layer into its parts."""
+    """Base of the rules: checks that a rule fits the op, and applies it to the convolution of a hidden layer."""
 
-    #: The ops that the rule accepts, in addition to `hidden_layer`.
-    fits: ClassVar[tuple[str, ...]] = PATCHES
+    #: Names and kinds of the ops that the rule fits, in addition to `hidden_layer`.
+    fits: ClassVar[tuple[str, ...]] = ("affine",)
     #: Parameters that the rule replaces by 0; every rule has this field.
     zero_params: ZeroParams
 
@@ -61,22 +54,21 @@ class _Relevance:
 
     def __call__(self, call: Call, delta: Array) -> tuple[Any, ...]:
         if call.name == "hidden_layer":
-            call, _, pool = hidden.parts(call)
-            (delta,) = pool.exact(delta)
-        elif call.name not in self.fits:
-            ops = ", ".join((*self.fits, "hidden_layer"))
-            fail(call.name, f"rule {self!r}: expected as a rule of {ops}{_instead(call.name)}")
+            return HiddenLayerRules(conv=self, relu=_unchanged)(call, delta)
+        check_fits(self, call, (*self.fits, "hidden_layer"), _hint(call.name))
         if call.name == "add":
             return self.of_sum(call, delta)
-        if _by_the_batch(call):
-            fail(call.name, f"rule {self!r}: {STATISTICS}")
-        return _of_x(call, self.relevance(call, delta))
+        _expect_statistics(self, call)
+        return _for_x(call, self.relevance(call, delta))
 
     def zeroed(self, call: Call) -> Call:
         """Return the call with zeros for ``zero_params``."""
-        places = {_PLACES[name] for name in self.zero_params if call.name in (*PATCHES, "batch_norm")}
-        inputs = [a if a is None or i not in places else jnp.zeros_like(a) for i, a in enumerate(call.inputs)]
-        return call.at(*inputs) if places else call
+        if not self.zero_params or (call.kind != "affine" and call.name != "batch_norm"):
+            return call
+        positions = {_POSITIONS[name] for name in self.zero_params}
+        return call.at(
+            *(jnp.zeros_like(a) if i in positions and a is not None else a for i, a in enumerate(call.inputs))
+        )
 
     def relevance(self, call: Call, delta: Array) -> Array:
         """Return R_x."""
@@ -120,7 +112,7 @@ class Epsilon(_Relevance):
 
     epsilon: float = 1e-6
     zero_params: ZeroParams = ()
-    fits: ClassVar[tuple[str, ...]] = (*PATCHES, *SUMS, "lp_pool", "batch_norm")
+    fits: ClassVar[tuple[str, ...]] = ("affine", "sum", "lp_pool", "batch_norm")
 
     def __post_init__(self) -> None:
         _check(self, "epsilon")
@@ -129,13 +121,13 @@ class Epsilon(_Relevance):
         """R_x = x ∘ wᵀ(R / (z + ε·sign z))."""
         call = self.zeroed(call)
         x, *_ = call.inputs
-        s = delta / stabilised(call.output, self.epsilon)
+        s = delta / stabilized(call.output, self.epsilon)
         return x * call.exact(s)[0]
 
     def of_sum(self, call: Call, delta: Array) -> tuple[Array, Array]:
         """R_x = x ∘ s, R_y = y ∘ s, s = R / (z + ε·sign z), z = x + y."""
         x, y = call.inputs
-        s = delta / stabilised(call.output, self.epsilon)
+        s = delta / stabilized(call.output, self.epsilon)
         return x * s, y * s
 
 
@@ -165,7 +157,7 @@ class ZPlus(_Relevance):
 
     def relevance(self, call: Call, delta: Array) -> Array:
         """R_x = x⁺ ∘ w⁺ᵀ(s) + x⁻ ∘ w⁻ᵀ(s)."""
-        return _for_and_against(self.zeroed(call), delta, self.stabilizer)[0]
+        return _positive_and_negative(self.zeroed(call), delta, self.stabilizer)[0]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -201,8 +193,8 @@ class AlphaBeta(_Relevance):
 
     def relevance(self, call: Call, delta: Array) -> Array:
         """R_x = α · positive evidence − β · negative evidence."""
-        speaks_for, against = _for_and_against(self.zeroed(call), delta, self.stabilizer)
-        return self.alpha * speaks_for - self.beta * against
+        positive, negative = _positive_and_negative(self.zeroed(call), delta, self.stabilizer)
+        return self.alpha * positive - self.beta * negative
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -242,8 +234,8 @@ class Gamma(_Relevance):
         zero = jnp.zeros_like(delta)
         up = call.at(x_pos, w_up, b_up), call.at(x_neg, w_down, None)
         down = call.at(x_pos, w_down, b_down), call.at(x_neg, w_up, None)
-        s_up = jnp.where(z > 0, delta, zero) / stabilised(up[0].output + up[1].output, self.stabilizer)
-        s_down = jnp.where(z < 0, delta, zero) / stabilised(down[0].output + down[1].output, self.stabilizer)
+        s_up = jnp.where(z > 0, delta, zero) / stabilized(up[0].output + up[1].output, self.stabilizer)
+        s_down = jnp.where(z < 0, delta, zero) / stabilized(down[0].output + down[1].output, self.stabilizer)
         return x_pos * (up[0].exact(s_up)[0] + down[0].exact(s_down)[0]) + x_neg * (
             up[1].exact(s_up)[0] + down[1].exact(s_down)[0]
         )
@@ -276,7 +268,7 @@ class WSquare(_Relevance):
         """R_x = (w²)ᵀ(R / (1·w² + b²))."""
         x, w, b = self.zeroed(call).inputs
         squares = call.at(jnp.ones_like(x), w * w, None if b is None else b * b)
-        return squares.exact(delta / stabilised(squares.output, self.stabilizer))[0]
+        return squares.exact(delta / stabilized(squares.output, self.stabilizer))[0]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -298,7 +290,7 @@ class Flat(_Relevance):
 
     stabilizer: float = 1e-6
     zero_params: ZeroParams = ()
-    fits: ClassVar[tuple[str, ...]] = PATCHES + SUMS
+    fits: ClassVar[tuple[str, ...]] = ("affine", "sum")
 
     def __post_init__(self) -> None:
         _check(self, "stabilizer")
@@ -308,11 +300,11 @@ class Flat(_Relevance):
         x, *rest = call.inputs
         one = jnp.zeros_like if "weight" in self.zero_params else jnp.ones_like
         ones = call.at(jnp.ones_like(x), *(None if i else one(w) for i, w in enumerate(rest)))
-        return ones.exact(delta / stabilised(ones.output, self.stabilizer))[0]
+        return ones.exact(delta / stabilized(ones.output, self.stabilizer))[0]
 
     def of_sum(self, call: Call, delta: Array) -> tuple[Array, Array]:
         """R_x = R_y = R / 2."""
-        half = delta / stabilised(2 * jnp.ones_like(delta), self.stabilizer)
+        half = delta / stabilized(2 * jnp.ones_like(delta), self.stabilizer)
         return half, half
 
 
@@ -352,12 +344,12 @@ class ZBox(_Relevance):
         call = self.zeroed(call)
         x, w, b = call.inputs
         (w_pos, w_neg), (b_pos, b_neg) = _signs(w), _signs(b)
-        low, high = self._spread("low", x), self._spread("high", x)
+        low, high = self._broadcast("low", x), self._broadcast("high", x)
         lowest, highest = call.at(low, w_pos, b_pos), call.at(high, w_neg, b_neg)
-        s = delta / stabilised(call.output - lowest.output - highest.output, self.stabilizer)
+        s = delta / stabilized(call.output - lowest.output - highest.output, self.stabilizer)
         return x * call.exact(s)[0] - low * lowest.exact(s)[0] - high * highest.exact(s)[0]
 
-    def _spread(self, name: str, x: Array) -> Array:
+    def _broadcast(self, name: str, x: Array) -> Array:
         """Return a bound, broadcast to the shape of x."""
         bound = np.asarray(getattr(self, name), x.dtype)
         if bound.ndim and bound.shape != x.shape[-1:]:
@@ -365,6 +357,7 @@ class ZBox(_Relevance):
         return jnp.broadcast_to(bound, x.shape)
 
 
+@fits("activation", "dropout", "norm")
 def pass_through(call: Call, delta: Array) -> tuple[Any, ...]:
     """``R_x = R``: relevance passes an activation, a dropout or a norm unchanged.
 
@@ -376,22 +369,17 @@ def pass_through(call: Call, delta: Array) -> tuple[Any, ...]:
         One cotangent per input of the op; only the first is not None.
 
     Raises:
-        ValueError: if the op changes the shape, or mixes elements by parameters.
+        ValueError: if applied to another op.
 
     >>> import jax, jaxcnn
     >>> y, pull = jax.vjp(lambda x: jaxcnn.tanh(x, rule=jaxcnn.rules.pass_through), 2.0)
     >>> float(pull(1.0)[0])
     1.0
     """
-    x, *others = call.inputs
-    mixes = any(a is not None and jnp.issubdtype(a.dtype, jnp.floating) for a in others) and call.name not in NORMS
-    if mixes or jnp.shape(delta) != x.shape:
-        fail(
-            call.name, "rule pass_through: expected as a rule of an activation, of dropout or of a norm, entry by entry"
-        )
-    return _of_x(call, delta)
+    return _for_x(call, delta)
 
 
+@fits("affine", "hidden_layer", "sum", "max", "activation", "dropout", "batch_norm")
 def rescale(call: Call, delta: Array) -> tuple[Any, ...]:
     """DeepLIFT's rescale rule, for a batch of examples followed by their references x₀ in the same order.
 
@@ -410,42 +398,38 @@ def rescale(call: Call, delta: Array) -> tuple[Any, ...]:
         One cotangent per input of the op; only the first is not None, except for a sum.
 
     Raises:
-        ValueError: if the batch does not consist of examples and as many references, or the op is not supported.
+        ValueError: if applied to another op, if a batch norm has no statistics, or if the batch does not consist of
+            examples and as many references.
 
     Source: Shrikumar et al. 2017, §3.5.1; for max pooling as in captum.
     """
     if call.name == "hidden_layer":
-        conv, relu, pool = hidden.parts(call)
-        (delta,) = rescale(pool, delta)
-        (delta,) = rescale(relu, delta)
-        return _of_x(call, conv.exact(delta)[0])
+        return HiddenLayerRules(conv=rescale, relu=rescale, pool=rescale)(call, delta)
     if call.name == "add":
         return call.exact(delta)
-    if _by_the_batch(call):
-        fail(call.name, f"rule rescale: {STATISTICS}")
-    if call.name in (*PATCHES, *SUMS, "dropout", "batch_norm"):
-        return _of_x(call, call.exact(delta)[0])
-    x, *others = call.inputs
-    if others or (call.name not in MAXIMA and call.output.shape != x.shape):
-        fail(call.name, "rule rescale: expected as a rule of an activation, max_pool or a linear op")
+    _expect_statistics(rescale, call)
+    if call.kind not in ("max", "activation"):
+        return _for_x(call, call.exact(delta)[0])
+    (x,) = call.inputs
     if x.ndim < 1 or x.shape[0] % 2:
-        fail(call.name, f"rule rescale: expected examples and as many references after them, got x {x.shape}")
+        expected = "examples followed by as many references, for rule rescale"
+        raise bad_value(call.name, "x", expected, f"shape {x.shape}")
     dx, dy = _differences(x), _differences(call.output)
     d, _ = jnp.split(delta, 2)
-    if call.name in MAXIMA:
+    if call.kind == "max":
         gain, loss = jnp.maximum(dy, 0), jnp.minimum(dy, 0)
         at_x, at_reference = jnp.split(call.exact(jnp.concatenate([d * gain, d * loss]))[0], 2)
         total = at_x + at_reference
     else:
         total = d * dy
-    met = jnp.abs(dx) < _MET
+    equal = jnp.abs(dx) < _MIN_DIFFERENCE
     slope, _ = jnp.split(call.exact(delta)[0], 2)
-    m = jnp.where(met, slope, total / jnp.where(met, 1, dx))
-    return _of_x(call, jnp.concatenate([m, m]))
+    m = jnp.where(equal, slope, total / jnp.where(equal, 1, dx))
+    return _for_x(call, jnp.concatenate([m, m]))
 
 
 #: Points closer than this use the slope at x instead of the quotient. As in captum.
-_MET = 1e-10
+_MIN_DIFFERENCE = 1e-10
 
 
 def _differences(x: Array) -> Array:
@@ -454,20 +438,20 @@ def _differences(x: Array) -> Array:
     return x - reference
 
 
-def stabilised(z: Array, epsilon: float) -> Array:
+def stabilized(z: Array, epsilon: float) -> Array:
     """Return the denominator ``z + ε·sign z`` with sign 0 = 1."""
     return z + jnp.where(z < 0, jnp.asarray(-epsilon, z.dtype), jnp.asarray(epsilon, z.dtype))
 
 
-def _for_and_against(call: Call, delta: Array, stabilizer: float) -> tuple[Array, Array]:
+def _positive_and_negative(call: Call, delta: Array, stabilizer: float) -> tuple[Array, Array]:
     """Return R distributed by the positive terms of z, and R distributed by the negative terms."""
     x, w, b = call.inputs
     (x_pos, x_neg), (w_pos, w_neg), (b_pos, b_neg) = _signs(x), _signs(w), _signs(b)
 
-    def shares(w_of_pos: Array, w_of_neg: Array, b: Any) -> Array:
-        of_pos, of_neg = call.at(x_pos, w_of_pos, b), call.at(x_neg, w_of_neg, None)
-        s = delta / stabilised(of_pos.output + of_neg.output, stabilizer)
-        return x_pos * of_pos.exact(s)[0] + x_neg * of_neg.exact(s)[0]
+    def shares(w_for_pos: Array, w_for_neg: Array, b: Any) -> Array:
+        at_pos, at_neg = call.at(x_pos, w_for_pos, b), call.at(x_neg, w_for_neg, None)
+        s = delta / stabilized(at_pos.output + at_neg.output, stabilizer)
+        return x_pos * at_pos.exact(s)[0] + x_neg * at_neg.exact(s)[0]
 
     return shares(w_pos, w_neg, b_pos), shares(w_neg, w_pos, b_neg)
 
@@ -477,30 +461,33 @@ def _signs(a: Any) -> tuple[Any, Any]:
     return (None, None) if a is None else (jnp.maximum(a, 0), jnp.minimum(a, 0))
 
 
-def _of_x(call: Call, relevance: Array) -> tuple[Any, ...]:
+def _for_x(call: Call, relevance: Array) -> tuple[Any, ...]:
     """Return R for the first input and None for the others."""
     return (relevance, *(None,) * (len(call.inputs) - 1))
 
 
-NORMS = ("batch_norm", "layer_norm", "group_norm")
-#: Error text for batch norm with the batch's own statistics.
-STATISTICS = "expected statistics from jaxcnn.calibrate; by the batch's own, examples mix"
+def _unchanged(call: Call, delta: Array) -> tuple[Array]:
+    """R_x = R, for the ReLU of a hidden layer."""
+    return (delta,)
 
 
-def _by_the_batch(call: Call) -> bool:
-    """Whether the call is a batch norm without given mean and var, which mixes examples."""
-    return call.name == "batch_norm" and len(call.inputs) < 5
+def _expect_statistics(rule: Any, call: Call) -> None:
+    """Raise ValueError for a batch norm without given mean and var."""
+    if call.name == "batch_norm" and len(call.inputs) < 5:
+        why = "because statistics of the batch mix examples (see jaxcnn.calibrate)"
+        raise bad_value("batch_norm", "mean and var", f"given for rule {rule_name(rule)}, {why}", "neither")
 
 
-def _instead(op: str) -> str:
+def _hint(op: str) -> str:
     """Return the end of an error message: the rules that fit an op."""
-    if op in MAXIMA:
+    kind = kind_of(op)
+    if kind == "max":
         return f"; {op} keeps its exact rule, R to the winner"
-    if op in SUMS:
+    if kind == "sum":
         return f"; Epsilon and Flat fit {op}"
     if op in Epsilon.fits:
         return f"; Epsilon fits {op}"
-    return "; rules.pass_through fits activations, dropout and norms"
+    return f"; rules.pass_through fits {op}" if kind in ("activation", "dropout", "norm") else ""
 
 
 def _check(rule: Any, *names: str) -> None:
@@ -510,19 +497,18 @@ def _check(rule: Any, *names: str) -> None:
         if not 0 <= value < math.inf:
             raise bad_value(type(rule).__name__, name, "a finite number >= 0", value)
         object.__setattr__(rule, name, value)
-    given = rule.zero_params
-    names_given = (given,) if isinstance(given, str) else given
-    expected = f"zero_params must be 'weight', 'bias' or a sequence of them, got {given!r}"
+    names_given = (rule.zero_params,) if isinstance(rule.zero_params, str) else rule.zero_params
+    message = (type(rule).__name__, "zero_params", "'weight', 'bias' or a sequence of them", repr(rule.zero_params))
     if not isinstance(names_given, Sequence) or not all(isinstance(name, str) for name in names_given):
-        raise TypeError(f"{type(rule).__name__}: {expected}")
-    if not set(names_given) <= set(_PLACES):
-        fail(type(rule).__name__, expected)
+        raise bad_type(*message)
+    if not set(names_given) <= set(_POSITIONS):
+        raise bad_value(*message)
     object.__setattr__(rule, "zero_params", tuple(names_given))
 
 
 def _bound(name: str, value: Any) -> float | tuple[float, ...]:
     if value is None:
-        raise TypeError("ZBox: expected low and high, the bounds that pixels lie between, such as ZBox(0.0, 1.0)")
+        raise bad_type("ZBox", name, "given, as in ZBox(0.0, 1.0)", "None")
     each = value.tolist() if isinstance(value, np.ndarray) else value
     if isinstance(each, list | tuple):
         return tuple(static_float("ZBox", name, number) for number in each)

@@ -19,9 +19,7 @@ from jax import Array, lax
 from jaxcnn.arguments import bad_value, static_bool, static_float, static_int
 from jaxcnn.kernels.dtypes import accumulator
 from jaxcnn.ops.rule import Call
-from jaxcnn.rules.compose import HiddenLayerRules, check_fits
-
-PATCHES = ("conv", "depthwise_conv", "conv_transpose", "dense", "hidden_layer")
+from jaxcnn.rules.compose import fits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,18 +53,20 @@ class FeedbackAlignment:
     def __post_init__(self) -> None:
         _check_seed(self)
 
+    @fits("affine", part="conv")
     def __call__(self, call: Call, delta: Array) -> tuple[Any, ...]:
         """Compute δ_x with `kernel` in place of w, and the other cotangents by the exact rule."""
-        return _with_kernel(self, self.kernel, call, delta)
+        return _with_kernel(self.kernel, call, delta)
 
     def kernel(self, w: Array) -> Array:
         """Return B, with the shape and dtype of w."""
         key = jax.random.fold_in(jax.random.key(self.seed), zlib.crc32(str(w.shape).encode()))
-        most = np.float32(math.sqrt(6 / math.prod(w.shape[:-1])))
+        bound = np.float32(math.sqrt(6 / math.prod(w.shape[:-1])))
         # Rounded only once, so that every program draws the same bits.
-        return (most * (2 * jax.random.uniform(key, w.shape, np.float32) - 1)).astype(w.dtype)
+        return (bound * (2 * jax.random.uniform(key, w.shape, np.float32) - 1)).astype(w.dtype)
 
 
+@fits("affine", part="conv")
 def sign_symmetric(call: Call, delta: Array) -> tuple[Any, ...]:
     """Sign-symmetric feedback: ``δ_x = (sign(w)·mean|w|) ∗ δ``, which uses only the signs of w.
 
@@ -91,17 +91,15 @@ def sign_symmetric(call: Call, delta: Array) -> tuple[Any, ...]:
     >>> jax.vjp(lambda x: jaxcnn.dense(x, w, rule=rule), jnp.ones((1, 1)))[1](jnp.array([[5.0, 1.0]]))[0].tolist()
     [[8.0]]
     """
-    return _with_kernel(sign_symmetric, lambda w: jnp.sign(w) * jnp.abs(w).mean(), call, delta)
+    return _with_kernel(lambda w: jnp.sign(w) * jnp.abs(w).mean(), call, delta)
 
 
-def _with_kernel(rule: Any, kernel: Callable[[Array], Array], call: Call, delta: Array) -> tuple[Any, ...]:
-    if call.name == "hidden_layer":
-        return HiddenLayerRules(conv=rule)(call, delta)
-    check_fits(rule, call, *PATCHES)
+def _with_kernel(kernel: Callable[[Array], Array], call: Call, delta: Array) -> tuple[Any, ...]:
+    """Return δ_x with ``kernel(w)`` in place of w, and the exact cotangents of the parameters."""
     x, w, b = call.inputs
     delta_x, *_ = call.at(x, kernel(w), b).exact(delta)
-    _, *of_parameters = call.exact(delta)
-    return delta_x, *of_parameters
+    _, *params_grad = call.exact(delta)
+    return delta_x, *params_grad
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,10 +201,10 @@ class QuantizedDelta:
         _check_seed(self)
 
     def __call__(self, call: Call, delta: Array) -> tuple[Any, ...]:
-        """Apply the exact rule to `quantised` δ."""
-        return call.exact(self.quantised(delta))
+        """Apply the exact rule to `quantized` δ."""
+        return call.exact(self.quantized(delta))
 
-    def quantised(self, delta: Array) -> Array:
+    def quantized(self, delta: Array) -> Array:
         """Return δ_q."""
         grid, wide = _GRIDS[self.dtype], delta.astype(np.float32)
         finite = jnp.isfinite(wide)
@@ -215,8 +213,9 @@ class QuantizedDelta:
         t = _step(grid, size / s)
         steps = size / s / t
         steps = jnp.floor(steps + self._uniform(wide)) if self.stochastic else jnp.rint(steps)
-        found = jnp.sign(wide) * jnp.minimum(steps * t * s, np.finfo(np.float32).max if grid.scaled else grid.largest)
-        return jnp.where(finite, found.astype(delta.dtype), delta)
+        largest = np.finfo(np.float32).max if grid.scaled else grid.largest
+        rounded = jnp.sign(wide) * jnp.minimum(steps * t * s, largest)
+        return jnp.where(finite, rounded.astype(delta.dtype), delta)
 
     def _uniform(self, delta: Array) -> Array:
         bits = jnp.sum(lax.bitcast_convert_type(delta, np.uint32), dtype=np.uint32)  # in any order, on any devices
@@ -225,8 +224,8 @@ class QuantizedDelta:
 
 def _scale(grid: _Grid, size: Array) -> Array:
     """Return the smallest power of two s for which size <= largest·s and s·t is a normal float32."""
-    (fraction, exponent), (of_largest, its_exponent) = jnp.frexp(size), math.frexp(grid.largest)
-    s = jnp.maximum(exponent - its_exponent + (fraction > of_largest), -110)
+    (fraction, exponent), (largest_fraction, largest_exponent) = jnp.frexp(size), math.frexp(grid.largest)
+    s = jnp.maximum(exponent - largest_exponent + (fraction > largest_fraction), -110)
     return jnp.ldexp(np.float32(1), s)
 
 
@@ -240,5 +239,5 @@ def _step(grid: _Grid, size: Array) -> Array:
 
 def _check_seed(rule: Any) -> None:
     op = type(rule).__name__
-    if not 0 <= static_int(op, "seed", rule.seed, rule.seed) < 2**32:
-        raise bad_value(op, "seed", f"0 to {2**32 - 1}", rule.seed)
+    if not 0 <= static_int(op, "seed", rule.seed) < 2**32:
+        raise bad_value(op, "seed", f"0 … {2**32 - 1}", rule.seed)
