@@ -4,27 +4,29 @@
 """
 
 import dataclasses
+import inspect
 import math
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.interpreters import batching
 from jax.typing import DTypeLike
 
-from jaxcnn.arguments import bad_value, fail, positive, static_int
+from jaxcnn.arguments import bad_type, bad_value, positive, static_int
 from jaxcnn.geometry import Padding, PerDim
-from jaxcnn.ops import activation, convolution, dropout, hidden, linear, normalization, pooling
+from jaxcnn.ops import activation, adaptive, convolution, dropout, hidden, linear, normalization, pooling
 from jaxcnn.ops.rule import Rule
+from jaxcnn.statistics import evaluation_statistics
 
 Params = dict[str, Any]
 Initializer = Callable[..., Array]
+#: The shape of an example without the batch, or one shape for each input of a net with several inputs.
+Shape = tuple[int, ...] | tuple[tuple[int, ...], ...]
 
-# The defaults are functions of this module, not closures, so that layers can be pickled.
+# The default initializers are functions of this module, not closures, so that layers can be pickled.
 
 
 def he_normal(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
@@ -45,11 +47,29 @@ def glorot_uniform(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.fl
 zeros = jax.nn.initializers.zeros
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Base classes
+
+
 @dataclasses.dataclass(frozen=True)
 class Layer:
     """Base class of all layers.
 
-    A layer has a name (assigned by `serial` if None), makes its parameters in `init`, and runs in `apply`.
+    A layer has a name (assigned by `serial` if None), makes its parameters in `init`, and runs in `apply`. A subclass
+    overrides `apply`, and `init` if it has parameters:
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> class Scale(jaxcnn.Layer):
+    ...     def init(self, key, shape, dtype=jnp.float32):
+    ...         return {"factor": jnp.ones(shape[-1:], dtype)}
+    ...
+    ...     def apply(self, params, x, *, key=None, rule=None):
+    ...         return x * params["factor"]
+    >>> net = jaxcnn.serial(jaxcnn.Dense(3), Scale())
+    >>> net.apply(net.init(jax.random.key(0), (2,)), jnp.ones((4, 2))).shape
+    (4, 3)
     """
 
     name: str | None = dataclasses.field(default=None, kw_only=True)
@@ -74,7 +94,8 @@ class Layer:
             params: parameters as made by `init`.
             x: a batch ``(N, …)``.
             key: from `jax.random.key`; given only during training.
-            rule: replaces the backward rule of the layer's op; None keeps it.
+            rule: replaces the backward rule of the layer's op; None keeps it. A layer that runs several ops passes it
+                to each of them, and to a net as ``rules=rule``.
 
         Returns:
             The output for the batch.
@@ -105,15 +126,162 @@ class Layer:
         return None
 
 
+class Net(Layer):
+    """Base class of layers that consist of layers."""
+
+    #: The layers with their names.
+    layers: tuple[tuple[str, Layer], ...]
+
+    def walk(self, path: str = "") -> Iterator[tuple[str, Layer]]:
+        """Yield every layer with its full name, including the layers of inner nets.
+
+        Args:
+            path: prefix of the names.
+
+        Yields:
+            ``(name, layer)`` pairs.
+        """
+        for name, layer in self.layers:
+            yield f"{path}{name}", layer
+            if isinstance(layer, Net):
+                yield from layer.walk(f"{path}{name}/")
+
+    @property
+    def sum_keys(self) -> tuple[type, ...]:
+        """Keys of ``rules=`` that select the rule of the sum at the end of the net; ``()`` if it has no sum."""
+        return ()
+
+
+class OpLayer(Layer):
+    """Base class of layers that apply one op. Their fields named like options of the op are passed to it."""
+
+    #: The op.
+    op: ClassVar[Callable[..., Array]]
+    #: Names of the options, which are fields of the layer.
+    options: ClassVar[tuple[str, ...]] = ()
+    #: Names of the parameters in the order of the op's arrays: those that the op requires, and those it does not.
+    required: ClassVar[tuple[str, ...]] = ()
+    optional: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = _hashable(getattr(self, field.name))
+            if field.name == "preferred_element_type" and value is not None:
+                value = self._dtype(value)  # jnp.float32 and "float32" are the same option
+            object.__setattr__(self, field.name, value)
+
+    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
+        """Return the op of ``x`` and the parameters, with the layer's options."""
+        return self.op(x, *self._arrays(params), **self._options(), rule=rule)
+
+    def _dtype(self, value: Any) -> np.dtype:
+        try:
+            return np.dtype(value)
+        except TypeError:
+            raise bad_type(type(self).__name__, "preferred_element_type", "a floating dtype", repr(value)) from None
+
+    def _arrays(self, params: Params) -> list[Any]:
+        return [params[name] for name in self.required] + [params.get(name) for name in self.optional]
+
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.options}
+
+
+def _hashable(value: Any) -> Any:
+    """Return tuples in place of lists and arrays."""
+    value = value.tolist() if isinstance(value, np.ndarray) else value
+    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
+
+
+L = TypeVar("L", bound=OpLayer)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+def applies(op: Callable[..., Array]) -> Callable[[type[L]], type[L]]:
+    """Return a decorator that makes an `OpLayer` a frozen dataclass whose `apply` runs ``op``."""
+
+    def decorated(cls: type[L]) -> type[L]:
+        made = dataclasses.dataclass(frozen=True)(cls)
+        made.op = staticmethod(op)
+        names = {field.name for field in dataclasses.fields(made)} - {*made.required, *made.optional}
+        made.options = tuple(name for name in inspect.signature(op).parameters if name in names)
+        return made
+
+    return decorated
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Layers with parameters
+# Convolutions and dense layers
 
 
-@dataclasses.dataclass(frozen=True)
-class Conv(Layer):
-    """`jaxcnn.conv` with ``features`` kernels of size ``patch`` (an int, or one per spatial dim).
+class _Affine(OpLayer):
+    """Base class of layers with a weight and an optional bias."""
 
-    The fields are the options of the op, except ``dimension_numbers``: nets are always channels-last.
+    required: ClassVar[tuple[str, ...]] = ("weight",)
+    optional: ClassVar[tuple[str, ...]] = ("bias",)
+
+    bias: bool
+    init_weight: Initializer
+    init_bias: Initializer
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("features", "groups", "multiplier"):
+            if hasattr(self, name):
+                static_int(type(self).__name__, name, getattr(self, name), least=1)
+
+    def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
+        """Make "weight", and "bias" if the layer has one."""
+        key_weight, key_bias = jax.random.split(key)
+        weight = self.weight_shape(shape)
+        params = {"weight": self.init_weight(key_weight, weight, dtype)}
+        if self.bias:
+            params["bias"] = self.init_bias(key_bias, (self.outputs(weight),), dtype)
+        return params
+
+    def weight_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the weight for inputs of ``shape``."""
+        raise NotImplementedError
+
+    def outputs(self, weight: tuple[int, ...]) -> int:
+        """Return the number of output channels for a weight of this shape."""
+        return weight[-1]
+
+    def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
+        """Count a multiplication and an addition for each element of the weight that an output depends on."""
+        return math.prod(out) * (2 * math.prod(self.weight_shape(shape)[:-1]) - 1 + self.bias)
+
+
+class _Convolution(_Affine):
+    """Base class of the convolutions."""
+
+    kernel_size: PerDim
+
+    def _kernel(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return positive(type(self).__name__, "kernel_size", self.kernel_size, len(shape) - 1)
+
+    def _check_groups(self, inputs: int, outputs: int, groups: int) -> None:
+        if inputs % groups or outputs % groups:
+            expected = f"a divisor of {inputs} input and {outputs} output channels"
+            raise bad_value(type(self).__name__, "groups", expected, groups)
+
+
+@applies(convolution.conv)
+class Conv(_Convolution):
+    """`jaxcnn.conv`, channels last. Parameters: ``weight (*kernel_size, I/groups, features)``, ``bias (features,)``.
+
+    Args:
+        features: number of output channels.
+        kernel_size: an int, or one per spatial dim.
+        bias: whether the layer has a bias.
+        init_weight: initializer ``(key, shape, dtype)`` of the weight.
+        init_bias: initializer of the bias.
+        stride, padding, dilation, groups, preferred_element_type, precision: options of the op.
+        name: name in a net.
+
+    Raises:
+        ValueError: if features or groups is less than 1.
+        TypeError: if features or groups is not an int.
     """
 
     features: int
@@ -122,54 +290,36 @@ class Conv(Layer):
     padding: Padding = "VALID"
     dilation: PerDim = 1
     groups: int = 1
-    bias: bool = dataclasses.field(default=True, kw_only=True)
-    init_weight: Initializer = dataclasses.field(default=he_normal, kw_only=True)
-    init_bias: Initializer = dataclasses.field(default=zeros, kw_only=True)
-    preferred_element_type: DTypeLike | None = dataclasses.field(default=None, kw_only=True)
-    precision: Any = dataclasses.field(default=None, kw_only=True)
+    _: dataclasses.KW_ONLY
+    bias: bool = True
+    init_weight: Initializer = he_normal
+    init_bias: Initializer = zeros
+    preferred_element_type: DTypeLike | None = None
+    precision: Any = None
 
-    def __post_init__(self) -> None:
-        _freeze(self)
-        _check_count(self, "features", self.features)
-        _check_count(self, "groups", self.groups)
-
-    def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
-        """Make ``w (*kernel_size, I/groups, features)``, and ``b (features,)`` if the layer has a bias."""
-        key_w, key_b = jax.random.split(key)
-        size = positive("Conv", "kernel_size", self.kernel_size, len(shape) - 1)
-        if shape[-1] % self.groups or self.features % self.groups:
-            fail("Conv", f"groups={self.groups} must divide {shape[-1]} input and {self.features} output channels")
-        params = {"weight": self.init_weight(key_w, (*size, shape[-1] // self.groups, self.features), dtype)}
-        return {**params, "bias": self.init_bias(key_b, (self.features,), dtype)} if self.bias else params
-
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """Return ``conv(x, w, b)``."""
-        return convolution.conv(
-            x,
-            params["weight"],
-            params.get("bias"),
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            preferred_element_type=self.preferred_element_type,
-            precision=self.precision,
-            rule=rule,
-        )
-
-    def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
-        """Count a multiplication and an addition for each kernel element at each output."""
-        entries = (
-            math.prod(positive("Conv", "kernel_size", self.kernel_size, len(shape) - 1)) * shape[-1] // self.groups
-        )
-        return math.prod(out) * (2 * entries - 1 + self.bias)
+    def weight_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return ``(*kernel_size, I/groups, features)``."""
+        kernel = self._kernel(shape)
+        self._check_groups(shape[-1], self.features, self.groups)
+        return (*kernel, shape[-1] // self.groups, self.features)
 
 
-@dataclasses.dataclass(frozen=True)
-class DepthwiseConv(Layer):
-    """`jaxcnn.depthwise_conv` with ``multiplier`` kernels per channel.
+@applies(convolution.depthwise_conv)
+class DepthwiseConv(_Convolution):
+    """`jaxcnn.depthwise_conv`, channels last. Parameters: ``weight (*kernel_size, 1, C·multiplier)``, ``bias``.
 
-    The fields are the options of the op, except ``dimension_numbers``: nets are always channels-last.
+    Args:
+        kernel_size: an int, or one per spatial dim.
+        multiplier: number of kernels per channel.
+        bias: whether the layer has a bias ``(C·multiplier,)``.
+        init_weight: initializer of the weight.
+        init_bias: initializer of the bias.
+        stride, padding, dilation, preferred_element_type, precision: options of the op.
+        name: name in a net.
+
+    Raises:
+        ValueError: if multiplier is less than 1.
+        TypeError: if multiplier is not an int.
     """
 
     kernel_size: PerDim
@@ -177,49 +327,34 @@ class DepthwiseConv(Layer):
     stride: PerDim = 1
     padding: Padding = "VALID"
     dilation: PerDim = 1
-    bias: bool = dataclasses.field(default=True, kw_only=True)
-    init_weight: Initializer = dataclasses.field(default=he_normal, kw_only=True)
-    init_bias: Initializer = dataclasses.field(default=zeros, kw_only=True)
-    preferred_element_type: DTypeLike | None = dataclasses.field(default=None, kw_only=True)
-    precision: Any = dataclasses.field(default=None, kw_only=True)
+    _: dataclasses.KW_ONLY
+    bias: bool = True
+    init_weight: Initializer = he_normal
+    init_bias: Initializer = zeros
+    preferred_element_type: DTypeLike | None = None
+    precision: Any = None
 
-    def __post_init__(self) -> None:
-        _freeze(self)
-        _check_count(self, "multiplier", self.multiplier)
-
-    def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
-        """Make ``w (*kernel_size, 1, C·multiplier)``, and ``b (C·multiplier,)`` if the layer has a bias."""
-        key_w, key_b = jax.random.split(key)
-        size = positive("DepthwiseConv", "kernel_size", self.kernel_size, len(shape) - 1)
-        features = shape[-1] * self.multiplier
-        params = {"weight": self.init_weight(key_w, (*size, 1, features), dtype)}
-        return {**params, "bias": self.init_bias(key_b, (features,), dtype)} if self.bias else params
-
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """Return ``depthwise_conv(x, w, b)``."""
-        return convolution.depthwise_conv(
-            x,
-            params["weight"],
-            params.get("bias"),
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            preferred_element_type=self.preferred_element_type,
-            precision=self.precision,
-            rule=rule,
-        )
-
-    def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
-        """Count a multiplication and an addition for each kernel element at each output."""
-        entries = math.prod(positive("DepthwiseConv", "kernel_size", self.kernel_size, len(shape) - 1))
-        return math.prod(out) * (2 * entries - 1 + self.bias)
+    def weight_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return ``(*kernel_size, 1, C·multiplier)``."""
+        return (*self._kernel(shape), 1, shape[-1] * self.multiplier)
 
 
-@dataclasses.dataclass(frozen=True)
-class ConvTranspose(Layer):
-    """`jaxcnn.conv_transpose` with ``features`` output channels.
+@applies(convolution.conv_transpose)
+class ConvTranspose(_Convolution):
+    """`jaxcnn.conv_transpose`, channels last. Parameters: ``weight (*kernel_size, features/groups, I)``, ``bias``.
 
-    The fields are the options of the op, except ``dimension_numbers``: nets are always channels-last.
+    Args:
+        features: number of output channels.
+        kernel_size: an int, or one per spatial dim.
+        bias: whether the layer has a bias ``(features,)``.
+        init_weight: initializer of the weight.
+        init_bias: initializer of the bias.
+        stride, padding, output_padding, dilation, groups, preferred_element_type, precision: options of the op.
+        name: name in a net.
+
+    Raises:
+        ValueError: if features or groups is less than 1.
+        TypeError: if features or groups is not an int.
     """
 
     features: int
@@ -229,55 +364,50 @@ class ConvTranspose(Layer):
     output_padding: PerDim = 0
     dilation: PerDim = 1
     groups: int = 1
-    bias: bool = dataclasses.field(default=True, kw_only=True)
-    init_weight: Initializer = dataclasses.field(default=he_normal_transposed, kw_only=True)
-    init_bias: Initializer = dataclasses.field(default=zeros, kw_only=True)
-    preferred_element_type: DTypeLike | None = dataclasses.field(default=None, kw_only=True)
-    precision: Any = dataclasses.field(default=None, kw_only=True)
+    _: dataclasses.KW_ONLY
+    bias: bool = True
+    init_weight: Initializer = he_normal_transposed
+    init_bias: Initializer = zeros
+    preferred_element_type: DTypeLike | None = None
+    precision: Any = None
 
-    def __post_init__(self) -> None:
-        _freeze(self)
-        _check_count(self, "features", self.features)
-        _check_count(self, "groups", self.groups)
+    def weight_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return ``(*kernel_size, features/groups, I)``."""
+        kernel = self._kernel(shape)
+        self._check_groups(shape[-1], self.features, self.groups)
+        return (*kernel, self.features // self.groups, shape[-1])
 
-    def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
-        """Make ``w (*kernel_size, features/groups, I)``, and ``b (features,)`` if the layer has a bias."""
-        key_w, key_b = jax.random.split(key)
-        size = positive("ConvTranspose", "kernel_size", self.kernel_size, len(shape) - 1)
-        if shape[-1] % self.groups or self.features % self.groups:
-            channels = f"{shape[-1]} input and {self.features} output channels"
-            fail("ConvTranspose", f"groups={self.groups} must divide {channels}")
-        params = {"weight": self.init_weight(key_w, (*size, self.features // self.groups, shape[-1]), dtype)}
-        return {**params, "bias": self.init_bias(key_b, (self.features,), dtype)} if self.bias else params
-
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """Return ``conv_transpose(x, w, b)``."""
-        return convolution.conv_transpose(
-            x,
-            params["weight"],
-            params.get("bias"),
-            stride=self.stride,
-            padding=self.padding,
-            output_padding=self.output_padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            preferred_element_type=self.preferred_element_type,
-            precision=self.precision,
-            rule=rule,
-        )
+    def outputs(self, weight: tuple[int, ...]) -> int:
+        """Return ``features``."""
+        return self.features
 
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
         """Count a multiplication and an addition for each kernel element at each input, and the bias at each output."""
-        size = positive("ConvTranspose", "kernel_size", self.kernel_size, len(shape) - 1)
-        return math.prod(shape) * 2 * math.prod(size) * self.features // self.groups + math.prod(out) * self.bias
+        return math.prod(shape) * 2 * math.prod(self.weight_shape(shape)[:-1]) + math.prod(out) * self.bias
 
 
-@dataclasses.dataclass(frozen=True)
-class HiddenLayer(Layer):
+@applies(hidden.hidden_layer)
+class HiddenLayer(_Convolution):
     """`jaxcnn.hidden_layer` of the lecture: convolution, ReLU and max pooling with one rule.
 
-    The fields are the options of the op.
+    Its parameters are ``weight (*kernel_size, I/groups, features)`` and ``bias (features,)``.
+
+    Args:
+        features: number of output channels.
+        kernel_size: an int, or one per spatial dim.
+        init_weight: initializer of the weight.
+        init_bias: initializer of the bias.
+        window, pool_stride, stride, padding, pool_padding, dilation, groups, precision: options of the op.
+        name: name in a net.
+
+    Raises:
+        ValueError: if features or groups is less than 1.
+        TypeError: if features or groups is not an int.
     """
+
+    required = ("weight", "bias")
+    optional = ()
+    bias = True
 
     features: int
     kernel_size: PerDim
@@ -285,378 +415,297 @@ class HiddenLayer(Layer):
     pool_stride: PerDim | None = None
     stride: PerDim = 1
     padding: Padding = "VALID"
-    pool_padding: Padding = dataclasses.field(default="VALID", kw_only=True)
-    dilation: PerDim = dataclasses.field(default=1, kw_only=True)
-    groups: int = dataclasses.field(default=1, kw_only=True)
-    init_weight: Initializer = dataclasses.field(default=he_normal, kw_only=True)
-    init_bias: Initializer = dataclasses.field(default=zeros, kw_only=True)
-    precision: Any = dataclasses.field(default=None, kw_only=True)
+    _: dataclasses.KW_ONLY
+    pool_padding: Padding = "VALID"
+    dilation: PerDim = 1
+    groups: int = 1
+    init_weight: Initializer = he_normal
+    init_bias: Initializer = zeros
+    precision: Any = None
 
-    def __post_init__(self) -> None:
-        _freeze(self)
-        _check_count(self, "features", self.features)
-        _check_count(self, "groups", self.groups)
-
-    def _conv(self) -> Conv:
-        return Conv(
-            self.features,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            init_weight=self.init_weight,
-            init_bias=self.init_bias,
-        )
-
-    def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
-        """Make ``w (*kernel_size, I/groups, features)`` and ``b (features,)``."""
-        return self._conv().init(key, shape, dtype)
-
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """Return ``hidden_layer(x, w, b)``."""
-        return hidden.hidden_layer(
-            x,
-            params["weight"],
-            params["bias"],
-            window=self.window,
-            pool_stride=self.pool_stride,
-            pool_padding=self.pool_padding,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            precision=self.precision,
-            rule=rule,
-        )
+    def weight_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return ``(*kernel_size, I/groups, features)``."""
+        kernel = self._kernel(shape)
+        self._check_groups(shape[-1], self.features, self.groups)
+        return (*kernel, shape[-1] // self.groups, self.features)
 
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
         """Count the convolution, plus 1 per element for ReLU and (window size − 1) per pooling window."""
         inner = self.inner_shape(shape)
-        pooled = math.prod(out) * (math.prod(positive("HiddenLayer", "window", self.window, len(shape) - 1)) - 1)
-        return self._conv().flops(shape, inner) + math.prod(inner) + pooled
+        return super().flops(shape, inner) + math.prod(inner) + _comparisons(self, self.window, out)
 
     def inner_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the output shape of the convolution, before pooling."""
-        conv = self._conv()
+        conv = Conv(self.features, self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
         return out_shape(conv, jax.eval_shape(lambda: conv.init(jax.random.key(0), shape)), shape)
 
 
-@dataclasses.dataclass(frozen=True)
-class Dense(Layer):
-    """`jaxcnn.dense` with ``features`` outputs."""
+@applies(linear.dense)
+class Dense(_Affine):
+    """`jaxcnn.dense`. Parameters: ``weight (I, features)``, ``bias (features,)``.
+
+    Args:
+        features: number of outputs.
+        bias: whether the layer has a bias.
+        init_weight: initializer of the weight.
+        init_bias: initializer of the bias.
+        name: name in a net.
+
+    Raises:
+        ValueError: if features is less than 1.
+        TypeError: if features is not an int.
+    """
 
     features: int
-    bias: bool = dataclasses.field(default=True, kw_only=True)
-    init_weight: Initializer = dataclasses.field(default=glorot_uniform, kw_only=True)
-    init_bias: Initializer = dataclasses.field(default=zeros, kw_only=True)
+    _: dataclasses.KW_ONLY
+    bias: bool = True
+    init_weight: Initializer = glorot_uniform
+    init_bias: Initializer = zeros
 
-    def __post_init__(self) -> None:
-        _check_count(self, "features", self.features)
+    def weight_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return ``(I, features)``."""
+        return (shape[-1], self.features)
 
-    def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
-        """Make ``w (I, features)``, and ``b (features,)`` if the layer has a bias."""
-        key_w, key_b = jax.random.split(key)
-        params = {"weight": self.init_weight(key_w, (shape[-1], self.features), dtype)}
-        return {**params, "bias": self.init_bias(key_b, (self.features,), dtype)} if self.bias else params
 
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """Return ``dense(x, w, b)``."""
-        return linear.dense(x, params["weight"], params.get("bias"), rule=rule)
-
-    def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
-        """Count a multiplication and an addition for each input at each output."""
-        return math.prod(out) * (2 * shape[-1] - 1 + self.bias)
+# ---------------------------------------------------------------------------------------------------------------------
+# Normalization
 
 
 @dataclasses.dataclass(frozen=True)
-class _Normalization(Layer):
+class _Normalization(OpLayer):
+    """Base class of the norms."""
+
+    optional = ("scale", "bias")
+
     eps: float = dataclasses.field(default=1e-5, kw_only=True)
     scale: bool = dataclasses.field(default=True, kw_only=True)
     bias: bool = dataclasses.field(default=True, kw_only=True)
 
-    def __post_init__(self) -> None:
-        _freeze(self)
-
-    def _learned(self, shape: tuple[int, ...], dtype: DTypeLike) -> Params:
-        """Initialize whichever of scale (ones) and bias (zeros) the layer uses."""
+    def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
+        """Make ``scale`` of ones and ``bias`` of zeros, each unless its field is False."""
+        shape = self._shape(shape)
         made = {"scale": jnp.ones, "bias": jnp.zeros}
         return {name: make(shape, dtype) for name, make in made.items() if getattr(self, name)}
+
+    def _shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the parameters."""
+        return shape[-1:]
 
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
         """Count per element Σ x, x − m, its square, their Σ, times r, times γ if used, plus β if used."""
         return math.prod(out) * (5 + self.scale + self.bias)
 
 
-@dataclasses.dataclass(frozen=True)
+@applies(normalization.batch_norm)
 class BatchNorm(_Normalization):
     """`jaxcnn.batch_norm`, with the statistics of the batch during training.
 
     In evaluation it uses the statistics that `jaxcnn.calibrate` adds to the parameters ("mean", "var"). Before
     `jaxcnn.calibrate` it uses those of the batch, and the output of an example then depends on the rest of the batch.
 
-    ``axis_name`` names one or several axes of `jax.shard_map`, `jax.pmap` or `jax.vmap`. The statistics of the batch
-    are then computed over all devices along these axes.
+    Args:
+        eps: option of the op.
+        scale: whether the layer has a parameter ``scale (C,)``.
+        bias: whether the layer has a parameter ``bias (C,)``.
+        axis_name: one or several axes of `jax.shard_map`, `jax.pmap` or `jax.vmap`. The statistics of the batch are
+            then computed over all devices along these axes.
+        name: name in a net.
     """
 
     axis_name: str | tuple[str, ...] | None = dataclasses.field(default=None, kw_only=True)
 
-    def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
-        """Make ``scale (C,)`` of ones and ``bias (C,)`` of zeros."""
-        return self._learned(shape[-1:], dtype)
-
     def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """Return ``batch_norm(x, scale, bias)``, with the statistics in ``params`` if there is no key."""
-        names = ("mean", "var") if key is None else ()
-        statistics = [params[name] for name in names if name in params]
-        if statistics and all(jnp.shape(a) == UNKNOWN for a in statistics):
-            statistics = reached_p.bind(x, *statistics)
-        elif key is None and not statistics and HIDING.value:
-            others = ", ".join(HIDING.value)
-            raise bad_value(
-                "calibrate",
-                "every BatchNorm",
-                "a layer of a Serial, or a field named like its parameters in a layer",
-                f"one that is not, inside one of {others}",
-            )
-        # Statistics are not parameters: no gradient reaches them.
+        """Return ``batch_norm(x, scale, bias)``, in evaluation with the statistics in ``params``."""
+        statistics = [] if key is not None else evaluation_statistics(params, x)
+        # Statistics are not trained: they get no gradient.
         statistics = [jax.lax.stop_gradient(a) for a in statistics]
-        return normalization.batch_norm(
-            x,
-            params.get("scale"),
-            params.get("bias"),
-            *statistics,
-            eps=self.eps,
-            axis_name=self.axis_name,
-            rule=rule,
-        )
+        return self.op(x, *self._arrays(params), *statistics, **self._options(), rule=rule)
 
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
         """Count per element, in evaluation, x − m, times r, times γ if used, plus β if used."""
         return math.prod(out) * (2 + self.scale + self.bias)
 
 
-@dataclasses.dataclass(frozen=True)
+@applies(normalization.layer_norm)
 class LayerNorm(_Normalization):
-    """`jaxcnn.layer_norm` over ``axes``, dims of a batch ``(N, …)``."""
+    """`jaxcnn.layer_norm`.
+
+    Args:
+        axes: the dims to normalize over, as dims of a batch ``(N, …)``.
+        eps: option of the op.
+        scale: whether the layer has a parameter ``scale``, of x's shape along ``axes``.
+        bias: whether the layer has a parameter ``bias``, of the same shape.
+        name: name in a net.
+    """
 
     axes: int | tuple[int, ...] = -1
 
-    def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
-        """Make ``scale`` of ones and ``bias`` of zeros, with the shape along ``axes``."""
+    def _shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         dims = normalization.dims_of("LayerNorm", self.axes, len(shape) + 1)
         if 0 in dims:
-            raise bad_value("LayerNorm", "axes", "dims of one example", f"{self.axes!r}, of which one is the batch")
-        return self._learned(tuple(shape[dim - 1] for dim in dims), dtype)
-
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """Return ``layer_norm(x, scale, bias)``."""
-        return normalization.layer_norm(
-            x, params.get("scale"), params.get("bias"), axes=self.axes, eps=self.eps, rule=rule
-        )
+            raise bad_value("LayerNorm", "axes", "dims of one example", f"{self.axes!r}, which includes the batch")
+        return tuple(shape[dim - 1] for dim in dims)
 
 
-@dataclasses.dataclass(frozen=True)
+@applies(normalization.group_norm)
 class GroupNorm(_Normalization):
-    """`jaxcnn.group_norm`."""
+    """`jaxcnn.group_norm`.
+
+    Args:
+        groups: number of groups of channels.
+        eps: option of the op.
+        scale: whether the layer has a parameter ``scale (C,)``.
+        bias: whether the layer has a parameter ``bias (C,)``.
+        name: name in a net.
+    """
 
     groups: int = 32
 
-    def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
-        """Make ``scale (C,)`` of ones and ``bias (C,)`` of zeros."""
-        return self._learned(shape[-1:], dtype)
-
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """Return ``group_norm(x, scale, bias)``."""
-        return normalization.group_norm(
-            x, params.get("scale"), params.get("bias"), groups=self.groups, eps=self.eps, rule=rule
-        )
-
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Layers without parameters
+# Activations; their fields are the options of the op
 
 
-class _Activation(Layer):
-    #: The op; its options are the fields of the layer.
-    op: ClassVar[Callable[..., Array]]
-
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """Return ``op(x)``."""
-        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "name"}
-        return self.op(x, **options, rule=rule)
+class Activation(OpLayer):
+    """Base class of the activations."""
 
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
         """Count 1 per element."""
         return math.prod(out)
 
 
-@dataclasses.dataclass(frozen=True)
-class Relu(_Activation):
+@applies(activation.relu)
+class Relu(Activation):
     """`jaxcnn.relu`."""
 
-    op = staticmethod(activation.relu)
 
-
-@dataclasses.dataclass(frozen=True)
-class LeakyRelu(_Activation):
+@applies(activation.leaky_relu)
+class LeakyRelu(Activation):
     """`jaxcnn.leaky_relu`."""
 
-    op = staticmethod(activation.leaky_relu)
     negative_slope: float = 0.01
 
 
-@dataclasses.dataclass(frozen=True)
-class Elu(_Activation):
+@applies(activation.elu)
+class Elu(Activation):
     """`jaxcnn.elu`."""
 
-    op = staticmethod(activation.elu)
     alpha: float = 1.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Gelu(_Activation):
+@applies(activation.gelu)
+class Gelu(Activation):
     """`jaxcnn.gelu`."""
 
-    op = staticmethod(activation.gelu)
     approximate: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class Silu(_Activation):
+@applies(activation.silu)
+class Silu(Activation):
     """`jaxcnn.silu`."""
 
-    op = staticmethod(activation.silu)
 
-
-@dataclasses.dataclass(frozen=True)
-class Softplus(_Activation):
+@applies(activation.softplus)
+class Softplus(Activation):
     """`jaxcnn.softplus`."""
 
-    op = staticmethod(activation.softplus)
 
-
-@dataclasses.dataclass(frozen=True)
-class Sigmoid(_Activation):
+@applies(activation.sigmoid)
+class Sigmoid(Activation):
     """`jaxcnn.sigmoid`."""
 
-    op = staticmethod(activation.sigmoid)
 
-
-@dataclasses.dataclass(frozen=True)
-class Tanh(_Activation):
+@applies(activation.tanh)
+class Tanh(Activation):
     """`jaxcnn.tanh`."""
 
-    op = staticmethod(activation.tanh)
 
-
-@dataclasses.dataclass(frozen=True)
-class Selu(_Activation):
+@applies(activation.selu)
+class Selu(Activation):
     """`jaxcnn.selu`."""
 
-    op = staticmethod(activation.selu)
 
-
-@dataclasses.dataclass(frozen=True)
-class Celu(_Activation):
+@applies(activation.celu)
+class Celu(Activation):
     """`jaxcnn.celu`."""
 
-    op = staticmethod(activation.celu)
     alpha: float = 1.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Relu6(_Activation):
+@applies(activation.relu6)
+class Relu6(Activation):
     """`jaxcnn.relu6`."""
 
-    op = staticmethod(activation.relu6)
 
-
-@dataclasses.dataclass(frozen=True)
-class HardTanh(_Activation):
+@applies(activation.hard_tanh)
+class HardTanh(Activation):
     """`jaxcnn.hard_tanh`."""
 
-    op = staticmethod(activation.hard_tanh)
 
-
-@dataclasses.dataclass(frozen=True)
-class HardSigmoid(_Activation):
+@applies(activation.hard_sigmoid)
+class HardSigmoid(Activation):
     """`jaxcnn.hard_sigmoid`."""
 
-    op = staticmethod(activation.hard_sigmoid)
 
-
-@dataclasses.dataclass(frozen=True)
-class HardSwish(_Activation):
+@applies(activation.hard_swish)
+class HardSwish(Activation):
     """`jaxcnn.hard_swish`."""
 
-    op = staticmethod(activation.hard_swish)
 
-
-@dataclasses.dataclass(frozen=True)
-class Mish(_Activation):
+@applies(activation.mish)
+class Mish(Activation):
     """`jaxcnn.mish`."""
 
-    op = staticmethod(activation.mish)
 
-
-@dataclasses.dataclass(frozen=True)
-class Softsign(_Activation):
+@applies(activation.softsign)
+class Softsign(Activation):
     """`jaxcnn.softsign`."""
 
-    op = staticmethod(activation.softsign)
 
-
-@dataclasses.dataclass(frozen=True)
-class Squareplus(_Activation):
+@applies(activation.squareplus)
+class Squareplus(Activation):
     """`jaxcnn.squareplus`."""
 
-    op = staticmethod(activation.squareplus)
     b: float = 4.0
 
 
-@dataclasses.dataclass(frozen=True)
-class LogSigmoid(_Activation):
+@applies(activation.log_sigmoid)
+class LogSigmoid(Activation):
     """`jaxcnn.log_sigmoid`."""
 
-    op = staticmethod(activation.log_sigmoid)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pooling; the fields are the options of the op
 
 
-class _Pool(Layer):
+def _comparisons(layer: Layer, window: PerDim, out: tuple[int, ...]) -> int:
+    """Return the number of operations of a pooling: (window size − 1) per window."""
+    return math.prod(out) * (math.prod(positive(type(layer).__name__, "window", window, len(out) - 1)) - 1)
+
+
+class _Pool(OpLayer):
+    """Base class of the poolings by windows."""
+
     window: PerDim
-
-    def __post_init__(self) -> None:
-        _freeze(self)
 
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
         """Count (window size − 1) comparisons or additions per window."""
-        return math.prod(out) * (math.prod(positive(type(self).__name__, "window", self.window, len(shape) - 1)) - 1)
+        return _comparisons(self, self.window, out)
 
 
-@dataclasses.dataclass(frozen=True)
+@applies(pooling.max_pool)
 class MaxPool(_Pool):
     """`jaxcnn.max_pool`."""
 
     window: PerDim
     stride: PerDim | None = None
     padding: Padding = "VALID"
-    dilation: PerDim = dataclasses.field(default=1, kw_only=True)
-    ceil_mode: bool = dataclasses.field(default=False, kw_only=True)
-
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """Return ``max_pool(x, window)``."""
-        return pooling.max_pool(
-            x,
-            self.window,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            ceil_mode=self.ceil_mode,
-            rule=rule,
-        )
+    _: dataclasses.KW_ONLY
+    dilation: PerDim = 1
+    ceil_mode: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
+@applies(pooling.avg_pool)
 class AvgPool(_Pool):
     """`jaxcnn.avg_pool`."""
 
@@ -664,30 +713,17 @@ class AvgPool(_Pool):
     stride: PerDim | None = None
     padding: Padding = "VALID"
     count_include_pad: bool = True
-    dilation: PerDim = dataclasses.field(default=1, kw_only=True)
-    ceil_mode: bool = dataclasses.field(default=False, kw_only=True)
-    divisor: float | None = dataclasses.field(default=None, kw_only=True)
-
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """Return ``avg_pool(x, window)``."""
-        return pooling.avg_pool(
-            x,
-            self.window,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            ceil_mode=self.ceil_mode,
-            count_include_pad=self.count_include_pad,
-            divisor=self.divisor,
-            rule=rule,
-        )
+    _: dataclasses.KW_ONLY
+    dilation: PerDim = 1
+    ceil_mode: bool = False
+    divisor: float | None = None
 
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
         """Count (window size − 1) additions and a division per window."""
         return super().flops(shape, out) + math.prod(out)
 
 
-@dataclasses.dataclass(frozen=True)
+@applies(pooling.lp_pool)
 class LpPool(_Pool):
     """`jaxcnn.lp_pool`."""
 
@@ -695,87 +731,71 @@ class LpPool(_Pool):
     p: float = 2
     stride: PerDim | None = None
     padding: Padding = "VALID"
-    dilation: PerDim = dataclasses.field(default=1, kw_only=True)
-    ceil_mode: bool = dataclasses.field(default=False, kw_only=True)
-
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """Return ``lp_pool(x, window)``."""
-        return pooling.lp_pool(
-            x,
-            self.window,
-            p=self.p,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            ceil_mode=self.ceil_mode,
-            rule=rule,
-        )
+    _: dataclasses.KW_ONLY
+    dilation: PerDim = 1
+    ceil_mode: bool = False
 
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
         """Count per window a power for each element, (window size − 1) additions and a root."""
         return 2 * (super().flops(shape, out) + math.prod(out))
 
 
-@dataclasses.dataclass(frozen=True)
-class GlobalMaxPool(Layer):
+@applies(pooling.global_max_pool)
+class GlobalMaxPool(OpLayer):
     """`jaxcnn.global_max_pool`."""
-
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """Return ``global_max_pool(x)``."""
-        return pooling.global_max_pool(x, rule=rule)
 
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
         """Count (channel size − 1) comparisons per channel."""
         return math.prod(shape) - math.prod(out)
 
 
-@dataclasses.dataclass(frozen=True)
-class GlobalAvgPool(Layer):
+@applies(pooling.global_avg_pool)
+class GlobalAvgPool(OpLayer):
     """`jaxcnn.global_avg_pool`."""
-
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """Return ``global_avg_pool(x)``."""
-        return pooling.global_avg_pool(x, rule=rule)
 
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
         """Count (channel size − 1) additions and a division per channel."""
         return math.prod(shape)
 
 
-@dataclasses.dataclass(frozen=True)
-class AdaptiveMaxPool(Layer):
-    """`jaxcnn.adaptive_max_pool`."""
+class _AdaptivePool(OpLayer):
+    """Base class of the poolings by an output size."""
 
-    size: PerDim
-
-    def __post_init__(self) -> None:
-        _freeze(self)
+    output_size: PerDim
 
     def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """Return ``adaptive_max_pool(x, size)``."""
-        return pooling.adaptive_max_pool(x, self.size, rule=rule)
+        """Return the op of ``x`` and ``output_size``."""
+        return self.op(x, self.output_size, rule=rule)
+
+    def _elements(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
+        """Return the total number of elements of all windows."""
+        return adaptive.Bins(shape[:-1], out[:-1]).entries * out[-1]
+
+
+@applies(adaptive.adaptive_max_pool)
+class AdaptiveMaxPool(_AdaptivePool):
+    """`jaxcnn.adaptive_max_pool`."""
+
+    output_size: PerDim
 
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
         """Count (window size − 1) comparisons per window."""
-        return pooling.Bins(shape[:-1], out[:-1]).entries * out[-1] - math.prod(out)
+        return self._elements(shape, out) - math.prod(out)
 
 
-@dataclasses.dataclass(frozen=True)
-class AdaptiveAvgPool(Layer):
+@applies(adaptive.adaptive_avg_pool)
+class AdaptiveAvgPool(_AdaptivePool):
     """`jaxcnn.adaptive_avg_pool`."""
 
-    size: PerDim
-
-    def __post_init__(self) -> None:
-        _freeze(self)
-
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        """Return ``adaptive_avg_pool(x, size)``."""
-        return pooling.adaptive_avg_pool(x, self.size, rule=rule)
+    output_size: PerDim
 
     def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
         """Count (window size − 1) additions and a division per window."""
-        return pooling.Bins(shape[:-1], out[:-1]).entries * out[-1]
+        return self._elements(shape, out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -787,9 +807,18 @@ class Flatten(Layer):
         return x.reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
-@dataclasses.dataclass(frozen=True)
-class Dropout(Layer):
-    """`jaxcnn.dropout` during training; the identity in evaluation."""
+@applies(dropout.dropout)
+class Dropout(OpLayer):
+    """`jaxcnn.dropout` during training; the identity in evaluation, which counts as 0 FLOPs.
+
+    Args:
+        rate: probability that an element is dropped.
+        name: name in a net.
+
+    Raises:
+        ValueError: if the rate is outside [0, 1].
+        TypeError: if the rate is not a Python float.
+    """
 
     rate: float
 
@@ -798,70 +827,89 @@ class Dropout(Layer):
 
     def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
         """Return ``dropout(x, rate, key)`` if there is a key, and x otherwise."""
-        return x if key is None else dropout.dropout(x, self.rate, key, rule=rule)
+        return x if key is None else self.op(x, self.rate, key, rule=rule)
 
-    def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
-        """Return 0: dropout is inactive in evaluation."""
-        return 0
+
+@dataclasses.dataclass(frozen=True)
+class Function(Layer):
+    """A function ``f(x)`` of the batch as a layer without parameters. `serial` makes it from any callable.
+
+    If the function has an argument ``rule``, as the ops of jaxcnn have, it receives the rule of the layer. Otherwise
+    the layer takes no rule: JAX differentiates the function. Its FLOPs are unknown and count as 0.
+
+    Args:
+        function: maps an array ``(N, …)`` to an array with the same N, and treats examples independently.
+        name: name in a net; None makes one from the name of the function and a count.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> jaxcnn.Function(jnp.square).apply({}, jnp.array([[2.0, 3.0]]))
+    Array([[4., 9.]], dtype=float32)
+    """
+
+    function: Callable[..., Array]
+
+    @property
+    def takes_rule(self) -> bool:
+        """Whether the function has an argument ``rule``."""
+        try:
+            return "rule" in inspect.signature(self.function).parameters
+        except (TypeError, ValueError):  # a callable without a signature
+            return False
+
+    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
+        """Return ``function(x)``."""
+        return self.function(x, rule=rule) if self.takes_rule else self.function(x)
+
+
+#: Layers of the ops that need neither parameters nor options.
+_PLAIN: list[type[OpLayer]] = [*Activation.__subclasses__(), GlobalMaxPool, GlobalAvgPool]
+
+
+def as_layer(value: Any) -> Layer | None:
+    """Return a layer unchanged, a callable as a layer, and None for anything else."""
+    if isinstance(value, Layer):
+        return value
+    if not callable(value) or isinstance(value, type):
+        return None
+    return next((kind() for kind in _PLAIN if kind.op is value), None) or Function(value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Shared parts
+# Shapes
 
 
-#: Shape of unknown statistics, which are in the parameters while `jaxcnn.calibrate` traces a net.
-UNKNOWN = (0, 0)
-#: Names of layers that may contain a batch norm `jaxcnn.calibrate` cannot see, while it traces a net.
-HIDING = jax.make_user_context(())
-#: (x, mean, var) → (mean, var), for statistics that are unknown: marks the input of a batch norm.
-reached_p = jax.extend.core.Primitive("batch_norm_reached")
-reached_p.multiple_results = True
-
-
-@reached_p.def_impl
-def _reached(x: Array, *unknown: Array) -> Any:
-    fail("batch_norm", f"mean must have shape {x.shape[-1:]}, one number for each channel; got {UNKNOWN}")
-
-
-@reached_p.def_abstract_eval
-def _reached_types(x: Any, *unknown: Any) -> Any:
-    """Return the types of the statistics: their own dtype, unless the unknown ones were cast."""
-    own = np.promote_types(x.dtype, np.float32)
-    return [jax.core.ShapedArray(x.shape[-1:], own if a.dtype == np.float32 else a.dtype) for a in unknown]
-
-
-def _reached_in_batches(args: Any, dims: Any) -> Any:
-    """Bind once for the whole mapped batch: everything that `jax.vmap` maps over reaches the same norm."""
-    (x, *unknown), (dim, *rest) = args, dims
-    if any(d is not None for d in rest):
-        fail("calibrate", "the statistics of a batch norm must not be mapped by jax.vmap")
-    return reached_p.bind(jnp.moveaxis(x, dim, 0), *unknown), [None] * len(unknown)
-
-
-batching.primitive_batchers[reached_p] = _reached_in_batches
-
-
-def out_shape(layer: Layer, params: Params, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> tuple[int, ...]:
+def out_shape(layer: Layer, params: Params, shape: Shape, dtype: DTypeLike = jnp.float32) -> tuple[int, ...]:
     """Return the shape of a layer's output for one example, without computing it."""
     return shape_of(layer, layer.apply, params, shape, dtype)
 
 
 def shape_of(
-    layer: Layer, apply: Callable[..., Array], params: Params, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32
+    layer: Layer, apply: Callable[..., Array], params: Params, shape: Shape, dtype: DTypeLike = jnp.float32
 ) -> tuple[int, ...]:
     """Return the shape of ``apply(params, x)`` for one example, even if axes that the layer names are not bound yet."""
     for name in sorted(_axis_names(layer)):
         if not normalization.is_bound(name):
             apply = _with_axis(apply, name)
-    out = jax.eval_shape(apply, params, jax.ShapeDtypeStruct((1, *shape), dtype))
+    out = jax.eval_shape(apply, params, _one_example(shape, dtype))
+    if not hasattr(out, "shape"):
+        raise bad_type(type(layer).__name__, "output", "an array", type(out).__name__)
     return tuple(out.shape[1:])
+
+
+def _one_example(shape: Shape, dtype: DTypeLike) -> Any:
+    """Return the types of a batch of one example, which has several arrays if ``shape`` is a tuple of shapes."""
+    if shape and isinstance(shape[0], tuple):
+        return tuple(jax.ShapeDtypeStruct((1, *each), dtype) for each in shape)
+    return jax.ShapeDtypeStruct((1, *shape), dtype)
 
 
 def _with_axis(apply: Callable[..., Array], name: str) -> Callable[..., Array]:
     """Return ``apply`` inside an axis of size 1 with this name."""
 
-    def mapped(params: Params, x: Array) -> Array:
-        return jax.vmap(lambda x: apply(params, x), axis_name=name)(x[None])[0]
+    def mapped(params: Params, x: Any) -> Array:
+        in_axis = jax.tree.map(lambda a: a[None], x)
+        return jax.vmap(lambda x: apply(params, x), axis_name=name)(in_axis)[0]
 
     return mapped
 
@@ -872,25 +920,6 @@ def _axis_names(value: Any) -> frozenset[str]:
         return frozenset().union(*map(_axis_names, value))
     if not isinstance(value, Layer):
         return frozenset()
-    fields = [getattr(value, field.name) for field in dataclasses.fields(value)]
-    own = value.axis_name if isinstance(value, BatchNorm) else None
-    return _axis_names(tuple(fields)) | frozenset(() if own is None else (own,) if isinstance(own, str) else own)
-
-
-def _freeze(layer: Layer) -> None:
-    """Replace lists and arrays among the options by tuples, so that the layer can be hashed."""
-
-    def frozen(value: Any) -> Any:
-        return tuple(map(frozen, value)) if isinstance(value, list | tuple | np.ndarray) else value
-
-    for field in dataclasses.fields(layer):
-        value = frozen(getattr(layer, field.name))
-        if field.name == "preferred_element_type" and value is not None:
-            value = np.dtype(value)  # jnp.float32 and "float32" are the same option
-        object.__setattr__(layer, field.name, value)
-
-
-def _check_count(layer: Layer, name: str, value: Any) -> None:
-    kind = type(layer).__name__
-    if static_int(kind, name, value, value) < 1:
-        raise bad_value(kind, name, "an int >= 1", value)
+    fields = tuple(getattr(value, field.name) for field in dataclasses.fields(value))
+    names = value.axis_name if isinstance(value, BatchNorm) and value.axis_name is not None else ()
+    return _axis_names(fields) | frozenset((names,) if isinstance(names, str) else names)

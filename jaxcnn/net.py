@@ -3,11 +3,10 @@
 import contextlib
 import copy
 import dataclasses
-import difflib
-import inspect
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -15,28 +14,57 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxcnn.arguments import array, bad_type, one_key
-from jaxcnn.layers import Conv, Flatten, HiddenLayer, Layer, MaxPool, Params, Relu, out_shape, shape_of
+from jaxcnn import layers as layer_module
+from jaxcnn.arguments import array, bad_type, bad_value, one_key
+from jaxcnn.layers import Flatten, Function, Layer, Net, OpLayer, Params, Shape, as_layer, out_shape, shape_of
 from jaxcnn.ops import linear
-from jaxcnn.ops.rule import Rule, autodiff
+from jaxcnn.ops.kinds import names_of
+from jaxcnn.ops.rule import autodiff
+from jaxcnn.selection import Rules, Selection, rule_of_sum, select
+from jaxcnn.summary import Row, Summary
 from jaxcnn.taps import tap
 
-#: One rule for all layers, or a mapping from layer types, names or predicates (name, layer) → bool to rules.
-Rules = Rule | Mapping[Any, Rule]
+
+class Loss(Protocol):
+    """The loss of each example, such as `jaxcnn.softmax_cross_entropy_with_integer_labels`."""
+
+    def __call__(self, outputs: Any, targets: Any, /) -> Array:
+        """Return the losses.
+
+        Args:
+            outputs: outputs of the net, ``(N, …)``.
+            targets: targets, ``(N, …)``.
+
+        Returns:
+            ``(N, …)``; the loss of an example is the mean over the dims after N.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
-class Serial(Layer):
-    """A sequence of layers, which is itself a layer. Made by `serial`."""
+class Serial(Net):
+    """A sequence of layers, which is itself a layer. Made by `serial`.
+
+    A subclass may override `apply`. It hands ``rules`` on, to ``super().apply`` or to `apply_layer`:
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import jaxcnn
+    >>> class Halved(jaxcnn.Serial):
+    ...     def apply(self, params, x, *, key=None, rules=None):
+    ...         return super().apply(params, x, key=key, rules=rules) / 2
+    >>> net = jaxcnn.serial(Halved(jaxcnn.serial(jaxcnn.Dense(3)).layers), jaxcnn.Dense(2))
+    >>> net.apply(net.init(jax.random.key(0), (5,)), jnp.ones((4, 5))).shape
+    (4, 2)
+    """
 
     layers: tuple[tuple[str, Layer], ...] = ()
 
-    def init(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Params:
+    def init(self, key: Array, shape: Shape, dtype: DTypeLike = jnp.float32) -> Params:
         """Make the parameters for inputs of ``shape``.
 
         Args:
             key: from `jax.random.key`.
-            shape: shape of one example, without the batch.
+            shape: shape of one example, without the batch; a tuple of shapes for a net with several inputs.
             dtype: dtype of the parameters.
 
         Returns:
@@ -46,39 +74,34 @@ class Serial(Layer):
             TypeError: if key is not a key or shape is not a tuple of ints.
             ValueError: if a layer does not fit the output of the previous one.
         """
-        key, shape = one_key("serial", key), _example_shape(shape)
+        key, shape = one_key("serial", key), example_shape(shape)
         params: Params = {}
         for i, (name, layer) in enumerate(self.layers):
-            with _located(name, "/" if isinstance(layer, Serial) else ": "):
-                made = layer.init(jax.random.fold_in(key, i), shape, dtype)
+            made = self._init_layer(i, key, shape, dtype)
             if made:
                 params[name] = made
-            with _located(name):
+            with located(name):
                 shape = out_shape(layer, made, shape, dtype)
         return params
 
-    def apply(
+    def apply(  # type: ignore[override]  # a net has rules, a layer one rule
         self,
         params: Params,
-        x: ArrayLike,
+        x: ArrayLike | tuple[ArrayLike, ...],
         *,
         key: Array | None = None,
-        rules: Rules | None = None,
-        rule: Rule | None = None,
-        path: str = "",
+        rules: Rules | Selection | None = None,
     ) -> Array:
         """Return the net's output for a batch ``x``.
 
         Args:
             params: parameters as made by `init`.
-            x: ``(N, …)``.
+            x: ``(N, …)``; a tuple of arrays for a net with several inputs.
             key: from `jax.random.key`; if given, the net is in training mode (dropout is active).
             rules: replacement backward rules: one rule for all layers, or a mapping. Its keys are layer types, names
                 ("conv1", "residual1/conv2", or "residual1" for all layers in it) or predicates
                 ``(name, layer) → bool``; the first that matches wins. The key `Residual` is for the sums at the end of
-                residual nets.
-            rule: same as ``rules``, for a net inside a net.
-            path: the names of the enclosing nets.
+                residual nets and of branches. An inner net receives a `Selection` of the rules of the outermost net.
 
         Returns:
             The output of the last layer.
@@ -88,51 +111,78 @@ class Serial(Layer):
                 that take no rule, such as `Flatten`.
             TypeError: if params is not a dict, x is not an array, key is not a key, or rules has the wrong type.
         """
-        rules = rule if rules is None else rules
-        outermost = isinstance(rules, Mapping) and not path
-        if isinstance(rules, Mapping) and not path:
-            _check_rules(rules, [name for name, _ in self.walk()])
-            _check_matches(rules, self)
-            rules = _Followed(rules)
+        selection = select(rules, self)
         if not isinstance(params, Mapping):
             raise bad_type("serial", "params", "a dict as init makes it", type(params).__name__)
-        x = array("serial", "x", x)
         if key is not None:
             one_key("serial", key)
-        for i, (name, layer) in enumerate(self.layers):
-            here = f"{path}{name}"
-            own: Params = params.get(name, {})
-            if not isinstance(own, Mapping):
-                raise bad_type(here, "params", "a dict as init makes it", type(own).__name__)
-            part = None if key is None else jax.random.fold_in(key, i)
-            if isinstance(layer, Serial):
-                x = layer.apply(own, x, key=part, rules=rules, path=f"{here}/")
-            else:
-                try:
-                    x = layer.apply(own, x, key=part, rule=_rule_for(rules, here, layer))
-                except KeyError as error:
-                    expected = f"expected params[{name!r}][{error.args[0]!r}]"
-                    raise ValueError(f"{here}: {expected}, got params with {sorted(params)}") from None
-            x = tap(here, x)
-        if outermost and isinstance(rules, _Followed):
-            _check_handed_on(rules, self)
-        return x
+        y = self._apply(params, _inputs(x), key, selection)
+        if selection is not rules:
+            selection.check_all_requested(self)
+        return y
 
-    def walk(self, path: str = "") -> Iterator[tuple[str, Layer]]:
-        """Yield every layer with its full name, including the layers of inner nets.
+    def apply_layer(
+        self,
+        name: str,
+        params: Params,
+        x: ArrayLike | tuple[ArrayLike, ...],
+        *,
+        key: Array | None = None,
+        rules: Rules | Selection | None = None,
+    ) -> Array:
+        """Apply one layer with its parameters, its rule and its tap; for nets with their own `apply`.
 
         Args:
-            path: prefix of the names.
+            name: name of the layer.
+            params: parameters of the net.
+            x: input of the layer.
+            key: key of the net; the layer receives it folded with the index of the layer.
+            rules: ``rules`` of the net.
 
-        Yields:
-            ``(name, layer)`` pairs.
+        Returns:
+            The output of the layer.
+
+        Raises:
+            ValueError: if the net has no layer of this name, or parameters are missing.
+            TypeError: if the parameters of the layer are not a dict, or x is not an array.
         """
-        for name, layer in self.layers:
-            yield f"{path}{name}", layer
-            if isinstance(layer, Serial):
-                yield from layer.walk(f"{path}{name}/")
+        names = [each for each, _ in self.layers]
+        if name not in names:
+            raise bad_value("apply_layer", "name", f"one of {', '.join(names)}", repr(name))
+        return self._apply_layer(names.index(name), params, _inputs(x), key, select(rules, self))
 
-    def flops(self, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
+    def _init_layer(self, i: int, key: Array, shape: Shape, dtype: DTypeLike) -> Params:
+        """Make the parameters of layer i."""
+        name, layer = self.layers[i]
+        with located(name, "/" if isinstance(layer, Net) else ": "):
+            return layer.init(jax.random.fold_in(key, i), shape, dtype)  # type: ignore[arg-type]
+
+    def _apply(self, params: Params, x: Any, key: Array | None, selection: Selection) -> Array:
+        """Apply the layers in sequence."""
+        for i in range(len(self.layers)):
+            x = self._apply_layer(i, params, x, key, selection)
+        return x
+
+    def _apply_layer(self, i: int, params: Params, x: Any, key: Array | None, selection: Selection) -> Array:
+        """Apply layer i."""
+        name, layer = self.layers[i]
+        path = f"{selection.path}{name}"
+        layer_params: Params = params.get(name, {})
+        if not isinstance(layer_params, Mapping):
+            raise bad_type(path, "params", "a dict as init makes it", type(layer_params).__name__)
+        if isinstance(x, tuple) and isinstance(layer, OpLayer | Flatten) and not is_custom(layer):
+            raise bad_type(path, "x", "one array", f"a tuple of {len(x)}")
+        layer_key = None if key is None else jax.random.fold_in(key, i)
+        if isinstance(layer, Serial):
+            return tap(path, layer.apply(layer_params, x, key=layer_key, rules=selection.inside(name)))
+        try:
+            y = layer.apply(layer_params, x, key=layer_key, rule=selection.rule_for(name, layer))
+        except KeyError as error:
+            expected, got = f"a dict with the key {error.args[0]!r}", f"one with the keys {list(layer_params)}"
+            raise bad_value(path, "params", expected, got) from None
+        return tap(path, y)
+
+    def flops(self, shape: Shape, out: tuple[int, ...]) -> int:
         """Return the total FLOPs of all layers.
 
         Args:
@@ -144,140 +194,85 @@ class Serial(Layer):
         """
         return self.summary(shape).flops
 
-    def summary(self, shape: tuple[int, ...]) -> "Summary":
+    def summary(self, shape: Shape) -> Summary:
         """Summarize the net layer by layer.
 
         For a subclass with its own `apply`, the rows are the calls of its layers, in order. Parameters that it makes
         and that belong to none of its layers are one more row, whose FLOPs are unknown and count as 0.
 
         Args:
-            shape: shape of one input, without the batch.
+            shape: shape of one input, without the batch; a tuple of shapes for a net with several inputs.
 
         Returns:
             A `Summary`; ``str()`` of it is a table.
         """
-        shape = _example_shape(shape)
+        shape = example_shape(shape)
         return Summary(shape, tuple(self._rows(shape, "")))
 
-    def _rows(self, shape: tuple[int, ...], path: str) -> Iterator["Row"]:
-        if type(self).apply in (Serial.apply, Residual.apply):
-            rows = list(self._rows_in_a_row(shape, path))
-        else:
-            rows = _recorded_rows(self, shape, path)
-        yield from rows
-        if type(self).init is not Serial.init or type(self).apply not in (Serial.apply, Residual.apply):
-            yield from _rest(self, shape, path, rows)
+    def _rows(self, shape: Shape, path: str) -> list[Row]:
+        own_apply = not _in_library(type(self).apply)
+        rows = _recorded_rows(self, shape, path) if own_apply else self._rows_of_layers(shape, path)
+        if own_apply or not _in_library(type(self).init):
+            rows += _remaining_row(self, shape, path, rows)
+        return rows
 
-    def _rows_in_a_row(self, shape: tuple[int, ...], path: str) -> Iterator["Row"]:
+    def _rows_of_layers(self, shape: Shape, path: str) -> list[Row]:
+        rows: list[Row] = []
+        out: Any = shape
         for name, layer in self.layers:
-            with _located(name, "/" if isinstance(layer, Serial) else ": "):
-                params = jax.eval_shape(lambda layer=layer, shape=shape: layer.init(jax.random.key(0), shape))
-            with _located(name):
-                out = out_shape(layer, params, shape)
-            if isinstance(layer, Serial):
-                yield from layer._rows(shape, f"{path}{name}/")
-            else:
-                count, flops, inner = _count(params), layer.flops(shape, out), layer.inner_shape(shape)
-                yield Row(f"{path}{name}", type(layer).__name__, out, count, flops, inner)
-            shape = out
+            of_layer, out = rows_of(name, layer, out, path)
+            rows += of_layer
+        return [*rows, *self._end_rows(shape, out, path)]
+
+    def _end_rows(self, shape: Shape, out: tuple[int, ...], path: str) -> list[Row]:
+        """Return the row of the operation that follows the layers, or ``[]`` if there is none."""
+        return []
 
 
 @dataclasses.dataclass(frozen=True)
 class Residual(Serial):
-    """``x + layers(x)``, made by `residual`."""
+    """``x + layers(x)``, made by `residual`.
 
-    def apply(
-        self,
-        params: Params,
-        x: ArrayLike,
-        *,
-        key: Array | None = None,
-        rules: Rules | None = None,
-        rule: Rule | None = None,
-        path: str = "",
-    ) -> Array:
-        """Return ``x + layers(x)``; the arguments are those of `Serial.apply`.
+    The sum passes δ unchanged to both terms, unless ``rules`` is a mapping with the key `Residual`.
+    """
 
-        The sum passes δ unchanged to both terms, unless ``rules`` is a mapping with the key `Residual`.
-
-        Args:
-            params: parameters as made by `init`.
-            x: ``(N, …)``.
-            key: from `jax.random.key`; if given, the net is in training mode.
-            rules: replacement backward rules.
-            rule: same as ``rules``, for a net inside a net.
-            path: the names of the enclosing nets.
-
-        Returns:
-            The sum, with the shape of ``x``.
-
-        Raises:
-            ValueError: if the layers change the shape, or as in `Serial.apply`.
-            TypeError: as in `Serial.apply`.
-        """
-        x = jnp.asarray(x)
-        y = Serial.apply(self, params, x, key=key, rules=rules, rule=rule, path=path)
+    def _apply(self, params: Params, x: Any, key: Array | None, selection: Selection) -> Array:
+        y = super()._apply(params, x, key, selection)
         if y.shape != x.shape:
-            raise ValueError(f"residual: layers expected to keep the shape {x.shape}, got {y.shape}")
-        own = _rule_of_sum(rule if rules is None else rules, self)
-        return x + y if own is None or own is autodiff else linear.add(x, y, rule=own)
-
-    def _rows(self, shape: tuple[int, ...], path: str) -> Iterator["Row"]:
-        """Yield the rows of the layers, then a row for the sum."""
-        yield from super()._rows(shape, path)
-        if type(self).apply is not Residual.apply:
-            return
-        yield Row(path.rstrip("/") or "residual", "Residual", shape, 0, math.prod(shape))
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One layer of a net. The shape is that of one example, and FLOPs are those of its forward pass."""
-
-    name: str
-    op: str
-    output_shape: tuple[int, ...]
-    parameters: int
-    flops: int
-    #: Shape before pooling, for a fused `HiddenLayer`; otherwise None.
-    inner_shape: tuple[int, ...] | None = None
+            raise bad_value("residual", "the output of the layers", f"of shape {x.shape}", y.shape)
+        rule = rule_of_sum(selection.rules, self)
+        return x + y if rule is None or rule is autodiff else linear.add(x, y, rule=rule)
 
     @property
-    def shapes(self) -> str:
-        """Return the shapes as text, such as ``24×24×32 → 12×12×32``."""
-        return " → ".join(_by(shape) for shape in (self.inner_shape, self.output_shape) if shape is not None)
+    def sum_keys(self) -> tuple[type, ...]:
+        """`Residual`, and the subclasses that the net belongs to."""
+        return tuple(kind for kind in type(self).__mro__ if issubclass(kind, Residual))
+
+    def _end_rows(self, shape: Shape, out: tuple[int, ...], path: str) -> list[Row]:
+        return [Row(path.rstrip("/") or "residual", "Residual", out, 0, math.prod(out))]
 
 
-@dataclasses.dataclass(frozen=True)
-class Summary:
-    """A net, layer by layer. ``str()`` is a table."""
-
-    input_shape: tuple[int, ...]
-    rows: tuple[Row, ...]
-
-    @property
-    def parameters(self) -> int:
-        """Return the number of parameters of all layers."""
-        return sum(row.parameters for row in self.rows)
-
-    @property
-    def flops(self) -> int:
-        """Return the FLOPs of the forward pass of all layers, for one example."""
-        return sum(row.flops for row in self.rows)
-
-    def __str__(self) -> str:
-        table = [("layer", "op", "output", "parameters", "FLOPs"), ("input", "", _by(self.input_shape), "", "")]
-        table += [(r.name, r.op, r.shapes, f"{r.parameters:,}", f"{r.flops:,}") for r in self.rows]
-        table += [("total", "", "", f"{self.parameters:,}", f"{self.flops:,}")]
-        widths = [max(len(row[i]) for row in table) for i in range(5)]
-        lines = (
-            "  ".join(c.rjust(w) if i > 2 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-            for row in table
-        )
-        return "\n".join(line.rstrip() for line in lines)
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows of the summary
 
 
-def _recorded_rows(net: Serial, shape: tuple[int, ...], path: str) -> list[Row]:
+def rows_of(name: str, layer: Layer, shape: Shape, path: str) -> tuple[list[Row], tuple[int, ...]]:
+    """Return the rows of one layer of a net, and the shape of its output."""
+    with located(name, "/" if isinstance(layer, Net) else ": "):
+        params = jax.eval_shape(lambda: layer.init(jax.random.key(0), shape))  # type: ignore[arg-type]
+    with located(name):
+        out = out_shape(layer, params, shape)
+    if isinstance(layer, Serial):
+        return layer._rows(shape, f"{path}{name}/"), out
+    return [_row(f"{path}{name}", layer, shape, out, _count(params))], out
+
+
+def _row(name: str, layer: Layer, shape: Shape, out: tuple[int, ...], parameters: int) -> Row:
+    flops, inner = layer.flops(shape, out), layer.inner_shape(shape)  # type: ignore[arg-type]
+    return Row(name, type(layer).__name__, out, parameters, flops, inner)
+
+
+def _recorded_rows(net: Serial, shape: Shape, path: str) -> list[Row]:
     """Return the rows of a net with its own `apply`: its layers in the order in which it calls them.
 
     These are the layers that `Serial` holds and those among its other fields. They are replaced by copies that record
@@ -286,31 +281,35 @@ def _recorded_rows(net: Serial, shape: tuple[int, ...], path: str) -> list[Row]:
     rows: list[Row] = []
     counted: list[Any] = []
 
-    def noting(name: str, layer: Layer) -> Layer:
-        if isinstance(layer, Serial):
-            return _replaced(layer, lambda inner, value: noting(f"{name}/{inner}", value))
+    def recording(name: str, layer: Layer) -> Layer:
+        inner = (
+            _with_layers(layer, lambda at, value: recording(f"{name}/{at}", value))
+            if isinstance(layer, Serial)
+            else layer
+        )
 
-        def apply(params: Params, x: Array, **options: Any) -> Array:
-            y = layer.apply(params, x, **options)
-            given, out = tuple(x.shape[1:]), tuple(y.shape[1:])
+        def apply(params: Params, x: Any, **options: Any) -> Array:
+            y = inner.apply(params, x, **options)
+            given, out = jax.tree.map(lambda a: tuple(a.shape[1:]), x), tuple(y.shape[1:])
+            if isinstance(layer, Serial):
+                rows.extend(layer._end_rows(given, out, f"{name}/") if _in_library(type(layer).apply) else [])
+                return y
             new = [leaf for leaf in jax.tree.leaves(params) if not any(leaf is other for other in counted)]
             counted.extend(new)
-            rows.append(
-                Row(name, type(layer).__name__, out, _count(new), layer.flops(given, out), layer.inner_shape(given))
-            )
+            rows.append(_row(name, layer, given, out, _count(new)))
             return y
 
-        copied = copy.copy(layer)
+        copied = copy.copy(inner)
         object.__setattr__(copied, "apply", apply)
         return copied
 
-    noted = _replaced(net, lambda name, layer: noting(f"{path}{name}", layer))
+    recorded = _with_layers(net, lambda name, layer: recording(f"{path}{name}", layer))
     params = jax.eval_shape(lambda: net.init(jax.random.key(0), shape))
-    shape_of(net, type(net).apply.__get__(noted), params, shape)
+    shape_of(net, type(net).apply.__get__(recorded), params, shape)
     return rows
 
 
-def _replaced(net: Serial, change: Callable[[str, Layer], Layer]) -> Serial:
+def _with_layers(net: Serial, change: Callable[[str, Layer], Layer]) -> Serial:
     """Return a copy of a net in which ``change`` has replaced all layers, including those among its other fields."""
     copied = copy.copy(net)
     for field in dataclasses.fields(net):
@@ -321,39 +320,46 @@ def _replaced(net: Serial, change: Callable[[str, Layer], Layer]) -> Serial:
     return copied
 
 
-def _rest(net: Serial, shape: tuple[int, ...], path: str, rows: list[Row]) -> Iterator[Row]:
-    """Yield a row for the parameters that belong to no layer of a net, if there are any."""
+def _remaining_row(net: Serial, shape: Shape, path: str, rows: list[Row]) -> list[Row]:
+    """Return a row for the parameters that belong to no layer of a net, or ``[]`` if there are none."""
     params = jax.eval_shape(lambda: net.init(jax.random.key(0), shape))
     parameters = _count(params) - sum(row.parameters for row in rows)
-    if parameters or not rows:
-        name = path.rstrip("/") or type(net).__name__.lower()
-        yield Row(name, type(net).__name__, out_shape(net, params, shape), parameters, 0)
+    if rows and not parameters:
+        return []
+    name = path.rstrip("/") or type(net).__name__.lower()
+    return [Row(name, type(net).__name__, out_shape(net, params, shape), parameters, 0)]
 
 
 def _count(params: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
-def serial(*layers: Layer, name: str | None = None) -> Serial:
+# ---------------------------------------------------------------------------------------------------------------------
+# Construction
+
+
+def serial(*layers: Layer | Callable[..., Array], name: str | None = None) -> Serial:
     """Return a net of layers in sequence.
 
-    Layers without a name are named by their type and a count: conv1, relu1, conv2 …
+    Layers without a name are named by their type and a count: conv1, relu1, conv2 … Without layers, the net is the
+    identity.
 
     Args:
-        *layers: the layers, in order.
+        *layers: the layers, in order. A callable is a layer without parameters (`Function`); the activations and
+            global poolings of jaxcnn become the layer of that op.
         name: name of the net inside another net; None makes one from its type and a count.
 
     Returns:
         The net, which is itself a layer.
 
     Raises:
-        TypeError: if an argument is not a layer, or a name is not a str.
+        TypeError: if an argument is neither a layer nor a function, or a name is not a str.
         ValueError: if a name is used twice or contains a "/".
 
     >>> import jax
     >>> import jax.numpy as jnp
     >>> import jaxcnn
-    >>> net = jaxcnn.serial(jaxcnn.Conv(32, 5), jaxcnn.Relu(), jaxcnn.MaxPool(2), jaxcnn.Flatten(), jaxcnn.Dense(10))
+    >>> net = jaxcnn.serial(jaxcnn.Conv(32, 5), jaxcnn.relu, jaxcnn.MaxPool(2), jaxcnn.Flatten(), jaxcnn.Dense(10))
     >>> params = net.init(jax.random.key(0), (28, 28, 1))
     >>> net.apply(params, jnp.ones((2, 28, 28, 1))).shape
     (2, 10)
@@ -367,10 +373,10 @@ def serial(*layers: Layer, name: str | None = None) -> Serial:
     dense1      Dense    10              46,090   92,160
     total                                46,922  1,046,016
     """
-    return Serial(_named("serial", layers), name=name)
+    return Serial(named("serial", layers), name=name)
 
 
-def residual(*layers: Layer, name: str | None = None) -> Residual:
+def residual(*layers: Layer | Callable[..., Array], name: str | None = None) -> Residual:
     """Return ``x + serial(*layers)(x)``, a layer whose inner layers keep the shape (He et al. 2015).
 
     Args:
@@ -391,24 +397,42 @@ def residual(*layers: Layer, name: str | None = None) -> Residual:
     >>> net.apply(net.init(jax.random.key(0), (8, 8, 3)), jnp.ones((2, 8, 8, 3))).shape
     (2, 8, 8, 3)
     """
-    return Residual(_named("residual", layers), name=name)
+    return Residual(named("residual", layers), name=name)
 
 
-def _named(op: str, layers: tuple[Layer, ...]) -> tuple[tuple[str, Layer], ...]:
+def named(op: str, layers: tuple[Any, ...]) -> tuple[tuple[str, Layer], ...]:
+    """Return the layers with their names; callables become layers."""
     counts: dict[str, int] = {}
-    named: dict[str, Layer] = {}
-    for layer in layers:
-        if not isinstance(layer, Layer):
-            raise TypeError(f"{op}: expected layers such as Conv(32, 5), got {layer!r}")
-        kind = "".join(f"_{c.lower()}" if c.isupper() else c for c in type(layer).__name__).lstrip("_")
+    result: dict[str, Layer] = {}
+    for value in layers:
+        layer = as_layer(value)
+        if layer is None:
+            raise bad_type(op, "each layer", "a layer such as Conv(32, 5) or a function of x", repr(value))
+        kind = _kind(layer)
         counts[kind] = counts.get(kind, 0) + 1
         name = f"{kind}{counts[kind]}" if layer.name is None else layer.name
         if not isinstance(name, str):
             raise bad_type(op, "name", "a str", repr(name))
-        if name in named or "/" in name:
-            raise ValueError(f"{op}: expected names that differ and hold no '/', got {name!r}")
-        named[name] = layer
-    return tuple(named.items())
+        if name in result or "/" in name:
+            raise bad_value(op, "names", "different and without '/'", repr(name))
+        result[name] = layer
+    return tuple(result.items())
+
+
+def _kind(layer: Layer) -> str:
+    """Return the name of a layer's type in snake case; for a function, the name of the function."""
+    name = type(layer).__name__
+    if isinstance(layer, Function):
+        function: Any = layer.function
+        while isinstance(function, functools.partial):
+            function = function.func
+        name = getattr(function, "__name__", name)
+        name = name if name.isidentifier() else "function"  # a lambda
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks
 
 
 def in_a_row(layer: Layer) -> TypeGuard[Serial]:
@@ -416,15 +440,32 @@ def in_a_row(layer: Layer) -> TypeGuard[Serial]:
 
     A subclass with another ``apply`` may do anything with its layers, and layers with the same name share parameters.
     """
-    if not isinstance(layer, Serial) or "apply" in vars(layer):
+    if not isinstance(layer, Serial) or is_custom(layer):
         return False
-    return type(layer).apply in (Serial.apply, Residual.apply) and len(dict(layer.layers)) == len(layer.layers)
+    return type(layer)._apply in (Serial._apply, Residual._apply) and len(dict(layer.layers)) == len(layer.layers)
+
+
+def is_custom(layer: Layer) -> bool:
+    """Whether a layer runs code from outside this library: its own ``apply``, a function, or a function as join."""
+    own_apply = "apply" in vars(layer) or not _in_library(type(layer).apply)
+    return own_apply or isinstance(layer, Function) or callable(getattr(layer, "join", None))
+
+
+def _in_library(method: Any) -> bool:
+    return str(getattr(method, "__module__", "")).startswith("jaxcnn.")
+
+
+def layers_of(*kinds: str) -> tuple[type[Layer], ...]:
+    """Return the layer types of this library whose op is of one of these kinds, in the order of the ops."""
+    classes = [kind for kind in vars(layer_module).values() if isinstance(kind, type) and issubclass(kind, OpLayer)]
+    types = {kind.op.__name__: kind for kind in classes if hasattr(kind, "op")}
+    return tuple(types[op] for op in names_of(*kinds) if op in types)
 
 
 def expect_net(op: str, net: Any) -> None:
     """Raise TypeError unless ``net`` is a `Serial`."""
     if not isinstance(net, Serial):
-        raise bad_type(op, "net", "what serial returns", repr(net))
+        raise bad_type(op, "net", "a net from serial", repr(net))
 
 
 def expect_loss(op: str, loss: Any) -> None:
@@ -433,161 +474,40 @@ def expect_loss(op: str, loss: Any) -> None:
         raise bad_type(op, "loss", "a function (outputs, targets)", repr(loss))
 
 
-def _rule_for(rules: Rules | None, name: str, layer: Layer) -> Rule | None:
-    if not isinstance(rules, Mapping):
-        return rules
-    if isinstance(rules, _Followed):
-        rules.asked.add(name)
-    return next((rule for key, rule in rules.items() if _key_matches(key, name, layer)), None)
-
-
-def _key_matches(key: Any, name: str, layer: Layer) -> bool:
-    kind = _type_of(key)
-    if kind is not None:
-        return isinstance(layer, kind)
-    if isinstance(key, str):
-        return f"{name}/".startswith(f"{key}/")
-    return bool(key(name, layer))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class IfThere:
-    """A layer type as a key of ``rules=`` that may match nothing, for mappings that fit every net.
-
-    It equals the type itself, so a mapping can be read and merged as if the type were the key.
-    """
-
-    kind: type
-
-    def __eq__(self, other: object) -> bool:
-        return (other.kind if isinstance(other, IfThere) else other) == self.kind
-
-    def __hash__(self) -> int:
-        return hash(self.kind)
-
-    def __repr__(self) -> str:
-        return repr(self.kind)
-
-
-class Checked(dict[Any, Any]):
-    """Rules whose keys have been checked against their net."""
-
-
-class _Followed(Checked):
-    """Rules that record which layers have looked them up while a net is applied."""
-
-    def __init__(self, rules: Mapping[Any, Rule]) -> None:
-        super().__init__(rules)
-        self.asked: set[str] = set()
-
-
-def _check_handed_on(rules: _Followed, net: Serial) -> None:
-    """Raise ValueError for a key that only matches layers in nets whose own `apply` does not pass rules on."""
-    layers = [(name, layer) for name, layer in net.walk() if not isinstance(layer, Serial)]
-    missed = [(name, layer) for name, layer in layers if name not in rules.asked]
-    for key, rule in rules.items() if missed else ():
-        if rule is None or isinstance(key, IfThere):
-            continue
-        found = [name for name, layer in layers if _key_matches(key, name, layer)]
-        if found and not rules.asked.intersection(found):
-            raise ValueError(
-                f"rules: an apply of one's own must hand on rules= and path=, or rule= to its layers; got one that "
-                f"calls {', '.join(found)} without"
-            )
-
-
-def _type_of(key: Any) -> type | None:
-    """Return the layer type of a key, or None if it is not one."""
-    return key.kind if isinstance(key, IfThere) else key if isinstance(key, type) else None
-
-
-def _rule_of_sum(rules: Rules | None, net: Layer | None = None) -> Rule | None:
-    """Return the rule of a sum. Only the key `Residual` selects it, because few rules accept two inputs."""
-    for key, rule in rules.items() if isinstance(rules, Mapping) else ():
-        kind = _type_of(key)
-        if kind is not None and issubclass(kind, Residual) and (net is None or isinstance(net, kind)):
-            return rule
-    return None
-
-
-#: The layers that a hidden layer contains, and the argument of `jaxcnn.rules.HiddenLayerRules` for each.
-_IN_HIDDEN_LAYER = {Conv: "conv", Relu: "relu", MaxPool: "pool"}
-
-
-def _check_matches(rules: Mapping[Any, Rule], net: Serial) -> None:
-    """Raise ValueError for a key that no layer takes a rule from; `IfThere` may match nothing."""
-    if isinstance(rules, Checked):
-        return
-    layers = [(name, layer) for name, layer in net.walk() if not isinstance(layer, Serial)]
-    sums = [layer for layer in (net, *(layer for _, layer in net.walk())) if isinstance(layer, Residual)]
-    for key in rules:
-        kind = _type_of(key)
-        if isinstance(key, IfThere):
-            continue
-        if kind is not None and issubclass(kind, Residual) and any(isinstance(layer, kind) for layer in sums):
-            continue
-        found = [layer for name, layer in layers if _key_matches(key, name, layer)]
-        if found and not all(type(layer) is Flatten for layer in found):
-            continue
-        said = key if isinstance(key, str) else getattr(key if kind is None else kind, "__name__", repr(key))
-        if found:
-            raise ValueError(f"rules: a key must match a layer that takes a rule, got {said!r}, which matches Flatten")
-        if isinstance(key, str) and not any(name.startswith(f"{key}/") for name, _ in layers):
-            continue  # a net without layers
-        there = ", ".join(sorted({type(layer).__name__ for _, layer in layers})) or "none"
-        raise ValueError(
-            f"rules: a key must match a layer of the net, got {said!r}; the layers are {there}{_instead(kind, layers)}"
-        )
-
-
-def _instead(kind: type | None, layers: list[tuple[str, Layer]]) -> str:
-    """Return a hint at the key that takes a rule for this type, or ""."""
-    if kind is not None and issubclass(kind, Serial) and not issubclass(kind, Residual):
-        return ". A net takes rules by its name, or by the types of its layers"
-    inside = next((part for of, part in _IN_HIDDEN_LAYER.items() if kind is not None and issubclass(of, kind)), None)
-    if inside is None or not any(isinstance(layer, HiddenLayer) for _, layer in layers):
-        return ""
-    return f". A HiddenLayer contains one: {{HiddenLayer: rules.HiddenLayerRules({inside}=...)}}"
-
-
-def _check_rules(rules: Mapping[Any, Rule], names: list[str]) -> None:
-    for key in rules:
-        if isinstance(key, str) and key not in names:
-            near = difflib.get_close_matches(key, names, n=3, cutoff=0.0)
-            raise ValueError(f"rules: expected names of layers, got {key!r}; the nearest are {', '.join(near)}")
-        kind = _type_of(key)
-        if not isinstance(key, str) and not (_predicate(key) if kind is None else issubclass(kind, Layer)):
-            raise TypeError(f"rules: expected layer types, names or predicates as keys, got {key!r}")
-
-
-def _predicate(key: Any) -> bool:
-    """Whether ``key`` can be called as ``key(name, layer)``."""
-    try:
-        inspect.signature(key).bind("name", None)
-    except (TypeError, ValueError):
-        return False
-    return True
-
-
 @contextlib.contextmanager
-def _located(name: str, between: str = ": ") -> Iterator[None]:
+def located(name: str, between: str = ": ") -> Iterator[None]:
     """Put a layer's name in front of its error messages."""
     try:
         yield
     except (ValueError, TypeError) as error:
         # JAX's own errors cannot be constructed from a message.
         kind, cause = (TypeError if isinstance(error, TypeError) else ValueError), error
-        raise kind(f"{name}{between}{error}") from (None if type(error) is kind else cause)
+        op, colon, _ = str(error).partition(": ")
+        about_net = bool(colon) and op in _NET_OPS
+        raise kind(f"{name}{': ' if about_net else between}{error}") from (None if type(error) is kind else cause)
 
 
-def _example_shape(shape: Any) -> tuple[int, ...]:
-    expected = f"serial: shape must be a tuple of ints >= 1 such as (28, 28, 1), got {shape!r}"
-    if not isinstance(shape, list | tuple) or not all(isinstance(n, int | np.integer) for n in shape):
-        raise TypeError(expected)
+#: Beginnings of messages that are about a net itself and not about one of its layers.
+_NET_OPS = ("serial", "residual", "branches", "parallel", "siamese")
+
+
+def example_shape(shape: Any) -> Shape:
+    """Return the shape of one example as a tuple of ints, or of such tuples for several inputs."""
+    expected, got = "a tuple of ints >= 1 such as (28, 28, 1)", repr(shape)
+    if not isinstance(shape, list | tuple):
+        raise bad_type("serial", "shape", expected, got)
+    if shape and all(isinstance(each, list | tuple) for each in shape):
+        shapes: Any = tuple(map(example_shape, shape))
+        return shapes
+    if not all(isinstance(n, int | np.integer) for n in shape):
+        raise bad_type("serial", "shape", expected, got)
     if not shape or min(shape) < 1:
-        raise ValueError(expected)
+        raise bad_value("serial", "shape", expected, got)
     return tuple(map(int, shape))
 
 
-def _by(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape))
+def _inputs(x: Any) -> Any:
+    """Return an array, or a tuple of arrays for several inputs."""
+    if isinstance(x, tuple):
+        return tuple(array("serial", f"x[{i}]", each) for i, each in enumerate(x))
+    return array("serial", "x", x)
