@@ -1,12 +1,22 @@
 """JAX functions for convolutional networks whose backward pass is written out: the public API."""
 
+from jaxcnn import lax as lax
 from jaxcnn import rules as rules
 from jaxcnn.attribution import attribute as attribute
 from jaxcnn.backprop import BackpropResult as BackpropResult
 from jaxcnn.backprop import backprop as backprop
 from jaxcnn.backprop import value_grad_and_deltas as value_grad_and_deltas
+from jaxcnn.branches import Branches as Branches
+from jaxcnn.branches import Parallel as Parallel
+from jaxcnn.branches import Siamese as Siamese
+from jaxcnn.branches import branches as branches
+from jaxcnn.branches import parallel as parallel
+from jaxcnn.branches import siamese as siamese
+from jaxcnn.calibration import calibrate as calibrate
 from jaxcnn.curvature import gauss_newton_vp as gauss_newton_vp
 from jaxcnn.curvature import hvp as hvp
+from jaxcnn.explicit import explicit as explicit
+from jaxcnn.explicit import operations as operations
 from jaxcnn.folding import fold_batch_norm as fold_batch_norm
 from jaxcnn.layers import AdaptiveAvgPool as AdaptiveAvgPool
 from jaxcnn.layers import AdaptiveMaxPool as AdaptiveMaxPool
@@ -20,6 +30,7 @@ from jaxcnn.layers import DepthwiseConv as DepthwiseConv
 from jaxcnn.layers import Dropout as Dropout
 from jaxcnn.layers import Elu as Elu
 from jaxcnn.layers import Flatten as Flatten
+from jaxcnn.layers import Function as Function
 from jaxcnn.layers import Gelu as Gelu
 from jaxcnn.layers import GlobalAvgPool as GlobalAvgPool
 from jaxcnn.layers import GlobalMaxPool as GlobalMaxPool
@@ -66,6 +77,8 @@ from jaxcnn.ops.activation import softplus as softplus
 from jaxcnn.ops.activation import softsign as softsign
 from jaxcnn.ops.activation import squareplus as squareplus
 from jaxcnn.ops.activation import tanh as tanh
+from jaxcnn.ops.adaptive import adaptive_avg_pool as adaptive_avg_pool
+from jaxcnn.ops.adaptive import adaptive_max_pool as adaptive_max_pool
 from jaxcnn.ops.convolution import conv as conv
 from jaxcnn.ops.convolution import conv_transpose as conv_transpose
 from jaxcnn.ops.convolution import depthwise_conv as depthwise_conv
@@ -81,8 +94,6 @@ from jaxcnn.ops.losses import squared_error as squared_error
 from jaxcnn.ops.normalization import batch_norm as batch_norm
 from jaxcnn.ops.normalization import group_norm as group_norm
 from jaxcnn.ops.normalization import layer_norm as layer_norm
-from jaxcnn.ops.pooling import adaptive_avg_pool as adaptive_avg_pool
-from jaxcnn.ops.pooling import adaptive_max_pool as adaptive_max_pool
 from jaxcnn.ops.pooling import avg_pool as avg_pool
 from jaxcnn.ops.pooling import global_avg_pool as global_avg_pool
 from jaxcnn.ops.pooling import global_max_pool as global_max_pool
@@ -99,6 +110,5 @@ from jaxcnn.per_example import per_example_gradients as per_example_gradients
 from jaxcnn.per_example import per_example_norms as per_example_norms
 from jaxcnn.taps import tap as tap
 from jaxcnn.training import TrainState as TrainState
-from jaxcnn.training import calibrate as calibrate
 from jaxcnn.training import evaluate as evaluate
 from jaxcnn.training import make_train_step as make_train_step

@@ -1,0 +1,115 @@
+"""Give the operations of a program replacement rules."""
+
+import dataclasses
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcnn.arguments import bad_type, bad_value
+from jaxcnn.ops.rule import Rule, autodiff
+from jaxcnn.tracing.evaluate import call_form
+from jaxcnn.tracing.program import Form, Operation, Program
+
+#: One rule for all operations, or a mapping from names, ops or predicates (name, op) → bool to rules.
+Rules = Rule | Mapping[Any, Rule | None]
+
+
+def check_rules(op: str, rules: Any) -> None:
+    """Raise TypeError unless ``rules`` is None, a rule, or a mapping with keys of the right kinds."""
+    if rules is None or (callable(rules) and not isinstance(rules, type | Mapping)):
+        return
+    if not isinstance(rules, Mapping):
+        raise bad_type(op, "rules", "a rule, or a mapping from names, ops or predicates to rules", repr(rules))
+    for key in rules:
+        if not (isinstance(key, str) or is_op(key) or _is_predicate(key)):
+            raise bad_type(
+                op, "a key of rules", "a name, an op such as jaxcnn.conv, or a predicate (name, op)", repr(key)
+            )
+
+
+def with_rules(op: str, program: Program, rules: Rules | None) -> Program:
+    """Return the program with a rule for each operation that ``rules`` has one for.
+
+    Args:
+        op: name of the function, for error messages.
+        program: the program.
+        rules: as in `jaxcnn.explicit`.
+
+    Returns:
+        The program.
+
+    Raises:
+        ValueError: if a key matches no operation, or a rule does not fit one that it is for.
+    """
+    if rules is None:
+        return program
+    operations = list(program.operations())
+    if isinstance(rules, Mapping):
+        for key in rules:
+            if not any(_matches(key, operation) for operation in operations):
+                raise bad_value(op, "a key of rules", "the name or op of an operation", _unknown(key, operations))
+    given = program.map(lambda operation: dataclasses.replace(operation, rule=_rule_of(rules, operation)))
+    for operation in given.operations():
+        _check_fits(operation)
+    return given
+
+
+def is_op(key: Any) -> bool:
+    """Whether ``key`` is an op: a function with the option ``rule``."""
+    return inspect.isfunction(key) and "rule" in inspect.signature(key).parameters
+
+
+def _is_predicate(key: Any) -> bool:
+    try:
+        inspect.signature(key).bind("name", None)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _matches(key: Any, operation: Operation) -> bool:
+    if isinstance(key, str):
+        return f"{operation.name}/".startswith(f"{key}/")
+    return operation.op is key if is_op(key) else bool(key(operation.name, operation.op))
+
+
+def _rule_of(rules: Rules, operation: Operation) -> Rule | None:
+    if not isinstance(rules, Mapping):
+        return rules
+    return next((rule for key, rule in rules.items() if _matches(key, operation)), None)
+
+
+def _unknown(key: Any, operations: list[Operation]) -> str:
+    names = [operation.name for operation in operations]
+    if isinstance(key, str):
+        known = dict.fromkeys((*names, *(name[:i] for name in names for i, c in enumerate(name) if c == "/")))
+        near = difflib.get_close_matches(key, known, n=3, cutoff=0.0)
+        return f"{key!r}; the nearest names are {_listed(map(repr, near))}"
+    ops = dict.fromkeys(operation.op.__name__ for operation in operations)
+    return f"{getattr(key, '__name__', repr(key))}; the ops of the function are {_listed(ops)}"
+
+
+def _listed(words: Iterable[str]) -> str:
+    return ", ".join(words) or "none"
+
+
+def _check_fits(operation: Operation) -> None:
+    """Apply a rule to types alone, so that its errors come before anything is computed, with the name in front."""
+    if operation.rule is None or operation.rule is autodiff:
+        return
+    avals = [jax.ShapeDtypeStruct(a.aval.shape, a.aval.dtype) for a in operation.inputs]
+    try:
+        jax.eval_shape(functools.partial(_backward, operation.form, operation.rule), *avals)
+    except (ValueError, TypeError) as error:
+        kind: Callable[[str], Exception] = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{operation.name}: {error}") from error
+
+
+def _backward(form: Form, rule: Rule, *inputs: Any) -> Any:
+    y, pull = jax.vjp(functools.partial(call_form, form, rule), *inputs)
+    return pull(jnp.zeros_like(y))

@@ -1,0 +1,155 @@
+"""The table of a function's operations."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from jax.extend import core
+
+from jaxcnn.tracing.program import Atom, Equation, Operation, Program, Value, costly
+from jaxcnn.tracing.shapes import move_of
+
+#: Equations of which a table says that they stay; all others only move elements, or are cheap.
+_LISTED = {
+    "sort": "", "top_k": "", "cumsum": "", "cumprod": "", "cummax": "", "cummin": "", "cumlogsumexp": "", "fft": "",
+    "cholesky": "", "eigh": "", "eig": "", "svd": "", "qr": "", "lu": "", "triangular_solve": "", "pallas_call": "",
+    "ffi_call": "", "pure_callback": "", "io_callback": "", "custom_partitioning": "",
+    "select_and_scatter": "part of a derivative", "select_and_scatter_add": "part of a derivative",
+    "select_and_gather_add": "part of a derivative", "custom_vjp_call": "has a rule of its own",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class OperationRow:
+    """One operation of a function, or one equation that could not be made one."""
+
+    #: As in ``rules=`` and in `value_grad_and_deltas`; that of the module for an equation.
+    name: str
+    #: Name of the op, or of JAX's primitive.
+    op: str
+    #: Shapes of the inputs; those of weights included.
+    input_shapes: tuple[tuple[int, ...], ...]
+    output_shape: tuple[int, ...]
+    #: Elements of the weights, counted where they are first used.
+    parameters: int
+    #: Additions and multiplications of the forward pass, over all turns of a `jax.lax.scan`.
+    flops: int
+    #: Whether the library computes it.
+    replaced: bool
+    #: Whether it is one of the library's ops, with a name and a rule.
+    recognized: bool
+    #: Why JAX computes it, if it does.
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Operations:
+    """The operations of a function, in order. ``str()`` is a table."""
+
+    rows: tuple[OperationRow, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Return the number of elements of all weights of operations."""
+        return sum(row.parameters for row in self.rows)
+
+    @property
+    def flops(self) -> int:
+        """Return the FLOPs of the forward pass of all operations."""
+        return sum(row.flops for row in self.rows)
+
+    def __str__(self) -> str:
+        table = [("name", "op", "input", "output", "parameters", "FLOPs", "in JAX because")]
+        for row in self.rows:
+            shapes = _by(row.input_shapes[0]) if row.input_shapes else "", _by(row.output_shape)
+            table.append((row.name, row.op, *shapes, f"{row.parameters:,}", f"{row.flops:,}", row.reason))
+        table.append(("total", "", "", "", f"{self.parameters:,}", f"{self.flops:,}", ""))
+        widths = [max(len(line[i]) for line in table) for i in range(7)]
+        lines = (
+            "  ".join(
+                c.rjust(w) if i in (4, 5) else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in table
+        )
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def _aligned(table: Sequence[Sequence[str]], right: Sequence[int]) -> str:
+    """Return the rows as text, the columns ``right`` aligned at their ends."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = []
+    for row in table:
+        cells = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def table_of(program: Program) -> Operations:
+    """Return the table of a program whose operations are recognized."""
+    counted: set[Value] = set()
+    return Operations(tuple(_rows(program, counted, 1)))
+
+
+def _rows(program: Program, counted: set[Value], times: int) -> Iterator[OperationRow]:
+    for step in program.steps:
+        if isinstance(step, Operation):
+            yield _row(program, step, counted, times)
+            continue
+        reason = _reason(program, step)
+        if reason is not None:
+            shapes = tuple(tuple(a.aval.shape) for a in step.inputs)
+            out = step.outputs[0].shape if step.outputs else ()
+            yield OperationRow(step.path, step.primitive, shapes, tuple(out), 0, 0, False, False, reason)
+        turns = step.params["length"] if step.primitive == "scan" else 1
+        for body in (body for bodies in step.bodies.values() for body in bodies):
+            yield from _rows(body, counted, times * turns)
+
+
+def _row(program: Program, operation: Operation, counted: set[Value], times: int) -> OperationRow:
+    form = operation.form
+    new = {
+        root
+        for place in form.weights()
+        if place < len(operation.inputs) and (root := _root(program, operation.inputs[place])) not in counted
+    }
+    counted.update(new)
+    return OperationRow(
+        name=operation.name,
+        op=form.kind,
+        input_shapes=tuple(tuple(a.aval.shape) for a in operation.inputs),
+        output_shape=tuple(operation.output.shape),
+        parameters=sum(math.prod(root.shape) for root in new),
+        flops=times * form.flops([a.aval for a in operation.inputs], operation.output.aval),
+        replaced=form.replaces,
+        recognized=True,
+        reason="" if form.replaces else form.kept,
+    )
+
+
+def _root(program: Program, atom: Atom) -> Any:
+    """Return the value that an atom is, before moves and conversions."""
+    while isinstance(atom, Value):
+        step = program.producer.get(atom)
+        if not isinstance(step, Equation) or not (step.primitive == "convert_element_type" or move_of(step)):
+            return atom
+        atom = step.inputs[0]
+    return atom
+
+
+def _reason(program: Program, step: Equation) -> str | None:
+    """Return why an equation that is no mere plumbing stays, or None for plumbing."""
+    if step in program.reasons:
+        return program.reasons[step]
+    if step.primitive in _LISTED:
+        return _LISTED[step.primitive] or "no op of the library"
+    if step.primitive == "custom_jvp_call":
+        return "has a derivative of its own" if costly(step.params["call_jaxpr"].jaxpr) else None
+    if step.bodies:
+        return None
+    inner = (getattr(j, "jaxpr", j) for j in core.jaxprs_in_params(step.params))
+    return "its function is not looked into" if any(map(costly, inner)) else None
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))
