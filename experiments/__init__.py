@@ -4,5 +4,5 @@ import sys
 
 from experiments.errors import one_line_for_scripts
 
-if sys.argv[:1] == ["-m"]:  # `python -m experiments.…` imports this package before argv holds the script's file
+if sys.argv[:1] == ["-m"]:  # `python -m experiments.…` imports this package before argv contains the script's file
     one_line_for_scripts()

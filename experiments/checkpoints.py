@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load as parse
-from safetensors.numpy import save as serialise
+from safetensors.numpy import save as serialize
 
-from experiments.errors import CheckpointError
+from experiments.errors import CheckpointError, bad_value
 from experiments.files import replacing
 
 Params = Any
@@ -38,10 +38,10 @@ def _rebuild(like: Params, arrays: Mapping[str, np.ndarray], path: str = "") -> 
 
 def save(path: Path, params: Params, metadata: Mapping[str, str] | None = None) -> None:
     """Write `params` to `path` atomically."""
-    # A noncontiguous view would be written in memory order, not in index order.
+    # safetensors writes a noncontiguous view in memory order, not in index order.
     arrays = {name: np.ascontiguousarray(array) for name, array in flatten(params).items()}
     with replacing(path) as temporary:
-        temporary.write_bytes(serialise(arrays, dict(metadata or {})))
+        temporary.write_bytes(serialize(arrays, dict(metadata or {})))
 
 
 def metadata(path: Path) -> dict[str, str]:
@@ -56,24 +56,28 @@ def metadata(path: Path) -> dict[str, str]:
 
 
 def load(path: Path, like: Params) -> Params:
-    """Read NumPy arrays from `path`, with the tree, shapes and dtypes of `like` (arrays or jax.ShapeDtypeStructs).
+    """Read NumPy arrays from `path`.
 
-    Raises CheckpointError, which names the file and the first parameter that is missing, unexpected or of another
-    shape.
+    Args:
+        path: A safetensors file.
+        like: The expected tree, shapes and dtypes, as arrays or jax.ShapeDtypeStructs.
+
+    Raises:
+        CheckpointError: The file cannot be read, or a parameter is missing, unexpected, or of another shape or dtype.
     """
     try:
         arrays = parse(path.read_bytes())
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: expected a safetensors file, got no such file") from None
+        raise bad_value(CheckpointError, path, "a safetensors file", "no such file") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: expected a safetensors file, got {error.strerror}") from None
+        raise bad_value(CheckpointError, path, "a safetensors file", error.strerror) from None
     except SafetensorError as error:
-        raise CheckpointError(f"{path}: expected an intact safetensors file, got {error}") from None
+        raise bad_value(CheckpointError, path, "an intact safetensors file", error) from None
 
-    wanted = dict(_walk(like))
-    for name in (*wanted, *arrays):
-        expected = f"{wanted[name].dtype} {wanted[name].shape}" if name in wanted else "no such parameter"
+    leaves = dict(_walk(like))
+    for name in (*leaves, *arrays):
+        expected = f"{leaves[name].dtype} {leaves[name].shape}" if name in leaves else "absent"
         got = f"{arrays[name].dtype} {arrays[name].shape}" if name in arrays else "no such parameter"
         if got != expected:
-            raise CheckpointError(f"{path}: {name}: expected {expected}, got {got}")
+            raise bad_value(CheckpointError, f"{path}: {name}", expected, got)
     return _rebuild(like, arrays)

@@ -8,26 +8,33 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar, get_args, get_type_hints
 
 import tyro
 
-from experiments.errors import ExperimentError, UsageError, check_packages, explain
+from experiments.errors import ExperimentError, UsageError, bad_value, check_packages, explain
 
 INTERRUPTED = 130
-"""Exit status after Ctrl-C: 128 + SIGINT, as shells have it."""
+"""Exit status after Ctrl-C: 128 + SIGINT, as in shells."""
 
-NEAR = 0.6
-"""How near a name must be to be suggested."""
+MIN_SIMILARITY = 0.6
+"""Smallest similarity of a name that is suggested."""
 
 Config = TypeVar("Config")
 
 
 def run(config_type: type[Config], body: Callable[[Config], int], argv: Sequence[str] | None, *, prog: str) -> int:
-    """Parse `argv` (None: the process's own) into `config_type`, call `body` with it, return the exit status.
+    """Parse `argv` into `config_type`, call `body` with it, and return the exit status.
 
-    Errors that the user can fix end here as one line on stderr and status 1 or 2; only programming errors keep their
-    traceback. `--help` raises SystemExit(0), as in argparse.
+    An error that the user can fix is printed as one line on stderr, and the status is 1 or 2. A programming error keeps
+    its traceback. `--help` raises SystemExit(0), as in argparse.
+
+    Args:
+        config_type: The frozen dataclass whose fields are the options.
+        body: The script.
+        argv: The command line; None means the process's own.
+        prog: The name of the program in messages.
     """
     try:
         config = parse(config_type, argv, prog=prog)
@@ -36,7 +43,7 @@ def run(config_type: type[Config], body: Callable[[Config], int], argv: Sequence
         sys.stdout.flush()
         return status
     except BrokenPipeError:
-        # The reader of the output (`| head`) has closed the pipe. This is not an error.
+        # The reader of the output has closed the pipe, as `head` does. This is not an error.
         _drop_output()
         return 1
     except (Exception, KeyboardInterrupt) as error:
@@ -58,7 +65,7 @@ def _drop_output() -> None:
 
 
 def parse(config_type: type[Config], argv: Sequence[str] | None, *, prog: str) -> Config:
-    """Parse `argv` into a `config_type`; raises UsageError, in one line, where tyro would draw a box and exit."""
+    """Parse `argv` into a `config_type`; raise UsageError, in one line, where tyro would draw a box and exit."""
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
@@ -70,45 +77,45 @@ def parse(config_type: type[Config], argv: Sequence[str] | None, *, prog: str) -
 
 
 def did_you_mean(got: str, names: Iterable[str]) -> str:
-    """Return "; did you mean X?" for the name nearest to `got`, or "" if none is near.
+    """Return "did you mean X?" for the name most similar to `got`, or "" if none is similar.
 
     Args:
         got: The name that was given.
         names: The valid names. Leading dashes are not compared, so that options are compared by their words.
     """
     names = list(names)
-    nearest = max(names, key=lambda name: _nearness(got, name), default="")
-    return f"; did you mean {nearest}?" if nearest and _nearness(got, nearest) >= NEAR else ""
+    nearest = max(names, key=lambda name: _similarity(got, name), default="")
+    return f"did you mean {nearest}?" if nearest and _similarity(got, nearest) >= MIN_SIMILARITY else ""
 
 
-def _nearness(got: str, name: str) -> float:
+def _similarity(got: str, name: str) -> float:
     """Return the similarity of two names, from 0 to 1; initials, prefixes and whole words count more than letters."""
     one, two = (text.lstrip("-").replace("_", "-").lower() for text in (got, name))
     words = [word for word in re.split(r"[- ]", two) if word]
-    alike = difflib.SequenceMatcher(None, one, two).ratio()
+    ratio = difflib.SequenceMatcher(None, one, two).ratio()
     if len(one) > 1 and one == "".join(word[0] for word in words):
-        return 0.9 + alike / 10
+        return 0.9 + ratio / 10
     if len(one) > 1 and (two.startswith(one) or one in words or (len(two) > 2 and one.startswith(two))):
-        return 0.8 + alike / 10
-    return min(alike, 0.95)
+        return 0.8 + ratio / 10
+    return min(ratio, 0.95)
 
 
 def check_choice(flag: str, got: str, known: Iterable[str]) -> None:
     """Raise UsageError unless `got` is one of the names that a flag accepts."""
     known = list(known)
     if got not in known:
-        raise UsageError(f"{flag}: expected one of {', '.join(known)}, got {got!r}{did_you_mean(got, known)}")
+        raise bad_value(UsageError, flag, f"one of {', '.join(known)}", repr(got), did_you_mean(got, known))
 
 
 def check_count(flag: str, number: int | None) -> None:
     """Raise UsageError for a number below 1; None is a flag that was not given."""
     if number is not None and number < 1:
-        raise UsageError(f"{flag}: expected 1 or more, got {number}")
+        raise bad_value(UsageError, flag, "at least 1", number)
 
 
 def _options(config_type: type) -> dict[str, str]:
-    """Return {"--learning-rate": "a number", …}: the flags of a dataclass and the value that each expects."""
-    expected = {int: "a whole number", float: "a number"}
+    """Return {"--learning-rate": "a number", …}: the flags of a dataclass and the kind of value that each takes."""
+    expected = {int: "an integer", float: "a number", Path: "a path", str: "text"}
     hints = get_type_hints(config_type)
     options = {}
     for field in dataclasses.fields(config_type):
@@ -120,19 +127,20 @@ def _options(config_type: type) -> dict[str, str]:
 def _one_line(box: str, options: Mapping[str, str]) -> str:
     """Return the first paragraph of tyro's message, which is drawn as a box, in the form of our other errors."""
     words: list[str] = []
-    for line in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()[1:]:  # without its colors and its title
+    for line in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()[1:]:  # without colors and title
         text = line.strip("│╰─╯ ")
         if text.strip("-"):
             words += text.split()
-        elif words:  # a rule after text: help and suggestions follow
+        elif words:  # a separator after text: help and suggestions follow
             break
-    said = " ".join(words)
+    text = " ".join(words)
     # The wording of tyro's messages is not part of its interface: unrecognized text is passed on unchanged.
-    if found := re.fullmatch(r"Unrecognized options: (.*)", said):
-        unknown = found[1].split(", ")[0].split("=")[0]
-        return f"unknown option {found[1]}" + (did_you_mean(unknown, options) if unknown.startswith("-") else "")
-    if found := re.fullmatch(r"Missing value for argument '(--[\w-]+)'.*", said):
-        return f"{found[1]}: expected {options[found[1]]}, got nothing"
-    if found := re.fullmatch(r"Error parsing (--[\w-]+): .*('.*')\]?\.?", said):
-        return f"{found[1]}: expected {options[found[1]]}, got {found[2]}"
-    return said or "cannot read the command line"
+    if match := re.fullmatch(r"Unrecognized options: (.*)", text):
+        unknown = match[1].split(", ")[0].split("=")[0]
+        hint = did_you_mean(unknown, options) if unknown.startswith("-") else ""
+        return f"unknown option {match[1]}" + (f"; {hint}" if hint else "")
+    if match := re.fullmatch(r"Missing value for argument '(--[\w-]+)'.*", text):
+        return str(bad_value(UsageError, match[1], options[match[1]], "nothing"))
+    if match := re.fullmatch(r"Error parsing (--[\w-]+): .*('.*')\]?\.?", text):
+        return str(bad_value(UsageError, match[1], options[match[1]], match[2]))
+    return text or "cannot read the command line"

@@ -1,7 +1,7 @@
 """Image sets for the experiments: located, read, checked, and identified by name and hash.
 
     load("fashion-mnist-sample")    the 12,000 images in this repository
-    load("fashion-mnist")           all 70,000: a given folder, the system's, the cache, or a checked download
+    load("fashion-mnist")           all 70,000: from a given folder, the system, the cache, or a checked download
     load("digits")                  scikit-learn's 8×8 digits
     load("idx", folder)             any images and labels in idx files with the file names of MNIST
 
@@ -21,7 +21,7 @@ from typing import BinaryIO, Literal, cast
 
 import numpy as np
 
-from experiments.errors import DataError
+from experiments.errors import DataError, bad_value
 from experiments.files import cache_dir, replacing
 
 Batch = tuple[np.ndarray, np.ndarray]
@@ -70,7 +70,7 @@ def _files(
     }
 
 
-# The hashes are of the decompressed bytes: recompressing a file does not make it another data set.
+# Hashes of the decompressed bytes, because a recompressed file is the same data set.
 FASHION_MNIST_FILES = _files(
     "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
@@ -84,16 +84,16 @@ SAMPLE_FILES = _files(
     "aa3f574d30afaf0d4d9da084a6f8541771e20693d6a97fae6e9a4953fca8f078",
 )
 DIGITS_SHA256 = "bbaeaefce84743833997df3ec781527fa96c88aa06b683bb49ca5f68045ebbf2"
-"""Of scikit-learn's digits, as `Dataset.sha256` is computed."""
+"""`Dataset.sha256` of scikit-learn's digits."""
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """Labeled images, split into training and test.
 
-    train_images (N, H, W, C) and test_images (M, H, W, C) are float32 in [0, 1]; train_labels (N,) and test_labels (M,)
-    are int32 indices into class_names. `source` describes the location of the files. `sha256` is the hash of shapes and
-    stored pixels, so it does not depend on file format, compression or folder.
+    The images (N, H, W, C) are float32 in [0, 1]. The labels (N,) are int32 indices into `class_names`. `source`
+    describes the location of the files. `sha256` is the hash of shapes and stored pixels, so it does not depend on file
+    format, compression or folder.
     """
 
     name: str
@@ -112,11 +112,16 @@ class Dataset:
 
 
 def load(name: str, folder: Path | None = None) -> Dataset:
-    """Load the set called `name`, one of SOURCES.
+    """Load an image set.
 
-    `folder` is only for IN_FOLDERS, and is then the only location searched. Raises DataError if a file is missing,
-    truncated, corrupt, of the wrong kind or from another set, or if a package or the network is missing. Raises
-    KeyError if there is no such name.
+    Args:
+        name: One of SOURCES.
+        folder: For the sets in IN_FOLDERS, the only location that is searched; None means the default locations.
+
+    Raises:
+        DataError: A file is missing, truncated, corrupt, of the wrong kind or from another set, or a package or the
+            network is missing.
+        KeyError: There is no set with this name.
     """
     return SOURCES[name](folder)
 
@@ -128,9 +133,9 @@ def batches(images: np.ndarray, labels: np.ndarray, size: int) -> Iterator[Batch
 
 
 def shuffled_batches(images: np.ndarray, labels: np.ndarray, size: int, *, seed: int, epoch: int) -> Iterator[Batch]:
-    """Yield one epoch in an order that depends only on (seed, epoch); the remainder that fills no batch is omitted.
+    """Yield one epoch in an order that depends only on (seed, epoch); a remainder smaller than `size` is omitted.
 
-    It is omitted so that every step has one shape and compiles once; the next epoch omits other examples.
+    All batches then have one shape, so the step compiles once. Each epoch omits different examples.
     """
     order = np.random.default_rng([seed, epoch]).permutation(len(images))
     for start in range(0, len(images) - size + 1, size):
@@ -148,51 +153,54 @@ _CHUNK = 1 << 20
 def read_idx(path: Path, kind: Kind) -> np.ndarray:
     """Read an idx file, gzipped or not: uint8 images (N, H, W) or labels (N,).
 
-    Reads at most one byte more than the header specifies, so a small file cannot fill the memory. Raises DataError.
+    At most one byte more than the header specifies is read, so a small file cannot fill the memory.
+
+    Raises:
+        DataError: The file is missing, corrupt or of another kind.
     """
     with _opened(path, f"an idx file of {kind}") as stream:
         return _parse_idx(stream, path, kind)
 
 
 def _parse_idx(stream: BinaryIO, path: Path, kind: Kind) -> np.ndarray:
-    magic, wanted = stream.read(4), _MAGIC[kind]
-    if magic != wanted.to_bytes(4):
+    magic, expected = stream.read(4), _MAGIC[kind]
+    if magic != expected.to_bytes(4):
         got = f"0x{magic.hex()}" if magic else "nothing"
-        other = next((f", which is {k}" for k, m in _MAGIC.items() if magic == m.to_bytes(4)), "")
-        raise DataError(f"{path}: expected idx {kind}, magic 0x{wanted:08x}, got {got}{other}")
+        other = next((f" (idx {k})" for k, m in _MAGIC.items() if magic == m.to_bytes(4)), "")
+        raise bad_value(DataError, path, f"idx {kind} with magic 0x{expected:08x}", f"{got}{other}")
     rank = magic[3]
     sizes = stream.read(4 * rank)
     if len(sizes) < 4 * rank:
-        raise DataError(f"{path}: expected a header of {4 + 4 * rank} bytes, got {4 + len(sizes)}")
+        raise bad_value(DataError, path, f"an idx file with a header of {4 + 4 * rank} bytes", 4 + len(sizes))
     shape = tuple(int.from_bytes(sizes[4 * i : 4 * i + 4]) for i in range(rank))
-    promise, expected = " × ".join(map(str, shape)), math.prod(shape)
-    if not 0 < expected <= _LARGEST:
-        raise DataError(f"{path}: expected 1 to {_LARGEST} bytes of {kind}, got a header that promises {promise}")
+    in_header, size = f"{' × '.join(map(str, shape))} in the header", math.prod(shape)
+    if not 0 < size <= _LARGEST:
+        raise bad_value(DataError, path, f"an idx file with 1 to {_LARGEST} bytes of {kind}", in_header)
     payload = bytearray()
-    while len(payload) <= expected and (chunk := stream.read(min(_CHUNK, expected + 1 - len(payload)))):
+    while len(payload) <= size and (chunk := stream.read(min(_CHUNK, size + 1 - len(payload)))):
         payload += chunk
-    if len(payload) != expected:
-        got = "more" if len(payload) > expected else f"{len(payload)}"
-        raise DataError(f"{path}: expected {expected} bytes of {kind} ({promise}, says the header), got {got}")
+    if len(payload) != size:
+        got = "more" if len(payload) > size else f"{len(payload)}"
+        raise bad_value(DataError, path, f"an idx file with {size} bytes of {kind} ({in_header})", got)
     return np.frombuffer(payload, np.uint8).reshape(shape)
 
 
 @contextlib.contextmanager
 def _opened(path: Path, expected: str, name: object = None) -> Iterator[BinaryIO]:
-    """Yield the decompressed bytes of `path`; errors while reading become a DataError about `name`."""
+    """Yield the decompressed bytes of `path`; an error while reading becomes a DataError about `name`."""
     name = path if name is None else name
     try:
         with path.open("rb") as raw:
             gzipped = raw.read(2) == b"\x1f\x8b"
             raw.seek(0)
-            # GzipFile reads like a BinaryIO, but is not declared as one.
+            # GzipFile has the methods of a BinaryIO, but is not declared as one.
             yield cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if gzipped else raw
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{name}: expected {expected}, got a truncated or corrupt gzip file ({error})") from None
+        raise bad_value(DataError, name, expected, f"a truncated or corrupt gzip file ({error})") from None
     except FileNotFoundError:
-        raise DataError(f"{name}: expected {expected}, got no such file") from None
+        raise bad_value(DataError, name, expected, "no such file") from None
     except OSError as error:
-        raise DataError(f"{name}: expected {expected}, got {error.strerror or error}") from None
+        raise bad_value(DataError, name, expected, error.strerror or error) from None
 
 
 def idx_bytes(array: np.ndarray) -> bytes:
@@ -203,19 +211,22 @@ def idx_bytes(array: np.ndarray) -> bytes:
 def _check_hash(path: Path, file: IdxFile, array: np.ndarray, name: str) -> None:
     """Raise DataError if `array`, read from `path`, is not the content of `file` in the set called `name`."""
     if file.sha256 is not None and (got := hashlib.sha256(idx_bytes(array)).hexdigest()) != file.sha256:
-        raise DataError(
-            f"{path}: must be {name}'s, whose decompressed bytes have SHA-256 {file.sha256}, got {got}; "
-            "other images in files of these names are --data idx"
+        raise bad_value(
+            DataError,
+            path,
+            f"the file of {name}, whose decompressed bytes have SHA-256 {file.sha256}",
+            got,
+            "use --data idx for other images in files of these names",
         )
 
 
 def _check_labels(path: Path, labels: np.ndarray, images_path: Path, images: np.ndarray, classes: int) -> None:
     """Raise DataError if images (N, H, W) and labels (N,), uint8, do not match."""
     if len(labels) != len(images):
-        raise DataError(f"{path}: expected {len(images)} labels, as many as {images_path} has, got {len(labels)}")
+        raise bad_value(DataError, path, f"{len(images)} labels, one for each image in {images_path}", len(labels))
     if labels.max() >= classes:
         first = int(np.argmax(labels >= classes))
-        raise DataError(f"{path}: expected labels 0 to {classes - 1}, got {labels[first]} for image {first}")
+        raise bad_value(DataError, path, f"labels from 0 to {classes - 1}", f"{labels[first]} for image {first}")
 
 
 def _dataset(name: str, source: str, train: Batch, test: Batch, largest: int, class_names: tuple[str, ...]) -> Dataset:
@@ -259,7 +270,7 @@ def fashion_mnist(folder: Path | None = None) -> Dataset:
 def idx(folder: Path | None = None) -> Dataset:
     """Load the images of `folder`, in idx files with the file names of MNIST; class names are numbers."""
     if folder is None:
-        raise DataError("idx: must be given a folder, got none")
+        raise bad_value(DataError, "idx", "read from a folder", "none")
     return _from_folder("idx", folder, _files(None, None, None, None), None)
 
 
@@ -272,11 +283,11 @@ def digits(folder: Path | None = None) -> Dataset:
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError:
-        raise DataError("digits: expected the package scikit-learn, which holds them, got no such package") from None
+        raise DataError("digits: needs the package scikit-learn, which is not installed") from None
     bunch = load_digits()
     images, labels = bunch.images.astype(np.uint8), bunch.target.astype(np.uint8)
     split = 1437
-    found = _dataset(
+    dataset = _dataset(
         "digits",
         "scikit-learn",
         (images[:split], labels[:split]),
@@ -284,12 +295,10 @@ def digits(folder: Path | None = None) -> Dataset:
         largest=16,
         class_names=tuple(map(str, range(10))),
     )
-    if found.sha256 != DIGITS_SHA256:
-        raise DataError(
-            f"digits: the images of scikit-learn must be its 1,797 digits, of SHA-256 {DIGITS_SHA256}, "
-            f"got {found.sha256}"
-        )
-    return found
+    if dataset.sha256 != DIGITS_SHA256:
+        expected = f"scikit-learn's 1,797 digits, with SHA-256 {DIGITS_SHA256}"
+        raise bad_value(DataError, "digits", expected, dataset.sha256)
+    return dataset
 
 
 SOURCES: Mapping[str, Callable[[Path | None], Dataset]] = {
@@ -299,28 +308,32 @@ SOURCES: Mapping[str, Callable[[Path | None], Dataset]] = {
     "idx": idx,
 }
 IN_FOLDERS = ("fashion-mnist", "idx")
-"""The sets that are read from a folder which one may choose."""
+"""Sets that can be read from a folder that the user chooses."""
 
 
 def download(url: str, path: Path, sha256: str | None) -> None:
-    """Fetch `url` to `path`, which is created only if its decompressed bytes have this SHA-256. Raises DataError."""
+    """Download `url` to `path`, which is created only if its decompressed bytes have this SHA-256.
+
+    Raises:
+        DataError: The download failed, or its bytes are not the expected ones.
+    """
     import pooch
 
     with replacing(path) as temporary:
         try:
             pooch.HTTPDownloader(timeout=30)(url, str(temporary), None)
-        except OSError as error:  # requests' exceptions are OSErrors, and may hold an open connection
-            if error.errno is not None:  # an error of the file, not of the network: `replacing` names it
+        except OSError as error:  # an exception of requests is an OSError, and may hold an open connection
+            if error.errno is not None:  # an error of the file, not of the network; `replacing` names it
                 raise
             if (response := getattr(error, "response", None)) is not None:
                 response.close()
             raise DataError(
-                f"{url}: download failed ({error}); give the folder that holds the files as --data-dir, "
-                "or use the embedded --data fashion-mnist-sample"
+                f"{url}: download failed ({error}); pass the folder of the files as --data-dir, "
+                "or use --data fashion-mnist-sample, which is part of the repository"
             ) from None
         got = _sha256_inside(temporary, url)
         if got != sha256:
-            raise DataError(f"{url}: expected decompressed bytes of SHA-256 {sha256}, got {got}")
+            raise bad_value(DataError, url, f"a file whose decompressed bytes have SHA-256 {sha256}", got)
 
 
 def _sha256_inside(path: Path, name: str) -> str:
@@ -330,7 +343,7 @@ def _sha256_inside(path: Path, name: str) -> str:
             digest.update(chunk)
             seen += len(chunk)
             if seen > _LARGEST:
-                raise DataError(f"{name}: expected at most {_LARGEST} decompressed bytes, got more")
+                raise bad_value(DataError, name, f"at most {_LARGEST} decompressed bytes", "more")
     return digest.hexdigest()
 
 
@@ -339,7 +352,7 @@ def _cached() -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"{folder}: expected a folder to keep downloads in, got {error.strerror}") from None
+        raise bad_value(DataError, folder, "a folder for downloads", error.strerror) from None
     for file in FASHION_MNIST_FILES.values():
         if _locate(folder, file) is None:
             download(f"{FASHION_MNIST_URL}{file.name}.gz", folder / f"{file.name}.gz", file.sha256)
@@ -358,12 +371,13 @@ def _holds_all(folder: Path) -> bool:
 def _from_folder(name: str, folder: Path, files: Files, class_names: tuple[str, ...] | None) -> Dataset:
     """Read the set called `name`; if `class_names` is None, they are numbers up to the largest training label."""
     if not folder.is_dir():
-        raise DataError(f"{folder}: expected a folder with {name}, got {'a file' if folder.exists() else 'nothing'}")
+        got = "a file" if folder.exists() else "no such folder"
+        raise bad_value(DataError, folder, f"the folder of {name}", got)
     paths: dict[Part, Path] = {}
     for part, file in files.items():
         path = _locate(folder, file)
         if path is None:
-            raise DataError(f"{folder}: expected {file.name}.gz (or without .gz) in it, got no such file")
+            raise bad_value(DataError, folder, f"a folder that contains {file.name}.gz or {file.name}", "neither")
         paths[part] = path
     arrays = {part: read_idx(paths[part], file.kind) for part, file in files.items()}
     for part, file in files.items():
@@ -377,8 +391,6 @@ def _from_folder(name: str, folder: Path, files: Files, class_names: tuple[str, 
     _check_labels(paths["train_labels"], train[1], paths["train_images"], train[0], len(class_names))
     _check_labels(paths["test_labels"], test[1], paths["test_images"], test[0], len(class_names))
     if test[0].shape[1:] != train[0].shape[1:]:
-        raise DataError(
-            f"{paths['test_images']}: expected images of {train[0].shape[1:]} as in {paths['train_images']}, "
-            f"got {test[0].shape[1:]}"
-        )
+        expected = f"images of size {train[0].shape[1:]} as in {paths['train_images']}"
+        raise bad_value(DataError, paths["test_images"], expected, test[0].shape[1:])
     return _dataset(name, str(folder), train, test, largest=255, class_names=class_names)

@@ -5,6 +5,7 @@ import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
 from types import TracebackType
+from typing import TypeVar
 
 EXTRAS: Mapping[str, str] = {
     **dict.fromkeys(("matplotlib", "pooch", "rich", "safetensors", "tyro"), "experiments"),
@@ -14,7 +15,7 @@ EXTRAS: Mapping[str, str] = {
 
 
 class ExperimentError(ValueError):
-    """An error reported in one line: what is wrong (file or argument), what was expected, and what was given.
+    """An error reported in one line: the file or option that is wrong, what it must be, and what was given.
 
     `status` is the exit status of the process: 1 for an error at run time, 2 for a wrong command line.
     """
@@ -37,11 +38,31 @@ class CheckpointError(ExperimentError):
 
 
 class RunError(ExperimentError):
-    """The run cannot start or continue: no place for its results, gradients that differ, a loss that is not finite."""
+    """The run cannot start or continue: no folder for its results, wrong gradients, or a loss that is not finite."""
 
 
 class WriteError(RunError):
     """A file cannot be written; the message names it and describes what is left in its place."""
+
+
+Error = TypeVar("Error", bound=ExperimentError)
+
+
+def bad_value(kind: type[Error], name: object, expected: str, got: object, hint: str = "") -> Error:
+    """Return an error with the message "name: must be <expected>, got <got>; <hint>".
+
+    Args:
+        kind: The class of the error.
+        name: The option with its dashes, the path of a file, or another name of the value.
+        expected: Completes "must be".
+        got: The given value, or a text that describes it.
+        hint: What to do instead; "" for none.
+    """
+    return kind(_message(name, expected, got, hint))
+
+
+def _message(name: object, expected: str, got: object, hint: str = "") -> str:
+    return f"{name}: must be {expected}, got {got}" + (f"; {hint}" if hint else "")
 
 
 def explain(error: BaseException) -> str | None:
@@ -61,7 +82,7 @@ def explain(error: BaseException) -> str | None:
         # Files are named where they are opened and written. Only printing can fill a disk without a file name.
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
         if error.filename is None and full:
-            return f"standard output: must be writable, got {error.strerror}"
+            return _message("standard output", "writable", error.strerror)
         return _joined(error)
     if isinstance(error, RuntimeError | AssertionError) and _platform_is_missing():
         return _no_platform(error)
@@ -87,8 +108,9 @@ def _is_installed(package: str) -> bool:
 
 
 def _missing(packages: Sequence[str]) -> str:
-    what = f"package {packages[0]}, which is" if len(packages) == 1 else f"packages {', '.join(packages)}, which are"
-    return f"needs the {what} not installed: pip install 'jaxcnn[{EXTRAS[packages[0]]}]'"
+    noun, verb = ("package", "is") if len(packages) == 1 else ("packages", "are")
+    names = ", ".join(packages)
+    return f"needs the {noun} {names}, which {verb} not installed: pip install 'jaxcnn[{EXTRAS[packages[0]]}]'"
 
 
 def _joined(error: BaseException) -> str:
@@ -116,19 +138,21 @@ def _no_platform(error: BaseException) -> str:
     """Return a message with the missing platform, the available ones, and how to choose."""
     import jax
 
-    asked = jax.config.values["jax_platforms"]
-    if not asked:
-        return f"jax: must find a device, got {_joined(error) or 'none'}"
+    requested = jax.config.values["jax_platforms"]
+    if not requested:
+        return f"jax: no device was found ({_joined(error) or 'no message'})"
     try:
         jax.config.update("jax_platforms", "")
-        here = sorted({"cpu", *(device.platform for device in jax.devices())})
+        available = sorted({"cpu", *(device.platform for device in jax.devices())})
     except (RuntimeError, AssertionError):
-        here = ["cpu"]
+        available = ["cpu"]
     finally:
-        jax.config.update("jax_platforms", asked)
-    return (
-        f"JAX_PLATFORMS={asked}: must name a platform that this machine and this jaxlib have ({', '.join(here)}), "
-        f"got {asked}; set JAX_PLATFORMS={here[-1]}, or unset it and jax chooses"
+        jax.config.update("jax_platforms", requested)
+    return _message(
+        "JAX_PLATFORMS",
+        f"a platform of this machine and this jaxlib ({', '.join(available)})",
+        requested,
+        f"set JAX_PLATFORMS={available[-1]}, or unset it and jax chooses",
     )
 
 

@@ -1,4 +1,4 @@
-"""Compare hand-written rules with autodiff, on the net and the batch that are about to be trained."""
+"""Compare hand-written rules with autodiff, on the net to be trained and its first batch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,23 +11,24 @@ from experiments.data import Batch
 from jaxcnn import Serial, rules
 
 TOLERANCE = 1e-5
-"""What two right ways to the same gradient may differ by in float32, relative to its largest entry."""
+"""Largest difference of two correct float32 gradients, relative to the largest element."""
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
-"""From logits (B, C) and labels (B,) to a loss per example (B,)."""
+"""A function of logits (B, C) and labels (B,) that returns a loss per example (B,)."""
 
 
 def compare(net: Serial, loss: Loss, params: Params, batch: Batch, key: jax.Array) -> dict[str, float]:
-    """Return max|rule - autodiff| / max|autodiff| of the mean loss's gradient for each parameter, by name.
+    """Return max|rule − autodiff| / max|autodiff| of the gradient of the mean loss, by parameter name.
 
-    Both are computed in training mode with the same dropout `key`. NaN if either gradient has a NaN.
+    Both gradients are computed in training mode with the same dropout `key`. The result is NaN if either contains a
+    NaN.
     """
-    # On CPU, the same arithmetic as in training. Elsewhere float32 products are rounded by default.
+    # CPU: the same arithmetic as in training. Other devices round float32 products by default.
     precision = None if jax.default_backend() == "cpu" else "highest"
 
-    def gradient(backward: Any) -> dict[str, np.ndarray]:
+    def gradient(rule: Any) -> dict[str, np.ndarray]:
         def mean_loss(params: Params, images: jax.Array, labels: jax.Array) -> jax.Array:
-            return loss(net.apply(params, images, key=key, rules=backward), labels).mean()
+            return loss(net.apply(params, images, key=key, rules=rule), labels).mean()
 
         with jax.default_matmul_precision(precision):
             return flatten(jax.jit(jax.grad(mean_loss))(params, *batch))

@@ -1,10 +1,10 @@
-"""Regenerate the embedded sample from the full Fashion-MNIST, or check that it is the output of this script.
+"""Write the embedded sample from the full Fashion-MNIST, or check that it equals the output of this script.
 
-    python -m experiments.make_sample            check; exit status 1 if the files differ
+    python -m experiments.make_sample            check the files; the exit status is 1 if they differ
     python -m experiments.make_sample --write    write the files
 
-Source: the idx.gz files in experiments.data.SYSTEM_DIR (Debian: dataset-fashion-mnist). Apart from them, the bytes
-depend only on the zlib that compresses them, so the check compares the decompressed contents.
+The source is the idx.gz files in experiments.data.SYSTEM_DIR (Debian: dataset-fashion-mnist). The compressed bytes
+depend on the version of zlib, so the check compares the decompressed contents.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main() -> int:
                 temporary.write_bytes(gzip.compress(content, compresslevel=9, mtime=0))
         equal = same(path, content)
         differ |= not equal
-        print(f"{path.name}: {count} entries, {'as' if equal else 'NOT as'} in {SYSTEM_DIR}")
+        print(f"{path.name}: {count} items, {'equal to' if equal else 'DIFFERENT from'} those in {SYSTEM_DIR}")
     return int(differ)
 
 

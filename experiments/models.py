@@ -8,15 +8,15 @@ from jaxcnn import AvgPool, Conv, Dense, Dropout, Flatten, HiddenLayer, Serial, 
 def lecture(classes: int) -> Serial:
     """Return the lecture's net: two hidden layers (convolution, ReLU, pooling) and dropout before the output layer.
 
-    28×28 → 24×24×32 → 12×12×32 → 8×8×64 → 4×4×64 → classes. Lecture §2, §7.
+    28×28 → 24×24×32 → 12×12×32 → 8×8×64 → 4×4×64 → classes (lecture §2, §7).
     """
     return serial(HiddenLayer(32, 5), HiddenLayer(64, 5), Flatten(), Dropout(0.5), Dense(classes))
 
 
 def mlp(classes: int) -> Serial:
-    """Return the net of the lecture's recap, §3: matrix products instead of convolutions, sigmoids instead of ReLUs.
+    """Return the ordinary network of the lecture's §3, with matrix products and sigmoids.
 
-    Its widths are those of LeNet-300-100. LeCun et al. 1998.
+    Its widths are those of LeNet-300-100 (LeCun et al. 1998).
     """
     return serial(Flatten(), Dense(300), Sigmoid(), Dense(100), Sigmoid(), Dense(classes))
 
@@ -24,7 +24,7 @@ def mlp(classes: int) -> Serial:
 def lenet5(classes: int) -> Serial:
     """Return LeNet-5 with tanh and average pooling; its 28×28 input is padded to the paper's 32×32.
 
-    28×28×6 → 14×14×6 → 10×10×16 → 5×5×16 → 120 → 84 → classes. LeCun et al. 1998.
+    28×28×6 → 14×14×6 → 10×10×16 → 5×5×16 → 120 → 84 → classes (LeCun et al. 1998).
     """
     return serial(
         Conv(6, 5, padding=2),
@@ -43,4 +43,4 @@ def lenet5(classes: int) -> Serial:
 
 
 MODELS: Mapping[str, Callable[[int], Serial]] = {"lecture": lecture, "mlp": mlp, "lenet5": lenet5}
-"""From a name to a function that takes the number of classes."""
+"""The function that builds each net from the number of classes, by name."""

@@ -19,9 +19,9 @@ class Config:
     """Load a run's weights and print, for each chosen test image, its label and the prediction."""
 
     run: Annotated[Path | None, arg(metavar="PATH")] = None
-    """The run's folder; without it, the newest in runs/."""
+    """Folder of the run; if omitted, the newest in runs/."""
     images: tuple[int, ...] = tuple(range(10))
-    """Which test images, counted from 0."""
+    """Numbers of the test images, from 0."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def predict(config: Config) -> int:
-    """Print the predictions; raises UsageError, CheckpointError or DataError."""
+    """Print the predictions; raise UsageError, CheckpointError or DataError."""
     folder = newest() if config.run is None else config.run
     trained = restore(folder)
     net, params, dataset = trained.net, trained.params, trained.dataset
@@ -41,16 +41,16 @@ def predict(config: Config) -> int:
     chosen = list(config.images)
     probabilities = jax.device_get(jax.nn.softmax(net.apply(params, dataset.test_images[chosen])))
 
-    names, right = dataset.class_names, 0
+    names, correct = dataset.class_names, 0
     width = max(map(len, names))
-    print(f"{trained.model} of {folder.absolute()} on test images of {dataset.name}")
+    print(f"{trained.model} from {folder.absolute()}, test images of {dataset.name}")
     print(f"{'image':>6}  {'label':<{width}}  {'prediction':<{width}}  probability")
     for n, row in zip(chosen, probabilities, strict=True):
-        label, said = int(dataset.test_labels[n]), int(row.argmax())
-        right += said == label
-        mark = "" if said == label else "  wrong"
-        print(f"{n:>6}  {names[label]:<{width}}  {names[said]:<{width}}  {row[said]:.3f}{mark}")
-    print(f"{right} of {len(chosen)} right")
+        label, predicted = int(dataset.test_labels[n]), int(row.argmax())
+        correct += predicted == label
+        mark = "" if predicted == label else "  wrong"
+        print(f"{n:>6}  {names[label]:<{width}}  {names[predicted]:<{width}}  {row[predicted]:.3f}{mark}")
+    print(f"{correct} of {len(chosen)} correct")
     return 0
 
 

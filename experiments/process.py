@@ -1,7 +1,7 @@
-"""Settings of a script's own process, applied before jax is imported: memory allocation and the compilation cache.
+"""Settings of the process, applied before jax is imported: memory allocation and the compilation cache.
 
-XLA's CPU client allocates its buffers at each call, and by default glibc returns large ones to the system when they are
-freed. Every step then takes page faults for its temporaries.
+XLA's CPU client allocates its buffers at each call, and by default glibc returns large freed buffers to the system.
+Every step then causes page faults for its temporaries.
 """
 
 import ctypes
@@ -16,27 +16,27 @@ TUNED: Mapping[str, int] = {
     "MALLOC_MMAP_MAX_": 0,
     "MALLOC_TRIM_THRESHOLD_": 2**31 - 1,
     "MALLOC_TOP_PAD_": 2**28,
-    "MALLOC_ARENA_MAX": 1,  # one arena, the only one that can exceed 64 MiB; XLA's own threads would have others
+    "MALLOC_ARENA_MAX": 1,  # only the main arena can exceed 64 MiB, and XLA's threads would use others
 }
-"""glibc's environment variables with which it keeps what is freed, for processes that are still to start."""
+"""Environment variables with which glibc keeps freed memory, for processes to be started."""
 
 # The constants of mallopt(3).
 _PARAMETERS = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_TOP_PAD_": -2, "MALLOC_MMAP_MAX_": -4, "MALLOC_ARENA_MAX": -8}
 
 
 def keep_freed_memory() -> bool:
-    """Set `TUNED` in this process; return whether glibc is present and accepted it. Call it before jax is imported."""
+    """Apply `TUNED` to this process, before jax is imported; return whether glibc is present and accepted it."""
     try:
         libc = ctypes.CDLL("libc.so.6")
         mallopt = libc.mallopt
     except (OSError, AttributeError):  # another system, another C library
         return False
-    took = [mallopt(_PARAMETERS[name], number) == 1 for name, number in TUNED.items()]
-    return all(took)
+    accepted = [mallopt(_PARAMETERS[name], number) == 1 for name, number in TUNED.items()]
+    return all(accepted)
 
 
 def keep_compiled_programs() -> Path:
-    """Enable jax's persistent compilation cache, for the next process that runs the same program; return its folder.
+    """Enable jax's persistent compilation cache, so that later processes reuse compiled programs; return its folder.
 
     It is $JAX_COMPILATION_CACHE_DIR if set, else a folder in the cache for jaxcnn.
     """

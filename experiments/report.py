@@ -1,4 +1,4 @@
-"""The output of a run: a banner, one line per epoch, and a progress bar (plain lines without a terminal)."""
+"""The output of a run: a banner, one line per epoch, and a progress bar, or plain lines without a terminal."""
 
 import importlib.metadata
 import math
@@ -15,18 +15,18 @@ from experiments.run_folder import Epoch
 
 PACKAGES = ("jaxcnn", "jax", "jaxlib", "optax", "numpy")
 PLAIN_INTERVAL = 10.0
-"""Seconds between two lines within an epoch where there is no bar."""
+"""Seconds between two lines within an epoch if there is no bar."""
 
 
 def versions() -> dict[str, str]:
     """Return the version of Python and of each package that a result depends on."""
-    found = {"python": platform.python_version()}
+    result = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            result[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:  # run from a source tree that is not installed
-            found[package] = "(not installed)"
-    return found
+            result[package] = "(not installed)"
+    return result
 
 
 def describe_device() -> str:
@@ -68,7 +68,7 @@ class Progress(Protocol):
     """Receives the state of a running training."""
 
     def update(self, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
-        """Show the state after `step` steps; call it as often as convenient."""
+        """Show the state after `step` steps; may be called at any rate."""
 
     def line(self, text: str) -> None:
         """Write a permanent line."""
@@ -76,7 +76,7 @@ class Progress(Protocol):
 
 @contextmanager
 def progress(total_steps: int, stream: TextIO | None = None) -> Iterator[Progress]:
-    """Yield a bar with ETA on a terminal, plain lines otherwise; `stream` None is stdout."""
+    """Yield a bar with ETA on a terminal, plain lines otherwise; `stream` is stdout if None."""
     stream = sys.stdout if stream is None else stream
     if stream.isatty():
         with _bar(total_steps, stream) as bar:
@@ -91,23 +91,23 @@ class PlainLines:
     def __init__(self, total_steps: int, stream: TextIO) -> None:
         self._total, self._stream = total_steps, stream
         self._last = time.monotonic()
-        self._first: tuple[int, float] | None = None  # step and time of the first update; jax compiles before it
+        self._first: tuple[int, float] | None = None  # step and time of the first update, after compilation
 
     def update(self, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
         """Write a line if PLAIN_INTERVAL seconds have passed since the last one."""
         now = time.monotonic()
         first_step, first = self._first = self._first or (step, now)
         if now - self._last >= PLAIN_INTERVAL and step < self._total:
-            to_go = ""
+            time_left = ""
             if step > first_step:
-                to_go = f", {(now - first) / (step - first_step) * (self._total - step):.0f} s to go"
+                time_left = f", {(now - first) / (step - first_step) * (self._total - step):.0f} s left"
             self.line(
                 f"step {step}/{self._total}   loss {loss:.4f} accuracy {accuracy:.4f}   "
-                f"{images_per_second:,.0f} images/s{to_go}"
+                f"{images_per_second:,.0f} images/s{time_left}"
             )
 
     def line(self, text: str) -> None:
-        """Write a line and flush it: a log that is read while it grows should not wait for a full buffer."""
+        """Write a line and flush it, so that a reader of the log sees it immediately."""
         print(text, file=self._stream, flush=True)
         self._last = time.monotonic()
 
@@ -136,7 +136,7 @@ def _bar(total_steps: int, stream: TextIO) -> Iterator[Progress]:
         def line(self, text: str) -> None:
             display.console.print(text, markup=False, soft_wrap=True)
 
-    # Transient: the permanent lines hold all information once the bar is gone.
+    # Transient, because the permanent lines contain all information.
     with RichProgress(*columns, console=console, transient=True, expand=True) as display:
         task = display.add_task("", total=total_steps, state="")
         yield Bar()

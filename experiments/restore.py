@@ -1,4 +1,4 @@
-"""A trained net to inspect: that of an earlier run, or one trained for the purpose."""
+"""Load the net of an earlier run, or train one, for the scripts that inspect a net."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from experiments import train
 from experiments.data import SOURCES, Dataset, load
-from experiments.errors import CheckpointError, UsageError
+from experiments.errors import CheckpointError, UsageError, bad_value
 from experiments.run_folder import Run
 
 if TYPE_CHECKING:
@@ -27,12 +27,13 @@ class Trained:
 
 
 def restore(folder: Path) -> Trained:
-    """Return the net of the run in `folder`; raises CheckpointError or DataError."""
+    """Return the net of the run in `folder`; raise CheckpointError or DataError."""
     run = Run(folder)
     config = read_config(run)
     dataset = load(config["data"], Path(config["data_dir"]) if config["data_dir"] else None)
     if dataset.sha256 != config["data_sha256"]:
-        raise CheckpointError(f"{run.folder}: expected data {config['data_sha256']}, got {dataset.sha256}")
+        name, expected = f"data of {run.folder}", f"the set with SHA-256 {config['data_sha256']}"
+        raise bad_value(CheckpointError, name, expected, dataset.sha256)
 
     import jax
 
@@ -44,12 +45,12 @@ def restore(folder: Path) -> Trained:
     return Trained(config["model"], net, checkpoints.load(run.weights, like), dataset)
 
 
-class Asked(Protocol):
-    """The options of a script that inspects a net: a run, or how to train one, and the test images."""
+class Options(Protocol):
+    """The options of a script that inspects a net: a run or a training, and the test images."""
 
     @property
     def run(self) -> Path | None:
-        """The run's folder; None means the newest finished one, or train."""
+        """The run's folder; None means the newest finished run, or a new training if there is none."""
 
     @property
     def fresh(self) -> bool:
@@ -65,7 +66,7 @@ class Asked(Protocol):
 
     @property
     def epochs(self) -> int:
-        """Number of passes over the images."""
+        """Number of passes over the training images."""
 
     @property
     def max_steps(self) -> int | None:
@@ -77,41 +78,43 @@ class Asked(Protocol):
 
 
 TRAINING = ("model", "epochs", "max_steps")
-"""The options that describe a training, and mean nothing for a net that is trained already."""
+"""Options that describe a training, and have no effect on a trained net."""
 
 
-def prepare(asked: Asked, folder: Path) -> Trained:
-    """Return the net of a run, or train one in `folder`/run; print which.
+def prepare(options: Options, folder: Path) -> Trained:
+    """Return the net of a run, or train one in `folder`/run, and print which.
 
-    The run is the requested one, else the newest finished one in runs/. A net is trained if there is none, or if an
-    option requests it.
+    The run is `options.run`, else the newest finished one in runs/. A net is trained if there is none, or if an option
+    requests it.
 
     Args:
-        asked: The options of the script.
+        options: The options of the script.
         folder: The script's own folder.
 
     Raises:
-        UsageError: The options conflict, or name images that do not exist; nothing is trained then.
+        UsageError: The options conflict, or name images that do not exist; no net is trained.
         CheckpointError: The run's files are missing or do not match.
         DataError: The images of the run are missing.
         RunError: The training failed.
     """
-    trains = [name for name in TRAINING if getattr(asked, name) != getattr(type(asked), name)]
-    trains += ["fresh"] if asked.fresh else []
-    if asked.run is not None and trains:
-        raise UsageError(f"--{trains[0].replace('_', '-')}: expected without --run, whose net is trained already")
-    found = asked.run if asked.run is not None or trains else newest_finished()
-    if found is not None:
-        trained = restore(found)
-        check_images(asked.images, trained.dataset)
-        why = "" if asked.run is not None else ", the newest run that is finished; --fresh trains a net"
-        print(f"{trained.model} of {found}{why}", flush=True)
+    training = [name for name in TRAINING if getattr(options, name) != getattr(type(options), name)]
+    training += ["fresh"] if options.fresh else []
+    if options.run is not None and training:
+        name = training[0]
+        expected = "omitted with --run, whose net is already trained"
+        raise bad_value(UsageError, f"--{name.replace('_', '-')}", expected, getattr(options, name))
+    run = options.run if options.run is not None or training else newest_finished()
+    if run is not None:
+        trained = restore(run)
+        check_images(options.images, trained.dataset)
+        reason = "" if options.run is not None else ", the newest finished run; --fresh trains a new net"
+        print(f"{trained.model} from {run}{reason}", flush=True)
         return trained
-    wanted = train.Config(
-        asked.model, epochs=asked.epochs, max_steps=asked.max_steps, seed=asked.seed, out=folder / "run"
+    config = train.Config(
+        options.model, epochs=options.epochs, max_steps=options.max_steps, seed=options.seed, out=folder / "run"
     )
-    check_images(asked.images, load(wanted.data))
-    if train.train(wanted):
+    check_images(options.images, load(config.data))
+    if train.train(config):
         raise KeyboardInterrupt
     return restore(folder / "run")
 
@@ -119,22 +122,22 @@ def prepare(asked: Asked, folder: Path) -> Trained:
 def check_images(images: Sequence[int], dataset: Dataset) -> None:
     """Raise UsageError if there are no test images, or some do not exist."""
     if not images:
-        raise UsageError("--images: expected at least one, got none")
+        raise bad_value(UsageError, "--images", "at least one number", "none")
     for n in images:
         if not 0 <= n < len(dataset.test_labels):
-            raise UsageError(f"--images: expected 0 to {len(dataset.test_labels) - 1}, got {n}")
+            raise bad_value(UsageError, "--images", f"from 0 to {len(dataset.test_labels) - 1}", n)
 
 
 def newest(runs: Path = Path("runs")) -> Path:
-    """Return the run in `runs` whose weights were written last; raises UsageError if there is none."""
-    found = by_age(runs)
-    if not found:
-        raise UsageError(f"--run: expected a run's folder, since {runs.absolute()} holds none")
-    return found[0]
+    """Return the run in `runs` whose weights were written last; raise UsageError if there is none."""
+    folders = by_age(runs)
+    if not folders:
+        raise bad_value(UsageError, "--run", "the folder of a run", f"none, and {runs.absolute()} contains no run")
+    return folders[0]
 
 
 def newest_finished(runs: Path = Path("runs")) -> Path | None:
-    """Return the run in `runs` whose weights were written last among the finished runs; None if there is none."""
+    """Return the finished run in `runs` whose weights were written last, or None if there is none."""
     for folder in by_age(runs):
         try:
             if read_config(Run(folder)).get("end") == "finished":
@@ -145,26 +148,27 @@ def newest_finished(runs: Path = Path("runs")) -> Path | None:
 
 
 def by_age(runs: Path) -> list[Path]:
-    """Return the runs in `runs`, and those that other scripts trained in their own folders there, newest first."""
+    """Return the runs in `runs`, including those that scripts trained in their own folders there, newest first."""
     weights = [path for pattern in ("*", "*/run") for path in runs.glob(f"{pattern}/weights.safetensors")]
     return [path.parent for path in sorted(weights, key=lambda path: path.stat().st_mtime, reverse=True)]
 
 
 def read_config(run: Run) -> dict[str, Any]:
-    """Return a run's config.json; raises CheckpointError if it is missing or was not written by training."""
+    """Return a run's config.json; raise CheckpointError if it is missing or was not written by a training."""
     from experiments.models import MODELS
 
     path = run.folder / "config.json"
     try:
         config = json.loads(path.read_text("utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{path}: expected a run's config, got {error.strerror}") from None
+        raise bad_value(CheckpointError, path, "the config of a run", error.strerror) from None
     except ValueError as error:
-        raise CheckpointError(f"{path}: expected a run's config, got no JSON ({error})") from None
-    wanted = {"model", "data", "data_dir", "data_sha256"}
-    if not isinstance(config, dict) or not wanted <= set(config):
-        raise CheckpointError(f"{path}: expected a run's config with {', '.join(sorted(wanted))}, got others")
+        raise bad_value(CheckpointError, path, "the config of a run", f"invalid JSON ({error})") from None
+    keys = {"model", "data", "data_dir", "data_sha256"}
+    if not isinstance(config, dict) or not keys <= set(config):
+        got = ", ".join(map(str, config)) if isinstance(config, dict) else type(config).__name__
+        raise bad_value(CheckpointError, path, f"the config of a run, with {', '.join(sorted(keys))}", got or "{}")
     for key, names in (("model", MODELS), ("data", SOURCES)):
         if config[key] not in names:
-            raise CheckpointError(f"{path}: {key}: expected one of {', '.join(names)}, got {config[key]!r}")
+            raise bad_value(CheckpointError, f"{path}: {key}", f"one of {', '.join(names)}", repr(config[key]))
     return config

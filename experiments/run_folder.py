@@ -1,4 +1,4 @@
-"""The folder that a run writes: config.json, metrics.csv, curves.png and weights.safetensors."""
+"""The folder of a run: config.json, metrics.csv, curves.png and weights.safetensors."""
 
 import contextlib
 import csv
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from experiments import checkpoints
-from experiments.errors import RunError
+from experiments.errors import RunError, bad_value
 from experiments.files import replacing
 
 if TYPE_CHECKING:
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 class Epoch:
     """One row of metrics.csv; the fields are its columns, in order.
 
-    Training loss and accuracy are means over the epoch's steps, with dropout active and parameters changing. Test loss
-    and accuracy are of all test examples at the end of the epoch. `seconds` is the time of the training steps only.
+    Training loss and accuracy are means over the epoch's steps, with dropout active and changing parameters. Test loss
+    and accuracy are means over all test examples at the end of the epoch. `seconds` is the time of the training steps
+    only.
     """
 
     epoch: int
@@ -39,32 +40,33 @@ class Epoch:
 
 
 CLAIM = ".in-use"
-"""The file that marks a folder as one run's own, until that run has ended."""
+"""The file that reserves a folder for a run until that run has ended."""
 
 
 def check_folder(out: Path | None) -> None:
-    """Raise RunError if no new folder can be created, before anything is read or computed. Creates nothing.
+    """Raise RunError if no new folder can be created, before anything is read or computed. Create nothing.
 
     Args:
         out: The requested folder; None means one in runs/.
     """
-    asked = (Path("runs") if out is None else out).absolute()
-    if out is not None and asked.is_dir() and any(asked.iterdir()):
-        held = "another run is using" if (asked / CLAIM).exists() else "holds files"
-        raise RunError(f"--out {asked}: expected a new or empty folder, got one that {held}")
-    nearest = next(path for path in (asked, *asked.parents) if path.exists())
+    folder = (Path("runs") if out is None else out).absolute()
+    name = f"--out {folder}"
+    if out is not None and folder.is_dir() and any(folder.iterdir()):
+        got = "one that another run is using" if (folder / CLAIM).exists() else "one that contains files"
+        raise bad_value(RunError, name, "a new or empty folder", got)
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not nearest.is_dir():
-        raise RunError(f"--out {asked}: expected a folder or nothing, but {nearest} is a file")
+        raise bad_value(RunError, name, "a new or empty folder", f"{nearest}, which is a file")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise RunError(f"--out {asked}: expected a place to write to, but {nearest} is not writable")
+        raise bad_value(RunError, name, "in a writable folder", f"{nearest}, which is not writable")
 
 
 @contextlib.contextmanager
 def new_folder(out: Path | None, name: str, now: datetime | None = None) -> Iterator[Path]:
     """Create a folder for exactly one run, and yield its absolute path.
 
-    It is created atomically, so two runs that start at the same moment get different folders. A folder that was created
-    here and is still empty when the block ends is removed.
+    It is created atomically, so two runs that start at the same moment get different folders. If the folder was created
+    here and is still empty when the block ends, it is removed.
 
     Args:
         out: The folder to create, or an empty one; None means runs/<time>-<name>, with -2, -3, … if that exists.
@@ -72,7 +74,7 @@ def new_folder(out: Path | None, name: str, now: datetime | None = None) -> Iter
         now: The time in the name; None means the current time.
 
     Raises:
-        RunError: No folder can be created, or `out` holds files or belongs to another run. A run never overwrites
+        RunError: No folder can be created, or `out` contains files or is used by another run. A run never overwrites
             another.
     """
     check_folder(out)
@@ -82,39 +84,37 @@ def new_folder(out: Path | None, name: str, now: datetime | None = None) -> Iter
     else:
         names = (path for path in (out.absolute(),))
     try:
-        claims = ((folder, _claim(folder, may_be_there=out is not None)) for folder in names)
-        folder, made = next(((folder, claim == "made") for folder, claim in claims if claim), (None, False))
+        claims = ((folder, _claim(folder, may_exist=out is not None)) for folder in names)
+        folder, created = next(((folder, claim == "created") for folder, claim in claims if claim), (None, False))
     except OSError as error:
-        raise RunError(f"--out: must be a place to write to, got {error.strerror}: {error.filename}") from error
+        got = f"{error.strerror}: {error.filename}"
+        raise bad_value(RunError, "--out", "a folder that can be created", got) from error
     if folder is None:
-        raise RunError(f"--out {out}: must be a new or empty folder, got one that another run is using")
+        raise bad_value(RunError, f"--out {out}", "a new or empty folder", "one that another run is using")
     try:
         yield folder
     finally:
         (folder / CLAIM).unlink(missing_ok=True)
-        if made:
-            with contextlib.suppress(OSError):  # it holds the results of the run
+        if created:
+            with contextlib.suppress(OSError):  # the folder contains results
                 folder.rmdir()
 
 
-def _claim(folder: Path, *, may_be_there: bool) -> Literal["made", "found", ""]:
-    """Create `folder`, or accept an empty one if `may_be_there`, and mark it; "" means that another run uses it."""
+def _claim(folder: Path, *, may_exist: bool) -> Literal["created", "existed", ""]:
+    """Create `folder`, or accept an empty one if `may_exist`, and mark it; "" means that another run uses it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    how: Literal["made", "found"] = "made"
+    how: Literal["created", "existed"] = "created"
     try:
         folder.mkdir()
     except FileExistsError:
-        if not may_be_there:
+        if not may_exist:
             return ""
-        how = "found"
+        how = "existed"
     try:
         (folder / CLAIM).open("x").close()
-    except (
-        FileExistsError,
-        FileNotFoundError,
-    ):  # another run came first, or has just removed a folder that it did not need
+    except (FileExistsError, FileNotFoundError):  # another run reserved the folder first, or has just removed it
         return ""
-    if [path.name for path in folder.iterdir()] != [CLAIM]:  # another run has ended since the folder was found empty
+    if [path.name for path in folder.iterdir()] != [CLAIM]:  # another run ended after the folder was seen empty
         (folder / CLAIM).unlink()
         return ""
     return how
@@ -139,7 +139,7 @@ class Run:
         with replacing(self.folder / "config.json") as temporary:
             temporary.write_text(json.dumps(config, indent=2, default=str, ensure_ascii=False) + "\n", "utf-8")
 
-    def kept(self) -> str:
+    def saved_weights(self) -> str:
         """Return a short description of the weights in the folder."""
         step = checkpoints.metadata(self.weights).get("step")
         return "no weights were saved yet" if step is None else f"the weights after step {step} are in {self.weights}"
@@ -175,8 +175,8 @@ def plot_curves(path: Path, rows: Sequence[Epoch], title: str) -> None:
 
 
 def draw_curves(rows: Sequence[Epoch], title: str) -> "Figure":
-    """Return a figure: loss left, accuracy right; training dashed and gray, test solid; one legend."""
-    # The object interface instead of pyplot: no global state, no window, nothing to close.
+    """Return a figure with loss at the left and accuracy at the right; training is dashed gray, test solid blue."""
+    # The object interface has no global state and needs no window, unlike pyplot.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -189,15 +189,17 @@ def draw_curves(rows: Sequence[Epoch], title: str) -> "Figure":
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         train = [getattr(row, f"train_{quantity}") for row in rows]
         test = [getattr(row, f"test_{quantity}") for row in rows]
-        axes.plot(epochs, train, "--", color="0.45", marker=marker, markersize=3, label="training, while it learns")
-        axes.plot(epochs, test, "-", color="tab:blue", marker=marker, markersize=4, label="test, after the epoch")
+        axes.plot(epochs, train, "--", color="0.45", marker=marker, markersize=3, label="training, mean over the epoch")
+        axes.plot(
+            epochs, test, "-", color="tab:blue", marker=marker, markersize=4, label="test, at the end of the epoch"
+        )
         evaluated = [n for n, value in enumerate(test) if math.isfinite(value)]
         if evaluated:
             last = evaluated[-1]
             axes.annotate(
                 f"{test[last]:.4f}",
                 (epochs[last], test[last]),
-                xytext=(0, 7 if test[last] > train[last] else -15),  # on the side opposite to the other line
+                xytext=(0, 7 if test[last] > train[last] else -15),  # away from the other line
                 textcoords="offset points",
                 ha="center",
                 color="tab:blue",
@@ -205,8 +207,8 @@ def draw_curves(rows: Sequence[Epoch], title: str) -> "Figure":
             )
         axes.set(xlabel="epoch", ylabel=quantity)
         axes.margins(y=0.16)
-        beside = max(0.5, 0.07 * (epochs[-1] - epochs[0]))
-        axes.set_xlim(epochs[0] - beside, epochs[-1] + beside)
+        margin = max(0.5, 0.07 * (epochs[-1] - epochs[0]))
+        axes.set_xlim(epochs[0] - margin, epochs[-1] + margin)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(color="0.9")
         axes.set_axisbelow(True)

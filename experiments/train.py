@@ -1,4 +1,4 @@
-"""Train a net through explicit rules: python -m experiments.train --help."""
+"""Train a net with explicit backward rules: python -m experiments.train --help."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ from tyro.conf import FlagCreatePairsOff, arg
 
 from experiments import cli, process, report
 from experiments.data import IN_FOLDERS, SOURCES, Batch, Dataset, batches, load, shuffled_batches
-from experiments.errors import RunError, UsageError, WriteError, explain
+from experiments.errors import RunError, UsageError, WriteError, bad_value, explain
 from experiments.run_folder import Epoch, Run, check_folder, new_folder
 
 if TYPE_CHECKING:  # importing jax takes a second, and --help does not need it
@@ -30,35 +30,35 @@ EVALUATION_BATCH = 1000
 class Config:
     """Train a net on labeled images, with the explicit backward rules of jaxcnn.
 
-    The run's folder gets config.json, metrics.csv, curves.png and weights.safetensors.
+    The run's folder receives config.json, metrics.csv, curves.png and weights.safetensors.
     """
 
     model: str = "lecture"
-    """The net: lecture, mlp or lenet5."""
+    """Net: lecture, mlp or lenet5."""
     data: str = "fashion-mnist-sample"
-    """The images: fashion-mnist-sample (10,000, embedded), fashion-mnist (60,000), digits (8×8), or idx (your own)."""
+    """Images: fashion-mnist-sample (10,000, embedded), fashion-mnist (60,000), digits (8×8), or idx (your own)."""
     data_dir: Annotated[Path | None, arg(metavar="PATH")] = None
-    """Folder of the idx files of --data fashion-mnist (without it: the system's, the cache, a download) or idx."""
+    """Folder of idx files for --data idx or fashion-mnist; if omitted, the system's copy, the cache, or a download."""
     epochs: int = 10
     """Passes over the training images."""
     batch_size: int = 32
-    """Images a step."""
+    """Images per step."""
     optimizer: str = "adam"
-    """adam, or sgd (with momentum 0.9); the learning rate falls to 0 along a cosine."""
+    """Optimizer: adam, or sgd with momentum 0.9. The learning rate decays to 0 along a cosine."""
     learning_rate: Annotated[float | None, arg(metavar="FLOAT")] = None
-    """At the first step; without it, 0.002 for adam and 0.05 for sgd."""
+    """Learning rate of the first step; if omitted, 0.002 for adam, 0.05 for sgd."""
     seed: int = 0
-    """Decides the first weights, the order of the images and the dropout."""
+    """Seed of the initial weights, the order of the images and the dropout."""
     max_steps: Annotated[int | None, arg(metavar="INT")] = None
-    """Stop after so many steps."""
+    """Maximum number of steps."""
     check_grads: FlagCreatePairsOff[bool] = False
-    """First compare the rules with autodiff on this net and its first batch; stop if they differ."""
+    """Before training, compare the rules with autodiff on this net and its first batch; stop if they differ."""
     allocator: str = "tuned"
-    """tuned lets glibc keep the memory that is freed, stock leaves it as it is (large steps on CPU: a third slower)."""
+    """tuned: glibc keeps freed memory. stock: glibc's defaults, with which large steps on CPU are a third slower."""
     keep_compiled: FlagCreatePairsOff[bool] = False
-    """Keep compiled programs in the user's cache, so that the next run of the same net starts sooner."""
+    """Keep compiled programs in the user's cache, so that the next run of the same net starts faster."""
     out: Annotated[Path | None, arg(metavar="PATH")] = None
-    """The run's folder, new or empty; without it, runs/<time>-<model>."""
+    """Folder of the run, new or empty; if omitted, runs/<time>-<model>."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,13 +67,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(config: Config) -> int:
-    """Validate the options, then train. Returns 0, or 130 after Ctrl-C; raises UsageError, DataError or RunError."""
+    """Validate the options, then train. Return 0, or 130 after Ctrl-C; raise UsageError, DataError or RunError."""
     check(config)
     check_folder(config.out)
     dataset = load(config.data, config.data_dir)
     examples = len(dataset.train_labels)
     if config.batch_size > examples:
-        raise UsageError(f"--batch-size: expected at most {examples}, all of {dataset.name}, got {config.batch_size}")
+        expected = f"at most {examples}, the size of {dataset.name}"
+        raise bad_value(UsageError, "--batch-size", expected, config.batch_size)
     tuned = config.allocator == "tuned" and process.keep_freed_memory()
     if config.keep_compiled:
         process.keep_compiled_programs()
@@ -87,15 +88,15 @@ def train(config: Config) -> int:
         "data": report.describe_data(dataset),
         "training": f"{config.model}, {steps:,} steps of {config.batch_size} images, {config.optimizer} at {rate:g}",
         "seed": str(config.seed),
-        "memory": "freed memory is kept (--allocator stock: not)" if tuned else "the allocator's own settings",
+        "memory": "freed memory is kept (--allocator tuned)" if tuned else "the allocator's defaults",
     }
     with new_folder(config.out, config.model) as folder:
         print(report.banner(facts), table, sep="\n\n", end="\n\n", flush=True)
-        return learn(config, net, dataset, Run(folder), steps, rate, record(config, facts, dataset, rate))
+        return fit(config, net, dataset, Run(folder), steps, rate, describe(config, facts, dataset, rate))
 
 
-def learn(
-    config: Config, net: "Serial", dataset: Dataset, run: Run, steps: int, rate: float, known: Mapping[str, Any]
+def fit(
+    config: Config, net: "Serial", dataset: Dataset, run: Run, steps: int, rate: float, record: Mapping[str, Any]
 ) -> int:
     """Compile, train, and save the results.
 
@@ -106,7 +107,7 @@ def learn(
         run: Destination of the results; its folder exists.
         steps: Total number of steps.
         rate: The learning rate of the first step.
-        known: Initial contents of config.json; the way the run ended is added.
+        record: Initial contents of config.json. At the end, the outcome of the run is added.
 
     Returns:
         0, or 130 after Ctrl-C.
@@ -117,7 +118,7 @@ def learn(
     import jax
 
     import jaxcnn
-    from experiments.training_loop import fit
+    from experiments import training_loop
 
     optimizer = make_optimizer(config.optimizer, rate, steps)
     loss = jaxcnn.softmax_cross_entropy_with_integer_labels
@@ -135,10 +136,10 @@ def learn(
     step = compiled(jaxcnn.make_train_step(net, loss, optimizer), state, next(epoch(1)))
 
     try:
-        run.describe(known)
+        run.describe(record)
         began = time.perf_counter()
         with report.progress(steps) as progress:
-            outcome = fit(
+            outcome = training_loop.fit(
                 step,
                 state,
                 epoch,
@@ -152,24 +153,22 @@ def learn(
             )
         wall = time.perf_counter() - began
         run.save(outcome.rows, outcome.params, outcome.step)
-        run.describe({**known, "end": outcome.end, "steps": outcome.step})
+        run.describe({**record, "end": outcome.end, "steps": outcome.step})
         run.plot(outcome.rows, f"{config.model} on {config.data}, seed {config.seed}")
-        print(summarise(outcome.rows, wall), f"results in {run.folder}", sep="\n", flush=True)
-    except KeyboardInterrupt:  # the second one, which does not wait for the current step
-        print(f"{PROG}: interrupted; {run.kept()}", file=sys.stderr)
+        print(summarize(outcome.rows, wall), f"results in {run.folder}", sep="\n", flush=True)
+    except KeyboardInterrupt:  # a second Ctrl-C, which does not wait for the current step
+        print(f"{PROG}: interrupted; {run.saved_weights()}", file=sys.stderr)
         return cli.INTERRUPTED
     except BrokenPipeError:
         raise
     except (OSError, WriteError) as error:
-        raise RunError(f"{explain(error)}; {run.kept()}") from error
+        raise RunError(f"{explain(error)}; {run.saved_weights()}") from error
 
     if outcome.end == "diverged":
-        raise RunError(
-            f"step {outcome.bad_step}: expected a finite loss, got {outcome.bad_loss}; try a smaller --learning-rate "
-            f"(it was {rate:g}); the weights after step {outcome.step} are kept"
-        )
+        hint = f"try a --learning-rate below {rate:g}; the weights after step {outcome.step} are saved"
+        raise bad_value(RunError, f"loss of step {outcome.bad_step}", "finite", outcome.bad_loss, hint)
     if outcome.end == "interrupted":
-        print(f"{PROG}: interrupted after step {outcome.step}; its weights are kept", file=sys.stderr)
+        print(f"{PROG}: interrupted after step {outcome.step}; its weights are saved", file=sys.stderr)
         return cli.INTERRUPTED
     return 0
 
@@ -189,14 +188,15 @@ def check(config: Config) -> None:
     }.items():
         cli.check_count(flag, number)
     if not 0 <= config.seed < 2**32:
-        raise UsageError(f"--seed: expected 0 to {2**32 - 1}, got {config.seed}")
+        raise bad_value(UsageError, "--seed", f"from 0 to {2**32 - 1}", config.seed)
     rate = config.learning_rate
     if rate is not None and not (math.isfinite(rate) and rate > 0):
-        raise UsageError(f"--learning-rate: expected a finite number above 0, got {rate}")
+        raise bad_value(UsageError, "--learning-rate", "a finite number > 0", rate)
     if config.data_dir is not None and config.data not in IN_FOLDERS:
-        raise UsageError(f"--data-dir: expected with --data {' or '.join(IN_FOLDERS)} only, got --data {config.data}")
+        expected = f"omitted unless --data is {' or '.join(IN_FOLDERS)}"
+        raise bad_value(UsageError, "--data-dir", expected, config.data_dir)
     if config.data_dir is None and config.data == "idx":
-        raise UsageError("--data idx: must come with --data-dir, the folder of its files, got none")
+        raise bad_value(UsageError, "--data-dir", "the folder of the idx files if --data is idx", "none")
 
 
 def build(config: Config, dataset: Dataset) -> "tuple[Serial, str]":
@@ -208,13 +208,12 @@ def build(config: Config, dataset: Dataset) -> "tuple[Serial, str]":
     try:
         return net, str(net.summary(dataset.image_shape))
     except ValueError as error:
-        fitting = [name for name, make in MODELS.items() if _fits(make(classes), dataset.image_shape)]
-        raise UsageError(
-            f"--model: {config.model} does not fit {dataset.name} ({error}); these fit: {', '.join(fitting) or 'none'}"
-        ) from None
+        possible = [name for name, make in MODELS.items() if _accepts(make(classes), dataset.image_shape)]
+        expected = f"a net for the images of {dataset.name} ({', '.join(possible) or 'none'})"
+        raise bad_value(UsageError, "--model", expected, f"{config.model} ({error})") from None
 
 
-def _fits(net: "Serial", shape: tuple[int, ...]) -> bool:
+def _accepts(net: "Serial", shape: tuple[int, ...]) -> bool:
     try:
         net.summary(shape)
     except ValueError:
@@ -223,7 +222,7 @@ def _fits(net: "Serial", shape: tuple[int, ...]) -> bool:
 
 
 def make_optimizer(name: str, rate: float, steps: int) -> "optax.GradientTransformation":
-    """Return the optimizer called `name`, one of LEARNING_RATES, whose rate decreases to 0 within `steps`."""
+    """Return the optimizer called `name`, one of LEARNING_RATES, whose learning rate decays to 0 within `steps`."""
     import optax
 
     schedule = optax.cosine_decay_schedule(rate, steps)
@@ -237,18 +236,16 @@ def check_gradients(net: "Serial", state: "TrainState", batch: Batch) -> None:
 
     loss = jaxcnn.softmax_cross_entropy_with_integer_labels
     differences = gradients.compare(net, loss, state.params, batch, state.key)
-    print("rules against autodiff, largest relative difference")
+    print("largest relative difference between rules and autodiff")
     print("\n".join(f"  {name:<16} {difference:.1e}" for name, difference in differences.items()), end="\n\n")
     wrong = [name for name, difference in differences.items() if not difference <= gradients.TOLERANCE]
     if wrong:
-        raise RunError(
-            f"--check-grads: expected differences up to {gradients.TOLERANCE:g}, "
-            f"got {max(differences[name] for name in wrong):.1e} for {', '.join(wrong)}"
-        )
+        got = f"{max(differences[name] for name in wrong):.1e} for {', '.join(wrong)}"
+        raise bad_value(RunError, "gradient differences", f"at most {gradients.TOLERANCE:g}", got)
 
 
 def compiled(jitted: "Step", state: "TrainState", batch: Batch) -> "Step":
-    """Compile a jitted step ahead of its first call, so that compile time is reported separately from training time."""
+    """Compile a jitted step before its first call, so that compile time is reported separately from training time."""
     import jax
 
     print("compiling … ", end="", flush=True)
@@ -258,7 +255,7 @@ def compiled(jitted: "Step", state: "TrainState", batch: Batch) -> "Step":
     return step
 
 
-def record(config: Config, facts: dict[str, str], dataset: Dataset, rate: float) -> dict[str, Any]:
+def describe(config: Config, facts: dict[str, str], dataset: Dataset, rate: float) -> dict[str, Any]:
     """Return the contents of config.json: the options (with `rate` filled in), data, device and versions."""
     return {
         **dataclasses.asdict(config),
@@ -271,7 +268,7 @@ def record(config: Config, facts: dict[str, str], dataset: Dataset, rate: float)
     }
 
 
-def summarise(rows: Sequence[Epoch], wall: float) -> str:
+def summarize(rows: Sequence[Epoch], wall: float) -> str:
     """Return a summary of the run in a line or two; `wall` is the seconds from first step to last evaluation."""
     if not rows:
         return "no epoch was finished"
@@ -279,14 +276,14 @@ def summarise(rows: Sequence[Epoch], wall: float) -> str:
     images = sum(row.seconds * row.images_per_second for row in rows)
     tested = [row for row in rows if math.isfinite(row.test_accuracy)]
     if not tested:
-        accuracy = "not measured, since no epoch was finished"
+        accuracy = "not measured, because no epoch was finished"
     elif tested[-1] is rows[-1]:
         accuracy = f"{tested[-1].test_accuracy:.4f}"
     else:
-        accuracy = f"{tested[-1].test_accuracy:.4f} after epoch {tested[-1].epoch}, the last that was finished"
+        accuracy = f"{tested[-1].test_accuracy:.4f} after epoch {tested[-1].epoch}, the last finished one"
     return (
         f"\ntrained {rows[-1].step:,} steps in {seconds:.1f} s, {images / seconds:,.0f} images/s; "
-        f"{wall - seconds:.1f} s more for evaluating and saving\n"
+        f"{wall - seconds:.1f} s for evaluating and saving\n"
         f"test accuracy {accuracy}"
     )
 

@@ -14,13 +14,13 @@
 #
 # 1. A kernel (the lecture's *patch*) slides over an image, in loops.
 # 2. Pooling reduces the size, *up* restores it.
-# 3. δ of one hidden layer by hand, compared with `jax.grad`.
-# 4. Training a net.
+# 3. δ of one hidden layer is computed by hand and compared with `jax.grad`.
+# 4. A net is trained.
 # 5. δ in the trained net.
-# 6. Replacing a rule.
+# 6. A rule is replaced.
 
 # %%
-"""From a kernel slid by hand to a trained net, its δ, and a replaced rule; a py:percent notebook."""
+"""Tutorial, from a sliding kernel to a trained net, its δ, and a replaced rule; a py:percent notebook."""
 
 import itertools
 import os
@@ -36,7 +36,7 @@ import numpy as np
 import optax
 
 if "ipykernel" not in sys.modules:
-    matplotlib.use("Agg")  # a script writes its figures to files, and needs no display
+    matplotlib.use("Agg")  # the script writes figures to files and needs no display
 import matplotlib.pyplot as plt
 
 import jaxcnn
@@ -66,10 +66,10 @@ def cosine(a: Any, b: Any) -> float:
 
 
 def key(figure: Any, axes: Any) -> None:
-    """Draw the color bar of signed maps at the right of `axes`; each map has its own scale."""
+    """Draw a color bar at the right of `axes`; each map has its own scale."""
     colors = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(-1, 1), "RdBu_r")
     bar = figure.colorbar(colors, ax=axes, ticks=[-1, 0, 1], shrink=0.8, aspect=30)
-    bar.ax.set_yticklabels(["−largest", "0", "+largest"])
+    bar.ax.set_yticklabels(["−max", "0", "+max"])
 
 
 def save(figure: Any, name: str) -> None:
@@ -91,18 +91,18 @@ x = data.test_images[0, :, :, 0].astype(np.float64)  # 28×28
 w = np.tile([-1.0, -1.0, 0.0, 1.0, 1.0], (5, 1)) / 10
 
 
-def slide(picture: np.ndarray, patch: np.ndarray) -> np.ndarray:
+def slide(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     """Return y[o] = Σ_k x[o + k]·w[k]."""
-    rows, columns = (n - k + 1 for n, k in zip(picture.shape, patch.shape, strict=True))
+    rows, columns = (n - k + 1 for n, k in zip(image.shape, kernel.shape, strict=True))
     y = np.zeros((rows, columns))
     for i in range(rows):
         for j in range(columns):
-            y[i, j] = (picture[i : i + patch.shape[0], j : j + patch.shape[1]] * patch).sum()
+            y[i, j] = (image[i : i + kernel.shape[0], j : j + kernel.shape[1]] * kernel).sum()
     return y
 
 
 z = slide(x, w)
-print(f"1  {x.shape} picture, {w.shape} patch: {z.shape} result")
+print(f"1  {x.shape} image, {w.shape} kernel: {z.shape} result")
 
 
 # %% [markdown]
@@ -111,17 +111,17 @@ print(f"1  {x.shape} picture, {w.shape} patch: {z.shape} result")
 
 
 # %%
-def batch(picture: np.ndarray) -> jax.Array:
+def batch(image: np.ndarray) -> jax.Array:
     """Return the image as a batch of one, (1, H, W, 1)."""
-    return jnp.asarray(picture[None, :, :, None], jnp.float32)
+    return jnp.asarray(image[None, :, :, None], jnp.float32)
 
 
-def patches(patch: np.ndarray) -> jax.Array:
+def channels(kernel: np.ndarray) -> jax.Array:
     """Return the kernel with one input and one output channel, (H, W, 1, 1)."""
-    return jnp.asarray(patch[:, :, None, None], jnp.float32)
+    return jnp.asarray(kernel[:, :, None, None], jnp.float32)
 
 
-conv_z = jaxcnn.conv(batch(x), patches(w))
+conv_z = jaxcnn.conv(batch(x), channels(w))
 print(f"   jaxcnn.conv {conv_z.shape} differs from the loops by {difference(z, conv_z[0, :, :, 0]):.0e}")
 assert difference(z, conv_z[0, :, :, 0]) < 1e-5
 
@@ -148,7 +148,7 @@ print("   up:", jaxcnn.kron_up(small[None, :, :, None], 2)[0, :, :, 0].astype(in
 
 # %%
 numbers = np.array([[1, 5, 2, 0], [3, 4, 8, 1], [7, 2, 1, 1], [0, 6, 3, 9]], float)
-pooled, back = jax.vjp(lambda picture: jaxcnn.max_pool(picture, 2), batch(numbers))
+pooled, back = jax.vjp(lambda image: jaxcnn.max_pool(image, 2), batch(numbers))
 print("   max: ", back(small[None, :, :, None])[0][0, :, :, 0].astype(int).tolist())
 
 # %% [markdown]
@@ -172,22 +172,22 @@ draw = np.random.default_rng(0)
 w2, t = draw.normal(size=(5, 5)) / 5, draw.normal(size=(8, 8))
 
 
-def stamp(delta: np.ndarray, patch: np.ndarray) -> np.ndarray:
+def add_copies(delta: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     """Return w ∗ δ: every δ[o] adds δ[o]·w to the elements that y[o] depends on."""
-    rows, columns = patch.shape
-    spread = np.zeros((delta.shape[0] + rows - 1, delta.shape[1] + columns - 1))
+    rows, columns = kernel.shape
+    result = np.zeros((delta.shape[0] + rows - 1, delta.shape[1] + columns - 1))
     for i in range(delta.shape[0]):
         for j in range(delta.shape[1]):
-            spread[i : i + rows, j : j + columns] += delta[i, j] * patch
-    return spread
+            result[i : i + rows, j : j + columns] += delta[i, j] * kernel
+    return result
 
 
-def winners(picture: np.ndarray) -> np.ndarray:
+def winners(image: np.ndarray) -> np.ndarray:
     """Return 1 for the first largest element of each 2×2 window, else 0."""
-    mask = np.zeros(picture.shape)
-    for i in range(0, picture.shape[0], 2):
-        for j in range(0, picture.shape[1], 2):
-            row, column = divmod(int(picture[i : i + 2, j : j + 2].argmax()), 2)
+    mask = np.zeros(image.shape)
+    for i in range(0, image.shape[0], 2):
+        for j in range(0, image.shape[1], 2):
+            row, column = divmod(int(image[i : i + 2, j : j + 2].argmax()), 2)
             mask[i + row, j + column] = 1
     return mask
 
@@ -195,8 +195,8 @@ def winners(picture: np.ndarray) -> np.ndarray:
 g, slope = np.maximum(z, 0), (z > 0).astype(float)
 a_by_hand = g.reshape(12, 2, 12, 2).max((1, 3))
 delta_next = slide(a_by_hand, w2) - t  # δ_{l+1}, 8×8
-sent_back = stamp(delta_next, w2)  # w₂ ∗ δ_{l+1}, 12×12
-up = np.kron(sent_back, np.ones((2, 2)))  # 24×24
+returned = add_copies(delta_next, w2)  # w₂ ∗ δ_{l+1}, 12×12
+up = np.kron(returned, np.ones((2, 2)))  # 24×24
 delta_l = up * winners(g) * slope  # δ_l, 24×24
 grad_w = slide(x, delta_l)  # ∂E/∂w, 5×5: correlation of the image with δ
 
@@ -205,14 +205,14 @@ grad_w = slide(x, delta_l)  # ∂E/∂w, 5×5: correlation of the image with δ
 
 
 # %%
-def error_from_z(z: jax.Array) -> jax.Array:
+def loss_from_z(z: jax.Array) -> jax.Array:
     """Return E as a function of the input of the ReLU."""
-    y = jaxcnn.conv(jaxcnn.max_pool(jaxcnn.relu(z), 2), patches(w2))
+    y = jaxcnn.conv(jaxcnn.max_pool(jaxcnn.relu(z), 2), channels(w2))
     return jnp.sum((y - batch(t)) ** 2) / 2
 
 
-true_delta = jax.grad(error_from_z)(conv_z)[0, :, :, 0]
-true_grad = jax.grad(lambda w: error_from_z(jaxcnn.conv(batch(x), w)))(patches(w))[:, :, 0, 0]
+true_delta = jax.grad(loss_from_z)(conv_z)[0, :, :, 0]
+true_grad = jax.grad(lambda w: loss_from_z(jaxcnn.conv(batch(x), w)))(channels(w))[:, :, 0, 0]
 print(f"3  δ_l by hand {delta_l.shape} differs from jax.grad by {difference(true_delta, delta_l):.0e}")
 print(f"   ∂E/∂w by hand {grad_w.shape} differs from jax.grad by {difference(true_grad, grad_w):.0e}")
 assert difference(true_delta, delta_l) < 1e-4
@@ -225,16 +225,16 @@ assert difference(true_grad, grad_w) < 1e-4
 
 # %%
 padded = np.pad(delta_next, 4)
-turned, unturned = slide(padded, w2[::-1, ::-1]), slide(padded, w2)
-assert difference(sent_back, turned) < 1e-12
+flipped, unflipped = slide(padded, w2[::-1, ::-1]), slide(padded, w2)
+assert difference(returned, flipped) < 1e-12
 mistakes = {
-    "patch not turned": np.kron(unturned, np.ones((2, 2))) * winners(g) * slope,
+    "kernel not flipped": np.kron(unflipped, np.ones((2, 2))) * winners(g) * slope,
     "up without the winner": up * slope,
 }
-for name, mistaken in mistakes.items():
+for name, wrong_delta in mistakes.items():
     print(
-        f"   {name}: cosine with the true δ_l {cosine(true_delta, mistaken):.2f}, "
-        f"with the true ∂E/∂w {cosine(true_grad, slide(x, mistaken)):.2f}"
+        f"   {name}: cosine with the true δ_l {cosine(true_delta, wrong_delta):.2f}, "
+        f"with the true ∂E/∂w {cosine(true_grad, slide(x, wrong_delta)):.2f}"
     )
 
 # %%
@@ -245,18 +245,18 @@ panels: dict[str, np.ndarray] = {
     "a": a_by_hand,
     "y": slide(a_by_hand, w2),
     "δ next": delta_next,
-    "w₂ ∗ δ next": sent_back,
+    "w₂ ∗ δ next": returned,
     "up": up,
     "δ of the layer": delta_l,
     "∂E/∂w": grad_w,
 }
 figure, axes = plt.subplots(2, 5, figsize=(11, 5), layout="constrained")
-for axis, (title, picture) in zip(axes.flat, panels.items(), strict=True):
-    limit = np.abs(picture).max()
-    axis.imshow(picture, cmap="RdBu_r", vmin=-limit, vmax=limit)
-    axis.set_title(f"{title}  {picture.shape[0]}×{picture.shape[1]}", fontsize=10)
+for axis, (title, values) in zip(axes.flat, panels.items(), strict=True):
+    limit = np.abs(values).max()
+    axis.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    axis.set_title(f"{title}  {values.shape[0]}×{values.shape[1]}", fontsize=10)
     axis.set_axis_off()
-figure.suptitle("One hidden layer: forward above, backward below")
+figure.suptitle("One hidden layer: forward pass (top) and backward pass (bottom)")
 key(figure, axes)
 save(figure, "hidden-layer.png")
 
@@ -285,7 +285,7 @@ for number, (images, labels) in zip(range(1, STEPS + 1), many_batches(), strict=
     if number % 100 == 0 or number == STEPS:
         print(f"   step {number}: loss {float(metrics['loss']):.3f} accuracy {float(metrics['accuracy']):.2f}")
 tested = evaluate(net, cross_entropy, state.params, [(data.test_images, data.test_labels)])
-print(f"   after {STEPS} steps {tested['accuracy']:.1%} of the {len(data.test_labels):,} test images are right")
+print(f"   after {STEPS} steps: accuracy {tested['accuracy']:.1%} on {len(data.test_labels):,} test images")
 
 # %% [markdown]
 # ## 5. δ in the trained net
@@ -299,28 +299,28 @@ print(f"   after {STEPS} steps {tested['accuracy']:.1%} of the {len(data.test_la
 # %%
 params = state.params
 probabilities = np.asarray(jax.nn.softmax(net.apply(params, data.test_images[:500])))
-of_true_class = probabilities[np.arange(500), data.test_labels[:500]]
-chosen = {"surely right": int(of_true_class.argmax()), "surely wrong": int(of_true_class.argmin())}
+true_class = probabilities[np.arange(500), data.test_labels[:500]]
+chosen = {"correct": int(true_class.argmax()), "wrong": int(true_class.argmin())}
 
 
 def deltas(image: np.ndarray, label: int) -> dict[str, np.ndarray]:
     """Return δ at the output of every layer, by its name."""
-    found = {}
+    result = {}
     for cut, (name, _) in enumerate(net.layers, start=1):
-        before, behind = Serial(layers=net.layers[:cut]), Serial(layers=net.layers[cut:])
+        before, after = Serial(layers=net.layers[:cut]), Serial(layers=net.layers[cut:])
 
-        def error(h: jax.Array, behind: Serial = behind) -> jax.Array:
-            return cross_entropy(behind.apply(params, h), jnp.array([label]))[0]
+        def loss(h: jax.Array, after: Serial = after) -> jax.Array:
+            return cross_entropy(after.apply(params, h), jnp.array([label]))[0]
 
-        found[name] = np.asarray(jax.grad(error)(before.apply(params, image[None])))[0]
-    return found
+        result[name] = np.asarray(jax.grad(loss)(before.apply(params, image[None])))[0]
+    return result
 
 
-print("5  length of δ, from the output back")
+print("5  ‖δ‖ for a correct and a wrong prediction, from the last layer to the first")
 print(f"   {'layer':<10}" + "".join(f"{name:>14}" for name in chosen))
 by_image = {name: deltas(data.test_images[n], data.test_labels[n]) for name, n in chosen.items()}
 for layer, _ in reversed(net.layers):
-    print(f"   {layer:<10}" + "".join(f"{np.linalg.norm(found[layer]):>14.2e}" for found in by_image.values()))
+    print(f"   {layer:<10}" + "".join(f"{np.linalg.norm(result[layer]):>14.2e}" for result in by_image.values()))
 
 # %% [markdown]
 # ## 6. Replacing a rule
@@ -345,7 +345,7 @@ def score(images: jax.Array, rules: Any) -> jax.Array:
 images = jnp.asarray(data.test_images[:6])
 maps = {name: np.asarray(jax.grad(score)(images, rules)) for name, rules in (("exact", {}), ("guided", {Relu: guided}))}
 garment = np.asarray(images) > 0
-print("6  share of |∂score/∂x| on the garment (which covers " + f"{garment.mean():.0%} of the pixels)")
+print(f"6  share of |∂score/∂x| on the garment, which covers {garment.mean():.0%} of the pixels")
 for name, gradients in maps.items():
     print(f"   {name:<7} {np.abs(gradients)[garment].sum() / np.abs(gradients).sum():.0%}")
 assert float(score(images, {})) == float(score(images, {Relu: guided}))
@@ -353,17 +353,17 @@ assert float(score(images, {})) == float(score(images, {Relu: guided}))
 # %%
 figure, axes = plt.subplots(3, 6, figsize=(10, 5.4), layout="constrained")
 rows = {"image": np.asarray(images), "exact rule": maps["exact"], "guided": maps["guided"]}
-for row, (title, pictures) in zip(axes, rows.items(), strict=True):
-    for axis, picture in zip(row, pictures[..., 0], strict=True):
-        limit = np.abs(picture).max()
+for row, (title, arrays) in zip(axes, rows.items(), strict=True):
+    for axis, values in zip(row, arrays[..., 0], strict=True):
+        limit = np.abs(values).max()
         gray = title == "image"
-        axis.imshow(picture, cmap="gray" if gray else "RdBu_r", vmin=0 if gray else -limit, vmax=limit)
+        axis.imshow(values, cmap="gray" if gray else "RdBu_r", vmin=0 if gray else -limit, vmax=limit)
         axis.set(xticks=[], yticks=[])
     row[0].set_ylabel(title)
-figure.suptitle("∂(score of the most likely class)/∂x: the same net, two backward halves")
+figure.suptitle("∂(score of the predicted class)/∂x by two backward rules of the same net")
 key(figure, axes[1:])
 save(figure, "maps.png")
-print(f"pictures in {OUT.absolute()}; {time.perf_counter() - started:.0f} s")
+print(f"figures in {OUT.absolute()}; {time.perf_counter() - started:.0f} s")
 
 # %% [markdown]
 # Next steps: the formulas in `docs/mathematics.md`, rules in `docs/rules.md`, every statement of the lecture with

@@ -1,1 +1,1 @@
-"""Comparisons with other libraries; README.md in this folder describes the method."""
+"""Comparisons with other libraries. README.md in this folder describes the method."""

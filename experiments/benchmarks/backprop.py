@@ -1,4 +1,4 @@
-"""Compare `backprop` of a net with its `jax.value_and_grad`: python -m experiments.benchmarks.backprop --help."""
+"""Compare `backprop` with `jax.value_and_grad`: python -m experiments.benchmarks.backprop --help."""
 
 import dataclasses
 import sys
@@ -15,16 +15,16 @@ PROG = "python -m experiments.benchmarks.backprop"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Time the cost of returning every activation and every δ: `backprop` against `jax.value_and_grad`, both jitted."""
+    """Compare `backprop`, which returns every activation and δ, with `jax.value_and_grad`; both are jitted."""
 
     model: str = "lecture"
-    """The net: lecture, mlp or lenet5."""
+    """Net: lecture, mlp or lenet5."""
     batch_size: int = 128
-    """Images a sweep."""
+    """Images per pass."""
     rounds: int = 30
-    """How often each contender takes its turn."""
+    """Number of rounds. In each round, each of the two has one turn."""
     out: Annotated[Path | None, arg(metavar="PATH")] = None
-    """A file for all numbers, as JSON; a bar chart of the ratios goes beside it."""
+    """JSON file for all numbers; a bar chart of the ratios is written next to it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compare(config: Config) -> int:
-    """Build, time and print the contenders. Returns 0."""
+    """Time both and print the results. Return 0."""
     for name in ("batch_size", "rounds"):
         cli.check_count(f"--{name.replace('_', '-')}", getattr(config, name))
 
@@ -56,15 +56,15 @@ def compare(config: Config) -> int:
     def mean(params: Any, x: jax.Array, labels: jax.Array) -> jax.Array:
         return loss(net.apply(params, x, key=key), labels).mean()
 
-    plain = jax.jit(jax.value_and_grad(mean))
-    swept = jax.jit(lambda params, x, labels: backprop(net, loss, params, x, labels, key=key))
+    value_and_grad = jax.jit(jax.value_and_grad(mean))
+    with_deltas = jax.jit(lambda params, x, labels: backprop(net, loss, params, x, labels, key=key))
     contenders = {
-        "value_and_grad": lambda: plain(params, x, labels),
-        "backprop": lambda: swept(params, x, labels),
+        "value_and_grad": lambda: value_and_grad(params, x, labels),
+        "backprop": lambda: with_deltas(params, x, labels),
     }
     machine = timing.machine(("jax", "jaxlib"))
     times = timing.interleaved(contenders, config.rounds)
-    title = f"{config.model}, batch {config.batch_size}, {config.rounds} rounds: one forward and one backward"
+    title = f"{config.model}, batch {config.batch_size}, {config.rounds} rounds: one forward and one backward pass"
     results.report(config.out, machine, config, title, times, "value_and_grad", "backprop")
     return 0
 

@@ -16,21 +16,21 @@ LIBRARIES = ("jaxcnn", "flax nnx", "equinox")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Time the tracing, lowering and compiling of a training step, each time in a fresh process, alternately.
+    """Time the tracing, lowering and compiling of a training step, each time in a new process, in turns.
 
     Imports and parameter initialization are not included. The compilation cache is off.
     """
 
     net: str = "lecture"
-    """lecture, lenet5, vgg, mobile or resnext."""
+    """Net: lecture, lenet5, vgg, mobile or resnext."""
     libraries: tuple[str, ...] = LIBRARIES[1:]
-    """Whom to compare jaxcnn with: "flax nnx", equinox."""
+    """Libraries to compare jaxcnn with: "flax nnx", equinox."""
     batch_size: Annotated[int | None, arg(metavar="INT")] = None
-    """Images a step; without it, 128 for pictures of 28×28 and 64 for larger ones."""
+    """Images per step; if omitted, 128 for 28×28 images, 64 for larger ones."""
     rounds: int = 5
-    """Processes of each library."""
+    """Number of processes per library."""
     out: Annotated[Path | None, arg(metavar="PATH")] = None
-    """A file for all numbers, as JSON; a bar chart of the ratios goes beside it."""
+    """JSON file for all numbers; a bar chart of the ratios is written next to it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compare(config: Config) -> int:
-    """Compile and print. Returns 0."""
+    """Compile, and print the times. Return 0, or 130 after Ctrl-C."""
     from experiments.benchmarks import results, timing
     from experiments.benchmarks.nets import NETS
     from experiments.benchmarks.worker import Contender
@@ -62,12 +62,12 @@ def compare(config: Config) -> int:
             for name in names[first:] + names[:first]:
                 contender = Contender(name, config.net, environment, batch=config.batch_size)
                 try:
-                    told = contender.ready()
+                    ready = contender.ready()
                 finally:
                     contender.stop()
-                seconds[name].append(told.compile_seconds or 0.0)
+                seconds[name].append(ready.compile_seconds or 0.0)
     times = {name: timing.Times(tuple(s)) for name, s in seconds.items()}
-    title = f"{config.net}: trace, lower and compile a training step, {config.rounds} fresh processes each"
+    title = f"{config.net}: trace, lower and compile a training step, {config.rounds} new processes each"
     results.report(config.out, machine, config, title, times, "jaxcnn", "jaxcnn")
     return interrupted[0] if interrupted else 0
 

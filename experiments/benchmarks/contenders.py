@@ -1,6 +1,6 @@
 """A training step (forward, backward, Adam) of a net in each library, as its users would write it.
 
-Each function builds its net from jaxcnn's layers, and returns a `Step`.
+Each function builds a net of `nets` in its library and returns a `Step`.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ LEARNING_RATE = 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One training step: `run` returns when the step is finished."""
+    """One training step; `run` returns when the step is finished."""
 
     run: Callable[[], Any]
-    #: Seconds of tracing and compiling, if separate from the first step.
+    #: Seconds of tracing and compiling, if measured separately.
     compile_seconds: float | None = None
-    #: Temporary bytes of the step as reported by XLA, besides its arguments and results.
+    #: Temporary bytes of the step as reported by XLA, excluding arguments and results.
     temporary_bytes: int | None = None
 
 
@@ -42,7 +42,7 @@ def _pairs(value: Any) -> tuple[int, int]:
 
 
 def _compiled(jitted: Any, *arguments: Any) -> tuple[Any, float, int | None]:
-    """Compile a jitted function for its arguments: the result, seconds, and XLA's temporary bytes."""
+    """Compile a jitted function; return the result, the seconds, and XLA's temporary bytes."""
     began = time.perf_counter()
     compiled = jitted.lower(*arguments).compile()
     seconds = time.perf_counter() - began
@@ -55,7 +55,7 @@ def _compiled(jitted: Any, *arguments: Any) -> tuple[Any, float, int | None]:
 
 
 def _jitted(timed: Timed, training_step: Callable[[Any, Any], tuple[Any, Any]], state: Any, batch: Any) -> Step:
-    """Compile a step that donates its state; with `timed.scan`, a loop of them over that number of batches."""
+    """Compile a step that donates its state, or with `timed.scan` a loop of that number of steps."""
     import jax
     import jax.numpy as jnp
 
@@ -138,7 +138,7 @@ def flax_net(timed: Timed, seed: int = 0) -> Any:
 
 
 def flax_step(timed: Timed) -> Step:
-    """Return the step in flax nnx, split and merged inside `jax.jit`, which costs less per call than `nnx.jit`."""
+    """Return the step in Flax NNX, split and merged inside `jax.jit`, which costs less per call than `nnx.jit`."""
     import optax
     from flax import nnx
 
@@ -149,11 +149,11 @@ def flax_step(timed: Timed) -> Step:
         net, optimizer = nnx.merge(graph, state)
         x, labels = batch
 
-        def error(net: Any) -> Any:
+        def mean_loss(net: Any) -> Any:
             logits = net(x)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), logits
 
-        (loss, logits), gradients = nnx.value_and_grad(error, has_aux=True)(net)
+        (loss, logits), gradients = nnx.value_and_grad(mean_loss, has_aux=True)(net)
         optimizer.update(net, gradients)
         return nnx.state((net, optimizer)), {"loss": loss, "accuracy": (logits.argmax(-1) == labels).mean()}
 
@@ -209,7 +209,7 @@ def equinox_net(timed: Timed) -> Any:
 
 
 def equinox_step(timed: Timed) -> Step:
-    """Return the step in equinox, whose layers take one example, channels first; the batch is added by vmap."""
+    """Return the step in Equinox, whose layers take one example, channels first; `jax.vmap` adds the batch."""
     import equinox as eqx
     import jax
     import optax
@@ -225,11 +225,11 @@ def equinox_step(timed: Timed) -> Step:
         x, labels = batch
         key, now = jax.random.split(key)
 
-        def error(params: Any) -> Any:
+        def mean_loss(params: Any) -> Any:
             logits = jax.vmap(eqx.combine(params, static))(x, key=jax.random.split(now, x.shape[0]))
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), logits
 
-        (loss, logits), gradients = jax.value_and_grad(error, has_aux=True)(params)
+        (loss, logits), gradients = jax.value_and_grad(mean_loss, has_aux=True)(params)
         updates, opt_state = optimizer.update(gradients, opt_state)
         metrics = {"loss": loss, "accuracy": (logits.argmax(-1) == labels).mean()}
         return (eqx.apply_updates(params, updates), opt_state, key), metrics
@@ -249,10 +249,10 @@ def keras_step(timed: Timed) -> Step:
         match layer:
             case Conv():
                 padding = "same" if layer.padding in ("SAME", 2) else "valid"
-                made = keras.layers.Conv2D(
+                conv = keras.layers.Conv2D(
                     layer.features, _pairs(layer.kernel_size), _pairs(layer.stride), padding, groups=layer.groups
                 )
-                return made(x)
+                return conv(x)
             case Dense():
                 return keras.layers.Dense(layer.features)(x)
             case Dropout():
@@ -286,12 +286,12 @@ def keras_step(timed: Timed) -> Step:
     )
     x, labels = jax.device_put(images(timed))
     began = time.perf_counter()
-    model.train_on_batch(x, labels)  # returns numbers, so it has waited for the device
+    model.train_on_batch(x, labels)  # returns numbers, so the step is finished
     return Step(lambda: model.train_on_batch(x, labels), time.perf_counter() - began)
 
 
 def _named(padding: Any) -> Any:
-    """Return "SAME" for the only padding that is given as a number (lenet5); others are names."""
+    """Return the name of a padding; lenet5 has the only padding that is a number."""
     return "SAME" if padding == 2 else padding
 
 
@@ -337,7 +337,7 @@ def torch_net(timed: Timed) -> Any:
 
 
 def torch_step(timed: Timed, *, channels_last: bool, compiled: bool) -> Step:
-    """Return the step in PyTorch, on as many threads as there are cores."""
+    """Return the step in PyTorch, with one thread per core."""
     import os
 
     import torch
@@ -348,8 +348,8 @@ def torch_step(timed: Timed, *, channels_last: bool, compiled: bool) -> Step:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     net = torch_net(timed).to(device).to(memory_format=layout)
     optimizer = torch.optim.Adam(net.parameters(), LEARNING_RATE, fused=True)
-    pictures, labels = images(timed)
-    x = torch.from_numpy(np.moveaxis(pictures, -1, 1).copy()).to(device).to(memory_format=layout)
+    x_last, labels = images(timed)
+    x = torch.from_numpy(np.moveaxis(x_last, -1, 1).copy()).to(device).to(memory_format=layout)
     classes = torch.from_numpy(labels.astype(np.int64)).to(device)
 
     def forward(x: Any, classes: Any) -> Any:
@@ -372,14 +372,14 @@ def torch_step(timed: Timed, *, channels_last: bool, compiled: bool) -> Step:
 
 
 def _torch_conv(nn: Any, layer: Conv, shape: tuple[int, ...]) -> Any:
-    patch, stride = _pairs(layer.kernel_size), _pairs(layer.stride)
-    conv = functools.partial(nn.Conv2d, shape[-1], layer.features, patch, stride=stride, groups=layer.groups)
+    size, stride = _pairs(layer.kernel_size), _pairs(layer.stride)
+    conv = functools.partial(nn.Conv2d, shape[-1], layer.features, size, stride=stride, groups=layer.groups)
     if layer.padding == "VALID":
         return conv(padding=0)
     if isinstance(layer.padding, int):
         return conv(padding=layer.padding)
-    # SAME adds the odd element at the end; PyTorch's own padding is even.
-    pads = [max((math.ceil(n / s) - 1) * s + k - n, 0) for n, k, s in zip(shape[:2], patch, stride, strict=True)]
+    # SAME puts an odd element at the end; PyTorch's own padding is symmetric.
+    pads = [max((math.ceil(n / s) - 1) * s + k - n, 0) for n, k, s in zip(shape[:2], size, stride, strict=True)]
     if all(pad % 2 == 0 for pad in pads):
         return conv(padding=(pads[0] // 2, pads[1] // 2))
     (top, bottom), (left, right) = ((pad // 2, pad - pad // 2) for pad in pads)
@@ -387,28 +387,28 @@ def _torch_conv(nn: Any, layer: Conv, shape: tuple[int, ...]) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The same parameters in every library, for sequential nets
+# Parameters of jaxcnn in the other libraries, for sequential nets
 
 
 def weights(
     timed: Timed, params: Mapping[str, Any], *, channels_first: bool
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (w, b) of each layer that has them.
+    """Yield weight and bias of each convolution and dense layer.
 
-    With channels first, w is (O, I, …) and matches the flatten order of that layout.
+    With channels first, a weight is (O, I, …), and the rows of the first dense layer are in that layout's order.
     """
-    picture = None
-    of = iter([params[name] for name, _ in timed.net.walk() if name in params])
+    flattened = None
+    layers = iter([params[name] for name, _ in timed.net.walk() if name in params])
     for layer, shape in parts(timed.net, timed.shape):
         if isinstance(layer, Flatten):
-            picture = shape
+            flattened = shape
         if not isinstance(layer, Conv | Dense):
             continue
-        w, b = (np.asarray(a) for a in map(next(of).__getitem__, ("w", "b")))
+        w, b = (np.asarray(a) for a in map(next(layers).__getitem__, ("weight", "bias")))
         if channels_first:
-            if picture is not None:
-                w = np.moveaxis(w.reshape(*picture, -1), -2, 0).reshape(w.shape)
-                picture = None
+            if flattened is not None:
+                w = np.moveaxis(w.reshape(*flattened, -1), -2, 0).reshape(w.shape)
+                flattened = None
             w = np.moveaxis(w, (-1, -2), (0, 1))
         yield w, b
 
@@ -417,8 +417,8 @@ def load_flax(net: Any, timed: Timed, params: Mapping[str, Any]) -> Any:
     """Return the net of `flax_net` with these parameters of jaxcnn."""
     from flax import nnx
 
-    own: Any = (layer for layer in net.layers if isinstance(layer, nnx.Conv | nnx.Linear))
-    for layer, (w, b) in zip(own, weights(timed, params, channels_first=False), strict=True):
+    layers: Any = (layer for layer in net.layers if isinstance(layer, nnx.Conv | nnx.Linear))
+    for layer, (w, b) in zip(layers, weights(timed, params, channels_first=False), strict=True):
         layer.kernel[...], layer.bias[...] = w, b
     return net
 
@@ -428,11 +428,11 @@ def load_equinox(net: Any, timed: Timed, params: Mapping[str, Any]) -> Any:
     import equinox as eqx
     import jax.numpy as jnp
 
-    found = iter(weights(timed, params, channels_first=True))
+    pairs = iter(weights(timed, params, channels_first=True))
     layers: list[Any] = []
     for layer in net.layers:
         if isinstance(layer, eqx.nn.Conv | eqx.nn.Linear) and layer.bias is not None:
-            w, b = next(found)
+            w, b = next(pairs)
             new = (jnp.asarray(w), jnp.asarray(b).reshape(layer.bias.shape))
             layer = eqx.tree_at(lambda layer: (layer.weight, layer.bias), layer, new)
         layers.append(layer)
@@ -443,9 +443,9 @@ def load_torch(net: Any, timed: Timed, params: Mapping[str, Any]) -> Any:
     """Return the net of `torch_net` with these parameters of jaxcnn."""
     import torch
 
-    own: Any = (layer for layer in net if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear))
+    layers: Any = (layer for layer in net if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear))
     with torch.no_grad():
-        for layer, (w, b) in zip(own, weights(timed, params, channels_first=True), strict=True):
+        for layer, (w, b) in zip(layers, weights(timed, params, channels_first=True), strict=True):
             layer.weight.copy_(torch.from_numpy(w.copy()))
             layer.bias.copy_(torch.from_numpy(b.copy()))
     return net
@@ -461,7 +461,7 @@ CONTENDERS: Mapping[str, Callable[[Timed], Step]] = {
     "torch.compile": functools.partial(torch_step, channels_last=False, compiled=True),
     "torch.compile channels-last": functools.partial(torch_step, channels_last=True, compiled=True),
 }
-"""By name, what builds a training step."""
+"""Functions that build a training step, by name."""
 
 IN_LOOPS = ("jaxcnn", "flax nnx", "equinox")
-"""Whose steps `jax.lax.scan` can take."""
+"""Contenders whose steps run in `jax.lax.scan`."""

@@ -1,4 +1,4 @@
-"""Measure how the time of a training step grows: python -m experiments.benchmarks.growth --help."""
+"""Time training steps of increasing size: python -m experiments.benchmarks.growth --help."""
 
 import dataclasses
 import sys
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import arg
 
 from experiments import cli, process
-from experiments.errors import UsageError
+from experiments.errors import UsageError, bad_value
 
 if TYPE_CHECKING:
     from experiments.benchmarks.nets import Timed
@@ -24,24 +24,24 @@ SIZES: Mapping[str, Sequence[int]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Time training steps of increasing size in jaxcnn and in flax nnx, alternately.
+    """Time training steps of increasing size in jaxcnn and Flax NNX, in turns.
 
-    batch: the lecture's net. side: 16 and 32 channels over increasingly large images, batch 8. channels: two
-    convolutions with that number of channels over 16×16 images, batch 8.
+    batch: the lecture's net with larger batches. side: convolutions with 16 and 32 channels on larger images, batch 8.
+    channels: two convolutions with more channels on 16×16 images, batch 8.
     """
 
     what: tuple[str, ...] = tuple(SIZES)
-    """What grows: batch, side, channels."""
+    """Quantities to increase: batch, side, channels."""
     microbatch: Annotated[int | None, arg(metavar="INT")] = None
-    """Images at a time in jaxcnn's step (gradient accumulation), flax takes all; without it, all."""
+    """Images per microbatch in jaxcnn's step, by gradient accumulation; if omitted, no microbatches."""
     most: int = 1024
-    """No larger than this."""
+    """Largest size."""
     rounds: int = 3
-    """How often each contender takes its turn."""
+    """Number of rounds. In each round, every library has one turn."""
     allocator: str = "stock"
-    """stock or tuned: how glibc keeps memory, the same for both."""
+    """Allocator settings of glibc for both libraries: stock or tuned."""
     out: Annotated[Path | None, arg(metavar="PATH")] = None
-    """A file for all numbers, as JSON; a plot goes beside it."""
+    """JSON file for all numbers; a plot is written next to it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(config: Config) -> int:
-    """Time all sizes and print them. Returns 0."""
+    """Time all sizes and print them. Return 0, or 130 after Ctrl-C."""
     cli.check_count("--rounds", config.rounds)
     cli.check_count("--microbatch", config.microbatch)
     cli.check_choice("--allocator", config.allocator, process.ALLOCATORS)
@@ -58,7 +58,7 @@ def measure(config: Config) -> int:
         cli.check_choice("--what", what, SIZES)
     sizes = {what: [size for size in SIZES[what] if size <= config.most] for what in config.what}
     if not all(sizes.values()):
-        raise UsageError(f"--most: expected at least {max(s[0] for s in SIZES.values())}, got {config.most}")
+        raise bad_value(UsageError, "--most", f"at least {max(s[0] for s in SIZES.values())}", config.most)
     tuned = config.allocator == "tuned" and process.keep_freed_memory()
 
     from experiments.benchmarks import results, timing
@@ -67,26 +67,27 @@ def measure(config: Config) -> int:
     machine = timing.machine(("jax", "jaxlib"), others=("flax",))
     results.heading(
         machine,
-        f"one training step, {config.rounds} rounds of turns; minima{'; freed memory is kept' if tuned else ''}"
-        + (f"; jaxcnn {config.microbatch} at a time" if config.microbatch is not None else ""),
+        f"one training step, {config.rounds} rounds; minima{'; freed memory is kept' if tuned else ''}"
+        + (f"; jaxcnn in microbatches of {config.microbatch}" if config.microbatch is not None else ""),
     )
-    found: dict[str, Any] = {}
+    times: dict[str, Any] = {}
     panels: dict[str, dict[str, dict[int, float]]] = {}
     with results.until_interrupted(lambda: panels) as interrupted:
         for what in config.what:
-            found[what] = {
+            times[what] = {
                 size: timing.in_turns(steps(what, size, config.microbatch), config.rounds, most=0.5)
                 for size in sizes[what]
             }
-            curves = per_image(what, {size: {n: t.minimum for n, t in of.items()} for size, of in found[what].items()})
+            minima = {size: {n: t.minimum for n, t in by_name.items()} for size, by_name in times[what].items()}
+            curves = per_image(what, minima)
             panels[what] = curves
             print()
-            results.table([what, *(f"{name}: an image" for name in curves), "flax nnx / jaxcnn"], list(table(curves)))
-            if what == "batch" and (flat := flatness(curves["jaxcnn"])) is not None:
-                print(f"jaxcnn, from batch 64 on: the dearest image costs {flat:.2f} times the cheapest")
+            results.table([what, *(f"{name}, per image" for name in curves), "flax nnx / jaxcnn"], list(table(curves)))
+            if what == "batch" and (ratio := flatness(curves["jaxcnn"])) is not None:
+                print(f"jaxcnn, batches of 64 and more: time per image, maximum / minimum: {ratio:.2f}")
     if config.out is not None:
-        results.write(config.out, machine, config, seconds=found)
-        results.lines(config.out.with_suffix(".png"), "one training step", panels, "seconds an image")
+        results.write(config.out, machine, config, seconds=times)
+        results.lines(config.out.with_suffix(".png"), "one training step", panels, "seconds per image")
     return interrupted[0] if interrupted else 0
 
 
@@ -101,22 +102,23 @@ def table(curves: Mapping[str, Mapping[int, float]]) -> Iterator[list[str]]:
 
 def per_image(what: str, minima: Mapping[int, Mapping[str, float]]) -> dict[str, dict[int, float]]:
     """Convert {size: {contender: seconds per step}} to {contender: {size: seconds per image}}."""
-    images = {size: size if what == "batch" else PICTURES for size in minima}
+    images = {size: size if what == "batch" else IMAGES for size in minima}
     names = next(iter(minima.values()))
-    return {name: {size: of[name] / images[size] for size, of in minima.items()} for name in names}
+    return {name: {size: by_name[name] / images[size] for size, by_name in minima.items()} for name in names}
 
 
 def flatness(curve: Mapping[int, float], least: int = 64) -> float | None:
-    """Return largest over smallest cost per image, for batches of at least `least`; None for fewer than two."""
+    """Return maximum / minimum cost per image over batches of at least `least`; None if there are fewer than two."""
     costs = [cost for size, cost in curve.items() if size >= least]
     return max(costs) / min(costs) if len(costs) > 1 else None
 
 
-PICTURES = 8
+IMAGES = 8
+"""Batch size if another quantity grows."""
 
 
 def steps(what: str, size: int, microbatch: int | None) -> dict[str, Callable[[], Any]]:
-    """Return a training step of each contender."""
+    """Return a training step of each library."""
     from experiments.benchmarks.contenders import flax_step, jaxcnn_step
 
     timed = dataclasses.replace(grown(what, size), microbatch=microbatch)
@@ -142,7 +144,7 @@ def grown(what: str, size: int) -> "Timed":
         Dense(CLASSES),
     )
     side, inputs = (size, 3) if what == "side" else (16, size)
-    return Timed(net, (side, side, inputs), PICTURES)
+    return Timed(net, (side, side, inputs), IMAGES)
 
 
 if __name__ == "__main__":

@@ -22,16 +22,16 @@ LIBRARIES = ("jaxcnn", "flax nnx", "equinox")
 class Config:
     """Count XLA's temporary bytes of the compiled training step, and the bytes of its residuals.
 
-    Nothing is run or timed. Residuals are what JAX saves between the forward and the backward pass, excluding
-    arguments. The compiler may keep less and recompute it.
+    The step is not run. Residuals are the arrays that JAX saves between the forward and the backward pass, excluding
+    arguments. The compiler may save less and recompute the rest.
     """
 
     nets: tuple[str, ...] = ("lecture", "lenet5", "vgg", "mobile", "resnext")
-    """Which nets."""
+    """Nets: lecture, lenet5, vgg, mobile, resnext."""
     batch_size: Annotated[int | None, arg(metavar="INT")] = None
-    """Images a step; without it, 128 for pictures of 28×28 and 64 for larger ones."""
+    """Images per step; if omitted, 128 for 28×28 images, 64 for larger ones."""
     out: Annotated[Path | None, arg(metavar="PATH")] = None
-    """A file for all numbers, as JSON; a bar chart of the ratios goes beside it."""
+    """JSON file for all numbers; a bar chart of the ratios is written next to it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Bytes:
     """The bytes of one net in one library."""
 
     temporary: int
-    kept: int
+    residuals: int
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compare(config: Config) -> int:
-    """Compile and count. Returns 0."""
+    """Compile, count and print. Return 0, or 130 after Ctrl-C."""
     from experiments.benchmarks import results, timing
     from experiments.benchmarks.nets import NETS
 
@@ -57,55 +57,57 @@ def compare(config: Config) -> int:
     cli.check_count("--batch-size", config.batch_size)
     results.check_out(config.out)
     machine = timing.machine(("jax", "jaxlib"), others=("flax", "equinox"))
-    results.heading(machine, "one training step: XLA's temporary bytes, and bytes kept between forward and backward")
-    found: dict[str, dict[str, Bytes]] = {}
-    with results.until_interrupted(lambda: found) as interrupted:
+    results.heading(
+        machine, "one training step: XLA's temporary memory, and residuals between forward and backward pass"
+    )
+    by_net: dict[str, dict[str, Bytes]] = {}
+    with results.until_interrupted(lambda: by_net) as interrupted:
         for name in config.nets:
             timed = NETS[name]()
             timed = dataclasses.replace(timed, batch=config.batch_size or timed.batch)
-            found[name] = {library: count(library, timed) for library in LIBRARIES}
+            by_net[name] = {library: count(library, timed) for library in LIBRARIES}
     results.table(
-        ["net", *(f"{library}: {what}" for library in LIBRARIES for what in ("temporary", "kept"))], rows(found)
+        ["net", *(f"{library}: {what}" for library in LIBRARIES for what in ("temporary", "residuals"))], rows(by_net)
     )
-    print("in brackets: jaxcnn's as a multiple of theirs")
+    print("in parentheses: jaxcnn's bytes / this library's bytes")
     if config.out is not None:
-        results.write(config.out, machine, config, bytes=found)
+        results.write(config.out, machine, config, bytes=by_net)
         ratios = {
-            f"{name}, {what}, {library}": getattr(of["jaxcnn"], what) / max(getattr(of[library], what), 1)
-            for name, of in found.items()
-            for what in ("temporary", "kept")
+            f"{name}, {what}, {library}": getattr(counts["jaxcnn"], what) / max(getattr(counts[library], what), 1)
+            for name, counts in by_net.items()
+            for what in ("temporary", "residuals")
             for library in LIBRARIES[1:]
         }
-        label = "jaxcnn's bytes, as a multiple of the other's"
+        label = "jaxcnn's bytes / the other library's bytes"
         results.bars(config.out.with_suffix(".png"), "memory of a training step", label, ratios)
     return interrupted[0] if interrupted else 0
 
 
-def rows(found: Mapping[str, Mapping[str, Bytes]]) -> list[list[str]]:
+def rows(by_net: Mapping[str, Mapping[str, Bytes]]) -> list[list[str]]:
     """Return one table row per net."""
     from experiments.benchmarks.results import megabytes
 
     lines = []
-    for name, of in found.items():
+    for name, counts in by_net.items():
         line = [name]
-        for library, b in of.items():
-            for what in ("temporary", "kept"):
-                ratio = getattr(of["jaxcnn"], what) / max(getattr(b, what), 1)
+        for library, b in counts.items():
+            for what in ("temporary", "residuals"):
+                ratio = getattr(counts["jaxcnn"], what) / max(getattr(b, what), 1)
                 line.append(megabytes(getattr(b, what)) + ("" if library == "jaxcnn" else f" ({ratio:.2f})"))
         lines.append(line)
     return lines
 
 
 def count(library: str, timed: "Timed") -> Bytes:
-    """Compile the training step of a library, and trace its loss."""
+    """Return the bytes of the training step of a library."""
     from experiments.benchmarks.contenders import CONTENDERS
 
     temporary = CONTENDERS[library](timed).temporary_bytes
-    error, params = errors(library, timed)
-    return Bytes(temporary or 0, kept_bytes(error, params))
+    loss, params = mean_loss(library, timed)
+    return Bytes(temporary or 0, residual_bytes(loss, params))
 
 
-def errors(library: str, timed: "Timed") -> tuple[Callable[[Any], Any], Any]:
+def mean_loss(library: str, timed: "Timed") -> tuple[Callable[[Any], Any], Any]:
     """Return the mean loss of a batch as a function of the parameters, with dropout active, and the parameters."""
     import jax
     import numpy as np
@@ -128,40 +130,40 @@ def errors(library: str, timed: "Timed") -> tuple[Callable[[Any], Any], Any]:
         graph, *states = nnx.split(contenders.flax_net(timed), nnx.Param, ...)
 
         def flax(params: Any) -> Any:
-            logits = nnx.merge(graph, params, *states[1:], copy=True)(x)  # its random numbers advance
+            logits = nnx.merge(graph, params, *states[1:], copy=True)(x)  # a copy, because its random state changes
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
         return flax, states[0]
     import equinox as eqx
 
     params, static = eqx.partition(contenders.equinox_net(timed), eqx.is_inexact_array)
-    pictures = np.moveaxis(x, -1, 1).copy()
+    channels_first = np.moveaxis(x, -1, 1).copy()
 
     def equinox(params: Any) -> Any:
         keys = jax.random.split(jax.random.key(0), timed.batch)
-        logits = jax.vmap(eqx.combine(params, static))(pictures, key=keys)
+        logits = jax.vmap(eqx.combine(params, static))(channels_first, key=keys)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     return equinox, params
 
 
-def kept_bytes(error: Callable[[Any], Any], params: Any) -> int:
+def residual_bytes(loss: Callable[[Any], Any], params: Any) -> int:
     """Return the bytes that `jax.vjp` saves for a function, each array once, without arguments and constants."""
     import jax
     from jax.extend.core import Literal
 
-    closed = jax.make_jaxpr(lambda params: jax.vjp(error, params)[1])(params)
-    given = {*closed.jaxpr.invars, *closed.jaxpr.constvars}
-    made = {origin(closed.jaxpr, v) for v in closed.jaxpr.outvars if not isinstance(v, Literal)}
+    closed = jax.make_jaxpr(lambda params: jax.vjp(loss, params)[1])(params)
+    arguments = {*closed.jaxpr.invars, *closed.jaxpr.constvars}
+    saved = {origin(closed.jaxpr, v) for v in closed.jaxpr.outvars if not isinstance(v, Literal)}
     return sum(
         math.prod(v.aval.shape) * v.aval.dtype.itemsize
-        for v in made
-        if v is not None and v not in given and hasattr(v.aval.dtype, "itemsize")
+        for v in saved
+        if v is not None and v not in arguments and hasattr(v.aval.dtype, "itemsize")
     )
 
 
 def origin(jaxpr: Any, var: Any) -> Any:
-    """Return the origin of a value in a jaxpr: inner programs that return an argument unchanged are not its origin."""
+    """Return the variable that a value of a jaxpr is a copy of, through inner programs that return an argument."""
     from jax.extend.core import Literal
 
     for eqn in jaxpr.eqns:
@@ -173,8 +175,8 @@ def origin(jaxpr: Any, var: Any) -> Any:
             source = origin(inner, out)
             if source not in inner.invars:
                 return var
-            given = eqn.invars[inner.invars.index(source)]
-            return None if isinstance(given, Literal) else origin(jaxpr, given)
+            argument = eqn.invars[inner.invars.index(source)]
+            return None if isinstance(argument, Literal) else origin(jaxpr, argument)
     return var
 
 

@@ -1,4 +1,4 @@
-"""The nets that are timed, each defined once with jaxcnn's layers, from which every other library's net is built."""
+"""The nets that are timed, defined with jaxcnn's layers; `contenders` builds them in the other libraries."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -19,14 +19,14 @@ class Timed:
     net: Serial
     shape: tuple[int, ...]
     batch: int
-    #: Examples per microbatch in jaxcnn's training step; None: the whole batch.
+    #: Examples per microbatch in jaxcnn's training step; None means the whole batch.
     microbatch: int | None = None
-    #: Number of steps in one call, by `jax.lax.scan`; None: one, without a loop.
+    #: Number of steps in one call, by `jax.lax.scan`; None means one step without a loop.
     scan: int | None = None
 
 
 def vgg() -> Serial:
-    """Return 3×3 convolutions that keep the size: 64, 64, pool, 128, 128, pool. Simonyan & Zisserman 2014."""
+    """Return 3×3 convolutions that keep the size: 64, 64, pool, 128, 128, pool (Simonyan & Zisserman 2014)."""
     layers: list[Layer] = []
     for features in (64, 128):
         layers += [Conv(features, 3, padding="SAME"), Relu(), Conv(features, 3, padding="SAME"), Relu(), MaxPool(2)]
@@ -34,7 +34,7 @@ def vgg() -> Serial:
 
 
 def mobile() -> Serial:
-    """Return depthwise-separable convolutions: 3×3 per channel, then 1×1 across channels. Howard et al. 2017."""
+    """Return depthwise-separable convolutions: 3×3 per channel, then 1×1 across channels (Howard et al. 2017)."""
     layers: list[Layer] = [Conv(32, 3, padding="SAME"), Relu()]
     inputs = 32
     for features, stride in ((64, 1), (128, 2), (128, 1), (256, 2)):
@@ -44,7 +44,7 @@ def mobile() -> Serial:
 
 
 def resnext() -> Serial:
-    """Return residual blocks whose 3×3 convolution has 8 groups. Xie et al. 2016."""
+    """Return residual blocks whose 3×3 convolution has 8 groups (Xie et al. 2016)."""
     block = residual(Conv(64, 1), Relu(), Conv(64, 3, padding="SAME", groups=8), Relu(), Conv(64, 1))
     layers = [Conv(64, 3, padding="SAME"), Relu(), block, Relu(), MaxPool(2), block, Relu(), MaxPool(2)]
     return serial(*layers, Flatten(), Dense(CLASSES))
@@ -60,7 +60,7 @@ NETS: Mapping[str, Callable[[], Timed]] = {
 
 
 def parts(net: Serial, shape: tuple[int, ...]) -> Iterator[tuple[Layer, tuple[int, ...]]]:
-    """Yield each layer with its input shape; a hidden layer is split into three, as in other libraries."""
+    """Yield each layer with its input shape; a hidden layer is split into its three ops, as in other libraries."""
     for _, layer in net.layers:
         if isinstance(layer, HiddenLayer):
             conv = Conv(layer.features, layer.kernel_size, layer.stride, layer.padding)

@@ -13,61 +13,61 @@ import numpy as np
 from tyro.conf import FlagCreatePairsOff, arg
 
 from experiments import cli
-from experiments.errors import UsageError
+from experiments.errors import UsageError, bad_value
 
 if TYPE_CHECKING:
     from experiments.benchmarks.rows import Row
     from experiments.benchmarks.timing import Times
 
 PROG = "python -m experiments.benchmarks.ops"
-FORWARD, BOTH = "forward", "both halves"
+FORWARD, BOTH = "forward", "both passes"
 OURS, STOCK, TORCH, GEMM = "jaxcnn", "stock JAX", "torch", "GEMM"
 
-#: Relative L2 distance up to which results are equal.
 EQUAL = {"cpu": 1e-4, "gpu": 1e-2}
-"""float32 rounds to 1e-6; GPUs multiply in TF32 unless told otherwise, whoever asks."""
+"""Relative L2 distance up to which results are equal; by default, GPUs multiply in TF32."""
 BAR = 0.95
+"""Ratio below which a row is reported."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Time the forward pass and each δ of every op in jaxcnn, in stock JAX with autodiff, and in PyTorch, alternately.
+    """Time the forward pass and each δ of every op in jaxcnn, in stock JAX with autodiff, and in PyTorch, in turns.
 
     Results are compared before anything is timed. A row is "forward" (y only), the δ of one argument (from the
-    residuals of the forward pass), or, if the rule needs more than the arguments, "both halves" (forward and backward
+    residuals of the forward pass), or, if the rule needs more than the arguments, "both passes" (forward and backward
     pass) in one program.
     """
 
     only: str = ""
-    """Rows whose name holds this, such as "depthwise" or "δ_w"."""
+    """Time only rows whose name contains this, such as "depthwise" or "δ_w"."""
     rounds: int = 5
-    """How often each contender takes its turn."""
+    """Number of rounds. In each round, every library has one turn."""
     device: str = "cpu"
-    """cpu or gpu."""
+    """Device: cpu or gpu."""
     torch: bool = True
-    """Whether PyTorch takes part."""
+    """Include PyTorch."""
     quick: FlagCreatePairsOff[bool] = False
-    """Two pictures and one round, to see that all of it runs; the numbers mean nothing."""
+    """Trial run with two images and one round; the times are not meaningful."""
     out: Annotated[Path | None, arg(metavar="PATH")] = None
-    """A file for all numbers, as JSON; a bar chart of the ratios goes beside it."""
+    """JSON file for all numbers; a bar chart of the ratios is written next to it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One row: the times of each contender, and the outcome of comparing their results."""
+    """One row: the times of each library, and the result of the comparison."""
 
     row: str
     product: str
     times: Mapping[str, "Times"]
     note: str = ""
-    #: Whether XLA compiled ours and stock JAX's to the same program; a ratio other than 1 is then noise.
+    #: Whether XLA compiled jaxcnn's and stock JAX's functions to the same program; the ratio is then noise.
     same: bool = False
-    #: Share of the GEMM rate measured between the turns of this row.
+    #: Fraction of the GEMM rate that was measured between the turns of this row.
     gemm_share: float | None = None
 
     @property
     def name(self) -> str:
-        """Name of the op and the product."""
+        """Names of the op and the product."""
         return f"{self.row}, {self.product}"
 
     @property
@@ -77,17 +77,17 @@ class Measured:
 
     @property
     def below(self) -> bool:
-        """Whether stock JAX is faster by more than the threshold, and not because of noise."""
+        """Whether the ratio to stock JAX is below BAR and not noise."""
         return self.compared and not self.same and self.ratio < BAR
 
     @property
     def ratio(self) -> float:
-        """Time of stock JAX divided by ours (minima)."""
+        """Time of stock JAX / time of jaxcnn (minima)."""
         return self.times[STOCK].minimum / self.times[OURS].minimum
 
     @property
     def torch_ratio(self) -> float | None:
-        """Time of PyTorch's faster form divided by ours (minima)."""
+        """Time of PyTorch's faster format / time of jaxcnn (minima)."""
         theirs = [t.minimum for name, t in self.times.items() if name.startswith(TORCH)]
         return min(theirs) / self.times[OURS].minimum if theirs else None
 
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compare(config: Config) -> int:
-    """Compare and time all rows, and print them as they finish. Returns 1 if a result of jaxcnn is wrong, else 0."""
+    """Compare, time and print all rows. Return 0, 1 if a result of jaxcnn is wrong, or 130 after Ctrl-C."""
     cli.check_count("--rounds", config.rounds)
     cli.check_choice("--device", config.device, EQUAL)
     os.environ["JAX_PLATFORMS"] = "cuda" if config.device == "gpu" else "cpu"
@@ -107,36 +107,36 @@ def compare(config: Config) -> int:
     from experiments.benchmarks.rows import rows
 
     results.check_out(config.out)
-    chosen = [(row, wanted) for row in rows() if (wanted := products(row, config.only))]
+    chosen = [(row, names) for row in rows() if (names := products(row, config.only))]
     if not chosen:
-        raise UsageError(f"--only: expected a part of a row's name, got {config.only!r}")
+        raise bad_value(UsageError, "--only", "part of the name of a row", repr(config.only))
     if config.torch:
         require_torch(config.device)
     machine = timing.machine(("jax", "jaxlib"), others=("torch",))
-    title = f"each op, {config.rounds} rounds of turns, {config.device}; minima, and how many times as long others take"
+    title = f"each op, {config.rounds} rounds, {config.device}; minima, and ratios to jaxcnn's time"
     results.heading(machine, title)
-    found: list[Measured] = []
-    with results.until_interrupted(lambda: found) as interrupted:
-        for row, wanted in chosen:
-            for measured in measure(row, wanted, config):
+    table: list[Measured] = []
+    with results.until_interrupted(lambda: table) as interrupted:
+        for row, names in chosen:
+            for measured in measure(row, names, config):
                 print(line(measured), flush=True)
-                found.append(measured)
-    for text in summary(found):
+                table.append(measured)
+    for text in summary(table):
         print(text)
     if config.out is not None:
-        results.write(config.out, machine, config, rows=[plain(measured) for measured in found])
-        draw(config.out.with_suffix(".png"), found)
-    wrong = any(OURS in measured.note for measured in found)
+        results.write(config.out, machine, config, rows=[to_json(measured) for measured in table])
+        draw(config.out.with_suffix(".png"), table)
+    wrong = any(OURS in measured.note for measured in table)
     return 1 if wrong else interrupted[0] if interrupted else 0
 
 
 def products(row: "Row", only: str = "") -> list[str]:
-    """Return the products to time for a row: forward, each δ, both halves, if the name contains `only`."""
-    everything = [FORWARD, *(f"δ_{name}" for name in row.differentiable), *([BOTH] if row.together else [])]
-    return [product for product in everything if only in f"{row.name}, {product}"]
+    """Return the products of a row whose names contain `only`: forward, each δ, both passes."""
+    names = [FORWARD, *(f"δ_{name}" for name in row.differentiable), *([BOTH] if row.together else [])]
+    return [product for product in names if only in f"{row.name}, {product}"]
 
 
-def measure(row: "Row", wanted: Sequence[str], config: Config) -> Iterator[Measured]:
+def measure(row: "Row", names: Sequence[str], config: Config) -> Iterator[Measured]:
     """Compare and then time each requested product of a row."""
     from experiments.benchmarks import timing
 
@@ -148,9 +148,9 @@ def measure(row: "Row", wanted: Sequence[str], config: Config) -> Iterator[Measu
     if config.torch and row.torch is not None:
         for layout in layouts(next(iter(row.shapes.values()))):
             contenders[layout] = functools.partial(torch_call, row.torch, arguments, layout, config.device)
-    for product in wanted:
+    for product in names:
         timed: dict[str, Callable[[], Any]] = {}
-        found: dict[str, Any] = {}
+        outputs: dict[str, Any] = {}
         programs: dict[str, Callable[[], str]] = {}
         notes = []
         for name, build in contenders.items():
@@ -159,19 +159,19 @@ def measure(row: "Row", wanted: Sequence[str], config: Config) -> Iterator[Measu
                 continue
             try:
                 call = build(product)
-                found[name] = call.result()
+                outputs[name] = call.result()
                 timed[name] = call.run
                 if call.program is not None:
                     programs[name] = call.program
             except NotImplementedError:
                 if name == OURS:
                     raise
-                notes.append(f"{name} cannot")
-        notes += judged(found, max(EQUAL[config.device], row.equal))
+                notes.append(f"{name} has no such gradient")
+        notes += differences(outputs, max(EQUAL[config.device], row.equal))
         if row.flops is not None and not config.quick:
             timed[GEMM] = gemm()
-        rounds, most, calls_a_turn = (1, 0.0, 1) if config.quick else (config.rounds, 0.1, 10)
-        times = timing.in_turns(timed, rounds, most=most, calls=calls_a_turn)
+        rounds, most, calls = (1, 0.0, 1) if config.quick else (config.rounds, 0.1, 10)
+        times = timing.in_turns(timed, rounds, most=most, calls=calls)
         share = None
         if row.flops is not None and GEMM in times:
             share = (row.flops / times[OURS].minimum) / (2 * GEMM_SIZE**3 / times[GEMM].minimum)
@@ -179,31 +179,31 @@ def measure(row: "Row", wanted: Sequence[str], config: Config) -> Iterator[Measu
         yield Measured(row.name, product, times, "; ".join(notes), same, share)
 
 
-def judged(results: Mapping[str, Any], equal: float) -> list[str]:
-    """Return whose results differ: stock JAX's if PyTorch agrees with ours, ours if others agree or none is near."""
+def differences(results: Mapping[str, Any], equal: float) -> list[str]:
+    """Return notes on results that differ: stock JAX's if PyTorch agrees with jaxcnn's, otherwise jaxcnn's."""
     ours = results[OURS]
-    apart = {name: distance(theirs, ours) for name, theirs in results.items() if name != OURS}
-    differ = [name for name, d in apart.items() if not d <= equal]
+    distances = {name: distance(theirs, ours) for name, theirs in results.items() if name != OURS}
+    differ = [name for name, d in distances.items() if not d <= equal]
     if not differ:
         return []
-    if differ == [STOCK] and len(apart) > 1:
-        return [f"{STOCK} differs by {apart[STOCK]:.1g}"]
-    if differ == list(apart) or STOCK not in differ:
-        return [f"{OURS} differs from {name} by {apart[name]:.1g}" for name in differ]
-    return [f"{name} differs by {apart[name]:.1g}" for name in differ]
+    if differ == [STOCK] and len(distances) > 1:
+        return [f"{STOCK} differs by {distances[STOCK]:.1g}"]
+    if differ == list(distances) or STOCK not in differ:
+        return [f"{OURS} differs from {name} by {distances[name]:.1g}" for name in differ]
+    return [f"{name} differs by {distances[name]:.1g}" for name in differ]
 
 
-def distance(found: Any, expected: Any) -> float:
-    """Return the relative L2 distance of two results (arrays or sequences of them); inf if shapes differ."""
-    worst = 0.0
-    for one, other in zip(found, expected, strict=True):
+def distance(result: Any, expected: Any) -> float:
+    """Return the relative L2 distance of two results, which are sequences of arrays; inf if shapes differ."""
+    largest = 0.0
+    for one, other in zip(result, expected, strict=True):
         a, b = np.asarray(one, np.float64), np.asarray(other, np.float64)
         if a.shape != b.shape:
             return float("inf")
         size = float(np.linalg.norm(b))
-        apart = float(np.linalg.norm(a - b))
-        worst = max(worst, apart / size if size else apart) if np.isfinite(apart) else float("inf")
-    return worst
+        d = float(np.linalg.norm(a - b))
+        largest = max(largest, d / size if size else d) if np.isfinite(d) else float("inf")
+    return largest
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,32 +212,32 @@ def distance(found: Any, expected: Any) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A call to time, and its results as arrays in jaxcnn's layout."""
+    """A call to time, and its results in jaxcnn's layout."""
 
     run: Callable[[], Any]
     result: Callable[[], Sequence[Any]]
-    #: The compiled program, without names.
+    #: The text of the compiled program, without names.
     program: Callable[[], str] | None = None
 
 
 def program(jitted: Any, *arguments: Any) -> str:
-    """Return the compiled HLO of a function, without source locations and with its parts numbered instead of named."""
+    """Return the compiled HLO of a function, without source locations, with numbers instead of names."""
     text = jitted.lower(*arguments).compile().as_text()
     text = text[text.index("\n\n") :]  # the first lines contain the module's name and source files
     text = text[text.index("\n%") if "\n%" in text else text.index("\nENTRY") :]
     text = re.sub(r", metadata={[^}]*}", "", text)
     text = re.sub(r"(?<=[( ])[\w.\-]+(?=: )", "", text)  # parameter names
     numbers: dict[str, str] = {}
-    return re.sub(r"%[\w.\-]+", lambda found: numbers.setdefault(found[0], f"%{len(numbers)}"), text)
+    return re.sub(r"%[\w.\-]+", lambda match: numbers.setdefault(match[0], f"%{len(numbers)}"), text)
 
 
 def cotangent(shape: Sequence[int]) -> np.ndarray:
-    """Return noise."""
+    """Return δ: normally distributed numbers."""
     return np.random.default_rng(1).standard_normal(shape).astype(np.float32)
 
 
 def jax_call(f: Callable[..., Any], arguments: Mapping[str, np.ndarray], product: str) -> Call:
-    """Return a jit-compiled JAX call; δ is that of `jax.vjp`, from the residuals of its forward pass."""
+    """Return a jitted JAX call; δ is computed by `jax.vjp`, from the residuals of the forward pass."""
     import jax
 
     order = list(arguments)  # jit sorts the names of its arguments
@@ -251,30 +251,30 @@ def jax_call(f: Callable[..., Any], arguments: Mapping[str, np.ndarray], product
         return Call(lambda: forward(arguments), lambda: [forward(arguments)], lambda: program(forward, arguments))
     delta = jax.device_put(cotangent(jax.eval_shape(positional, arguments).shape))
 
-    def halves(arguments: Any, of: Sequence[str]) -> Any:
-        return jax.vjp(lambda inner: positional({**arguments, **inner}), {name: arguments[name] for name in of})
+    def vjp(arguments: Any, names: Sequence[str]) -> Any:
+        return jax.vjp(lambda inner: positional({**arguments, **inner}), {name: arguments[name] for name in names})
 
     if product == BOTH:
-        of = [name for name in order if name != "labels"]
+        names = [name for name in order if name != "labels"]
 
         def both(arguments: Any, delta: Any) -> Any:
-            y, pull = halves(arguments, of)
+            y, pull = vjp(arguments, names)
             return y, pull(delta)[0]
 
         jitted = jax.jit(both)
 
         def result() -> Sequence[Any]:
-            y, found = jitted(arguments, delta)
-            return [y, *(found[name] for name in of)]
+            y, deltas = jitted(arguments, delta)
+            return [y, *(deltas[name] for name in names)]
 
         return Call(lambda: jitted(arguments, delta), result, lambda: program(jitted, arguments, delta))
-    _, pull = jax.jit(lambda arguments: halves(arguments, [product.removeprefix("δ_")]))(arguments)
+    _, pull = jax.jit(lambda arguments: vjp(arguments, [product.removeprefix("δ_")]))(arguments)
     back = jax.jit(lambda pull, delta: pull(delta)[0])
     return Call(lambda: back(pull, delta), lambda: list(back(pull, delta).values()), lambda: program(back, pull, delta))
 
 
 def layouts(shape: Sequence[int]) -> list[str]:
-    """Return the memory formats that PyTorch has for an input of this shape."""
+    """Return PyTorch's memory formats for an input of this shape."""
     return [TORCH, f"{TORCH} channels-last"] if len(shape) in (4, 5) else [TORCH]
 
 
@@ -284,11 +284,11 @@ def torch_call(
     """Return a PyTorch call; δ is computed by autograd, from the residuals of the forward pass."""
     import torch
 
-    where = torch.device("cuda" if device == "gpu" else "cpu")
+    target = torch.device("cuda" if device == "gpu" else "cpu")
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
 
     def placed(name: str, a: np.ndarray) -> Any:
-        tensor = torch.from_numpy(np.ascontiguousarray(to_torch(name, a))).to(where)
+        tensor = torch.from_numpy(np.ascontiguousarray(to_torch(name, a))).to(target)
         if layout != TORCH and tensor.ndim in formats:
             tensor = tensor.to(memory_format=formats[tensor.ndim])
         return tensor
@@ -297,61 +297,63 @@ def torch_call(
         if device == "gpu":
             torch.cuda.synchronize()
 
-    there = {name: placed(name, a) for name, a in arguments.items()}
+    tensors = {name: placed(name, a) for name, a in arguments.items()}
 
-    def plain(name: str, tensor: Any) -> np.ndarray:
+    def to_numpy(name: str, tensor: Any) -> np.ndarray:
         return from_torch(name, tensor.detach().cpu().numpy())
 
     def forward() -> Any:
         with torch.no_grad():
-            y = f(*there.values())
+            y = f(*tensors.values())
         wait()
         return y
 
     if product == FORWARD:
-        return Call(forward, lambda: [plain("y", forward())])
-    of = [n for n in there if n != "labels"] if product == BOTH else [product.removeprefix("δ_")]
-    for name in of:
-        there[name].requires_grad_()
-    delta = placed("y", cotangent(plain("y", forward()).shape))
-    kept = None if product == BOTH else f(*there.values())
+        return Call(forward, lambda: [to_numpy("y", forward())])
+    names = [n for n in tensors if n != "labels"] if product == BOTH else [product.removeprefix("δ_")]
+    for name in names:
+        tensors[name].requires_grad_()
+    delta = placed("y", cotangent(to_numpy("y", forward()).shape))
+    saved = None if product == BOTH else f(*tensors.values())
 
     def run() -> Any:
-        y = f(*there.values()) if kept is None else kept
-        found = torch.autograd.grad(y, [there[name] for name in of], delta, retain_graph=kept is not None)
+        y = f(*tensors.values()) if saved is None else saved
+        deltas = torch.autograd.grad(y, [tensors[name] for name in names], delta, retain_graph=saved is not None)
         wait()
-        return y, found
+        return y, deltas
 
     def result() -> Sequence[Any]:
-        y, found = run()
-        deltas = [plain(name, a) for name, a in zip(of, found, strict=True)]
-        return [plain("y", y), *deltas] if product == BOTH else deltas
+        y, tensors_of_delta = run()
+        deltas = [to_numpy(name, a) for name, a in zip(names, tensors_of_delta, strict=True)]
+        return [to_numpy("y", y), *deltas] if product == BOTH else deltas
 
     return Call(run, result)
 
 
 def to_torch(name: str, a: np.ndarray) -> np.ndarray:
-    """Convert to PyTorch's layout: channels first; for a kernel, O and I first."""
-    if name == "weight":
+    """Convert to PyTorch's layout: channels first, and O and I first for a kernel."""
+    if name == "w":
         return np.moveaxis(a, (-1, -2), (0, 1))
     return np.moveaxis(a, -1, 1) if name in ("x", "y") and a.ndim > 2 else a
 
 
 def from_torch(name: str, a: np.ndarray) -> np.ndarray:
     """Convert from PyTorch's layout."""
-    if name == "weight":
+    if name == "w":
         return np.moveaxis(a, (0, 1), (-1, -2))
     return np.moveaxis(a, 1, -1) if name in ("x", "y") and a.ndim > 2 else a
 
 
 def require_torch(device: str) -> None:
-    """Raise UsageError if PyTorch is not installed, or not available on this device."""
+    """Raise UsageError if PyTorch is not installed or does not support the device."""
     try:
         import torch
     except ImportError:
-        raise UsageError("--torch: expected PyTorch: pip install 'jaxcnn[bench]', or --no-torch") from None
+        hint = "pip install 'jaxcnn[bench]', or use --no-torch"
+        raise UsageError(f"--torch: needs the package torch, which is not installed: {hint}") from None
     if device == "gpu" and not torch.cuda.is_available():
-        raise UsageError("--device gpu: expected a PyTorch with CUDA, or --no-torch")
+        hint = "install PyTorch with CUDA, or use --no-torch"
+        raise bad_value(UsageError, "--device", "cpu for this build of PyTorch", "gpu", hint)
 
 
 GEMM_SIZE = 2048
@@ -359,7 +361,7 @@ GEMM_SIZE = 2048
 
 @functools.cache
 def gemm() -> Callable[[], Any]:
-    """Return the product of two large matrices, which measures the machine's GEMM rate."""
+    """Return a product of two large matrices, for the machine's GEMM rate."""
     import jax
     import jax.numpy as jnp
 
@@ -373,47 +375,47 @@ def gemm() -> Callable[[], Any]:
 
 
 def line(measured: Measured) -> str:
-    """Return one row as text: our time, the ratios of stock JAX and PyTorch, and remarks."""
+    """Return one row as text: the time of jaxcnn, the ratios of stock JAX and PyTorch, and notes."""
     from experiments.benchmarks.results import seconds
 
     stock = f"{measured.ratio:7.2f}×" if STOCK in measured.times else f"{'–':>8}"
     torch = f"{'–':>8}" if measured.torch_ratio is None else f"{measured.torch_ratio:7.2f}×"
-    said = [measured.note] if measured.note else []
+    notes = [measured.note] if measured.note else []
     if measured.gemm_share is not None:
-        said.append(f"{measured.gemm_share:.0%} of the GEMM rate")
+        notes.append(f"{measured.gemm_share:.0%} of the GEMM rate")
     if measured.same:
-        said.append("the same program as stock JAX's")
+        notes.append("the same program as stock JAX's")
     if measured.below:
-        said.append(f"below {BAR}")
+        notes.append(f"below {BAR}")
     ours = seconds(measured.times[OURS].minimum)
-    return f"{measured.name:66} {ours:>9}  stock{stock}  torch{torch}  {'; '.join(said)}".rstrip()
+    return f"{measured.name:66} {ours:>9}  stock{stock}  torch{torch}  {'; '.join(notes)}".rstrip()
 
 
-def summary(found: Iterable[Measured]) -> list[str]:
-    """Return the means over rows, and the smallest ratio."""
+def summary(rows: Iterable[Measured]) -> list[str]:
+    """Return the geometric means and the smallest ratios."""
     from experiments.benchmarks.results import geometric_mean
 
-    found = list(found)
-    compared = [measured for measured in found if measured.compared]
+    rows = list(rows)
+    compared = [measured for measured in rows if measured.compared]
     texts = []
     if compared:
-        own = [measured for measured in compared if not measured.same]
-        low = min(own or compared, key=lambda measured: measured.ratio)
+        distinct = [measured for measured in compared if not measured.same]
+        low = min(distinct or compared, key=lambda measured: measured.ratio)
         below = sum(measured.below for measured in compared)
         texts.append(
             f"stock JAX: geometric mean over {len(compared)} rows {geometric_mean(m.ratio for m in compared):.2f}×; "
-            f"{len(compared) - len(own)} rows are the same program; of the others the minimum is {low.ratio:.2f}× "
-            f"({low.name}), and {below} are below {BAR}"
+            f"{len(compared) - len(distinct)} rows are the same program; the minimum of the others is {low.ratio:.2f}× "
+            f"({low.name}), and {below} of them are below {BAR}"
         )
-    theirs = [(m.torch_ratio, m.name) for m in found if m.torch_ratio is not None]
+    theirs = [(m.torch_ratio, m.name) for m in rows if m.torch_ratio is not None]
     if theirs:
         mean = geometric_mean(ratio for ratio, _ in theirs)
         texts.append(f"PyTorch: geometric mean over {len(theirs)} rows {mean:.2f}×, minimum {min(theirs)[0]:.2f}×")
         texts[-1] += f" ({min(theirs)[1]})"
-    return texts + [f"{measured.name}: {measured.note}" for measured in found if measured.note]
+    return texts + [f"{measured.name}: {measured.note}" for measured in rows if measured.note]
 
 
-def plain(measured: Measured) -> dict[str, Any]:
+def to_json(measured: Measured) -> dict[str, Any]:
     """Return a row in JSON form."""
     return {
         "row": measured.row,
@@ -427,18 +429,18 @@ def plain(measured: Measured) -> dict[str, Any]:
     }
 
 
-def draw(path: Path, found: Iterable[Measured]) -> None:
-    """Draw the ratios as a chart."""
+def draw(path: Path, rows: Iterable[Measured]) -> None:
+    """Draw a chart of the ratios."""
     from experiments.benchmarks import results
 
-    compared = {measured.name: measured for measured in found if measured.compared}
+    compared = {measured.name: measured for measured in rows if measured.compared}
     if not compared:
         return
     torch = {name: m.torch_ratio for name, m in compared.items() if m.torch_ratio is not None}
     results.bars(
         path,
-        "each op, forward and backward: bars against stock JAX, dots against the better form of PyTorch",
-        "time of the other, as a multiple of jaxcnn's (minima); to the left of 1 jaxcnn is slower",
+        "each op, forward and backward: bars stock JAX, dots the faster format of PyTorch",
+        "time / jaxcnn's time (minima); jaxcnn is slower below 1",
         {name: measured.ratio for name, measured in compared.items()},
         dots={"PyTorch": torch} if torch else {},
         log=True,

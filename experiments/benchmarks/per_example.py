@@ -1,4 +1,4 @@
-"""Compare per-example gradients with vmap of grad: python -m experiments.benchmarks.per_example --help."""
+"""Compare per-example gradients with vmap(grad): python -m experiments.benchmarks.per_example --help."""
 
 import dataclasses
 import functools
@@ -11,36 +11,36 @@ import numpy as np
 from tyro.conf import arg
 
 from experiments import cli
-from experiments.errors import RunError, UsageError
+from experiments.errors import RunError, UsageError, bad_value
 
 if TYPE_CHECKING:
     from experiments.benchmarks.nets import Timed
 
 PROG = "python -m experiments.benchmarks.per_example"
 LIBRARIES = ("jaxcnn", "flax nnx", "equinox")
-#: Relative L2 distance up to which two results are equal.
 EQUAL = 1e-4
+"""Relative L2 distance up to which two results are equal."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Time per-example gradients, their norms, and sums of clipped ones, in jaxcnn and by vmap(grad).
+    """Time per-example gradients, their norms, and sums of clipped gradients, in jaxcnn and by vmap(grad).
 
-    All nets have the same parameters, and their results are compared before anything is timed.
+    All nets have the same parameters, and the results are compared before anything is timed.
     """
 
     net: str = "lecture"
-    """lecture or lenet5."""
+    """Net: lecture or lenet5."""
     batch_size: int = 64
-    """Examples at a time."""
+    """Examples per batch."""
     libraries: tuple[str, ...] = LIBRARIES[1:]
-    """Whom to compare jaxcnn with: "flax nnx", equinox."""
+    """Libraries to compare jaxcnn with: "flax nnx", equinox."""
     max_norm: float = 1.0
-    """Longer gradients are clipped to it."""
+    """Norm to which longer gradients are clipped."""
     rounds: int = 10
-    """How often each contender takes its turn."""
+    """Number of rounds. In each round, every library has one turn."""
     out: Annotated[Path | None, arg(metavar="PATH")] = None
-    """A file for all numbers, as JSON; a bar chart of the ratios goes beside it."""
+    """JSON file for all numbers; a bar chart of the ratios is written next to it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compare(config: Config) -> int:
-    """Compare, time and print the contenders. Returns 0."""
+    """Compare and time the libraries. Return 0, or 130 after Ctrl-C."""
     from experiments.benchmarks import results, timing
     from experiments.benchmarks.nets import NETS
 
@@ -60,9 +60,11 @@ def compare(config: Config) -> int:
     for what in WHAT:
         expected = calls["jaxcnn", what]()
         for name in config.libraries:
-            d = apart(calls[name, what](), expected)
+            d = distance(calls[name, what](), expected)
             if not d <= EQUAL:
-                raise RunError(f"{name}: {what} differ from jaxcnn's by {d:.1g}")
+                raise bad_value(
+                    RunError, f"{what} of {name}", f"within {EQUAL:g} of jaxcnn's", f"a distance of {d:.1g}"
+                )
     machine = timing.machine(("jax", "jaxlib"), others=("flax", "equinox"))
     results.heading(machine, f"{config.net}, batch {config.batch_size}, {config.rounds} rounds; results are equal")
     times: dict[str, Any] = {}
@@ -76,8 +78,8 @@ def compare(config: Config) -> int:
                 ratios[f"{what}, {name}"] = times[what][name].median / times[what]["jaxcnn"].median
     if config.out is not None:
         results.write(config.out, machine, config, seconds=times)
-        label = "time, as a multiple of jaxcnn's (median)"
-        title = f"{config.net}, batch {config.batch_size}: against vmap(grad)"
+        label = "time / jaxcnn's time (medians)"
+        title = f"{config.net}, batch {config.batch_size}: vmap(grad)"
         if ratios:
             results.bars(config.out.with_suffix(".png"), title, label, ratios)
     return interrupted[0] if interrupted else 0
@@ -88,7 +90,7 @@ def check(config: Config) -> None:
     for flag, number in (("--batch-size", config.batch_size), ("--rounds", config.rounds)):
         cli.check_count(flag, number)
     if not config.max_norm > 0:
-        raise UsageError(f"--max-norm: expected a number > 0, got {config.max_norm}")
+        raise bad_value(UsageError, "--max-norm", "> 0", config.max_norm)
     for flag, got, known in (
         ("--net", config.net, ["lecture", "lenet5"]),
         *(("--libraries", name, list(LIBRARIES[1:])) for name in config.libraries),
@@ -100,69 +102,69 @@ WHAT = ("gradients", "norms", "clipped sums")
 
 
 def contenders(timed: "Timed", names: Sequence[str], max_norm: float) -> dict[tuple[str, str], Callable[[], Any]]:
-    """Return a call for each pair of library and computed quantity."""
+    """Return a call for each library and computed quantity."""
     import jax
 
     from experiments.benchmarks.contenders import images
 
     x, labels = images(timed)
     params = timed.net.init(jax.random.key(0), timed.shape)
-    found: dict[tuple[str, str], Callable[[], Any]] = {}
+    calls: dict[tuple[str, str], Callable[[], Any]] = {}
     for name in names:
-        pictures = np.moveaxis(x, -1, 1).copy() if name == "equinox" else x
+        inputs = np.moveaxis(x, -1, 1).copy() if name == "equinox" else x
         functions = ours(timed, params) if name == "jaxcnn" else theirs(name, timed, params)
-        for what, (f, own) in functions.items():
-            arguments = jax.device_put((own, pictures, labels, max_norm))
-            found[name, what] = functools.partial(f, *arguments)
-    return found
+        for what, (f, weights) in functions.items():
+            arguments = jax.device_put((weights, inputs, labels, max_norm))
+            calls[name, what] = functools.partial(f, *arguments)
+    return calls
 
 
 def ours(timed: "Timed", params: Any) -> Mapping[str, tuple[Any, Any]]:
-    """Return the calls by jaxcnn's rules: one sweep, and one product per layer and example."""
+    """Return the functions of jaxcnn: one backward pass, and one product per layer and example."""
     import jax
 
     import jaxcnn
 
     loss = jaxcnn.softmax_cross_entropy_with_integer_labels
     f: dict[str, Callable[..., Any]] = {
-        "gradients": lambda p, x, y, most: jaxcnn.per_example_gradients(timed.net, loss, p, x, y),
-        "norms": lambda p, x, y, most: jaxcnn.per_example_norms(timed.net, loss, p, x, y),
-        "clipped sums": lambda p, x, y, most: jaxcnn.clipped_gradient(timed.net, loss, p, x, y, most),
+        "gradients": lambda p, x, y, max_norm: jaxcnn.per_example_gradients(timed.net, loss, p, x, y),
+        "norms": lambda p, x, y, max_norm: jaxcnn.per_example_norms(timed.net, loss, p, x, y),
+        "clipped sums": lambda p, x, y, max_norm: jaxcnn.clipped_gradient(timed.net, loss, p, x, y, max_norm),
     }
     return {what: (jax.jit(function), params) for what, function in f.items()}
 
 
 def theirs(name: str, timed: "Timed", params: Any) -> Mapping[str, tuple[Any, Any]]:
-    """Return the calls by `jax.vmap` of `jax.grad` of one example's loss, without dropout."""
+    """Return `jax.vmap` of `jax.grad` of one example's loss, without dropout."""
     import jax
     import jax.numpy as jnp
     import optax
 
-    logits, own = model(name, timed, params)
+    logits, weights = model(name, timed, params)
 
-    def error(own: Any, x: Any, label: Any) -> Any:
-        return optax.softmax_cross_entropy_with_integer_labels(logits(own, x), label)
+    def loss(weights: Any, x: Any, label: Any) -> Any:
+        return optax.softmax_cross_entropy_with_integer_labels(logits(weights, x), label)
 
     def norm(tree: Any) -> Any:
         return jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(tree)))
 
-    def gradients(own: Any, x: Any, labels: Any, most: Any) -> Any:
-        return jax.vmap(jax.grad(error), (None, 0, 0))(own, x, labels)
+    def gradients(weights: Any, x: Any, labels: Any, max_norm: Any) -> Any:
+        return jax.vmap(jax.grad(loss), (None, 0, 0))(weights, x, labels)
 
-    def norms(own: Any, x: Any, labels: Any, most: Any) -> Any:
-        return jax.vmap(lambda *one: norm(jax.grad(error)(own, *one)))(x, labels)
+    def norms(weights: Any, x: Any, labels: Any, max_norm: Any) -> Any:
+        return jax.vmap(lambda *example: norm(jax.grad(loss)(weights, *example)))(x, labels)
 
-    def clipped(own: Any, x: Any, labels: Any, most: Any) -> Any:
-        each = gradients(own, x, labels, most)
-        factors = jnp.minimum(1, most / jax.vmap(norm)(each))
+    def clipped(weights: Any, x: Any, labels: Any, max_norm: Any) -> Any:
+        each = gradients(weights, x, labels, max_norm)
+        factors = jnp.minimum(1, max_norm / jax.vmap(norm)(each))
         return jax.tree.map(lambda g: jnp.einsum("n,n...->...", factors, g), each)
 
-    found = {"gradients": gradients, "norms": norms, "clipped sums": clipped}
-    return {what: (jax.jit(function), own) for what, function in found.items()}
+    functions = {"gradients": gradients, "norms": norms, "clipped sums": clipped}
+    return {what: (jax.jit(function), weights) for what, function in functions.items()}
 
 
 def model(name: str, timed: "Timed", params: Any) -> tuple[Callable[[Any, Any], Any], Any]:
-    """Return a function from (parameters, one example) to logits, and the parameters."""
+    """Return a function from weights and one example to logits, and the weights."""
     from experiments.benchmarks import contenders
 
     if name == "flax nnx":
@@ -171,18 +173,18 @@ def model(name: str, timed: "Timed", params: Any) -> tuple[Callable[[Any, Any], 
         net = contenders.load_flax(contenders.flax_net(timed), timed, params)
         net.eval()
         graph, *states = nnx.split(net, nnx.Param, ...)
-        return lambda own, x: nnx.merge(graph, own, *states[1:])(x[None])[0], states[0]
+        return lambda weights, x: nnx.merge(graph, weights, *states[1:])(x[None])[0], states[0]
     import equinox as eqx
 
     net = eqx.nn.inference_mode(contenders.load_equinox(contenders.equinox_net(timed), timed, params))
-    own, static = eqx.partition(net, eqx.is_inexact_array)
-    return lambda own, x: eqx.combine(own, static)(x), own
+    weights, static = eqx.partition(net, eqx.is_inexact_array)
+    return lambda weights, x: eqx.combine(weights, static)(x), weights
 
 
-def apart(found: Any, expected: Any) -> float:
-    """Return the relative L2 distance of two results, array by array; inf if their number or sizes differ.
+def distance(result: Any, expected: Any) -> float:
+    """Return the largest relative L2 distance of the arrays of two results; inf if their number or sizes differ.
 
-    The elements of each array are sorted first, because equinox has channels first.
+    The elements of each array are sorted first, because Equinox has channels first.
     """
     import jax
 
@@ -190,7 +192,7 @@ def apart(found: Any, expected: Any) -> float:
         leaves = (np.sort(np.asarray(leaf, np.float64), axis=None) for leaf in jax.tree.leaves(tree))
         return sorted(leaves, key=len)
 
-    a: list[Any] = arrays(found)
+    a: list[Any] = arrays(result)
     b: list[Any] = arrays(expected)
     if [len(one) for one in a] != [len(one) for one in b]:
         return float("inf")

@@ -1,4 +1,4 @@
-"""Output of all benchmarks: a table on the terminal, JSON with all numbers, a chart of ratios."""
+"""Output of the benchmarks: a table on the terminal, JSON with all numbers, and a chart of ratios."""
 
 import contextlib
 import dataclasses
@@ -10,29 +10,30 @@ from typing import Any
 
 from experiments.benchmarks.timing import Times
 from experiments.cli import INTERRUPTED
-from experiments.errors import UsageError
+from experiments.errors import UsageError, bad_value
 from experiments.files import creating
 
 OURS, THEIRS = "#c0392b", "#95a5a6"
 
 
 def check_out(out: Path | None) -> None:
-    """Raise UsageError if results cannot be written to `--out`; results of another run are not overwritten."""
+    """Raise UsageError if `--out` is a folder, or if one of its files exists."""
     if out is None:
         return
     if out.is_dir():
-        raise UsageError(f"--out: expected a file, got the folder {out}")
+        raise bad_value(UsageError, "--out", "a file", f"the folder {out}")
     for path in (out, out.with_suffix(".png")):
         if path.exists():
-            raise UsageError(f"--out: must be a new file, got {path}, which is there already")
+            raise bad_value(UsageError, "--out", "a new file", f"{path}, which exists")
 
 
 @contextlib.contextmanager
-def until_interrupted(found: Callable[[], Any]) -> Iterator[list[int]]:
+def until_interrupted(has_results: Callable[[], Any]) -> Iterator[list[int]]:
     """Let Ctrl-C end the block early, so that the measurements so far are reported and written.
 
     Args:
-        found: Called after Ctrl-C; returns whether there is anything to report. If not, the interrupt is raised again.
+        has_results: Called after Ctrl-C; returns whether there are results to report. If not, the interrupt is raised
+            again.
 
     Yields:
         A list to which Ctrl-C adds the script's exit status.
@@ -41,10 +42,10 @@ def until_interrupted(found: Callable[[], Any]) -> Iterator[list[int]]:
     try:
         yield status
     except KeyboardInterrupt:
-        if not found():
+        if not has_results():
             raise
         status.append(INTERRUPTED)
-        print("interrupted; this was measured until then", flush=True)
+        print("interrupted; the results so far:", flush=True)
 
 
 def heading(machine: Mapping[str, Any], title: str) -> None:
@@ -63,15 +64,15 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def contenders(times: Mapping[str, Times], base: str, more: Mapping[str, Mapping[str, str]] | None = None) -> None:
-    """Print one line per contender: its times, their ratio to those of `base`, and the columns of `more` by name."""
+    """Print one line per library with its times, their ratio to those of `base`, and the columns of `more`."""
     more = more or {}
     rows = []
     for name, t in times.items():
         ratio = f"{t.median / times[base].median:.2f} ({t.minimum / times[base].minimum:.2f})"
-        rows.append([name, seconds(t.median), seconds(t.minimum), f"{t.spread:.0%}", ratio])
+        rows.append([name, seconds(t.median), seconds(t.minimum), f"{t.interquartile_range:.0%}", ratio])
         rows[-1] += [column.get(name, "") for column in more.values()]
-    table(["", "median", "minimum", "spread", f"times {base}", *more], rows)
-    print("ratios of medians (of minima); spread: between the quartiles, of the median")
+    table(["", "median", "minimum", "IQR", f"time / {base}", *more], rows)
+    print("ratio of medians (of minima); IQR: interquartile range / median")
 
 
 def report(
@@ -83,18 +84,18 @@ def report(
     base: str,
     ours: str,
 ) -> None:
-    """Print a heading and one line per contender; write the numbers and the chart of ratios if a file was given."""
+    """Print a heading and one line per library; write the numbers and the chart of ratios if `out` is given."""
     heading(machine, title)
     contenders(times, base)
     if out is not None:
         write(out, machine, config, seconds=times)
         ratios = {name: t.median / times[base].median for name, t in times.items()}
-        label = f"time, as a multiple of {base}'s (median)"
+        label = f"time / time of {base} (medians)"
         bars(out.with_suffix(".png"), title, label, ratios, ours=ours)
 
 
 def seconds(s: float) -> str:
-    """Return a time in the unit that leaves one to three digits before the decimal point."""
+    """Return a time in seconds, milliseconds or microseconds."""
     return f"{s:.2f} s" if s >= 1 else f"{s * 1e3:.1f} ms" if s >= 1e-3 else f"{s * 1e6:.0f} µs"
 
 
@@ -104,19 +105,19 @@ def megabytes(count: float) -> str:
 
 
 def geometric_mean(ratios: Iterable[float]) -> float:
-    """Return the geometric mean, which does not depend on the direction of the ratios; NaN if there are none."""
+    """Return the geometric mean, or NaN if there are no ratios."""
     logs = [math.log(ratio) for ratio in ratios]
     return math.exp(sum(logs) / len(logs)) if logs else math.nan
 
 
-def write(path: Path, machine: Mapping[str, Any], config: Any, **found: Any) -> None:
-    """Write the machine, the options and the results as JSON; `Times` are written as the seconds of every round."""
-    numbers = {"machine": machine, "config": dataclasses.asdict(config), **found}
+def write(path: Path, machine: Mapping[str, Any], config: Any, **results: Any) -> None:
+    """Write the machine, the options and the results as JSON; `Times` become lists of seconds."""
+    numbers = {"machine": machine, "config": dataclasses.asdict(config), **results}
     with creating(path) as temporary:
-        temporary.write_text(json.dumps(numbers, indent=1, default=_plain, ensure_ascii=False))
+        temporary.write_text(json.dumps(numbers, indent=1, default=_to_json, ensure_ascii=False))
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     if isinstance(value, Times):
         return value.seconds
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)  # type: ignore[arg-type]
@@ -133,7 +134,7 @@ def bars(
     dots: Mapping[str, Mapping[str, float]] | None = None,
     log: bool = False,
 ) -> None:
-    """Draw one bar per ratio, in ascending order; `dots` are further ratios of some of them, by label."""
+    """Draw one bar per ratio, in ascending order; `dots` are additional ratios by label."""
     from matplotlib.figure import Figure
 
     notes = notes or [f"{ratio:.2f}×" for ratio in ratios.values()]
@@ -141,11 +142,11 @@ def bars(
     names, values = [list(ratios)[i] for i in order], [list(ratios.values())[i] for i in order]
     figure = Figure(figsize=(7 if not log else 9, 0.9 + (0.36 if not log else 0.19) * len(names)), layout="constrained")
     axes = figure.subplots()
-    own = [name == ours if ours else ratio < 1 for name, ratio in zip(names, values, strict=True)]
-    # On a logarithmic axis a bar begins at 1, and slower contenders extend to the left.
+    red = [name == ours if ours else ratio < 1 for name, ratio in zip(names, values, strict=True)]
+    # On a logarithmic axis a bar begins at 1, and ratios below 1 extend to the left.
     left = 1.0 if log else 0.0
-    drawn = axes.barh(names, [v - left for v in values], left=left, color=[OURS if one else THEIRS for one in own])
-    axes.bar_label(drawn, [notes[i] for i in order], padding=4, fontsize=None if not log else 6)
+    container = axes.barh(names, [v - left for v in values], left=left, color=[OURS if one else THEIRS for one in red])
+    axes.bar_label(container, [notes[i] for i in order], padding=4, fontsize=None if not log else 6)
     axes.invert_yaxis()
     if log:
         for color, (what, others) in zip(("#2980b9", "#27ae60"), (dots or {}).items(), strict=False):
@@ -171,7 +172,7 @@ def lines(
     panels: Mapping[str, Mapping[str, Mapping[int, float]]],
     label: str,
 ) -> None:
-    """Draw one panel per growing quantity: {quantity: {contender: {size: cost}}}."""
+    """Draw one panel per quantity; `panels` is {quantity: {library: {size: cost}}}."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 * len(panels), 3.4), layout="constrained")

@@ -1,7 +1,7 @@
-"""The ops that are timed: each in jaxcnn, as users would write it in stock JAX, and in PyTorch.
+"""The ops that are timed, each in jaxcnn, as users would write it in stock JAX, and in PyTorch.
 
-Arguments are passed by name. `x` is an input, channels last. The last two dims of `w` are channels, (…, I, O).
-PyTorch's functions get them in PyTorch's layout.
+Arguments have names. `x` is an input, channels last. The last two dims of `w` are channels, (…, I, O). PyTorch's
+functions get them in PyTorch's layout.
 """
 
 import dataclasses
@@ -32,30 +32,29 @@ class Row:
     ours: Callable[..., Any]
     stock: Callable[..., Any]
     torch: Callable[..., Any] | None
-    #: Whether the backward pass needs more than the arguments, in which case both passes in one program are a row as
-    #: well.
+    #: Whether the backward pass needs more than the arguments. If so, both passes in one program are a row as well.
     together: bool = False
-    #: Relative L2 distance of equal results, if it is larger than the default of `ops`.
+    #: Relative L2 distance of equal results, if larger than the default in `ops`.
     equal: float = 0.0
-    #: Products that crash PyTorch's process if they are computed without the others.
+    #: Products that crash PyTorch's process if computed without the others.
     torch_crashes: tuple[str, ...] = ()
-    #: Multiplications and additions of one product, for rows that report their share of the machine's GEMM rate.
+    #: Multiplications and additions of one product, for rows that report a fraction of the GEMM rate.
     flops: int | None = None
     #: Upper bound (exclusive) of the integers in the argument `labels`.
     classes: int = 10
 
     def arguments(self, batch: int | None = None) -> dict[str, np.ndarray]:
-        """Return noise for the arguments; with `batch`, for that batch size."""
+        """Return random arguments; `batch` replaces the batch size if it is smaller."""
         rng = np.random.default_rng(0)
-        found = {}
-        for name, shape in self.shapes.items():
-            of = shape if batch is None or name not in BATCHED else (min(batch, shape[0]), *shape[1:])
+        arrays = {}
+        for name, full in self.shapes.items():
+            shape = full if batch is None or name not in BATCHED else (min(batch, full[0]), *full[1:])
             if name == "labels":
-                found[name] = rng.integers(0, self.classes, of).astype(np.int32)
+                arrays[name] = rng.integers(0, self.classes, shape).astype(np.int32)
             else:
-                scale = 1 / math.sqrt(math.prod(of[:-1])) if name == "w" else 1.0
-                found[name] = (scale * rng.standard_normal(of)).astype(np.float32)
-        return found
+                scale = 1 / math.sqrt(math.prod(shape[:-1])) if name == "w" else 1.0
+                arrays[name] = (scale * rng.standard_normal(shape)).astype(np.float32)
+        return arrays
 
     @property
     def differentiable(self) -> list[str]:
@@ -80,7 +79,7 @@ LAYOUTS = {1: ("NHC", "HIO", "NHC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "
 def conv(
     name: str,
     x: Shape,
-    patch: Shape,
+    kernel_size: Shape,
     features: int,
     *,
     stride: int = 1,
@@ -89,8 +88,8 @@ def conv(
     groups: int = 1,
     share: bool = False,
 ) -> Row:
-    """Return a convolution; padding is the same on both sides of each dim, or pairs."""
-    dims = len(patch)
+    """Return a convolution; `padding` is one number for all sides, or a pair per dim."""
+    dims = len(kernel_size)
     pairs = ((padding, padding),) * dims if isinstance(padding, int) else padding
 
     def ours(x: Any, w: Any) -> Any:
@@ -109,24 +108,24 @@ def conv(
             return f(x, w, None, stride, padding, dilation, groups)
         return f(F.pad(x, [n for pair in reversed(pairs) for n in pair]), w, None, stride, 0, dilation, groups)
 
-    w = (*patch, x[-1] // groups, features)
+    w = (*kernel_size, x[-1] // groups, features)
     out = [
         (n + lo + hi - dilation * (k - 1) - 1) // stride + 1
-        for n, k, (lo, hi) in zip(x[1:], patch, pairs, strict=False)
+        for n, k, (lo, hi) in zip(x[1:], kernel_size, pairs, strict=False)
     ]
     flops = 2 * x[0] * math.prod(out) * math.prod(w) if share else None
-    return Row(f"conv {name}", {"x": x, "weight": w}, ours, stock, torch, flops=flops)
+    return Row(f"conv {name}", {"x": x, "w": w}, ours, stock, torch, flops=flops)
 
 
-def conv_transpose(name: str, x: Shape, patch: Shape, features: int, stride: int, padding: int) -> Row:
+def conv_transpose(name: str, x: Shape, kernel_size: Shape, features: int, stride: int, padding: int) -> Row:
     """Return a transposed convolution."""
-    dims = len(patch)
+    dims = len(kernel_size)
 
     def ours(x: Any, w: Any) -> Any:
         return jaxcnn.conv_transpose(x, w, stride=stride, padding=padding)
 
     def stock(x: Any, w: Any) -> Any:
-        pads = [(k - 1 - padding,) * 2 for k in patch]
+        pads = [(k - 1 - padding,) * 2 for k in kernel_size]
         return lax.conv_transpose(x, w, (stride,) * dims, pads, dimension_numbers=LAYOUTS[dims], transpose_kernel=True)
 
     def torch(x: Any, w: Any) -> Any:
@@ -134,7 +133,7 @@ def conv_transpose(name: str, x: Shape, patch: Shape, features: int, stride: int
 
         return (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1](x, w, None, stride, padding)
 
-    return Row(f"conv_transpose {name}", {"x": x, "weight": (*patch, features, x[-1])}, ours, stock, torch)
+    return Row(f"conv_transpose {name}", {"x": x, "w": (*kernel_size, features, x[-1])}, ours, stock, torch)
 
 
 def convolutions() -> Iterator[Row]:
@@ -184,7 +183,7 @@ def pool(
     padding: int = 0,
     dilation: int = 1,
 ) -> Row:
-    """Return max_pool, avg_pool or lp_pool; padding is the same on both sides of each dim."""
+    """Return max_pool, avg_pool or lp_pool with the same padding on both sides of each dim."""
     dims = len(x) - 2
     stride = window if stride is None else stride
     options: dict[str, Any] = {"stride": stride, "padding": padding}
@@ -222,7 +221,7 @@ def pool(
 
 
 def pools() -> Iterator[Row]:
-    """Yield adjacent, overlapping, padded, dilated and global pools, and ⊗ 1."""
+    """Yield adjacent, overlapping, padded, dilated and global pools, up and its adjoint."""
     for kind in ("max", "avg", "lp"):
         yield pool(kind, "2×2, 128×24×24×32", (128, 24, 24, 32), 2)
         if kind != "lp":
@@ -276,13 +275,13 @@ def pointwise() -> Iterator[Row]:
         "relu", "leaky_relu", "relu6", "elu", "selu", "celu", "gelu", "silu", "sigmoid", "tanh", "softplus", "mish",
         "hard_tanh", "hard_sigmoid", "hard_swish", "log_sigmoid", "softsign", "squareplus",
     )  # fmt: skip
-    there = {"log_sigmoid": "logsigmoid", "hard_tanh": "hardtanh", "hard_sigmoid": "hardsigmoid"}
-    there |= {"hard_swish": "hardswish"}
+    torch_names = {"log_sigmoid": "logsigmoid", "hard_tanh": "hardtanh", "hard_sigmoid": "hardsigmoid"}
+    torch_names |= {"hard_swish": "hardswish"}
     for name in names:
         stock = jnp.tanh if name == "tanh" else getattr(jax.nn, {"softsign": "soft_sign"}.get(name, name))
         if name == "gelu":
             stock = functools.partial(jax.nn.gelu, approximate=False)
-        theirs = None if name == "squareplus" else torch(there.get(name, name))
+        theirs = None if name == "squareplus" else torch(torch_names.get(name, name))
         row = Row(f"{name} 32×32×32×64", {"x": (32, 32, 32, 64)}, getattr(jaxcnn, name), stock, theirs, together=True)
         yield row
 
@@ -300,7 +299,7 @@ def others() -> Iterator[Row]:
         return F.linear(x, w, b)
 
     for rows, inputs, outputs in ((128, 1024, 10), (128, 3136, 512), (64, 8192, 10)):
-        shapes = {"x": (rows, inputs), "weight": (inputs, outputs), "bias": (outputs,)}
+        shapes = {"x": (rows, inputs), "w": (inputs, outputs), "b": (outputs,)}
         yield Row(f"dense {inputs}→{outputs}, {rows}", shapes, jaxcnn.dense, lambda x, w, b: x @ w + b, linear)
     yield from normalizations()
     yield from losses()
@@ -320,8 +319,8 @@ def hidden_layer(name: str, x: Shape, features: int) -> Row:
 
         return F.max_pool2d(F.relu(F.conv2d(x, w, b)), 2)
 
-    shapes = {"x": x, "weight": (5, 5, x[-1], features), "bias": (features,)}
-    # If two elements of a window differ by less than rounding, the winner may differ: a whole δ goes elsewhere.
+    shapes = {"x": x, "w": (5, 5, x[-1], features), "b": (features,)}
+    # If two elements of a window differ by less than rounding, the winners may differ, and one δ is at another place.
     return Row(f"hidden_layer {name}", shapes, jaxcnn.hidden_layer, stock, torch, together=True, equal=5e-3)
 
 
@@ -360,7 +359,7 @@ def normalizations() -> Iterator[Row]:
     yield Row(f"batch_norm {name}", shapes, jaxcnn.batch_norm, stock((0, 1, 2)), batch, together=True)
     yield Row(f"layer_norm {name}", shapes, jaxcnn.layer_norm, stock((-1,)), layer, together=True)
     ours = functools.partial(jaxcnn.group_norm, groups=8)
-    # PyTorch 2.13 on CPU: a segmentation fault unless δ_x is computed as well.
+    # PyTorch 2.13 on CPU has a segmentation fault unless δ_x is computed as well.
     crashes = ("δ_scale", "δ_bias")
     yield Row(f"group_norm 8, {name}", shapes, ours, grouped, group, together=True, torch_crashes=crashes)
 
@@ -368,7 +367,7 @@ def normalizations() -> Iterator[Row]:
 def losses() -> Iterator[Row]:
     """Yield the losses, one number per example."""
 
-    def labelled(logits: Any, labels: Any) -> Any:
+    def with_labels(logits: Any, labels: Any) -> Any:
         from torch.nn import functional as F
 
         return F.cross_entropy(logits, labels.long(), reduction="none")
@@ -384,7 +383,7 @@ def losses() -> Iterator[Row]:
             {"logits": (rows, classes), "labels": (rows,)},
             jaxcnn.softmax_cross_entropy_with_integer_labels,
             optax.softmax_cross_entropy_with_integer_labels,
-            labelled,
+            with_labels,
             together=True,
             classes=classes,
         )

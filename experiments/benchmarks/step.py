@@ -12,35 +12,35 @@ from experiments import cli, process
 
 if TYPE_CHECKING:
     from experiments.benchmarks.timing import Times
-    from experiments.benchmarks.worker import Told
+    from experiments.benchmarks.worker import Ready
 
 PROG = "python -m experiments.benchmarks.step"
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Time a training step (forward, backward, Adam) of the same net in jaxcnn and in other libraries, alternately."""
+    """Time a training step (forward, backward, Adam) of the same net in jaxcnn and other libraries, in turns."""
 
     net: str = "lecture"
-    """lecture, lenet5, vgg, mobile or resnext."""
+    """Net: lecture, lenet5, vgg, mobile or resnext."""
     contenders: tuple[str, ...] = ("all",)
-    """Whom to compare jaxcnn with, such as --contenders "flax nnx" torch; all is all that the README names."""
+    """Libraries to compare jaxcnn with, such as "flax nnx" torch; all for all that the README lists."""
     batch_size: Annotated[int | None, arg(metavar="INT")] = None
-    """Images a step; without it, 128 for pictures of 28×28 and 64 for larger ones."""
+    """Images per step; if omitted, 128 for 28×28 images, 64 for larger ones."""
     microbatch: Annotated[int | None, arg(metavar="INT")] = None
-    """Images at a time in jaxcnn's step (gradient accumulation), the others take all; without it, all."""
+    """Images per microbatch in jaxcnn's step, by gradient accumulation; if omitted, no microbatches."""
     scan: Annotated[int | None, arg(metavar="INT")] = None
-    """So many steps in one call, by jax.lax.scan: for jaxcnn, flax nnx and equinox; without it, one, and no loop."""
+    """Steps per call, by jax.lax.scan, for jaxcnn, flax nnx and equinox; if omitted, one step without a loop."""
     rounds: int = 10
-    """How often each contender takes its turn."""
+    """Number of rounds. In each round, every library has one turn."""
     steps: int = 5
-    """Calls of a turn that are counted; what is told is seconds a step."""
+    """Timed calls per turn. Results are seconds per step."""
     allocator: str = "stock"
-    """stock or tuned: how glibc keeps memory, the same for all."""
+    """Allocator settings of glibc for all libraries: stock or tuned."""
     device: str = "cpu"
-    """cpu or gpu."""
+    """Device: cpu or gpu."""
     out: Annotated[Path | None, arg(metavar="PATH")] = None
-    """A file for all numbers, as JSON; a bar chart of the ratios goes beside it."""
+    """JSON file for all numbers; a bar chart of the ratios is written next to it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compare(config: Config) -> int:
-    """Build, time and print the contenders. Returns 0."""
+    """Build and time all libraries, and print the results. Return 0, or 130 after Ctrl-C."""
     names = check(config)
 
     from experiments.benchmarks import results, timing
@@ -61,10 +61,10 @@ def compare(config: Config) -> int:
         environment |= {name: str(number) for name, number in process.TUNED.items()}
     machine = timing.machine(("jax", "jaxlib", "optax"), others=("flax", "equinox", "keras", "torch"))
     contenders: dict[str, Contender] = {}
-    told: dict[str, Told] = {}
+    ready: dict[str, Ready] = {}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     try:
-        for name in names:  # sequentially, because compile times are reported as well
+        for name in names:  # one after another, because compile times are reported as well
             contenders[name] = Contender(
                 name,
                 config.net,
@@ -73,7 +73,7 @@ def compare(config: Config) -> int:
                 microbatch=config.microbatch,
                 scan=config.scan,
             )
-            told[name] = contenders[name].ready()
+            ready[name] = contenders[name].ready()
         with results.until_interrupted(lambda: all(seconds.values())) as interrupted:
             for i in range(config.rounds):
                 first = i % len(names)
@@ -83,12 +83,12 @@ def compare(config: Config) -> int:
         for contender in contenders.values():
             contender.stop()
     times = {name: timing.Times(tuple(s)) for name, s in seconds.items()}
-    report(config, machine, times, told)
+    report(config, machine, times, ready)
     return interrupted[0] if interrupted else 0
 
 
 def check(config: Config) -> list[str]:
-    """Return the contenders, jaxcnn first; raise UsageError for every error that can be detected in the options."""
+    """Return the names of the libraries, jaxcnn first; raise UsageError for an invalid option."""
     from experiments.benchmarks import results
     from experiments.benchmarks.contenders import CONTENDERS, IN_LOOPS
     from experiments.benchmarks.nets import NETS
@@ -109,30 +109,31 @@ def check(config: Config) -> list[str]:
 
 
 def report(
-    config: Config, machine: Mapping[str, Any], times: "Mapping[str, Times]", told: "Mapping[str, Told]"
+    config: Config, machine: Mapping[str, Any], times: "Mapping[str, Times]", ready: "Mapping[str, Ready]"
 ) -> None:
-    """Print the table, and write the numbers and the chart if a file was given."""
+    """Print the table, and write the numbers and the chart if `config.out` is given."""
     from experiments.benchmarks import results
     from experiments.benchmarks.nets import NETS
 
     config = dataclasses.replace(config, batch_size=config.batch_size or NETS[config.net]().batch)
     title = f"{config.net}, batch {config.batch_size}, {config.allocator} allocator"
     if config.microbatch is not None:
-        title += f", jaxcnn {config.microbatch} at a time"
+        title += f", jaxcnn in microbatches of {config.microbatch}"
     if config.scan is not None:
-        title += f", {config.scan} steps a call"
+        title += f", {config.scan} steps per call"
     results.heading(machine, f"{title}, one training step, {config.rounds} turns of {config.steps} steps")
-    compiling = {name: f"{t.compile_seconds:.1f} s" for name, t in told.items() if t.compile_seconds is not None}
-    temporary = {name: results.megabytes(t.temporary_bytes) for name, t in told.items() if t.temporary_bytes}
+    compiling = {name: f"{t.compile_seconds:.1f} s" for name, t in ready.items() if t.compile_seconds is not None}
+    temporary = {name: results.megabytes(t.temporary_bytes) for name, t in ready.items() if t.temporary_bytes}
     results.contenders(times, "jaxcnn", {"compile": compiling, "temporary": temporary})
     if config.out is not None:
-        numbers = {name: {"seconds": t, **dataclasses.asdict(told[name])} for name, t in times.items()}
+        numbers = {name: {"seconds": t, **dataclasses.asdict(ready[name])} for name, t in times.items()}
         results.write(config.out, machine, config, contenders=numbers)
         ratios = {name: t.median / times["jaxcnn"].median for name, t in times.items()}
         notes = [f"{ratios[name]:.2f}×  {t.median * 1e3:.0f} ms" for name, t in times.items()]
-        label = "time, as a multiple of jaxcnn's (median)"
-        picture = config.out.with_suffix(".png")
-        results.bars(picture, f"one training step: {title}", label, ratios, notes=notes, ours="jaxcnn")
+        label = "time / jaxcnn's time (medians)"
+        results.bars(
+            config.out.with_suffix(".png"), f"one training step: {title}", label, ratios, notes=notes, ours="jaxcnn"
+        )
 
 
 if __name__ == "__main__":

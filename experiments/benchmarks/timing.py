@@ -1,4 +1,4 @@
-"""Timing of benchmarks: the contenders take turns in one process, and the machine is measured in the same run."""
+"""Timing of contenders that take turns in one process, and measurement of the machine in the same run."""
 
 import dataclasses
 import importlib.metadata
@@ -16,23 +16,23 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds of every round of one contender."""
+    """Seconds of each timed call of one contender."""
 
     seconds: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """Median over all rounds."""
+        """Median of the seconds."""
         return statistics.median(self.seconds)
 
     @property
     def minimum(self) -> float:
-        """Minimum over all rounds."""
+        """Minimum of the seconds."""
         return min(self.seconds)
 
     @property
-    def spread(self) -> float:
-        """Distance between the quartiles, relative to the median."""
+    def interquartile_range(self) -> float:
+        """Interquartile range divided by the median; 0 for fewer than two numbers."""
         if len(self.seconds) < 2:
             return 0.0
         first, _, third = statistics.quantiles(self.seconds, n=4)
@@ -40,9 +40,9 @@ class Times:
 
 
 def interleaved(contenders: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 3) -> dict[str, Times]:
-    """Return seconds per call; the contenders alternate, so that machine noise affects all of them equally.
+    """Return seconds per call; the contenders take turns, so that machine noise affects all of them equally.
 
-    A call returns arrays, whose computation is waited for. Each round begins with a different contender.
+    The time of a call ends when its arrays are computed. Each round begins with a different contender.
     """
     names = list(contenders)
     for name in names:
@@ -61,10 +61,17 @@ def interleaved(contenders: Mapping[str, Callable[[], Any]], rounds: int, warmup
 def in_turns(
     contenders: Mapping[str, Callable[[], Any]], rounds: int, *, most: float = 0.1, calls: int = 5, pause: float = 0.02
 ) -> dict[str, Times]:
-    """Return seconds per call; the contenders take turns of several calls each, after one call that is not counted.
+    """Return seconds per call; in each turn, a contender runs several calls.
 
-    A turn is up to `calls` calls and about `most` seconds. It is preceded by a pause, in which threads of other
-    libraries stop spinning. The results of a call are waited for. Each round begins with a different contender.
+    A turn begins with a pause, in which threads of other libraries stop spinning, and a call that is not timed. Each
+    round begins with a different contender.
+
+    Args:
+        contenders: Functions that return arrays.
+        rounds: Number of turns per contender.
+        most: Approximate maximum seconds of a turn.
+        calls: Maximum number of calls of a turn.
+        pause: Seconds before a turn.
     """
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -84,9 +91,11 @@ def in_turns(
 
 
 def machine(packages: tuple[str, ...], others: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return the packages, the hardware, its load, and its current GEMM and copy rates.
+    """Return versions of packages, the hardware, its load, and its current GEMM and copy rates.
 
-    `packages` must be installed; those of `others` are included if they are installed.
+    Args:
+        packages: Packages that are installed.
+        others: Packages that are included if they are installed.
     """
     a = jax.random.normal(jax.random.key(0), (2048, 2048))
     multiply, copy = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1)
@@ -102,7 +111,7 @@ def machine(packages: tuple[str, ...], others: tuple[str, ...] = ()) -> dict[str
         "allocator": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},
         "python": platform.python_version(),
         **{package: importlib.metadata.version(package) for package in packages},
-        **{package: found for package in others if (found := _version(package)) is not None},
+        **{package: version for package in others if (version := _version(package)) is not None},
     }
 
 

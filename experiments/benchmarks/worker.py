@@ -1,7 +1,7 @@
-"""A contender in its own process, which runs a turn on request: python -m experiments.benchmarks.worker.
+"""A process that runs the training step of one library on request: python -m experiments.benchmarks.worker.
 
-Libraries that have their own threads disturb each other in one process, and each has its own memory to warm up. So
-every contender has a process, and all but one wait, without work, for a line on their standard input.
+Libraries with their own threads disturb each other in one process, and each has its own memory to warm up. So each
+contender has its own process, and all but one wait for a line on their standard input.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ from typing import Any
 from experiments.errors import RunError, explain
 
 PAUSE = 0.3
-"""Seconds before each turn, so that the threads of the one before have stopped spinning."""
+"""Seconds before each turn, in which the threads of the previous contender stop spinning."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Told:
-    """The message of a contender that is ready."""
+class Ready:
+    """The message of a contender whose step is built and warmed up."""
 
     compile_seconds: float | None
     temporary_bytes: int | None
@@ -31,7 +31,14 @@ class Contender:
     """The process of one contender."""
 
     def __init__(self, name: str, net: str, environment: Mapping[str, str], **sizes: int | None) -> None:
-        """Start it; it builds its step in parallel with the others. `sizes` are fields of `nets.Timed` or None."""
+        """Start the process, which begins to build its step.
+
+        Args:
+            name: A key of `contenders.CONTENDERS`.
+            net: A key of `nets.NETS`.
+            environment: Additional environment variables.
+            **sizes: Fields of `nets.Timed`; None means the default.
+        """
         self.name = name
         self._process = subprocess.Popen(
             [sys.executable, "-m", "experiments.benchmarks.worker", name, net, json.dumps(sizes)],
@@ -39,18 +46,18 @@ class Contender:
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, **environment},
-            process_group=0,  # Ctrl-C is for the script, which ends its contenders
+            process_group=0,  # only the script receives Ctrl-C, and it ends its contenders
         )
 
-    def ready(self) -> Told:
-        """Wait until it has built and warmed up its step; raises RunError if it cannot."""
+    def ready(self) -> Ready:
+        """Wait until the step is built and warmed up; raise RunError if that fails."""
         answer = self._answer()
         if "error" in answer:
             raise RunError(f"{self.name}: {answer['error']}")
-        return Told(**answer)
+        return Ready(**answer)
 
     def turn(self, steps: int) -> list[float]:
-        """Return the seconds of each of `steps` steps, after one step that is not counted."""
+        """Return the seconds of each of `steps` steps, after one step that is not timed."""
         time.sleep(PAUSE)
         assert self._process.stdin is not None  # it is a pipe
         self._process.stdin.write(f"{steps}\n")
@@ -71,19 +78,19 @@ class Contender:
 
 
 def main(name: str, net: str, sizes: str) -> None:
-    """Build the step, then answer each line with the seconds of the requested number of steps."""
+    """Build the step, then answer each line of stdin, a number of steps, with their seconds."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # output of the libraries goes to stderr
+    os.dup2(2, 1)  # the output of the libraries goes to stderr
 
-    def say(**answer: Any) -> None:
+    def send(**answer: Any) -> None:
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
     from experiments.benchmarks.contenders import CONTENDERS
     from experiments.benchmarks.nets import NETS
 
-    given = {field: size for field, size in json.loads(sizes).items() if size is not None}
-    timed = dataclasses.replace(NETS[net](), **given)
+    fields = {field: size for field, size in json.loads(sizes).items() if size is not None}
+    timed = dataclasses.replace(NETS[net](), **fields)
     try:
         step = CONTENDERS[name](timed)
         for _ in range(3):
@@ -91,16 +98,16 @@ def main(name: str, net: str, sizes: str) -> None:
     except Exception as error:
         if (line := explain(error)) is None:
             raise
-        say(error=line)
+        send(error=line)
         return
-    say(compile_seconds=step.compile_seconds, temporary_bytes=step.temporary_bytes)
+    send(compile_seconds=step.compile_seconds, temporary_bytes=step.temporary_bytes)
     for line in sys.stdin:
         seconds = []
         for _ in range(int(line) + 1):
             began = time.perf_counter()
             step.run()
             seconds.append((time.perf_counter() - began) / (timed.scan or 1))
-        say(seconds=seconds[1:])
+        send(seconds=seconds[1:])
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""The lecture, statement by statement: `python -m experiments.lecture` runs all scripts and writes one page."""
+"""The lecture, one script per statement; `python -m experiments.lecture` runs all scripts and writes one page."""

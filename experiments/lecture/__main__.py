@@ -1,4 +1,4 @@
-"""Show the whole lecture: python -m experiments.lecture --help."""
+"""Show all statements of the lecture: python -m experiments.lecture --help."""
 
 import dataclasses
 import importlib
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import cli
-from experiments.lecture.statement import folder, tell
+from experiments.lecture.statement import folder, run
 
 SCRIPTS = (
     "s02_network",
@@ -25,20 +25,20 @@ SCRIPTS = (
     "s13_triangles",
     "s14_matching",
     "s14_autocorrelation",
-    "s15_turned",
+    "s15_flipped",
 )
-"""In the lecture's order."""
+"""The scripts in the lecture's order."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Show every statement of the lecture: checks, verdicts, figures, and lecture.html, one page with all of them.
+    """Check every statement of the lecture, print the verdicts, and write the figures and a page, lecture.html.
 
     The exit status is 0 if all statements hold, and 1 otherwise.
     """
 
     out: Path = Path("runs/lecture")
-    """Folder of the pictures and the page."""
+    """Folder of the figures and the page."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,17 +52,17 @@ def show_all(config: Config) -> int:
     from experiments import report
     from experiments.lecture import page
 
-    began, told = time.perf_counter(), []
+    began, results = time.perf_counter(), []
     for name in SCRIPTS:
         script = importlib.import_module(f"experiments.lecture.{name}")
-        told.append((script.STATEMENT, tell(script.STATEMENT, script.show, out)))
+        results.append((script.STATEMENT, run(script.STATEMENT, script.show, out)))
     seconds = time.perf_counter() - began
     versions = report.versions()
     facts = {name: versions[name] for name in ("jaxcnn", "jax", "numpy")}
     path = out / "lecture.html"
-    page.write(path, told, {**facts, "on": report.describe_device(), "in": f"{seconds:.0f} s"})
-    failed = [f"§{statement.section} {statement.name}" for statement, shown in told if not shown.holds]
-    print(f"{len(told) - len(failed)} of {len(told)} statements hold, in {seconds:.0f} s; page: {path}")
+    page.write(path, results, {**facts, "on": report.describe_device(), "in": f"{seconds:.0f} s"})
+    failed = [f"§{statement.section} {statement.name}" for statement, result in results if not result.holds]
+    print(f"{len(results) - len(failed)} of {len(results)} statements hold, in {seconds:.0f} s; page: {path}")
     if failed:
         print(f"these do not: {', '.join(failed)}")
     return 1 if failed else 0

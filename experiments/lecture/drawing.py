@@ -7,38 +7,38 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
 
-BLUE, RED, GREY, DARK = "#2166ac", "#b2182b", "0.55", "0.15"
+BLUE, RED, GRAY, DARK = "#2166ac", "#b2182b", "0.55", "0.15"
 SIGNED = "RdBu_r"
 
 
 def figure(width: float, height: float) -> Figure:
-    """Return an empty figure, sizes in inches. It uses the object interface, not pyplot: no global state, no window."""
-    made = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(made)
-    made.get_layout_engine().set(w_pad=0.06, h_pad=0.06)  # type: ignore[union-attr, call-arg]
-    return made
+    """Return an empty figure of the given size in inches."""
+    fig = Figure(figsize=(width, height), dpi=150, layout="constrained")  # pyplot would have global state
+    FigureCanvasAgg(fig)
+    fig.get_layout_engine().set(w_pad=0.06, h_pad=0.06)  # type: ignore[union-attr, call-arg]
+    return fig
 
 
-def parts(of: Figure | SubFigure, rows: int, columns: int, **ratios: Any) -> list[SubFigure]:
+def parts(fig: Figure | SubFigure, rows: int, columns: int, **ratios: Any) -> list[SubFigure]:
     """Split a figure into `rows`×`columns` subfigures, in row-major order."""
-    return list(np.ravel(np.asarray(of.subfigures(rows, columns, **ratios), object)))
+    return list(np.ravel(np.asarray(fig.subfigures(rows, columns, **ratios), object)))
 
 
-def grey(axes: Axes, values: Any, title: str, below: str | None = None, *, lowest: float | None = 0) -> None:
-    """Draw an image of intensities; if `below` is None, its size is written there."""
+def gray(axes: Axes, values: Any, title: str, below: str | None = None, *, lowest: float | None = 0) -> None:
+    """Draw an image of intensities; the text below it is `below`, or its size if `below` is None."""
     values = np.asarray(values, float)
     _image(axes, values, title, below, cmap="gray", vmin=lowest, vmax=values.max() or 1)
 
 
 def signed(axes: Axes, values: Any, title: str, below: str | None = None, *, limit: float | None = None) -> None:
-    """Draw an array of signed numbers: white is 0, red positive, blue negative, on a symmetric scale."""
+    """Draw an array of signed numbers on a symmetric scale: white is 0, red positive, blue negative."""
     values = np.asarray(values, float)
     limit = limit or np.abs(values).max() or 1
     _image(axes, values, title, below, cmap=SIGNED, vmin=-limit, vmax=limit)
 
 
-def _image(axes: Axes, values: np.ndarray, title: str, below: str | None, **colours: Any) -> None:
-    axes.imshow(values, interpolation="nearest", **colours)
+def _image(axes: Axes, values: np.ndarray, title: str, below: str | None, **colors: Any) -> None:
+    axes.imshow(values, interpolation="nearest", **colors)
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("×".join(map(str, values.shape)) if below is None else below, fontsize=8.5, color="0.35")
     axes.set(xticks=[], yticks=[])
@@ -46,7 +46,7 @@ def _image(axes: Axes, values: np.ndarray, title: str, below: str | None, **colo
 
 
 def numbers(axes: Axes, values: Any, title: str, block: int = 0, below: str = "", *, span: int | None = None) -> None:
-    """Draw a matrix as a grid of numbers or words, on `span` columns; each `block`×`block` block has one color."""
+    """Draw a matrix as a grid of numbers or words, `span` columns wide; each `block`×`block` block has one color."""
     values = np.asarray(values)
     rows, columns = values.shape
     span = span or columns
@@ -63,10 +63,10 @@ def numbers(axes: Axes, values: Any, title: str, block: int = 0, below: str = ""
     axes.set_xlabel(below, fontsize=9, color="0.35")
 
 
-def _cell(x: float, y: float, colour: str) -> Any:
+def _cell(x: float, y: float, color: str) -> Any:
     from matplotlib.patches import Rectangle
 
-    return Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colour, edgecolor="0.6", linewidth=0.8)
+    return Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=color, edgecolor="0.6", linewidth=0.8)
 
 
 def plain(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:

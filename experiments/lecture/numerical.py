@@ -1,4 +1,4 @@
-"""Numbers shared by several scripts: slopes by differences, and real images."""
+"""Functions shared by several scripts: slopes by differences, initial states, and images."""
 
 import functools
 import math
@@ -16,13 +16,13 @@ from jaxcnn import Serial, TrainState
 Array = jax.Array
 
 STEP = 1e-5
-"""How far an entry is moved; in float64 the slope then errs by about 1e-10."""
+"""Step h of the differences; in float64 the error of the slope is about 1e-10."""
 
 
 def slopes_by_differences(f: Callable[..., Array], inputs: tuple[Array, ...], delta: Array) -> tuple[Array, ...]:
-    """Return the slope of ⟨f(inputs), δ⟩ with respect to every element of every input, without calculus (lecture §5).
+    """Return the slope of ⟨f(inputs), δ⟩ with respect to every element of every input, by central differences.
 
-    These are central differences, (E(x + h) − E(x − h)) / 2h, with two evaluations per element.
+    A slope is (E(x + h) − E(x − h)) / 2h, two evaluations per element (lecture §5).
     """
     ends = np.cumsum([x.size for x in inputs])[:-1]
 
@@ -33,10 +33,10 @@ def slopes_by_differences(f: Callable[..., Array], inputs: tuple[Array, ...], de
         def parts(flat: Array) -> tuple[Array, ...]:
             return tuple(part.reshape(x.shape) for part, x in zip(jnp.split(flat, ends), inputs, strict=True))
 
-        # A loop over the elements and both directions: it holds one copy of f, which compiles fast.
+        # A loop over elements and directions contains one copy of f, so it compiles fast.
         def slope(i: Array) -> Array:
-            moved = jnp.array([STEP, -STEP], flat.dtype)
-            above, below = jax.lax.map(lambda h: jnp.vdot(f(*parts(flat.at[i].add(h))), delta), moved)
+            steps = jnp.array([STEP, -STEP], flat.dtype)
+            above, below = jax.lax.map(lambda h: jnp.vdot(f(*parts(flat.at[i].add(h))), delta), steps)
             return (above - below) / (2 * STEP)
 
         return parts(jax.lax.map(slope, jnp.arange(flat.size)))
@@ -45,30 +45,31 @@ def slopes_by_differences(f: Callable[..., Array], inputs: tuple[Array, ...], de
 
 
 def slopes_by_rule(f: Callable[..., Array], inputs: tuple[Array, ...], delta: Array) -> tuple[Array, ...]:
-    """Return the same slopes by the backward rule of `f`."""
+    """Return the same slopes, by the backward rule of `f`."""
     return jax.jit(lambda *inputs: jax.vjp(f, *inputs)[1](delta))(*inputs)
 
 
-def started(net: Serial, optimizer: optax.GradientTransformation) -> TrainState:
-    """Return a TrainState for 28×28 images with NumPy weights, because JAX's generator compiles for each shape.
+def initial_state(net: Serial, optimizer: optax.GradientTransformation) -> TrainState:
+    """Return a TrainState for 28×28 images, with weights drawn by NumPy.
 
-    Nets whose layers have equal numbers of weights start with equal weights, whatever shape the layers give them.
+    JAX's generator would compile for each shape. Two nets whose layers have the same numbers of weights start with the
+    same weights, even if the shapes differ.
     """
     rng = np.random.default_rng(0)
 
-    def drawn(layer: jax.ShapeDtypeStruct) -> Array:
-        if len(layer.shape) == 1:  # a bias
-            return jnp.zeros(layer.shape, layer.dtype)
-        inputs = math.prod(layer.shape[:-1])
-        return jnp.asarray(rng.normal(size=layer.shape) / math.sqrt(inputs), layer.dtype)
+    def draw(leaf: jax.ShapeDtypeStruct) -> Array:
+        if len(leaf.shape) == 1:  # a bias
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        inputs = math.prod(leaf.shape[:-1])
+        return jnp.asarray(rng.normal(size=leaf.shape) / math.sqrt(inputs), leaf.dtype)
 
     shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), (28, 28, 1)))
-    params = jax.tree.map(drawn, shapes)
+    params = jax.tree.map(draw, shapes)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.random.key(0, impl="rbg"))
 
 
-def drawn(seed: int, *shapes: tuple[int, ...]) -> list[Array]:
-    """Return normally distributed numbers, float64."""
+def normal(seed: int, *shapes: tuple[int, ...]) -> list[Array]:
+    """Return one array of normally distributed float64 numbers per shape."""
     rng = np.random.default_rng(seed)
     return [jnp.asarray(rng.normal(size=shape)) for shape in shapes]
 
@@ -80,7 +81,7 @@ def fashion() -> Dataset:
 
 
 def boot() -> np.ndarray:
-    """Return an image of an ankle boot, the first of the training set: (28, 28), float64, 0 … 1."""
+    """Return the first ankle boot of the training set: (28, 28), float64, 0 … 1."""
     data = fashion()
     return data.train_images[np.argmax(data.train_labels == 9), :, :, 0].astype(np.float64)
 
@@ -94,6 +95,6 @@ def portrait() -> np.ndarray:
     return rgb.astype(np.float64) @ np.array([0.299, 0.587, 0.114]) / 255
 
 
-def as_picture(x: Any) -> Array:
-    """Add a batch and a channel dim: (H, W) → (1, H, W, 1)."""
+def as_batch(x: Any) -> Array:
+    """Return the image with a batch and a channel dim: (H, W) → (1, H, W, 1)."""
     return jnp.asarray(x)[None, :, :, None]

@@ -1,4 +1,4 @@
-"""lecture.html: all statements on one self-contained page that needs no other file and no network."""
+"""lecture.html: one page with all statements, which needs no other file and no network."""
 
 import base64
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from experiments.files import replacing
-from experiments.lecture.statement import ROOT, Shown, Statement, picture_path, verdict
+from experiments.lecture.statement import ROOT, Result, Statement, figure_path, verdict
 
 TERMS = (
     ("back propagation", "역전파"),
@@ -16,20 +16,20 @@ TERMS = (
     ("activation function", "활성화 함수"),
     ("pooling", "풀링"),
     ("dropout", "드롭아웃"),
-    ("patch", "패치"),
+    ("patch (kernel)", "패치"),
     ("weight", "가중치"),
     ("product of matrices", "행렬곱"),
-    ("product entry by entry (∘)", "원소끼리의 곱"),
+    ("elementwise product (∘)", "원소끼리의 곱"),
     ("derivative, slope", "미분, 기울기"),
-    ("slope by differences", "차에 의한 기울기"),
-    ("error", "오류"),
+    ("finite differences", "차에 의한 기울기"),
+    ("error (loss E)", "오류"),
     ("size", "크기"),
     ("Kronecker product (⊗)", "크로네커 곱"),
     ("convolution (∗)", "합성곱"),
     ("correlation (⋆)", "상관"),
     ("cross-correlation", "상호상관"),
     ("auto-correlation", "자기상관"),
-    ("flip, turn by 180°", "플립, 180도 회전"),
+    ("flip, rotation by 180°", "플립, 180도 회전"),
     ("right triangle", "직각삼각형"),
     ("hill, peak", "산모양, 최고점"),
     ("template matching", "템플릿 매칭"),
@@ -39,7 +39,7 @@ TERMS = (
     ("variance", "분산"),
     ("training", "학습, 트레이닝"),
 )
-"""English and Korean, in the order in which the lecture needs them."""
+"""Pairs of an English and a Korean term, in the lecture's order."""
 
 STYLE = """
 :root { color-scheme: light dark; --ground: #fcfcfb; --text: #1f2328; --soft: #5c6570; --line: #dde1e6;
@@ -77,7 +77,7 @@ figure img { display: block; width: 100%; height: auto; background: #fff; border
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .92rem; width: 100%; }
 th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.number { font-variant-numeric: tabular-nums; } td.needed { min-width: 6.6rem; }
+td.number { font-variant-numeric: tabular-nums; } td.required { min-width: 6.6rem; }
 .holds { color: var(--good); font-weight: 600; white-space: nowrap; }
 .fails { color: var(--bad); font-weight: 700; white-space: nowrap; }
 .paths { font-size: .88rem; margin: .9rem 0 0; } .paths a { margin-right: .9rem; white-space: nowrap; }
@@ -85,10 +85,11 @@ code { font-size: .92em; }
 @media (max-width: 44rem) {
   section { padding: .9rem .8rem; }
   figure img { width: 42rem; max-width: none; }
-  figcaption::before { content: "(The picture is wider than the screen; it scrolls.) "; }
+  figcaption::before { content: "(The figure is wider than the screen and scrolls.) "; }
   thead { display: none; }
-  tr { display: grid; grid-template-columns: 1fr auto auto; padding: .35rem 0; border-bottom: 1px solid var(--line); }
-  td, td.needed { border: 0; padding: 0 .8rem 0 0; min-width: 0; } td:first-child { grid-column: 1 / -1; }
+  tr { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr) auto; padding: .35rem 0;
+    border-bottom: 1px solid var(--line); }
+  td, td.required { border: 0; padding: 0 .8rem 0 0; min-width: 0; } td:first-child { grid-column: 1 / -1; }
 }
 dl.terms { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: .2rem 1.5rem;
   margin: .5rem 0 0; font-size: .95rem; }
@@ -97,18 +98,18 @@ dl.terms dd { margin: 0; text-align: right; }
 """
 
 
-def write(path: Path, told: Sequence[tuple[Statement, Shown]], facts: Mapping[str, str]) -> None:
+def write(path: Path, results: Sequence[tuple[Statement, Result]], facts: Mapping[str, str]) -> None:
     """Write the page to the folder of the figures that it embeds."""
     with replacing(path) as temporary:
-        temporary.write_text(page(path.parent, told, facts), encoding="utf-8")
+        temporary.write_text(page(path.parent, results, facts), encoding="utf-8")
 
 
-def page(folder: Path, told: Sequence[tuple[Statement, Shown]], facts: Mapping[str, str]) -> str:
-    """Return the whole page; links to files of the project are relative to `folder`."""
-    holding = sum(shown.holds for _, shown in told)
+def page(folder: Path, results: Sequence[tuple[Statement, Result]], facts: Mapping[str, str]) -> str:
+    """Return the HTML of the page; links to files of the project are relative to `folder`."""
+    holding = sum(result.holds for _, result in results)
     contents = "".join(
-        f'<li><a href="#{s.name}"><b>§{s.section}</b> {s.title}</a> {_mark(shown.holds)}{_badge(s)}</li>'
-        for s, shown in told
+        f'<li><a href="#{s.name}"><b>§{s.section}</b> {s.title}</a> {_mark(result.holds)}{_badge(s)}</li>'
+        for s, result in results
     )
     known = " · ".join(f"{escape(name)} {escape(value)}" for name, value in facts.items())
     terms = "".join(f'<div><dt>{escape(english)}</dt><dd lang="ko">{korean}</dd></div>' for english, korean in TERMS)
@@ -123,18 +124,19 @@ def page(folder: Path, told: Sequence[tuple[Statement, Shown]], facts: Mapping[s
 <body>
 <header>
 <h1>CNN back propagation: the lecture, executed</h1>
-<p>Every statement of the lecture (<span lang="ko">10. CNN Back Propagation</span>), in its order, computed by
-<code>python -m experiments.lecture</code>. Each has the lecture's own words, the claim, the formula, a picture, and
-checks that can fail. Where the lecture errs, an erratum says so, <span class="badge">marked like this</span>.</p>
-<p>δ is the slope of the error E in what stands there. ∗ is convolution, with the patch turned by 180°, and ⋆ is
-correlation, with the patch as it is; the lecture writes ∗ for both. ∘ is the product entry by entry, ⊗ the Kronecker
-product. The Korean terms are <a href="#terms">listed at the end</a>.</p>
-<p><span class="{"holds" if holding == len(told) else "fails"}">{holding} of {len(told)} statements hold.</span>
+<p>Every statement of the lecture (<span lang="ko">10. CNN Back Propagation</span>), in the lecture's order, computed by
+<code>python -m experiments.lecture</code>. Each section has the lecture's own words, the claim, the formula, a figure,
+and checks that can fail. Where the lecture is wrong, the section has an erratum,
+<span class="badge">marked like this</span>.</p>
+<p>δ is the derivative of the loss E with respect to a layer's output. ∗ is convolution, with a flipped kernel, and ⋆ is
+correlation, without the flip; the lecture writes ∗ for both, and calls the kernel <i>patch</i>. ∘ is the elementwise
+product, ⊗ the Kronecker product. The Korean terms are <a href="#terms">listed at the end</a>.</p>
+<p><span class="{"holds" if holding == len(results) else "fails"}">{holding} of {len(results)} statements hold.</span>
 <span class="soft">{known}</span></p>
 </header>
 <nav aria-label="Statements"><ol>{contents}</ol></nav>
 <main>
-{"".join(_section(folder, statement, shown) for statement, shown in told)}
+{"".join(_section(folder, statement, result) for statement, result in results)}
 </main>
 <section id="terms"><h2>Terms <span lang="ko">용어</span></h2><dl class="terms">{terms}</dl></section>
 </body>
@@ -142,13 +144,13 @@ product. The Korean terms are <a href="#terms">listed at the end</a>.</p>
 """
 
 
-def _section(folder: Path, statement: Statement, shown: Shown) -> str:
-    picture = base64.b64encode(picture_path(statement, folder).read_bytes()).decode()
+def _section(folder: Path, statement: Statement, result: Result) -> str:
+    image = base64.b64encode(figure_path(statement, folder).read_bytes()).decode()
     errata = "".join(f'<p class="erratum"><b>Erratum {n}.</b> {text}</p>' for n, text in statement.errata)
     rows = "".join(
         f'<tr><td>{escape(c.what)}</td><td class="number">{escape(c.measured)}</td>'
-        f'<td class="number needed">{escape(c.needed)}</td><td>{_mark(c.holds)}</td></tr>'
-        for c in shown.checks
+        f'<td class="number required">{escape(c.required)}</td><td>{_mark(c.holds)}</td></tr>'
+        for c in result.checks
     )
     script = f"experiments/lecture/{statement.name}.py"
     links = [
@@ -162,11 +164,11 @@ def _section(folder: Path, statement: Statement, shown: Shown) -> str:
 <p>{statement.claim}</p>
 <div class="formula">{statement.formula.replace(",  ", "<br>")}</div>
 {errata}
-<figure><div class="scroll"><img alt="{escape(shown.caption, quote=True)}" src="data:image/png;base64,{picture}"></div>
-<figcaption>{escape(shown.caption)}</figcaption></figure>
-<div class="scroll"><table><thead><tr><th>check</th><th>measured</th><th>needed</th><th></th></tr></thead>
+<figure><div class="scroll"><img alt="{escape(result.caption, quote=True)}" src="data:image/png;base64,{image}"></div>
+<figcaption>{escape(result.caption)}</figcaption></figure>
+<div class="scroll"><table><thead><tr><th>check</th><th>measured</th><th>required</th><th></th></tr></thead>
 <tbody>{rows}</tbody></table></div>
-<p>Verdict: <span class="{"holds" if shown.holds else "fails"}">{verdict(shown)}</span></p>
+<p>Verdict: <span class="{"holds" if result.holds else "fails"}">{verdict(result)}</span></p>
 <p class="paths">{" ".join(links)}</p>
 </section>
 """

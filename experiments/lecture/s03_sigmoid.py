@@ -1,4 +1,4 @@
-"""§3: the ordinary network, δ_l = w δ_{l+1} g'(x) with g' = g(1 − g), next to a convolutional one."""
+"""§3: the ordinary network, δ_l = w δ_{l+1} g'(x) with g' = g(1 − g), and a convolutional one."""
 
 import functools
 import sys
@@ -11,18 +11,18 @@ import optax
 
 import jaxcnn
 from experiments.data import shuffled_batches
-from experiments.lecture.drawing import BLUE, DARK, GREY, RED, figure, plain
-from experiments.lecture.numerical import drawn, fashion, started
-from experiments.lecture.statement import Shown, Statement, at_least, at_most, main, relative
+from experiments.lecture.drawing import BLUE, DARK, GRAY, RED, figure, plain
+from experiments.lecture.numerical import fashion, initial_state, normal
+from experiments.lecture.statement import Result, Statement, at_least, at_most, main, relative
 
 STATEMENT = Statement(
     name="s03_sigmoid",
     section="3",
-    title="The ordinary network with sigmoids, recalled",
+    title="The ordinary network with sigmoids",
     korean_title="일반적인 신경망과 시그모이드, 복습",
     korean="미분한 상태의 sigmoid function g′(x) = g(x)(1−g(x)) 가 각각의 항(weight)에 곱해지는것 기억해라",
-    claim="In an ordinary network δ goes back through a product with w and with g′ = g(1 − g), and ∂E/∂w is δ times "
-    "the input. Such a net learns, and so does a convolutional one with the same training step.",
+    claim="In an ordinary network, the backward pass multiplies δ by w and by g′ = g(1 − g), and ∂E/∂w is δ times the "
+    "input. Such a net learns, and so does a convolutional net with the same training step.",
     formula="δ<sub>l</sub> = w δ<sub>l+1</sub> g′(x),  g′(x) = g(x)(1 − g(x))",
     functions=(
         "jaxcnn/ops/linear.py: dense",
@@ -40,8 +40,8 @@ NETS = {
 }
 
 
-def show(sigmoid: Any = jaxcnn.sigmoid, *, steps: int = 150) -> Shown:
-    """Compute the slope of the sigmoid and the δ of a small net by hand, and train two nets side by side."""
+def show(sigmoid: Any = jaxcnn.sigmoid, *, steps: int = 150) -> Result:
+    """Compute the slope of the sigmoid and the δ of a small net by hand, and train two nets."""
     x = jnp.linspace(-6, 6, 241)
     g = sigmoid(x)
     slope = jax.vjp(sigmoid, x)[1](jnp.ones_like(x))[0]
@@ -49,34 +49,39 @@ def show(sigmoid: Any = jaxcnn.sigmoid, *, steps: int = 150) -> Shown:
     differences = (sigmoid(x + h) - sigmoid(x - h)) / (2 * h)
     curves = {name: train(make(), steps) for name, make in NETS.items()}
     checks = (
-        at_most("g′ by the rule against g(1 − g)", relative(slope, g * (1 - g)), 1e-12),
-        at_most("g′ by the rule against differences", relative(slope, differences), 1e-8),
-        at_most("∂E/∂w₁ and ∂E/∂w₂ against the formula in NumPy", by_hand(sigmoid), 1e-12),
-        *(at_least(f"test accuracy of the {name} (guessing: 0.1)", curve[1], 0.5) for name, curve in curves.items()),
+        at_most("g′ by the rule and g(1 − g), relative difference", relative(slope, g * (1 - g)), 1e-12),
+        at_most("g′ by the rule and by differences, relative difference", relative(slope, differences), 1e-8),
+        at_most(
+            "∂E/∂w₁ and ∂E/∂w₂ by the rules and by the formula in NumPy, relative difference", by_hand(sigmoid), 1e-12
+        ),
+        *(at_least(f"test accuracy of the {name} (chance: 0.1)", curve[1], 0.5) for name, curve in curves.items()),
     )
-    caption = f"Left: the sigmoid and its slope. Right: both nets, one training step, {steps} steps of 64 pictures."
-    return Shown(checks, draw(x, g, slope, curves), caption)
+    caption = (
+        "Left: the sigmoid and its slope. Right: both nets with one training step function, "
+        f"{steps} steps of 64 images."
+    )
+    return Result(checks, draw(x, g, slope, curves), caption)
 
 
 def by_hand(sigmoid: Any) -> float:
-    """Return the distance of ∂E/∂w between δ_l = w δ_{l+1} g'(x) in NumPy, for two layers, and jaxcnn's rules."""
-    x, w1, w2, target = drawn(0, (4, 6), (6, 5), (5, 3), (4, 3))
+    """Return the relative difference of ∂E/∂w between δ_l = w δ_{l+1} g'(x) in NumPy and jaxcnn's rules."""
+    x, w1, w2, target = normal(0, (4, 6), (6, 5), (5, 3), (4, 3))
 
-    def error(w1: Any, w2: Any) -> Any:
+    def loss(w1: Any, w2: Any) -> Any:
         return jaxcnn.squared_error(jaxcnn.dense(sigmoid(jaxcnn.dense(x, w1)), w2), target).sum()
 
     a = 1 / (1 + np.exp(-np.asarray(x @ w1)))
     delta_2 = 2 * (a @ w2 - target)  # of the output layer
     delta_1 = (delta_2 @ w2.T) * a * (1 - a)  # w δ g'
-    return relative(list(jax.jit(jax.grad(error, (0, 1)))(w1, w2)), [x.T @ delta_1, a.T @ delta_2])
+    return relative(list(jax.jit(jax.grad(loss, (0, 1)))(w1, w2)), [x.T @ delta_1, a.T @ delta_2])
 
 
 @functools.cache
 def train(net: jaxcnn.Serial, steps: int) -> tuple[list[float], float]:
-    """Return the loss of each step, and the test accuracy at the end."""
+    """Return the loss of each step, and the final test accuracy."""
     data, loss = fashion(), jaxcnn.softmax_cross_entropy_with_integer_labels
     optimizer = optax.adam(3e-3)
-    state = started(net, optimizer)
+    state = initial_state(net, optimizer)
     step = jaxcnn.make_train_step(net, loss, optimizer)
     losses: list[float] = []
     while len(losses) < steps:
@@ -97,11 +102,11 @@ def draw(x: Any, g: Any, slope: Any, curves: dict[str, tuple[list[float], float]
     left.plot(x, g, color=DARK, label="g(x)", linewidth=2)
     left.plot(x, slope, color=RED, label="g′(x) = g(x)(1 − g(x)), by the rule", linewidth=2)
     left.legend(frameon=False, fontsize=9, loc="upper left")
-    plain(right, "one training step, two nets", "step", "training loss")
-    for (name, (losses, accuracy)), colour in zip(curves.items(), (GREY, BLUE), strict=True):
-        right.plot(losses, color=colour, alpha=0.25, linewidth=0.8)
+    plain(right, "two nets, one training step function", "step", "training loss")
+    for (name, (losses, accuracy)), color in zip(curves.items(), (GRAY, BLUE), strict=True):
+        right.plot(losses, color=color, alpha=0.25, linewidth=0.8)
         smooth = running_mean(np.asarray(losses))
-        right.plot(np.arange(len(smooth)) + len(losses) - len(smooth), smooth, color=colour, linewidth=2,
+        right.plot(np.arange(len(smooth)) + len(losses) - len(smooth), smooth, color=color, linewidth=2,
                    label=f"{name}, test accuracy {accuracy:.3f}")  # fmt: skip
     right.set_ylim(0, 2.4)
     right.legend(frameon=False, fontsize=9)

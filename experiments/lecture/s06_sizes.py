@@ -1,4 +1,4 @@
-"""§6–7: pooling reduces 24×24 to 12×12, so the product with g'(x) no longer fits; ⊗ restores the size."""
+"""§6–7: pooling reduces 24×24 to 12×12, which does not match g'(x); ⊗ restores the size."""
 
 import sys
 from typing import Any
@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxcnn
-from experiments.lecture.drawing import figure, grey, sign, signed
-from experiments.lecture.numerical import as_picture, boot, drawn
-from experiments.lecture.statement import Shown, Statement, equal, main, refused
+from experiments.lecture.drawing import figure, gray, sign, signed
+from experiments.lecture.numerical import as_batch, boot, normal
+from experiments.lecture.statement import Result, Statement, equal, main, raises
 from jaxcnn.ops.signal import convolve
 
 STATEMENT = Statement(
@@ -18,42 +18,42 @@ STATEMENT = Statement(
     title="Pooling changes the size: 24×24 becomes 12×12",
     korean_title="풀링에 의한 크기의 변화: 24×24에서 12×12로",
     korean="δ가 24*24 였다면 2*2로 pooling하면 12*12크기행렬로 줄어들게 된다 … 크기가 달라서 문제가 생긴다",
-    claim="δ comes back from the next layer in the size after pooling, 12×12, and g′(x) has the size before it, 24×24: "
-    "they cannot be multiplied entry by entry. The Kronecker product with ones enlarges δ to 24×24, and they can.",
+    claim="The next layer returns δ in the size after pooling, 12×12, but g′(x) has the size before pooling, 24×24: "
+    "their elementwise product does not exist. The Kronecker product with ones enlarges δ to 24×24.",
     formula="24×24 →(2×2 pooling)→ 12×12 →(⊗ 1<sub>2×2</sub>)→ 24×24",
     functions=("jaxcnn/ops/pooling.py: max_pool", "jaxcnn/ops/kronecker.py: kron_up"),
     test="tests/test_rules.py",
 )
 
 
-def show(kron_up: Any = jaxcnn.kron_up) -> Shown:
+def show(kron_up: Any = jaxcnn.kron_up) -> Result:
     """Check the lecture's sizes in the forward and backward pass, with a 28×28 image and 5×5 kernels."""
-    w_1, w_2, delta_y = drawn(5, (5, 5, 1, 1), (5, 5), (8, 8))
-    picture = boot()
-    x = jaxcnn.conv(as_picture(picture), w_1)
+    w_1, w_2, delta_y = normal(5, (5, 5, 1, 1), (5, 5), (8, 8))
+    image = boot()
+    x = jaxcnn.conv(as_batch(image), w_1)
     pooled = jaxcnn.max_pool(jaxcnn.relu(x), 2)
     slope = (x > 0).astype(x.dtype)
-    y = jaxcnn.conv(pooled, as_picture(w_2)[0, :, :, :, None])
-    delta = as_picture(convolve(delta_y, w_2))
+    y = jaxcnn.conv(pooled, as_batch(w_2)[0, :, :, :, None])
+    delta = as_batch(convolve(delta_y, w_2))
     enlarged = kron_up(delta, 2)
     checks = (
-        equal("the picture, X", picture.shape, (28, 28)),
+        equal("the image, X", image.shape, (28, 28)),
         equal("after the first convolution", x.shape[1:3], (24, 24)),
         equal("after pooling", pooled.shape[1:3], (12, 12)),
         equal("after the second convolution, y", y.shape[1:3], (8, 8)),
-        equal("w₂ ∗ δ_y, which comes back", delta.shape[1:3], (12, 12)),
+        equal("w₂ ∗ δ_y, in the backward pass", delta.shape[1:3], (12, 12)),
         equal("g′(x)", slope.shape[1:3], (24, 24)),
-        refused("their product, (w₂ ∗ δ_y) ∘ g′(x)", lambda: delta[0, :, :, 0] * slope[0, :, :, 0]),
+        raises("their product, (w₂ ∗ δ_y) ∘ g′(x)", lambda: delta[0, :, :, 0] * slope[0, :, :, 0]),
         equal("up(w₂ ∗ δ_y)", enlarged.shape[1:3], (24, 24)),
-        equal("the product now, up(w₂ ∗ δ_y) ∘ g′(x)", (enlarged * slope).shape[1:3], (24, 24)),
-        equal("blocks of 2×2 that are not one number", blocks_that_differ(enlarged), 0),
+        equal("up(w₂ ∗ δ_y) ∘ g′(x)", (enlarged * slope).shape[1:3], (24, 24)),
+        equal("2×2 blocks with more than one number", blocks_that_differ(enlarged), 0),
     )
     caption = (
-        "To scale: an entry is as large in every picture but those of up, where it is a block of 2×2. Above, the way "
-        "out; below, from the right, the way back, where 12×12 meets 24×24 and has to be enlarged. The blocks are what "
-        "this § says; for max pooling, only the winner of each may keep its δ (erratum 3, §9)."
+        "All images are to one scale. Top: the forward pass. Bottom, from right to left: the backward pass, where up "
+        "enlarges 12×12 to 24×24 by repeating each element in a 2×2 block, as in this section. With max pooling, only "
+        "the winner of each block keeps its δ (erratum 3, §9)."
     )
-    return Shown(checks, draw([picture, x, slope, pooled, y, delta, enlarged]), caption)
+    return Result(checks, draw([image, x, slope, pooled, y, delta, enlarged]), caption)
 
 
 def blocks_that_differ(x: Any) -> int:
@@ -63,25 +63,25 @@ def blocks_that_differ(x: Any) -> int:
 
 
 def draw(steps: list[Any]) -> Any:
-    """Draw the forward pass and the backward pass, all images to one scale."""
-    picture, *rest = map(np.asarray, steps)
+    """Draw the forward and the backward pass, all images to one scale."""
+    image, *rest = map(np.asarray, steps)
     x, slope, pooled, y, delta, enlarged = (p[0, :, :, 0] for p in rest)
     fig = figure(10, 5.4)
     limit = float(np.abs(delta).max())
     rows: Any = (
         (
-            (grey, picture, "$X$", {}),
+            (gray, image, "$X$", {}),
             "→",
             (signed, x, r"$x = X \star w_1$", {}),
             "→",
-            (grey, pooled, "pooling of $g(x)$", {}),
+            (gray, pooled, "pooled $g(x)$", {}),
             "→",
-            (signed, y, r"$y =$ that $\star\, w_2$", {}),
+            (signed, y, r"$y =$ pooled $g(x) \star\, w_2$", {}),
         ),
         (
             (signed, enlarged * slope, r"$up(w_2 * \delta_y) \circ g'(x)$", {"limit": limit}),
             "=",
-            (grey, slope, "$g'(x)$", {}),
+            (gray, slope, "$g'(x)$", {}),
             "∘",
             (signed, enlarged, r"$up(w_2 * \delta_y)$", {"limit": limit}),
             "←",
@@ -100,11 +100,11 @@ def draw(steps: list[Any]) -> Any:
 
 
 def to_scale(axes: Any, size: int) -> None:
-    """Shrink an image around its center, in proportion to 28×28, and give it a frame of its size."""
+    """Shrink an image around its center, in proportion to 28×28, and frame it."""
     from matplotlib.patches import Rectangle
 
-    middle, half = (size - 1) / 2, 14.2
-    axes.set(xlim=(middle - half, middle + half), ylim=(middle + half, middle - half))
+    center, radius = (size - 1) / 2, 14.2
+    axes.set(xlim=(center - radius, center + radius), ylim=(center + radius, center - radius))
     axes.spines[:].set_visible(False)
     axes.add_patch(Rectangle((-0.5, -0.5), size, size, fill=False, edgecolor="0.7", linewidth=1))
 

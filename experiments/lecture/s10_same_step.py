@@ -1,4 +1,4 @@
-"""§10: the only difference from an ordinary network is that products become convolutions."""
+"""§10: the only difference from an ordinary network is that convolutions replace matrix products."""
 
 import functools
 import sys
@@ -9,19 +9,19 @@ import numpy as np
 import optax
 
 import jaxcnn
-from experiments.lecture.drawing import BLUE, GREY, figure, parts, plain, signed
-from experiments.lecture.numerical import drawn, fashion, started
-from experiments.lecture.statement import Shown, Statement, at_least, at_most, main, relative
+from experiments.lecture.drawing import BLUE, GRAY, figure, parts, plain, signed
+from experiments.lecture.numerical import fashion, initial_state, normal
+from experiments.lecture.statement import Result, Statement, at_least, at_most, main, relative
 
 STATEMENT = Statement(
     name="s10_same_step",
     section="10",
-    title="Products become convolutions, and nothing else changes",
+    title="Convolutions replace products, and nothing else changes",
     korean_title="곱하기가 합성곱으로 바뀔 뿐",
     korean="일반적인 NN과 차이점이라면 곱하기 연산을 일반 행렬곱 말고 convolution 연산으로 해준것 차이밖에 없다",
-    claim="A product with a matrix is a convolution whose patch is as large as the picture: the same output, δ and "
-    "∂E/∂w. One training step, unchanged, drives an ordinary network and a convolutional one.",
-    formula="y = x·w is y = x ⋆ w with a 28×28 patch",
+    claim="A matrix product equals a convolution whose kernel is as large as the image: output, δ and ∂E/∂w are the "
+    "same. One training step function trains an ordinary network and a convolutional one.",
+    formula="y = x·w is y = x ⋆ w with a 28×28 kernel",
     functions=("jaxcnn/training.py: make_train_step", "jaxcnn/ops/linear.py: dense", "jaxcnn/ops/convolution.py: conv"),
     test="tests/experiments/test_gradients.py",
 )
@@ -30,7 +30,7 @@ LOSS = jaxcnn.softmax_cross_entropy_with_integer_labels
 
 
 def nets() -> dict[str, jaxcnn.Serial]:
-    """Return a net of products, one of convolutions, and the first with its product as a convolution."""
+    """Return a net with matrix products, one with a convolution, and the first with its product as a convolution."""
     return {
         "products": jaxcnn.serial(jaxcnn.Flatten(), jaxcnn.Dense(16), jaxcnn.Relu(), jaxcnn.Dense(10)),
         "convolutions": jaxcnn.serial(
@@ -42,9 +42,9 @@ def nets() -> dict[str, jaxcnn.Serial]:
     }
 
 
-def show(conv: Any = jaxcnn.conv, *, steps: int = 100) -> Shown:
-    """Compare a product with the equivalent convolution, then train three nets with one step function."""
-    x, w, b, delta = drawn(0, (4, 28, 28, 1), (28, 28, 1, 16), (16,), (4, 16))
+def show(conv: Any = jaxcnn.conv, *, steps: int = 100) -> Result:
+    """Compare a matrix product with the equivalent convolution, then train three nets with one step function."""
+    x, w, b, delta = normal(0, (4, 28, 28, 1), (28, 28, 1, 16), (16,), (4, 16))
 
     def product(x: Any, w: Any, b: Any) -> Any:
         return jaxcnn.dense(x.reshape(4, -1), w.reshape(-1, 16), b)
@@ -54,24 +54,24 @@ def show(conv: Any = jaxcnn.conv, *, steps: int = 100) -> Shown:
 
     y, pull = jax.vjp(product, x, w, b)
     y_conv, pull_conv = jax.vjp(convolution, x, w, b)
-    (delta_x, grad_w, grad_b), found = pull(delta), pull_conv(delta)
+    (delta_x, grad_w, grad_b), by_conv = pull(delta), pull_conv(delta)
     curves = {name: train(net, steps) for name, net in nets().items()}
     a, c = (curves[name][1]["dense1"]["weight"] if name == "products" else curves[name][1]["conv1"]["weight"]
             for name in ("products", "the product as a convolution"))  # fmt: skip
     checks = (
-        at_most("a product and a convolution with a 28×28 patch: y", relative(y_conv, y), 1e-12),
-        at_most("the same: δ", relative(found[0], delta_x), 1e-12),
-        at_most("the same: ∂E/∂w and ∂E/∂b", relative([found[1], found[2]], [grad_w, grad_b]), 1e-12),
-        at_most(f"their weights after {steps} steps of training from the same start, float32",
+        at_most("product and convolution with a 28×28 kernel, relative difference of y", relative(y_conv, y), 1e-12),
+        at_most("relative difference of δ", relative(by_conv[0], delta_x), 1e-12),
+        at_most("relative difference of ∂E/∂w and ∂E/∂b", relative([by_conv[1], by_conv[2]], [grad_w, grad_b]), 1e-12),
+        at_most(f"relative difference of the weights after {steps} steps in float32 from the same initial weights",
                 relative(c.reshape(a.shape), a), 0.05),
-        *(at_least(f"{name}: mean loss of the first 20 steps over that of the last 20", ratio(curve[0]), 1.5)
+        *(at_least(f"{name}: mean loss of the first 20 steps / of the last 20 steps", ratio(curve[0]), 1.5)
           for name, curve in curves.items()),
     )  # fmt: skip
     caption = (
-        "Left: the loss of each net under one and the same training step (the product, and the product written as a "
-        "convolution, lie on one another). Right: patches learnt: 5×5 by the one, 28×28 by the other."
+        "Left: the loss of each net with one training step function (the curves of the product and of the product as a "
+        "convolution coincide). Right: learned kernels, 5×5 of the convolutions and 28×28 of the product."
     )
-    return Shown(checks, draw(curves), caption)
+    return Result(checks, draw(curves), caption)
 
 
 def ratio(losses: list[float]) -> float:
@@ -82,9 +82,9 @@ def ratio(losses: list[float]) -> float:
 
 @functools.cache
 def train(net: jaxcnn.Serial, steps: int) -> tuple[list[float], Any]:
-    """Train any net with the update of §9: (losses, parameters)."""
+    """Train a net with the update of §9; return the losses and the parameters."""
     data, optimizer = fashion(), optax.sgd(0.05, momentum=0.9)
-    state = started(net, optimizer)  # with equal weights for the product and the equivalent convolution
+    state = initial_state(net, optimizer)  # product and equivalent convolution start with equal weights
     step = jaxcnn.make_train_step(net, LOSS, optimizer)
     losses = []
     for i in range(steps):
@@ -99,20 +99,20 @@ def draw(curves: Any) -> Any:
     fig = figure(10.4, 3.6)
     left, right = parts(fig, 1, 2, width_ratios=(1.2, 1))
     axes = left.subplots()
-    plain(axes, "one training step, three nets", "step", "training loss")
+    plain(axes, "three nets, one training step function", "step", "training loss")
     styles = {
-        "products": (GREY, "-", 3.5),
+        "products": (GRAY, "-", 3.5),
         "convolutions": (BLUE, "-", 1.6),
         "the product as a convolution": ("black", ":", 1.6),
     }
     for name, (losses, _) in curves.items():
-        colour, line, width = styles[name]
-        axes.plot(losses, line, color=colour, linewidth=width, label=name)
+        color, line, width = styles[name]
+        axes.plot(losses, line, color=color, linewidth=width, label=name)
     axes.set_ylim(0)
     axes.legend(frameon=False, fontsize=9)
     grid = right.subplots(2, 4)
     for row, (name, title) in enumerate(
-        (("convolutions", "5×5 patches"), ("the product as a convolution", "28×28 patches"))
+        (("convolutions", "5×5 kernels"), ("the product as a convolution", "28×28 kernels"))
     ):
         w = np.asarray(curves[name][1]["conv1"]["weight"])
         strongest = np.argsort(-np.square(w).sum((0, 1, 2)))[:4]

@@ -1,6 +1,6 @@
-"""Shared code of the scripts in this folder: a statement of the lecture, its checks, its figure, its verdict.
+"""A statement of the lecture with its checks, figure and verdict; shared by the scripts in this folder.
 
-A script has a STATEMENT, and a function `show` that computes the checks and draws the figure. It ends with
+A script has a STATEMENT and a function `show` that computes the checks and draws the figure. It ends with
 
     if __name__ == "__main__":
         sys.exit(main(STATEMENT, show))
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments import cli
-from experiments.errors import RunError
+from experiments.errors import RunError, bad_value
 from experiments.files import replacing
 
 if TYPE_CHECKING:  # importing matplotlib and jax takes seconds, and --help does not need them
@@ -27,39 +27,39 @@ ROOT = Path(__file__).parents[2]
 
 @dataclasses.dataclass(frozen=True)
 class Statement:
-    """A statement of the lecture, and where this project implements it. Text is HTML, as on the page; see `plain`."""
+    """A statement of the lecture, and where jaxcnn implements it. All texts are HTML; `plain` converts them."""
 
     name: str
-    """The script's, without ".py"."""
+    """Name of the script, without ".py"."""
     section: str
-    """As in §6–7: "6–7"."""
+    """Section number, or a range such as "6–7"."""
     title: str
     korean_title: str
     korean: str
     """The lecture's own words."""
     claim: str
-    """What is shown."""
+    """The statement that the checks verify."""
     formula: str
     functions: tuple[str, ...]
-    """Where it stands in jaxcnn: "jaxcnn/ops/hidden.py: hidden_layer"."""
+    """The functions in jaxcnn, such as "jaxcnn/ops/hidden.py: hidden_layer"."""
     test: str
     """The file that tests these functions."""
     errata: tuple[tuple[int, str], ...] = ()
-    """The number of each erratum met here, and what is wrong and what is right."""
+    """The number of each erratum of this section, and its correction."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One fact that the claim requires: its name, the measured value, the required value, and whether they agree."""
+    """One fact that the claim requires: its name, the measured and the required value, and whether they agree."""
 
     what: str
     measured: str
-    needed: str
+    required: str
     holds: bool
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Shown:
+class Result:
     """The result of `show`: the checks, the figure, and a caption that describes it."""
 
     checks: tuple[Check, ...]
@@ -88,13 +88,13 @@ def equal(what: str, measured: Any, expected: Any) -> Check:
     return Check(what, text(measured), f"= {text(expected)}", holds)
 
 
-def refused(what: str, call: Callable[[], Any]) -> Check:
-    """Check that `call` raises because the sizes do not fit."""
+def raises(what: str, call: Callable[[], Any]) -> Check:
+    """Check that `call` raises a TypeError or ValueError, as for sizes that do not match."""
     try:
         call()
     except (TypeError, ValueError) as error:
         return Check(what, str(error).splitlines()[0].rstrip("."), "an error", True)
-    return Check(what, "it was computed", "an error", False)
+    return Check(what, "no error", "an error", False)
 
 
 def number(value: float) -> str:
@@ -107,7 +107,7 @@ def number(value: float) -> str:
 
 
 def text(value: Any) -> str:
-    """Format a shape as 24×24, an array in one line."""
+    """Format a shape as 24×24 and an array in one line."""
     if isinstance(value, tuple):
         return "×".join(map(str, value)) if all(isinstance(n, int) for n in value) else ", ".join(map(text, value))
     if isinstance(value, str):
@@ -125,75 +125,75 @@ def relative(got: Any, expected: Any) -> float:
     return math.sqrt(error / size) if size else math.inf if error else 0.0
 
 
-# ---- a script's run -----------------------------------------------------------------------------------------------
+# ---- running a script ----------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Show one statement of the lecture: print its checks and its verdict, save its figure.
+    """Check one statement of the lecture, print the verdict, and save the figure.
 
     The exit status is 0 if the statement holds, and 1 otherwise.
     """
 
     out: Path = Path("runs/lecture")
-    """Folder of the picture."""
+    """Folder of the figure."""
 
 
-def main(statement: Statement, show: Callable[[], Shown], argv: Sequence[str] | None = None) -> int:
+def main(statement: Statement, show: Callable[[], Result], argv: Sequence[str] | None = None) -> int:
     """Run a script with the command line `argv` (None: the process's own) and return the exit status."""
 
     def body(config: Config) -> int:
-        return 0 if tell(statement, show, folder(config.out)).holds else 1
+        return 0 if run(statement, show, folder(config.out)).holds else 1
 
     return cli.run(Config, body, argv, prog=f"python -m experiments.lecture.{statement.name}")
 
 
 def folder(out: Path) -> Path:
-    """Create the folder `out` if needed; earlier figures are replaced. Raise RunError if that fails."""
+    """Create the folder `out` if it does not exist, and return it; raise RunError if that fails."""
     if out.exists() and not out.is_dir():
-        raise RunError(f"--out {out}: expected a folder or nothing, got a file")
+        raise bad_value(RunError, f"--out {out}", "a folder", "a file")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(f"--out {out}: must be a folder that can be made, got {error.strerror}") from error
+        raise bad_value(RunError, f"--out {out}", "a folder that can be created", error.strerror) from error
     return out
 
 
-def tell(statement: Statement, show: Callable[[], Shown], out: Path) -> Shown:
-    """Compute in float64, print the result, save the figure as `out`/<name>.png."""
+def run(statement: Statement, show: Callable[[], Result], out: Path) -> Result:
+    """Compute in float64, print the result, and save the figure as `out`/<name>.png."""
     import jax
 
     with jax.enable_x64(True):
-        shown = show()
-    path = picture_path(statement, out)
+        result = show()
+    path = figure_path(statement, out)
     with replacing(path) as temporary:
-        shown.figure.savefig(temporary, format="png")
-    print(report(statement, shown), f"  picture: {path}\n", sep="\n", flush=True)
-    return shown
+        result.figure.savefig(temporary, format="png")
+    print(report(statement, result), f"  figure: {path}\n", sep="\n", flush=True)
+    return result
 
 
-def picture_path(statement: Statement, out: Path) -> Path:
+def figure_path(statement: Statement, out: Path) -> Path:
     """Return the path of the figure of a statement."""
     return out / f"{statement.name}.png"
 
 
-def report(statement: Statement, shown: Shown) -> str:
+def report(statement: Statement, result: Result) -> str:
     """Return the claim, the measurements and the verdict."""
-    width = max(len(check.what) for check in shown.checks)
+    width = max(len(check.what) for check in result.checks)
     lines = [f"§{statement.section}  {plain(statement.title)}"]
     lines += textwrap.wrap(plain(statement.claim), 118, initial_indent="  ", subsequent_indent="  ")
-    for check in shown.checks:
+    for check in result.checks:
         mark = "yes" if check.holds else "NO "
-        lines.append(f"  {mark} {check.what.ljust(width)}   {check.measured}  {check.needed}")
-    return "\n".join([*lines, f"  verdict: {verdict(shown)}"])
+        lines.append(f"  {mark} {check.what.ljust(width)}   {check.measured}  {check.required}")
+    return "\n".join([*lines, f"  verdict: {verdict(result)}"])
 
 
-def verdict(shown: Shown) -> str:
+def verdict(result: Result) -> str:
     """Return the verdict in one line."""
-    failed = sum(not check.holds for check in shown.checks)
+    failed = sum(not check.holds for check in result.checks)
     if failed:
-        return f"does not hold ({failed} of {len(shown.checks)} checks failed)"
-    return f"holds ({len(shown.checks)} checks)"
+        return f"does not hold ({failed} of {len(result.checks)} checks failed)"
+    return f"holds ({len(result.checks)} checks)"
 
 
 def plain(html: str) -> str:
