@@ -28,11 +28,11 @@ html_show_copyright = False
 html_static_path = ["static"]
 html_css_files = ["pages.css"]
 
-# Docstrings: `name` is a link where that name is documented, and code everywhere else.
+# In docstrings, `name` is a link if the name is documented, and code otherwise.
 default_role = "py:obj"
 add_module_names = False
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # the docstrings say shapes and dtypes
+autodoc_typehints = "none"  # the docstrings give shapes and dtypes
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 
@@ -40,22 +40,22 @@ myst_heading_anchors = 3
 
 
 def setup(app: Any) -> None:
-    """Sphinx calls this."""
-    app.connect("doctree-read", open_sources, priority=400)  # before Sphinx copies what is linked into _downloads
+    """Connect the handlers below; Sphinx calls this function."""
+    app.connect("doctree-read", open_sources, priority=400)  # before Sphinx copies linked files to _downloads
     app.connect("html-collect-pages", source_pages)
     app.connect("autodoc-process-docstring", keep_formulas, priority=100)  # before napoleon
     app.connect("autodoc-process-signature", name_defaults)
 
 
 SOURCES: dict[str, Path] = {}
-"""The files that the pages link to, by the names of their own pages, such as source/tests/test_lecture."""
+"""Source files that the pages link to, by page name, such as source/tests/test_lecture."""
 
 
 def open_sources(app: Any, doctree: nodes.document) -> None:
-    """Make a link to a Python file open a page, where Sphinx would let the browser download the file.
+    """Make a link to a Python file open a page; Sphinx would make it a download.
 
-    A name that the reference documents leads there: `jaxcnn.conv`. Any other leads to a page of the file's source, at
-    the line that defines the name.
+    The link of a documented name, such as `jaxcnn.conv`, opens the reference. Any other link opens a page with the
+    source of the file, at the line that defines the name.
     """
     public = {f"jaxcnn.{name}" for name in vars(jaxcnn)}
     for link in list(doctree.findall(addnodes.download_reference)):
@@ -86,7 +86,7 @@ def open_sources(app: Any, doctree: nodes.document) -> None:
 
 
 def break_at_words(link: nodes.Node) -> None:
-    """Let a line of a narrow screen break after the _ and the . of a long name, and nowhere else in it."""
+    """Allow line breaks in a long name only after its underscores and dots."""
     for text in list(link.findall(nodes.Text)):
         text.parent.replace(text, nodes.Text(re.sub(r"(?<=[._])(?=\w)", "\u200b", text)))
 
@@ -102,25 +102,25 @@ def source_pages(app: Any) -> Iterator[tuple[str, dict[str, str], str]]:
 
 
 def keep_formulas(app: Any, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Mark indented formulas in docstrings as such, which for Sphinx would be quotations.
+    """Mark indented formulas in docstrings as literal blocks; Sphinx would make them quotations.
 
-    An indented block after a blank line is one; what napoleon reads ("Args:") has no blank line before it.
+    A formula is an indented block after a blank line. The blocks that napoleon reads have no blank line before them.
     """
-    kept: list[str] = []
+    result: list[str] = []
     for line in lines:
-        if line.startswith("    ") and kept and not kept[-1]:
-            last = next((k for k in reversed(kept) if k), "")
+        if line.startswith("    ") and result and not result[-1]:
+            last = next((k for k in reversed(result) if k), "")
             if last and not last.startswith((" ", ">>>", "- ")) and not last.endswith("::"):
-                kept += ["::", ""]
-        kept.append(line)
-    # Of an attribute, napoleon would take what stands before a colon in the first line for its type; ".." is a comment.
-    lines[:] = ["..", "", *kept] if what in ("attribute", "property") else kept
+                result += ["::", ""]
+        result.append(line)
+    # In the first line of an attribute, napoleon would read the text before a colon as its type; ".." is a comment.
+    lines[:] = ["..", "", *result] if what in ("attribute", "property") else result
 
 
 def name_defaults(
     app: Any, what: str, name: str, obj: Any, options: object, signature: str | None, returns: str | None
 ) -> tuple[str | None, str | None]:
-    """In the signature of a dataclass, write a default that is a function by its name: init_weight=he_normal."""
+    """In the signature of a dataclass, show a default that is a function by its name: init_weight=he_normal."""
     if what != "class" or not signature or not dataclasses.is_dataclass(obj):
         return signature, returns
     names = {id(value): key for key, value in vars(sys.modules[obj.__module__]).items()}
