@@ -76,7 +76,7 @@ def module(layer: jaxcnn.Layer, own: Mapping[str, Any]) -> nn.Module:
         case jaxcnn.GlobalAvgPool():
             return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         case jaxcnn.AdaptiveAvgPool():
-            return nn.AdaptiveAvgPool2d(layer.size)
+            return nn.AdaptiveAvgPool2d(layer.output_size)
         case jaxcnn.Dense():
             w = np.asarray(own["weight"]).T
             return filled(nn.Linear(*w.shape[::-1], bias="bias" in own), w, own.get("bias"))

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
 
 import jaxcnn
 from tests import oracles
+from tests.compilation import OPTIMISED
 
 Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
 
@@ -214,7 +214,12 @@ class Case:
         draws = [self.draw[min(i, len(self.draw) - 1)] for i in range(len(self.shapes))]
         return tuple(f(rng, s).astype(np.float32).astype(dtype) for f, s in zip(draws, self.shapes, strict=True))
 
-    # Every check uses these two functions. They are compiled once per row and dtype.
+    # All checks use these functions, so that each is traced and compiled once per row and dtype.
+
+    @functools.cached_property
+    def forward(self) -> Callable[..., Any]:
+        """The forward pass, for the types of its results."""
+        return compiled(self.function)
 
     @functools.cached_property
     def run(self) -> Callable[..., Any]:
@@ -258,31 +263,13 @@ def cotangents_twice(f: Callable[..., Array]) -> Callable[..., Any]:
 
 
 def compiled(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Jit with fast compilation instead of fast code, because compilation dominates the time of these tests."""
-    return jax.jit(f, compiler_options=quick_to_compile())
+    """Jit, which compiles quickly if `compilation.quickly` was called."""
+    return jax.jit(f)
 
 
 def optimised(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Jit with the default XLA and LLVM optimizations, which `tests/conftest.py` turns off."""
-    return jax.jit(f, compiler_options={"xla_backend_optimization_level": 3})
-
-
-@functools.cache
-def quick_to_compile() -> dict[str, Any]:
-    """Return compiler options for fast compilation, without those that this version of XLA does not accept.
-
-    They turn off LLVM optimizations and XLA:CPU's fusion emitters. XLA's own passes all run.
-    """
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-
-    def known(name: str) -> bool:
-        try:
-            jax.jit(jnp.sin).lower(np.float32(0)).compile(compiler_options={name: options[name]})
-        except jax.errors.JaxRuntimeError:
-            return False
-        return True
-
-    return {name: value for name, value in options.items() if known(name)}
+    """Jit with the default optimizations of XLA and LLVM."""
+    return jax.jit(f, compiler_options=OPTIMISED)
 
 
 def row(op: str, *shapes: tuple[int, ...], draw: Draw | None = None, stock: bool = True, **options: Any) -> Case:
@@ -514,10 +501,10 @@ CASES = [
     *(row(f"global_{kind}_pool", shape) for kind in ("max", "avg")
       for shape in [(2, 5, 3), (2, 3, 4, 3), (2, 2, 3, 2, 2)]),
     row("global_max_pool", (2, 9, 9, 2)),
-    *(row(f"adaptive_{kind}_pool", shape, size=size) for kind in ("max", "avg") for shape, size in [
+    *(row(f"adaptive_{kind}_pool", shape, output_size=size) for kind in ("max", "avg") for shape, size in [
         ((2, 7, 3), 3), ((2, 4, 6, 3), 2), ((2, 5, 7, 3), (3, 2)), ((2, 6, 5, 3), (2, 1)), ((2, 3, 4, 2), (5, 4)),
         ((2, 5, 4, 3, 2), (2, 3, 3)), ((2, 19, 23, 1), (2, 2))]),
-    row("adaptive_max_pool", (2, 5, 7, 3), size=(3, 2), draw=ties),
+    row("adaptive_max_pool", (2, 5, 7, 3), output_size=(3, 2), draw=ties),
     # avg_pool
     row("avg_pool", (2, 6, 3), window=2),
     row("avg_pool", (2, 4, 6, 3), window=2),
@@ -643,9 +630,9 @@ LONG_SUMS = [
     row("lp_pool", (2, 48, 48, 2), window=48),
     row("lp_pool", (2, 150, 1), window=60, stride=1, p=3, draw=positive),
     row("global_avg_pool", (2, 48, 48, 2)),
-    row("adaptive_avg_pool", (2, 1201, 1), size=2),
-    row("adaptive_avg_pool", (2, 2, 1), size=1201),
-    row("adaptive_max_pool", (2, 2, 1), size=1201),
+    row("adaptive_avg_pool", (2, 1201, 1), output_size=2),
+    row("adaptive_avg_pool", (2, 2, 1), output_size=1201),
+    row("adaptive_max_pool", (2, 2, 1), output_size=1201),
     row("max_pool", (2, 150, 1), window=64, stride=1),
     row("max_pool", (2, 1200, 1), window=600, stride=1),
     row("avg_pool", (2, 48, 48, 2), window=48),

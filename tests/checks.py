@@ -54,7 +54,7 @@ def assert_close(found: Arrays, expected: Arrays, tolerance: float | Sequence[fl
 
 def cotangent(case: Case, args: Arrays, seed: int = 1) -> np.ndarray:
     """Return a random δ for the result of a case, with the same numbers in every dtype."""
-    y = jax.eval_shape(case.function, *args)
+    y = case.forward.eval_shape(*args)
     return np.random.default_rng(seed).standard_normal(y.shape).astype(np.float32).astype(y.dtype)
 
 
@@ -69,6 +69,13 @@ def drawn(case: Case, dtype: Any = np.float64) -> tuple[tuple[np.ndarray, ...], 
     return args, cotangent(case, args)
 
 
+@functools.lru_cache(maxsize=8)
+def by_pytorch(case: Case) -> tuple[np.ndarray, Arrays, Arrays]:
+    """Return PyTorch's y, the cotangents for the δ of `drawn`, and theirs for the ξ of `cotangents`, in float64."""
+    args, delta = drawn(case)
+    return oracles.gradients(case.oracle, args, delta.astype(np.float64), cotangents(args))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Shapes and dtypes
 
@@ -78,16 +85,13 @@ def shapes_and_dtypes(case: Case) -> None:
 
     This is checked in every dtype, and for stock JAX where the op has such a form.
     """
-    import torch
-
-    shape = tuple(case.oracle(*map(torch.tensor, case.arrays())).shape)
+    shape = by_pytorch(case)[0].shape
     for dtype in (np.float64, np.float32, jnp.bfloat16, np.float16):
         args, delta = drawn(case, dtype)
-        for function in (case.function, case.plain):
-            if function is not None:
-                y, found = jax.eval_shape(with_cotangents(function), args, delta)
-                assert (y.shape, y.dtype) == (shape, case.options.get("preferred_element_type", dtype))
-                assert [(c.shape, c.dtype) for c in found] == [(a.shape, dtype) for a in args]
+        for run in [case.run, *([] if case.plain is None else [case.run_reference])]:
+            y, found = run.eval_shape(args, delta)
+            assert (y.shape, y.dtype) == (shape, case.options.get("preferred_element_type", dtype))
+            assert [(c.shape, c.dtype) for c in found] == [(a.shape, dtype) for a in args]
 
 
 def float32_stays_float32(case: Case) -> None:
@@ -99,7 +103,7 @@ def float32_stays_float32(case: Case) -> None:
             for inner in jaxprs_in_params(equation.params):
                 yield from computed(inner)
 
-    program = jax.make_jaxpr(with_cotangents(case.function))(*drawn(case, np.float32))
+    program = case.run.trace(*drawn(case, np.float32)).jaxpr
     wider = {str(a) for a in computed(program.jaxpr) if a.dtype == np.float64}
     assert not wider, f"float64 on the way: {', '.join(wider)}"
 
@@ -108,8 +112,8 @@ def weak_types_change_nothing(case: Case) -> None:
     """Weakly typed arrays give the same shapes and dtypes; strongly typed arrays never give weakly typed results."""
     args = case.arrays()  # float64, because weakly typed arrays have JAX's default dtype
     weak = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=True) for a in args)
-    delta = jax.eval_shape(case.function, *args)
-    strong, of_weak = (jax.eval_shape(with_cotangents(case.function), given, delta) for given in (args, weak))
+    delta = case.forward.eval_shape(*args)
+    strong, of_weak = (case.run.eval_shape(given, delta) for given in (args, weak))
     assert not any(a.weak_type for a in flat(strong))
     assert [(a.shape, a.dtype) for a in flat(of_weak)] == [(a.shape, a.dtype) for a in flat(strong)]
 
@@ -119,7 +123,7 @@ def strict_promotion_is_enough(case: Case) -> None:
     for dtype in (np.float64, np.float32, jnp.bfloat16, jnp.float16):
         args, delta = drawn(case, dtype)
         with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-            jax.eval_shape(with_cotangents(case.function), args, delta)
+            case.run.eval_shape(args, delta)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,9 +144,8 @@ def value_of_autodiff(case: Case) -> None:
 
 def rule_against_pytorch(case: Case) -> None:
     """The value and the δ rule agree with PyTorch, an independent implementation, in float64 and float32."""
-    args, delta = drawn(case)
-    y, expected, _ = oracles.gradients(case.oracle, args, delta.astype(np.float64), cotangents(args))
-    assert_close(flat(case.run(args, delta)), [y, *expected], within(case))
+    y, expected, _ = by_pytorch(case)
+    assert_close(flat(case.run(*drawn(case))), [y, *expected], within(case))
     assert_close(flat(case.run(*drawn(case, np.float32))), [y, *expected], within(case, np.float32))
 
 
@@ -155,9 +158,8 @@ def rule_of_rule_against_autodiff(case: Case) -> None:
 
 def rule_of_rule_against_pytorch(case: Case) -> None:
     args, delta = drawn(case)
-    xis = cotangents(args)
-    *_, expected = oracles.gradients(case.oracle, args, delta.astype(np.float64), xis)
-    assert_close(case.twice(args, delta, xis), expected, within(case))
+    *_, expected = by_pytorch(case)
+    assert_close(case.twice(args, delta, cotangents(args)), expected, within(case))
 
 
 def rules_by_differences(case: Case) -> None:

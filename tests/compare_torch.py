@@ -43,9 +43,19 @@ def both_halves(f: Callable) -> Callable:
 def pulled_in_torch(
     f: Callable, arrays: tuple[np.ndarray, ...], delta: np.ndarray
 ) -> tuple[np.ndarray, list[np.ndarray]]:
+    y, pull = in_torch(f, arrays)
+    return y, pull(delta)
+
+
+def in_torch(f: Callable, arrays: tuple[np.ndarray, ...]) -> tuple[np.ndarray, Callable[..., list[np.ndarray]]]:
+    """Return ``f(*arrays)`` and a function that returns the cotangents of the arrays for a δ."""
     leaves = [torch.tensor(np.asarray(a), requires_grad=True) for a in arrays]
     y = f(*leaves)
-    return y.detach().numpy(), [g.numpy() for g in torch.autograd.grad(y, leaves, torch.tensor(delta))]
+
+    def pull(delta: np.ndarray) -> list[np.ndarray]:
+        return [g.numpy() for g in torch.autograd.grad(y, leaves, torch.tensor(delta))]
+
+    return y.detach().numpy(), pull
 
 
 def assert_agrees(
@@ -70,7 +80,7 @@ def assert_agrees(
 
 
 #: The parameters of a layer, in the order of its op's arguments.
-ARRAYS = ("w", "b", "scale", "bias", "mean", "var")
+ARRAYS = ("weight", "scale", "bias", "mean", "var")
 
 
 def net_in_torch(net: jaxcnn.Serial, params: Mapping[str, Any], x: torch.Tensor) -> torch.Tensor:
@@ -82,7 +92,7 @@ def net_in_torch(net: jaxcnn.Serial, params: Mapping[str, Any], x: torch.Tensor)
         options = {
             k: v
             for k, v in options.items()
-            if k not in ("name", "features", "patch", "multiplier", "scale", "bias", "init_weight", "init_bias")
+            if k not in ("name", "features", "kernel_size", "multiplier", "scale", "bias", "init_weight", "init_bias")
         }
         match layer:
             case jaxcnn.Serial():

@@ -12,10 +12,10 @@ import jax
 import pytest
 import torch
 
-from tests.conformance.summary import pytest_terminal_summary as pytest_terminal_summary
+from tests.compilation import quickly
+from tests.conformance import summary
 
-# Compilation dominates: LLVM optimizations are off except in `optimised`. XLA reads this when it starts.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+quickly()
 # Eight devices, so that every dim can be split, even over two mesh axes. JAX reads this when it first looks for
 # devices.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -34,6 +34,63 @@ if importlib.util.find_spec("torchvision") is None:
 
 
 KEPT = 2 * 2**30  # bytes; the cache also holds programs of older versions of the library
+#: Tests that run in a quick run, and tests that do not.
+COUNTS = pytest.StashKey[tuple[int, int]]()
+#: Memory that one process of the suite needs.
+PROCESS_BYTES = 3 * 2**30
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("jaxcnn")
+    group.addoption("--quick", action="store_true", help="run a covering sample of the tests, as `make test` does")
+    group.addoption("--quick-seed", type=int, default=0, help="draw another sample with another number (default: 0)")
+    group.addoption("--clear-every", type=int, default=250, metavar="N",
+                    help="clear JAX's caches after N tests; with 1, each test traces all that it uses")  # fmt: skip
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """Sort the tests and, in a quick run, leave out all but the sample."""
+    from tests import sampling  # not above, because coverage would miss the import of jaxcnn
+
+    items[:] = sampling.by_row(items)
+    if not config.option.quick:
+        return
+    chosen = sampling.sample(items, config.option.quick_seed)
+    names = {item.nodeid for item in chosen}
+    left_out = [item for item in items if item.nodeid not in names]
+    config.stash[COUNTS] = len(chosen), len(left_out)
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["quick"] = config.stash[COUNTS]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = chosen
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Take the counts of a quick run from the first process of pytest-xdist that ends; all have the same."""
+    if "quick" in getattr(node, "workeroutput", {}) and COUNTS not in node.config.stash:
+        node.config.stash[COUNTS] = node.workeroutput["quick"]
+        # Hypothesis reads the __dict__ of each.
+        node.config.hook.pytest_deselected(items=[types.SimpleNamespace()] * node.workeroutput["quick"][1])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """Return as many processes as there are processors, fewer if memory is short."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(len(os.sched_getaffinity(0)), memory // PROCESS_BYTES))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    summary.show(terminalreporter)
+    if COUNTS in config.stash:
+        chosen, left_out = config.stash[COUNTS]
+        terminalreporter.section("quick run")
+        terminalreporter.write_line(
+            f"{chosen} of {chosen + left_out} tests ran, a covering sample with seed {config.option.quick_seed}; "
+            "`make test-full` runs all"
+        )
 
 
 def pytest_configure(config):
@@ -65,8 +122,8 @@ ENDED = itertools.count(1)
 
 
 @pytest.fixture(autouse=True)
-def memory():
-    """Clear the caches of compiled programs every 250 tests; keeping all of them would take 5 GB per process."""
+def memory(pytestconfig):
+    """Clear the caches of compiled programs now and then; keeping all of them would take 5 GB per process."""
     yield
-    if next(ENDED) % 250 == 0:
+    if next(ENDED) % pytestconfig.option.clear_every == 0:
         jax.clear_caches()

@@ -244,14 +244,14 @@ def global_avg_pool(x: Tensor) -> Tensor:
     return x.flatten(1, -2).mean(1)
 
 
-def adaptive_max_pool(x: Tensor, *, size) -> Tensor:
+def adaptive_max_pool(x: Tensor, *, output_size) -> Tensor:
     pool = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}[x.ndim - 2]
-    return pool(x.movedim(-1, 1), per_dim(size, x.ndim - 2)).movedim(1, -1)
+    return pool(x.movedim(-1, 1), per_dim(output_size, x.ndim - 2)).movedim(1, -1)
 
 
-def adaptive_avg_pool(x: Tensor, *, size) -> Tensor:
+def adaptive_avg_pool(x: Tensor, *, output_size) -> Tensor:
     pool = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[x.ndim - 2]
-    return pool(x.movedim(-1, 1), per_dim(size, x.ndim - 2)).movedim(1, -1)
+    return pool(x.movedim(-1, 1), per_dim(output_size, x.ndim - 2)).movedim(1, -1)
 
 
 def kron(a: Tensor, b: Tensor) -> Tensor:

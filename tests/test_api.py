@@ -1,13 +1,16 @@
 """The structure of the package, read from its source: exports, documentation, and the direction of imports."""
 
 import ast
+import functools
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 
 import jaxcnn
+from jaxcnn.ops.kinds import KINDS
 from tests.cases import CASES, LONG_SUMS, OPS, covering, one_each, shows
 
 PACKAGE = Path(jaxcnn.__file__).parent
@@ -20,19 +23,31 @@ IMPORTS = {
     "kernels": {"geometry", "kernels"},
     "ops": {"arguments", "geometry", "kernels", "ops"},
     "rules": {"arguments", "geometry", "kernels", "ops", "rules"},  # kernels: for rules that route elements
-    "layers": {"arguments", "geometry", "ops"},
+    "caching": set(),
+    "statistics": {"arguments"},
+    "layers": {"arguments", "geometry", "ops", "statistics"},
     "taps": {"arguments"},  # separate from backprop, which imports nets, because nets tap their layers
-    "net": {"arguments", "geometry", "ops", "layers", "taps"},
-    "backprop": {"arguments", "geometry", "ops", "rules", "layers", "net", "taps"},
-    "folding": {"arguments", "geometry", "layers", "net"},
+    "selection": {"arguments", "layers", "ops"},
+    "summary": {"layers"},
+    "net": {"arguments", "geometry", "ops", "layers", "selection", "summary", "taps"},
+    "branches": {"arguments", "layers", "net", "ops", "selection", "summary"},
+    "tracing": {"arguments", "geometry", "ops", "taps", "tracing"},
+    "explicit": {"arguments", "taps", "tracing"},
+    "lax": {"tracing"},
+    "backprop": {"arguments", "geometry", "ops", "rules", "layers", "net", "selection", "taps"},
+    "folding": {"arguments", "branches", "geometry", "layers", "net"},
     # kernels: the dtype of sums
     "attribution": {
-        "arguments", "geometry", "kernels", "ops", "rules", "layers", "net", "backprop", "folding", "taps",
+        "arguments", "geometry", "kernels", "ops", "rules", "layers", "net", "backprop", "folding", "selection", "taps",
     },
     # kernels: per-example products, which no op has
-    "per_example": {"arguments", "geometry", "kernels", "ops", "layers", "net", "backprop", "taps"},
+    "per_example": {
+        "arguments", "branches", "geometry", "kernels", "ops", "layers", "net", "backprop", "selection", "taps",
+    },
     "curvature": {"arguments", "geometry"},
-    "training": {"arguments", "geometry", "ops", "layers", "net", "backprop"},
+    "stages": {"arguments", "caching", "kernels", "net", "statistics"},  # kernels: moments
+    "calibration": {"arguments", "kernels", "layers", "net", "stages", "statistics"},  # kernels: merging of moments
+    "training": {"arguments", "caching", "layers", "net", "selection"},
 }  # fmt: skip
 
 #: Functions that take derivatives.
@@ -90,6 +105,34 @@ def test_covering_rows_show_all_that_the_table_shows():
     assert set().union(*map(shows, few)) == set().union(*map(shows, CASES))
     assert len(few) < len(CASES) / 2
     assert [case.op for case in one_each(CASES)] == list(OPS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table of kinds
+
+
+def test_every_op_has_one_kind():
+    listed = [op for ops in KINDS.values() for op in ops]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {*EXPORTED_OPS, "add"}
+
+
+@pytest.mark.parametrize("case", [case for case in one_each(CASES) if case.takes_rule], ids=str)
+def test_a_rule_reads_the_kind_of_its_op(case):
+    """The name that an op passes to `apply_rule` is in the table, so its kind is not a guess."""
+    seen = []
+
+    def rule(call, delta):
+        seen.append((call.name, call.kind))
+        return call.exact(delta)
+
+    def backward(*args):
+        y, pull = jax.vjp(functools.partial(case.function, rule=rule), *args)
+        return pull(y)
+
+    jax.eval_shape(backward, *case.arrays())
+    assert {name for name, _ in seen} == {case.op}
+    assert all(case.op in KINDS[kind] for _, kind in seen)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,3 +201,43 @@ def test_rules_take_no_derivatives(path):
 def test_kernels_know_no_derivatives(path):
     source = (PACKAGE / path).read_text()
     assert "custom_vjp" not in source
+
+
+def private_names(tree: ast.Module) -> Iterator[str]:
+    """Yield the private names of other modules that a module imports, or reads as ``module._name``."""
+    aliases = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names if is_private(alias.name))
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            aliases |= {(alias.asname or alias.name).split(".")[0]: alias.name for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            root = ast.unparse(node.value).split(".")[0]
+            if root in aliases:
+                yield ast.unparse(node)
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from jaxcnn.net import _located",
+        "from jaxcnn.ops import hidden\nhidden._forward(1)",
+        "import jaxcnn.ops.hidden\njaxcnn.ops.hidden._forward(1)",
+        "from jaxcnn.ops import hidden as h\nh._TABLE['relu']",
+    ],
+)
+def test_private_names_are_found(source):
+    assert len(list(private_names(ast.parse(source)))) == 1
+
+
+FILES = sorted([*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "experiments").rglob("*.py")])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE.parent)))
+def test_no_private_name_of_another_module(path):
+    assert not list(private_names(ast.parse(path.read_text())))

@@ -70,7 +70,7 @@ def drawn(net):
     return params, rng.uniform(-1, 1, (3, *SHAPE))
 
 
-def found(net, *, target=TARGET, **options):
+def heatmap(net, *, target=TARGET, **options):
     params, x = drawn(net)
     return np.asarray(compiled(functools.partial(attribute, net, **options))(params, x, target))
 
@@ -104,7 +104,7 @@ COMPOSITES = {
 #: The same composites without biases.
 WITHOUT_BIAS = {
     "epsilon_plus": (
-        lambda net: attribution.epsilon_plus(zero_params="b"),
+        lambda net: attribution.epsilon_plus(zero_params="bias"),
         lambda: zennit.composites.EpsilonPlus(zero_params=["bias"]),
     ),
     "epsilon_gamma_box": (
@@ -116,7 +116,7 @@ WITHOUT_BIAS = {
         lambda: zennit.composites.EpsilonAlpha2Beta1Flat(zero_params=["bias"]),
     ),
     "excitation_backprop": (
-        lambda net: attribution.excitation_backprop(zero_params="b"),
+        lambda net: attribution.excitation_backprop(zero_params="bias"),
         lambda: zennit.composites.ExcitationBackprop(zero_params=["bias"]),
     ),
 }
@@ -174,7 +174,7 @@ def test_composites_without_biases_are_zennits(composite):
 
 
 def agrees_with_zennit(net, ours, theirs):
-    heat = found(net, rules=ours(net))
+    heat = heatmap(net, rules=ours(net))
     model, x, target = in_torch(net)
     one_hot = torch.nn.functional.one_hot(target, 5)
     with zennit.attribution.Gradient(model, theirs()) as attributor:
@@ -224,20 +224,20 @@ def near(ours, theirs):
     ("rule", "method"), [(guided_relu, captum.attr.GuidedBackprop), (deconv_relu, captum.attr.Deconvolution)]
 )
 def test_rectified_gradients_are_captums(net, rule, method):
-    near(found(NETS[net], method="gradient", rules={Relu: rule}), by_captum(method, NETS[net]))
+    near(heatmap(NETS[net], method="gradient", rules={Relu: rule}), by_captum(method, NETS[net]))
 
 
 @pytest.mark.parametrize("net", [*NETS.values(), RESIDUAL], ids=[*NETS, "residual"])
 def test_gradients_are_captums(net):
-    near(found(net), by_captum(captum.attr.Saliency, net, abs=False))
-    near(found(net, method="gradient_times_input"), by_captum(captum.attr.InputXGradient, net))
+    near(heatmap(net), by_captum(captum.attr.Saliency, net, abs=False))
+    near(heatmap(net, method="gradient_times_input"), by_captum(captum.attr.InputXGradient, net))
 
 
 @pytest.mark.parametrize("net", ["plain", "hidden"])
 def test_integrated_gradients_are_captums(net):
-    near(found(NETS[net], method="integrated_gradients"), by_captum(captum.attr.IntegratedGradients, NETS[net]))
+    near(heatmap(NETS[net], method="integrated_gradients"), by_captum(captum.attr.IntegratedGradients, NETS[net]))
     baseline = np.random.default_rng(8).uniform(-1, 1, (1, *SHAPE))
-    ours = found(NETS[net], method="integrated_gradients", baseline=baseline, steps=9)
+    ours = heatmap(NETS[net], method="integrated_gradients", baseline=baseline, steps=9)
     first = as_torch.channels_first(baseline)
     near(ours, by_captum(captum.attr.IntegratedGradients, NETS[net], baselines=first, n_steps=9))
 
@@ -254,7 +254,7 @@ def test_integrated_gradients_are_captums(net):
 def test_grad_cam_is_captums(net, layer, relu):
     name = layer.replace("/", ".")
     theirs = by_captum(captum.attr.LayerGradCam, net, name, relu_attributions=relu)[..., 0]
-    ours = found(net, method="grad_cam", layer=layer, relu=relu)
+    ours = heatmap(net, method="grad_cam", layer=layer, relu=relu)
     assert np.abs(theirs).max() > 0
     near(ours, theirs)
 
@@ -267,7 +267,7 @@ def test_occlusion_is_captums(window, stride):
     theirs = by_captum(
         captum.attr.Occlusion, net, sliding_window_shapes=(3, *k), strides=(3, *s), baselines=0.25
     )  # fmt: skip
-    near(found(net, method="occlusion", window=window, stride=stride, value=0.25), theirs)
+    near(heatmap(net, method="occlusion", window=window, stride=stride, value=0.25), theirs)
 
 
 UNPOOLED = {
@@ -283,7 +283,7 @@ def test_deep_lift_is_captums(net):
     theirs = by_captum(
         captum.attr.DeepLift, UNPOOLED[net], baselines=as_torch.channels_first(reference).expand(3, -1, -1, -1)
     )
-    near(found(UNPOOLED[net], method="deep_lift", reference=reference), theirs)
+    near(heatmap(UNPOOLED[net], method="deep_lift", reference=reference), theirs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -294,7 +294,7 @@ def test_deep_lift_is_captums(net):
 def test_deep_lift_sums_to_the_difference(net):
     params, x = drawn(net)
     reference = np.random.default_rng(8).uniform(-1, 1, x.shape)
-    heat = found(net, method="deep_lift", reference=reference)
+    heat = heatmap(net, method="deep_lift", reference=reference)
     rise = np.asarray(net.apply(params, x) - net.apply(params, reference))
     np.testing.assert_allclose(heat.sum((1, 2, 3)), rise[range(3), TARGET], rtol=1e-9)
 
@@ -303,7 +303,7 @@ def test_integrated_gradients_sum_to_the_difference():
     net = serial(Conv(4, 3), Tanh(), AvgPool(2), Flatten(), Dense(5))
     params, x = drawn(net)
     rise = np.asarray(net.apply(params, x) - net.apply(params, 0 * x))
-    heat = found(net, method="integrated_gradients", steps=40)
+    heat = heatmap(net, method="integrated_gradients", steps=40)
     np.testing.assert_allclose(heat.sum((1, 2, 3)), rise[range(3), TARGET], rtol=1e-9)
 
 
@@ -323,7 +323,7 @@ def test_occlusion_is_a_loop():
                 times[:, i : i + 4, j : j + 4] += 1
     assert times.min() == 1
     assert times.max() == 4
-    np.testing.assert_allclose(found(net, method="occlusion", window=4, stride=3, value=0.5), total / times, **CLOSE)
+    np.testing.assert_allclose(heatmap(net, method="occlusion", window=4, stride=3, value=0.5), total / times, **CLOSE)
 
 
 def test_smooth_grad_is_a_mean_over_noise_of_the_promised_size():
@@ -365,7 +365,7 @@ def test_grad_cam_of_a_dense_layer_after_global_average_is_cam():
     params, x = drawn(net)
     a = np.asarray(serial(Conv(4, 3), Relu()).apply(params, x))
     expected = np.einsum("nijc,cn->nij", a, params["dense1"]["weight"][:, TARGET]) / 110
-    heat = found(net, method="grad_cam", layer="relu1", relu=False)
+    heat = heatmap(net, method="grad_cam", layer="relu1", relu=False)
     np.testing.assert_allclose(heat, expected, **CLOSE)
 
 
@@ -419,9 +419,9 @@ def test_one_target_for_all_and_float32(method):
 
 def test_without_a_name_relevance_if_there_are_rules():
     net = NETS["hidden"]
-    np.testing.assert_array_equal(found(net), found(net, method="gradient"))
+    np.testing.assert_array_equal(heatmap(net), heatmap(net, method="gradient"))
     rules = attribution.epsilon_plus()
-    np.testing.assert_array_equal(found(net, rules=rules), found(net, method="relevance", rules=rules))
+    np.testing.assert_array_equal(heatmap(net, rules=rules), heatmap(net, method="relevance", rules=rules))
 
 
 def test_relevance_starts_as_the_output():
@@ -429,20 +429,20 @@ def test_relevance_starts_as_the_output():
     net, rules = NETS["hidden"], attribution.epsilon_plus()
     params, x = drawn(net)
     y = np.asarray(net.apply(params, x))[range(3), TARGET]
-    ones = found(net, method="gradient", rules=rules)
-    np.testing.assert_allclose(found(net, rules=rules), y[:, None, None, None] * ones, **CLOSE)
+    ones = heatmap(net, method="gradient", rules=rules)
+    np.testing.assert_allclose(heatmap(net, rules=rules), y[:, None, None, None] * ones, **CLOSE)
 
 
 def test_dropout_is_off():
     net = serial(Flatten(), Dropout(0.5), Dense(5))
     params, _ = drawn(net)
-    np.testing.assert_allclose(found(net).reshape(3, -1), params["dense1"]["weight"].T[TARGET], **CLOSE)
+    np.testing.assert_allclose(heatmap(net).reshape(3, -1), params["dense1"]["weight"].T[TARGET], **CLOSE)
 
 
 def test_a_traced_target_out_of_range_is_nan():
     """Targets that cannot be validated before the computation do not fail silently."""
     for method, options in WAYS.items():
-        heat = found(NETS["hidden"], target=np.array([3, 5, -1]), method=method, **options)
+        heat = heatmap(NETS["hidden"], target=np.array([3, 5, -1]), method=method, **options)
         assert np.isnan(heat).reshape(3, -1).all(1).tolist() == [False, True, True], method
 
 
@@ -538,51 +538,56 @@ def test_a_window_whose_output_is_not_finite_marks_its_own_pixels():
 # Refused arguments
 
 LISTED = "gradient, gradient_times_input, integrated_gradients, smooth_grad, grad_cam, occlusion, relevance, deep_lift"
-INTS = "attribute: target must be ints"
+DTYPE = "attribute: target must be of an integer dtype"
+RANGE = "attribute: target must be in 0 … 4"
 REFUSED = [
     # error, message, options
-    (ValueError, f"{INTS} in [0, 5), got 5", {"target": 5}),
-    (ValueError, f"{INTS} in [0, 5), got [0, -1, 4]", {"target": np.array([0, -1, 4])}),
-    (TypeError, f"{INTS}, got float64", {"target": np.zeros(3)}),
+    (ValueError, f"{RANGE}, got 5 … 5", {"target": 5}),
+    (ValueError, f"{RANGE}, got -1 … 4", {"target": np.array([0, -1, 4])}),
+    (TypeError, f"{DTYPE}, got float64", {"target": np.zeros(3)}),
     (ValueError, "attribute: target must be an int or 3 of them, one for each example, got shape (2,)",
      {"target": np.zeros(2, int)}),
-    (ValueError, f"attribute: method must be {LISTED}; got 'saliency'", {"method": "saliency"}),
+    (ValueError, f"attribute: method must be one of {LISTED}, got 'saliency'", {"method": "saliency"}),
     (ValueError, "attribute: layer must be the name of a layer, got 'hidden_layer3'; the nearest are hidden_layer2, "
      "hidden_layer1, dense1", {"method": "grad_cam", "layer": "hidden_layer3"}),
-    (ValueError, "attribute: layer must be one whose output is pictures, got 'dense1' with output (3, 5)",
+    (ValueError, "attribute: layer must be one whose output is (N, *spatial, C), got 'dense1' with output (3, 5)",
      {"method": "grad_cam", "layer": "dense1"}),
     (ValueError, "attribute: steps must be an int >= 1, got 0", {"method": "integrated_gradients", "steps": 0}),
-    (ValueError, "attribute: baseline must be a shape that broadcasts to (3, 12, 13, 3), got (2, 12, 13, 3)",
+    (TypeError, "attribute: steps must be an int >= 1, got 2.0", {"method": "integrated_gradients", "steps": 2.0}),
+    (ValueError, "attribute: samples must be an int >= 1, got -1",
+     {"method": "smooth_grad", "key": jax.random.key(0), "samples": -1}),
+    (ValueError, "attribute: baseline must be of a shape that broadcasts to (3, 12, 13, 3), got (2, 12, 13, 3)",
      {"method": "integrated_gradients", "baseline": np.zeros((2, *SHAPE))}),
     (TypeError, "attribute: key must be one typed key from jax.random.key(seed), got 0",
      {"method": "smooth_grad", "key": 0}),
     (ValueError, "attribute: stride must be at most the window (2, 2), so that no pixel is left out, got (3, 3)",
      {"method": "occlusion", "window": 2, "stride": 3}),
-    (ValueError, "rules: expected names of layers, got 'conv1'; the nearest are dense1, flatten1, hidden_layer1",
+    (ValueError, "rules: a key must be the name of a layer, got 'conv1'; the nearest are dense1, flatten1, "
+     "hidden_layer1",
      {"rules": {"conv1": ZPlus()}}),
     (TypeError, "attribute: rules must be given for method 'relevance', got none", {"method": "relevance"}),
     (TypeError, "attribute: layer must be given for method 'grad_cam', got none", {"method": "grad_cam"}),
     (TypeError, "attribute: key must be given for method 'smooth_grad', got none", {"method": "smooth_grad"}),
-    (TypeError, "attribute: options of method 'gradient' must be among rules; got steps", {"steps": 3}),
-    (TypeError, "attribute: options of method 'occlusion' must be among window, stride, value; got rules",
+    (TypeError, "attribute: options of method 'gradient' must be among rules, got steps", {"steps": 3}),
+    (TypeError, "attribute: options of method 'occlusion' must be among window, stride, value, got rules",
      {"method": "occlusion", "rules": {}}),
-    (ValueError, f"attribute: method must be {LISTED}; got ['gradient']", {"method": ["gradient"]}),
+    (ValueError, f"attribute: method must be one of {LISTED}, got ['gradient']", {"method": ["gradient"]}),
     (TypeError, "attribute: rules must be a rule or a mapping from layers to rules, got 3",
      {"method": "gradient", "rules": 3}),
     (TypeError, "attribute: relu must be a bool, got 'no'", {"method": "grad_cam", "layer": "dense1", "relu": "no"}),
     (ValueError, "attribute: noise must be a finite number >= 0, got -0.1",
      {"method": "smooth_grad", "key": jax.random.key(0), "noise": -0.1}),
-    (TypeError, "attribute: reference must be real numbers, got complex128",
+    (TypeError, "attribute: reference must be of a real dtype, got complex128",
      {"method": "deep_lift", "reference": np.ones(SHAPE, complex)}),
-    (TypeError, f"{INTS}, got bool", {"target": True}),
-    (TypeError, f"{INTS}, got bool", {"target": np.array([True, False, True])}),
-    (TypeError, f"{INTS}, got float64", {"target": 2.0}),
-    (TypeError, f"{INTS}, got float64", {"target": [0, 1.0, 2]}),
+    (TypeError, f"{DTYPE}, got bool", {"target": True}),
+    (TypeError, f"{DTYPE}, got bool", {"target": np.array([True, False, True])}),
+    (TypeError, f"{DTYPE}, got float64", {"target": 2.0}),
+    (TypeError, f"{DTYPE}, got float64", {"target": [0, 1.0, 2]}),
     (TypeError, "attribute: target must be an array, got None", {"target": None}),
     (TypeError, "attribute: target must be an array, got '2'", {"target": "2"}),
-    (ValueError, f"{INTS} in [0, 5), got {2**40}", {"target": 2**40}),
-    (ValueError, f"{INTS} in [0, 5), got -1", {"target": -1}),
-    (ValueError, f"{INTS} in [0, 5), got [0, 255, 2]", {"target": np.array([0, 255, 2], np.uint8)}),
+    (ValueError, f"{RANGE}, got {2**40} … {2**40}", {"target": 2**40}),
+    (ValueError, f"{RANGE}, got -1 … -1", {"target": -1}),
+    (ValueError, f"{RANGE}, got 0 … 255", {"target": np.array([0, 255, 2], np.uint8)}),
     (ValueError, "attribute: target must be an int or 3 of them, one for each example, got shape (3, 1)",
      {"target": np.zeros((3, 1), int)}),
     (ValueError, "attribute: target must be an int or 3 of them, one for each example, got shape (2,)",
@@ -591,39 +596,39 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("error", "message", "options"), REFUSED)
-def test_what_is_refused(error, message, options):
+def test_refused_arguments(error, message, options):
     net = NETS["hidden"]
     params, x = drawn(net)
     with pytest.raises(error, match=f"^{re.escape(message)}(?=\n|$)"):
         attribute(net, params, x, **{"target": 2, **options})
 
 
+NO_STATISTICS = "params must be those of jaxcnn.calibrate, with mean and var, got bias, scale"
+NO_RULE = "attribute: rules must be given for each layer whose gradient is not a relevance, got none for"
+AFFINE = "conv, depthwise_conv, conv_transpose, dense"
 UNFIT = [
     # message, layers before a Dense, rules, method
-    ("fold_batch_norm: batch_norm1: expected statistics from jaxcnn.calibrate beside its parameters, got bias, scale",
-     (Conv(2, 3), BatchNorm(), Flatten()), attribution.epsilon_plus(), "relevance"),
-    ("fold_batch_norm: residual1/norm: expected statistics from jaxcnn.calibrate beside its parameters, got bias, "
-     "scale", (residual(BatchNorm(name="norm")), Flatten()), attribution.epsilon_plus(), "relevance"),
-    ("batch_norm1: batch_norm: rule rescale: expected statistics from jaxcnn.calibrate; by the batch's own, examples "
-     "mix", (Conv(2, 3), BatchNorm(), Flatten()), None, "deep_lift"),
-    ("attribute: layer_norm1: expected a rule for LayerNorm, whose gradient is no relevance; rules has none",
-     (LayerNorm(), Flatten()), attribution.epsilon_plus(), "relevance"),
-    ("attribute: inner/norm: expected a rule for GroupNorm, whose gradient is no relevance; rules has none",
-     (serial(GroupNorm(groups=1, name="norm"), name="inner"), Flatten()), attribution.epsilon_plus(), "relevance"),
-    ("attribute: residual1: expected a rule for the sum of Residual, whose gradient is no relevance; rules has none",
-     (residual(Conv(3, 1)), Flatten()), {Conv: ZPlus(), Dense: Epsilon()}, "relevance"),
-    ("attribute: square1: expected a rule for Square, whose gradient is no relevance; rules has none",
-     (Square(), Flatten()), attribution.epsilon_plus(), "relevance"),
-    ("conv2: conv: rule guided_relu: expected as a rule of relu, hidden_layer",
+    (f"fold_batch_norm: batch_norm1: {NO_STATISTICS}", (Conv(2, 3), BatchNorm(), Flatten()),
+     attribution.epsilon_plus(), "relevance"),
+    (f"fold_batch_norm: residual1/norm: {NO_STATISTICS}", (residual(BatchNorm(name="norm")), Flatten()),
+     attribution.epsilon_plus(), "relevance"),
+    ("batch_norm1: batch_norm: mean and var must be given for rule rescale, because statistics of the batch mix "
+     "examples (see jaxcnn.calibrate), got neither", (Conv(2, 3), BatchNorm(), Flatten()), None, "deep_lift"),
+    (f"{NO_RULE} layer_norm1, a LayerNorm", (LayerNorm(), Flatten()), attribution.epsilon_plus(), "relevance"),
+    (f"{NO_RULE} inner/norm, a GroupNorm", (serial(GroupNorm(groups=1, name="norm"), name="inner"), Flatten()),
+     attribution.epsilon_plus(), "relevance"),
+    (f"{NO_RULE} the sum of residual1, a Residual", (residual(Conv(3, 1)), Flatten()),
+     {Conv: ZPlus(), Dense: Epsilon()}, "relevance"),
+    (f"{NO_RULE} square1, a Square", (Square(), Flatten()), attribution.epsilon_plus(), "relevance"),
+    ("conv2: conv: rule must be one that fits conv, got guided_relu, which fits relu, hidden_layer",
      (Conv(2, 3), Conv(2, 3), Flatten()), {"conv2": rules.guided_relu}, "gradient"),
-    ("Residual: add: rule ZPlus(stabilizer=1e-06): expected as a rule of conv, depthwise_conv, conv_transpose, dense, "
-     "hidden_layer; Epsilon and Flat fit add", (residual(Relu()), Flatten()), {Residual: ZPlus(), Dense: Epsilon()},
-     "relevance"),
+    (f"Residual: add: rule must be one that fits add, got ZPlus(stabilizer=1e-06), which fits {AFFINE}, hidden_layer; "
+     "Epsilon and Flat fit add", (residual(Relu()), Flatten()), {Residual: ZPlus(), Dense: Epsilon()}, "relevance"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("message", "layers", "given", "method"), UNFIT)
-def test_what_a_rule_refuses_is_told_with_the_name_of_the_layer(message, layers, given, method):
+def test_errors_of_rules_name_the_layer(message, layers, given, method):
     net = serial(*layers, Dense(5))
     params, x = drawn(net)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}(?=\n|$)"):
@@ -635,10 +640,7 @@ def test_a_net_that_is_a_residual_needs_a_rule_for_its_sum():
     net = residual(Dense(3, bias=False))
     params = net.init(jax.random.key(0), (3,))
     x = np.random.default_rng(0).standard_normal((2, 3)).astype(np.float32)
-    message = (
-        "attribute: the net: expected a rule for the sum of Residual, whose gradient is no relevance; rules has none"
-    )
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ValueError, match=f"^{re.escape(NO_RULE)} the sum of the net, a Residual$"):
         attribute(net, params, x, 1, rules={Dense: Epsilon(1e-14)})
     heat = attribute(net, params, x, 1, rules={Dense: Epsilon(1e-14), jaxcnn.Residual: Epsilon(1e-14)})
     np.testing.assert_allclose(heat.sum(1), net.apply(params, x)[:, 1], rtol=1e-4)
@@ -685,7 +687,7 @@ def test_a_batch_norm_that_has_a_rule_is_not_folded():
     np.testing.assert_array_equal(run(rules=others), run(rules={BatchNorm: Epsilon(), **others}))
 
 
-def test_other_things_that_are_refused():
+def test_other_refused_arguments():
     net = NETS["hidden"]
     params, x = drawn(net)
     with pytest.raises(TypeError, match=r"^attribute: x must be of a floating dtype, got int64"):
@@ -693,9 +695,12 @@ def test_other_things_that_are_refused():
     with pytest.raises(ValueError, match=r"^attribute: x must be \(N, …\), got shape \(3,\)"):
         attribute(net, params, x[:, 0, 0, 0], 2)
     headless = serial(*(layer for _, layer in net.layers[:2]))
-    with pytest.raises(ValueError, match=r"^attribute: net must be outputs \(N, classes\), got \(3, "):
+    with pytest.raises(
+        ValueError,
+        match=r"^attribute: the result of net must be \(3, classes\), a row for each example, got shape \(3, ",
+    ):
         attribute(headless, params, x, 2)
-    with pytest.raises(TypeError, match=r"^ZBox: expected low and high"):
+    with pytest.raises(TypeError, match=r"^ZBox: low must be given, as in ZBox\(0.0, 1.0\), got None$"):
         attribution.epsilon_gamma_box(net)
     with pytest.raises(TypeError, match=r"^attribute: rules must be given for method 'relevance', got None"):
         attribution.relevance(net, params, x, 2, rules=None)
@@ -711,20 +716,20 @@ class Last(jaxcnn.Layer):
         return self.change(x)
 
 
+ROWS = "attribute: the result of net must be (3, classes), a row for each example, got shape"
 ENDS = [
-    (ValueError, "attribute: net must return one row of outputs for each of 3 examples, got outputs (1, 5)",
-     lambda y: y.mean(0, keepdims=True)),
-    (ValueError, "attribute: net must return one row of outputs for each of 3 examples, got outputs (6, 5)",
-     lambda y: jnp.concatenate([y, y])),
-    (ValueError, "attribute: net must be outputs (N, classes), got (3,)", lambda y: y[:, 0]),
-    (TypeError, "attribute: net must return outputs of a floating dtype, got int64", lambda y: y.astype(int)),
+    (ValueError, f"{ROWS} (1, 5)", lambda y: y.mean(0, keepdims=True)),
+    (ValueError, f"{ROWS} (6, 5)", lambda y: jnp.concatenate([y, y])),
+    (ValueError, f"{ROWS} (3,)", lambda y: y[:, 0]),
+    (TypeError, "attribute: the result of net must be of a floating dtype, got int64", lambda y: y.astype(int)),
+    (TypeError, "attribute: the result of net must be one array (N, classes), got tuple", lambda y: (y, y)),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("error", "message", "change"), ENDS)
-def test_outputs_that_are_refused(error, message, change):
+def test_refused_outputs(error, message, change):
     net = serial(Flatten(), Dense(5), Last(change))
-    params, x = drawn(net)
+    params, x = drawn(serial(Flatten(), Dense(5)))  # a net with a tuple of outputs has no shape
     for method in ("gradient", "occlusion", "deep_lift"):
         with pytest.raises(error, match=f"^{re.escape(message)}$"):
             attribute(net, params, x, 2, method=method)
@@ -741,8 +746,8 @@ class Projected(jaxcnn.Serial):
         w = jax.random.normal(jax.random.fold_in(key, 7), (1, 1, shape[-1], 4), dtype)
         return {**super().init(key, shape, dtype), "shortcut": {"weight": w}}
 
-    def apply(self, params, x, *, key=None, rules=None, rule=None, path=""):
-        y = super().apply(params, x, key=key, rules=rules, rule=rule, path=path)
+    def apply(self, params, x, *, key=None, rules=None):
+        y = super().apply(params, x, key=key, rules=rules)
         return self.ends(y + jaxcnn.conv(x, params["shortcut"]["weight"]))
 
     def ends(self, y):
@@ -766,9 +771,9 @@ class RectifiedEnd(jaxcnn.Serial):
 class Twice(jaxcnn.Serial):
     """Calls its layers in a custom way."""
 
-    def apply(self, params, x, *, key=None, rules=None, rule=None, path=""):
+    def apply(self, params, x, *, key=None, rules=None):
         for name, layer in self.layers:
-            x = x + layer.apply(params.get(name, {}), x, rule=rule)
+            x = x + layer.apply(params.get(name, {}), x)
         return x
 
 
@@ -816,10 +821,10 @@ def test_gradients_and_grad_cam_inside_a_net_with_its_own_apply(net):
     plain = functools.partial(in_plain_jax, rectified=net is RECTIFIED)
     chosen = np.eye(5)[TARGET]
     expected = jax.grad(lambda x: (chosen * plain(params, x)[0]).sum())(x)
-    np.testing.assert_allclose(found(net), expected, **CLOSE)
+    np.testing.assert_allclose(heatmap(net), expected, **CLOSE)
     a = plain(params, x)[1]
     delta = jax.grad(lambda shift: (chosen * plain(params, x, shift=shift)[0]).sum())(jnp.zeros_like(a))
-    heat = found(net, method="grad_cam", layer="block1/conv1", relu=False)
+    heat = heatmap(net, method="grad_cam", layer="block1/conv1", relu=False)
     np.testing.assert_allclose(heat, (a * delta.mean((1, 2), keepdims=True)).sum(-1), **CLOSE)
 
 
@@ -827,7 +832,7 @@ def test_deep_lift_through_a_linear_shortcut_sums_to_the_difference():
     for net in (PROJECTED, serial(Flatten(), Bottleneck(ruled=(False, False)), Relu(), Dense(5))):
         params, x = drawn(net)
         rise = np.asarray(net.apply(params, x) - net.apply(params, 0 * x + 0.3))
-        heat = found(net, method="deep_lift", reference=0.3)
+        heat = heatmap(net, method="deep_lift", reference=0.3)
         np.testing.assert_allclose(heat.sum((1, 2, 3)), rise[range(3), TARGET], rtol=1e-9)
 
 
@@ -836,48 +841,62 @@ def test_relevance_through_a_layer_with_nested_parameters():
     net, plain = serial(Flatten(), Bottleneck(), Dense(5)), serial(Flatten(), Dense(4), Dense(468), Dense(5))
     params, x = drawn(net)
     zeros = {"bias": np.zeros(4)}, {"bias": np.zeros(468)}
-    own = params["bottleneck1"]
-    of_reference = {"dense1": own["down"] | zeros[0], "dense2": own["up"] | zeros[1], "dense3": params["dense1"]}
+    down, up = (params["bottleneck1"][name] | bias for name, bias in zip(("down", "up"), zeros, strict=True))
+    plain_params = {"dense1": down, "dense2": up, "dense3": params["dense1"]}
     given = {Bottleneck: Epsilon(), Dense: Epsilon()}
-    expected = attribute(plain, of_reference, x, TARGET, rules={Dense: Epsilon()})
-    np.testing.assert_allclose(found(net, rules=given), expected, rtol=1e-9)
-    np.testing.assert_allclose(found(net, rules=Epsilon()), expected, rtol=1e-9)
+    expected = attribute(plain, plain_params, x, TARGET, rules={Dense: Epsilon()})
+    np.testing.assert_allclose(heatmap(net, rules=given), expected, rtol=1e-9)
+    np.testing.assert_allclose(heatmap(net, rules=Epsilon()), expected, rtol=1e-9)
 
 
-OWN = "attribute: block1: "
-LINEAR = "must be linear outside of the ops that get its rule; got a slope that depends on x"
-AROUND = "must hand rule= to ops that everything passes between input and output; got a way around them"
-NO_APPLY = (
-    "must be a net without an apply of its own, whose sums and products no rule would divide; got one with its own"
-)
+def replaced(layer, apply):
+    """Return the layer with another ``apply`` on this instance only."""
+    object.__setattr__(layer, "apply", functools.partial(apply, layer))
+    return layer
+
+
+SLOPE = "must be linear outside of the ops that receive its rule, got"
+COMPOSITION = "must be a composition of ops that receive its rule, got"
+OTHER_WAY = "whose output depends on x in another way"
+IN_SEQUENCE = "must be a net without a custom apply, because no rule divides the sums and products in it, got"
 EVERY = {jaxcnn.Layer: Epsilon()}
-REFUSED_OWN = [
-    (f"{OWN}apply of RectifiedProjected {LINEAR}", RECTIFIED, {"method": "deep_lift"}),
-    (f"attribute: square1: apply of Square {LINEAR}", serial(Square(), Flatten(), Dense(5)), {"method": "deep_lift"}),
-    (f"attribute: inner/square1: apply of Square {LINEAR}", serial(serial(Square(), name="inner"), Flatten(), Dense(5)),
+SQUARE = serial(Square(), Flatten(), Dense(5))
+REFUSED_CUSTOM = [
+    (f"attribute: apply of block1 {SLOPE} RectifiedProjected, whose slope depends on x", RECTIFIED,
      {"method": "deep_lift"}),
-    (f"attribute: bottleneck1: apply of Bottleneck {LINEAR}",
+    (f"attribute: apply of square1 {SLOPE} Square, whose slope depends on x", SQUARE, {"method": "deep_lift"}),
+    (f"attribute: apply of inner/square1 {SLOPE} Square, whose slope depends on x",
+     serial(serial(Square(), name="inner"), Flatten(), Dense(5)), {"method": "deep_lift"}),
+    (f"attribute: apply of bottleneck1 {SLOPE} Bottleneck, whose slope depends on x",
      serial(Flatten(), Bottleneck(between=jnp.tanh), Dense(5)), {"method": "deep_lift"}),
-    (f"attribute: the net: apply of RectifiedEnd {LINEAR}", RectifiedEnd(ENDING), {"method": "deep_lift"}),
-    (f"{OWN}Projected {NO_APPLY}", PROJECTED, {"rules": attribution.epsilon_plus()}),
-    (f"{OWN}Projected {NO_APPLY}", PROJECTED, {"rules": {"block1": Epsilon(), **EVERY}}),
-    (f"attribute: the net: RectifiedEnd {NO_APPLY}", RectifiedEnd(ENDING), {"rules": EVERY}),
-    (f"attribute: square1: apply of Square {AROUND}", serial(Square(), Flatten(), Dense(5)), {"rules": EVERY}),
-    (f"attribute: bottleneck1: apply of Bottleneck {AROUND}",
+    (f"attribute: apply of the net {SLOPE} RectifiedEnd, whose slope depends on x", RectifiedEnd(ENDING),
+     {"method": "deep_lift"}),
+    (f"attribute: block1 {IN_SEQUENCE} Projected", PROJECTED, {"rules": attribution.epsilon_plus()}),
+    (f"attribute: block1 {IN_SEQUENCE} Projected", PROJECTED, {"rules": {"block1": Epsilon(), **EVERY}}),
+    (f"attribute: the net {IN_SEQUENCE} RectifiedEnd", RectifiedEnd(ENDING), {"rules": EVERY}),
+    (f"attribute: apply of square1 {COMPOSITION} Square, {OTHER_WAY}", SQUARE, {"rules": EVERY}),
+    (f"attribute: apply of bottleneck1 {COMPOSITION} Bottleneck, {OTHER_WAY}",
      serial(Flatten(), Bottleneck(ruled=(False, False)), Dense(5)), {"rules": EVERY}),
-    ("attribute: residual1: expected a rule for the sum of Residual, whose gradient is no relevance; rules has none",
-     serial(residual(Conv(3, 1)), Flatten(), Dense(5)), {"rules": Epsilon()}),
-    ("attribute: relu1: expected a rule for Twisted, whose gradient is no relevance; rules has none",
+    (f"{NO_RULE} the sum of residual1, a Residual", serial(residual(Conv(3, 1)), Flatten(), Dense(5)),
+     {"rules": Epsilon()}),
+    (f"{NO_RULE} relu1, a Twisted",
      serial(type("Twisted", (Relu,), {"apply": Square.apply})(name="relu1"), Flatten(), Dense(5)),
      {"rules": {Dense: Epsilon()}}),
+    # an apply of an instance
+    (f"{NO_RULE} relu1, a Relu", serial(replaced(Relu(), Square.apply), Flatten(), Dense(5)),
+     {"rules": {Dense: Epsilon()}}),
+    (f"attribute: apply of relu1 {COMPOSITION} Relu, {OTHER_WAY}",
+     serial(replaced(Relu(), Square.apply), Flatten(), Dense(5)), {"rules": EVERY}),
+    (f"attribute: apply of relu1 {SLOPE} Relu, whose slope depends on x",
+     serial(replaced(Relu(), Square.apply), Flatten(), Dense(5)), {"method": "deep_lift"}),
     ("attribute: layer must be one that Serial.apply runs and whose output has a floating dtype, got 'block1/conv1'",
      jaxcnn.Serial((("block1", Twice((("conv1", Conv(3, 1)),))), *ENDING)),
      {"method": "grad_cam", "layer": "block1/conv1"}),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("message", "net", "options"), REFUSED_OWN)
-def test_what_is_refused_of_own_layers(message, net, options):
+@pytest.mark.parametrize(("message", "net", "options"), REFUSED_CUSTOM)
+def test_refused_custom_layers(message, net, options):
     x = jnp.ones((3, *SHAPE))
     params = net.init(jax.random.key(0), SHAPE, jnp.float64)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}(?=\n|$)"):
@@ -896,10 +915,10 @@ def test_a_rule_for_one_kind_of_residual_leaves_the_other_kind_alone():
     net = jaxcnn.serial(jaxcnn.residual(jaxcnn.Dense(3)), Halved(inner), jaxcnn.Dense(2))
     params = net.init(jax.random.key(0), (3,), jnp.float64)
     x = jax.random.normal(jax.random.key(1), (2, 3))
-    found = jaxcnn.attribute(net, params, x, 1, method="gradient", rules={Halved: doubled})
+    result = jaxcnn.attribute(net, params, x, 1, method="gradient", rules={Halved: doubled})
     expected = jax.vjp(lambda x: net.apply(params, x, rules={Halved: doubled}), x)[1](
         jax.nn.one_hot(np.array([1, 1]), 2, dtype=x.dtype)
     )[0]
     plain = jaxcnn.attribute(net, params, x, 1, method="gradient")
-    np.testing.assert_allclose(found, expected, rtol=1e-10)
-    np.testing.assert_allclose(found, 2 * plain, rtol=1e-10)  # the δ of its sum is doubled once
+    np.testing.assert_allclose(result, expected, rtol=1e-10)
+    np.testing.assert_allclose(result, 2 * plain, rtol=1e-10)  # the δ of its sum is doubled once

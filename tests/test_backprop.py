@@ -72,7 +72,7 @@ def given(name, dtype=np.float64, batch=4):
     return net, params, rng.standard_normal((batch, *shape)).astype(dtype), lambda z: cross_entropy(z, labels)
 
 
-def sweep_of(net, loss, params, x, **options):
+def backprop_of(net, loss, params, x, **options):
     """Run `backprop` with a loss of the outputs alone."""
     return backprop(net, lambda outputs, _: loss(outputs), params, x, None, **options)
 
@@ -109,9 +109,9 @@ def by_addition(net, params, x, error, key=None, layer_rule=None):
     return value, gradients, activations, deltas
 
 
-def assert_same(found, expected, tolerance=1e-12):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+def assert_same(result, expected, tolerance=1e-12):
+    assert jax.tree.structure(result) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
         assert a.shape == b.shape
         assert a.dtype == b.dtype
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(float(np.abs(b).max(initial=0)), 1e-300))
@@ -123,44 +123,44 @@ def assert_same(found, expected, tolerance=1e-12):
 
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("training", [False, True])
-def test_all_that_a_sweep_finds(name, training):
+def test_loss_gradients_activations_and_deltas(name, training):
     net, params, x, error = given(name)
     key = jax.random.key(3) if training else None
-    sweep = compiled(functools.partial(sweep_of, net, error, key=key))(params, x)
-    assert set(sweep.deltas) == set(sweep.activations) == {name for name, _ in net.walk()}
+    result = compiled(functools.partial(backprop_of, net, error, key=key))(params, x)
+    assert set(result.deltas) == set(result.activations) == {name for name, _ in net.walk()}
     expected = by_addition(net, params, x, error, key, rules.autodiff)
-    assert_same((sweep.loss, sweep.gradients, sweep.activations, sweep.deltas), expected)
+    assert_same((result.loss, result.gradients, result.activations, result.deltas), expected)
 
 
 @pytest.mark.parametrize("name", NETS)
 def test_gradients_are_those_of_grad(name):
     net, params, x, error = given(name)
-    sweep = compiled(functools.partial(sweep_of, net, error))(params, x)
+    result = compiled(functools.partial(backprop_of, net, error))(params, x)
     value, gradients = compiled(jax.value_and_grad(lambda params: error(net.apply(params, x)).mean()))(params)
-    assert_same((sweep.loss, sweep.gradients), (value, gradients))
+    assert_same((result.loss, result.gradients), (value, gradients))
 
 
 def test_without_jit():
     net, params, x, error = given("residual")
-    sweep = sweep_of(net, error, params, x)
-    assert_same(sweep, compiled(functools.partial(sweep_of, net, error))(params, x))
+    result = backprop_of(net, error, params, x)
+    assert_same(result, compiled(functools.partial(backprop_of, net, error))(params, x))
 
 
 def test_an_error_that_is_a_scalar_is_not_averaged_again():
     net, params, x, error = given("residual")
-    sweep = sweep_of(net, lambda z: error(z).sum(), params, x)
-    mean = sweep_of(net, error, params, x)
-    assert_same(sweep.deltas, jax.tree.map(lambda d: len(x) * d, mean.deltas))
+    result = backprop_of(net, lambda z: error(z).sum(), params, x)
+    mean = backprop_of(net, error, params, x)
+    assert_same(result.deltas, jax.tree.map(lambda d: len(x) * d, mean.deltas))
 
 
-def test_rules_change_what_they_say():
+def test_rules_change_only_deltas():
     net, params, x, error = given("lecture, op by op")
 
     def doubled(call, delta):
         return jax.tree.map(lambda c: 2 * c, call.exact(delta))
 
     exact, other = (
-        compiled(functools.partial(sweep_of, net, error, rules=r))(params, x) for r in (None, {"relu2": doubled})
+        compiled(functools.partial(backprop_of, net, error, rules=r))(params, x) for r in (None, {"relu2": doubled})
     )
     assert_same(other.activations, exact.activations)
     factors = {"conv1": 2, "relu1": 2, "max_pool1": 2, "conv2": 2}
@@ -169,8 +169,8 @@ def test_rules_change_what_they_say():
 
 def test_float32_stays_float32():
     net, params, x, error = given("residual", np.float32)
-    sweep = jax.eval_shape(functools.partial(sweep_of, net, error), params, x)
-    assert {leaf.dtype for leaf in jax.tree.leaves(sweep)} == {np.dtype(np.float32)}
+    result = jax.eval_shape(functools.partial(backprop_of, net, error), params, x)
+    assert {leaf.dtype for leaf in jax.tree.leaves(result)} == {np.dtype(np.float32)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,9 +184,9 @@ def test_vmap_equals_a_loop():
     def one(x, label):
         return backprop(net, cross_entropy, params, x[None], label[None])
 
-    found = compiled(jax.vmap(one))(x, labels)
+    result = compiled(jax.vmap(one))(x, labels)
     turns = [compiled(one)(x[i], labels[i]) for i in range(4)]
-    assert_same(found, jax.tree.map(lambda *leaves: np.stack(leaves), *turns))
+    assert_same(result, jax.tree.map(lambda *leaves: np.stack(leaves), *turns))
 
 
 @pytest.mark.parametrize("axis_type", SPLIT_BY, ids=str)
@@ -194,10 +194,10 @@ def test_a_split_batch(axis_type):
     net, params, x, error = given("nested")
     mesh = jax.make_mesh((2,), ("batch",), axis_types=(axis_type,))
     split = jax.device_put(x, NamedSharding(mesh, PartitionSpec("batch")))
-    run = compiled(functools.partial(sweep_of, net, error))
-    found = run(jax.device_put(params, NamedSharding(mesh, PartitionSpec())), split)
-    assert len(found.deltas["dense1"].sharding.device_set) == 2
-    assert_same(found, run(params, x))
+    run = compiled(functools.partial(backprop_of, net, error))
+    result = run(jax.device_put(params, NamedSharding(mesh, PartitionSpec())), split)
+    assert len(result.deltas["dense1"].sharding.device_set) == 2
+    assert_same(result, run(params, x))
 
 
 def test_inside_shard_map():
@@ -206,14 +206,14 @@ def test_inside_shard_map():
     labels = np.arange(4, dtype=np.int32)
 
     def local(params, x, labels):
-        sweep = backprop(net, lambda z, t: cross_entropy(z, t).sum() / 4, params, x, labels)
-        return lax.psum(sweep.loss, "batch"), sweep.gradients, sweep.deltas
+        result = backprop(net, lambda z, t: cross_entropy(z, t).sum() / 4, params, x, labels)
+        return lax.psum(result.loss, "batch"), result.gradients, result.deltas
 
     rows = PartitionSpec("batch")
     run = jax.shard_map(
         local, mesh=mesh, in_specs=(PartitionSpec(), rows, rows), out_specs=(PartitionSpec(), PartitionSpec(), rows)
     )
-    whole = sweep_of(net, error, params, x)
+    whole = backprop_of(net, error, params, x)
     assert_same(compiled(run)(params, x, labels), (whole.loss, whole.gradients, whole.deltas))
 
 
@@ -224,21 +224,22 @@ def test_again_in_reverse():
     def error(outputs):
         return outputs**3
 
-    def of_sweep(params, rules=None):
-        return (sweep_of(net, error, params, x, rules=rules).deltas["conv1"] ** 2).sum()
+    def squared_delta(params, rules=None):
+        return (backprop_of(net, error, params, x, rules=rules).deltas["conv1"] ** 2).sum()
 
     def plain(params):
         def rest(a):
             for name, layer in net.layers[1:]:
-                a = layer.apply(params.get(name, {}), a, rule=rules.autodiff)
+                option = "rules" if isinstance(layer, jaxcnn.Serial) else "rule"
+                a = layer.apply(params.get(name, {}), a, **{option: rules.autodiff})
             return error(a).mean()
 
         first = net.layers[0][1].apply(params["conv1"], x, rule=rules.autodiff)
         return (jax.grad(rest)(first) ** 2).sum()
 
     expected = compiled(jax.grad(plain))(params)
-    assert_same(compiled(jax.grad(of_sweep))(params), expected, 1e-11)
-    forward = jax.jacfwd(functools.partial(of_sweep, rules=rules.autodiff))
+    assert_same(compiled(jax.grad(squared_delta))(params), expected, 1e-11)
+    forward = jax.jacfwd(functools.partial(squared_delta, rules=rules.autodiff))
     assert_same(compiled(forward)(params), expected, 1e-11)
 
 
@@ -255,7 +256,7 @@ def test_one_forward_and_one_backward(name):
     plain = jax.value_and_grad(lambda params, x: error(net.apply(params, x)).mean())
     expected = products(plain, params, x)
     assert expected > 4
-    assert products(functools.partial(sweep_of, net, error), params, x) == expected
+    assert products(functools.partial(backprop_of, net, error), params, x) == expected
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -269,16 +270,16 @@ def test_a_function_with_taps():
         return (tap("second", first**2) * factor).sum()
 
     params, x = {"a": jnp.array(0.7)}, jnp.array([1.0, -2.0])
-    sweep = value_grad_and_deltas(fun)(params, x, factor=3.0)
+    result = value_grad_and_deltas(fun)(params, x, factor=3.0)
     s, c = np.sin(0.7 * x), np.cos(0.7 * x)
     expected = {"first": 6 * s, "second": np.full(2, 3.0), "on no path": np.zeros(2)}
-    np.testing.assert_allclose(sweep.loss, 3 * (s**2).sum(), rtol=1e-15)
-    np.testing.assert_allclose(sweep.gradients["a"], (6 * s * c * x).sum(), rtol=1e-14)
-    assert_same(sweep.deltas, jax.tree.map(jnp.asarray, expected), 1e-14)
-    assert_same(sweep.activations, {"first": s, "second": s**2, "on no path": 2 * s}, 1e-14)
+    np.testing.assert_allclose(result.loss, 3 * (s**2).sum(), rtol=1e-15)
+    np.testing.assert_allclose(result.gradients["a"], (6 * s * c * x).sum(), rtol=1e-14)
+    assert_same(result.deltas, jax.tree.map(jnp.asarray, expected), 1e-14)
+    assert_same(result.activations, {"first": s, "second": s**2, "on no path": 2 * s}, 1e-14)
 
 
-def test_a_tap_by_itself_is_not_there():
+def test_a_tap_alone_does_nothing():
     x = np.ones(3)
     assert tap("x", x) is x
     assert "name" not in str(jax.make_jaxpr(lambda x: tap("x", x))(x))
@@ -286,27 +287,27 @@ def test_a_tap_by_itself_is_not_there():
 
 
 def test_integers_have_no_delta():
-    sweep = value_grad_and_deltas(lambda w, n: (w * tap("n", n)).sum())(2.0, jnp.arange(3))
-    assert sweep.deltas == {}
-    np.testing.assert_array_equal(sweep.activations["n"], [0, 1, 2])
+    result = value_grad_and_deltas(lambda w, n: (w * tap("n", n)).sum())(2.0, jnp.arange(3))
+    assert result.deltas == {}
+    np.testing.assert_array_equal(result.activations["n"], [0, 1, 2])
 
 
-def test_a_sweep_within_a_sweep_has_its_own_taps():
+def test_nested_calls_have_separate_taps():
     def inner(a):
         return value_grad_and_deltas(lambda a: (tap("y", a * a) * 3).sum())(a)
 
     def outer(a):
         return tap("y", inner(a).deltas["y"] * a).sum()
 
-    sweep = value_grad_and_deltas(outer)(jnp.array(2.0))
-    assert sweep.activations["y"] == 6
-    assert sweep.gradients == 3
+    result = value_grad_and_deltas(outer)(jnp.array(2.0))
+    assert result.activations["y"] == 6
+    assert result.gradients == 3
 
 
 def test_jit_within_without_taps():
     double = jax.jit(lambda x: 2 * x)
-    sweep = value_grad_and_deltas(lambda a: tap("y", double(a)) ** 2)(jnp.array(3.0))
-    assert (sweep.gradients, sweep.deltas["y"]) == (24, 12)
+    result = value_grad_and_deltas(lambda a: tap("y", double(a)) ** 2)(jnp.array(3.0))
+    assert (result.gradients, result.deltas["y"]) == (24, 12)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -330,15 +331,15 @@ WITHIN = {
 
 @pytest.mark.parametrize("name", WITHIN)
 def test_a_tap_that_delta_cannot_leave(name):
-    with pytest.raises(ValueError, match=r"tap: 'y' stands inside a function that jax transforms by itself"):
+    with pytest.raises(ValueError, match=r"tap: 'y' is inside a function transformed by JAX"):
         value_grad_and_deltas(WITHIN[name])(jnp.array(1.0))
 
 
-def test_a_tap_in_a_function_that_jit_knows_already():
-    """The function was traced outside a sweep, so the cached version has no tap."""
+def test_a_tap_in_a_function_that_jit_has_traced():
+    """The function was traced with inactive taps, so the cached version has none."""
     known = jax.jit(lambda x: tap("y", 3 * x))
     assert known(2.0) == 6
-    with pytest.raises(ValueError, match="tap: 'y' stands inside"):
+    with pytest.raises(ValueError, match="tap: 'y' is inside"):
         value_grad_and_deltas(known)(2.0)
     assert known(2.0) == 6
 
@@ -356,7 +357,7 @@ def test_a_name_twice():
     def twice(params):
         return (error(net.apply(params, x)) + error(net.apply(params, x))).mean()
 
-    with pytest.raises(ValueError, match="tap: expected each name once, got 'conv1' twice"):
+    with pytest.raises(ValueError, match="tap: name must be used once, got 'conv1' twice"):
         value_grad_and_deltas(twice)(params)
 
 
@@ -366,15 +367,15 @@ def test_a_name_twice():
         (lambda: value_grad_and_deltas(3), TypeError, "value_grad_and_deltas: fun must be a function, got 3"),
         (
             lambda: value_grad_and_deltas(lambda x: x)(jnp.ones(3)), TypeError,
-            r"value_grad_and_deltas: fun must return a floating scalar, got float64\[3\]",
+            r"value_grad_and_deltas: the result of fun must be a floating scalar, got float64\[3\]",
         ),
         (
             lambda: value_grad_and_deltas(lambda x: None)(jnp.ones(3)), TypeError,
-            "value_grad_and_deltas: fun must return a floating scalar, got NoneType",
+            "value_grad_and_deltas: the result of fun must be a floating scalar, got NoneType",
         ),
         (
             lambda: value_grad_and_deltas(lambda x: jnp.argmax(x))(jnp.ones(3)), TypeError,
-            r"value_grad_and_deltas: fun must return a floating scalar, got int64\[\]",
+            r"value_grad_and_deltas: the result of fun must be a floating scalar, got int64\[\]",
         ),
         (lambda: value_grad_and_deltas(lambda x: tap(3, x))(1.0), TypeError, "tap: name must be a str, got 3"),
     ],
@@ -384,16 +385,18 @@ def test_messages(call, kind, message):
         call()
 
 
-def test_an_error_that_is_no_number():
+def test_refused_losses_and_rules():
     net, params, x, _ = given("residual")
-    with pytest.raises(TypeError, match="backprop: loss must return a floating array, got int"):
-        sweep_of(net, lambda z: z.argmax(-1), params, x)
-    with pytest.raises(ValueError, match="rules: expected names of layers, got 'conv9'; the nearest are conv1"):
-        sweep_of(net, jnp.mean, params, x, rules={"conv9": rules.autodiff})
+    with pytest.raises(TypeError, match="backprop: the result of loss must be of a floating dtype, got int"):
+        backprop_of(net, lambda z: z.argmax(-1), params, x)
+    with pytest.raises(
+        ValueError, match="rules: a key must be the name of a layer, got 'conv9'; the nearest are conv1"
+    ):
+        backprop_of(net, jnp.mean, params, x, rules={"conv9": rules.autodiff})
 
 
 def test_errors_that_are_numbers_of_numpy():
     """`jax.grad` accepts them as well."""
     for value in (np.float32(2), np.float64(3), np.array(4.0)):
-        sweep = jaxcnn.value_grad_and_deltas(lambda w, value=value: value)(jnp.ones(2))
-        assert (sweep.loss, sweep.gradients.tolist()) == (value, [0, 0])
+        result = jaxcnn.value_grad_and_deltas(lambda w, value=value: value)(jnp.ones(2))
+        assert (result.loss, result.gradients.tolist()) == (value, [0, 0])

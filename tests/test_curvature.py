@@ -77,9 +77,9 @@ def test_hessian(name, error):
     net, params, x, v, (losses, without) = given(name)
     plain, p = flat(lambda p: without[error](net.apply(p, x, rules=rules.autodiff)), params)
     expected = compiled(jax.hessian(plain))(p) @ ravel_pytree(v)[0]
-    found = compiled(lambda p, v: hvp(lambda p: losses[error](net.apply(p, x)), p, v))(params, v)
-    assert jax.tree.structure(found) == jax.tree.structure(params)
-    assert_close([ravel_pytree(found)[0]], [expected], 1e-10)
+    result = compiled(lambda p, v: hvp(lambda p: losses[error](net.apply(p, x)), p, v))(params, v)
+    assert jax.tree.structure(result) == jax.tree.structure(params)
+    assert_close([ravel_pytree(result)[0]], [expected], 1e-10)
 
 
 @pytest.mark.parametrize("error", ["cross-entropy", "squared"])
@@ -101,23 +101,23 @@ def test_finite_differences():
     def at(t):
         return ravel_pytree(gradient(jax.tree.map(lambda p, v: p + t * v, params, v)))[0]
 
-    found = ravel_pytree(hvp(lambda p: losses["squared"](net.apply(p, x)), params, v))[0]
-    assert_close([found], [(at(1e-5) - at(-1e-5)) / 2e-5], 1e-8)
+    result = ravel_pytree(hvp(lambda p: losses["squared"](net.apply(p, x)), params, v))[0]
+    assert_close([result], [(at(1e-5) - at(-1e-5)) / 2e-5], 1e-8)
 
 
 def test_positive_where_the_error_is_convex():
     net, params, x, v, (losses, _) = given("residual, norm")
-    found = gauss_newton_vp(lambda p: net.apply(p, x), losses["cross-entropy"], params, v)
-    assert float(ravel_pytree(v)[0] @ ravel_pytree(found)[0]) > 0
+    result = gauss_newton_vp(lambda p: net.apply(p, x), losses["cross-entropy"], params, v)
+    assert float(ravel_pytree(v)[0] @ ravel_pytree(result)[0]) > 0
 
 
 def test_linear_in_v_and_mapped_over_it():
     net, params, x, v, (losses, _) = given("pooled")
     product = functools.partial(hvp, lambda p: losses["cross-entropy"](net.apply(p, x)), params)
     many = jax.tree.map(lambda a: np.stack([a, -2 * a, 0 * a]), v)
-    found, one = compiled(jax.vmap(product))(many), compiled(product)(v)
+    result, one = compiled(jax.vmap(product))(many), compiled(product)(v)
     expected = jax.tree.map(lambda a: np.stack([a, -2 * a, 0 * a]), one)
-    assert_close(jax.tree.leaves(found), jax.tree.leaves(expected), 1e-12)
+    assert_close(jax.tree.leaves(result), jax.tree.leaves(expected), 1e-12)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
@@ -167,8 +167,8 @@ def test_other_mappings_and_functions_without_a_hash(kind):
     def both(p, v):
         return hvp(NoHash(lambda p: loss(model(p))), p, v), gauss_newton_vp(NoHash(model), NoHash(loss), p, v)
 
-    found = compiled(both)(kind(params), kind(v))
-    for a, b in zip(found, expected, strict=True):
+    result = compiled(both)(kind(params), kind(v))
+    for a, b in zip(result, expected, strict=True):
         assert jax.tree.structure(a) == jax.tree.structure(kind(params))
         for name, part in ((name, part) for name, own in b.items() for part in own):
             np.testing.assert_allclose(a[name][part], b[name][part], rtol=1e-12)
@@ -187,14 +187,14 @@ def test_inside_shard_map():
 
     mapped = jax.shard_map(both, mesh=mesh, in_specs=(whole, whole, rows), out_specs=whole)
     place = functools.partial(NamedSharding, mesh)
-    found = compiled(mapped)(*jax.device_put((params, v), place(whole)), jax.device_put(x, place(rows)))
-    assert_close(jax.tree.leaves(found), jax.tree.leaves(compiled(both)(params, v, x)), 1e-10)
+    result = compiled(mapped)(*jax.device_put((params, v), place(whole)), jax.device_put(x, place(rows)))
+    assert_close(jax.tree.leaves(result), jax.tree.leaves(compiled(both)(params, v, x)), 1e-10)
 
 
 P, COUNTS = {"weight": np.zeros((2, 3))}, {"n": np.arange(2)}
 REFUSED = [
     (ValueError, "v must be a tree like params, ", lambda op: op(P, {"v": P["weight"]})),
-    (ValueError, r"v\['w'\] must be of the shape of params\['w'\], \(2, 3\), got \(3,\)",
+    (ValueError, r"v\['weight'\] must be of the shape of params\['weight'\], \(2, 3\), got \(3,\)",
      lambda op: op(P, {"weight": P["weight"][0]})),
     (TypeError, r"params\['n'\] must be a floating array, got int64", lambda op: op(COUNTS, COUNTS)),
     (TypeError, "params must be a floating array, got mappingproxy",
@@ -208,18 +208,18 @@ OPS = {
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(("kind", "message", "call"), REFUSED)
-def test_what_is_refused(op, kind, message, call):
+def test_refused_trees(op, kind, message, call):
     with pytest.raises(kind, match=f"^{op}: {message}"):
         call(OPS[op](jnp.sum))
 
 
-def test_what_is_no_function_and_no_floating_output():
+def test_refused_functions_and_outputs():
     for message, call in (
         ("hvp: loss must be a function, got 3", lambda: hvp(3, P, P)),
         ("gauss_newton_vp: model must be a function, got 3", lambda: gauss_newton_vp(3, jnp.sum, P, P)),
         ("gauss_newton_vp: loss must be a function, got 3", lambda: gauss_newton_vp(lambda p: p["weight"], 3, P, P)),
         (
-            r"gauss_newton_vp: model must return floating arrays, got int64 at outputs\[1\]",
+            r"gauss_newton_vp: the result of model must be a tree of floating arrays, got int64 at \[1\]",
             lambda: gauss_newton_vp(lambda p: (p["weight"], jnp.arange(3)), lambda y: y[0].sum(), P, P),
         ),
     ):
@@ -236,6 +236,6 @@ def test_what_is_no_function_and_no_floating_output():
         ("tuple", lambda w: (w.sum(), w)),
     ],
 )
-def test_losses_that_are_no_scalar(op, got, loss):
-    with pytest.raises(TypeError, match=f"^{op}: loss must return a floating scalar, got {got}"):
+def test_refused_losses(op, got, loss):
+    with pytest.raises(TypeError, match=f"^{op}: the result of loss must be a floating scalar, got {got}"):
         OPS[op](loss)(P, P)

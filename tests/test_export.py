@@ -103,13 +103,13 @@ def test_unpooling_for_every_batch():
 )
 def test_other_symbols_are_refused_by_name(op, what):
     x = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("n, h, w"), 4), np.float64)
-    expected = f"{what} must have sizes that are numbers, except for the batch; got shape (n, h, w, 4)"
+    expected = f"{what} must be an array whose sizes are numbers, except for the batch, got shape (n, h, w, 4)"
     with pytest.raises(ValueError, match=f"^{re.escape(expected)}"):
         jax.eval_shape(op, x)
 
 
 def test_signals_have_no_batch():
     a = jax.ShapeDtypeStruct(jax.export.symbolic_shape("n"), np.float64)
-    expected = "convolve: a must have sizes that are numbers, except for the batch; got shape (n)"
+    expected = "convolve: a must be an array whose sizes are numbers, except for the batch, got shape (n)"
     with pytest.raises(ValueError, match=f"^{re.escape(expected)}"):
         jax.eval_shape(lambda a: jaxcnn.convolve(a, np.ones(3)), a)

@@ -1,5 +1,6 @@
 """Folding a batch norm into its neighbor keeps the outputs; those that cannot be folded stay or raise an error."""
 
+import itertools
 import re
 
 import jax
@@ -22,6 +23,7 @@ from jaxcnn import (
     residual,
     serial,
 )
+from jaxcnn.net import layers_of
 from tests.cases import compiled
 
 SHAPE = (7, 6, 4)
@@ -72,20 +74,28 @@ def norms(net):
 @pytest.mark.parametrize(("net", "stay"), FOLDED.values(), ids=FOLDED)
 def test_the_outputs_are_the_same(net, stay):
     params, x = drawn(net)
-    folded, of_folded = fold_batch_norm(net, params)
+    folded, folded_params = fold_batch_norm(net, params)
     assert len(norms(folded)) == stay
     assert type(folded) is type(net)
     names = [name for name, _ in net.walk() if name in norms(folded) or name not in norms(net)]
     assert [name for name, _ in folded.walk()] == names
     y = compiled(net.apply)(params, x)
-    again = compiled(folded.apply)(of_folded, x)
+    again = compiled(folded.apply)(folded_params, x)
     np.testing.assert_allclose(again, y, rtol=1e-12, atol=1e-13 * np.abs(y).max())
     shapes = jax.eval_shape(lambda: folded.init(jax.random.key(0), SHAPE, jnp.float64))
     if not stay:  # exactly the parameters that the folded net itself creates
-        assert jax.tree.map(jnp.shape, of_folded) == jax.tree.map(jnp.shape, shapes)
+        assert jax.tree.map(jnp.shape, folded_params) == jax.tree.map(jnp.shape, shapes)
 
 
-def test_what_came_in_is_left_as_it_is():
+@pytest.mark.parametrize("kind", layers_of("affine", "hidden"))
+def test_every_layer_that_may_absorb_a_norm_has_a_row(kind):
+    """The table above covers each layer type that `fold_batch_norm` reads from the table of kinds."""
+    nets = [[type(layer) for _, layer in net.walk()] for net, _ in FOLDED.values()]
+    assert any((kind, BatchNorm) in itertools.pairwise(types) for types in nets)
+    assert any((BatchNorm, kind) in itertools.pairwise(types) for types in nets)
+
+
+def test_the_parameters_are_not_changed():
     net, _ = FOLDED["nested, residual"]
     params, _ = drawn(net)
     before = jax.tree.map(np.array, params)
@@ -97,25 +107,25 @@ def test_under_jit_and_in_float32():
     net, _ = FOLDED["conv, groups, padding, no bias"]
     params, x = drawn(net, jnp.float32)
     folded, _ = fold_batch_norm(net, params)
-    of_folded = jax.jit(lambda params: fold_batch_norm(net, params)[1])(params)
-    assert {a.dtype for a in jax.tree.leaves(of_folded)} == {np.dtype(np.float32)}
-    np.testing.assert_allclose(folded.apply(of_folded, x), net.apply(params, x), rtol=1e-4, atol=1e-5)
+    folded_params = jax.jit(lambda params: fold_batch_norm(net, params)[1])(params)
+    assert {a.dtype for a in jax.tree.leaves(folded_params)} == {np.dtype(np.float32)}
+    np.testing.assert_allclose(folded.apply(folded_params, x), net.apply(params, x), rtol=1e-4, atol=1e-5)
 
 
-def test_some_may_be_left():
+def test_norms_can_be_kept():
     net, _ = FOLDED["nested, residual"]
     params, x = drawn(net)
-    folded, of_folded = fold_batch_norm(net, params, leave={"block/batch_norm1"})
+    folded, folded_params = fold_batch_norm(net, params, leave={"block/batch_norm1"})
     assert norms(folded) == ["block/batch_norm1"]
-    np.testing.assert_allclose(folded.apply(of_folded, x), net.apply(params, x), rtol=1e-12)
+    np.testing.assert_allclose(folded.apply(folded_params, x), net.apply(params, x), rtol=1e-12)
 
 
 def test_without_statistics():
     net, _ = FOLDED["nested, residual"]
     params = net.init(jax.random.key(0), SHAPE)
-    expected = "expected statistics from jaxcnn.calibrate beside its parameters, got bias, scale"
+    expected = "params must be those of jaxcnn.calibrate, with mean and var, got bias, scale"
     with pytest.raises(ValueError, match=f"^{re.escape('fold_batch_norm: serial1/batch_norm1: ' + expected)}$"):
         fold_batch_norm(net, params)
     bare = serial(Conv(4, 3), BatchNorm(scale=False, bias=False, name="bn"))
-    with pytest.raises(ValueError, match=r"^fold_batch_norm: bn: expected .*, got none$"):
+    with pytest.raises(ValueError, match=r"^fold_batch_norm: bn: params must be .*, got none$"):
         fold_batch_norm(bare, bare.init(jax.random.key(0), SHAPE))

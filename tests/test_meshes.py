@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxcnn
-from jaxcnn.kernels import correlation
+from jaxcnn.kernels import correlate, input_grad, kernel_grad
 from tests.cases import Case, compiled, row
 from tests.checks import assert_close, drawn, flat
 
@@ -39,8 +39,8 @@ ROWS = [
     row("lp_pool", (1, 8, 8, 1), window=(8, 7), stride=3),
     row("global_max_pool", (1, 8, 8, 1)),
     row("global_avg_pool", (1, 8, 8, 1)),
-    row("adaptive_max_pool", (1, 8, 1), size=3),
-    row("adaptive_avg_pool", (1, 8, 8, 1), size=(1, 3)),
+    row("adaptive_max_pool", (1, 8, 1), output_size=3),
+    row("adaptive_avg_pool", (1, 8, 8, 1), output_size=(1, 3)),
     row("kron", (8, 1), (1, 8)),
     row("kron_up", (1, 8, 8), factor=2),
     row("block_sum", (1, 8, 8, 1), factor=(8, 2)),
@@ -138,8 +138,9 @@ OF_XLA = [
 @pytest.fixture
 def only_xla(monkeypatch):
     """Use one `lax.conv_general_dilated` per product, as on other platforms."""
-    for choose in ("choose_correlate", "choose_spread", "choose_match"):
-        monkeypatch.setattr(correlation, choose, lambda *_: "xla")
+    monkeypatch.setattr(correlate, "choose_correlate", lambda *_: "xla")
+    monkeypatch.setattr(input_grad, "choose_input_grad", lambda *_: "xla")
+    monkeypatch.setattr(kernel_grad, "choose_kernel_grad", lambda *_: "xla")
     jax.clear_caches()
     yield
     jax.clear_caches()

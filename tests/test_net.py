@@ -44,6 +44,7 @@ from jaxcnn import (
     residual,
     serial,
 )
+from jaxcnn.layers import OpLayer
 from tests.compare_torch import net_in_torch, numbers, pulled, random_delta, tensors
 
 LECTURE = serial(
@@ -55,7 +56,7 @@ def key(seed=0):
     return jax.random.key(seed)
 
 
-def pictures(*shape, dtype=np.float64):
+def images(*shape, dtype=np.float64):
     return np.random.default_rng(0).standard_normal(shape).astype(dtype)
 
 
@@ -113,7 +114,7 @@ def test_layers(name):
     layer, shape, expected, out = LAYERS[name]
     params = parameters(layer, shape)
     assert shapes(params) == expected
-    x = pictures(2, *shape, dtype=np.float32)
+    x = images(2, *shape, dtype=np.float32)
     assert jax.eval_shape(layer.apply, params, x).shape == (2, *out)
     (row,) = serial(layer).summary(shape).rows
     assert (row.output_shape, row.parameters) == (out, sum(np.prod(s, dtype=int) for s in expected.values()))
@@ -127,12 +128,12 @@ def test_the_same_key_makes_the_same_parameters():
     assert all(np.any(params[name]["weight"] != other[name]["weight"]) for name in params)
 
 
-def test_layers_of_one_shape_begin_with_different_parameters():
+def test_layers_of_one_shape_have_different_initial_parameters():
     params = serial(Conv(2, 3, padding="SAME"), residual(Conv(2, 3, padding="SAME"))).init(key(), (8, 8, 2))
     assert np.any(params["conv1"]["weight"] != params["residual1"]["conv1"]["weight"])
 
 
-def test_a_layer_more_at_the_end_leaves_the_others_as_they_were():
+def test_another_layer_at_the_end_leaves_the_others_unchanged():
     shorter = serial(Conv(2, 3), Relu()).init(key(), (8, 8, 2))
     longer = serial(Conv(2, 3), Relu(), Conv(2, 3)).init(key(), (8, 8, 2))
     chex.assert_trees_all_equal(shorter["conv1"], longer["conv1"])
@@ -146,7 +147,7 @@ def test_parameters_in_other_dtypes(dtype):
     assert jax.eval_shape(net.apply, params, jnp.ones((2, 8, 8, 1), dtype)).dtype == dtype
 
 
-def test_initial_weights_keep_the_size_of_what_they_carry():
+def test_initial_weights_preserve_the_scale_of_activations():
     """Weights follow He et al. 2015 before a ReLU and Glorot & Bengio 2010 elsewhere; biases are zero."""
     params = serial(Conv(64, 5), Flatten(), Dense(200)).init(key(), (12, 12, 16))
     fan_in, fan_out = 8 * 8 * 64, 200
@@ -197,7 +198,7 @@ class Scale(jaxcnn.Layer):
         return x * params["by"]
 
 
-def test_a_layer_of_somebody_else():
+def test_a_custom_layer():
     net = serial(Scale(), Relu(), Scale(name="again"))
     params = net.init(key(), (3,))
     np.testing.assert_array_equal(net.apply(params, np.array([[-1, 0, 2]], np.float32)), [[0, 0, 8]])
@@ -208,16 +209,16 @@ def test_a_layer_of_somebody_else():
 def test_a_residual_adds_its_input():
     layers = Conv(3, 3, padding="SAME"), Tanh()
     plain, added = serial(*layers), residual(*layers)
-    params, x = parameters(plain, (6, 6, 3), np.float64), pictures(2, 6, 6, 3)
+    params, x = parameters(plain, (6, 6, 3), np.float64), images(2, 6, 6, 3)
     delta = random_delta(x)
     y, (grads, delta_x) = pulled(plain.apply, (params, x), delta)
     expected = x + y, (grads, delta_x + delta)
     chex.assert_trees_all_close(pulled(added.apply, (params, x), delta), expected, rtol=1e-10, atol=1e-12)
 
 
-def test_no_layers_at_all():
+def test_a_net_without_layers_is_the_identity():
     net = serial()
-    x = pictures(2, 3)
+    x = images(2, 3)
     assert net.init(key(), (3,)) == {}
     np.testing.assert_array_equal(net.apply({}, x), x)
     assert (net.summary((3,)).parameters, net.summary((3,)).flops) == (0, 0)
@@ -276,8 +277,8 @@ FLOPS = {
     "residual: and the sum": ((residual(Dense(7)),), (7,), 7 * (7 + 6 + 1) + 7),
     "depthwise": ((DepthwiseConv(3, 2),), (5, 5, 2), 3 * 3 * 4 * (9 + 8 + 1)),
     "transposed": ((ConvTranspose(4, 3),), (5, 5, 2), 5 * 5 * 2 * 9 * 4 * 2 + 7 * 7 * 4),
-    "normalised by given statistics": ((BatchNorm(),), (4, 4, 3), 48 * 4),
-    "normalised by its own": ((LayerNorm(),), (4, 4, 3), 48 * 7),
+    "normalized by given statistics": ((BatchNorm(),), (4, 4, 3), 48 * 4),
+    "normalized by its own": ((LayerNorm(),), (4, 4, 3), 48 * 7),
     "root of a sum of powers": ((LpPool(2),), (4, 4, 3), 2 * 2 * 3 * (4 + 3 + 1)),
     "largest of all": ((GlobalMaxPool(),), (4, 4, 3), 15 * 3),
     "mean of all": ((GlobalAvgPool(),), (4, 4, 3), 16 * 3),
@@ -325,7 +326,7 @@ def test_nets_are_values():
     def apply(net, params, x):
         return net.apply(params, x)
 
-    x = pictures(2, 12, 12, 1, dtype=np.float32)
+    x = images(2, 12, 12, 1, dtype=np.float32)
     params = parameters(net(), x.shape[1:])
     np.testing.assert_array_equal(apply(net(list), params, x), apply(net(np.array), params, x))
 
@@ -345,7 +346,7 @@ def times(factor):
 
 def gradients(rules):
     """Return the gradients of every convolution for a random δ."""
-    params, x = parameters(STACK, (8, 8, 2), np.float64), pictures(2, 8, 8, 2)
+    params, x = parameters(STACK, (8, 8, 2), np.float64), images(2, 8, 8, 2)
     delta = random_delta(jax.eval_shape(STACK.apply, params, x))
     _, (grads,) = pulled(lambda params: STACK.apply(params, x, rules=rules), (params,), delta)
     return {"conv1": grads["conv1"], "residual1/conv1": grads["residual1"]["conv1"], "conv2": grads["conv2"]}
@@ -381,10 +382,10 @@ WHICH = {
 @pytest.mark.parametrize("name", WHICH)
 def test_which_layer_takes_which_rule(name, exact):
     rules, factors = WHICH[name]
-    found = gradients(rules)
+    result = gradients(rules)
     for layer, factor in factors.items():
         expected = jax.tree.map(lambda a, factor=factor: factor * a, exact[layer])
-        chex.assert_trees_all_close(found[layer], expected, rtol=1e-9, atol=1e-12)
+        chex.assert_trees_all_close(result[layer], expected, rtol=1e-9, atol=1e-12)
 
 
 EVERY_LAYER = serial(
@@ -401,64 +402,97 @@ EVERY_LAYER = serial(
 )  # fmt: skip
 
 
+EVERY_KIND = sorted(
+    (v for v in vars(jaxcnn).values() if isinstance(v, type) and issubclass(v, jaxcnn.Layer)), key=lambda v: v.__name__
+)
+
 #: A net allows one global pooling per input.
 TO_MAXIMA = serial(Conv(3, 2), jaxcnn.GlobalMaxPool(), Dense(2))
 
 
-def test_the_nets_below_have_every_layer():
+def test_the_nets_above_have_every_layer():
     kinds = {type(layer) for net in (EVERY_LAYER, TO_MAXIMA) for _, layer in net.walk()}
-    layers = {v for v in vars(jaxcnn).values() if isinstance(v, type) and issubclass(v, jaxcnn.Layer)}
-    assert layers - {jaxcnn.Layer} <= kinds
+    in_test_branches = {jaxcnn.Branches, jaxcnn.Function, jaxcnn.Parallel, jaxcnn.Siamese}
+    assert set(EVERY_KIND) - {jaxcnn.Layer} == kinds | in_test_branches
 
 
 @pytest.mark.parametrize("net", [EVERY_LAYER, TO_MAXIMA], ids=["every layer", "to maxima"])
 def test_a_net_of_every_layer_against_pytorch(net):
     """With the same weights, values, ∂E/∂w of every parameter, and δ_x for a random δ agree."""
-    x = pictures(3, 12, 13, 4)
+    x = images(3, 12, 13, 4)
     params = parameters(net, x.shape[1:], np.float64)
     delta = random_delta(jax.eval_shape(net.apply, params, x))
-    y, found = pulled(net.apply, (params, x), delta)
+    y, result = pulled(net.apply, (params, x), delta)
 
     leaves, x_there = tensors(params), torch.tensor(x, requires_grad=True)
     y_there = net_in_torch(net, leaves, x_there)
     y_there.backward(torch.tensor(delta))
     np.testing.assert_allclose(y, y_there.detach(), rtol=1e-9)
     expected = jax.tree.map(lambda a: a.grad, leaves), x_there.grad
-    chex.assert_trees_all_close(numbers(found), numbers(expected), rtol=1e-8, atol=1e-10)
+    chex.assert_trees_all_close(numbers(result), numbers(expected), rtol=1e-8, atol=1e-10)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Layers have every option of their op
 
-OPS_OF = {
-    Conv: jaxcnn.conv, DepthwiseConv: jaxcnn.depthwise_conv, ConvTranspose: jaxcnn.conv_transpose,
-    HiddenLayer: jaxcnn.hidden_layer, Dense: jaxcnn.dense, BatchNorm: jaxcnn.batch_norm, LayerNorm: jaxcnn.layer_norm,
-    jaxcnn.GroupNorm: jaxcnn.group_norm, MaxPool: jaxcnn.max_pool, AvgPool: jaxcnn.avg_pool, LpPool: jaxcnn.lp_pool,
-    GlobalMaxPool: jaxcnn.global_max_pool, GlobalAvgPool: jaxcnn.global_avg_pool,
-    AdaptiveMaxPool: jaxcnn.adaptive_max_pool, AdaptiveAvgPool: jaxcnn.adaptive_avg_pool, Dropout: jaxcnn.dropout,
-}  # fmt: skip
 #: Arrays, and options that a net decides: the layout always has the channels last.
 NO_FIELDS = {"x", "w", "b", "scale", "bias", "mean", "var", "key", "rule", "dimension_numbers"}
-EVERY_KIND = sorted(
-    (v for v in vars(jaxcnn).values() if isinstance(v, type) and issubclass(v, jaxcnn.Layer)), key=lambda v: v.__name__
-)
+KINDS_WITH_OP = [kind for kind in EVERY_KIND if issubclass(kind, OpLayer)]
 
 
-@pytest.mark.parametrize("kind", EVERY_KIND, ids=lambda kind: kind.__name__)
+def test_every_layer_with_an_op_applies_the_op_of_its_name():
+    assert set(EVERY_KIND) - set(KINDS_WITH_OP) == {
+        jaxcnn.Layer, jaxcnn.Serial, jaxcnn.Residual, jaxcnn.Branches, jaxcnn.Parallel, jaxcnn.Siamese, Flatten,
+        jaxcnn.Function,
+    }  # fmt: skip
+    for kind in KINDS_WITH_OP:
+        assert kind.op.__name__.replace("_", "") == kind.__name__.lower()
+
+
+@pytest.mark.parametrize("kind", KINDS_WITH_OP, ids=lambda kind: kind.__name__)
 def test_layers_take_every_option_of_their_op(kind):
     """Layers have each option with the op's default, and pass it on."""
-    op = OPS_OF.get(kind, getattr(kind, "op", None))
-    if op is None:
-        assert kind in (jaxcnn.Layer, jaxcnn.Serial, jaxcnn.Residual, Flatten)
-        return
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    options = {name: p for name, p in inspect.signature(op).parameters.items() if name not in NO_FIELDS or name == "b"}
-    if op is not jaxcnn.squareplus:
-        options.pop("b", None)
+    options = {
+        {"size": "output_size"}.get(name, name): parameter
+        for name, parameter in inspect.signature(kind.op).parameters.items()
+        if name not in NO_FIELDS or (kind, name) == (jaxcnn.Squareplus, "b")
+    }
     assert set(options) <= set(fields)
     for name, parameter in options.items():
         if parameter.default is not parameter.empty:
             assert fields[name].default == parameter.default, name
+
+
+#: A value other than the default for every option of a layer.
+OPTIONS = {
+    "stride": 2, "padding": 1, "dilation": 2, "groups": 2, "output_padding": 1, "window": 3, "pool_stride": 1,
+    "pool_padding": 1, "ceil_mode": True, "count_include_pad": False, "divisor": 3.0, "p": 3.0, "output_size": 3,
+    "negative_slope": 0.3, "alpha": 0.5, "approximate": True, "b": 2.0, "eps": 0.1, "axes": (1, 2), "rate": 0.3,
+    "preferred_element_type": np.dtype(np.float32), "precision": "highest", "axis_name": "devices",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS_WITH_OP, ids=lambda kind: kind.__name__)
+def test_layers_pass_each_option_to_the_op(kind, monkeypatch):
+    received = {}
+
+    def op(*arrays, **options):
+        received.update(inspect.signature(original).bind(*arrays, **options).arguments)
+        return arrays[0]
+
+    fields = [field for field in dataclasses.fields(kind) if field.name in OPTIONS]
+    required = {"features": 4, "kernel_size": 3, "window": 2, "output_size": 2, "rate": 0.5}
+    names = [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
+    original = kind.op
+    monkeypatch.setattr(kind, "op", staticmethod(op))
+    for field in fields:
+        layer = kind(**{name: required[name] for name in names} | {field.name: OPTIONS[field.name]})
+        params = {"weight": 1, "bias": 2, "scale": 3}
+        assert layer.apply(params, "x", key="key", rule="rule") == "x"
+        name = "size" if field.name == "output_size" and "size" in received else field.name
+        assert received[name] == OPTIONS[field.name]
+        assert received["rule"] == "rule"
 
 
 HANDED_ON = {
@@ -470,7 +504,7 @@ HANDED_ON = {
 
 @pytest.mark.parametrize("op", HANDED_ON)
 def test_options_of_convolutions_reach_the_op(op):
-    layer, x = HANDED_ON[op], pictures(1, 6, 6, 2).astype(jnp.bfloat16)
+    layer, x = HANDED_ON[op], images(1, 6, 6, 2).astype(jnp.bfloat16)
     params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), parameters(layer, (6, 6, 2)))
     traced = str(jax.make_jaxpr(layer.apply)(params, x))
     assert "HIGHEST" in traced
@@ -489,13 +523,13 @@ class Projection(jaxcnn.Serial):
         (a, first), (b, second), (c, short) = self.layers
         inner = first.init(key, shape, dtype)
         middle = (*shape[:-1], first.features)
-        found = {a: inner, b: second.init(key, middle, dtype), c: short.init(key, shape, dtype)}
+        made = {a: inner, b: second.init(key, middle, dtype), c: short.init(key, shape, dtype)}
         return {
-            **found,
+            **made,
             "mix": {"down": {"weight": jnp.ones((3, 2), dtype)}, "up": {"weight": jnp.ones((2, 3), dtype)}},
         }
 
-    def apply(self, params, x, *, key=None, rules=None, rule=None, path=""):
+    def apply(self, params, x, *, key=None, rules=None):
         (a, first), (b, second), (c, short) = self.layers
         return second.apply(params[b], first.apply(params[a], x)) + short.apply(params[c], x)
 
@@ -511,9 +545,11 @@ class Nested(jaxcnn.Layer):
 
 
 @pytest.mark.parametrize("at", ["inside", "alone"])
-def test_a_summary_counts_what_nets_of_ones_own_hold(at):
-    own = Projection((("first", Conv(4, 3, padding="SAME")), ("second", Conv(5, 1)), ("short", Conv(5, 1, bias=False))))
-    net = serial(Conv(3, 3), own, Nested(), name="all") if at == "inside" else own
+def test_a_summary_counts_the_layers_of_custom_nets(at):
+    inner = Projection(
+        (("first", Conv(4, 3, padding="SAME")), ("second", Conv(5, 1)), ("short", Conv(5, 1, bias=False)))
+    )
+    net = serial(Conv(3, 3), inner, Nested(), name="all") if at == "inside" else inner
     shape = (8, 8, 2)
     params = jax.eval_shape(lambda: net.init(key(), shape))
     summary = net.summary(shape)
@@ -537,9 +573,9 @@ NOWHERE = {
     "predicate": ({lambda name, layer: name == "conv7": times(2)}, "got '<lambda>'"),
     "a net": ({jaxcnn.Serial: times(2)}, "A net takes rules by its name"),
     "no sums": ({jaxcnn.Residual: times(2)}, "got 'Residual'"),
-    "beside one that matches": ({Dense: times(2), Relu: times(2)}, "got 'Relu'"),
-    "a layer that takes none": ({Flatten: times(2)}, "'Flatten', which matches Flatten"),
-    "its name": ({"flatten1": times(2)}, "'flatten1', which matches Flatten"),
+    "next to one that matches": ({Dense: times(2), Relu: times(2)}, "got 'Relu'"),
+    "a layer that takes none": ({Flatten: times(2)}, "'Flatten', which matches only Flatten"),
+    "its name": ({"flatten1": times(2)}, "'flatten1', which matches only Flatten"),
     "of None": ({Relu: None}, "got 'Relu'"),
 }
 
@@ -547,19 +583,45 @@ NOWHERE = {
 @pytest.mark.parametrize("name", NOWHERE)
 def test_rules_that_match_nothing_are_refused(name):
     rules, message = NOWHERE[name]
-    params, x = parameters(HIDDEN, (6, 6, 1)), pictures(2, 6, 6, 1, dtype=np.float32)
-    with pytest.raises(ValueError, match=f"rules: a key must match .*{message}"):
+    params, x = parameters(HIDDEN, (6, 6, 1)), images(2, 6, 6, 1, dtype=np.float32)
+    with pytest.raises(ValueError, match=f"rules: a key must be .* that matches a layer .*{message}"):
         jax.eval_shape(lambda: HIDDEN.apply(params, x, rules=rules))
 
 
-def test_rules_that_a_net_of_ones_own_does_not_hand_on_are_refused():
-    own = Projection((("first", Conv(4, 1)), ("second", Conv(5, 1)), ("short", Conv(5, 1))))
-    net = serial(own, Flatten(), Dense(2))
-    params, x = parameters(net, (3, 3, 2)), pictures(2, 3, 3, 2, dtype=np.float32)
+def test_rules_that_a_custom_net_does_not_hand_on_are_refused():
+    inner = Projection((("first", Conv(4, 1)), ("second", Conv(5, 1)), ("short", Conv(5, 1))))
+    net = serial(inner, Flatten(), Dense(2))
+    params, x = parameters(net, (3, 3, 2)), images(2, 3, 3, 2, dtype=np.float32)
     for rules in ({Conv: times(2)}, {"projection1/short": times(2)}, {Dense: times(2), Conv: times(2)}):
-        with pytest.raises(ValueError, match=r"must hand on rules= .* got one that calls .*projection1/short"):
+        with pytest.raises(ValueError, match=r"^rules: a net with its own apply .* calls .*projection1/short without"):
             jax.eval_shape(lambda rules=rules: net.apply(params, x, rules=rules))
     jax.eval_shape(lambda: net.apply(params, x, rules={Dense: times(2)}))
+
+
+class OneByOne(jaxcnn.Serial):
+    """A custom net that applies its layers by name, in sequence."""
+
+    def apply(self, params, x, *, key=None, rules=None):
+        for name, _ in self.layers:
+            x = self.apply_layer(name, params, x, key=key, rules=rules)
+        return x
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_apply_layer_passes_parameters_keys_rules_and_taps(inside):
+    """Applied one by one, the layers compute what `serial` computes."""
+    layers = serial(Dense(4), Dropout(0.5), serial(Dense(4), Tanh()), Dense(3)).layers
+    plain, custom = jaxcnn.Serial(layers), OneByOne(layers)
+    if inside:
+        plain, custom = (serial(Dense(4), dataclasses.replace(net, name="net")) for net in (plain, custom))
+    params, x = parameters(plain, (5,), np.float64), images(2, 5)
+    rules = {"net/serial1/dense1" if inside else "serial1/dense1": times(3), Tanh: times(2)}
+    expected, result = (
+        jaxcnn.backprop(net, jaxcnn.squared_error, params, x, np.ones((2, 3)), key=key(1), rules=rules)
+        for net in (plain, custom)
+    )
+    chex.assert_trees_all_equal(result, expected)
+    assert {path for path, _ in custom.walk()} == set(result.deltas)
 
 
 def test_composites_fit_every_net():
@@ -567,7 +629,7 @@ def test_composites_fit_every_net():
     composite = jaxcnn.attribution.epsilon_plus()
     assert composite[Dense] == jaxcnn.rules.Epsilon(1e-6)
     assert Conv in composite
-    params, x = parameters(HIDDEN, (6, 6, 1)), pictures(2, 6, 6, 1, dtype=np.float32)
+    params, x = parameters(HIDDEN, (6, 6, 1)), images(2, 6, 6, 1, dtype=np.float32)
     for rules in (
         composite,
         {"dense1": jaxcnn.rules.pass_through, **composite},
@@ -612,7 +674,7 @@ def outputs_of(net, params, x):
 
 
 def test_nets_go_to_other_processes():
-    params, x = parameters(HIDDEN, (6, 6, 1)), pictures(2, 6, 6, 1, dtype=np.float32)
+    params, x = parameters(HIDDEN, (6, 6, 1)), images(2, 6, 6, 1, dtype=np.float32)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         there = pool.apply(outputs_of, (HIDDEN, params, x))
     np.testing.assert_allclose(there, outputs_of(HIDDEN, params, x), rtol=1e-5)

@@ -40,7 +40,7 @@ from jaxcnn.layers import Layer
 from jaxcnn.net import Residual, Serial
 from tests.cases import compiled
 from tests.checks import assert_close
-from tests.test_examples import by_vmap
+from tests.test_per_example import by_vmap
 
 HEAD = (Flatten(), Dense(3))
 
@@ -156,7 +156,7 @@ def replaced(layer):
     return layer
 
 
-OWN = {
+CUSTOM = {
     # name: (net, shape of an example)
     "nested parameters": (serial(Conv(4, 3), Bottleneck(), Tanh(), *HEAD), (5, 5, 2)),
     "a net with its own apply": (serial(Projection(serial(Conv(3, 1), Tanh()).layers), *HEAD), (4, 4, 2)),
@@ -205,14 +205,14 @@ def compare(net, params, x, y, loss=cross_entropy, expected=None):
     each, of_each, clipped = compiled(functools.partial(all_three, net, loss=loss))(params, x, y, limit)
     assert jax.tree.structure(each) == jax.tree.structure(clipped) == jax.tree.structure(expected)
     summed = [np.einsum("n...,n->...", g, factors) for g in jax.tree.leaves(expected)]
-    for found, wanted in ((each, jax.tree.leaves(expected)), ([of_each], [norms]), (clipped, summed)):
-        for a, b in zip(jax.tree.leaves(found), wanted, strict=True):
+    for result, wanted in ((each, jax.tree.leaves(expected)), ([of_each], [norms]), (clipped, summed)):
+        for a, b in zip(jax.tree.leaves(result), wanted, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", CUSTOM)
 def test_gradients_of_single_examples(name):
-    net, shape = OWN[name]
+    net, shape = CUSTOM[name]
     compare(net, *drawn(net, shape))
 
 
@@ -269,9 +269,9 @@ def test_a_mapping_that_is_no_tree():
     params, x, y = drawn(net, shape)
     expected = by_vmap(net)(params, x, y)
     for kind in (types.MappingProxyType, Sorted):
-        found = per_example_gradients(net, cross_entropy, kind({k: kind(v) for k, v in params.items()}), x, y)
-        assert jax.tree.structure(found) == jax.tree.structure(expected)
-        assert_close(jax.tree.leaves(found), jax.tree.leaves(expected), 1e-10)
+        result = per_example_gradients(net, cross_entropy, kind({k: kind(v) for k, v in params.items()}), x, y)
+        assert jax.tree.structure(result) == jax.tree.structure(expected)
+        assert_close(jax.tree.leaves(result), jax.tree.leaves(expected), 1e-10)
 
 
 def test_parameters_that_two_layers_read():
@@ -353,23 +353,24 @@ class Joined(Layer):
 NET = serial(Dense(3))
 GIVEN = {"dense1": {"weight": np.ones((2, 3)), "bias": np.zeros(3)}}
 X, Y = np.ones((4, 2)), np.array([0, 1, 2, 0])
+CALIBRATED = "must be used without a key and with statistics from jaxcnn.calibrate, got statistics of the batch"
 REFUSED = {
     "integers": (TypeError, r"params\['n'\] must be a floating array, got int64", NET, {**GIVEN, "n": np.arange(2)}, X,
                  {}),
     "strings": (TypeError, r"params\['n'\] must be an array, got 'a'", NET, {**GIVEN, "n": "a"}, X, {}),
     "two outputs": (TypeError, "pair1: output must be an array, got tuple", serial(Pair(), Dense(3)), GIVEN, X, {}),
-    "no batch": (ValueError, r"joined1: output must keep the batch dim, \(1, …\) for one example, got \(5, 2\)",
+    "no batch": (ValueError, r"joined1: output must be \(1, …\) for a batch of one example, got shape \(5, 2\)",
                  serial(Joined(), Dense(3)), GIVEN, np.ones((4, 5, 2)), {}),
     "axes of the batch": (ValueError, "layer_norm1: axes must be dims of one example, got 0",
                           serial(LayerNorm(axes=0, scale=False, bias=False), Dense(3)), GIVEN, X, {}),
-    "a key": (ValueError, "block: expected layers of jaxcnn.layers while there is a key, got Halved",
+    "a key": (ValueError, "block must be a layer of jaxcnn.layers if key is given, got Halved",
               serial(Halved(serial(Dense(2)).layers, name="block"), Dense(3)), {**GIVEN, "block": GIVEN}, X,
               {"key": jax.random.key(0)}),
-    "a key, the net": (ValueError, "net: expected layers of jaxcnn.layers while there is a key, got Halved",
+    "a key, the net": (ValueError, "net must be a layer of jaxcnn.layers if key is given, got Halved",
                        Halved(serial(Dense(2)).layers), GIVEN, X, {"key": jax.random.key(0)}),
-    "a norm inside": (ValueError, "halved1/batch_norm1: batch norm by the batch's own statistics mixes examples",
+    "a norm inside": (ValueError, f"halved1/batch_norm1 {CALIBRATED}",
                       serial(Halved(serial(BatchNorm()).layers)), {}, X, {}),
-    "statistics of None": (ValueError, "batch_norm1: batch norm by the batch's own statistics mixes examples",
+    "statistics of None": (ValueError, f"batch_norm1 {CALIBRATED}",
                            serial(BatchNorm()), {"batch_norm1": {"mean": None, "var": None}}, X, {}),
 }  # fmt: skip
 
@@ -381,19 +382,19 @@ def test_refused(name):
     functions["clipped_gradient"] = functools.partial(clipped_gradient, max_norm=1.0)
     for op, f in functions.items():
         with pytest.raises(kind, match=message) as error:
-            f(net, params, x, Y, cross_entropy, **options)
+            f(net, cross_entropy, params, x, Y, **options)
         assert op in str(error.value) or name in ("two outputs", "no batch")
 
 
 @pytest.mark.parametrize(
     ("got", "loss"),
     [
-        ("array, got tuple", lambda z, y: (cross_entropy(z, y),)),
-        ("floating array, got int64", lambda z, y: jnp.argmax(z, -1)),
+        ("an array, got tuple", lambda z, y: (cross_entropy(z, y),)),
+        ("of a floating dtype, got int64", lambda z, y: jnp.argmax(z, -1)),
     ],
 )
 def test_refused_losses(got, loss):
-    with pytest.raises(TypeError, match=f"^per_example_norms: loss must return an? {got}"):
+    with pytest.raises(TypeError, match=f"^per_example_norms: the result of loss must be {got}"):
         per_example_norms(NET, loss, GIVEN, X, Y)
 
 
@@ -454,8 +455,8 @@ def test_a_batch_split_by_automatic_axes(whole):
     params, x, y = split_case()
     everywhere, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("batch",)))
     given = jax.device_put(params, everywhere), *jax.device_put((x, y), rows)
-    found = compiled(functools.partial(all_three, SPLIT))(*given, 3.0)
-    assert_close(jax.tree.leaves(found), jax.tree.leaves(whole), 1e-10)
+    result = compiled(functools.partial(all_three, SPLIT))(*given, 3.0)
+    assert_close(jax.tree.leaves(result), jax.tree.leaves(whole), 1e-10)
 
 
 def test_a_loss_that_varies_where_x_does_not():
@@ -467,7 +468,9 @@ def test_a_loss_that_varies_where_x_does_not():
         return per_example_norms(NET, lambda z, y: scale * cross_entropy(z, y), params, x, y)
 
     mapped = jax.shard_map(norms, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec("batch"))
-    with pytest.raises(ValueError, match=r"^per_example_norms: x must vary over \('batch',\) as the errors do"):
+    with pytest.raises(
+        ValueError, match=r"^per_example_norms: x must be varying over \('batch',\), as the result of loss is"
+    ):
         mapped(*jax.device_put((GIVEN, X, Y), NamedSharding(mesh, PartitionSpec())))
 
 

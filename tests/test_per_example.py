@@ -52,7 +52,7 @@ NETS = {
         ),
         (9, 10, 2),
     ),
-    "1-D, 3-D patches": (serial(Conv(4, 3, padding="CAUSAL"), Tanh(), Conv(3, 4, stride=3), *HEAD), (11, 2)),
+    "1-D": (serial(Conv(4, 3, padding="CAUSAL"), Tanh(), Conv(3, 4, stride=3), *HEAD), (11, 2)),
     "3-D": (serial(Conv(3, (2, 1, 2)), Tanh(), *HEAD), (3, 4, 3, 2)),
     "depthwise": (serial(DepthwiseConv(3, multiplier=2), Relu(), *HEAD), (6, 5, 3)),
     "hidden layers, options": (
@@ -103,8 +103,8 @@ def norms_of(gradients):
 
 
 def run(f, net, *args, loss=cross_entropy, **options):
-    """Compile and run ``f(net, params, x, y, loss, …)``."""
-    return compiled(lambda params, x, y, *rest: f(net, params, x, y, loss, *rest, **options))(*args)
+    """Compile and run ``f(net, loss, params, x, y, …)``."""
+    return compiled(lambda params, x, y, *rest: f(net, loss, params, x, y, *rest, **options))(*args)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,9 +113,9 @@ def run(f, net, *args, loss=cross_entropy, **options):
 @pytest.mark.parametrize("name", NETS)
 def test_gradients(name):
     net, params, x, y = given(name)
-    found, expected = run(per_example_gradients, net, params, x, y), by_vmap(net)(params, x, y)
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    assert_close(jax.tree.leaves(found), jax.tree.leaves(expected), 1e-10)
+    result, expected = run(per_example_gradients, net, params, x, y), by_vmap(net)(params, x, y)
+    assert jax.tree.structure(result) == jax.tree.structure(expected)
+    assert_close(jax.tree.leaves(result), jax.tree.leaves(expected), 1e-10)
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -134,11 +134,11 @@ def test_clipped_sum(name):
     assert (factors < 1).any()
     assert (factors == 1).any()
     expected = jax.tree.map(lambda g: np.einsum("n...,n->...", g, factors), gradients)
-    found = run(clipped_gradient, net, params, x, y, limit)  # traced
+    result = run(clipped_gradient, net, params, x, y, limit)  # traced
     static = run(clipped_gradient, net, params, x, y, max_norm=limit)
-    assert jax.tree.structure(found) == jax.tree.structure(static) == jax.tree.structure(expected)
+    assert jax.tree.structure(result) == jax.tree.structure(static) == jax.tree.structure(expected)
     assert_close(jax.tree.leaves(static), jax.tree.leaves(expected), 1e-10)
-    assert_close(jax.tree.leaves(found), jax.tree.leaves(expected), 1e-10)
+    assert_close(jax.tree.leaves(result), jax.tree.leaves(expected), 1e-10)
 
 
 def in_float64(a):
@@ -149,12 +149,12 @@ def in_float64(a):
 def test_float32(name):
     net, params, x, y = given(name, np.float32)
     expected = by_vmap(net)(*jax.tree.map(in_float64, (params, x, y)))  # vmap in float32 is as inexact as ours
-    found = run(per_example_gradients, net, params, x, y)
-    assert {g.dtype for g in jax.tree.leaves(found)} == {np.dtype(np.float32)}
-    flat = [np.concatenate([np.ravel(g) for g in jax.tree.leaves(tree)]) for tree in (found, expected)]
+    result = run(per_example_gradients, net, params, x, y)
+    assert {g.dtype for g in jax.tree.leaves(result)} == {np.dtype(np.float32)}
+    flat = [np.concatenate([np.ravel(g) for g in jax.tree.leaves(tree)]) for tree in (result, expected)]
     assert_close(flat[:1], flat[1:], 1e-6)
     # A scale's gradient is a sum of few terms that cancel: its rounding depends on the machine (up to 1.2e-6 seen).
-    assert_close(jax.tree.leaves(found), jax.tree.leaves(expected), 2e-6)
+    assert_close(jax.tree.leaves(result), jax.tree.leaves(expected), 2e-6)
     norms = run(per_example_norms, net, params, x, y)
     assert norms.dtype == np.float32
     assert_close([norms], [norms_of(expected)], 1e-6)
@@ -164,8 +164,8 @@ def test_float32(name):
 
 def test_sixteen_bits():
     net, params, x, y = given("conv", jnp.bfloat16)
-    found = run(per_example_gradients, net, params, x, y)
-    assert {g.dtype for g in jax.tree.leaves(found)} == {jnp.dtype(jnp.bfloat16)}
+    result = run(per_example_gradients, net, params, x, y)
+    assert {g.dtype for g in jax.tree.leaves(result)} == {jnp.dtype(jnp.bfloat16)}
     assert run(per_example_norms, net, params, x, y).dtype == jnp.float32
 
 
@@ -177,26 +177,26 @@ def test_sums_of_gradients_are_the_batch_s():
     params = jax.tree.map(lambda a: rng.normal(0, 0.3, a.shape), empty)
     x, y, key = rng.standard_normal((5, 6, 6, 2)), np.array([0, 1, 2, 0, 1]), jax.random.key(3)
     total = compiled(jax.grad(lambda p: cross_entropy(net.apply(p, x, key=key, rules=rules.autodiff), y).sum()))(params)
-    found = run(per_example_gradients, net, params, x, y, key=key)
-    assert_close([g.sum(0) for g in jax.tree.leaves(found)], jax.tree.leaves(total), 1e-10)
+    result = run(per_example_gradients, net, params, x, y, key=key)
+    assert_close([g.sum(0) for g in jax.tree.leaves(result)], jax.tree.leaves(total), 1e-10)
     unclipped = run(clipped_gradient, net, params, x, y, 1e9, key=key)
     assert_close(jax.tree.leaves(unclipped), jax.tree.leaves(total), 1e-10)
     without = run(per_example_gradients, net, params, x, y)
-    assert np.abs(without["conv1"]["weight"] - found["conv1"]["weight"]).max() > 1e-3
+    assert np.abs(without["conv1"]["weight"] - result["conv1"]["weight"]).max() > 1e-3
 
 
-def test_errors_that_are_many_for_an_example_are_averaged():
+def test_several_losses_of_an_example_are_averaged():
     net, params, x, _ = given("conv")
     target = np.random.default_rng(1).standard_normal((5, 3))
-    found = run(per_example_gradients, net, params, x, target, loss=jaxcnn.squared_error)
+    result = run(per_example_gradients, net, params, x, target, loss=jaxcnn.squared_error)
     expected = by_vmap(net, jaxcnn.squared_error)(params, x, target)
-    assert_close(jax.tree.leaves(found), jax.tree.leaves(expected), 1e-10)
+    assert_close(jax.tree.leaves(result), jax.tree.leaves(expected), 1e-10)
 
 
 def test_parameters_that_no_layer_reads():
     net, params, x, y = given("one layer")
-    found = per_example_gradients(net, cross_entropy, {**params, "old": {"weight": np.ones((2, 3))}}, x, y)
-    np.testing.assert_array_equal(found["old"]["weight"], np.zeros((5, 2, 3)))
+    result = per_example_gradients(net, cross_entropy, {**params, "old": {"weight": np.ones((2, 3))}}, x, y)
+    np.testing.assert_array_equal(result["old"]["weight"], np.zeros((5, 2, 3)))
 
 
 def test_no_examples_and_no_parameters():
@@ -222,8 +222,8 @@ def test_a_split_batch(axis_type):
     rows, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("batch",), ()))
     args = jax.device_put(params, whole), jax.device_put(x, rows), jax.device_put(y, rows)
     for f, rest in ((per_example_gradients, ()), (per_example_norms, ()), (clipped_gradient, (0.5,))):
-        found, expected = run(f, net, *args, *rest), run(f, net, params, x, y, *rest)
-        assert_close(jax.tree.leaves(found), jax.tree.leaves(expected), 1e-10)
+        result, expected = run(f, net, *args, *rest), run(f, net, params, x, y, *rest)
+        assert_close(jax.tree.leaves(result), jax.tree.leaves(expected), 1e-10)
     assert len(run(per_example_norms, net, *args).sharding.device_set) == 2
 
 
@@ -238,9 +238,9 @@ def test_private_aggregation():
         updates, _ = private.update(gradients, private.init(params))
         return jax.tree.leaves(updates)
 
-    found = [g / len(x) for g in jax.tree.leaves(run(clipped_gradient, net, params, x, y, limit))]
-    assert_close(found, aggregated(0.0), 1e-10)
-    assert np.abs(aggregated(1.0)[0] - found[0]).max() > 0.01
+    result = [g / len(x) for g in jax.tree.leaves(run(clipped_gradient, net, params, x, y, limit))]
+    assert_close(result, aggregated(0.0), 1e-10)
+    assert np.abs(aggregated(1.0)[0] - result[0]).max() > 0.01
 
 
 def test_no_convolution_with_a_group_for_each_example():
@@ -293,13 +293,13 @@ def test_ghost_norms_are_norms(name):
         return jax.vjp(lambda w: jaxcnn.conv(x, w, rule=rules.autodiff, **options), w)[1](y)[0]
 
     each = [one(x[n : n + 1], y[n : n + 1], w) for n in range(3)]
-    for match_each in (kernels.match_each, kernels._by_patches, kernels._one_by_one):
-        w = compiled(functools.partial(match_each, c))(x, y)
+    for kernel_grad_each in (kernels.kernel_grad_each, kernels.by_patches, kernels.one_by_one):
+        w = compiled(functools.partial(kernel_grad_each, c))(x, y)
         np.testing.assert_allclose(w, np.stack(each), rtol=1e-10, atol=1e-12)
     expected = [np.square(w).sum() for w in each]
-    terms = compiled(functools.partial(kernels._ghost_terms, c))(x, y)
+    terms = compiled(functools.partial(kernels.ghost_terms, c))(x, y)
     np.testing.assert_allclose(np.sum(terms, (1, 2, 3)), expected, rtol=1e-10)
-    np.testing.assert_allclose(compiled(functools.partial(kernels.match_squares, c))(x, y), expected, rtol=1e-10)
+    np.testing.assert_allclose(compiled(functools.partial(kernels.kernel_grad_squares, c))(x, y), expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize("layers", [(Conv(64, 3, bias=False),), (Dense(256, bias=False),)], ids=["conv", "dense"])
@@ -318,8 +318,8 @@ def test_norms_whose_ghosts_cancel(layers):
     def loss(z, y):
         return (z * y).sum(tuple(range(1, z.ndim)))
 
-    each = compiled(functools.partial(per_example_gradients, net, loss=loss))(params, x, y)
-    norms = compiled(functools.partial(per_example_norms, net, loss=loss))(params, x, y)
+    each = compiled(functools.partial(per_example_gradients, net, loss))(params, x, y)
+    norms = compiled(functools.partial(per_example_norms, net, loss))(params, x, y)
     np.testing.assert_allclose(norms, norms_of(each), rtol=1e-5)
     for n in range(len(x)):
         clipped = clipped_gradient(net, loss, params, x[n : n + 1], y[n : n + 1], 1.0)
@@ -353,20 +353,22 @@ def test_batch_norm_that_mixes_examples(f):
     net, params, x, y = given("batch norm, calibrated")
     rest = (1.0,) if f is clipped_gradient else ()
     uncalibrated = {**params, "batch_norm1": {k: params["batch_norm1"][k] for k in ("scale", "bias")}}
-    message = f"{f.__name__}: batch_norm1: batch norm by the batch's own statistics mixes examples"
+    message = f"{f.__name__}: batch_norm1 must be used without a key and with statistics from jaxcnn.calibrate, got"
     for given_params, key in ((uncalibrated, None), (params, jax.random.key(0))):
         with pytest.raises(ValueError, match=message):
-            f(net, given_params, x, y, cross_entropy, *rest, key=key)
+            f(net, cross_entropy, given_params, x, y, *rest, key=key)
 
 
-def test_a_loss_that_is_not_one_for_each_example():
+def test_a_loss_without_a_value_for_each_example():
     net, params, x, y = given("one layer")
-    with pytest.raises(ValueError, match=r"loss must return an error for each of 5 examples, got \(\)"):
+    with pytest.raises(
+        ValueError, match=r"the result of loss must be \(5, …\), a loss for each example, got shape \(\)"
+    ):
         per_example_norms(net, lambda z, y: cross_entropy(z, y).mean(), params, x, y)
 
 
 @pytest.mark.parametrize("limit", [0.0, -1.0, float("nan")])
-def test_a_norm_to_clip_to(limit):
+def test_invalid_max_norm(limit):
     net, params, x, y = given("one layer")
     with pytest.raises(ValueError, match="clipped_gradient: max_norm must be a number > 0, got"):
         clipped_gradient(net, cross_entropy, params, x, y, limit)
@@ -379,13 +381,13 @@ class Scaled(Dense):
         return 3 * super().apply(params, x, key=key, rule=rule)
 
 
-def test_a_layer_of_ones_own():
+def test_a_custom_layer():
     net = serial(Scaled(4), Tanh(), Dense(3))
     rng = np.random.default_rng(0)
     empty = jax.eval_shape(lambda: net.init(jax.random.key(0), (5,)))
     params = jax.tree.map(lambda a: rng.normal(0, 0.3, a.shape), empty)
     x, y = rng.standard_normal((4, 5)), np.array([0, 1, 2, 0])
-    found = run(per_example_gradients, net, params, x, y)
-    assert_close(jax.tree.leaves(found), jax.tree.leaves(by_vmap(net)(params, x, y)), 1e-10)
-    with pytest.raises(ValueError, match=r"scaled1: expected layers of jaxcnn.layers while there is a key"):
+    result = run(per_example_gradients, net, params, x, y)
+    assert_close(jax.tree.leaves(result), jax.tree.leaves(by_vmap(net)(params, x, y)), 1e-10)
+    with pytest.raises(ValueError, match=r"scaled1 must be a layer of jaxcnn.layers if key is given, got Scaled"):
         per_example_gradients(net, cross_entropy, params, x, y, key=jax.random.key(0))

@@ -233,8 +233,8 @@ def power_left_out(call, delta):
 
 def one_count_for_all(call, delta):
     """Divide by the mean window size where the sizes differ."""
-    sizes = call.static
-    return (call.exact(delta * sizes.count() / sizes.count().mean())[0],)
+    count = call.static.count()
+    return (call.exact(delta * count / count.mean())[0],)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -377,7 +377,9 @@ PLANTED = [
     ),
     Planted("max_unpool: index off by one", row("max_unpool", (2, 3, 2), spatial_shape=(7,)), index_of_next, LINEAR),
     Planted("lp_pool: power left out", row("lp_pool", (2, 4, 6, 3), window=2, p=3, draw=positive), power_left_out),
-    Planted("adaptive_avg_pool: one count", row("adaptive_avg_pool", (2, 8, 3), size=3), one_count_for_all, LINEAR),
+    Planted(
+        "adaptive_avg_pool: one count", row("adaptive_avg_pool", (2, 8, 3), output_size=3), one_count_for_all, LINEAR
+    ),
     Planted("batch_norm: statistics held fixed", row("batch_norm", (4, 3, 2), (2,), (2,)), statistics_held_fixed),
     Planted("batch_norm: variance held fixed", row("batch_norm", (4, 3, 2), (2,), (2,)), variance_held_fixed),
     Planted("batch_norm: Σ δ·x", row("batch_norm", (4, 3, 2), (2,), (2,)), grad_scale_of_x, LINEAR),

@@ -84,7 +84,7 @@ def test_the_state_is_a_frozen_pytree():
     assert dataclasses.replace(state, step=3).step == 3
 
 
-def test_parameters_and_the_steps_have_keys_of_their_own():
+def test_parameters_and_steps_have_separate_keys():
     state = begun()
     chex.assert_trees_all_equal(state.params, begun().params)
     made_with_state_key = NET.init(state.key, SHAPE)
@@ -313,9 +313,9 @@ def test_microbatches_take_the_same_step(n, microbatch):
 @pytest.mark.parametrize(
     "net",
     [WITH_DROPOUT, serial(Conv(3, 3), BatchNorm(), Flatten(), Dense(CLASSES))],
-    ids=["masks of its own", "statistics of its own"],
+    ids=["its own masks", "its own statistics"],
 )
-def test_a_microbatch_is_a_batch_by_itself(net):
+def test_a_microbatch_is_a_separate_batch(net):
     """The batch of 7 is split into two microbatches of 3 and one of 1.
 
     Each takes every third example, and its key is folded with its number. Their shares add up to the whole batch.
@@ -330,8 +330,8 @@ def test_a_microbatch_is_a_batch_by_itself(net):
             outputs = net.apply(params, x[part].astype(np.float64), key=jax.random.fold_in(key, i))
             return labelled(outputs, labels[part]).sum() / 7
 
-        value, found = jax.value_and_grad(share)(before.params)
-        expected, loss = jax.tree.map(jnp.subtract, expected, found), loss + value
+        value, result = jax.value_and_grad(share)(before.params)
+        expected, loss = jax.tree.map(jnp.subtract, expected, result), loss + value
     params, metrics = stepped(net, 7, 3)
     chex.assert_trees_all_close(numbers(params), numbers(expected), rtol=1e-9, atol=1e-12)
     assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-10)
@@ -387,10 +387,10 @@ def test_every_example_counts_the_same_whatever_its_batch():
     x, labels = batch(9)
     whole = mean_loss(NET, params, x, labels)
     parts = [(x[i:j], labels[i:j]) for i, j in [(0, 5), (5, 8), (8, 9)]]
-    found = evaluate(NET, labelled, params, iter(parts))
-    assert (found["loss"], found["accuracy"]) == pytest.approx(whole, rel=1e-6)
+    result = evaluate(NET, labelled, params, iter(parts))
+    assert (result["loss"], result["accuracy"]) == pytest.approx(whole, rel=1e-6)
     means = np.mean([mean_loss(NET, params, *part) for part in parts], 0)
-    assert found["loss"] != pytest.approx(means[0], rel=1e-3), "the mean of the batches' means is something else"
+    assert result["loss"] != pytest.approx(means[0], rel=1e-3), "the mean of the batches' means is something else"
 
 
 def test_an_empty_batch_among_others_counts_nothing():
@@ -401,8 +401,8 @@ def test_an_empty_batch_among_others_counts_nothing():
 
 def test_dropout_is_off():
     params, (x, labels) = begun(WITH_DROPOUT).params, batch()
-    found = evaluate(WITH_DROPOUT, labelled, params, [(x, labels)])
-    assert found["loss"] == pytest.approx(mean_loss(WITH_DROPOUT, params, x, labels)[0], rel=1e-6)
+    result = evaluate(WITH_DROPOUT, labelled, params, [(x, labels)])
+    assert result["loss"] == pytest.approx(mean_loss(WITH_DROPOUT, params, x, labels)[0], rel=1e-6)
 
 
 def test_evaluation_is_traced_once_for_a_shape():
@@ -422,7 +422,7 @@ NORMS = serial(
 )
 
 
-def normalised():
+def normalized():
     """Return parameters without zeros and ones, and data in uneven batches."""
     rng = np.random.default_rng(0)
     made = NORMS.init(jax.random.key(0), SHAPE, np.float64)
@@ -430,9 +430,9 @@ def normalised():
     return params, [(rng.standard_normal((n, *SHAPE)) + n, None) for n in (3, 1, 0, 4)]
 
 
-def test_calibrated_statistics_are_those_of_what_reaches_the_layer_at_evaluation():
+def test_calibrated_statistics_are_those_of_the_inputs_in_evaluation():
     """Over the whole training data, each layer's output has mean β and variance γ²·v/(v + ε)."""
-    params, batches = normalised()
+    params, batches = normalized()
     calibrated = calibrate(NORMS, params, batches)
     seen = {}
 
@@ -463,7 +463,7 @@ def test_calibrated_statistics_are_those_of_what_reaches_the_layer_at_evaluation
 
 
 def test_calibrated_statistics_do_not_depend_on_the_batches():
-    params, batches = normalised()
+    params, batches = normalized()
     x = np.concatenate([x for x, _ in batches])
     at_once = calibrate(NORMS, params, [(x, None)])
     chex.assert_trees_all_close(calibrate(NORMS, params, batches), at_once, rtol=1e-12)
@@ -472,7 +472,7 @@ def test_calibrated_statistics_do_not_depend_on_the_batches():
 
 
 def test_statistics_are_used_at_evaluation_and_not_while_training():
-    params, batches = normalised()
+    params, batches = normalized()
     calibrated = calibrate(NORMS, params, batches)
     x, key = batches[0][0], jax.random.key(3)
     np.testing.assert_array_equal(NORMS.apply(calibrated, x, key=key), NORMS.apply(params, x, key=key))
@@ -481,10 +481,10 @@ def test_statistics_are_used_at_evaluation_and_not_while_training():
     assert np.abs(one - NORMS.apply(params, x)[:1]).max() > 1e-3
 
 
-def test_the_optimiser_never_sees_statistics():
-    params, batches = normalised()
+def test_the_optimizer_never_sees_statistics():
+    params, batches = normalized()
     names = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(params)}
-    assert names == {"w", "b", "scale", "bias"}
+    assert names == {"weight", "bias", "scale"}
     calibrated = calibrate(NORMS, params, batches)
     assert "mean" not in params["batch_norm1"], "what went in was changed"
     gradients = compiled(jax.grad(lambda params: (NORMS.apply(params, batches[0][0]) ** 2).sum()))(calibrated)
@@ -520,7 +520,7 @@ class Projected(jaxcnn.Serial):
             made[name] = layer.init(own, given, dtype)
         return {**made, "gain": jnp.ones((3,), dtype)}
 
-    def apply(self, params, x, *, key=None, rules=None, rule=None, path=""):
+    def apply(self, params, x, *, key=None, rules=None):
         layers = dict(self.layers)
 
         def run(name, x):
@@ -574,7 +574,7 @@ OWN = serial(Conv(3, 3), BatchNorm(), projected(), Block(), residual(Conv(4, 1),
 
 
 @pytest.mark.parametrize("keep_bytes", [2**32, 5000, 0])
-def test_norms_inside_nets_of_ones_own_are_calibrated(keep_bytes):
+def test_norms_inside_custom_nets_are_calibrated(keep_bytes):
     """Statistics match those of each norm's input in the calibrated net, for any ``keep_bytes``."""
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda a: rng.uniform(0.5, 1, a.shape), OWN.init(jax.random.key(0), (6, 6, 1), np.float64))
@@ -629,7 +629,7 @@ REFUSED = {
     "in a loop": (Looped((("batch_norm1", BatchNorm()),)), "batch_norm1: statistics must reach the BatchNorm"),
     "fed by itself": (Twice((("batch_norm1", BatchNorm()),)), "batch_norm1: the output of a BatchNorm must not reach"),
     "never called": (Idle((("batch_norm1", BatchNorm()),)), "batch_norm1: the net must call every BatchNorm"),
-    "hidden in a layer": (serial(Block(called="other")), "inside one of block1"),
+    "hidden in a layer": (serial(Block(called="other")), "got one inside block1"),
 }
 
 
@@ -657,10 +657,10 @@ def test_calibrated_parameters_are_dicts_of_the_same_types():
     params = collections.OrderedDict(net.init(jax.random.key(0), (2,), np.float64))
     frozen = flax.core.freeze(dict(params))
     for given in (params, frozen):
-        found = calibrate(net, given, [(x, None)])
-        assert type(found) is type(given)
+        result = calibrate(net, given, [(x, None)])
+        assert type(result) is type(given)
         assert "mean" not in given["residual1"]["batch_norm1"]
-        np.testing.assert_array_equal(found["residual1"]["batch_norm1"]["mean"], [1, 1])
+        np.testing.assert_array_equal(result["residual1"]["batch_norm1"]["mean"], [1, 1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -681,10 +681,10 @@ def test_the_accuracy_of_pixels_is_a_mean():
     right = x.argmax(-1)
     everything = [(x[:3], right[:3]), (x[:0], right[:0]), (x[3:], right[3:])]
     assert evaluate(PIXELS, labelled, params, everything)["accuracy"] == 1.0
-    found = evaluate(PIXELS, labelled, params, [(x[:3], labels[:3]), (x[3:], labels[3:])])
-    assert found["accuracy"] == pytest.approx(np.mean(right == labels), rel=1e-12)
+    result = evaluate(PIXELS, labelled, params, [(x[:3], labels[:3]), (x[3:], labels[3:])])
+    assert result["accuracy"] == pytest.approx(np.mean(right == labels), rel=1e-12)
     expected = F.cross_entropy(torch.tensor(x).reshape(-1, 3), torch.tensor(labels).long().reshape(-1))
-    assert found["loss"] == pytest.approx(expected.item(), rel=1e-12)
+    assert result["loss"] == pytest.approx(expected.item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("microbatch", [None, 2])
@@ -716,8 +716,8 @@ def test_labels_of_few_bits(dtype):
     net = serial(Dense(300))
     params = {"dense1": {"weight": np.eye(300), "bias": np.zeros(300)}}
     labels = np.array([3, 100, 7], dtype)
-    found = evaluate(net, lambda y, _: y.sum(1), params, [(np.eye(300)[[3, 100, 263]], labels)])
-    assert found["accuracy"] == pytest.approx(2 / 3)
+    result = evaluate(net, lambda y, _: y.sum(1), params, [(np.eye(300)[[3, 100, 263]], labels)])
+    assert result["accuracy"] == pytest.approx(2 / 3)
 
 
 def test_losses_of_16_bits_are_summed_in_float32():
@@ -752,7 +752,9 @@ def test_a_loss_that_cannot_be_hashed():
 
 def test_a_loss_for_the_batch_is_refused():
     params, x, labels = of_pixels()
-    with pytest.raises(ValueError, match=r"evaluate: loss must return an error for each of 5 examples.*got shape \(\)"):
+    with pytest.raises(
+        ValueError, match=r"evaluate: the result of loss must be one loss for each of 5 examples.*got shape \(\)"
+    ):
         evaluate(PIXELS, lambda y, t: labelled(y, t).mean(), params, [(x, labels)])
 
 
@@ -797,13 +799,15 @@ def test_optimizers_take_the_steps_they_take_in_a_loop_of_optax(name):
     assert len(pointers) == len(set(pointers))
     params, opt_state = jax.tree.map(jnp.copy, (state.params, state.opt_state))
     step = make_train_step(TINY, labelled, optimizer)
-    asks = optimizer if isinstance(optimizer, optax.MultiSteps) else optax.with_extra_args_support(optimizer)
+    optimizer_with_extra = (
+        optimizer if isinstance(optimizer, optax.MultiSteps) else optax.with_extra_args_support(optimizer)
+    )
 
     @jax.jit
     def by_hand(params, opt_state):
-        value, found = jax.value_and_grad(tiny_error)(params)
-        more = {} if name == "sam" else {"value": value, "grad": found, "value_fn": tiny_error}
-        updates, opt_state = asks.update(found, opt_state, params, **more)
+        value, result = jax.value_and_grad(tiny_error)(params)
+        more = {} if name == "sam" else {"value": value, "grad": result, "value_fn": tiny_error}
+        updates, opt_state = optimizer_with_extra.update(result, opt_state, params, **more)
         return optax.apply_updates(params, updates), opt_state
 
     for _ in range(3):
@@ -829,8 +833,8 @@ def test_a_state_of_shared_arrays_is_donated():
     params = {"dense1": shared, "dense2": shared}
     optimizer = optax.sgd(0.1)
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.random.key(0))
-    found = jax.grad(lambda params: labelled(net.apply(params, DATA[0]), DATA[1]).mean())(params)
-    expected = jax.tree.map(lambda p, g: np.asarray(p - 0.1 * g), params, found)
+    result = jax.grad(lambda params: labelled(net.apply(params, DATA[0]), DATA[1]).mean())(params)
+    expected = jax.tree.map(lambda p, g: np.asarray(p - 0.1 * g), params, result)
     state, _ = make_train_step(net, labelled, optimizer)(state, DATA)
     chex.assert_trees_all_close(numbers(state.params), expected, rtol=1e-5, atol=1e-7)
 
@@ -881,8 +885,8 @@ def test_optimizers_for_single_examples_get_their_gradients(name):
     assert set(metrics) == {"loss", "accuracy"}
 
 
-def test_a_gradient_of_ones_own_clips_and_draws_noise():
-    def noisy(net, params, x, targets, loss, *, key):
+def test_a_custom_gradient_clips_and_draws_noise():
+    def noisy(net, loss, params, x, targets, *, key):
         total = jaxcnn.clipped_gradient(net, loss, params, x, targets, 0.1, key=key)
         w = total["dense1"]["weight"]
         return {"dense1": {"weight": (w + jax.random.normal(jax.random.fold_in(key, 1), w.shape, w.dtype)) / len(x)}}
@@ -903,12 +907,12 @@ def test_a_gradient_of_ones_own_clips_and_draws_noise():
 def test_gradients_of_other_shapes_are_refused():
     state = TrainState.create(SQUARE, optax.sgd(1.0), jax.random.key(0), (6,))
     step = make_train_step(SQUARE, labelled, optax.sgd(1.0), gradient=jaxcnn.per_example_gradients)
-    with pytest.raises(ValueError, match="gradient must return a tree like params, got shapes"):
+    with pytest.raises(ValueError, match="the result of gradient must be a tree like params, got the shapes"):
         step(state, (np.ones((6, 6), np.float32), DATA[1]))
     for more in ({"rules": jaxcnn.rules.autodiff}, {"microbatch": 2}):
         with pytest.raises(ValueError, match="gradient must not be given together with rules or microbatch"):
             make_train_step(SQUARE, labelled, optax.sgd(1.0), gradient=jaxcnn.per_example_gradients, **more)
-    with pytest.raises(TypeError, match="gradient must be a function, got 3"):
+    with pytest.raises(TypeError, match=r"^make_train_step: gradient must be a function, got 3$"):
         make_train_step(SQUARE, labelled, optax.sgd(1.0), gradient=3)
 
 

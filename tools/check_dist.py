@@ -1,9 +1,10 @@
-"""Checks that the built distributions install and work: python -m tools.check_dist dist.
+"""Check that the built distributions install and work: python -m tools.check_dist dist.
 
 The wheel must contain the package and nothing else. Wheel and sdist are each installed in a fresh environment with only
 their declared dependencies; they must import, report their version, and train.
 """
 
+import argparse
 import email
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import tempfile
 import tomllib
 import venv
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -44,12 +46,12 @@ def wheel_holds_the_package_only(wheel: Path) -> None:
     package.add("jaxcnn/py.typed")
     info = f"jaxcnn-{VERSION}.dist-info"
     with zipfile.ZipFile(wheel) as archive:
-        found = {name for name in archive.namelist() if not name.startswith(f"{info}/")}
+        names = {name for name in archive.namelist() if not name.startswith(f"{info}/")}
         metadata = email.message_from_bytes(archive.read(f"{info}/METADATA"))
-    assert found == package, f"{wheel.name}: {sorted(found ^ package)}"
+    assert names == package, f"{wheel.name}: {sorted(names ^ package)}"
     core = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
-    names = {line.split(">")[0].split("<")[0].split("=")[0].strip() for line in core}
-    assert names == {"jax", "jaxlib", "optax"}, core
+    required = {line.split(">")[0].split("<")[0].split("=")[0].strip() for line in core}
+    assert required == {"jax", "jaxlib", "optax"}, core
 
 
 def sdist_can_be_tested(sdist: Path) -> None:
@@ -60,23 +62,25 @@ def sdist_can_be_tested(sdist: Path) -> None:
     assert wanted <= names, f"{sdist.name} lacks {sorted(wanted - names)}"
 
 
-def installs_and_trains(built: Path) -> None:
+def installs_and_trains(distribution: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
         python = Path(folder, "bin", "python")
         pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, built.resolve()], check=True, cwd=folder)
+        subprocess.run([*pip, distribution.resolve()], check=True, cwd=folder)
         subprocess.run([python, "-I", "-W", "error", "-c", TRAINS], check=True, cwd=folder)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Check the wheel and the sdist in a folder."""
-    dist = Path(sys.argv[1])
-    (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
+    parser = argparse.ArgumentParser(prog="python -m tools.check_dist", description=__doc__.partition(": python")[0])
+    parser.add_argument("folder", type=Path, help="folder that holds one wheel and one sdist")
+    folder = parser.parse_args(argv).folder
+    (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
     wheel_holds_the_package_only(wheel)
     sdist_can_be_tested(sdist)
-    for built in (wheel, sdist):
-        installs_and_trains(built)
+    for distribution in (wheel, sdist):
+        installs_and_trains(distribution)
     return 0
 
 

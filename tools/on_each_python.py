@@ -1,14 +1,15 @@
-"""Run the suite on each installed Python: python -m tools.on_each_python [pytest arguments].
+"""Run all tests on each installed Python: python -m tools.on_each_python [pytest arguments].
 
-Each Python gets its own environment (.venv-3.12 and so on) with the newest compatible jax. The suite runs twice if jax
+Each Python gets its own environment (.venv-3.12 and so on) with the newest compatible jax. The tests run twice if jax
 offers a second implementation of `custom_vjp` (JAX_CUSTOM_VJP3) and it works; in jax 0.10 it does not.
 """
 
+import argparse
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 VERSIONS = ("3.11", "3.12", "3.13")
@@ -39,7 +40,7 @@ def interpreters() -> Iterator[tuple[str, Path]]:
                 break
 
 
-def installed(version: str, interpreter: Path) -> Path:
+def environment_for(version: str, interpreter: Path) -> Path:
     """Return the Python of the version's environment after installing the test dependencies."""
     folder = ROOT / f".venv-{version}"
     python = folder / "bin" / "python"
@@ -51,26 +52,31 @@ def installed(version: str, interpreter: Path) -> Path:
     return python
 
 
-def main() -> int:
-    """Run the suite on every Python and return the number of failed runs."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tests on every Python and return the number of failed runs."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.on_each_python", description=__doc__.partition(": python")[0]
+    )
+    parser.epilog = "All other arguments are passed to pytest, for example tests/ops or -k conv."
+    _, to_pytest = parser.parse_known_args(argv)
     failed = []
-    found = list(interpreters())
-    for version, interpreter in found:
-        python = installed(version, interpreter)
+    pythons = list(interpreters())
+    for version, interpreter in pythons:
+        python = environment_for(version, interpreter)
         probe = "import jax; print(jax.__version__, hasattr(jax.config, 'jax_custom_vjp3'))"
-        said = subprocess.run([python, "-c", probe], check=True, capture_output=True, text=True).stdout
-        jax, has_switch = said.split()
+        output = subprocess.run([python, "-c", probe], check=True, capture_output=True, text=True).stdout
+        jax, has_switch = output.split()
         for switch in ("", "1") if has_switch == "True" else ("",):
             run = f"Python {version}, jax {jax}{', JAX_CUSTOM_VJP3=1' if switch else ''}"
             environment = os.environ | ({"JAX_CUSTOM_VJP3": switch} if switch else {})
             if subprocess.run([python, "-c", STATIC_AND_CHECKPOINTED], env=environment, capture_output=True).returncode:
-                print(f"\n{run}: left out, since jax's own fails without jaxcnn", flush=True)
+                print(f"\n{run}: skipped, because JAX alone fails", flush=True)
                 failed += [run] * (not switch)
                 continue
             print(f"\n{run}", flush=True)
-            done = subprocess.run([python, "-m", "pytest", "-n", "2", *sys.argv[1:]], env=environment)
-            failed += [run] * (done.returncode != 0)
-    print("\nfound:", ", ".join(version for version, _ in found), "\nfailed:", "; ".join(failed) or "none")
+            command = [python, "-m", "pytest", "-n", "auto", "--dist", "worksteal", *to_pytest]
+            failed += [run] * (subprocess.run(command, env=environment).returncode != 0)
+    print("\nfound:", ", ".join(version for version, _ in pythons), "\nfailed:", "; ".join(failed) or "none")
     return len(failed)
 
 

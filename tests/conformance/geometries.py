@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import hypothesis.strategies as st
-import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from jaxcnn.geometry import PADDING_MODES
 from tests import oracles
 from tests.cases import OPS, Case, compiled, positive, row, ties, with_cotangents
 from tests.checks import assert_close, within
-from tests.compare_torch import CLOSE, pulled_in_torch, random_delta
+from tests.compare_torch import CLOSE, in_torch, pulled_in_torch, random_delta
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
@@ -259,7 +258,7 @@ def adaptive_pools(draw: Draw, op: str) -> Case:
     spatial = tuple(draw(st.integers(1, (13, 9, 6)[ndim - 1])) for _ in range(ndim))
     size = each(draw, ndim, (2, 3, 1, 4, 5, 7))
     drawn = ties if op == "adaptive_max_pool" and draw(st.booleans()) else None
-    return row(op, (draw(BATCHES), *spatial, draw(CHANNELS)), stock=False, draw=drawn, size=size)
+    return row(op, (draw(BATCHES), *spatial, draw(CHANNELS)), stock=False, draw=drawn, output_size=size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -346,8 +345,9 @@ def agree(geometries: Sequence[Geometry]) -> None:
     other dtypes it allows for rounding.
     """
     arrays = [case.arrays(dtype) for case, dtype in geometries]
-    results = [jax.eval_shape(case.function, *args) for (case, _), args in zip(geometries, arrays, strict=True)]
-    deltas = [random_delta(y) for y in results]
+    wides = [tuple(a.astype(np.float64) for a in args) for args in arrays]
+    theirs = [in_torch(case.oracle, wide) for (case, _), wide in zip(geometries, wides, strict=True)]
+    deltas = [random_delta(y.astype(dtype)) for (_, dtype), (y, _) in zip(geometries, theirs, strict=True)]
 
     @compiled
     def run(arrays: Any, deltas: Any) -> Any:
@@ -355,10 +355,11 @@ def agree(geometries: Sequence[Geometry]) -> None:
         return [with_cotangents(case.function)(args, delta) for (case, _), args, delta in rows]
 
     found = run(arrays, deltas)
-    for (case, dtype), args, delta, (y, cotangents) in zip(geometries, arrays, deltas, found, strict=True):
-        wide = tuple(a.astype(np.float64) for a in args)
-        expected_y, expected = pulled_in_torch(case.oracle, wide, delta.astype(np.float64))
-        assert [a.dtype for a in (y, *cotangents)] == [dtype] * (1 + len(args)), str(case)
+    for (case, dtype), wide, delta, (y, cotangents), (expected_y, pull) in zip(
+        geometries, wides, deltas, found, theirs, strict=True
+    ):
+        expected = pull(delta.astype(np.float64))
+        assert [a.dtype for a in (y, *cotangents)] == [dtype] * (1 + len(wide)), str(case)
         try:
             if dtype is not np.float64:
                 assert_close([y, *cotangents], [expected_y, *expected], tolerances(case, dtype, wide, delta, expected))

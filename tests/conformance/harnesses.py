@@ -34,8 +34,8 @@ SPACED_BOTH = "a spaced picture that is cut or strided too"
 SPACED_WINDOWS = "windows over a spaced picture"
 PRODUCTS = "products of windows"
 #: Error messages for cases that jaxcnn refuses.
-LARGER = "is larger than the padded picture"
-IN_PADDING = "a window lies wholly in padding"
+LARGER = "must be at most the padded spatial dims"
+IN_PADDING = "a window is entirely in the padding"
 
 
 @dataclasses.dataclass(frozen=True)

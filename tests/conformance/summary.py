@@ -30,7 +30,7 @@ def lines(counted: Iterable[tuple[str, str, int]]) -> list[str]:
     ]
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
+def show(terminalreporter: Any) -> None:
     """Print the counts of the tests that passed."""
     passed = [report for report in terminalreporter.stats.get("passed", ()) if report.when == "call"]
     properties = [(name, tuple(value)) for report in passed for name, value in report.user_properties]

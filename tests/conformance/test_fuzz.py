@@ -11,8 +11,9 @@ from hypothesis import given, settings
 
 from tests import cases
 from tests.checks import doubled
+from tests.conformance import summary
 from tests.conformance.geometries import SHARES, STRATEGIES, pasteable
-from tools import fuzz, summary
+from tools import fuzz
 
 
 def test_a_wrong_rule_is_a_mismatch(monkeypatch):

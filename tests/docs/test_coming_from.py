@@ -1,4 +1,4 @@
-"""The tables of docs/coming-from.md: both cells of each row are evaluated and compared, forward and backward."""
+"""Evaluation of both cells of each row of docs/coming-from.md, compared forward and backward."""
 
 import re
 from pathlib import Path
@@ -31,7 +31,7 @@ def table(section: str) -> list[tuple[str, str]]:
 TORCH, FLAX, EQUINOX, LAX = map(table, ("torch.nn.functional", "flax", "equinox", "jax.lax, jax.nn, optax"))
 
 
-def test_no_table_is_empty_and_no_section_is_left_out():
+def test_no_table_is_empty_and_no_section_is_missing():
     assert min(map(len, (TORCH, FLAX, EQUINOX, LAX))) >= 9
     assert len(re.findall(r"^\| `\w+[.(]", PAGE, re.MULTILINE)) == len(TORCH + FLAX + EQUINOX + LAX)
 
@@ -39,7 +39,7 @@ def test_no_table_is_empty_and_no_section_is_left_out():
 def inputs() -> dict[str, np.ndarray]:
     """Return inputs in torch's layout, with four channels and without equal elements."""
     draw = np.random.default_rng(0)
-    shapes = {"x": (2, 4, 8, 10), "weight": (6, 4, 3, 3), "bias": (6,), "line": (2, 4, 9), "w1": (6, 4, 3), "m": (6, 5)}
+    shapes = {"x": (2, 4, 8, 10), "w": (6, 4, 3, 3), "b": (6,), "line": (2, 4, 9), "w1": (6, 4, 3), "m": (6, 5)}
     shapes |= {"v": (2, 5), "u": (2, 5), "z": (4, 7)}
     return {name: draw.normal(size=shape) for name, shape in shapes.items()} | {"labels": np.array([0, 6, 3, 3])}
 
@@ -74,11 +74,11 @@ def test_torch(there, cell):
 
     tensors = {n: torch.tensor(a, requires_grad=a.dtype.kind == "f") for n, a in arrays.items()}
     expected = eval(there, {"torch": torch, "F": F} | tensors)
-    pictures = expected.ndim > 2
-    same(y, here("out" if pictures else "", expected.detach().numpy()))
+    spatial = expected.ndim > 2
+    same(y, here("out" if spatial else "", expected.detach().numpy()))
 
     delta = torch.tensor(np.asarray(delta_of(y)))
-    expected.backward(delta.movedim(-1, 1) if pictures else delta)
+    expected.backward(delta.movedim(-1, 1) if spatial else delta)
     for n, gradient in found.items():
         grad = tensors[n].grad
         same(gradient, 0 * gradient if grad is None else here(n, grad.numpy()))
@@ -124,7 +124,7 @@ def test_flax(there, cell):
 
     weights = {kind: jnp.asarray(random_like(weight)) for kind, weight in weights.items()}
     y, rule = jax.vjp(apply, weights, x)
-    names = {"scale": "scale", "bias": "bias"} if "scale" in weights else {"kernel": "w", "bias": "b"}
+    names = {"scale": "scale", "bias": "bias"} if "scale" in weights else {"kernel": "weight", "bias": "bias"}
     params = {names[name]: weight for name, weight in weights.items()}
     our_y, our_rule = jax.vjp(lambda params, x: ours.apply(params, x), params, x)
     same(our_y, y)
@@ -144,8 +144,8 @@ def test_equinox(there, cell):
     eqx = pytest.importorskip("equinox")
     layer, ours = eval(there, {"eqx": eqx, "key": jax.random.key(0)}), eval(cell, HERE)
     arrays = inputs()
-    picture = arrays["v"].repeat(2, 1) if "Linear" in there else arrays["x"]
-    x, our_x = jnp.asarray(picture), jnp.asarray(picture if picture.ndim == 2 else here("x", picture))
+    array = arrays["v"].repeat(2, 1) if "Linear" in there else arrays["x"]
+    x, our_x = jnp.asarray(array), jnp.asarray(array if array.ndim == 2 else here("x", array))
 
     weights = {n: getattr(layer, n) for n in ("weight", "bias") if getattr(layer, n, None) is not None}
     weights = {n: jnp.asarray(random_like(weight)) for n, weight in weights.items()}
@@ -154,7 +154,7 @@ def test_equinox(there, cell):
         module = eqx.tree_at(lambda m: [getattr(m, n) for n in weights], layer, list(weights.values()))
         return jax.vmap(module if weights else layer)(x)
 
-    def turned(weights):
+    def converted(weights):
         params = {}
         if "weight" in weights:
             weight = weights["weight"]
@@ -164,13 +164,13 @@ def test_equinox(there, cell):
         return params
 
     y, rule = jax.vjp(apply, weights, x)
-    our_y, our_rule = jax.vjp(lambda params, x: ours.apply(params, x), turned(weights), our_x)
+    our_y, our_rule = jax.vjp(lambda params, x: ours.apply(params, x), converted(weights), our_x)
     same(our_y, here("out" if y.ndim > 2 else "", y))
     our_gradients, our_delta_x = our_rule(delta_of(our_y))
     delta = delta_of(our_y)
     gradients, delta_x = rule(jnp.moveaxis(delta, -1, 1) if delta.ndim > 2 else delta)
     same(our_delta_x, here("out" if delta_x.ndim > 2 else "", delta_x))
-    expected = turned(gradients)
+    expected = converted(gradients)
     assert set(our_gradients) == set(expected)
     for kind, gradient in our_gradients.items():
         same(gradient, expected[kind])
@@ -196,11 +196,11 @@ def test_a_whole_network_from_torch():
     params = jax.tree.map(jnp.asarray, names["from_torch"](conv1, conv2, linear))
     labels = np.array([1, 0, 9])
 
-    def error(params):
+    def loss(params):
         y = net.apply(params, images[..., None])
         return jaxcnn.softmax_cross_entropy_with_integer_labels(y, labels).mean(), y
 
-    (_, y), gradients = jax.value_and_grad(error, has_aux=True)(params)
+    (_, y), gradients = jax.value_and_grad(loss, has_aux=True)(params)
     same(y, expected.detach().numpy())
     F.cross_entropy(expected, torch.tensor(labels)).backward()
     for module, name in ((conv1, "conv1"), (conv2, "conv2"), (linear, "dense1")):
@@ -212,16 +212,16 @@ def test_a_whole_network_from_torch():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The differences: claims about the other libraries are true
+# The pitfalls: claims about the other libraries are true
 
 
-def test_other_layouts_are_taken_as_they_are():
+def test_other_layouts_are_accepted():
     arrays = inputs()
-    y = jaxcnn.conv(arrays["x"], arrays["weight"], dimension_numbers=("NCHW", "OIHW", "NCHW"))
-    same(y, F.conv2d(torch.tensor(arrays["x"]), torch.tensor(arrays["weight"])).numpy())
+    y = jaxcnn.conv(arrays["x"], arrays["w"], dimension_numbers=("NCHW", "OIHW", "NCHW"))
+    same(y, F.conv2d(torch.tensor(arrays["x"]), torch.tensor(arrays["w"])).numpy())
 
 
-def test_ties_go_to_the_first_in_torch_and_lax_too():
+def test_ties_go_to_the_first_in_torch_and_lax():
     tie = np.ones((1, 4, 1))
     t = torch.ones((1, 1, 4), requires_grad=True)
     F.max_pool1d(t, 2).sum().backward()
@@ -231,14 +231,14 @@ def test_ties_go_to_the_first_in_torch_and_lax_too():
         assert np.ravel(found).tolist() == [1, 0, 1, 0]
 
 
-def test_minus_infinity_beside_padding_in_torch():
+def test_minus_infinity_next_to_padding_in_torch():
     t = torch.full((1, 1, 3), -torch.inf, requires_grad=True)
     F.max_pool1d(t, 2, 2, 1).sum().backward()
     ours = jax.grad(lambda x: jaxcnn.max_pool(x, 2, padding=1).sum())(jnp.full((1, 3, 1), -jnp.inf))
     assert t.grad.ravel().tolist() == np.ravel(ours).tolist() == [1, 1, 0]
 
 
-def test_what_is_refused_and_where():
+def test_errors_here_and_in_other_libraries():
     x, w = jnp.ones((1, 4, 1)), jnp.ones((3, 1, 1))
     with pytest.raises(ValueError, match="padding"):
         jaxcnn.conv(x, w, padding=((-1, 0),))
@@ -247,7 +247,7 @@ def test_what_is_refused_and_where():
     assert lax.conv_general_dilated(x, w, (1,), ((-1, 0),), dimension_numbers=("NHC", "HIO", "NHC")).shape == (1, 1, 1)
     with pytest.raises((RuntimeError, ValueError), match="padding='same' is not supported for strided"):
         F.conv1d(torch.ones(1, 1, 4), torch.ones(1, 1, 3), padding="same", stride=2)
-    with pytest.raises(ValueError, match="wholly in padding"):
+    with pytest.raises(ValueError, match="entirely in the padding"):
         jaxcnn.max_pool(x, 2, padding=2)
     with pytest.raises(RuntimeError, match="half"):
         F.max_pool1d(torch.ones(1, 1, 4), 2, padding=2)

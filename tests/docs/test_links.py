@@ -74,11 +74,11 @@ def test_every_section_and_every_erratum_has_its_row_in_the_lectures_order():
 
 
 def linked(cell: str) -> list[tuple[str, Path]]:
-    """Return the names and files linked in a cell, which must hold only links."""
-    found = LINK.findall(cell)
-    assert found, "an empty cell"
+    """Return the names and files linked in a cell, which must contain only links."""
+    links = LINK.findall(cell)
+    assert links, "an empty cell"
     assert not LINK.sub("", cell).strip(" ,"), f"not a link: {cell}"
-    return [(name.strip("`"), (DOCS / target).resolve()) for name, target in found]
+    return [(name.strip("`"), (DOCS / target).resolve()) for name, target in links]
 
 
 def defined(file: Path) -> set[str]:
@@ -87,7 +87,7 @@ def defined(file: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_functions_exist_where_the_link_leads(row):
+def test_linked_functions_exist(row):
     for name, file in linked(row["function"]):
         module, _, attribute = name.rpartition(".")
         assert callable(getattr(importlib.import_module(module), attribute)), name
@@ -104,7 +104,7 @@ def test_experiments_are_scripts_that_run_as_modules(row):
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_tests_exist_where_the_link_leads(row):
+def test_linked_tests_exist(row):
     for name, file in linked(row["test"]):
         assert file.is_relative_to(ROOT / "tests"), name
         assert name in defined(file), f"{name} is not in {file.relative_to(ROOT)}"
@@ -114,7 +114,7 @@ def test_tests_exist_where_the_link_leads(row):
 # The § and errata that the scripts of experiments/lecture state
 
 
-def said(script: Path) -> tuple[set[int], set[int]]:
+def stated(script: Path) -> tuple[set[int], set[int]]:
     """Return the sections and errata in a script's STATEMENT."""
     for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Statement":
@@ -132,8 +132,8 @@ def numbers(text: str) -> set[int]:
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "experiments" / "lecture").glob("s[0-9]*.py")), ids=lambda s: s.stem)
-def test_every_script_of_the_lecture_stands_in_the_rows_of_what_it_shows(script):
-    sections, errata = said(script)
+def test_every_script_of_the_lecture_is_in_the_rows_of_its_sections(script):
+    sections, errata = stated(script)
     for row in STATEMENTS:
         here = script in [file for _, file in linked(row["experiment"])]
         assert here == bool(numbers(row["§"]) & sections), f"§{row['§']}"

@@ -19,13 +19,13 @@ def test_figures_are_up_to_date(tmp_path):
     with jax.enable_x64(False):
         runpy.run_path(str(DOCS / "figures.py"))["main"](tmp_path)
     drawn = {file.name: file.read_text(encoding="utf-8") for file in tmp_path.iterdir()}
-    kept = {file.name: file.read_text(encoding="utf-8") for file in (DOCS / "figures").iterdir()}
-    assert drawn == kept, "run: python docs/figures.py"
+    saved = {file.name: file.read_text(encoding="utf-8") for file in (DOCS / "figures").iterdir()}
+    assert drawn == saved, "run: python docs/figures.py"
 
 
 LINKS = [
     ("jaxcnn.conv", "../jaxcnn/ops/convolution.py", ("py", "jaxcnn.conv")),
-    ("jaxcnn.ops.convolution.spread", "../jaxcnn/ops/convolution.py", ("py", "jaxcnn.ops.convolution.spread")),
+    ("jaxcnn.ops.convolution.input_grad", "../jaxcnn/ops/convolution.py", ("py", "jaxcnn.ops.convolution.input_grad")),
     ("test_convolution", "../tests/test_lecture.py", ("source/tests/test_lecture.html", "def test_convolution")),
     ("lecture.s11_flip", "../experiments/lecture/s11_flip.py", ("source/experiments/lecture/s11_flip.html", None)),
 ]

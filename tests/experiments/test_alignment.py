@@ -32,7 +32,7 @@ def test_table_csv_and_plot(tmp_path, capsys):
 
     angles = read(out / "angles.csv")
     rules, steps = ("exact", "sign-symmetric"), sorted({int(r["step"]) for r in angles})
-    assert (len(steps), steps[0], steps[-1]) == (alignment.LOOKS, 0, 39)
+    assert (len(steps), steps[0], steps[-1]) == (alignment.MEASUREMENTS, 0, 39)
     assert [(r["rule"], r["seed"], int(r["step"]), r["layer"]) for r in angles] == [
         (rule, seed, step, layer)
         for rule in rules for seed in "01" for step in steps for layer in ("conv1", "conv2", "dense1")
@@ -68,17 +68,17 @@ def fake(trained, stop):
 
 
 @pytest.mark.parametrize(
-    ("stop", "status", "said"),
+    ("stop", "status", "message"),
     [
-        (KeyboardInterrupt(), 130, "interrupted; 3 of 12 trainings are kept in {out}"),
-        (RunError("exact: no"), 1, "exact: no; 3 of 12 trainings are kept in {out}"),
+        (KeyboardInterrupt(), 130, "interrupted; 3 of 12 trainings are saved in {out}"),
+        (RunError("exact: no"), 1, "exact: no; 3 of 12 trainings are saved in {out}"),
     ],
 )
-def test_what_was_finished_is_kept(tmp_path, capsys, monkeypatch, stop, status, said):
+def test_finished_trainings_are_saved(tmp_path, capsys, monkeypatch, stop, status, message):
     monkeypatch.setattr(alignment, "train", fake([], stop))
     out = tmp_path / "out"
     assert main("--seeds", 2, "--out", out) == status
-    assert capsys.readouterr().err == f"python -m experiments.alignment: {said.format(out=out)}\n"
+    assert capsys.readouterr().err == f"python -m experiments.alignment: {message.format(out=out)}\n"
     assert sorted(path.name for path in out.iterdir()) == ["accuracy.csv", "alignment.png", "angles.csv"]
     assert [(r["rule"], r["seed"]) for r in read(out / "accuracy.csv")] == [
         ("exact", "0"), ("exact", "1"), ("literal up", "0")
@@ -92,7 +92,7 @@ def test_ctrl_c_in_the_first_training_leaves_no_folder(tmp_path, capsys, monkeyp
 
     monkeypatch.setattr(alignment, "train", train)
     assert main("--out", tmp_path / "out") == 130
-    assert capsys.readouterr().err == "python -m experiments.alignment: interrupted; nothing is kept yet\n"
+    assert capsys.readouterr().err == "python -m experiments.alignment: interrupted; nothing was saved\n"
     assert not (tmp_path / "out").exists()
 
 
@@ -104,7 +104,7 @@ def test_progress_is_shown_over_all_trainings(tmp_path, monkeypatch):
     assert seen == [(step, 6) for step in (2, 3, 5, 6)]  # a training's first step compiles
 
 
-def test_angles_are_what_the_definition_says():
+def test_angles_equal_the_definition():
     rng = np.random.default_rng(0)
     one, two = ({"conv1": {"weight": rng.standard_normal((3, 4)), "bias": rng.standard_normal(4)}} for _ in range(2))
     flat = [np.concatenate([tree["conv1"]["weight"].ravel(), tree["conv1"]["bias"]]) for tree in (one, two)]
@@ -118,8 +118,8 @@ def test_angles_are_what_the_definition_says():
 
 
 @pytest.mark.parametrize("name", alignment.RULES[1:])
-def test_every_rule_turns_the_gradient_and_leaves_the_output(name):
-    """Rules turn gradients by less than 90°, except rules that redirect δ; the forward results are equal."""
+def test_every_rule_rotates_the_gradient_and_keeps_the_output(name):
+    """Rules rotate gradients by less than 90°, except rules that redirect δ; the outputs are equal."""
     net = alignment.net(10)
     params = net.init(jax.random.key(0), (28, 28, 1))
     sample = data.load("fashion-mnist-sample")
@@ -127,12 +127,12 @@ def test_every_rule_turns_the_gradient_and_leaves_the_output(name):
 
     @compiled
     def both(params, x, labels):
-        def error(params, rules):
+        def loss(params, rules):
             outputs = net.apply(params, x, rules=rules)
             return LOSS(outputs, labels).mean(), outputs
 
         return [
-            jax.grad(error, has_aux=True)(params, rules) for rules in (alignment.rules_of(name, 0, 32), None)
+            jax.grad(loss, has_aux=True)(params, rules) for rules in (alignment.rules_of(name, 0, 32), None)
         ]  # fmt: skip
 
     (found, outputs), (true, exact) = both(params, x, labels)
@@ -145,7 +145,7 @@ def test_every_rule_turns_the_gradient_and_leaves_the_output(name):
         assert angles["dense1"] < 0.1
 
 
-def test_each_seed_has_random_patches_of_its_own():
+def test_each_seed_has_other_random_kernels():
     w = np.ones((5, 5, 1, 8), np.float32)
     one, two = (alignment.rules_of("feedback alignment", seed, 32)[jaxcnn.Conv].kernel(w) for seed in (0, 1))
     assert not np.allclose(one, two)
@@ -154,16 +154,16 @@ def test_each_seed_has_random_patches_of_its_own():
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (("--rules", "up"), "--rules: expected one of all, exact, literal up, feedback alignment, "),
+        (("--rules", "up"), "--rules: must be one of all, exact, literal up, feedback alignment, "),
         (("--rules", "sign-symetric"), "got 'sign-symetric'; did you mean sign-symmetric?"),
         (("--rules",), "--rules"),
-        (("--seeds", 0), "--seeds: expected 1 or more, got 0"),
-        (("--steps", -3), "--steps: expected 1 or more, got -3"),
-        (("--batch-size", 10_001), "--batch-size: expected at most 10000, got 10001"),
+        (("--seeds", 0), "--seeds: must be at least 1, got 0"),
+        (("--steps", -3), "--steps: must be at least 1, got -3"),
+        (("--batch-size", 10_001), "--batch-size: must be at most 10000, got 10001"),
         (("--step", 3), "unknown option --step, 3; did you mean --steps?"),
     ],
 )
-def test_what_means_nothing_is_told_in_a_line(tmp_path, capsys, argv, expected):
+def test_an_invalid_option_is_one_line(tmp_path, capsys, argv, expected):
     assert main(*argv, "--out", tmp_path / "out") == 2
     captured = capsys.readouterr()
     assert captured.out == ""

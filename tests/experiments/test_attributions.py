@@ -42,7 +42,7 @@ def gallery(run, tmp_path_factory) -> tuple[Path, str, dict[str, attributions.Ma
     return out, printed.getvalue(), drawn[0]
 
 
-def test_a_picture_with_a_row_an_image(gallery):
+def test_the_figure_has_one_row_per_image(gallery):
     out, *_ = gallery
     assert [path.name for path in out.iterdir()] == ["attributions.png"]
     height, width, _ = imread(out / "attributions.png").shape
@@ -50,10 +50,10 @@ def test_a_picture_with_a_row_an_image(gallery):
     assert width > 13 * 75
 
 
-def test_what_is_promised_stands_beside_what_was_found(gallery, run):
-    """The promised total is the logit, or its increase from a black image; DeepLIFT attributes all of it."""
+def test_the_conserved_quantity_is_printed_next_to_the_sum(gallery, run):
+    """The conserved quantity is the logit, or its increase from a black image; DeepLIFT attributes all of it."""
     _, printed, _ = gallery
-    table = printed[printed.index("Σ map  should be       rest") :]
+    table = printed[printed.index("Σ map  conserved difference") :]
     lines = [line for line in table.splitlines() if "image " in line]
     assert [line.rsplit("image", 1)[0].strip() for line in lines[::2]] == [
         title.replace("\n", " ") for title in ALL if title[:3] in ("int", "LRP", "Dee")
@@ -61,15 +61,15 @@ def test_what_is_promised_stands_beside_what_was_found(gallery, run):
     trained = restore(run)
     x = trained.dataset.test_images[[3, 0]]
     logits, dark = np.split(np.asarray(compiled(trained.net.apply)(trained.params, np.concatenate([x, 0 * x]))), 2)
-    said = logits.argmax(1)
+    predicted = logits.argmax(1)
     for i, line in enumerate(lines):
-        total, promised, rest = map(float, line.split()[-3:])
+        total, conserved, rest = map(float, line.split()[-3:])
         n = i % 2
-        full = logits[n, said[n]]
-        assert promised == pytest.approx(full if "LRP" in line else full - dark[n, said[n]], abs=1e-4)
-        assert rest == pytest.approx(promised - total, abs=2e-4)
+        full = logits[n, predicted[n]]
+        assert conserved == pytest.approx(full if "LRP" in line else full - dark[n, predicted[n]], abs=1e-4)
+        assert rest == pytest.approx(conserved - total, abs=2e-4)
         if "DeepLIFT" in line:
-            assert abs(rest) < 1e-3 * abs(promised) + 1e-4
+            assert abs(rest) < 1e-3 * abs(conserved) + 1e-4
 
 
 def test_the_maps_are_those_of_attribute(gallery, run):
@@ -100,7 +100,7 @@ def test_the_maps_are_those_of_attribute(gallery, run):
     assert len({of.heat.tobytes() for of in found.values()}) == len(ALL)
 
 
-def test_the_newest_finished_run_is_taken(run, tmp_path, capsys, monkeypatch):
+def test_the_newest_finished_run_is_used(run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs" / "one"
     shutil.copytree(run, folder)
@@ -110,29 +110,29 @@ def test_the_newest_finished_run_is_taken(run, tmp_path, capsys, monkeypatch):
     heat = np.ones((1, 28, 28))
     monkeypatch.setattr(attributions, "maps", lambda *args: {"one": attributions.Maps(heat, heat.sum((1, 2)))})
     assert main("--images", 0, "--out", tmp_path / "out") == 0
-    assert capsys.readouterr().out.startswith("lecture of runs/one, the newest run that is finished; --fresh trains")
+    assert capsys.readouterr().out.startswith("lecture from runs/one, the newest finished run; --fresh trains")
 
 
-def test_methods_that_a_net_has_no_layers_for_are_left_out():
+def test_methods_that_a_net_does_not_support_are_omitted():
     dense = jaxcnn.serial(jaxcnn.Flatten(), jaxcnn.Dense(5), jaxcnn.Tanh(), jaxcnn.Dense(3))
     left = attributions.methods(dense, (8, 8, 1), 0)
     assert [title for title in ALL if title not in left] == ["guided\nbackprop", "deconvnet", "Grad-CAM"]
-    pictures = jaxcnn.serial(jaxcnn.Conv(2, 3), jaxcnn.Relu(), jaxcnn.Flatten(), jaxcnn.Dense(3))
-    assert attributions.methods(pictures, (8, 8, 1), 0)["Grad-CAM"][1] == {"layer": "relu1"}
+    convolutional = jaxcnn.serial(jaxcnn.Conv(2, 3), jaxcnn.Relu(), jaxcnn.Flatten(), jaxcnn.Dense(3))
+    assert attributions.methods(convolutional, (8, 8, 1), 0)["Grad-CAM"][1] == {"layer": "relu1"}
 
 
 @pytest.mark.parametrize(
     ("argv", "status", "expected"),
     [
-        (("--images", -1), 2, "--images: expected 0 to 1999, got -1"),
+        (("--images", -1), 2, "--images: must be from 0 to 1999, got -1"),
         (("--methods", "all"), 2, "unknown option --methods"),
-        (("--epochs", 3), 2, "--epochs: expected without --run, whose net is trained already"),
-        (("--run", "nowhere"), 1, "config.json: expected a run's config, got No such file"),
+        (("--epochs", 3), 2, "--epochs: must be omitted with --run, whose net is already trained, got 3"),
+        (("--run", "nowhere"), 1, "config.json: must be the config of a run, got No such file"),
     ],
 )
-def test_what_it_cannot_do_is_told_in_a_line(run, tmp_path, capsys, argv, status, expected):
-    given = argv if argv[0] == "--run" else ("--run", run, *argv)
-    assert main(*given, "--out", tmp_path / "out") == status
+def test_an_invalid_option_is_one_line(run, tmp_path, capsys, argv, status, expected):
+    options = argv if argv[0] == "--run" else ("--run", run, *argv)
+    assert main(*options, "--out", tmp_path / "out") == status
     captured = capsys.readouterr()
     assert captured.out == ""
     (line,) = captured.err.splitlines()

@@ -1,4 +1,4 @@
-"""What the benchmarks compare, count and print; durations are never tested."""
+"""Comparisons, counts and output of the benchmarks; durations are not tested."""
 
 import dataclasses
 import json
@@ -55,10 +55,10 @@ def test_columns_line_up(capsys):
 
 
 def test_ratios_of_contenders(capsys):
-    times = {"a": Times((1.0, 2.0, 3.0)), "bias": Times((3.0, 4.0, 8.0))}
-    results.contenders(times, "a", {"more": {"bias": "yes"}})
+    times = {"a": Times((1.0, 2.0, 3.0)), "b": Times((3.0, 4.0, 8.0))}
+    results.contenders(times, "a", {"more": {"b": "yes"}})
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == ["median", "minimum", "spread", "times", "a", "more"]
+    assert lines[0] == ["median", "minimum", "IQR", "time", "/", "a", "more"]
     assert lines[1] == ["a", "2.00", "s", "1.00", "s", "100%", "1.00", "(1.00)"]
     assert lines[2] == ["b", "4.00", "s", "3.00", "s", "125%", "2.00", "(3.00)", "yes"]
 
@@ -80,7 +80,7 @@ def test_json_is_read_back(tmp_path):
     found = json.loads(path.read_text())
     assert found["config"]["out"] == str(path)
     assert found["times"] == {"a": [0.5, 1.0]}
-    assert found["bytes"] == {"n": {"temporary": 1, "kept": 2}}
+    assert found["bytes"] == {"n": {"temporary": 1, "residuals": 2}}
 
 
 def test_results_of_another_run_are_not_overwritten(tmp_path, capsys):
@@ -88,7 +88,7 @@ def test_results_of_another_run_are_not_overwritten(tmp_path, capsys):
         (tmp_path / name).write_text("mine")
         out = (tmp_path / name).with_suffix(".json")
         assert ops.main(["--quick", "--out", str(out)]) == 2
-        assert f"--out: must be a new file, got {tmp_path / name}, which is there already" in capsys.readouterr().err
+        assert f"--out: must be a new file, got {tmp_path / name}, which exists" in capsys.readouterr().err
         assert (tmp_path / name).read_text() == "mine"
     # A file that another process created in the meantime:
     results.write(tmp_path / "a.json", {}, ops.Config())
@@ -97,7 +97,7 @@ def test_results_of_another_run_are_not_overwritten(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("still")
-def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
+def test_ctrl_c_reports_the_results_so_far(tmp_path, monkeypatch, capsys):
     def measure(row, wanted, config):
         if len(seen) == 2:
             raise KeyboardInterrupt
@@ -107,7 +107,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(ops, "measure", measure)
     assert ops.main(["--no-torch", "--out", str(tmp_path / "a.json")]) == 130
-    assert "interrupted; this was measured until then" in capsys.readouterr().out
+    assert "interrupted; the results so far:" in capsys.readouterr().out
     assert [row["row"] for row in json.loads((tmp_path / "a.json").read_text())["rows"]] == seen
     assert len(seen) == 2
     assert ops.main(["--no-torch", "--out", str(tmp_path / "b.json")]) == 130  # nothing was measured
@@ -118,10 +118,10 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
 def test_turns(monkeypatch):
     """Each round starts with a different contender, and the first call of a turn is not counted."""
     seen = []
-    calls = {"a": lambda: seen.append("a"), "bias": lambda: seen.append("b")}
+    calls = {"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}
     times = timing.in_turns(calls, 2, calls=2, most=10.0, pause=0)
     assert "".join(seen) == "aaabbb" + "bbbaaa"
-    assert {name: len(t.seconds) for name, t in times.items()} == {"a": 4, "bias": 4}
+    assert {name: len(t.seconds) for name, t in times.items()} == {"a": 4, "b": 4}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -134,29 +134,29 @@ def measured(ours, stock, *, torch=None, note="", name="row"):
     return ops.Measured(name, "forward", times, note)
 
 
-def test_ratio_is_of_minima_and_torch_is_the_better_form():
+def test_ratios_are_of_minima_and_of_the_faster_format_of_torch():
     one = measured(2.0, 6.0, torch=[8.0, 5.0])
     assert one.ratio == 3
     assert one.torch_ratio == 2.5
     assert measured(1.0, 1.0).torch_ratio is None
 
 
-def test_summary_counts_rows_below_the_bar_and_leaves_out_what_is_wrong():
+def test_summary_counts_slow_rows_and_omits_wrong_ones():
     found = [
         measured(1.0, 4.0),
         measured(1.0, 0.25, name="slow"),
         measured(1.0, 100.0, name="bad", note="stock JAX differs by inf"),
     ]
     first, *rest = ops.summary(found)
-    assert "geometric mean over 2 rows 1.00×; 0 rows are the same program; of the others the minimum is" in first
-    assert "0.25× (slow, forward), and 1 are below 0.95" in first
+    assert "geometric mean over 2 rows 1.00×; 0 rows are the same program; the minimum of the others is" in first
+    assert "0.25× (slow, forward), and 1 of them are below 0.95" in first
     assert rest == ["bad, forward: stock JAX differs by inf"]
     assert "below 0.95" in ops.line(found[1])
     assert "below" not in ops.line(found[0])
-    assert ops.plain(found[2])["stock_ratio"] is None
+    assert ops.to_json(found[2])["stock_ratio"] is None
 
 
-def test_the_same_program_is_not_below_the_bar():
+def test_the_same_program_is_not_reported_as_slow():
     """XLA compiles two ways to write a sum to the same program, and a sum and a product to different ones."""
     x = jnp.ones((4, 3))
     texts = [ops.program(jax.jit(f), x) for f in (lambda x: x + x * 3, lambda y: jnp.add(y, 3 * y), lambda x: x * x)]
@@ -171,7 +171,7 @@ def test_the_same_program_is_not_below_the_bar():
 
 
 @pytest.mark.parametrize(
-    ("results", "said"),
+    ("results", "notes"),
     [
         ({"jaxcnn": 1.0, "stock JAX": 1.0, "torch": 1.0}, []),
         ({"jaxcnn": 1.0, "stock JAX": 1.1, "torch": 1.0}, ["stock JAX differs by 0.1"]),
@@ -184,9 +184,9 @@ def test_the_same_program_is_not_below_the_bar():
         ),
     ],
 )
-def test_who_is_wrong(results, said):
+def test_a_wrong_result_is_attributed(results, notes):
     results = {name: [np.full(3, value)] for name, value in results.items()}
-    assert ops.judged(results, 1e-4) == said
+    assert ops.differences(results, 1e-4) == notes
 
 
 def test_distance_sees_shapes_and_every_array():
@@ -200,7 +200,7 @@ def row_called(name):
     return found
 
 
-def test_names_of_rows_are_their_own():
+def test_names_of_rows_are_unique():
     names = [row.name for row in rows.rows()]
     assert len(set(names)) == len(names)
     kinds = "conv , conv depthwise, conv 8 groups, conv_transpose, conv 1-D, conv 3-D, max_pool, avg_pool, lp_pool"
@@ -210,23 +210,23 @@ def test_names_of_rows_are_their_own():
 
 def test_products_of_a_row():
     assert ops.products(row_called("conv 5×5 1→32")) == ["forward", "δ_x", "δ_w"]
-    assert ops.products(row_called("relu ")) == ["forward", "δ_x", "both halves"]
+    assert ops.products(row_called("relu ")) == ["forward", "δ_x", "both passes"]
     assert ops.products(row_called("relu "), "δ_") == ["δ_x"]
     assert ops.products(row_called("softmax_cross_entropy 1024"), "softmax")[1:3] == ["δ_logits", "δ_targets"]
 
 
 @pytest.mark.parametrize(
-    ("name", "wanted"),
+    ("name", "products"),
     [
         ("conv 8 groups 3×3 64→64 stride", ["forward", "δ_w"]),
         ("conv_transpose 1-D", ["forward", "δ_w"]),
         ("kron_up", ["forward", "δ_x"]),
-        ("hidden_layer 5×5 32", ["both halves"]),
+        ("hidden_layer 5×5 32", ["both passes"]),
     ],
 )
-def test_contenders_compute_the_same(name, wanted):
+def test_contenders_compute_the_same(name, products):
     """Layouts are converted to PyTorch's and back, and each δ has its name."""
-    for one in ops.measure(row_called(name), wanted, ops.Config(quick=True)):
+    for one in ops.measure(row_called(name), products, ops.Config(quick=True)):
         assert one.note == "", one.name
         assert {"jaxcnn", "stock JAX", "torch"} <= set(one.times)
 
@@ -242,9 +242,9 @@ def test_a_wrong_contender_is_caught():
     assert one.note.startswith("jaxcnn differs from stock JAX")
 
 
-def test_what_stock_jax_cannot_is_said():
+def test_a_gradient_that_stock_jax_does_not_have_is_noted():
     (one,) = ops.measure(row_called("max_pool 2×2 dilation 2"), ["δ_x"], ops.Config(quick=True, torch=False))
-    assert one.note == "stock JAX cannot"
+    assert one.note == "stock JAX has no such gradient"
     assert not one.compared
     assert "–" in ops.line(one)
 
@@ -273,40 +273,40 @@ def test_a_wrong_result_of_ours_is_status_1(monkeypatch, capsys, still):
 
 
 @pytest.mark.parametrize(
-    ("script", "argv", "said"),
+    ("script", "argv", "message"),
     [
-        (ops, "--only nothing-like-it", "--only: expected a part of a row's name, got 'nothing-like-it'"),
-        (ops, "--rounds 0", "--rounds: expected 1 or more, got 0"),
-        (ops, "--device tpu", "--device: expected one of cpu, gpu, got 'tpu'"),
-        (memory, "--nets lectur", "--nets: expected one of"),
-        (memory, "--batch-size 0", "--batch-size: expected 1 or more, got 0"),
+        (ops, "--only nothing-like-it", "--only: must be part of the name of a row, got 'nothing-like-it'"),
+        (ops, "--rounds 0", "--rounds: must be at least 1, got 0"),
+        (ops, "--device tpu", "--device: must be one of cpu, gpu, got 'tpu'"),
+        (memory, "--nets lectur", "--nets: must be one of"),
+        (memory, "--batch-size 0", "--batch-size: must be at least 1, got 0"),
         (compile, "--net vg", "did you mean vgg?"),
-        (compile, "--libraries torch", "--libraries: expected one of flax nnx, equinox, got 'torch'"),
-        (growth, "--what weight", "--what: expected one of batch, side, channels, got 'weight'"),
-        (growth, "--allocator mine", "--allocator: expected one of tuned, stock, got 'mine'"),
-        (growth, "--most 4", "--most: expected at least 16, got 4"),
-        (per_example, "--net vgg", "--net: expected one of lecture, lenet5, got 'vgg'"),
-        (per_example, "--max-norm 0", "--max-norm: expected a number > 0, got 0.0"),
-        (accuracy, "--target 90", "--target: expected an accuracy between 0 and 1, got 90.0"),
-        (accuracy, "--data digits", "--data: expected one of fashion-mnist"),
-        (accuracy, "--turns 0", "--turns: expected 1 or more, got 0"),
+        (compile, "--libraries torch", "--libraries: must be one of flax nnx, equinox, got 'torch'"),
+        (growth, "--what weight", "--what: must be one of batch, side, channels, got 'weight'"),
+        (growth, "--allocator mine", "--allocator: must be one of tuned, stock, got 'mine'"),
+        (growth, "--most 4", "--most: must be at least 16, got 4"),
+        (per_example, "--net vgg", "--net: must be one of lecture, lenet5, got 'vgg'"),
+        (per_example, "--max-norm 0", "--max-norm: must be > 0, got 0.0"),
+        (accuracy, "--target 90", "--target: must be between 0 and 1, got 90.0"),
+        (accuracy, "--data digits", "--data: must be one of fashion-mnist"),
+        (accuracy, "--turns 0", "--turns: must be at least 1, got 0"),
         (step, "--net vg", "did you mean vgg?"),
-        (step, "--microbatch 0", "--microbatch: expected 1 or more, got 0"),
-        (growth, "--microbatch -1", "--microbatch: expected 1 or more, got -1"),
-        (backprop, "--rounds 0", "--rounds: expected 1 or more, got 0"),
+        (step, "--microbatch 0", "--microbatch: must be at least 1, got 0"),
+        (growth, "--microbatch -1", "--microbatch: must be at least 1, got -1"),
+        (backprop, "--rounds 0", "--rounds: must be at least 1, got 0"),
     ],
 )
-def test_wrong_options(script, argv, said, capsys):
+def test_wrong_options(script, argv, message, capsys):
     assert script.main(argv.split()) == 2
     captured = capsys.readouterr()
-    assert said in captured.err
+    assert message in captured.err
     assert captured.out == ""
 
 
 @pytest.mark.parametrize("script", [ops, memory, compile, growth, per_example, step, backprop])
 def test_out_is_a_file(script, tmp_path, capsys):
     assert script.main(["--out", str(tmp_path)]) == 2
-    assert f"--out: expected a file, got the folder {tmp_path}" in capsys.readouterr().err
+    assert f"--out: must be a file, got the folder {tmp_path}" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,24 +339,24 @@ def test_libraries_compute_the_same_net():
 # memory
 
 
-def test_what_is_kept_is_counted_once_and_without_arguments():
+def test_residuals_are_counted_once_and_without_arguments():
     def f(x):
         y = jnp.sin(x)  # saves cos x
         return (y * jax.jit(lambda y: y)(y) * x).sum()  # saves y, and y·y or the like; x is an argument
 
     x = jnp.ones((8, 4))
-    assert memory.kept_bytes(lambda x: jnp.sin(x).sum(), x) == 8 * 4 * 4
-    assert memory.kept_bytes(lambda x: (x * x).sum(), x) == 0
-    assert memory.kept_bytes(f, x) in (2 * 128, 3 * 128)
+    assert memory.residual_bytes(lambda x: jnp.sin(x).sum(), x) == 8 * 4 * 4
+    assert memory.residual_bytes(lambda x: (x * x).sum(), x) == 0
+    assert memory.residual_bytes(f, x) in (2 * 128, 3 * 128)
 
 
-def test_max_pool_keeps_a_byte_and_stock_jax_its_picture():
+def test_max_pool_saves_one_byte_per_window_and_stock_jax_its_input():
     import jaxcnn
 
     x = jnp.ones((2, 8, 8, 3))
-    assert memory.kept_bytes(lambda x: jaxcnn.max_pool(2 * x, 2).sum(), x) == 2 * 4 * 4 * 3
+    assert memory.residual_bytes(lambda x: jaxcnn.max_pool(2 * x, 2).sum(), x) == 2 * 4 * 4 * 3
     stock = row_called("max_pool 2×2, ").stock
-    assert memory.kept_bytes(lambda x: stock(2 * x).sum(), x) == 4 * x.size
+    assert memory.residual_bytes(lambda x: stock(2 * x).sum(), x) == 4 * x.size
 
 
 @pytest.mark.usefixtures("others")
@@ -366,7 +366,7 @@ def test_a_run_of_memory(tmp_path, monkeypatch, capsys, still):
     assert memory.main(["--nets", "lenet5", "--out", str(out)]) == 0
     found = json.loads(out.read_text())["bytes"]["lenet5"]
     assert set(found) == {"jaxcnn", "flax nnx", "equinox"}
-    assert found["jaxcnn"]["kept"] < found["flax nnx"]["kept"]
+    assert found["jaxcnn"]["residuals"] < found["flax nnx"]["residuals"]
     assert all(of["temporary"] > 0 for of in found.values())
     assert "lenet5" in capsys.readouterr().out
     assert out.with_suffix(".png").exists()
@@ -398,7 +398,7 @@ def test_a_run_of_growth(tmp_path, monkeypatch, capsys, still):
     out = tmp_path / "growth.json"
     argv = ["--what", "channels", "--most", "2", "--rounds", "1", "--microbatch", "2", "--out", str(out)]
     assert growth.main(argv) == 0
-    assert "jaxcnn 2 at a time" in capsys.readouterr().out
+    assert "jaxcnn in microbatches of 2" in capsys.readouterr().out
     assert set(json.loads(out.read_text())["seconds"]["channels"]) == {"2"}
     assert out.with_suffix(".png").exists()
 
@@ -409,8 +409,8 @@ def small(monkeypatch):
 
 
 @pytest.mark.usefixtures("others", "small", "still")
-def test_a_run_of_examples(tmp_path, capsys):
-    out = tmp_path / "examples.json"
+def test_a_run_of_per_example(tmp_path, capsys):
+    out = tmp_path / "per_example.json"
     assert per_example.main(["--batch-size", "3", "--rounds", "1", "--max-norm", "0.5", "--out", str(out)]) == 0
     found = json.loads(out.read_text())["seconds"]
     assert set(found) == {"gradients", "norms", "clipped sums"}
@@ -418,24 +418,24 @@ def test_a_run_of_examples(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("others", "small", "still")
-def test_examples_that_differ_are_an_error(monkeypatch, capsys):
+def test_different_per_example_gradients_are_an_error(monkeypatch, capsys):
     load = per_example.model
 
     def wrong(name, timed, params):
-        logits, own = load(name, timed, params)
-        return (lambda own, x: 1.1 * logits(own, x)), own
+        logits, weights = load(name, timed, params)
+        return (lambda weights, x: 1.1 * logits(weights, x)), weights
 
     monkeypatch.setattr(per_example, "model", wrong)
     assert per_example.main(["--batch-size", "3", "--rounds", "1", "--libraries", "flax nnx"]) == 1
-    assert "flax nnx: gradients differ from jaxcnn's by" in capsys.readouterr().err
+    assert "gradients of flax nnx: must be within 0.0001 of jaxcnn's, got a distance of" in capsys.readouterr().err
 
 
-def test_apart():
+def test_distance_of_per_example_results():
     a = {"weight": np.arange(6.0), "bias": np.ones(2)}
-    assert per_example.apart(a, [np.ones(2), np.arange(6.0)[::-1]]) == 0
-    assert per_example.apart(a, [np.ones(2), np.arange(6.0) + 1]) > 0.1
-    assert per_example.apart(a, [np.ones(3), np.arange(6.0)]) == math.inf
-    assert per_example.apart([np.array([np.nan])], [np.ones(1)]) == math.inf
+    assert per_example.distance(a, [np.ones(2), np.arange(6.0)[::-1]]) == 0
+    assert per_example.distance(a, [np.ones(2), np.arange(6.0) + 1]) > 0.1
+    assert per_example.distance(a, [np.ones(3), np.arange(6.0)]) == math.inf
+    assert per_example.distance([np.array([np.nan])], [np.ones(1)]) == math.inf
 
 
 def trained(accuracies):
@@ -457,7 +457,7 @@ def test_time_to_the_target():
 
 
 @pytest.mark.usefixtures("others")
-def test_a_race(tmp_path, capsys, still, monkeypatch):
+def test_a_run_of_accuracy(tmp_path, capsys, still, monkeypatch):
     """All contenders start with the same parameters and get the same batches."""
     tiny = Timed(serial(Conv(2, 5), Relu(), MaxPool(4), Flatten(), Dense(10)), (28, 28, 1), 32)
     monkeypatch.setitem(NETS, "lecture", lambda: tiny)

@@ -22,7 +22,7 @@ def test_names_are_paths_in_the_tree(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
+def test_saved_weights_are_loaded_bit_for_bit(tmp_path):
     path = tmp_path / "weights.safetensors"
     checkpoints.save(path, PARAMS)
     loaded = checkpoints.load(path, like=jax.eval_shape(lambda: PARAMS))
@@ -40,10 +40,10 @@ def test_a_transposed_view_is_written_in_the_order_of_its_indices(tmp_path):
 @pytest.mark.parametrize(
     ("like", "expected"),
     [
-        ({"weight": jnp.zeros((2, 3))}, r"w: expected float32 \(2, 3\), got float32 \(3, 2\)"),
-        ({"weight": jnp.zeros((3, 2), jnp.int32)}, r"w: expected int32 \(3, 2\), got float32 \(3, 2\)"),
-        ({"weight": jnp.zeros((3, 2)), "bias": jnp.zeros(2)}, r"b: expected float32 \(2,\), got no such parameter"),
-        ({}, r"w: expected no such parameter, got float32 \(3, 2\)"),
+        ({"weight": jnp.zeros((2, 3))}, r"weight: must be float32 \(2, 3\), got float32 \(3, 2\)"),
+        ({"weight": jnp.zeros((3, 2), jnp.int32)}, r"weight: must be int32 \(3, 2\), got float32 \(3, 2\)"),
+        ({"weight": jnp.zeros((3, 2)), "bias": jnp.zeros(2)}, r"bias: must be float32 \(2,\), got no such parameter"),
+        ({}, r"weight: must be absent, got float32 \(3, 2\)"),
     ],
 )
 def test_weights_of_another_net(tmp_path, like, expected):
@@ -53,17 +53,17 @@ def test_weights_of_another_net(tmp_path, like, expected):
         checkpoints.load(path, like)
 
 
-def test_files_that_are_no_checkpoints(tmp_path):
+def test_invalid_weights_files(tmp_path):
     path = tmp_path / "weights.safetensors"
-    with pytest.raises(CheckpointError, match="expected a safetensors file, got no such file"):
+    with pytest.raises(CheckpointError, match="must be a safetensors file, got no such file"):
         checkpoints.load(path, PARAMS)
     with pytest.raises(CheckpointError, match="got Is a directory"):
         checkpoints.load(tmp_path, PARAMS)
     path.write_bytes(b"not a checkpoint at all")
-    with pytest.raises(CheckpointError, match="expected an intact safetensors file"):
+    with pytest.raises(CheckpointError, match="must be an intact safetensors file"):
         checkpoints.load(path, PARAMS)
     checkpoints.save(path, PARAMS)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match="expected an intact safetensors file") as caught:
+    with pytest.raises(CheckpointError, match="must be an intact safetensors file") as caught:
         checkpoints.load(path, PARAMS)
     assert "\n" not in str(caught.value)

@@ -43,11 +43,11 @@ def test_options_arrive_with_their_types():
         (["--cuont=3"], "script: unknown option --cuont=3; did you mean --count?"),
         (["--zzz"], "script: unknown option --zzz"),
         (["stray"], "script: unknown option stray"),
-        (["--count"], "script: --count: expected a whole number, got nothing"),
-        (["--count", "x"], "script: --count: expected a whole number, got 'x'"),
-        (["--count", "1.5"], "script: --count: expected a whole number, got '1.5'"),
-        (["--learning-rate", "fast"], "script: --learning-rate: expected a number, got 'fast'"),
-        (["--name"], "script: --name: expected a value, got nothing"),
+        (["--count"], "script: --count: must be an integer, got nothing"),
+        (["--count", "x"], "script: --count: must be an integer, got 'x'"),
+        (["--count", "1.5"], "script: --count: must be an integer, got '1.5'"),
+        (["--learning-rate", "fast"], "script: --learning-rate: must be a number, got 'fast'"),
+        (["--name"], "script: --name: must be text, got nothing"),
     ],
 )
 @pytest.mark.parametrize("columns", ["40", "200"])  # tyro's box wraps its text
@@ -69,8 +69,8 @@ def test_a_wrong_command_line_is_one_line_and_status_2(
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [
-        (UsageError("--a: expected b"), 2, "script: --a: expected b\n"),
-        (DataError("file: expected\n  this"), 1, "script: file: expected this\n"),
+        (UsageError("--a: must be b"), 2, "script: --a: must be b\n"),
+        (DataError("file: must be\n  this"), 1, "script: file: must be this\n"),
         (PermissionError(13, "Permission denied", "/x"), 1, "script: [Errno 13] Permission denied: '/x'\n"),
         (
             OSError(28, "No space left on device"),
@@ -116,7 +116,7 @@ def test_the_status_is_what_the_body_returns(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_help_tells_every_option_and_ends_well(capsys):
+def test_help_lists_every_option_and_exits_with_0(capsys):
     with pytest.raises(SystemExit) as stop:
         run(["--help"])
     assert stop.value.code == 0
@@ -126,7 +126,7 @@ def test_help_tells_every_option_and_ends_well(capsys):
 
 
 def test_did_you_mean():
-    assert cli.did_you_mean("lectur", ["lecture", "mlp"]) == "; did you mean lecture?"
+    assert cli.did_you_mean("lectur", ["lecture", "mlp"]) == "did you mean lecture?"
     assert cli.did_you_mean("qqq", ["lecture", "mlp"]) == ""
 
 
@@ -158,10 +158,10 @@ def test_did_you_mean():
 )
 def test_an_option_is_compared_without_its_dashes(got, nearest):
     options = cli._options(train.Config)
-    assert cli.did_you_mean(got, options) == (f"; did you mean {nearest}?" if nearest else "")
+    assert cli.did_you_mean(got, options) == (f"did you mean {nearest}?" if nearest else "")
 
 
-# ---- before a script is run: separate processes in which packages or platforms are missing
+# ---- before a script runs: processes without a package or a platform
 
 ROOT = Path(__file__).parents[2]
 HIDDEN = """
@@ -191,7 +191,7 @@ def process(tmp_path, module, *argv, **environment):
         ("benchmarks.memory", "matplotlib pooch", "packages matplotlib, pooch, which are"),
     ],
 )
-def test_a_missing_package_is_told_before_anything_is_done(tmp_path, module, hidden, what):
+def test_a_missing_package_is_reported_before_any_work(tmp_path, module, hidden, what):
     done = process(tmp_path, module, HIDDEN=hidden)
     assert done.stderr == (
         f"python -m experiments.{module}: needs the {what} not installed: pip install 'jaxcnn[experiments]'\n"
@@ -201,7 +201,7 @@ def test_a_missing_package_is_told_before_anything_is_done(tmp_path, module, hid
     assert [path.name for path in tmp_path.iterdir() if path.suffix != ".py"] in ([], ["__pycache__"])
 
 
-def test_each_package_of_the_extras_is_known():
+def test_the_packages_of_the_extras_are_listed():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for extra in ("experiments", "bench"):
         known = {package for package, of in errors.EXTRAS.items() if of == extra}
@@ -209,12 +209,12 @@ def test_each_package_of_the_extras_is_known():
 
 
 @pytest.mark.parametrize("module", ["train", "tutorial"])
-def test_a_platform_that_is_not_there_is_told_in_a_line(tmp_path, module):
+def test_a_missing_platform_is_one_line(tmp_path, module):
     done = process(tmp_path, module, JAX_PLATFORMS="nosuch", MPLBACKEND="")
     assert done.returncode == 1
     assert done.stderr == (
-        f"python -m experiments.{module}: JAX_PLATFORMS=nosuch: must name a platform that this machine and this "
-        "jaxlib have (cpu), got nosuch; set JAX_PLATFORMS=cpu, or unset it and jax chooses\n"
+        f"python -m experiments.{module}: JAX_PLATFORMS: must be a platform of this machine and this jaxlib (cpu), "
+        "got nosuch; set JAX_PLATFORMS=cpu, or unset it and jax chooses\n"
     )
     assert not list(tmp_path.glob("runs/*-*"))
 

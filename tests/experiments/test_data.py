@@ -63,7 +63,7 @@ def test_the_sample_is_ten_thousand_and_two_thousand_real_images():
 
 
 @needs_full_set
-def test_the_sample_is_what_its_script_makes_of_the_full_set():
+def test_the_sample_is_the_output_of_its_script():
     for part, count in SIZES.items():
         file = data.FASHION_MNIST_FILES[part]
         path = data.SAMPLE_DIR / f"{file.name}.gz"
@@ -72,20 +72,20 @@ def test_the_sample_is_what_its_script_makes_of_the_full_set():
         assert not same(path, content[:-1])
 
 
-def test_the_licence_lies_beside_the_sample():
+def test_the_license_is_next_to_the_sample():
     text = (data.SAMPLE_DIR / "LICENSE").read_text()
     assert "MIT" in text
     assert "Copyright (c) 2017 Zalando SE" in text
 
 
 @needs_full_set
-def test_the_system_copy_has_the_hashes_that_downloads_are_held_to():
+def test_the_system_copy_has_the_hashes_of_the_downloads():
     for file in data.FASHION_MNIST_FILES.values():
         path = data.SYSTEM_DIR / f"{file.name}.gz"
         assert data._sha256_inside(path, str(path)) == file.sha256
 
 
-def test_digits_are_grey_8_by_8():
+def test_digits_are_gray_8_by_8():
     pytest.importorskip("sklearn")
     digits = data.load("digits")
     assert digits.image_shape == (8, 8, 1)
@@ -97,7 +97,7 @@ def test_digits_are_grey_8_by_8():
 
 def test_digits_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
-    with pytest.raises(DataError, match="digits: expected the package scikit-learn") as caught:
+    with pytest.raises(DataError, match="digits: needs the package scikit-learn, which is not installed") as caught:
         data.load("digits")
     message(caught)
 
@@ -118,7 +118,7 @@ def test_the_hash_sees_one_pixel_and_one_label(tmp_path):
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
 @pytest.mark.parametrize(("array", "kind"), [(IMAGES, "images"), (LABELS, "labels")])
-def test_reads_what_was_written(tmp_path, pack, array, kind):
+def test_reads_the_written_array(tmp_path, pack, array, kind):
     path = tmp_path / "file"
     path.write_bytes(pack(idx(array)))
     got = data.read_idx(path, kind)
@@ -132,38 +132,38 @@ def _header(*sizes: int, magic: int = 0x803) -> bytes:
 
 GOOD = idx(IMAGES)
 BAD_FILES = {
-    "empty": (b"", r"expected idx images, magic 0x00000803, got nothing"),
-    "not idx": (b"<html>", r"magic 0x00000803, got 0x3c68746d"),
-    "labels as images": (idx(LABELS), r"expected idx images, magic 0x00000803, got 0x00000801, which is labels"),
+    "empty": (b"", r"must be idx images with magic 0x00000803, got nothing"),
+    "not idx": (b"<html>", r"with magic 0x00000803, got 0x3c68746d"),
+    "labels as images": (idx(LABELS), r"must be idx images with magic 0x00000803, got 0x00000801 \(idx labels\)"),
     "rank 2": (_header(2, 3, magic=0x802) + bytes(6), r"magic 0x00000803, got 0x00000802"),
     "float32": (_header(1, 1, 1, magic=0xD03) + bytes(4), r"magic 0x00000803, got 0x00000d03"),
-    "header cut": (GOOD[:10], r"expected a header of 16 bytes, got 10"),
-    "payload cut": (GOOD[:-1], r"expected 60 bytes of images \(5 × 4 × 3, says the header\), got 59"),
-    "payload missing": (GOOD[:16], r"expected 60 bytes .*, got 0"),
-    "payload longer": (GOOD + b"\0", r"expected 60 bytes .*, got more"),
-    "no images": (_header(0, 28, 28), r"promises 0 × 28 × 28"),
+    "header cut": (GOOD[:10], r"must be an idx file with a header of 16 bytes, got 10"),
+    "payload cut": (GOOD[:-1], r"must be an idx file with 60 bytes of images \(5 × 4 × 3 in the header\), got 59"),
+    "payload missing": (GOOD[:16], r"with 60 bytes .*, got 0"),
+    "payload longer": (GOOD + b"\0", r"with 60 bytes .*, got more"),
+    "no images": (_header(0, 28, 28), r"got 0 × 28 × 28 in the header"),
     "absurd header": (
         _header(2**32 - 1, 2**32 - 1, 2**32 - 1),
-        r"expected 1 to 1073741824 bytes .* promises 4294967295",
+        r"with 1 to 1073741824 bytes of images, got 4294967295 × 4294967295 × 4294967295 in the header",
     ),
 }
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_a_bad_file_is_told_in_one_line(tmp_path, name, pack):
+def test_a_bad_file_is_one_line(tmp_path, name, pack):
     content, expected = BAD_FILES[name]
     path = tmp_path / "bad"
     path.write_bytes(pack(content))
     with pytest.raises(DataError, match=expected) as caught:
         data.read_idx(path, "images")
-    assert message(caught).startswith(f"{path}: expected ")
+    assert message(caught).startswith(f"{path}: must be ")
 
 
 def test_images_given_as_labels(tmp_path):
     path = tmp_path / "images"
     path.write_bytes(GOOD)
-    with pytest.raises(DataError, match="expected idx labels, magic 0x00000801, got 0x00000803, which is images"):
+    with pytest.raises(DataError, match=r"must be idx labels with magic 0x00000801, got 0x00000803 \(idx images\)"):
         data.read_idx(path, "labels")
 
 
@@ -204,7 +204,7 @@ def test_a_decompression_bomb_is_read_no_further_than_its_header(tmp_path, monke
         return chunk
 
     monkeypatch.setattr(gzip.GzipFile, "read", counting)
-    with pytest.raises(DataError, match=r"expected 4 bytes of images .* got more"):
+    with pytest.raises(DataError, match=r"with 4 bytes of images .* got more"):
         data.read_idx(path, "images")
     assert taken == 16 + 4 + 1
 
@@ -231,7 +231,7 @@ def test_fewer_labels_than_images(tmp_path):
     write_set(tmp_path)
     (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(idx(LABELS[:-1]))
     with pytest.raises(
-        DataError, match=r"train-labels.*: expected 5 labels, as many as .*train-images.*, got 4"
+        DataError, match=r"train-labels.*: must be 5 labels, one for each image in .*train-images.*, got 4"
     ) as caught:
         data.load("idx", tmp_path)
     message(caught)
@@ -240,35 +240,35 @@ def test_fewer_labels_than_images(tmp_path):
 def test_a_label_out_of_range(tmp_path):
     write_set(tmp_path)
     (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(idx(np.array([0, 1, 10, 200, 3], np.uint8)))
-    with pytest.raises(DataError, match=r"t10k-labels.*: expected labels 0 to 9, got 10 for image 2"):
+    with pytest.raises(DataError, match=r"t10k-labels.*: must be labels from 0 to 9, got 10 for image 2"):
         data.load("idx", tmp_path)
 
 
 def test_test_images_of_another_size(tmp_path):
     write_set(tmp_path)
     (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(idx(IMAGES.reshape(5, 3, 4)))
-    with pytest.raises(DataError, match=r"t10k-images.*: expected images of \(4, 3\).*got \(3, 4\)"):
+    with pytest.raises(DataError, match=r"t10k-images.*: must be images of size \(4, 3\) as in .*got \(3, 4\)"):
         data.load("idx", tmp_path)
 
 
-def test_a_given_folder_is_the_only_one_looked_into(tmp_path):
+def test_a_given_folder_is_the_only_one_searched(tmp_path):
     write_set(tmp_path)
     (tmp_path / "t10k-images-idx3-ubyte.gz").unlink()
-    with pytest.raises(DataError, match=r"expected t10k-images-idx3-ubyte\.gz .* got no such file"):
+    with pytest.raises(DataError, match=r"must be a folder that contains t10k-images.*\.gz or .*, got neither"):
         data.load("idx", tmp_path)
-    with pytest.raises(DataError, match="expected a folder with idx, got nothing"):
+    with pytest.raises(DataError, match="must be the folder of idx, got no such folder"):
         data.load("idx", tmp_path / "nowhere")
-    with pytest.raises(DataError, match="expected a folder with idx, got a file"):
+    with pytest.raises(DataError, match="must be the folder of idx, got a file"):
         data.load("idx", tmp_path / "t10k-labels-idx1-ubyte.gz")
 
 
-def test_images_of_ones_own_have_numbers_for_classes(tmp_path):
+def test_classes_of_idx_files_are_numbers(tmp_path):
     loaded = data.load("idx", write_set(tmp_path))
     assert loaded.class_names == tuple("0123456789")
     (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(idx(np.array([0, 1, 2, 2, 1], np.uint8)))
-    with pytest.raises(DataError, match=r"t10k-labels.*: expected labels 0 to 2, got 9 for image 3"):
+    with pytest.raises(DataError, match=r"t10k-labels.*: must be labels from 0 to 2, got 9 for image 3"):
         data.load("idx", tmp_path)
-    with pytest.raises(DataError, match="idx: must be given a folder, got none"):
+    with pytest.raises(DataError, match="idx: must be read from a folder, got none"):
         data.load("idx")
 
 
@@ -282,14 +282,14 @@ def test_other_images_are_refused_under_the_name_of_a_set(tmp_path):
         with pytest.raises(DataError) as caught:
             data.SOURCES[name](tmp_path)
         assert message(caught) == (
-            f"{tmp_path / 'train-images-idx3-ubyte.gz'}: must be {name}'s, whose decompressed bytes have SHA-256 "
-            f"{of['train_images'].sha256}, got {hashlib.sha256(idx(IMAGES)).hexdigest()}; "
-            "other images in files of these names are --data idx"
+            f"{tmp_path / 'train-images-idx3-ubyte.gz'}: must be the file of {name}, whose decompressed bytes have "
+            f"SHA-256 {of['train_images'].sha256}, got {hashlib.sha256(idx(IMAGES)).hexdigest()}; "
+            "use --data idx for other images in files of these names"
         )
 
 
 @pytest.mark.parametrize("part", data.FASHION_MNIST_FILES)
-def test_one_other_file_is_noticed(tmp_path, part):
+def test_one_different_file_is_detected(tmp_path, part):
     """One different pixel or label is detected; recompressed files are the same data set."""
     for file in data.SAMPLE_FILES.values():
         content = gzip.decompress((data.SAMPLE_DIR / f"{file.name}.gz").read_bytes())
@@ -300,7 +300,7 @@ def test_one_other_file_is_noticed(tmp_path, part):
     content[-1] ^= 1
     path.unlink()
     path.with_suffix("").write_bytes(content)  # not compressed
-    with pytest.raises(DataError, match=f"{path.stem}: must be fashion-mnist-sample's, .*SHA-256"):
+    with pytest.raises(DataError, match=f"{path.stem}: must be the file of fashion-mnist-sample, .*SHA-256"):
         data.fashion_mnist_sample(tmp_path)
 
 
@@ -318,7 +318,7 @@ def test_other_digits_are_refused(monkeypatch):
     bunch = datasets.load_digits()
     bunch.images[0, 0, 0] += 1
     monkeypatch.setattr(datasets, "load_digits", lambda: bunch)
-    with pytest.raises(DataError, match="digits: the images of scikit-learn must be its 1,797 digits, of SHA-256"):
+    with pytest.raises(DataError, match="digits: must be scikit-learn's 1,797 digits, with SHA-256"):
         data.load("digits")
 
 
@@ -386,10 +386,10 @@ def test_another_compression_of_the_same_bytes_is_the_same_data(served, monkeypa
     np.testing.assert_array_equal(data.load("fashion-mnist").test_labels, LABELS)
 
 
-def test_the_wrong_bytes_never_land(served):
+def test_wrong_bytes_are_not_saved(served):
     write_set(served)  # valid idx files, but not Fashion-MNIST
     with pytest.raises(
-        DataError, match=r"expected decompressed bytes of SHA-256 c59f468a.*, got [0-9a-f]{64}"
+        DataError, match=r"must be a file whose decompressed bytes have SHA-256 c59f468a.*, got [0-9a-f]{64}"
     ) as caught:
         data.load("fashion-mnist")
     message(caught)
@@ -403,7 +403,7 @@ def test_a_file_that_the_server_does_not_have(served):
     assert list(files.cache_dir("fashion-mnist").iterdir()) == []
 
 
-def test_a_server_that_is_not_there(served, monkeypatch):
+def test_a_missing_server(served, monkeypatch):
     monkeypatch.setattr(data, "FASHION_MNIST_URL", "http://127.0.0.1:1/")
     with pytest.raises(DataError, match="download failed"):
         data.load("fashion-mnist")
@@ -437,7 +437,7 @@ def test_a_good_file_in_the_cache_survives_a_bad_download(served, tmp_path):
 
 def test_a_cached_file_that_is_not_of_the_set_is_refused(served, monkeypatch):
     folder = write_set(files.cache_dir("fashion-mnist"))
-    with pytest.raises(DataError, match=rf"{folder}/train-images.*: must be fashion-mnist's"):
+    with pytest.raises(DataError, match=rf"{folder}/train-images.*: must be the file of fashion-mnist,"):
         data.load("fashion-mnist")
 
 
@@ -452,7 +452,7 @@ def test_a_disk_that_is_full_while_downloading_is_named(served, tmp_path, monkey
 
 def test_a_cache_that_is_a_file(served, tmp_path):
     (tmp_path / "cache").write_text("in the way")
-    with pytest.raises(DataError, match="expected a folder to keep downloads in"):
+    with pytest.raises(DataError, match="must be a folder for downloads"):
         data.load("fashion-mnist")
 
 

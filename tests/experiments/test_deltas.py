@@ -25,7 +25,7 @@ def main(*argv: object) -> int:
     return deltas.main([str(arg) for arg in argv])
 
 
-def test_a_picture_for_each_image(run, tmp_path, capsys):
+def test_one_figure_per_image(run, tmp_path, capsys):
     assert main("--run", run, "--images", 3, 0, "--channels", 2, "--out", tmp_path / "out") == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["deltas-0.png", "deltas-3.png"]
     shapes = [imread(tmp_path / "out" / f"deltas-{n}.png").shape for n in (0, 3)]
@@ -37,7 +37,7 @@ def test_a_picture_for_each_image(run, tmp_path, capsys):
     trained = restore(run)
     names, labels = trained.dataset.class_names, trained.dataset.test_labels
     for n in (3, 0):
-        assert f"test image {n}: {names[labels[n]]}, taken for " in out
+        assert f"test image {n}: {names[labels[n]]}, predicted " in out
     assert "  conv1                                  28×28×6   max|a| " in out
 
 
@@ -57,7 +57,7 @@ def finished(run: Path, folder: Path, *, age: float = 0, end: str = "finished") 
     os.utime(folder / "weights.safetensors", (1e9 - age, 1e9 - age))
 
 
-def test_the_newest_finished_run_is_taken(run, tmp_path, capsys, monkeypatch):
+def test_the_newest_finished_run_is_used(run, tmp_path, capsys, monkeypatch):
     """Interrupted runs are skipped, and so are running ones, whose config.json has no end."""
     monkeypatch.chdir(tmp_path)
     runs = tmp_path / "runs"
@@ -69,18 +69,18 @@ def test_the_newest_finished_run_is_taken(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "train", lambda config: pytest.fail("trained, though there is a run"))
     assert main("--images", 0, "--channels", 1, "--out", tmp_path / "out") == 0
     first = capsys.readouterr().out.splitlines()[0]
-    assert first == "lenet5 of runs/a-deltas/run, the newest run that is finished; --fresh trains a net"
+    assert first == "lenet5 from runs/a-deltas/run, the newest finished run; --fresh trains a new net"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["deltas-0.png"]
 
 
 @pytest.mark.parametrize("argv", [("--fresh",), ("--model", "mlp"), ("--epochs", 2), ("--max-steps", 1)])
-def test_a_net_is_trained_where_an_option_asks_for_it(run, tmp_path, monkeypatch, argv):
+def test_a_net_is_trained_if_an_option_requests_it(run, tmp_path, monkeypatch, argv):
     monkeypatch.chdir(tmp_path)
     finished(run, tmp_path / "runs" / "old")
-    asked = []
-    monkeypatch.setattr(train, "train", lambda config: asked.append(config) or 1)
+    configs = []
+    monkeypatch.setattr(train, "train", lambda config: configs.append(config) or 1)
     assert main(*argv, "--out", tmp_path / "out") == 130
-    assert [config.out for config in asked] == [tmp_path / "out" / "run"]
+    assert [config.out for config in configs] == [tmp_path / "out" / "run"]
     assert not (tmp_path / "out").exists()
 
 
@@ -95,11 +95,11 @@ def test_the_last_layer_has_the_names_of_the_classes(run, tmp_path, monkeypatch)
     assert [str(n) for n in range(10)] not in labels
 
 
-def test_delta_is_what_autodiff_says(run):
+def test_delta_equals_autodiff(run):
     """For the logits δ is p − onehot; for an inner layer it is jax.grad of the rest of the net, per image."""
     trained = restore(run)
     images = [5, 7, 2]
-    found = deltas.sweep(trained, images)
+    found = deltas.compute(trained, images)
     labels = trained.dataset.test_labels[images]
     logits = found.activations[deltas.last(trained.net)]
     np.testing.assert_allclose(
@@ -111,15 +111,15 @@ def test_delta_is_what_autodiff_says(run):
     at = [name for name, _ in trained.net.layers].index("conv2") + 1
     rest = jaxcnn.Serial(trained.net.layers[at:])
     loss = jaxcnn.softmax_cross_entropy_with_integer_labels
-    error = compiled(jax.grad(lambda a, label: loss(rest.apply(trained.params, a[None]), label[None])[0]))
+    gradient = compiled(jax.grad(lambda a, label: loss(rest.apply(trained.params, a[None]), label[None])[0]))
     for a, delta, label in zip(found.activations["conv2"], found.deltas["conv2"], labels, strict=True):
-        expected = error(a, label)
+        expected = gradient(a, label)
         np.testing.assert_allclose(delta, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
 
 
-def test_channels_are_those_that_matter_most(run):
+def test_channels_are_those_with_the_largest_product(run):
     trained = restore(run)
-    found = deltas.sweep(trained, [4])
+    found = deltas.compute(trained, [4])
     row = deltas.row(trained.net, found, ("conv2",), 0, 3)
     a, delta = found.activations["conv2"][0], found.deltas["conv2"][0]
     size = np.abs(a * delta).sum((0, 1))
@@ -131,7 +131,7 @@ def test_channels_are_those_that_matter_most(run):
     assert deltas.row(trained.net, found, ("dense1",), 0, 3).channels == ()
 
 
-def test_every_layer_has_a_place():
+def test_every_layer_is_in_a_group():
     net = jaxcnn.serial(
         jaxcnn.residual(jaxcnn.serial(jaxcnn.Conv(1, 1))), jaxcnn.Flatten(), jaxcnn.Dropout(0.5), jaxcnn.Dense(3)
     )
@@ -146,20 +146,20 @@ def test_every_layer_has_a_place():
 @pytest.mark.parametrize(
     ("argv", "status", "expected"),
     [
-        (("--images", 2000), 2, "--images: expected 0 to 1999, got 2000"),
+        (("--images", 2000), 2, "--images: must be from 0 to 1999, got 2000"),
         (("--images",), 2, "--images"),
-        (("--channels", 0), 2, "--channels: expected 1 or more, got 0"),
+        (("--channels", 0), 2, "--channels: must be at least 1, got 0"),
         (("--channel", 3), 2, "unknown option --channel, 3; did you mean --channels?"),
-        (("--fresh",), 2, "--fresh: expected without --run, whose net is trained already"),
-        (("--epochs", 3), 2, "--epochs: expected without --run, whose net is trained already"),
-        (("--run", "nowhere"), 1, "config.json: expected a run's config, got No such file"),
-        (("--out", __file__), 1, "expected a folder or nothing"),
+        (("--fresh",), 2, "--fresh: must be omitted with --run, whose net is already trained, got True"),
+        (("--epochs", 3), 2, "--epochs: must be omitted with --run, whose net is already trained, got 3"),
+        (("--run", "nowhere"), 1, "config.json: must be the config of a run, got No such file"),
+        (("--out", __file__), 1, "must be a new or empty folder, got "),
     ],
 )
-def test_what_it_cannot_do_is_told_in_a_line(run, tmp_path, capsys, argv, status, expected):
-    given = argv if argv[0] == "--run" else ("--run", run, *argv)
+def test_an_invalid_option_is_one_line(run, tmp_path, capsys, argv, status, expected):
+    options = argv if argv[0] == "--run" else ("--run", run, *argv)
     out = () if argv[0] == "--out" else ("--out", tmp_path / "out")
-    assert main(*given, *out) == status
+    assert main(*options, *out) == status
     captured = capsys.readouterr()
     assert captured.out == ""
     (line,) = captured.err.splitlines()
@@ -169,9 +169,9 @@ def test_what_it_cannot_do_is_told_in_a_line(run, tmp_path, capsys, argv, status
 
 @pytest.mark.parametrize(
     ("argv", "expected"),
-    [(("--model", "mlpp"), "did you mean mlp?"), (("--images", 2000), "--images: expected 0 to 1999, got 2000")],
+    [(("--model", "mlpp"), "did you mean mlp?"), (("--images", 2000), "--images: must be from 0 to 1999, got 2000")],
 )
-def test_what_cannot_be_trained_is_told_before_it_is(tmp_path, capsys, argv, expected):
+def test_an_invalid_training_is_reported_before_it_starts(tmp_path, capsys, argv, expected):
     assert main(*argv, "--out", tmp_path / "out") == 2
     captured = capsys.readouterr()
     assert captured.out == ""

@@ -21,13 +21,13 @@ def test_an_error_leaves_the_old_file_and_no_other(tmp_path, stop):
     path = tmp_path / "a.txt"
     path.write_text("old")
 
-    def write_half() -> None:
+    def write_part() -> None:
         with replacing(path) as temporary:
-            temporary.write_text("half")
+            temporary.write_text("part")
             raise stop
 
     with pytest.raises(stop):
-        write_half()
+        write_part()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -43,25 +43,25 @@ def test_two_writers_do_not_share_a_temporary_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("before", "said"), [(None, "no part of it is left"), ("old", "the file that was there before is kept")]
+    ("before", "hint"), [(None, "no part of it was written"), ("old", "the previous file is unchanged")]
 )
-def test_a_full_disk_names_the_file_and_says_what_is_left(tmp_path, before, said):
+def test_a_full_disk_names_the_file_and_its_state(tmp_path, before, hint):
     path = tmp_path / "a.txt"
     if before is not None:
         path.write_text(before)
 
-    def write_half() -> None:
+    def write_part() -> None:
         with replacing(path) as temporary:
-            temporary.write_text("half")
+            temporary.write_text("part")
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(WriteError) as caught:
-        write_half()
-    assert str(caught.value) == f"{path}: must be writable, got No space left on device; {said}"
+        write_part()
+    assert str(caught.value) == f"{path}: must be writable, got No space left on device; {hint}"
     assert [p.read_text() for p in tmp_path.iterdir()] == ([] if before is None else [before])
 
 
-def test_a_file_that_takes_the_place_of_no_other(tmp_path, capsys):
+def test_a_new_file_does_not_replace_another(tmp_path, capsys):
     path = tmp_path / "new" / "a.json"
     for text in ("first", "second", "third"):
         with creating(path) as temporary:
@@ -69,7 +69,7 @@ def test_a_file_that_takes_the_place_of_no_other(tmp_path, capsys):
     found = {file.name: file.read_text() for file in path.parent.iterdir()}
     assert found == {"a.json": "first", "a-2.json": "second", "a-3.json": "third"}
     assert capsys.readouterr().out.splitlines() == [
-        f"{path} is another run's by now: {path.with_name(name)}" for name in ("a-2.json", "a-3.json")
+        f"{path} was created by another run; writing {path.with_name(name)}" for name in ("a-2.json", "a-3.json")
     ]
     with pytest.raises(RuntimeError), creating(tmp_path / "b.json"):
         raise RuntimeError

@@ -23,7 +23,7 @@ def test_the_rules_of_every_model_agree_with_autodiff(name):
     assert max(differences.values()) <= gradients.TOLERANCE
 
 
-class Spoiled:
+class WithError:
     """A net whose gradient for one parameter is too large by `error`."""
 
     def __init__(self, error: float) -> None:
@@ -36,18 +36,18 @@ class Spoiled:
 
 
 @pytest.mark.parametrize("error", [1e-3, 0.5, -2.0])
-def test_a_wrong_rule_is_seen_and_named(error):
+def test_a_wrong_rule_is_detected_by_name(error):
     params = {"weight": jnp.ones((3, 2)), "bias": jnp.zeros(2)}
     batch = (np.eye(3, dtype=np.float32), np.array([0, 1, 0]))
-    differences = gradients.compare(Spoiled(error), LOSS, params, batch, jax.random.key(0))
+    differences = gradients.compare(WithError(error), LOSS, params, batch, jax.random.key(0))
     assert differences["weight"] == pytest.approx(abs(error), rel=1e-2)
     assert differences["bias"] == 0
 
 
-def test_a_gradient_that_is_no_number_is_not_small():
+def test_a_nan_gradient_is_not_small():
     params = {"weight": jnp.ones((3, 2)), "bias": jnp.zeros(2)}
     batch = (np.eye(3, dtype=np.float32), np.array([0, 1, 0]))
-    difference = gradients.compare(Spoiled(np.nan), LOSS, params, batch, jax.random.key(0))["weight"]
+    difference = gradients.compare(WithError(np.nan), LOSS, params, batch, jax.random.key(0))["weight"]
     assert not difference <= gradients.TOLERANCE
 
 

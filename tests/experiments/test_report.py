@@ -13,18 +13,18 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_versions_name_what_results_depend_on():
+def test_versions_name_the_packages_that_results_depend_on():
     versions = report.versions()
     assert {"python", "jaxcnn", "jax", "optax"} <= set(versions)
     assert versions["numpy"] == np.__version__
 
 
-def test_a_package_that_is_not_installed_is_said_to_be(monkeypatch):
+def test_a_package_that_is_not_installed_is_marked(monkeypatch):
     monkeypatch.setattr(report, "PACKAGES", ("no-such-package-anywhere",))
     assert report.versions()["no-such-package-anywhere"] == "(not installed)"
 
 
-def test_the_data_are_told_with_sizes_and_hash():
+def test_the_data_are_described_with_sizes_and_hash():
     images, labels = np.zeros((3, 4, 5), np.uint8), np.zeros(3, np.uint8)
     dataset = data._dataset("name", "/place", (images, labels), (images[:2], labels[:2]), 255, ("a", "b"))
     text = report.describe_data(dataset)
@@ -59,13 +59,13 @@ def test_no_terminal_gets_plain_lines_and_not_too_many(monkeypatch):
         progress.line("epoch 1")
     lines = stream.getvalue().splitlines()
     assert len(lines) == 11
-    assert " ".join(lines[0].split()) == "step 10/1000 loss 0.5000 accuracy 0.2500 64 images/s, 990 s to go"
+    assert " ".join(lines[0].split()) == "step 10/1000 loss 0.5000 accuracy 0.2500 64 images/s, 990 s left"
     assert lines[-1] == "epoch 1"
     assert "\x1b" not in stream.getvalue()
     assert "\r" not in stream.getvalue()
 
 
-def test_time_to_go_does_not_count_compiling(monkeypatch):
+def test_the_remaining_time_does_not_count_compiling(monkeypatch):
     now = 0.0
     monkeypatch.setattr(report.time, "monotonic", lambda: now)
     stream = io.StringIO()
@@ -76,7 +76,7 @@ def test_time_to_go_does_not_count_compiling(monkeypatch):
         progress.update(11, 0.5, 0.25, 64.0)
     first, second = stream.getvalue().splitlines()
     assert first.endswith("64 images/s")
-    assert second.endswith("64 images/s, 178 s to go")
+    assert second.endswith("64 images/s, 178 s left")
 
 
 @pytest.mark.parametrize("text", ["epoch 1   accuracy 0.9000", "[brackets] are no markup"])

@@ -84,30 +84,30 @@ def started_together(count, folder, *out):
         for process in processes:
             process.stdin.write("\n")
             process.stdin.flush()
-        said = [process.stdout.readline().strip() for process in processes]
+        lines = [process.stdout.readline().strip() for process in processes]
         for process in processes:
             process.communicate("\n", timeout=60)
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    return said
+    return lines
 
 
-def test_runs_started_in_the_same_second_have_folders_of_their_own(tmp_path):
-    said = started_together(4, tmp_path)
-    assert sorted(said) == [f"20240506-070809-mlp{end}" for end in ("", "-2", "-3", "-4")]
-    for name in said:
+def test_runs_started_in_the_same_second_have_separate_folders(tmp_path):
+    names = started_together(4, tmp_path)
+    assert sorted(names) == [f"20240506-070809-mlp{end}" for end in ("", "-2", "-3", "-4")]
+    for name in names:
         assert [path.name for path in (tmp_path / "runs" / name).iterdir()] == ["config.json"]
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_of_runs_with_one_out_the_first_has_it_and_the_others_are_refused(tmp_path, there):
+def test_only_the_first_of_several_runs_gets_the_folder(tmp_path, there):
     if there:
         (tmp_path / "one").mkdir()
-    said = sorted(started_together(4, tmp_path, "one"))
-    assert said[0] == "one"
-    for line in said[1:]:
+    lines = sorted(started_together(4, tmp_path, "one"))
+    assert lines[0] == "one"
+    for line in lines[1:]:
         assert line.startswith("refused: --out ")
         assert line.endswith("a new or empty folder, got one that another run is using")
     assert [path.name for path in (tmp_path / "one").iterdir()] == ["config.json"]
@@ -126,30 +126,30 @@ def test_a_folder_that_nothing_was_written_to_is_removed(tmp_path):
 def test_a_file_where_the_folder_should_be(tmp_path):
     (tmp_path / "file").write_text("x")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(RunError, match=r"--out .*: expected a folder or nothing, but .*file is a file"):
+        with pytest.raises(RunError, match=r"--out .*: must be a new or empty folder, got .*file, which is a file"):
             check_folder(out)
 
 
 def test_runs_is_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").write_text("x")
-    with pytest.raises(RunError, match=r"expected a folder or nothing, but .*runs is a file"):
+    with pytest.raises(RunError, match=r"must be a new or empty folder, got .*runs, which is a file"):
         check_folder(None)
 
 
 def test_a_run_is_never_overwritten(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(RunError, match="expected a new or empty folder, got one that holds files"):
+    with pytest.raises(RunError, match="must be a new or empty folder, got one that contains files"):
         check_folder(tmp_path)
 
 
-def test_a_place_that_cannot_be_written_to(tmp_path, monkeypatch):
+def test_a_folder_that_is_not_writable(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # for root, everything is writable
-    with pytest.raises(RunError, match="is not writable"):
+    with pytest.raises(RunError, match=r"must be in a writable folder, got .*, which is not writable"):
         check_folder(tmp_path / "x")
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_created_is_named(tmp_path, monkeypatch):
     def full(self, *args, **options):
         raise OSError(errno.ENOSPC, "No space left on device", str(self))
 
@@ -158,7 +158,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
         pass
 
 
-def test_what_a_run_leaves_behind(tmp_path):
+def test_the_files_of_a_run(tmp_path):
     run = Run.start(tmp_path / "run", {"model": "mlp", "out": Path("x"), "rate": 0.1})
     run.save(ROWS, {"dense1": {"weight": np.ones((2, 2), np.float32)}}, 20)
     run.plot(ROWS, "title")
@@ -184,14 +184,14 @@ def test_an_epoch_that_was_not_evaluated_has_empty_cells(tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 0
 
 
-def test_curves_are_a_picture_with_ink_in_both_halves(tmp_path):
+def test_curves_are_drawn_left_and_right(tmp_path):
     run = Run.start(tmp_path, {})
     run.plot(ROWS, "title")
-    picture = matplotlib.image.imread(tmp_path / "curves.png")
-    height, width, _ = picture.shape
+    image = matplotlib.image.imread(tmp_path / "curves.png")
+    height, width, _ = image.shape
     assert width > 1.5 * height
-    blue = (picture[..., 2] > picture[..., 0] + 0.3).reshape(height, 2, width // 2).sum(axis=(0, 2))
-    assert (blue > 100).all()  # the test curve, in the left and right half
+    blue = (image[..., 2] > image[..., 0] + 0.3).reshape(height, 2, width // 2).sum(axis=(0, 2))
+    assert (blue > 100).all()  # the test curves of loss and accuracy
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 12])
@@ -200,7 +200,10 @@ def test_curves_have_whole_epochs_and_a_key_that_hides_nothing(count):
     figure = draw_curves(rows, "title")
     figure.canvas.draw()
     (key,) = figure.legends
-    assert [text.get_text() for text in key.get_texts()] == ["training, while it learns", "test, after the epoch"]
+    assert [text.get_text() for text in key.get_texts()] == [
+        "training, mean over the epoch",
+        "test, at the end of the epoch",
+    ]
     for axes in figure.axes:
         low, high = axes.get_xlim()
         ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
@@ -214,6 +217,6 @@ def test_curves_have_whole_epochs_and_a_key_that_hides_nothing(count):
             assert (inside < 0.98).all()
 
 
-def test_nothing_learnt_nothing_drawn(tmp_path):
+def test_no_epoch_no_curves(tmp_path):
     Run.start(tmp_path, {}).plot([], "title")
     assert not (tmp_path / "curves.png").exists()

@@ -53,7 +53,7 @@ def test_the_main_job_from_banner_to_weights(out, capsys):
         "24×24×32",
         "12×12×32",
         "62,346",
-        "rules against autodiff",
+        "largest relative difference between rules and autodiff",
         "hidden_layer2/weight",
         f"results in {out}",
     ):
@@ -61,7 +61,7 @@ def test_the_main_job_from_banner_to_weights(out, capsys):
     assert re.search(r"^seed +5$", text, re.MULTILINE)
     assert re.search(r"^compiling … \d+\.\d s$", text, re.MULTILINE)
     assert re.search(r"^test accuracy 0\.\d{4}$", text, re.MULTILINE)
-    differences = [float(line.split()[1]) for line in text.splitlines() if re.match(r"  \w+/[wb] ", line)]
+    differences = [float(line.split()[1]) for line in text.splitlines() if re.match(r"  \w+/(weight|bias) ", line)]
     assert len(differences) == 6
     assert max(differences) <= 1e-5
     assert "\x1b" not in text  # no terminal, no colors
@@ -82,13 +82,13 @@ def test_the_main_job_from_banner_to_weights(out, capsys):
     assert [row["step"] for row in rows(out)] == ["3"]
 
 
-@pytest.mark.parametrize(("choice", "said"), [("tuned", "freed memory is kept"), ("stock", "the allocator's own")])
-def test_the_allocator_is_as_chosen(out, capsys, monkeypatch, choice, said):
-    asked = []
-    monkeypatch.setattr(process, "keep_freed_memory", lambda: asked.append(choice) or True)
+@pytest.mark.parametrize(("choice", "text"), [("tuned", "freed memory is kept"), ("stock", "the allocator's defaults")])
+def test_the_allocator_is_as_chosen(out, capsys, monkeypatch, choice, text):
+    calls = []
+    monkeypatch.setattr(process, "keep_freed_memory", lambda: calls.append(choice) or True)
     assert main("--model", "mlp", "--max-steps", 1, "--allocator", choice, "--out", out) == 0
-    assert asked == ["tuned"] * (choice == "tuned")
-    assert re.search(rf"^memory +{said}", capsys.readouterr().out, re.MULTILINE)
+    assert calls == ["tuned"] * (choice == "tuned")
+    assert re.search(rf"^memory +{text}", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_compiled_programs_are_kept_where_asked(out, monkeypatch):
@@ -124,7 +124,7 @@ def test_the_seed_decides_everything(tmp_path):
     assert not np.array_equal(one["dense1/weight"], other["dense1/weight"])
 
 
-def test_the_lectures_update_learns_too(out):
+def test_the_lectures_update_learns(out):
     assert main("--model", "mlp", "--optimizer", "sgd", "--epochs", 2, "--out", out) == 0
     assert json.loads((out / "config.json").read_text())["learning_rate"] == 0.05
     first, last = rows(out)
@@ -160,13 +160,16 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_good_weights(out, ca
     assert main(*argv) == 1
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
-    assert re.search(r"step \d+: expected a finite loss, got (nan|inf); try a smaller --learning-rate", line)
+    assert re.search(
+        r"loss of step \d+: must be finite, got (nan|inf); try a --learning-rate below 3e\+38; the weights after step",
+        line,
+    )
     assert f"results in {out}" in captured.out
     for array in load_file(out / "weights.safetensors").values():
         assert np.isfinite(array).all()
 
 
-def test_ctrl_c_keeps_what_was_learnt(out, capsys, monkeypatch):
+def test_ctrl_c_saves_the_weights(out, capsys, monkeypatch):
     def update(self, step, *numbers):
         if step == 32:
             os.kill(os.getpid(), signal.SIGINT)
@@ -178,14 +181,16 @@ def test_ctrl_c_keeps_what_was_learnt(out, capsys, monkeypatch):
     finally:
         signal.signal(signal.SIGINT, before)
     captured = capsys.readouterr()
-    assert captured.err == "python -m experiments.train: interrupted after step 32; its weights are kept\n"
+    assert captured.err == "python -m experiments.train: interrupted after step 32; its weights are saved\n"
     (row,) = rows(out)
     assert row["step"] == "32"
     assert row["test_accuracy"] == ""
-    assert "test accuracy not measured, since no epoch was finished\n" in captured.out
+    assert "test accuracy not measured, because no epoch was finished\n" in captured.out
     assert "nan" not in captured.out
     assert json.loads((out / "config.json").read_text())["end"] == "interrupted"
-    assert set(load_file(out / "weights.safetensors")) == {f"dense{n}/{p}" for n in (1, 2, 3) for p in "wb"}
+    assert set(load_file(out / "weights.safetensors")) == {
+        f"dense{n}/{p}" for n in (1, 2, 3) for p in ("weight", "bias")
+    }
     assert (out / "curves.png").exists()
 
 
@@ -195,13 +200,13 @@ def test_after_ctrl_c_the_accuracy_is_that_of_the_last_finished_epoch():
         run_folder.Epoch(2, 20, 0.7, 0.7, 0.6, 0.75, 1.5, 426.0),
         run_folder.Epoch(3, 25, 0.7, 0.7, math.nan, math.nan, 1.5, 426.0),
     ]
-    text = train.summarise(rows, 10.0)
-    assert text.endswith("\ntest accuracy 0.7500 after epoch 2, the last that was finished")
+    text = train.summarize(rows, 10.0)
+    assert text.endswith("\ntest accuracy 0.7500 after epoch 2, the last finished one")
     assert "trained 25 steps" in text
-    assert train.summarise(rows[:2], 10.0).endswith("\ntest accuracy 0.7500")
+    assert train.summarize(rows[:2], 10.0).endswith("\ntest accuracy 0.7500")
 
 
-def test_a_second_ctrl_c_says_what_is_kept(out, capsys, monkeypatch):
+def test_a_second_ctrl_c_reports_the_saved_weights(out, capsys, monkeypatch):
     def update(self, step, *numbers):
         if step == 16:
             raise KeyboardInterrupt
@@ -213,7 +218,7 @@ def test_a_second_ctrl_c_says_what_is_kept(out, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("file", ["metrics.csv", "curves.png", "weights.safetensors"])
-def test_a_full_disk_names_the_file_and_what_is_kept(out, capsys, monkeypatch, file):
+def test_a_full_disk_names_the_file_and_the_saved_weights(out, capsys, monkeypatch, file):
     """The disk fills up in the second epoch, or at the end when the curves are drawn."""
     replace = Path.replace
     written = []
@@ -227,7 +232,7 @@ def test_a_full_disk_names_the_file_and_what_is_kept(out, capsys, monkeypatch, f
     monkeypatch.setattr(Path, "replace", full)
     assert main("--model", "mlp", "--batch-size", 2500, "--epochs", 2, "--out", out) == 1
     step = 4 if file == "weights.safetensors" else 8
-    left = "no part of it is left" if file == "curves.png" else "the file that was there before is kept"
+    left = "no part of it was written" if file == "curves.png" else "the previous file is unchanged"
     assert capsys.readouterr().err == (
         f"python -m experiments.train: {out / file}: must be writable, got No space left on device; {left}; "
         f"the weights after step {step} are in {out / 'weights.safetensors'}\n"
@@ -249,8 +254,8 @@ def test_rules_that_differ_from_autodiff_stop_the_run_before_it_begins(out, caps
     )
     assert main("--model", "mlp", "--check-grads", "--out", out) == 1
     captured = capsys.readouterr()
-    assert "conv1/bias          1.0e-07" in captured.out
-    assert captured.err.startswith("python -m experiments.train: --check-grads: expected differences up to 1e-05, got ")
+    assert "conv1/bias       1.0e-07" in captured.out
+    assert captured.err.startswith("python -m experiments.train: gradient differences: must be at most 1e-05, got ")
     assert captured.err.endswith("for conv1/weight, conv2/weight\n")
     assert not out.exists()
 
@@ -264,39 +269,39 @@ def test_rules_that_differ_from_autodiff_stop_the_run_before_it_begins(out, caps
         (
             ["--model", "lectur"],
             2,
-            "--model: expected one of lecture, mlp, lenet5, got 'lectur'; did you mean lecture?",
+            "--model: must be one of lecture, mlp, lenet5, got 'lectur'; did you mean lecture?",
         ),
         (
             ["--data", "fashion-minst"],
             2,
-            "--data: expected one of fashion-mnist-sample, fashion-mnist, digits, idx, got 'fashion-minst'; "
+            "--data: must be one of fashion-mnist-sample, fashion-mnist, digits, idx, got 'fashion-minst'; "
             "did you mean fashion-mnist?",
         ),
-        (["--optimizer", "adamw"], 2, "--optimizer: expected one of adam, sgd, got 'adamw'; did you mean adam?"),
-        (["--allocator", "mine"], 2, "--allocator: expected one of tuned, stock, got 'mine'"),
-        (["--epochs", "0"], 2, "--epochs: expected 1 or more, got 0"),
-        (["--epochs", "-3"], 2, "--epochs: expected 1 or more, got -3"),
-        (["--epochs", "many"], 2, "--epochs: expected a whole number, got 'many'"),
-        (["--batch-size", "0"], 2, "--batch-size: expected 1 or more, got 0"),
-        (["--max-steps", "0"], 2, "--max-steps: expected 1 or more, got 0"),
-        (["--seed", "-1"], 2, "--seed: expected 0 to 4294967295, got -1"),
-        (["--seed", "4294967296"], 2, "--seed: expected 0 to 4294967295, got 4294967296"),
-        (["--learning-rate", "0"], 2, "--learning-rate: expected a finite number above 0, got 0.0"),
-        (["--learning-rate", "nan"], 2, "--learning-rate: expected a finite number above 0, got nan"),
-        (["--learning-rate", "inf"], 2, "--learning-rate: expected a finite number above 0, got inf"),
-        (["--learning-rate", "fast"], 2, "--learning-rate: expected a number, got 'fast'"),
+        (["--optimizer", "adamw"], 2, "--optimizer: must be one of adam, sgd, got 'adamw'; did you mean adam?"),
+        (["--allocator", "mine"], 2, "--allocator: must be one of tuned, stock, got 'mine'"),
+        (["--epochs", "0"], 2, "--epochs: must be at least 1, got 0"),
+        (["--epochs", "-3"], 2, "--epochs: must be at least 1, got -3"),
+        (["--epochs", "many"], 2, "--epochs: must be an integer, got 'many'"),
+        (["--batch-size", "0"], 2, "--batch-size: must be at least 1, got 0"),
+        (["--max-steps", "0"], 2, "--max-steps: must be at least 1, got 0"),
+        (["--seed", "-1"], 2, "--seed: must be from 0 to 4294967295, got -1"),
+        (["--seed", "4294967296"], 2, "--seed: must be from 0 to 4294967295, got 4294967296"),
+        (["--learning-rate", "0"], 2, "--learning-rate: must be a finite number > 0, got 0.0"),
+        (["--learning-rate", "nan"], 2, "--learning-rate: must be a finite number > 0, got nan"),
+        (["--learning-rate", "inf"], 2, "--learning-rate: must be a finite number > 0, got inf"),
+        (["--learning-rate", "fast"], 2, "--learning-rate: must be a number, got 'fast'"),
         (
             ["--data-dir", "x"],
             2,
-            "--data-dir: expected with --data fashion-mnist or idx only, got --data fashion-mnist-sample",
+            "--data-dir: must be omitted unless --data is fashion-mnist or idx, got x",
         ),
-        (["--data", "idx"], 2, "--data idx: must come with --data-dir, the folder of its files, got none"),
+        (["--data", "idx"], 2, "--data-dir: must be the folder of the idx files if --data is idx, got none"),
         (["--lr", "3"], 2, "unknown option --lr, 3; did you mean --learning-rate?"),
         (["--epoch", "3"], 2, "unknown option --epoch, 3; did you mean --epochs?"),
         (["lecture"], 2, "unknown option lecture"),
     ],
 )
-def test_a_wrong_command_line_is_refused_before_anything_is_read_or_made(
+def test_a_wrong_command_line_is_an_error_before_anything_is_read_or_created(
     argv, status, expected, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -312,14 +317,13 @@ def test_a_net_that_does_not_fit_the_images(out, capsys):
     pytest.importorskip("sklearn")
     assert main("--data", "digits", "--out", out) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("python -m experiments.train: --model: lecture does not fit digits (hidden_layer2: ")
-    assert line.endswith("these fit: mlp")
+    assert line.startswith("python -m experiments.train: --model: must be a net for the images of digits (mlp), got ")
     assert not out.exists()
 
 
 def test_a_batch_larger_than_the_data(out, capsys):
     assert main("--batch-size", 10_001, "--out", out) == 2
-    expected = "--batch-size: expected at most 10000, all of fashion-mnist-sample, got 10001\n"
+    expected = "--batch-size: must be at most 10000, the size of fashion-mnist-sample, got 10001\n"
     assert capsys.readouterr().err.endswith(expected)
     assert not out.exists()
 
@@ -329,7 +333,7 @@ def test_an_output_folder_that_is_a_file(out, capsys, monkeypatch):
     monkeypatch.setattr(train, "load", lambda *args: pytest.fail("the data were read before the check"))
     assert main("--out", out) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith(f"--out {out}: expected a folder or nothing, but {out} is a file")
+    assert line.endswith(f"--out {out}: must be a new or empty folder, got {out}, which is a file")
     assert out.read_text() == "mine"
 
 
@@ -340,7 +344,7 @@ def test_data_that_cannot_be_read(tmp_path, out, capsys):
         (folder / f"{file.name}.gz").write_bytes((data.SAMPLE_DIR / f"{file.name}.gz").read_bytes()[:-100])
     assert main("--data", "fashion-mnist", "--data-dir", folder, "--out", out) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "train-images-idx3-ubyte.gz: expected an idx file of images, got a truncated or corrupt gzip file" in line
+    assert "train-images-idx3-ubyte.gz: must be an idx file of images, got a truncated or corrupt gzip file" in line
     assert not out.exists()
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from experiments import training_loop
 from experiments.run_folder import Epoch
-from experiments.training_loop import LOOK_EVERY, fit
+from experiments.training_loop import CHECK_EVERY, fit
 
 BATCHES_PER_EPOCH = 20
 BATCH_SIZE = 8
@@ -71,7 +71,7 @@ def default_signals(monkeypatch):
     """Handle Ctrl-C as in a process just started from a terminal."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "the loop must put back what it found"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "the loop must restore the handler"
     signal.signal(signal.SIGINT, before)
 
 
@@ -126,11 +126,11 @@ def test_a_loss_that_is_not_finite_is_named_and_good_parameters_survive(bad):
     assert math.isnan(outcome.bad_loss)
     assert math.isfinite(outcome.params["weight"])
     assert outcome.params["weight"] == outcome.step < bad
-    assert outcome.step >= bad - 2 * LOOK_EVERY  # few steps are lost
+    assert outcome.step >= bad - 2 * CHECK_EVERY  # few steps are lost
     assert len(outcome.rows) == len(saved.calls) == bad // BATCHES_PER_EPOCH
 
 
-def test_parameters_spoiled_by_an_epochs_last_step_are_seen_in_its_evaluation():
+def test_parameters_spoiled_by_the_last_step_of_an_epoch_are_detected_by_its_evaluation():
     outcome, _, _ = run(diverging(20), evaluate=lambda params: {"loss": float(params["weight"]), "accuracy": 0.0})
     assert outcome.end == "diverged"
     assert outcome.bad_step == 20
@@ -153,7 +153,7 @@ def interrupted_at(*steps):
 
 @pytest.mark.usefixtures("default_signals")
 @pytest.mark.parametrize("at", [1, 16, 20, 27, 60])
-def test_ctrl_c_ends_after_the_step_in_hand(at):
+def test_ctrl_c_ends_after_the_current_step(at):
     outcome, _, saved = run(interrupted_at(at))
     assert outcome.end == "interrupted"
     assert outcome.step == at == outcome.params["weight"]
@@ -186,7 +186,7 @@ def test_a_second_ctrl_c_does_not_wait():
         run(step)
 
 
-def test_a_process_told_to_ignore_ctrl_c_ignores_it():
+def test_a_process_that_ignores_ctrl_c_continues_to_ignore_it():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         outcome, _, _ = run(interrupted_at(3))
@@ -196,7 +196,7 @@ def test_a_process_told_to_ignore_ctrl_c_ignores_it():
     assert outcome.end == "finished"
 
 
-def test_runs_in_another_thread_too():
+def test_runs_in_another_thread():
     outcomes = []
     thread = threading.Thread(target=lambda: outcomes.append(run()[0]))
     thread.start()
@@ -204,20 +204,20 @@ def test_runs_in_another_thread_too():
     assert outcomes[0].end == "finished"
 
 
-def test_the_order_of_batches_is_asked_for_by_epoch():
-    asked = []
+def test_batches_are_requested_by_epoch():
+    requested = []
 
     def batches(epoch):
-        asked.append(epoch)
+        requested.append(epoch)
         return [jnp.float32(1)] * 2
 
     run(batches=batches, count=4)
-    assert asked == [1, 2, 3, 4]
+    assert requested == [1, 2, 3, 4]
 
 
 def test_steps_are_not_waited_for_one_by_one(monkeypatch):
-    looks = []
+    checks = []
     device_get = training_loop.jax.device_get
-    monkeypatch.setattr(training_loop.jax, "device_get", lambda tree: looks.append(len(tree)) or device_get(tree))
+    monkeypatch.setattr(training_loop.jax, "device_get", lambda tree: checks.append(len(tree)) or device_get(tree))
     run(count=1, per_epoch=40)
-    assert looks == [16, 16, 8]
+    assert checks == [16, 16, 8]

@@ -18,12 +18,12 @@ def test_runs_as_a_script_from_any_folder(tmp_path):
     assert done.returncode == 0, done.stderr
     assert not done.stderr
 
-    pictures = sorted((tmp_path / "runs" / "tutorial").iterdir())
-    assert [picture.name for picture in pictures] == ["hidden-layer.png", "maps.png"]
-    assert all(picture.read_bytes().startswith(PNG) for picture in pictures)
+    figures = sorted((tmp_path / "runs" / "tutorial").iterdir())
+    assert [figure.name for figure in figures] == ["hidden-layer.png", "maps.png"]
+    assert all(figure.read_bytes().startswith(PNG) for figure in figures)
 
-    for found in ("24) result", "δ_l by hand (24, 24)", "∂E/∂w by hand (5, 5)", "after 20 steps", "guided"):
-        assert found in done.stdout
+    for text in ("24) result", "δ_l by hand (24, 24)", "∂E/∂w by hand (5, 5)", "after 20 steps", "guided"):
+        assert text in done.stdout
     cosines = [float(c) for c in re.findall(r"cosine with the true δ_l (-?[\d.]+)", done.stdout)]
     assert len(cosines) == 2
     assert max(cosines) < 0.9

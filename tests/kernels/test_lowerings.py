@@ -4,6 +4,7 @@ The definitions are the NumPy loops of `tests/oracles.py`.
 """
 
 import dataclasses
+import functools
 import re
 
 import hypothesis.strategies as st
@@ -11,29 +12,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from jax import lax
 
 import jaxcnn
 from jaxcnn.geometry import Correlation, Window
-from jaxcnn.kernels import correlation, reductions, unrolled, windows, winograd
+from jaxcnn.kernels import correlate, input_grad, kernel_grad, lowering, reductions, unrolled, windows, winograd
 from tests import oracles
 from tests.cases import CASES, compiled, covering, normal, optimised, ties, with_cotangents
 from tests.checks import drawn
 
 PRODUCTS = {
-    "correlate": (correlation.CORRELATE, correlation.choose_correlate, correlation.correlate, oracles.correlate),
-    "input_grad": (correlation.INPUT_GRAD, correlation.choose_input_grad, correlation.input_grad, oracles.input_grad),
+    "correlate": (correlate.CORRELATE, correlate.choose_correlate, correlate.correlate, oracles.correlate),
+    "input_grad": (input_grad.INPUT_GRAD, input_grad.choose_input_grad, input_grad.input_grad, oracles.input_grad),
     "kernel_grad": (
-        correlation.KERNEL_GRAD,
-        correlation.choose_kernel_grad,
-        correlation.kernel_grad,
+        kernel_grad.KERNEL_GRAD,
+        kernel_grad.choose_kernel_grad,
+        kernel_grad.kernel_grad,
         oracles.kernel_grad,
     ),
 }
 LOWERINGS = [(product, name) for product, (table, *_) in PRODUCTS.items() for name in table]
 
-#: Geometries for which a lowering is intended; `correlation.applies` decides.
+#: Geometries for which a lowering is intended; `lowering.applies` decides.
 MADE_FOR = {
     "pointwise": {"sizes": (1,), "pads": (0,), "groups": (1,)},
     "rows": {"groups": (1,)},
@@ -77,6 +78,20 @@ def numbers(*shapes):
     return [normal(rng, shape) for shape in shapes]
 
 
+#: Geometries that are drawn together and compiled as one program, because compilation takes most of the time.
+TOGETHER = 5
+
+
+def several(geometries, count=TOGETHER):
+    return st.lists(geometries, min_size=count, max_size=count, unique_by=str)
+
+
+def results(calls):
+    """Return the results of calls ``(f, *arrays)``, compiled as one program."""
+    functions, arrays = zip(*((f, of_f) for f, *of_f in calls), strict=True)
+    return compiled(lambda arrays: [f(*of_f) for f, of_f in zip(functions, arrays, strict=True)])(list(arrays))
+
+
 # The fixture's setting stays the same over all examples, as intended.
 as_large = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -85,26 +100,32 @@ def operands(product, x, w, y):
     return {"correlate": (x, w), "input_grad": (y, w), "kernel_grad": (x, y)}[product]
 
 
-def close(found, expected):
-    assert found.shape == expected.shape
-    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-10)
+def close(actual, expected):
+    assert actual.shape == expected.shape
+    np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Inputs and kernels
+# Every lowering against its definition
+
+
+def assert_lowering(product, name, drawn):
+    """Assert that a lowering equals the definition on drawn geometries."""
+    table, _, _, definition = PRODUCTS[product]
+    inputs = [(c, *numbers(*operands(product, *of_arrays))) for c, *of_arrays in drawn]
+    calls = [(functools.partial(table[name], c), a, b) for c, a, b in inputs]
+    for result, (c, a, b) in zip(results(calls), inputs, strict=True):
+        close(result, definition(c, a, b))
 
 
 @pytest.mark.parametrize(("product", "name"), LOWERINGS, ids=map("-".join, LOWERINGS))
 def test_lowering(product, name):
-    table, _, _, definition = PRODUCTS[product]
+    geometries = drawn_correlations(**MADE_FOR.get(name, {})).filter(lambda shapes: lowering.applies(name, shapes[0]))
 
-    @settings(max_examples=25)
-    @given(drawn_correlations(**MADE_FOR.get(name, {})))
-    def equals_definition(shapes):
-        c, x, w, y = shapes
-        assume(correlation.applies(name, c, x[-1]))
-        a, b = numbers(*operands(product, x, w, y))
-        close(compiled(lambda a, b: table[name](c, a, b))(a, b), definition(c, a, b))
+    @settings(max_examples=25 // TOGETHER)
+    @given(several(geometries))
+    def equals_definition(drawn):
+        assert_lowering(product, name, drawn)
 
     equals_definition()
 
@@ -125,17 +146,17 @@ def test_winograds_matrices_correlate(size):
 
 def second_layer(size, dtype=np.float32, precision=FASTEST, batch=None):
     """Return a second layer: the lecture's, 5 × 5 from 32 to 64 channels, or a padded 3 × 3 from 64 to 128."""
-    side, inputs, outputs, pad, pictures = {5: (12, 32, 64, 0, 128), 3: (16, 64, 128, 1, 16)}[size]
+    side, inputs, outputs, pad, images = {5: (12, 32, 64, 0, 128), 3: (16, 64, 128, 1, 16)}[size]
     win = Window((side, side), (size, size), (1, 1), ((pad, pad), (pad, pad)), (1, 1))
-    n = batch or pictures
+    n = batch or images
     shapes = (n, side, side, inputs), (size, size, inputs, outputs), (n, *win.out, outputs)
     return Correlation(win, 1, np.dtype(dtype), precision), *(a.astype(dtype) for a in numbers(*shapes))
 
 
 @pytest.mark.parametrize("size", [3, 5])
 @pytest.mark.parametrize("product", PRODUCTS)
-def test_winograds_digits(product, size):
-    """The errors are those stated in the docstring of `conv`; an error below 1e-6 would not be Winograd's form."""
+def test_the_error_of_winograds_form_is_the_documented_one(product, size):
+    """The errors are at most those in the docstring of `conv`; an error below 1e-6 would not be Winograd's form."""
     table, choose, run, _ = PRODUCTS[product]
     c, *of_layer = second_layer(size)
     a, b = operands(product, *of_layer)
@@ -149,15 +170,15 @@ def test_winograds_digits(product, size):
 
 
 @pytest.mark.parametrize("size", winograd.POINTS)
-def test_winograds_error_is_stated_once_and_for_all(size):
-    stated = f"{winograd.RELATIVE_ERROR[size]:.1e}".replace("e-0", "e-").replace(".0e", "e")
+def test_the_documented_errors_of_winograds_form_agree(size):
+    error = f"{winograd.RELATIVE_ERROR[size]:.1e}".replace("e-0", "e-").replace(".0e", "e")
     for documented in (jaxcnn.conv, winograd):
-        assert stated in documented.__doc__, documented
+        assert error in documented.__doc__, documented
 
 
 @pytest.mark.parametrize("size", [3, 5])
 @pytest.mark.parametrize("product", PRODUCTS)
-def test_winograds_form_runs_on_request_alone(product, size):
+def test_winograds_form_runs_only_on_request(product, size):
     """It requires precision "fastest" for both operands, in the call or in the configuration."""
     _, choose, *_ = PRODUCTS[product]
 
@@ -181,10 +202,10 @@ def test_winograds_form_runs_on_request_alone(product, size):
             assert not chosen(precision=lax.Precision.HIGHEST)
 
 
-def test_patches_of_three_go_against_direct_convolution_in_one_block_alone(monkeypatch):
+def test_winograds_form_of_size_three_needs_one_block(monkeypatch):
     chosen = {}
-    for block_bytes in (winograd.BLOCK_BYTES, 1):
-        monkeypatch.setattr(winograd, "BLOCK_BYTES", block_bytes)
+    for block_bytes in (winograd.WINOGRAD_BLOCK_BYTES, 1):
+        monkeypatch.setattr(winograd, "WINOGRAD_BLOCK_BYTES", block_bytes)
         c, *of_layer = second_layer(3)
         chosen[block_bytes] = [choose(c, *operands(p, *of_layer)) for p, (_, choose, *_) in PRODUCTS.items()]
     whole, cut = chosen.values()
@@ -193,13 +214,13 @@ def test_patches_of_three_go_against_direct_convolution_in_one_block_alone(monke
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
-@pytest.mark.parametrize("pictures", [1, 4, 6])
-def test_winograds_form_in_blocks_of_pictures(monkeypatch, product, pictures):
+@pytest.mark.parametrize("images", [1, 4, 6])
+def test_winograds_form_in_blocks_of_images(monkeypatch, product, images):
     table, _, _, definition = PRODUCTS[product]
     c = Correlation(Window((7, 6), (3, 5), (1, 1), ((0, 1), (2, 2)), (1, 1)), 1, np.dtype(np.float64))
-    a, b = operands(product, *numbers((pictures, 7, 6, 2), (3, 5, 2, 3), (pictures, *c.window.out, 3)))
+    a, b = operands(product, *numbers((images, 7, 6, 2), (3, 5, 2, 3), (images, *c.window.out, 3)))
     for block_bytes in (1, 10_000, 1 << 20):  # one image, two, all
-        monkeypatch.setattr(winograd, "BLOCK_BYTES", block_bytes)
+        monkeypatch.setattr(winograd, "WINOGRAD_BLOCK_BYTES", block_bytes)
         close(compiled(lambda a, b: table["winograd"](c, a, b))(a, b), definition(c, a, b))
 
 
@@ -209,19 +230,19 @@ def test_winograds_form_in_blocks_of_pictures(monkeypatch, product, pictures):
 
 @pytest.fixture
 def none_is_small(monkeypatch):
-    monkeypatch.setattr(correlation, "SMALL", 0)
+    monkeypatch.setattr(lowering, "SMALL", 0)
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
 @settings(as_large, max_examples=300)
 @given(shapes=drawn_correlations())
-def test_what_is_chosen_applies(none_is_small, product, shapes):
+def test_the_chosen_lowering_applies(none_is_small, product, shapes):
     table, choose, *_ = PRODUCTS[product]
     c, x, w, y = shapes
     a, b = numbers(*operands(product, x, w, y))
     name = choose(c, a, b)
     assert name in table
-    assert correlation.applies(name, c, x[-1]), name
+    assert lowering.applies(name, c), name
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
@@ -240,45 +261,43 @@ def test_small_products_are_left_to_xla(product):
     assert chosen(1, groups=2) != "xla"
 
 
-@settings(as_large, max_examples=30)
-@given(shapes=drawn_correlations())
-def test_products_are_adjoint(none_is_small, shapes):
-    """⟨correlate(x, w), y⟩ = ⟨x, input_grad(y, w)⟩ = ⟨w, kernel_grad(x, y)⟩, whichever lowering each of them uses."""
-    c, *of_arrays = shapes
+@settings(as_large, max_examples=30 // TOGETHER)
+@given(drawn=several(drawn_correlations()))
+def test_products_are_adjoint(none_is_small, drawn):
+    """⟨correlate(x, w), y⟩ = ⟨x, input_grad(y, w)⟩ = ⟨w, kernel_grad(x, y)⟩ for every choice of lowerings."""
     jax.clear_caches()  # JAX caches the choice for a geometry
-    x, w, y = numbers(*of_arrays)
-    found = compiled(
-        lambda x, w, y: (
-            correlation.correlate(c, x, w),
-            correlation.input_grad(c, y, w),
-            correlation.kernel_grad(c, x, y),
-        )
-    )
-    inner = [np.vdot(a, b) for a, b in zip(found(x, w, y), (y, x, w), strict=True)]
-    np.testing.assert_allclose(inner, inner[0], rtol=1e-10, atol=1e-10)
+
+    def products(c, x, w, y):
+        return correlate.correlate(c, x, w), input_grad.input_grad(c, y, w), kernel_grad.kernel_grad(c, x, y)
+
+    arrays = [numbers(*of_arrays) for _, *of_arrays in drawn]
+    calls = [(functools.partial(products, c), *of_c) for (c, *_), of_c in zip(drawn, arrays, strict=True)]
+    for result, (x, w, y) in zip(results(calls), arrays, strict=True):
+        inner = [np.vdot(a, b) for a, b in zip(result, (y, x, w), strict=True)]
+        np.testing.assert_allclose(inner, inner[0], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(("name", "target"), [("rows", "BLOCK_BYTES"), ("patches", "PATCHES_BYTES")])
-@pytest.mark.parametrize("pictures", [1, 2, 3, 4, 6, 7])
-def test_weight_gradient_in_blocks_of_pictures(monkeypatch, name, target, pictures):
+@pytest.mark.parametrize(("name", "target"), [("rows", "ROWS_BLOCK_BYTES"), ("patches", "PATCHES_BLOCK_BYTES")])
+@pytest.mark.parametrize("images", [1, 2, 3, 4, 6, 7])
+def test_weight_gradient_in_blocks_of_images(monkeypatch, name, target, images):
     """A batch is cut into blocks that fit the cache: single images for a small cache, else a few images."""
     c = Correlation(Window((5, 6), (3, 2), (1, 1), ((0, 0), (0, 0)), (1, 1)), 1, np.dtype(np.float64))
-    x, y = numbers((pictures, 5, 6, 2), (pictures, *c.window.out, 3))
+    x, y = numbers((images, 5, 6, 2), (images, *c.window.out, 3))
     for block_bytes in (1, 3500, 7000):  # one image, some, more
-        monkeypatch.setattr(correlation, target, block_bytes)
-        close(compiled(lambda x, y: correlation.KERNEL_GRAD[name](c, x, y))(x, y), oracles.kernel_grad(c, x, y))
+        monkeypatch.setattr(kernel_grad, target, block_bytes)
+        close(compiled(lambda x, y: kernel_grad.KERNEL_GRAD[name](c, x, y))(x, y), oracles.kernel_grad(c, x, y))
 
 
 @pytest.mark.parametrize(("joined", "groups_left"), [(2, 6), (4, 3), (6, 2), (12, 1)])
-def test_groups_are_joined_up_to_so_many_channels(monkeypatch, joined, groups_left):
+def test_groups_are_joined_up_to_a_number_of_channels(monkeypatch, joined, groups_left):
     """Six groups of 2 channels become three of 4, two of 6 or one of 12; joining is chosen if it leaves one group."""
-    monkeypatch.setattr(correlation, "JOINED", joined)
-    monkeypatch.setattr(correlation, "SMALL", 0)
+    monkeypatch.setattr(kernel_grad, "JOINED_CHANNELS", joined)
+    monkeypatch.setattr(lowering, "SMALL", 0)
     c = Correlation(Window((4, 5), (3, 2), (1, 2), ((1, 0), (0, 0)), (1, 1)), 6, np.dtype(np.float64))
     x, y = numbers((2, 4, 5, 12), (2, *c.window.out, 6))
-    assert 6 // correlation._neighbours(c, 12, 6) == groups_left
-    assert correlation.choose_kernel_grad(c, x, y) == ("joined" if groups_left == 1 else "by_group")
-    close(compiled(lambda x, y: correlation.KERNEL_GRAD["joined"](c, x, y))(x, y), oracles.kernel_grad(c, x, y))
+    assert 6 // kernel_grad.joined_groups(c, 12, 6) == groups_left
+    assert kernel_grad.choose_kernel_grad(c, x, y) == ("joined" if groups_left == 1 else "by_group")
+    close(compiled(lambda x, y: kernel_grad.KERNEL_GRAD["joined"](c, x, y))(x, y), oracles.kernel_grad(c, x, y))
 
 
 @pytest.mark.parametrize("product", ["correlate", "input_grad"])
@@ -295,15 +314,12 @@ def test_sums_in_loops_and_chains(monkeypatch, product, terms, chains):
 
 @pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("length", [1, 2, 4, 7])
-@settings(as_large, max_examples=6)
-@given(shapes=drawn_correlations(sizes=(5, 3, 2)))
-def test_taps_in_loops(monkeypatch, product, length, shapes):
+@settings(as_large, max_examples=1)
+@given(drawn=several(drawn_correlations(sizes=(5, 3, 2)), 6))
+def test_taps_in_loops(monkeypatch, product, length, drawn):
     """Taps run in blocks of one, in blocks with a remainder, and in one block, as `LOOPED` does for large kernels."""
     monkeypatch.setattr(unrolled, "LOOPED", {"terms": 0, "chunk": length, "sums": 0, "block": length})
-    table, _, _, definition = PRODUCTS[product]
-    c, *of_layer = shapes
-    a, b = numbers(*operands(product, *of_layer))
-    close(compiled(lambda a, b: table["unrolled"](c, a, b))(a, b), definition(c, a, b))
+    assert_lowering(product, "unrolled", drawn)
 
 
 @pytest.mark.parametrize(
@@ -315,7 +331,7 @@ def test_taps_in_loops(monkeypatch, product, length, shapes):
         ("input_grad", 28, 16, 3, 1, 2, "unrolled"),
         ("input_grad", 28, 3, 16, 1, 2, "products"),
         ("kernel_grad", 28, 1, 6, 1, 2, "unrolled"),
-        ("kernel_grad", 28, 3, 6, 1, 2, "turned"),
+        ("kernel_grad", 28, 3, 6, 1, 2, "transposed"),
         *(("correlate", 8, 64, 64, groups, 2, "unrolled") for groups in (64, 32, 8)),
         *(("correlate", 8, 64, 64, groups, 2, "by_group") for groups in (4, 2)),
         ("input_grad", 8, 64, 64, 8, 2, "unrolled"),
@@ -326,7 +342,7 @@ def test_taps_in_loops(monkeypatch, product, length, shapes):
         *((product, 8, 64, 64, 1, 3, "by_depth") for product in PRODUCTS),
     ],
 )
-def test_few_channels_are_unrolled_and_depth_is_summed(product, side, inputs, outputs, groups, dims, chosen):
+def test_few_channels_are_unrolled_and_depth_slices_are_summed(product, side, inputs, outputs, groups, dims, chosen):
     c = Correlation(Window((side,) * dims, (3,) * dims, *((n,) * dims for n in (1, (1, 1), 1))), groups, np.dtype("f"))
     shapes = (2, *c.window.shape, inputs), (*c.window.size, inputs // groups, outputs), (2, *c.window.out, outputs)
     _, choose, *_ = PRODUCTS[product]
@@ -334,33 +350,33 @@ def test_few_channels_are_unrolled_and_depth_is_summed(product, side, inputs, ou
 
 
 @pytest.mark.parametrize(
-    ("stride", "chosen"), [((1, 1), "rows"), ((2, 1), "patches"), ((1, 2), "patches"), ((2,), "turned")]
+    ("stride", "chosen"), [((1, 1), "rows"), ((2, 1), "patches"), ((1, 2), "patches"), ((2,), "transposed")]
 )
-def test_patches_a_stride_apart_are_copied_whole(stride, chosen):
+def test_strided_patches_are_copied_whole(stride, chosen):
     dims = len(stride)
     win = Window((9,) * dims, (3,) * dims, stride, ((0, 0),) * dims, (1,) * dims)
     x, y = ((2, *size, 32) for size in (win.shape, win.out))
     c = Correlation(win, 1, np.dtype("f"))
-    assert correlation.choose_kernel_grad(c, *(jax.ShapeDtypeStruct(shape, c.dtype) for shape in (x, y))) == chosen
+    assert kernel_grad.choose_kernel_grad(c, *(jax.ShapeDtypeStruct(shape, c.dtype) for shape in (x, y))) == chosen
 
 
 @pytest.mark.parametrize(
     ("stride", "dilation", "inputs", "chosen"),
     [(2, 1, 64, "phases"), (2, 1, 128, "xla"), (2, 2, 128, "phases"), (1, 2, 64, "xla"), (2, 1, 4, "products")],
 )
-def test_delta_is_not_spread_with_zeros_between(monkeypatch, stride, dilation, inputs, chosen):
-    monkeypatch.setattr(correlation, "ONE_THREAD", True)
+def test_strided_delta_is_not_dilated(monkeypatch, stride, dilation, inputs, chosen):
+    monkeypatch.setattr(lowering, "ONE_THREAD", True)
     win = Window((32, 32), (3, 3), (stride,) * 2, ((1, 1),) * 2, (dilation,) * 2)
     y, w = (2, *win.out, 128), (3, 3, inputs, 128)
     c = Correlation(win, 1, np.dtype("f"))
-    assert correlation.choose_input_grad(c, *(jax.ShapeDtypeStruct(shape, c.dtype) for shape in (y, w))) == chosen
+    assert input_grad.choose_input_grad(c, *(jax.ShapeDtypeStruct(shape, c.dtype) for shape in (y, w))) == chosen
 
 
 @pytest.mark.parametrize("spoilt", [np.nan, np.inf])
 @pytest.mark.parametrize(
     ("product", "name"), [pair for pair in LOWERINGS if pair[1] in ("joined", "by_group", "unrolled")]
 )
-def test_groups_keep_to_themselves(product, name, spoilt):
+def test_groups_are_independent(product, name, spoilt):
     """NaN and infinity in one group's channels affect only that group."""
     table, _, _, definition = PRODUCTS[product]
     c = Correlation(Window((4, 5), (3, 2), (1, 2), ((1, 0), (0, 0)), (1, 1)), 6, np.dtype(np.float64))
@@ -420,7 +436,7 @@ def test_negative_padding_would_be_seen():
 @pytest.fixture(params=["unrolled", "long"])
 def form(request, monkeypatch):
     """Make all windows use the form for few taps, or the form for many, that each window function has."""
-    monkeypatch.setattr(windows, "UNROLLED", {"unrolled": 10**6, "long": 0}[request.param])
+    monkeypatch.setattr(windows, "MAX_UNROLLED_TAPS", {"unrolled": 10**6, "long": 0}[request.param])
 
 
 def some_is_real(win):
@@ -438,82 +454,105 @@ def lowest(rng, shape):
     return np.where(rng.uniform(size=shape) < 0.8, -np.inf, ties(rng, shape))
 
 
-# `form` stays the same over all examples, as intended.
-over_examples = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# `form` stays the same over all examples, as intended. Few of the drawn windows all hold an element of the input.
+over_examples = settings(
+    max_examples=40 // TOGETHER,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
+)
+
+
+def assert_winners(drawn):
+    """Assert that the maxima and winners of windows (win, batch, how to draw x, seed) are those of the definition."""
+    xs = [draw(np.random.default_rng(seed), (batch, *win.shape, 3)) for win, batch, draw, seed in drawn]
+    calls = [(functools.partial(windows.max_and_winner, win), x) for (win, *_), x in zip(drawn, xs, strict=True)]
+    for (win, *_), x, (y, winner) in zip(drawn, xs, results(calls), strict=True):
+        expected, first = oracles.max_and_winner(win, x)
+        np.testing.assert_array_equal(y, expected)
+        np.testing.assert_array_equal(winner, first)
+        assert winner.dtype == windows.winner_dtype(win)
+
+
+DRAWS = st.sampled_from((spoiled, ties, lowest))
 
 
 @over_examples
 @given(
-    drawn_windows(pads=(1, 0, 2)), st.sampled_from(BATCHES), st.sampled_from((spoiled, ties, lowest)), st.integers(0)
+    several(
+        st.tuples(drawn_windows(pads=(1, 0, 2)).filter(some_is_real), st.sampled_from(BATCHES), DRAWS, st.integers(0))
+    )
 )
-def test_largest(form, win, batch, draw, seed):
-    assume(some_is_real(win))
-    x = draw(np.random.default_rng(seed), (batch, *win.shape, 3))
-    y, winner = compiled(lambda x: windows.max_and_winner(win, x))(x)
-    expected, first = oracles.max_and_winner(win, x)
-    np.testing.assert_array_equal(y, expected)
-    np.testing.assert_array_equal(winner, first)
-    assert winner.dtype == windows.winner_dtype(win)
+def test_largest(form, drawn):
+    assert_winners(drawn)
 
 
-@pytest.mark.parametrize("reduced", [0, 10**6])
-@over_examples
-@given(
-    st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(0, 2)), min_size=1, max_size=3),
-    st.sampled_from(BATCHES),
-    st.sampled_from((spoiled, ties, lowest)),
-    st.integers(0),
-)
-def test_largest_side_by_side(monkeypatch, reduced, dims, batch, draw, seed):
-    """Windows side by side with a remainder at the end, both with reductions and tap by tap."""
-    monkeypatch.setattr(windows, "REDUCED", reduced)
-    out, size, rest = zip(*dims, strict=True)
+@st.composite
+def side_by_side(draw):
+    """Draw windows side by side with a remainder at the end."""
+    dims = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(0, 2)), min_size=1, max_size=3)
+    out, size, rest = zip(*draw(dims), strict=True)
     shape = tuple(o * k + min(r, k - 1) for o, k, r in zip(out, size, rest, strict=True))
     win = Window(shape, size, size, ((0, 0),) * len(size), (1,) * len(size))
     assert win.tiles
     assert win.out == out
-    x = draw(np.random.default_rng(seed), (batch, *shape, 3))
-    y, winner = compiled(lambda x: windows.max_and_winner(win, x))(x)
-    expected, first = oracles.max_and_winner(win, x)
-    np.testing.assert_array_equal(y, expected)
-    np.testing.assert_array_equal(winner, first)
-    assert winner.dtype == windows.winner_dtype(win)
+    return win
+
+
+@pytest.mark.parametrize("reduced", [0, 10**6])
+@over_examples
+@given(several(st.tuples(side_by_side(), st.sampled_from(BATCHES), DRAWS, st.integers(0))))
+def test_largest_side_by_side(monkeypatch, reduced, drawn):
+    """Windows side by side, both with reductions and tap by tap."""
+    monkeypatch.setattr(windows, "MAX_UNROLLED_TILE", reduced)
+    assert_winners(drawn)
 
 
 @over_examples
-@given(drawn_windows(pads=(1, 0, 2)), st.sampled_from(BATCHES), st.sampled_from((0.5, 1.0, 0.0)), st.integers(0))
-def test_take_and_place(form, win, batch, passed, seed):
+@given(
+    several(
+        st.tuples(
+            drawn_windows(pads=(1, 0, 2)).filter(some_is_real), st.sampled_from(BATCHES),
+            st.sampled_from((0.5, 1.0, 0.0)), st.integers(0),
+        )
+    )
+)  # fmt: skip
+def test_gather_and_scatter(form, drawn):
     """`gather_winners` and `scatter_to_winners` match their definitions and each other.
 
     A winner of `nothing` reads and writes nothing.
     """
-    assume(some_is_real(win))
-    rng = np.random.default_rng(seed)
-    x, y = normal(rng, (batch, *win.shape, 2)), normal(rng, (batch, *win.out, 2))
-    _, winner = oracles.max_and_winner(win, normal(rng, x.shape))
-    winner = np.where(rng.uniform(size=winner.shape) < passed, winner, windows.nothing(win)).astype(
-        windows.winner_dtype(win)
-    )
-    taken, placed = compiled(
-        lambda x, y: (windows.gather_winners(win, x, winner), windows.scatter_to_winners(win, y, winner))
-    )(x, y)
-    close(taken, oracles.gather_winners(win, x, winner))
-    close(placed, oracles.scatter_to_winners(win, y, winner))
-    np.testing.assert_allclose(np.vdot(taken, y), np.vdot(x, placed), rtol=1e-10, atol=1e-10)
+
+    def both(win, x, y, winner):
+        return windows.gather_winners(win, x, winner), windows.scatter_to_winners(win, y, winner)
+
+    arrays = []
+    for win, batch, passed, seed in drawn:
+        rng = np.random.default_rng(seed)
+        x, y = normal(rng, (batch, *win.shape, 2)), normal(rng, (batch, *win.out, 2))
+        _, winner = oracles.max_and_winner(win, normal(rng, x.shape))
+        winner = np.where(rng.uniform(size=winner.shape) < passed, winner, windows.nothing(win))
+        arrays.append((x, y, winner.astype(windows.winner_dtype(win))))
+    calls = [(functools.partial(both, win), *of_win) for (win, *_), of_win in zip(drawn, arrays, strict=True)]
+    for (win, *_), (x, y, winner), (gathered, scattered) in zip(drawn, arrays, results(calls), strict=True):
+        close(gathered, oracles.gather_winners(win, x, winner))
+        close(scattered, oracles.scatter_to_winners(win, y, winner))
+        np.testing.assert_allclose(np.vdot(gathered, y), np.vdot(x, scattered), rtol=1e-10, atol=1e-10)
 
 
+# If the only element of an input is between the taps of a dilated window, XLA:CPU's reduce_window still adds it
+# (jaxlib 0.10.2). Such windows are entirely in padding, and the ops refuse them.
 @over_examples
-@given(drawn_windows(), st.sampled_from(BATCHES))
-def test_window_sum_and_spread(form, win, batch):
-    # If the only element of an input is between the taps of a dilated window, XLA:CPU's reduce_window still adds it
-    # (jaxlib 0.10.2). Such windows are entirely in padding, and the ops refuse them.
-    assume(some_is_real(win))
+@given(several(st.tuples(drawn_windows().filter(some_is_real), st.sampled_from(BATCHES))))
+def test_window_sum_and_its_adjoint(form, drawn):
+    def both(win, x, y):
+        return windows.window_sum(win, x), windows.window_sum_adjoint(win, y)
+
     rng = np.random.default_rng(3)
-    x, y = normal(rng, (batch, *win.shape, 2)), normal(rng, (batch, *win.out, 2))
-    total, spread = compiled(lambda x, y: (windows.window_sum(win, x), windows.window_sum_adjoint(win, y)))(x, y)
-    close(total, oracles.window_sum(win, x))
-    close(spread, oracles.window_sum_adjoint(win, y))
-    np.testing.assert_allclose(np.vdot(total, y), np.vdot(x, spread), rtol=1e-10, atol=1e-10)
+    arrays = [[normal(rng, (batch, *shape, 2)) for shape in (win.shape, win.out)] for win, batch in drawn]
+    calls = [(functools.partial(both, win), *of_win) for (win, _), of_win in zip(drawn, arrays, strict=True)]
+    for (win, _), (x, y), (total, adjoint) in zip(drawn, arrays, results(calls), strict=True):
+        close(total, oracles.window_sum(win, x))
+        close(adjoint, oracles.window_sum_adjoint(win, y))
+        np.testing.assert_allclose(np.vdot(total, y), np.vdot(x, adjoint), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -538,5 +577,5 @@ def test_winner_is_numbered_in_the_smallest_integer(size, dtype):
 def test_sums_by_halves(shape, dims):
     """Sums over dims of even and odd length, of length one, and empty."""
     (x,) = numbers(shape)
-    for found in (reductions.halved(dims, x), compiled(lambda x: reductions.sum_computed(dims, x))(x)):
+    for found in (reductions.sum_by_halves(dims, x), compiled(lambda x: reductions.sum_computed(dims, x))(x)):
         np.testing.assert_allclose(found, x.sum(dims), rtol=1e-12, atol=1e-13)

@@ -15,7 +15,7 @@ X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
 W = jnp.asarray(np.random.default_rng(1).normal(size=(3, 3, 3, 3)), jnp.float32)
 
 #: A function of x, and the residual of its rule as XLA writes the type.
-KEEPS = {
+RESIDUALS = {
     "relu": (lambda x: jaxcnn.relu(2 * x + 1), r"pred\[2,8,8,3\]"),
     "leaky_relu": (lambda x: jaxcnn.leaky_relu(2 * x + 1), r"pred\[2,8,8,3\]"),
     "max_pool": (lambda x: jaxcnn.max_pool(2 * x + 1, 2), r"u8\[2,4,4,3\]"),
@@ -24,13 +24,13 @@ KEEPS = {
 }
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="other platforms are told nothing")
-@pytest.mark.parametrize("op", KEEPS)
-def test_rules_read_what_was_stored(op):
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a no-op on other platforms")
+@pytest.mark.parametrize("op", RESIDUALS)
+def test_rules_read_residuals_from_memory(op):
     """XLA cannot fuse the computation of a residual into a call that is not inlined: its argument is an array."""
-    f, kept = KEEPS[op]
+    f, residual = RESIDUALS[op]
     program = jax.jit(jax.grad(lambda x: jnp.sum(f(x) ** 2))).lower(X).compile().as_text()
-    assert len(re.findall(rf"= {kept}\S* call\(", program)) == 1, program
+    assert len(re.findall(rf"= {residual}\S* call\(", program)) == 1, program
 
 
 def test_larger_residuals_are_left_to_xla():
@@ -43,7 +43,7 @@ def test_larger_residuals_are_left_to_xla():
 
 
 @pytest.mark.parametrize("dtype", [bool, np.uint8, np.int32, np.float32, np.float64, jnp.bfloat16, np.complex64])
-def test_stored_changes_nothing(dtype):
+def test_materialize_changes_nothing(dtype):
     a = (X * 3).astype(dtype)
     for found in (materialize(a), compiled(materialize)(a), jax.vmap(materialize)(a), materialize_if_small(a)):
         assert found.dtype == a.dtype

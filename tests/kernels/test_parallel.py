@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jaxcnn.geometry import Correlation, Window
-from jaxcnn.kernels import correlation
-from jaxcnn.kernels.parallel import ONE_THREAD, WORTH, batched_product, on_all_threads
+from jaxcnn.kernels import correlate, input_grad, lowering
+from jaxcnn.kernels.parallel import MIN_MULTIPLICATIONS, ONE_THREAD, batched_product, on_all_threads
 from tests.cases import compiled, normal
 
 A, B = (jnp.asarray(np.random.default_rng(seed).normal(size=(4, 64, 64)), jnp.float32) for seed in (0, 1))
@@ -17,7 +17,7 @@ A, B = (jnp.asarray(np.random.default_rng(seed).normal(size=(4, 64, 64)), jnp.fl
 
 @pytest.mark.parametrize("first", [np.nan, np.inf, -np.inf, 0.0, -0.0, 3e38, -3e38])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, jnp.bfloat16])
-def test_nothing_is_added(first, dtype):
+def test_the_added_zero_changes_nothing(first, dtype):
     """The added zero changes nothing, whatever element it is made from."""
     product = jnp.array([[1.5, -0.0, 0.0], [np.inf, -np.inf, np.nan]], dtype)
     for a, b in ((A.at[0, 0, 0].set(first), B), (A, B.at[0, 0, 0].set(first)), (A, B.at[0, 0, 0].set(np.nan))):
@@ -28,7 +28,7 @@ def test_nothing_is_added(first, dtype):
         np.testing.assert_array_equal(np.signbit(found[:, :2]), np.signbit(expected[:, :2]))  # NaN has no sign
 
 
-def test_of_nothing():
+def test_empty_products():
     product = jnp.zeros((2, 3), jnp.float32)
     np.testing.assert_array_equal(on_all_threads(product, jnp.zeros((2, 0)), jnp.zeros((0, 3))), product)
 
@@ -40,7 +40,7 @@ def test_batched_product(over_a, over_b, shape):
     rows, summed = shape
     a = normal(rng, (2, rows, summed) if over_a == 2 else (2, summed, rows))
     b = normal(rng, (2, summed, 5 * rows) if over_b == 1 else (2, 5 * rows, summed))
-    assert (rows * summed * 5 * rows >= WORTH) == (rows > 3)
+    assert (rows * summed * 5 * rows >= MIN_MULTIPLICATIONS) == (rows > 3)
     letters = f"n{'ik' if over_a == 2 else 'ki'},n{'kj' if over_b == 1 else 'jk'}->nij"
     for dtype, tolerance in ((np.float32, 1e-5), (np.float64, 1e-12)):
         found = compiled(lambda a, b: batched_product(a, b, over_a, over_b, None))(a.astype(dtype), b.astype(dtype))
@@ -48,7 +48,7 @@ def test_batched_product(over_a, over_b, shape):
         np.testing.assert_allclose(found, np.einsum(letters, a, b), rtol=tolerance, atol=20 * tolerance)
 
 
-def test_derivatives_pass_the_zero_by():
+def test_derivatives_ignore_the_added_zero():
     def error(a, b):
         return jnp.sum(jnp.sin(batched_product(a, b, 2, 1, None)))
 
@@ -72,32 +72,32 @@ def test_under_vmap_and_scan():
 # ---------------------------------------------------------------------------------------------------------------------
 # XLA's compiled programs
 
-ONLY = pytest.mark.skipif(jax.default_backend() != "cpu" or not ONE_THREAD, reason="of jaxlib 0.10, on CPU")
+ONE_THREAD_ONLY = pytest.mark.skipif(jax.default_backend() != "cpu" or not ONE_THREAD, reason="jaxlib 0.10 on CPU only")
 
 
-def _correlation(batch, side, inputs, outputs):
+def layer(batch, side, inputs, outputs):
     win = Window((side, side), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
     x = jax.ShapeDtypeStruct((batch, side, side, inputs), np.float32)
     return Correlation(win, 1, np.dtype(np.float32)), x, jax.ShapeDtypeStruct((3, 3, inputs, outputs), np.float32)
 
 
-def _divided(f, *arguments):
+def count_products(f, *arguments):
     """Return the numbers of products in computations with and without a reduction."""
     computations = re.split(r"\n(?=%|ENTRY)", jax.jit(f).lower(*arguments).compile().as_text())
-    found = [(len(re.findall(r" (?:convolution|dot)\(", c)), len(re.findall(r" reduce\(", c))) for c in computations]
-    return sum(n for n, reductions in found if reductions), sum(n for n, reductions in found if not reductions)
+    counts = [(len(re.findall(r" (?:convolution|dot)\(", c)), len(re.findall(r" reduce\(", c))) for c in computations]
+    return sum(n for n, reductions in counts if reductions), sum(n for n, reductions in counts if not reductions)
 
 
-@ONLY
-def test_convolutions_stand_beside_a_reduction():
-    c, x, w = _correlation(64, 16, 32, 32)
-    assert correlation.choose_correlate(c, x, w) == correlation.choose_input_grad(c, x, w) == "all_threads"
-    assert _divided(lambda x, w: correlation.correlate(c, x, w), x, w) == (1, 0)
-    assert _divided(lambda x, w: correlation.input_grad(c, x, w), x, w) == (1, 0)
-    assert _divided(lambda x, w: correlation.CORRELATE["xla"](c, x, w), x, w) == (0, 1)
+@ONE_THREAD_ONLY
+def test_convolutions_share_a_computation_with_a_reduction():
+    c, x, w = layer(64, 16, 32, 32)
+    assert correlate.choose_correlate(c, x, w) == input_grad.choose_input_grad(c, x, w) == "all_threads"
+    assert count_products(lambda x, w: correlate.correlate(c, x, w), x, w) == (1, 0)
+    assert count_products(lambda x, w: input_grad.input_grad(c, x, w), x, w) == (1, 0)
+    assert count_products(lambda x, w: correlate.CORRELATE["xla"](c, x, w), x, w) == (0, 1)
 
 
-@ONLY
+@ONE_THREAD_ONLY
 @pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (1, 2)])
 def test_float32_divided_is_float64_rounded(stride, dilation):
     """Float32 is tested here because the lowerings that Hypothesis draws are in float64, which is not divided."""
@@ -105,47 +105,47 @@ def test_float32_divided_is_float64_rounded(stride, dilation):
     rng = np.random.default_rng(0)
     x, w, y = (normal(rng, shape) for shape in ((48, 19, 17, 24), (3, 3, 24, 40), (48, *win.out, 40)))
 
-    def run(lowering, dtype, *factors):
+    def run(product, dtype, *factors):
         c = Correlation(win, 1, np.dtype(dtype))
-        return compiled(lambda a, w: lowering(c, a, w))(*(a.astype(dtype) for a in factors))
+        return compiled(lambda a, w: product(c, a, w))(*(a.astype(dtype) for a in factors))
 
-    for table, a in ((correlation.CORRELATE, x), (correlation.INPUT_GRAD, y)):
+    for table, a in ((correlate.CORRELATE, x), (input_grad.INPUT_GRAD, y)):
         found, expected = run(table["all_threads"], np.float32, a, w), run(table["xla"], np.float64, a, w)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
 
 
-@ONLY
-def test_each_beside_its_own():
+@ONE_THREAD_ONLY
+def test_each_product_has_its_own_reduction():
     """Two products of one input, and a loop with one kernel, are parallelized as well."""
-    c, x, w = _correlation(64, 16, 32, 32)
+    c, x, w = layer(64, 16, 32, 32)
 
     def two(x, v, w):
-        return correlation.correlate(c, x, v), correlation.correlate(c, x, w)
+        return correlate.correlate(c, x, v), correlate.correlate(c, x, w)
 
     def loop(many, w):
-        return jax.lax.map(lambda x: correlation.correlate(c, x, w), many)
+        return jax.lax.map(lambda x: correlate.correlate(c, x, w), many)
 
-    assert _divided(two, x, w, w) == (2, 0)
-    assert _divided(loop, jax.ShapeDtypeStruct((3, *x.shape), x.dtype), w) == (1, 0)
+    assert count_products(two, x, w, w) == (2, 0)
+    assert count_products(loop, jax.ShapeDtypeStruct((3, *x.shape), x.dtype), w) == (1, 0)
 
 
-@ONLY
-def test_batched_products_stand_beside_a_reduction():
+@ONE_THREAD_ONLY
+def test_batched_products_share_a_computation_with_a_reduction():
     def f(a, b):
         return batched_product(a, b, 2, 1, None)
 
-    assert _divided(f, A, B) == (1, 0)
-    assert _divided(f, A[:, :8], B[:, :, :8]) == (0, 1)  # too small to divide
+    assert count_products(f, A, B) == (1, 0)
+    assert count_products(f, A[:, :8], B[:, :, :8]) == (0, 1)  # too small to divide
 
 
 @pytest.mark.parametrize(
-    ("of", "why"),
+    ("layer_sizes", "why"),
     [
         ((64, 16, 16, 16), "Eigen's"),
-        ((64, 16, 128, 128), "divided by themselves"),
+        ((64, 16, 128, 128), "divided by XLA"),
         ((2, 8, 32, 32), "too little"),
     ],
 )
-def test_others_are_left_to_xla(of, why):
-    c, x, w = _correlation(*of)
-    assert not correlation._all_threads_pay(c, x, w.shape[-1], c.window.out), why
+def test_other_convolutions_are_left_to_xla(layer_sizes, why):
+    c, x, w = layer(*layer_sizes)
+    assert not lowering.all_threads_pay(c, x, w.shape[-1], c.window.out), why

@@ -12,7 +12,8 @@ import torch
 from torch.nn import functional
 
 import jaxcnn
-from jaxcnn.kernels import correlation
+from jaxcnn.geometry import Correlation, Window
+from jaxcnn.kernels.kernel_grad import kernel_grad
 from tests.cases import compiled, with_cotangents
 
 #: Side, input channels, output channels, kernel size, padding.
@@ -29,8 +30,8 @@ def layer(name, batch):
     return compiled(with_cotangents(lambda x, w: jaxcnn.conv(x, w, padding=pad))), x, w, delta
 
 
-def windows_of(name, at, n, offset):
-    """Return which of ``n`` positions along a dim meet element ``at``.
+def dependent(name, at, n, offset):
+    """Return a mask of the ``n`` positions along a dim that share a window with element ``at``.
 
     With ``offset`` these are the outputs that depend on an input; without it, the inputs that an output depends on.
     """
@@ -41,7 +42,7 @@ def windows_of(name, at, n, offset):
 
 @pytest.mark.parametrize("batch", [1, 8, 32])
 @pytest.mark.parametrize("name", LAYERS)
-def test_what_is_not_finite_reaches_what_sees_it(name, batch):
+def test_non_finite_elements_reach_only_dependent_results(name, batch):
     """With a NaN or an infinity in x, and then in δ, all results that do not depend on it are unchanged."""
     run, x, w, delta = layer(name, batch)
     y, (delta_x, grad_w) = run((x, w), delta)
@@ -50,10 +51,10 @@ def test_what_is_not_finite_reaches_what_sees_it(name, batch):
         bad = x.copy()
         bad[image, row, column, channel] = spoilt
         found, (same, found_w) = run((bad, w), delta)
-        sees = np.zeros(y.shape, bool)
-        sees[image] = np.multiply.outer(*(windows_of(name, at, y.shape[1], True) for at in (row, column)))[..., None]
-        np.testing.assert_array_equal(np.isfinite(found), ~sees)
-        np.testing.assert_allclose(found[~sees], y[~sees], rtol=1e-5, atol=1e-5 * np.abs(y).max())
+        depends = np.zeros(y.shape, bool)
+        depends[image] = np.multiply.outer(*(dependent(name, at, y.shape[1], True) for at in (row, column)))[..., None]
+        np.testing.assert_array_equal(np.isfinite(found), ~depends)
+        np.testing.assert_allclose(found[~depends], y[~depends], rtol=1e-5, atol=1e-5 * np.abs(y).max())
         np.testing.assert_array_equal(same, delta_x)
         of_channel = np.arange(w.shape[2]) == channel
         assert not np.isfinite(found_w[:, :, channel]).any()
@@ -62,16 +63,16 @@ def test_what_is_not_finite_reaches_what_sees_it(name, batch):
         bad = delta.copy()
         bad[image, row, column, channel] = spoilt
         _, (found_x, found_w) = run((x, w), bad)
-        sees = np.zeros(x.shape, bool)
-        sees[image] = np.multiply.outer(*(windows_of(name, at, x.shape[1], False) for at in (row, column)))[..., None]
-        np.testing.assert_array_equal(np.isfinite(found_x), ~sees)
-        np.testing.assert_allclose(found_x[~sees], delta_x[~sees], rtol=1e-5, atol=1e-5 * np.abs(delta_x).max())
+        depends = np.zeros(x.shape, bool)
+        depends[image] = np.multiply.outer(*(dependent(name, at, x.shape[1], False) for at in (row, column)))[..., None]
+        np.testing.assert_array_equal(np.isfinite(found_x), ~depends)
+        np.testing.assert_allclose(found_x[~depends], delta_x[~depends], rtol=1e-5, atol=1e-5 * np.abs(delta_x).max())
         assert np.isfinite(np.delete(found_w, channel, -1)).all()
 
 
 @pytest.mark.parametrize("hot", [1e4, 1e6])
 @pytest.mark.parametrize("name", LAYERS)
-def test_errors_are_those_of_what_an_output_sees(name, hot):
+def test_errors_scale_with_the_elements_that_a_result_depends_on(name, hot):
     """With one large element in x and δ, each result is within 1e-5 of Σ|x||w| of PyTorch's float64 result."""
     run, x, w, delta = layer(name, 32)
     x[16, 4, 5, 3] = delta[16, 4, 5, 3] = hot
@@ -164,20 +165,15 @@ def test_programs_do_not_grow_with_the_kernel(name):
 
 
 @pytest.mark.parametrize("size", [16, 32])
-def test_patches_far_apart_are_copied_row_by_row(size):
+def test_strided_patches_are_copied_dim_by_dim(size):
     """The gradient of a kernel with non-overlapping windows, as in vision transformers' patch embedding."""
-    win_lines = program_lines(
-        lambda x, d: correlation.kernel_grad(
-            correlation.Correlation(
-                correlation.Window((64, 64), (size, size), (size, size), ((0, 0),) * 2, (1, 1)), 1, np.dtype("f")
-            ),
-            x,
-            d,
-        ),
+    win = Window((64, 64), (size, size), (size, size), ((0, 0),) * 2, (1, 1))
+    lines = program_lines(
+        lambda x, delta: kernel_grad(Correlation(win, 1, np.dtype("f")), x, delta),
         (4, 64, 64, 3),
         (4, 64 // size, 64 // size, 64),
     )
-    assert win_lines < 12 * size
+    assert lines < 12 * size
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,7 +183,7 @@ def test_patches_far_apart_are_copied_row_by_row(size):
 @pytest.mark.parametrize("method", ["direct", "fft"])
 @pytest.mark.parametrize("spoilt", [np.nan, np.inf])
 @pytest.mark.parametrize("mode", ["full", "same", "valid"])
-def test_signals_keep_what_is_not_finite_within_reach(mode, spoilt, method):
+def test_non_finite_elements_of_signals_reach_only_dependent_results(mode, spoilt, method):
     """For an element of a, then of δ: results that depend on it are not finite, and all others are unchanged."""
     rng = np.random.default_rng(0)
     a, v = rng.standard_normal((17, 20)), rng.standard_normal((3, 4))
@@ -197,7 +193,7 @@ def test_signals_keep_what_is_not_finite_within_reach(mode, spoilt, method):
     y, (of_a, _) = run((a, v), delta)
     at = (8, 11)
 
-    def meets(shape, firsts):
+    def dependents(shape, firsts):
         return np.multiply.outer(*(
             (np.arange(n) >= f) & (np.arange(n) < f + k) for n, f, k in zip(shape, firsts, v.shape, strict=True)
         ))  # fmt: skip
@@ -206,22 +202,22 @@ def test_signals_keep_what_is_not_finite_within_reach(mode, spoilt, method):
     bad[at] = spoilt
     found, (same, found_v) = run((bad, v), delta)
     # o + first <= i < o + first + K
-    sees = meets(y.shape, [i - f - k + 1 for i, f, k in zip(at, first, v.shape, strict=True)])
-    np.testing.assert_array_equal(np.isfinite(found), ~sees)
-    np.testing.assert_allclose(found[~sees], y[~sees], rtol=1e-10, atol=1e-10)
+    depends = dependents(y.shape, [i - f - k + 1 for i, f, k in zip(at, first, v.shape, strict=True)])
+    np.testing.assert_array_equal(np.isfinite(found), ~depends)
+    np.testing.assert_allclose(found[~depends], y[~depends], rtol=1e-10, atol=1e-10)
     np.testing.assert_allclose(same, of_a, rtol=1e-10, atol=1e-10)
     assert not np.isfinite(found_v).any()
 
     bad = delta.copy()
     bad[at] = spoilt
     _, (found_a, _) = run((a, v), bad)
-    sees = meets(a.shape, [o + f for o, f in zip(at, first, strict=True)])
-    np.testing.assert_array_equal(np.isfinite(found_a), ~sees)
-    np.testing.assert_allclose(found_a[~sees], of_a[~sees], rtol=1e-10, atol=1e-10)
+    depends = dependents(a.shape, [o + f for o, f in zip(at, first, strict=True)])
+    np.testing.assert_array_equal(np.isfinite(found_a), ~depends)
+    np.testing.assert_allclose(found_a[~depends], of_a[~depends], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("spoilt", [np.nan, np.inf, 1e3])
-def test_a_template_is_matched_beside_what_is_not_finite(spoilt):
+def test_template_matching_next_to_non_finite_elements(spoilt):
     """Windows without the element agree with NumPy's correlation coefficients, forward and backward."""
     rng = np.random.default_rng(0)
     image, template = rng.standard_normal((24, 22)), rng.standard_normal((13, 12))

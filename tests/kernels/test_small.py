@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import pytest
 
-from jaxcnn.kernels import correlation
+from jaxcnn.kernels import lowering
 from tests import checks
 from tests.cases import CASES, covering
 
@@ -19,7 +19,7 @@ ONE_EACH = [next(case for case in FAMILY if case.op == op) for op in dict.fromke
 def none_is_small():
     """Disable the limit for small products, and clear JAX's caches, which hold earlier choices."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(correlation, "SMALL", 0)
+        monkeypatch.setattr(lowering, "SMALL", 0)
         jax.clear_caches()
         yield
     jax.clear_caches()

@@ -29,18 +29,18 @@ def test_gradients_where_stock_jax_reads_out_of_bounds(k, lo, hi, width):
 
 CORNERS = {
     # name: (x shape, w shape, options)
-    "patch as large as the picture": ((2, 4, 5, 3), (4, 5, 3, 2), {}),
-    "patch larger than the picture": ((2, 2, 3, 3), (4, 5, 3, 2), {"padding": ((1, 1), (2, 0))}),
-    "outputs that lie wholly in padding": ((2, 3, 4, 2), (2, 2, 2, 3), {"padding": ((5, 0), (0, 4))}),
-    "no output sees the picture": ((2, 1, 2), (2, 2, 3), {"stride": 5, "padding": ((3, 3),)}),
-    "stride larger than the patch": ((2, 11, 10, 2), (2, 1, 2, 3), {"stride": (4, 3)}),
+    "kernel as large as the input": ((2, 4, 5, 3), (4, 5, 3, 2), {}),
+    "kernel larger than the input": ((2, 2, 3, 3), (4, 5, 3, 2), {"padding": ((1, 1), (2, 0))}),
+    "outputs entirely in the padding": ((2, 3, 4, 2), (2, 2, 2, 3), {"padding": ((5, 0), (0, 4))}),
+    "no output depends on the input": ((2, 1, 2), (2, 2, 3), {"stride": 5, "padding": ((3, 3),)}),
+    "stride larger than the kernel": ((2, 11, 10, 2), (2, 1, 2, 3), {"stride": (4, 3)}),
     "1 × 1": ((2, 5, 4, 3), (1, 1, 3, 4), {}),
     "1 × 1 with stride and padding": ((2, 5, 6, 3), (1, 1, 3, 4), {"stride": 2, "padding": 1}),
-    "a dilated patch that misses the middle": ((2, 3, 3, 1), (2, 2, 1, 2), {"dilation": 2}),
+    "a dilated kernel that skips the middle": ((2, 3, 3, 1), (2, 2, 1, 2), {"dilation": 2}),
     "groups of one channel": ((2, 6, 7, 3), (3, 2, 1, 6), {"groups": 3, "stride": 2, "padding": 1}),
-    "one output channel a group": ((2, 6, 7, 4), (3, 2, 2, 2), {"groups": 2, "padding": 1}),
-    "a border repeated more often than the picture is long": ((2, 2, 3), (7, 3, 2), {"padding": "REPLICATE"}),
-    "one picture, one channel": ((1, 3, 3, 1), (2, 2, 1, 1), {}),
+    "one output channel per group": ((2, 6, 7, 4), (3, 2, 2, 2), {"groups": 2, "padding": 1}),
+    "a border repeated more often than the input is long": ((2, 2, 3), (7, 3, 2), {"padding": "REPLICATE"}),
+    "one image, one channel": ((1, 3, 3, 1), (2, 2, 1, 1), {}),
 }
 
 
@@ -52,7 +52,7 @@ def test_corners(name):
     assert_agrees(jaxcnn.conv, oracles.conv, x, w, b, options=options)
 
 
-def test_the_remainder_of_the_stride_gets_nothing():
+def test_the_remainder_of_the_stride_has_no_gradient():
     """Windows of 3 start at 0, 2 and 4 of 8 elements, so none contains the last."""
     x, w = np.random.default_rng(0).standard_normal((1, 8, 2)), np.random.default_rng(1).standard_normal((3, 2, 4))
     y, (delta_x, _) = assert_agrees(jaxcnn.conv, oracles.conv, x, w, options={"stride": 2})
@@ -62,7 +62,7 @@ def test_the_remainder_of_the_stride_gets_nothing():
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_what_is_not_finite_stays_in_reach_of_the_patch(groups):
+def test_non_finite_elements_stay_in_reach_of_the_kernel(groups):
     rng = np.random.default_rng(0)
     x, w = rng.standard_normal((1, 7, 7, 4)), rng.standard_normal((3, 3, 4 // groups, 4))
     x[0, 3, 3, 1], x[0, 6, 0, 2] = np.nan, np.inf
@@ -73,7 +73,7 @@ def test_what_is_not_finite_stays_in_reach_of_the_patch(groups):
     assert np.isfinite(delta_x).all()
 
 
-UNDONE = {
+TRANSPOSED = {
     # name: (y shape, w shape, options): a `conv` from y
     "a remainder of the stride": ((2, 8, 9, 3), (3, 2, 3, 4), {"stride": 2}),
     "every remainder": ((2, 10, 11, 12, 2), (2, 2, 2, 2, 3), {"stride": 4, "padding": 1}),
@@ -81,26 +81,26 @@ UNDONE = {
     "SAME_LOWER": ((2, 6, 9, 3), (4, 3, 3, 4), {"stride": 3, "padding": "SAME_LOWER"}),
     "CAUSAL": ((2, 9, 3), (4, 3, 4), {"stride": 2, "padding": "CAUSAL"}),
     "groups and dilation": ((2, 9, 8, 4), (3, 2, 2, 6), {"groups": 2, "dilation": 2, "padding": ((1, 0), (0, 2))}),
-    "padding larger than the patch": ((2, 3, 4, 2), (2, 2, 2, 3), {"padding": ((5, 0), (0, 4)), "stride": 2}),
-    "outputs that lie wholly in padding": ((2, 1, 2), (2, 2, 3), {"stride": 5, "padding": ((3, 3),)}),
+    "padding larger than the kernel": ((2, 3, 4, 2), (2, 2, 2, 3), {"padding": ((5, 0), (0, 4)), "stride": 2}),
+    "outputs entirely in the padding": ((2, 1, 2), (2, 2, 3), {"stride": 5, "padding": ((3, 3),)}),
 }
 
 
-@pytest.mark.parametrize("name", UNDONE)
-def test_conv_transpose_leads_back(name):
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_conv_transpose_is_the_adjoint_of_conv(name):
     """⟨conv(y, w), x⟩ = ⟨y, conv_transpose(x, w)⟩, and the shape of y is restored: conv_transpose is conv's δ rule."""
-    y_shape, w_shape, options = UNDONE[name]
+    y_shape, w_shape, options = TRANSPOSED[name]
     rng = np.random.default_rng(0)
     y, w = rng.standard_normal(y_shape), rng.standard_normal(w_shape)
     there, pull = jax.vjp(lambda y: jaxcnn.conv(y, w, **options), y)
     x = random_delta(there)
-    back = jaxcnn.conv_transpose(x, w, output_padding=left_over(y_shape, w_shape, **options), **options)
+    back = jaxcnn.conv_transpose(x, w, output_padding=remainder(y_shape, w_shape, **options), **options)
     assert back.shape == y.shape
     np.testing.assert_allclose(np.vdot(there, x), np.vdot(y, back), rtol=1e-10)
     np.testing.assert_allclose(back, pull(x)[0], rtol=1e-10, atol=1e-12)
 
 
-def left_over(y_shape, w_shape, *, stride=1, padding="VALID", dilation=1, groups=1):
+def remainder(y_shape, w_shape, *, stride=1, padding="VALID", dilation=1, groups=1):
     """Return the ``output_padding`` for the elements of y after conv's last window."""
     if padding in ("SAME", "SAME_LOWER"):
         return 0
@@ -112,7 +112,7 @@ def left_over(y_shape, w_shape, *, stride=1, padding="VALID", dilation=1, groups
 
 
 @pytest.mark.parametrize("more", [0, 1, 2])
-def test_what_is_padded_at_the_output_gets_the_bias_alone(more):
+def test_output_padding_gets_only_the_bias(more):
     x, w, b = np.ones((1, 2, 1)), np.ones((1, 1, 1)), np.array([7.0])
     y = jaxcnn.conv_transpose(x, w, b, stride=3, output_padding=more)
     assert y.ravel().tolist() == [8, 7, 7, 8, *([7] * more)]
@@ -123,11 +123,11 @@ def test_depthwise_conv_is_conv_with_as_many_groups_as_channels():
     x, w, b = rng.standard_normal((2, 6, 7, 3)), rng.standard_normal((3, 2, 1, 6)), rng.standard_normal(6)
     np.testing.assert_array_equal(jaxcnn.depthwise_conv(x, w, b), jaxcnn.conv(x, w, b, groups=3))
     # Output c·M + m is channel c with its kernel m.
-    alone = jaxcnn.conv(x[..., 1:2], w[..., 3:4])
-    np.testing.assert_allclose(jaxcnn.depthwise_conv(x, w)[..., 3:4], alone, rtol=1e-12)
+    channel = jaxcnn.conv(x[..., 1:2], w[..., 3:4])
+    np.testing.assert_allclose(jaxcnn.depthwise_conv(x, w)[..., 3:4], channel, rtol=1e-12)
 
 
-def test_the_patch_is_turned_on_the_way_back():
+def test_the_backward_pass_flips_the_kernel():
     """Lecture §15: δ_x is the full correlation of δ with the kernel flipped by 180°; without the flip it is wrong."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, 6, 6, 1))
@@ -145,8 +145,8 @@ def test_the_patch_is_turned_on_the_way_back():
         e[at] = step
         differences[at] = (error(x + e) - error(x - e)) / (2 * step)
 
-    def full(patch):
-        return np.asarray(jaxcnn.conv(delta, np.swapaxes(patch, 2, 3), padding=2))
+    def full(kernel):
+        return np.asarray(jaxcnn.conv(delta, np.swapaxes(kernel, 2, 3), padding=2))
 
     np.testing.assert_allclose(pull(delta)[0], differences, atol=1e-8)
     np.testing.assert_allclose(full(w[::-1, ::-1]), differences, atol=1e-8)
@@ -154,7 +154,7 @@ def test_the_patch_is_turned_on_the_way_back():
 
 
 @pytest.mark.parametrize("padding", ["REFLECT", "REPLICATE", "CIRCULAR"])
-def test_a_gradient_that_is_differentiated_keeps_its_value(padding):
+def test_a_differentiated_gradient_keeps_its_value(padding):
     rng = np.random.default_rng(0)
     x, w = rng.standard_normal((2, 5, 6, 3)), rng.standard_normal((3, 4, 3, 2))
     delta = rng.standard_normal((2, 5, 6, 2))
@@ -177,7 +177,7 @@ def precisions(run, *args):
         yield found.groups() if found else ("DEFAULT", "DEFAULT")
 
 
-SPELLED = {
+SPELLINGS = {
     "a name": ("highest", ("HIGHEST",) * 2),
     "a value": (lax.Precision.HIGH, ("HIGH",) * 2),
     "one for each": (("high", "highest"), ("HIGH", "HIGHEST")),
@@ -196,24 +196,24 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("rule", [None, jaxcnn.rules.autodiff])
-@pytest.mark.parametrize("spelled", SPELLED)
+@pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("layer", LAYERS)
-def test_precision_is_that_of_every_product(layer, spelled, rule):
+def test_every_product_has_the_requested_precision(layer, spelling, rule):
     """This checks programs of the forward pass and of both cotangents, because results on CPU would not show it."""
     op, *shapes = LAYERS[layer]
-    precision, expected = SPELLED[spelled]
+    precision, expected = SPELLINGS[spelling]
 
-    def both_halves(x, w):
+    def both_passes(x, w):
         y, pull = jax.vjp(lambda x, w: op(x, w, precision=precision, rule=rule), x, w)
         return pull(y)
 
-    found = [*precisions(both_halves, *(np.ones(shape, np.float32) for shape in shapes))]
+    found = [*precisions(both_passes, *(np.ones(shape, np.float32) for shape in shapes))]
     assert len(found) >= 3
     assert {frozenset(pair) for pair in found} == {frozenset(expected)}
 
 
 @pytest.mark.parametrize("padding", ["REFLECT", "REPLICATE", "CIRCULAR"])
-def test_forward_mode_with_a_picture_that_is_repeated(padding):
+def test_forward_mode_with_a_repeated_input(padding):
     """The code that extends the input is plain JAX in this case."""
     rng = np.random.default_rng(0)
     x, v = rng.standard_normal((2, 1, 5, 6, 2))

@@ -49,7 +49,7 @@ def test_labels_at_both_ends(labels):
     assert_as_optax(*of_labels(labels), normal(3, 5))
 
 
-def test_labels_are_targets_that_are_one_hot():
+def test_labels_equal_one_hot_targets():
     logits, labels = normal(4, 5), np.array([0, 4, 2, 2])
     delta = normal(4)
     y, (found,) = pulled(of_labels(labels)[0], (logits,), delta)
@@ -59,7 +59,7 @@ def test_labels_are_targets_that_are_one_hot():
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
-def test_huge_logits_neither_overflow_nor_lose_the_error(dtype):
+def test_huge_logits_neither_overflow_nor_lose_precision(dtype):
     """optax runs in float64; in float32 it loses log 3 = 1.0986 against 10⁴, because it subtracts after the log."""
     logits = np.array([[1e4, -1e4, 0], [1e4, -1e4, 0], [-1e4, -1e4, -1e4], [1e4, 1e4, 1e4]])
     labels, delta = np.array([0, 1, 2, 0]), normal(4)
@@ -74,7 +74,7 @@ def test_huge_logits_neither_overflow_nor_lose_the_error(dtype):
         np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
 
 
-def test_a_class_that_is_ruled_out_costs_nothing_where_its_target_is_zero():
+def test_an_impossible_class_costs_nothing_if_its_target_is_zero():
     """0·log 0 = 0; optax has a separate loss for this."""
     logits, targets = np.array([[-INF, 0.0, 1.0], [2.0, -INF, -INF]]), np.array([[0.0, 0.25, 0.75], [1.0, 0.0, 0.0]])
     delta = normal(2)
@@ -87,7 +87,7 @@ def test_a_class_that_is_ruled_out_costs_nothing_where_its_target_is_zero():
     assert_as_optax(*of_labels([2, 0]), logits)
 
 
-def test_a_class_that_is_ruled_out_and_true_costs_infinity():
+def test_an_impossible_true_class_costs_infinity():
     logits = np.array([[-INF, 0.0, 1.0]])
     assert jaxcnn.softmax_cross_entropy_with_integer_labels(logits, np.array([0])).tolist() == [INF]
     assert jaxcnn.softmax_cross_entropy(logits, np.array([[1.0, 0.0, 0.0]])).tolist() == [INF]
@@ -95,7 +95,7 @@ def test_a_class_that_is_ruled_out_and_true_costs_infinity():
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64])
 @pytest.mark.parametrize("classes", [5, 128, 256, 300])
-def test_every_integer_dtype_names_every_class_that_it_can_hold(dtype, classes):
+def test_every_integer_dtype_holds_every_class_that_it_can(dtype, classes):
     """This holds even if there are more classes than the dtype can hold: 256 classes with labels of one byte."""
     top = min(classes, np.iinfo(dtype).max + 1) - 1
     labels = np.array([0, top, top // 2], dtype)
@@ -104,19 +104,19 @@ def test_every_integer_dtype_names_every_class_that_it_can_hold(dtype, classes):
     assert_as_optax(ours, theirs, logits)
 
 
-def test_labels_that_are_known_are_looked_at_inside_a_trace_too():
+def test_concrete_labels_are_checked_inside_a_trace():
     labels = jnp.array([1, 5])
 
     @jax.jit
-    def error(logits):
+    def loss(logits):
         return jaxcnn.softmax_cross_entropy_with_integer_labels(logits, labels)
 
-    with pytest.raises(ValueError, match="labels must be 0 … 4, got 1 … 5"):
-        error(np.zeros((2, 5)))
-    assert error(np.zeros((2, 6))).shape == (2,)
+    with pytest.raises(ValueError, match="labels must be in 0 … 4, got 1 … 5"):
+        loss(np.zeros((2, 5)))
+    assert loss(np.zeros((2, 6))).shape == (2,)
 
 
-def test_labels_out_of_range_under_jit_are_nan_in_the_error_and_in_delta():
+def test_labels_out_of_range_under_jit_are_nan_in_the_loss_and_in_delta():
     """Under jit, labels cannot be validated. Other rows are not affected."""
     logits, labels, delta = normal(4, 5), np.array([2, -1, 5, 0]), normal(4)
 
@@ -134,7 +134,7 @@ def test_labels_out_of_range_under_jit_are_nan_in_the_error_and_in_delta():
     np.testing.assert_allclose(found[np.array(rest)], expected, **CLOSE)
 
 
-def test_squared_error_of_what_is_not_finite():
+def test_squared_error_of_non_finite_values():
     y, pull = jax.vjp(jaxcnn.squared_error, np.array([INF, 1e200, np.nan]), np.array([0.0, 0.0, 1.0]))
     np.testing.assert_array_equal(y, [INF, INF, np.nan])
     np.testing.assert_array_equal(pull(jnp.array([1.0, 2.0, 1.0]))[0], [INF, 4e200, np.nan])
@@ -179,7 +179,7 @@ def test_another_rule(name):
 
 
 @pytest.mark.parametrize("compile_it", [True, False])
-def test_labels_that_are_masked_out_have_no_gradient(compile_it):
+def test_masked_labels_have_no_gradient(compile_it):
     """The value and the gradient agree with PyTorch's `ignore_index` and with optax."""
     logits, labels = normal(6, 5), np.array([2, -100, 0, -100, 7, 4])
 
@@ -192,26 +192,26 @@ def test_labels_that_are_masked_out_have_no_gradient(compile_it):
     else:  # traced, although nothing is compiled
         found_y, found = (a[0] for a in jax.vmap(grad)(logits[None], labels[None]))
     expected_y, expected = jax.value_and_grad(masked(optax.softmax_cross_entropy_with_integer_labels))(logits, labels)
-    of_torch = torch.tensor(logits, requires_grad=True)
-    given = torch.tensor(np.where(labels == 7, -100, labels))
-    y = torch.nn.functional.cross_entropy(of_torch, given, ignore_index=-100, reduction="sum")
+    torch_logits = torch.tensor(logits, requires_grad=True)
+    torch_labels = torch.tensor(np.where(labels == 7, -100, labels))
+    y = torch.nn.functional.cross_entropy(torch_logits, torch_labels, ignore_index=-100, reduction="sum")
     y.backward()
-    for value, gradient in ((expected_y, expected), (y.detach(), of_torch.grad)):
+    for value, gradient in ((expected_y, expected), (y.detach(), torch_logits.grad)):
         np.testing.assert_allclose(found_y, value, **CLOSE)
         np.testing.assert_allclose(found, gradient, **CLOSE)
 
 
 @pytest.mark.parametrize("wrong", [INF, -INF, np.nan])
 @pytest.mark.parametrize("loss", [jaxcnn.squared_error, jaxcnn.softmax_cross_entropy])
-def test_rows_that_are_masked_out_have_no_gradient(loss, wrong):
+def test_masked_rows_have_no_gradient(loss, wrong):
     """Masked rows may have any predictions and targets; the other rows have the same gradient as without them."""
     y, target, keep = normal(4, 3), np.abs(normal(4, 3)), np.array([True, False, True, False])
-    marred = y.copy(), target.copy()
-    marred[0][1], marred[1][3, 0] = wrong, wrong
+    spoiled = y.copy(), target.copy()
+    spoiled[0][1], spoiled[1][3, 0] = wrong, wrong
     (of_rows,) = [jax.eval_shape(loss, y, target).shape]
     delta = np.random.default_rng(5).standard_normal(of_rows)
     delta[~keep] = 0
-    _, found = pulled(loss, marred, delta)
+    _, found = pulled(loss, spoiled, delta)
     _, expected = pulled(loss, (y, target), delta)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, **CLOSE)

@@ -23,29 +23,29 @@ def normal(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape)
 
 
-PICTURE = normal(2, 6, 6, 3)
+X = normal(2, 6, 6, 3)
 
 OPS = {
     # name: (op as a function of its arrays, differentiable arrays, type of Call.static)
-    "relu": (jaxcnn.relu, (PICTURE,), type(None)),
-    "silu": (jaxcnn.silu, (PICTURE,), Activation),
-    "leaky_relu": (functools.partial(jaxcnn.leaky_relu, negative_slope=0.3), (PICTURE,), Activation),
-    "conv": (functools.partial(jaxcnn.conv, padding="SAME"), (PICTURE, normal(3, 3, 3, 4), normal(4)), Correlation),
-    "conv without bias": (functools.partial(jaxcnn.conv, stride=2), (PICTURE, normal(3, 3, 3, 4)), Correlation),
-    "dense": (jaxcnn.dense, (PICTURE, normal(3, 5), normal(5)), type(None)),
-    "max_pool": (functools.partial(jaxcnn.max_pool, window=3, stride=1), (PICTURE,), Window),
+    "relu": (jaxcnn.relu, (X,), type(None)),
+    "silu": (jaxcnn.silu, (X,), Activation),
+    "leaky_relu": (functools.partial(jaxcnn.leaky_relu, negative_slope=0.3), (X,), Activation),
+    "conv": (functools.partial(jaxcnn.conv, padding="SAME"), (X, normal(3, 3, 3, 4), normal(4)), Correlation),
+    "conv without bias": (functools.partial(jaxcnn.conv, stride=2), (X, normal(3, 3, 3, 4)), Correlation),
+    "dense": (jaxcnn.dense, (X, normal(3, 5), normal(5)), type(None)),
+    "max_pool": (functools.partial(jaxcnn.max_pool, window=3, stride=1), (X,), Window),
     "kron": (jaxcnn.kron, (normal(2, 3), normal(3, 2)), type(None)),
-    "kron_up": (functools.partial(jaxcnn.kron_up, factor=2), (PICTURE,), Window),
-    "block_sum": (functools.partial(jaxcnn.block_sum, factor=2), (PICTURE,), Window),
-    "hidden_layer": (jaxcnn.hidden_layer, (PICTURE, normal(3, 3, 3, 4), normal(4)), Hidden),
+    "kron_up": (functools.partial(jaxcnn.kron_up, factor=2), (X,), Window),
+    "block_sum": (functools.partial(jaxcnn.block_sum, factor=2), (X,), Window),
+    "hidden_layer": (jaxcnn.hidden_layer, (X, normal(3, 3, 3, 4), normal(4)), Hidden),
     "squared_error": (jaxcnn.squared_error, (normal(4, 3), normal(4, 3, seed=1)), type(None)),
     "softmax_cross_entropy": (jaxcnn.softmax_cross_entropy, (normal(4, 3), normal(4, 3, seed=1)), type(None)),
 }
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_what_a_rule_may_read(name):
-    """A rule reads name, inputs, output, geometry, the exact rule, and the same op at other inputs."""
+def test_a_rule_reads_every_field_of_its_call(name):
+    """These are name, inputs, output, static part, the exact rule, and the same op at other inputs."""
     op, arrays, kind = OPS[name]
     expected_y, pull = jax.vjp(op, *arrays)
     elsewhere_y, elsewhere_pull = jax.vjp(op, *(a + 1 for a in arrays))
@@ -75,27 +75,27 @@ def test_what_a_rule_may_read(name):
     assert len(calls) == 1
 
 
-def test_a_rule_of_avg_pool_dropout_and_the_error_of_labels():
-    """These ops have inputs other than differentiable arrays, or a geometry without a public type."""
+def test_a_rule_of_avg_pool_dropout_and_the_loss_of_labels():
+    """These ops have inputs that are not differentiable, or a static part without a public type."""
 
     def doubled(call, delta):
         first, *rest = call.exact(delta)
         return (2 * first, *rest)
 
-    key, labels = jax.random.key(0), np.ones(PICTURE.shape[:-1], np.int32)
+    key, labels = jax.random.key(0), np.ones(X.shape[:-1], np.int32)
     for op in (
         functools.partial(jaxcnn.avg_pool, window=2),
         lambda x, rule: jaxcnn.dropout(x, 0.5, key, rule=rule),
         lambda x, rule: jaxcnn.softmax_cross_entropy_with_integer_labels(x, labels, rule=rule),
     ):
-        y, pull = jax.vjp(functools.partial(op, rule=None), PICTURE)
+        y, pull = jax.vjp(functools.partial(op, rule=None), X)
         delta = random_delta(y)
         for rule, times in ((doubled, 2), (jaxcnn.rules.autodiff, 1)):
-            found = jax.vjp(functools.partial(op, rule=rule), PICTURE)[1](delta)[0]
+            found = jax.vjp(functools.partial(op, rule=rule), X)[1](delta)[0]
             np.testing.assert_allclose(found, times * pull(delta)[0], **CLOSE)
 
 
-def backwards(call, delta):
+def only_positive(call, delta):
     """Guided backpropagation's rule for ReLU (Springenberg et al. 2015): only positive δ passes."""
     return (jnp.where(delta > 0, call.exact(delta)[0], 0),)
 
@@ -105,7 +105,7 @@ def test_a_rule_under_jit_vmap_and_grad():
     x, delta, xi = (normal(4, 5, seed=seed) for seed in range(3))
 
     def pulled(x, delta):
-        return jax.vjp(functools.partial(jaxcnn.relu, rule=backwards), x)[1](delta)[0]
+        return jax.vjp(functools.partial(jaxcnn.relu, rule=only_positive), x)[1](delta)[0]
 
     expected = np.where((x > 0) & (delta > 0), delta, 0)
     assert 0 < np.count_nonzero(expected) < np.count_nonzero(x > 0)
@@ -125,7 +125,7 @@ def test_cotangents_take_the_dtype_of_their_primals():
     assert [c.dtype for c in pull(random_delta(y))] == [np.float32, np.float32]
 
 
-def test_no_cotangent_is_zero():
+def test_a_cotangent_of_none_is_zero():
     """None stops δ, as in feedback alignment with frozen kernels."""
     x, w = normal(2, 5, 5, 3), normal(3, 3, 3, 4)
 
@@ -139,8 +139,8 @@ def test_no_cotangent_is_zero():
 
 
 @pytest.mark.parametrize("case", [case for case in one_each(CASES) if case.takes_rule], ids=str)
-def test_equal_calls_have_the_same_name_and_equal_geometry(case):
-    """Geometries are hashable, so a rule can pass them as static arguments or cache keys."""
+def test_equal_calls_have_the_same_name_and_equal_static(case):
+    """Static parts are hashable, so a rule can use them as static arguments or cache keys."""
     seen = []
 
     def note(call, delta):
@@ -158,26 +158,26 @@ def test_equal_calls_have_the_same_name_and_equal_geometry(case):
 
 
 @pytest.mark.parametrize("rule", [None, jaxcnn.rules.autodiff])
-def test_the_sum_where_a_residual_comes_back(rule):
+def test_the_sum_of_a_residual_block(rule):
     x, y, delta = (normal(2, 3, seed=seed) for seed in range(3))
     z, pull = jax.vjp(functools.partial(add, rule=rule), x, y)
     np.testing.assert_array_equal(z, x + y)
     np.testing.assert_array_equal(pull(delta), (delta, delta))
-    with pytest.raises(ValueError, match=r"^add: expected x and y of one shape, got x \(2, 3\), y \(3,\)$"):
+    with pytest.raises(ValueError, match=r"^add: x and y must be of one shape, got x \(2, 3\), y \(3,\)$"):
         add(x, y[0], rule=rule)
 
 
-def test_a_rule_that_is_not_called_costs_nothing():
+def test_the_value_does_not_call_the_rule():
     """Computing only the value never calls the rule."""
 
     def broken(call, delta):
         raise AssertionError
 
-    np.testing.assert_array_equal(jaxcnn.relu(PICTURE, rule=broken), jaxcnn.relu(PICTURE))
+    np.testing.assert_array_equal(jaxcnn.relu(X, rule=broken), jaxcnn.relu(X))
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_forward_mode_with_autodiff_alone(name):
+def test_forward_mode_requires_autodiff(name):
     """`custom_vjp` has no forward mode, but ``rule=autodiff`` does; it agrees with the transpose of the exact rule."""
     op, arrays, _ = OPS[name]
     y, pull = jax.vjp(op, *arrays)
@@ -198,7 +198,7 @@ def test_forward_mode_with_autodiff_alone(name):
 def test_a_split_is_part_of_the_type(inside):
     """Results are split along the batch only, have the same values, and each gradient is split like its array."""
     mesh = jax.make_mesh((2,), ("devices",), axis_types=(AxisType.Explicit,))
-    x, w = PICTURE, normal(3, 3, 3, 4)
+    x, w = X, normal(3, 3, 3, 4)
 
     def error(x, w):
         return (jaxcnn.max_pool(jaxcnn.conv(x, w, padding="SAME"), 2) ** 3).sum()

@@ -30,10 +30,10 @@ def delta_x(f, x, delta=None):
 
 def row(*entries):
     """Return a 1-D input with one channel."""
-    return as_picture(entries)
+    return as_image(entries)
 
 
-def as_picture(entries):
+def as_image(entries):
     """Return a batch of one input with one channel."""
     return np.array(entries, np.float64)[None, ..., None]
 
@@ -69,8 +69,8 @@ def test_hard_sigmoid_at_its_corners():
     assert_agrees(jaxcnn.hard_sigmoid, F.hardsigmoid, np.array([-INF, -4.0, -3.0, 0.0, 3.0, 4.0, INF]), rtol=1e-7)
 
 
-def test_squareplus_keeps_its_digits():
-    """For a large negative x, (x + √(x² + b))/2 loses all digits in float32."""
+def test_squareplus_is_precise_for_negative_x():
+    """For a large negative x, (x + √(x² + b))/2 loses all precision in float32."""
     x = np.array([-1e3, -1e2], np.float32)
     np.testing.assert_allclose(jaxcnn.squareplus(x), jaxcnn.squareplus(x.astype(np.float64)), rtol=1e-6)
 
@@ -150,8 +150,8 @@ MAX_POOLS = {
     "a window of -inf": (row(-INF, -INF, 1, -INF, -INF), {"window": 2}),
     "-inf under padding": (row(-INF, -INF, -INF), {"window": 3, "stride": 1, "padding": 1}),
     "-inf under padding, 2-D": (np.full((1, 4, 4, 1), -INF), {"window": 3, "stride": 1, "padding": 1}),
-    "window as large as the picture": (integers(2, 5, 4, 3), {"window": (5, 4)}),
-    "window larger than the picture": (integers(2, 3, 2, 3), {"window": (5, 4), "stride": 1, "padding": (2, 2)}),
+    "window as large as the input": (integers(2, 5, 4, 3), {"window": (5, 4)}),
+    "window larger than the input": (integers(2, 3, 2, 3), {"window": (5, 4), "stride": 1, "padding": (2, 2)}),
     "stride larger than the window": (integers(2, 9, 8, 3), {"window": 2, "stride": 4}),
     "a remainder": (integers(2, 8, 9, 3), {"window": 3}),
     "a remainder, overlapping": (integers(2, 8, 9, 3), {"window": 3, "stride": 2}),
@@ -180,7 +180,7 @@ def test_max_pool(name):
 
 
 @pytest.mark.parametrize("name", MAX_POOLS)
-def test_where_the_winners_stand(name):
+def test_indices_of_the_winners(name):
     """The indices are PyTorch's `return_indices` where it supports the padding; of two NaNs, PyTorch takes the last."""
     x, options = MAX_POOLS[name]
     y, indices = jaxcnn.max_pool_with_indices(x, **options)
@@ -222,17 +222,17 @@ BY_HAND = {
 @pytest.mark.parametrize("name", BY_HAND)
 def test_max_pool_by_hand(name):
     x, window, options, expected = BY_HAND[name]
-    found = delta_x(lambda x: jaxcnn.max_pool(x, window, **options), as_picture(x))
-    np.testing.assert_array_equal(found, as_picture(expected))
+    found = delta_x(lambda x: jaxcnn.max_pool(x, window, **options), as_image(x))
+    np.testing.assert_array_equal(found, as_image(expected))
 
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_max_pool_by_hand_with_more_than_64_entries(name):
     """The long form gives the same results: each element gets a row with 80 others that never win."""
     x, window, options, expected = BY_HAND[name]
-    x, expected = (as_picture(a)[..., None, :] for a in (x, expected))
+    x, expected = (as_image(a)[..., None, :] for a in (x, expected))
     ndim, pads = x.ndim - 3, options.get("padding", 0)
-    beside = [(0, 0)] * (ndim + 1) + [(0, 80), (0, 0)]
+    widths = [(0, 0)] * (ndim + 1) + [(0, 80), (0, 0)]
 
     def with_row(value, last):
         return (*(value if isinstance(value, tuple) else (value,) * ndim), last)
@@ -241,13 +241,13 @@ def test_max_pool_by_hand_with_more_than_64_entries(name):
         lambda x: jaxcnn.max_pool(
             x, with_row(window, 81), stride=with_row(options.get("stride", window), 1), padding=with_row(pads, 0)
         ),
-        np.pad(x, beside, constant_values=-INF),
+        np.pad(x, widths, constant_values=-INF),
     )
-    np.testing.assert_array_equal(found, np.pad(expected, beside))
+    np.testing.assert_array_equal(found, np.pad(expected, widths))
 
 
 @pytest.mark.parametrize(("window", "stride"), [(2, 2), (2, 1), (3, 2), (9, 5)])
-def test_delta_that_is_nan_reaches_its_winner_alone(window, stride):
+def test_delta_that_is_nan_reaches_only_its_winner(window, stride):
     x = np.random.default_rng(0).standard_normal((1, 15, 15, 1))
     options = {"window": window, "stride": stride}
     delta = random_delta(jax.eval_shape(functools.partial(jaxcnn.max_pool, **options), x))
@@ -283,7 +283,7 @@ def test_max_unpool_is_the_rule_of_max_pool(options):
     np.testing.assert_allclose(jaxcnn.max_unpool(delta, indices, (11, 10)), delta_x, rtol=1e-14)
 
 
-def test_what_is_out_of_range_under_jit_goes_nowhere():
+def test_indices_out_of_range_under_jit_are_dropped():
     y, delta = row(3.0, 5.0, 7.0, 9.0), row(2.0, 4.0)
     index = row(1, -1, 2, 1).astype(np.int32)
     x, pull = jax.vjp(jax.jit(lambda y, index: jaxcnn.max_unpool(y, index, 2)), y, index)
@@ -291,7 +291,13 @@ def test_what_is_out_of_range_under_jit_goes_nowhere():
     assert pull(delta)[0].ravel().tolist() == [4, 0, 0, 4]
 
 
-def test_indices_of_8_bits_reach_beyond_them():
+def test_indices_in_a_list_under_jit():
+    """A list may hold traced elements, whose range cannot be checked."""
+    unpool = jax.jit(lambda index: jaxcnn.max_unpool(np.ones((1, 2, 1)), [[[index], [2]]], 4))
+    np.testing.assert_array_equal(unpool(1).ravel(), [0, 1, 1, 0])
+
+
+def test_indices_of_8_bits_with_more_than_255_elements():
     y = np.ones((1, 1, 1))
     assert jaxcnn.max_unpool(y, np.full(y.shape, 255, np.uint8), 1000)[0, 255, 0] == 1
 
@@ -305,8 +311,8 @@ AVG_POOLS = {
     "stride 1": ((2, 5, 5, 2), {"window": (3, 2), "stride": 1, "padding": 1}),
     "a remainder": ((2, 8, 9, 3), {"window": 3}),
     "stride larger than the window": ((2, 9, 8, 3), {"window": 2, "stride": 4}),
-    "window as large as the picture": ((2, 5, 4, 3), {"window": (5, 4)}),
-    "window larger than the picture": ((2, 3, 2, 3), {"window": (5, 4), "stride": 1, "padding": 2}),
+    "window as large as the input": ((2, 5, 4, 3), {"window": (5, 4)}),
+    "window larger than the input": ((2, 3, 2, 3), {"window": (5, 4), "stride": 1, "padding": 2}),
     "the last window in padding": ((1, 5, 5, 1), {"window": 2, "padding": 1}),
     "81 entries": ((1, 12, 13, 2), {"window": 9, "stride": 2, "padding": 4}),
     "70 entries in 1-D": ((2, 95, 2), {"window": 70, "stride": 10, "padding": 9}),
@@ -324,12 +330,12 @@ def test_avg_pool(name, count_include_pad, ceil_mode):
 
 
 @pytest.mark.parametrize("count_include_pad", [False, True])
-def test_avg_pool_of_a_partial_window_alone(count_include_pad):
+def test_avg_pool_of_a_single_partial_window(count_include_pad):
     options = {"window": 3, "ceil_mode": True, "count_include_pad": count_include_pad}
     assert_agrees(jaxcnn.avg_pool, oracles.avg_pool, row(1, 5), options=options)
 
 
-def test_avg_pool_keeps_what_is_not_finite_in_its_own_window():
+def test_avg_pool_keeps_non_finite_values_in_their_windows():
     x = row(NAN, 1, INF, 2, -INF, INF, 3, 4)
     assert_agrees(jaxcnn.avg_pool, oracles.avg_pool, x, options={"window": 2})
 
@@ -348,7 +354,7 @@ LP_POOLS = {
     "negative entries, p = 2.5": (row(-1, 2, 3, 1), {"window": 2, "p": 2.5}),
     "NaN and infinity": (row(NAN, 1, INF, 2, 3, 4), {"window": 2}),
     "ceil_mode": (row(1, 2, 3, 4, 5), {"window": 3, "stride": 2, "ceil_mode": True}),
-    "ceil_mode, a partial window alone": (row(3, 4), {"window": 3, "ceil_mode": True}),
+    "ceil_mode, a single partial window": (row(3, 4), {"window": 3, "ceil_mode": True}),
 }
 
 
@@ -367,10 +373,10 @@ def test_adaptive_pooling_to_every_size(n):
     for size in range(1, n + 3):
         for name in ("adaptive_max_pool", "adaptive_avg_pool"):
             if name == "adaptive_max_pool":  # PyTorch takes the last of two NaNs, so a window has at most one
-                assert_agrees(getattr(jaxcnn, name), getattr(oracles, name), x, options={"size": size})
+                assert_agrees(getattr(jaxcnn, name), getattr(oracles, name), x, options={"output_size": size})
             else:
                 finite = np.where(np.isfinite(x), x, 7)
-                assert_agrees(getattr(jaxcnn, name), getattr(oracles, name), finite, options={"size": size})
+                assert_agrees(getattr(jaxcnn, name), getattr(oracles, name), finite, options={"output_size": size})
 
 
 def test_global_pooling_is_adaptive_pooling_to_one():
@@ -383,7 +389,7 @@ def test_global_pooling_is_adaptive_pooling_to_one():
 # Normalization
 
 
-def test_batch_norm_by_given_statistics_is_pytorchs_at_evaluation():
+def test_batch_norm_with_given_statistics_equals_pytorch_in_evaluation():
     rng = np.random.default_rng(0)
     x, scale, bias, mean = (rng.standard_normal(shape) for shape in ((2, 3, 4, 5), (5,), (5,), (5,)))
     var = rng.uniform(0.1, 2, 5)
@@ -406,15 +412,15 @@ NORMS = {
 
 
 @pytest.mark.parametrize("name", NORMS)
-def test_a_stretch_of_equal_entries_is_zero(name):
+def test_a_group_of_equal_elements_is_zero(name):
     ours, theirs, options = NORMS[name]
     y, _ = assert_agrees(ours, theirs, np.full((2, 3, 4), 7.0), options=options)
     assert not y.any()
 
 
 @pytest.mark.parametrize("name", NORMS)
-def test_a_stretch_far_from_zero_keeps_its_digits(name):
-    """In float32, Σ x²/n − m² loses all digits."""
+def test_a_group_far_from_zero_is_precise(name):
+    """In float32, Σ x²/n − m² loses all precision."""
     ours, _, options = NORMS[name]
     x = np.random.default_rng(0).integers(-8, 9, (4, 5, 6)).astype(np.float32)
     ours = functools.partial(ours, **options)
@@ -422,7 +428,7 @@ def test_a_stretch_far_from_zero_keeps_its_digits(name):
 
 
 @pytest.mark.parametrize("name", NORMS)
-def test_a_stretch_that_holds_nan_is_nan_and_the_others_are_not(name):
+def test_a_group_with_nan_is_nan_and_the_others_are_not(name):
     ours, theirs, options = NORMS[name]
     x = np.random.default_rng(0).standard_normal((2, 3, 4))
     x[0, 1, 2] = NAN
@@ -434,27 +440,27 @@ def test_a_stretch_that_holds_nan_is_nan_and_the_others_are_not(name):
 # ---------------------------------------------------------------------------------------------------------------------
 # Residuals: exactly what the rule reads, in the smallest exact form
 
-PICTURE, PATCH, BIAS = np.ones((2, 32, 32, 3), np.float32), np.ones((5, 5, 3, 4), np.float32), np.ones(4, np.float32)
+IMAGE, KERNEL, BIAS = np.ones((2, 32, 32, 3), np.float32), np.ones((5, 5, 3, 4), np.float32), np.ones(4, np.float32)
 RESIDUALS = {
-    "relu: the bit": (jaxcnn.relu, (PICTURE,), {("bool", (2, 32, 32, 3))}),
-    "leaky_relu: the bit": (jaxcnn.leaky_relu, (PICTURE,), {("bool", (2, 32, 32, 3))}),
-    "hard_sigmoid: the bit": (jaxcnn.hard_sigmoid, (PICTURE,), {("bool", (2, 32, 32, 3))}),
-    "mish: its slope": (jaxcnn.mish, (PICTURE,), {("float32", (2, 32, 32, 3))}),
-    "avg_pool: nothing": (lambda x: jaxcnn.avg_pool(x, 2), (PICTURE,), set()),
-    "max_pool: a byte": (lambda x: jaxcnn.max_pool(x, 2), (PICTURE,), {("uint8", (2, 16, 16, 3))}),
+    "relu: the bit": (jaxcnn.relu, (IMAGE,), {("bool", (2, 32, 32, 3))}),
+    "leaky_relu: the bit": (jaxcnn.leaky_relu, (IMAGE,), {("bool", (2, 32, 32, 3))}),
+    "hard_sigmoid: the bit": (jaxcnn.hard_sigmoid, (IMAGE,), {("bool", (2, 32, 32, 3))}),
+    "mish: its slope": (jaxcnn.mish, (IMAGE,), {("float32", (2, 32, 32, 3))}),
+    "avg_pool: nothing": (lambda x: jaxcnn.avg_pool(x, 2), (IMAGE,), set()),
+    "max_pool: a byte": (lambda x: jaxcnn.max_pool(x, 2), (IMAGE,), {("uint8", (2, 16, 16, 3))}),
     "max_pool_with_indices: a byte": (
-        lambda x: jaxcnn.max_pool_with_indices(x, 2)[0], (PICTURE,), {("uint8", (2, 16, 16, 3))}
+        lambda x: jaxcnn.max_pool_with_indices(x, 2)[0], (IMAGE,), {("uint8", (2, 16, 16, 3))}
     ),
-    "adaptive_avg_pool: nothing": (lambda x: jaxcnn.adaptive_avg_pool(x, 5), (PICTURE,), set()),
-    "global_max_pool: two bytes": (jaxcnn.global_max_pool, (PICTURE,), {("uint16", (2, 1, 1, 3))}),
+    "adaptive_avg_pool: nothing": (lambda x: jaxcnn.adaptive_avg_pool(x, 5), (IMAGE,), set()),
+    "global_max_pool: two bytes": (jaxcnn.global_max_pool, (IMAGE,), {("uint16", (2, 1, 1, 3))}),
     "batch_norm: x and two numbers a channel": (
-        jaxcnn.batch_norm, (PICTURE,), {("float32", PICTURE.shape), ("float32", (1, 1, 1, 3))},
+        jaxcnn.batch_norm, (IMAGE,), {("float32", IMAGE.shape), ("float32", (1, 1, 1, 3))},
     ),
-    "max_pool, 255 entries: a byte": (lambda x: jaxcnn.max_pool(x, (15, 17)), (PICTURE,), {("uint8", (2, 2, 1, 3))}),
-    "max_pool, 256 entries: two": (lambda x: jaxcnn.max_pool(x, 16), (PICTURE,), {("uint16", (2, 2, 2, 3))}),
+    "max_pool, 255 entries: a byte": (lambda x: jaxcnn.max_pool(x, (15, 17)), (IMAGE,), {("uint8", (2, 2, 1, 3))}),
+    "max_pool, 256 entries: two": (lambda x: jaxcnn.max_pool(x, 16), (IMAGE,), {("uint16", (2, 2, 2, 3))}),
     "hidden_layer: inputs and a byte": (
-        jaxcnn.hidden_layer, (PICTURE, PATCH, BIAS),
-        {("float32", PICTURE.shape), ("float32", PATCH.shape), ("uint8", (2, 14, 14, 4))},
+        jaxcnn.hidden_layer, (IMAGE, KERNEL, BIAS),
+        {("float32", IMAGE.shape), ("float32", KERNEL.shape), ("uint8", (2, 14, 14, 4))},
     ),
 }  # fmt: skip
 
@@ -468,7 +474,7 @@ def test_residuals(name):
 
 def test_dropout_keeps_the_key_and_not_the_mask():
     kept, *others = jax.tree.leaves(
-        jax.eval_shape(lambda key: jax.vjp(lambda x: jaxcnn.dropout(x, 0.5, key), PICTURE)[1], jax.random.key(0))
+        jax.eval_shape(lambda key: jax.vjp(lambda x: jaxcnn.dropout(x, 0.5, key), IMAGE)[1], jax.random.key(0))
     )
     assert not others
     assert jnp.issubdtype(kept.dtype, jax.dtypes.prng_key)
@@ -499,7 +505,7 @@ def test_dropout_forward_and_backward_draw_the_same_mask(rate):
     assert (np.asarray(y) != np.asarray(jaxcnn.dropout(x, rate, jax.random.key(4)))).any()
 
 
-def test_dropout_drops_what_is_not_finite():
+def test_dropout_drops_non_finite_values():
     y = np.asarray(jaxcnn.dropout(np.full(100, NAN), 0.5, jax.random.key(0)))
     assert set(np.unique(np.nan_to_num(y, nan=1.0))) == {0.0, 1.0}
 
@@ -570,7 +576,7 @@ HIDDEN = {
 
 
 @pytest.mark.parametrize("name", HIDDEN)
-def test_hidden_layer_is_conv_relu_and_max_pool_in_turn(name):
+def test_hidden_layer_equals_conv_relu_and_max_pool(name):
     """All windows pass the ReLU, about half of them, or none."""
     x_shape, w_shape, of_conv, window, of_pool = HIDDEN[name]
     rng = np.random.default_rng(0)
@@ -593,7 +599,7 @@ def test_hidden_layer_is_conv_relu_and_max_pool_in_turn(name):
     assert not any(map(np.any, found[1])), "where nothing passes there is no δ"
 
 
-def test_hidden_layer_passes_nan_on_and_lets_no_delta_back_there():
+def test_hidden_layer_returns_nan_and_blocks_its_delta():
     x = row(1, NAN, 3, 4, -5, -6)  # windows of two: NaN, 4, ≤ 0
     w, b = np.ones((1, 1, 1)), np.zeros(1)
     delta = row(3, 5, 7)
@@ -615,7 +621,7 @@ def test_hidden_layer_passes_nan_on_and_lets_no_delta_back_there():
         (lambda x: jaxcnn.gelu(x, approximate=True), 33000.0),
     ],
 )
-def test_activations_of_16_bits_have_room(f, x):
+def test_activations_of_16_bits_do_not_overflow(f, x):
     """x² and eˣ are computed in float32."""
     half = jnp.float16(x)
     y, slope = f(half), jax.grad(lambda x: f(x).astype(np.float32))(half)
@@ -623,7 +629,7 @@ def test_activations_of_16_bits_have_room(f, x):
     np.testing.assert_allclose([y, slope], [f(np.float64(x)), jax.grad(f)(np.float64(x))], rtol=1e-3, atol=1e-4)
 
 
-def test_pictures_without_entries():
+def test_empty_inputs():
     empty = np.zeros((2, 0, 6, 4), np.float32)
     assert jaxcnn.block_sum(empty, 2).shape == (2, 0, 3, 4)
     y, pull = jax.vjp(lambda x: jaxcnn.kron_up(x, 2), empty)
@@ -636,7 +642,8 @@ def test_no_classes(loss):
     logits = np.zeros((3, 0), np.float32)
     target = logits if loss == "softmax_cross_entropy" else np.zeros(3, int)
     for run in (getattr(jaxcnn, loss), jax.jit(getattr(jaxcnn, loss))):
-        with pytest.raises(ValueError, match=rf"^{loss}: logits must be a class or more, got shape \(3, 0\)(?=\n|$)"):
+        message = rf"^{loss}: logits must be \(…, C\) with C >= 1, got shape \(3, 0\)(?=\n|$)"
+        with pytest.raises(ValueError, match=message):
             run(logits, target)
 
 
@@ -668,15 +675,15 @@ def test_dropout_of_everything_is_zero_forward_and_backward(rule):
 # No intermediate value is NaN
 
 FINITE = {
-    "max_pool, padded": (functools.partial(jaxcnn.max_pool, window=3, stride=2, padding=1), PICTURE[:1, :6, :6]),
-    "max_pool, large windows": (functools.partial(jaxcnn.max_pool, window=9, padding=4), PICTURE[:1, :9, :9]),
+    "max_pool, padded": (functools.partial(jaxcnn.max_pool, window=3, stride=2, padding=1), IMAGE[:1, :6, :6]),
+    "max_pool, large windows": (functools.partial(jaxcnn.max_pool, window=9, padding=4), IMAGE[:1, :9, :9]),
     "avg_pool": (
-        functools.partial(jaxcnn.avg_pool, window=3, padding=1, count_include_pad=False), PICTURE[:1, :6, :6],
+        functools.partial(jaxcnn.avg_pool, window=3, padding=1, count_include_pad=False), IMAGE[:1, :6, :6],
     ),
-    "lp_pool of zeros": (functools.partial(jaxcnn.lp_pool, window=2, p=1.5), 0 * PICTURE[:1, :6, :6]),
-    "layer_norm of equal entries": (functools.partial(jaxcnn.layer_norm, eps=1e-5), PICTURE[:1, :6, :6]),
+    "lp_pool of zeros": (functools.partial(jaxcnn.lp_pool, window=2, p=1.5), 0 * IMAGE[:1, :6, :6]),
+    "layer_norm of equal entries": (functools.partial(jaxcnn.layer_norm, eps=1e-5), IMAGE[:1, :6, :6]),
     "match_template of equal entries": (
-        lambda x: jaxcnn.match_template(x[0, :, :, 0], np.eye(3, dtype=np.float32)), PICTURE[:1, :6, :6],
+        lambda x: jaxcnn.match_template(x[0, :, :, 0], np.eye(3, dtype=np.float32)), IMAGE[:1, :6, :6],
     ),
     "tanh at infinity": (jaxcnn.tanh, np.array([INF, -INF, 0.0])),
     "relu6 at infinity": (jaxcnn.relu6, np.array([INF, -INF, 0.0])),

@@ -90,7 +90,7 @@ def test_by_loops(rule, name, kind):
 
 
 @pytest.mark.parametrize("rule", [rules.proportional, rules.even_split], ids=lambda rule: rule.__name__)
-def test_nothing_is_lost(rule):
+def test_delta_is_conserved(rule):
     """δ is conserved, even in windows of zeros, of −∞, and of −∞ next to padding."""
     x = np.random.default_rng(0).standard_normal((2, 6, 6, 3))
     x[0, :3] = 0
@@ -123,5 +123,5 @@ def test_hidden_layer_is_its_three_ops(rule, stride):
         return jaxcnn.max_pool(jaxcnn.relu(jaxcnn.conv(x, w, b)), 2, stride=stride, rule=rule)
 
     delta = random_delta(jax.eval_shape(fused, *args))
-    for found, expected in zip(pulled(fused, args, delta)[1], pulled(in_turn, args, delta)[1], strict=True):
-        np.testing.assert_allclose(found, expected, **CLOSE)
+    for result, expected in zip(pulled(fused, args, delta)[1], pulled(in_turn, args, delta)[1], strict=True):
+        np.testing.assert_allclose(result, expected, **CLOSE)

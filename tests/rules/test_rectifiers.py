@@ -48,8 +48,8 @@ def test_hidden_layer_is_its_three_ops(rule, window, stride):
         return jaxcnn.max_pool(jaxcnn.relu(z, rule=rule), window, stride=stride)
 
     delta = random_delta(jax.eval_shape(fused, *args))
-    for found, expected in zip(pulled(fused, args, delta)[1], pulled(in_turn, args, delta)[1], strict=True):
-        np.testing.assert_allclose(found, expected, **CLOSE)
+    for result, expected in zip(pulled(fused, args, delta)[1], pulled(in_turn, args, delta)[1], strict=True):
+        np.testing.assert_allclose(result, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("op", ["leaky_relu", "elu", "gelu", "silu", "softplus", "sigmoid", "tanh"])

@@ -52,17 +52,17 @@ def back(name, rule, *args, delta=None):
     "rule", [rules.FeedbackAlignment(3), rules.sign_symmetric], ids=lambda r: getattr(r, "__name__", repr(r))
 )
 @pytest.mark.parametrize("name", ["conv", "conv, groups, no bias", "depthwise_conv", "conv_transpose", "dense"])
-def test_delta_comes_back_by_another_patch_alone(rule, name):
+def test_delta_x_uses_the_other_kernel(rule, name):
     """δ_x is that of the exact rule with kernel B, and the other gradients are the exact ones with kernel w."""
     _, (x, w, *b) = CALLS[name]
     other = np.sign(w) * np.abs(w).mean() if rule is rules.sign_symmetric else np.asarray(rule.kernel(w))
     delta_x, *of_parameters = back(name, rule)
     np.testing.assert_allclose(delta_x, back(name, None, x, other, *b)[0], **CLOSE)
-    for found, expected in zip(of_parameters, back(name, None)[1:], strict=True):
-        np.testing.assert_allclose(found, expected, **CLOSE)
+    for result, expected in zip(of_parameters, back(name, None)[1:], strict=True):
+        np.testing.assert_allclose(result, expected, **CLOSE)
 
 
-def test_another_patch_in_a_hidden_layer():
+def test_another_kernel_in_a_hidden_layer():
     rule = rules.FeedbackAlignment(3)
     x, w, b = CALLS["hidden_layer"][1]
 
@@ -71,12 +71,12 @@ def test_another_patch_in_a_hidden_layer():
 
     delta = random_delta(jax.eval_shape(in_turn, x, w, b))
     expected = pulled(in_turn, (x, w, b), delta)[1]
-    for found, want in zip(back("hidden_layer", rule, delta=delta), expected, strict=True):
-        np.testing.assert_allclose(found, want, **CLOSE)
+    for result, want in zip(back("hidden_layer", rule, delta=delta), expected, strict=True):
+        np.testing.assert_allclose(result, want, **CLOSE)
     assert np.abs(expected[0] - back("hidden_layer", None, delta=delta)[0]).max() > 0.1
 
 
-def test_the_random_patch():
+def test_the_random_kernel():
     """It is distributed like an initial kernel, with mean 0 and variance 2 / fan-in.
 
     It depends only on seed and shape, and is the same in every dtype and program.
@@ -90,11 +90,11 @@ def test_the_random_patch():
     np.testing.assert_array_equal(kernel, jax.jit(rules.FeedbackAlignment(1).kernel)(w))
     np.testing.assert_array_equal(kernel, rules.FeedbackAlignment(1).kernel(w.astype(np.float32)))
     assert np.abs(kernel - rules.FeedbackAlignment(2).kernel(w)).max() > 0.1
-    turned = np.asarray(rules.FeedbackAlignment(1).kernel(np.zeros((5, 5, 64, 32))))
-    assert abs(np.corrcoef(kernel.ravel(), turned.ravel())[0, 1]) < 0.05
+    flipped = np.asarray(rules.FeedbackAlignment(1).kernel(np.zeros((5, 5, 64, 32))))
+    assert abs(np.corrcoef(kernel.ravel(), flipped.ravel())[0, 1]) < 0.05
 
 
-def test_aligning():
+def test_training_aligns_w_with_b():
     """The rule is named after this effect: with B fixed, training aligns w with B."""
     rng = np.random.default_rng(0)
     teacher, x = rng.standard_normal((10, 4)), rng.standard_normal((256, 10))
@@ -138,8 +138,8 @@ def test_clipped(name):
     )  # fmt: skip
     short = clipped(delta, 0.7)
     assert [bool((a == b).all()) for a, b in zip(short, delta, strict=True)][:2] == [True, False]
-    found, expected = back(name, rules.ClipDelta(0.7), delta=delta), back(name, None, delta=short)
-    for a, b in zip(found, expected, strict=True):
+    result, expected = back(name, rules.ClipDelta(0.7), delta=delta), back(name, None, delta=short)
+    for a, b in zip(result, expected, strict=True):
         np.testing.assert_allclose(a, b, **CLOSE)
 
 
@@ -163,7 +163,7 @@ def scale(delta, dtype):
     return 1 if largest is None else 2.0 ** np.ceil(np.log2(np.abs(delta).max() / largest))
 
 
-def spread_out(seed=0, n=4000, least=-4):
+def of_many_magnitudes(seed=0, n=4000, least=-4):
     """Draw values of many magnitudes and both signs."""
     rng = np.random.default_rng(seed)
     return (rng.standard_normal(n) * np.exp(rng.uniform(least, 1, n))).astype(np.float32)
@@ -172,73 +172,73 @@ def spread_out(seed=0, n=4000, least=-4):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rounded_to_nearest(dtype):
     """Rounding agrees with ml_dtypes, including small values and values near zero."""
-    delta = spread_out(least=-20)
+    delta = of_many_magnitudes(least=-20)
     s = scale(delta, dtype)
     short = np.rint(delta / s) if dtype == "int8" else (delta / s).astype(DTYPES[dtype])
-    found = rules.QuantizedDelta(dtype, stochastic=False).quantised(jnp.asarray(delta))
-    np.testing.assert_array_equal(found, short.astype(np.float32) * s)
+    result = rules.QuantizedDelta(dtype, stochastic=False).quantized(jnp.asarray(delta))
+    np.testing.assert_array_equal(result, short.astype(np.float32) * s)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rounded_by_chance_to_a_neighbour(dtype):
+def test_stochastic_rounding_gives_a_neighbor(dtype):
     """Every result is the nearest number of the dtype above or below."""
-    delta = spread_out()
-    found = np.asarray(rules.QuantizedDelta(dtype).quantised(jnp.asarray(delta)))
+    delta = of_many_magnitudes()
+    result = np.asarray(rules.QuantizedDelta(dtype).quantized(jnp.asarray(delta)))
     s = scale(delta, dtype)
-    scaled = (found / s).astype(np.float32)
+    scaled = (result / s).astype(np.float32)
     exact = np.rint(scaled) if dtype == "int8" else scaled.astype(DTYPES[dtype]).astype(np.float32)
     np.testing.assert_array_equal(scaled, exact)
     up = np.nextafter(exact.astype(DTYPES[dtype]), DTYPES[dtype](448)) if dtype != "int8" else exact + 1
     down = np.nextafter(exact.astype(DTYPES[dtype]), DTYPES[dtype](-448)) if dtype != "int8" else exact - 1
     assert ((delta / s <= up.astype(np.float32)) | (delta <= 0)).all()
     assert ((delta / s >= down.astype(np.float32)) | (delta <= 0)).all()
-    nearest = np.asarray(rules.QuantizedDelta(dtype, stochastic=False).quantised(jnp.asarray(delta)))
-    assert 0.1 < (found != nearest).mean() < 0.5  # it would be a quarter if all distances were equally likely
+    nearest = np.asarray(rules.QuantizedDelta(dtype, stochastic=False).quantized(jnp.asarray(delta)))
+    assert 0.1 < (result != nearest).mean() < 0.5  # it would be a quarter if all distances were equally likely
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_right_on_average(dtype):
+def test_stochastic_rounding_is_unbiased(dtype):
     """The mean of 10,000 rounded copies of each element is that element, to within five standard errors."""
-    delta, copies = spread_out(1, 50).astype(float), 10_000
-    found = rules.QuantizedDelta(dtype).quantised(jnp.tile(jnp.asarray(delta, jnp.float32), (copies, 1)))
+    delta, copies = of_many_magnitudes(1, 50).astype(float), 10_000
+    result = rules.QuantizedDelta(dtype).quantized(jnp.tile(jnp.asarray(delta, jnp.float32), (copies, 1)))
     s = scale(delta, dtype)
     bits, lowest = {"bfloat16": (7, -126), "float8_e4m3fn": (3, -6), "int8": (0, 0)}[dtype]
     exponent = 0 if dtype == "int8" else np.maximum(np.floor(np.log2(np.abs(delta) / s)), lowest)
     step = s * 2.0 ** (exponent - bits)
     # The standard deviation of a value rounded to one of two numbers a step apart is at most half a step.
-    assert (np.abs(np.asarray(found, float).mean(0) - delta) <= 5 * step / 2 / np.sqrt(copies) + 1e-6 * delta**2).all()
-    assert (np.asarray(found).std(0) > step / 20).mean() > 0.9
+    assert (np.abs(np.asarray(result, float).mean(0) - delta) <= 5 * step / 2 / np.sqrt(copies) + 1e-6 * delta**2).all()
+    assert (np.asarray(result).std(0) > step / 20).mean() > 0.9
 
 
-def test_chance_is_decided_by_seed_and_delta():
-    delta = jnp.asarray(spread_out())
+def test_seed_and_delta_determine_the_rounding():
+    delta = jnp.asarray(of_many_magnitudes())
     rule = rules.QuantizedDelta("int8")
-    np.testing.assert_array_equal(rule.quantised(delta), rule.quantised(delta))
-    assert (rule.quantised(delta) != rules.QuantizedDelta("int8", seed=1).quantised(delta)).any()
+    np.testing.assert_array_equal(rule.quantized(delta), rule.quantized(delta))
+    assert (rule.quantized(delta) != rules.QuantizedDelta("int8", seed=1).quantized(delta)).any()
     other = delta.at[0].add(1e-3)
-    assert (rule.quantised(delta)[1:] != rule.quantised(other)[1:]).any()
+    assert (rule.quantized(delta)[1:] != rule.quantized(other)[1:]).any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_special_deltas(dtype):
     rule = rules.QuantizedDelta(dtype)
-    np.testing.assert_array_equal(rule.quantised(jnp.zeros((3, 2))), 0)
-    found = rule.quantised(jnp.array([jnp.nan, jnp.inf, -jnp.inf, 1.0, -2.0], jnp.float32))
-    np.testing.assert_array_equal(found[:3], [np.nan, np.inf, -np.inf])
-    assert jnp.isfinite(found[3:]).all()
+    np.testing.assert_array_equal(rule.quantized(jnp.zeros((3, 2))), 0)
+    result = rule.quantized(jnp.array([jnp.nan, jnp.inf, -jnp.inf, 1.0, -2.0], jnp.float32))
+    np.testing.assert_array_equal(result[:3], [np.nan, np.inf, -np.inf])
+    assert jnp.isfinite(result[3:]).all()
     largest = jnp.full(1000, np.finfo(np.float32).max)
-    assert jnp.isfinite(rule.quantised(largest)).all()
-    assert rule.quantised(jnp.zeros((0, 4))).shape == (0, 4)
+    assert jnp.isfinite(rule.quantized(largest)).all()
+    assert rule.quantized(jnp.zeros((0, 4))).shape == (0, 4)
     for kind in (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16):
-        assert rule.quantised(jnp.ones(3, kind)).dtype == kind
+        assert rule.quantized(jnp.ones(3, kind)).dtype == kind
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_the_exact_rule_reads_the_quantised_delta(name):
+def test_the_exact_rule_reads_the_quantized_delta(name):
     op, args = CALLS[name]
     rule = rules.QuantizedDelta("int8")
     delta = random_delta(jax.eval_shape(op, *args))
-    short = np.asarray(rule.quantised(jnp.asarray(delta)))
+    short = np.asarray(rule.quantized(jnp.asarray(delta)))
     assert 0 < np.abs(short - delta).max() <= scale(delta, "int8")
     for a, b in zip(back(name, rule, delta=delta), back(name, None, delta=short), strict=True):
         np.testing.assert_allclose(a, b, **CLOSE)
@@ -251,8 +251,8 @@ def test_the_exact_rule_reads_the_quantised_delta(name):
 @pytest.mark.parametrize(
     ("make", "kind", "message"),
     [
-        (lambda: rules.FeedbackAlignment(-1), ValueError, "FeedbackAlignment: seed must be 0 to 4294967295, got -1"),
-        (lambda: rules.FeedbackAlignment(0.5), TypeError, "FeedbackAlignment: seed must be ints, got 0.5"),
+        (lambda: rules.FeedbackAlignment(-1), ValueError, "FeedbackAlignment: seed must be 0 … 4294967295, got -1"),
+        (lambda: rules.FeedbackAlignment(0.5), TypeError, "FeedbackAlignment: seed must be an int, got 0.5"),
         (lambda: rules.ClipDelta(0), ValueError, "ClipDelta: norm must be a finite number > 0, got 0"),
         (lambda: rules.ClipDelta(jnp.ones(())), TypeError, "ClipDelta: norm must be a Python float, got ArrayImpl"),
         (
@@ -260,7 +260,7 @@ def test_the_exact_rule_reads_the_quantised_delta(name):
             "QuantizedDelta: dtype must be one of bfloat16, float8_e4m3fn, int8, got 'int4'",
         ),
         (lambda: rules.QuantizedDelta(stochastic=1), TypeError, "QuantizedDelta: stochastic must be a bool, got 1"),
-        (lambda: rules.QuantizedDelta(seed="0"), TypeError, "QuantizedDelta: seed must be ints, got '0'"),
+        (lambda: rules.QuantizedDelta(seed="0"), TypeError, "QuantizedDelta: seed must be an int, got '0'"),
     ],
 )  # fmt: skip
 def test_options(make, kind, message):

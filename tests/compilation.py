@@ -1,0 +1,35 @@
+"""How tests compile: fast, because compilation takes most of their time."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+#: Compiler options that undo `quickly` for one function.
+OPTIMISED: dict[str, Any] = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+    "xla_cpu_use_fusion_emitters": True,
+}
+
+
+def quickly() -> None:
+    """Turn off LLVM optimizations and XLA:CPU's fusion emitters; XLA's own passes all run.
+
+    This applies to this process, if XLA has not started yet, and to its children.
+    """
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@contextlib.contextmanager
+def with_optimizations() -> Iterator[None]:
+    """Turn LLVM optimizations on for a part of a test that runs longer than it compiles."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)

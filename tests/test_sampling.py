@@ -1,0 +1,95 @@
+"""The quick run covers what it promises, is the same for the same seed, and keeps to its budget."""
+
+import ast
+import itertools
+import types
+from pathlib import Path
+
+import pytest
+
+from tests import sampling
+from tests.cases import CASES, OPS, shows
+
+ROOT = Path(__file__).parents[1]
+
+
+def item(function, slow=False, **params):
+    """Return what sampling needs of a test in pytest."""
+    of_test = {"callspec": types.SimpleNamespace(params=params)} if params else {}
+    named = "-".join(str(value) for value in params.values())
+    return types.SimpleNamespace(
+        nodeid=f"tests/test_{function}.py::test_{function}" + (f"[{named}]" if params else ""),
+        get_closest_marker=lambda name: "a reason" if slow and name == "slow" else None,
+        **of_test,
+    )
+
+
+ONE, SLOW = item("one"), item("slow", slow=True)
+CHEAP = [item("cheap", value=i) for i in range(30)]
+PAIRS = [item("pairs", rule=rule, size=size) for rule, size in itertools.product("abcdef", range(10))]
+ROWS = [item("rows", case=case) for case in CASES]
+CHECKS = [item("checks", case=case) for case in CASES]
+ALL = [ONE, SLOW, *CHEAP, *PAIRS, *ROWS, *CHECKS]
+COSTS = {f"tests/test_{function}.py::test_{function}": 0.5 for function in ("pairs", "rows", "checks")}
+
+
+def sample(seed=0, budget=100.0):
+    return sampling.sample(ALL, seed, budget, COSTS)
+
+
+def of(function, items):
+    return [one for one in items if one.nodeid.startswith(f"tests/test_{function}.py")]
+
+
+@pytest.mark.parametrize("budget", [0.0, 100.0, 1e9])
+def test_what_is_not_sampled_runs_whole_except_slow_tests(budget):
+    found = sample(budget=budget)
+    assert ONE in found
+    assert SLOW not in found
+    assert of("cheap", found) == CHEAP
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_each_value_of_a_parameter_and_each_option_of_an_op_is_covered_at_any_budget(seed):
+    found = sample(seed, budget=0.0)
+    pairs = [one.callspec.params for one in of("pairs", found)]
+    assert {params["rule"] for params in pairs} == set("abcdef")
+    assert {params["size"] for params in pairs} == set(range(10))
+    assert len(pairs) == 10
+    rows = [one.callspec.params["case"] for one in [*of("rows", found), *of("checks", found)]]
+    assert set().union(*map(shows, rows)) == set().union(*map(shows, CASES))
+    assert of("rows", found)
+    assert of("checks", found)
+    assert len(rows) < len(CASES) / 1.5
+
+
+def test_a_larger_budget_covers_each_op_in_each_check():
+    found = sample(budget=200.0)
+    for function in ("rows", "checks"):
+        assert {one.callspec.params["case"].op for one in of(function, found)} == set(OPS)
+    spent = sum(0.5 for one in found if sampling.function_of(one.nodeid) in COSTS)
+    assert 199 < spent <= 200
+    assert sample(budget=1e9) == [one for one in ALL if one is not SLOW]
+
+
+def test_a_seed_draws_the_same_sample_and_another_seed_another():
+    assert sample(3) == sample(3)
+    assert sample(3) != sample(4)
+
+
+def test_the_order_is_that_of_the_suite_and_rows_stay_together():
+    found = sample()
+    assert found == [one for one in ALL if one in found]
+    a, b, c = CASES[:3]
+    mixed = [item("rows", case=a), item("rows", case=b), ONE, item("rows", case=c), item("rows", case=a)]
+    assert [one.callspec.params["case"] for one in of("rows", sampling.by_row(mixed))] == [a, a, b, c]
+
+
+def test_the_sampled_tests_exist_and_have_parameters():
+    """If this fails, run `make test-full ARGS=--junitxml=report.xml` and `python -m tools.costs report.xml`."""
+    for name, seconds in sampling.COSTS.items():
+        path, _, function = name.partition("::")
+        tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+        (found,) = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == function)
+        assert found.decorator_list, name
+        assert seconds > 0
