@@ -126,12 +126,12 @@ NETS = {
 
 @functools.cache
 def created(net):
-    return jax.device_get(jaxcnn.TrainState.create(net, optax.sgd(1.0), jax.random.key(0), (8, 8, 1)))
+    return jaxcnn.TrainState.create(net, optax.sgd(1.0), jax.random.key(0), (8, 8, 1))
 
 
 def initial(net):
-    """Return parameters and a new state with them, which the step may donate."""
-    return created(net).params, jax.device_put(created(net))
+    """Return parameters and a copy of the state with them, which the step may donate."""
+    return created(net).params, jax.tree.map(jnp.copy, created(net))
 
 
 @pytest.mark.parametrize(("rule", "op"), FITTING, ids=name_of)
