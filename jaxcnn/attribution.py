@@ -16,6 +16,7 @@ an error that names a layer that computes anything outside the ops that receive 
 import copy
 import dataclasses
 import difflib
+import functools
 import inspect
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
@@ -45,17 +46,32 @@ from jaxcnn.folding import fold_batch_norm
 from jaxcnn.geometry import PerDim, Window, window
 from jaxcnn.kernels.dtypes import accumulator
 from jaxcnn.layers import Activation, BatchNorm, Dense, Dropout, Flatten, Layer, LpPool, Params, Relu
-from jaxcnn.net import Residual, Serial, expect_net, is_custom, layers_of, located
+from jaxcnn.net import Model, Residual, Serial, expect_model, is_custom, layers_of, located, ops_of
 from jaxcnn.ops.mesh import automatic_inside
 from jaxcnn.ops.rule import Call, Rule, autodiff, rule_name
+from jaxcnn.propagation import for_relevance, for_rescale, inlined, reads
 from jaxcnn.rules.relevance import AlphaBeta, Epsilon, Flat, Gamma, ZBox, ZeroParams, ZPlus, pass_through, rescale
-from jaxcnn.selection import Checked, IfThere, Rules, Selection, check_matches, check_rules, rule_for, rule_of_sum
-from jaxcnn.taps import Collector, probe
+from jaxcnn.selection import (
+    Checked,
+    First,
+    IfThere,
+    Rules,
+    Selection,
+    check_matches,
+    check_rules,
+    rule_for,
+    rule_of_sum,
+)
+from jaxcnn.taps import Collector, probe, tapped_name
+from jaxcnn.tracing import Operation, Program, Traced, Value, evaluate, trace
+from jaxcnn.tracing.affine import channel_dims, dependents, run_chains
+from jaxcnn.tracing.replace import OfOps, with_rules
+from jaxcnn.tracing.replace import check_rules as check_function_rules
 
 
 def attribute(
-    net: Serial,
-    params: Params,
+    net: Model,
+    params: Any,
     x: ArrayLike,
     target: ArrayLike,
     *,
@@ -66,14 +82,16 @@ def attribute(
     """Return a map of how much each pixel of ``x`` contributes to the output ``target``.
 
     Args:
-        net: from `serial`.
-        params: the net's parameters.
+        net: a net from `serial`, or any function of ``params`` and ``x`` that returns ``(N, classes)``, such as
+            ``apply`` of a Flax module. A function is traced, as by `jaxcnn.explicit`.
+        params: its parameters, any tree.
         x: ``(N, …)``.
         target: a class, or one per example, ``(N,)``.
         method: "gradient", "gradient_times_input", "integrated_gradients", "smooth_grad", "grad_cam", "occlusion",
             "relevance" or "deep_lift": the function of this name in `jaxcnn.attribution`. None selects "relevance" if
             there are rules, and "gradient" otherwise.
-        rules: replacement backward rules, as in `Serial.apply`; for "relevance", one of the composites or your own.
+        rules: replacement backward rules, as in `Serial.apply` for a net and `jaxcnn.explicit` for a function; for
+            "relevance", one of the composites or your own.
         **options: keyword arguments of that function, such as ``layer=`` for "grad_cam".
 
     Returns:
@@ -99,7 +117,7 @@ def attribute(
     >>> jaxcnn.attribute(net, params, x, jnp.array([3, 7]), method="grad_cam", layer="hidden_layer1").shape
     (2, 13, 13)
     """
-    expect_net("attribute", net)
+    expect_model("attribute", net)
     method = ("gradient" if rules is None else "relevance") if method is None else method
     if not isinstance(method, str) or method not in METHODS:
         raise bad_value("attribute", "method", f"one of {', '.join(METHODS)}", repr(method))
@@ -121,14 +139,14 @@ def _check_options(method: str, options: Mapping[str, Any]) -> None:
 
 
 @automatic_inside()
-def gradient(net: Serial, params: Params, x: ArrayLike, target: ArrayLike, *, rules: Rules | None = None) -> Array:
+def gradient(net: Model, params: Any, x: ArrayLike, target: ArrayLike, *, rules: Rules | None = None) -> Array:
     """Return ∂y_target/∂x; δ starts as 1.
 
     With ``rules={Relu: guided_relu}`` this is guided backprop, and so on.
 
     Args:
-        net: from `serial`.
-        params: the net's parameters.
+        net: a net or function, as in `attribute`.
+        params: its parameters.
         x: ``(N, …)``.
         target: a class, or one per example.
         rules: replacement backward rules, as in `Serial.apply`.
@@ -139,18 +157,19 @@ def gradient(net: Serial, params: Params, x: ArrayLike, target: ArrayLike, *, ru
     Source: Simonyan et al. 2013.
     """
     x = _check_batch(x)
-    return _delta_of_input(net, params, x, _targets(net, params, x, target), rules)
+    model = _model(net, params, x)
+    return _delta_of_input(model, params, x, _targets(model, params, x, target), rules)
 
 
 @automatic_inside()
 def gradient_times_input(
-    net: Serial, params: Params, x: ArrayLike, target: ArrayLike, *, rules: Rules | None = None
+    net: Model, params: Any, x: ArrayLike, target: ArrayLike, *, rules: Rules | None = None
 ) -> Array:
     """Return ``x ∘ ∂y_target/∂x``.
 
     Args:
-        net: from `serial`.
-        params: the net's parameters.
+        net: a net or function, as in `attribute`.
+        params: its parameters.
         x: ``(N, …)``.
         target: a class, or one per example.
         rules: replacement backward rules, as in `Serial.apply`.
@@ -161,19 +180,20 @@ def gradient_times_input(
     Source: Shrikumar et al. 2016.
     """
     x = _check_batch(x)
-    return x * _delta_of_input(net, params, x, _targets(net, params, x, target), rules)
+    model = _model(net, params, x)
+    return x * _delta_of_input(model, params, x, _targets(model, params, x, target), rules)
 
 
 @automatic_inside()
-def relevance(net: Serial, params: Params, x: ArrayLike, target: ArrayLike, *, rules: Rules) -> Array:
+def relevance(net: Model, params: Any, x: ArrayLike, target: ArrayLike, *, rules: Rules) -> Array:
     """Run layer-wise relevance propagation: δ starts as the output y_target itself, and rules propagate it to x.
 
     This corresponds to zennit's ``Gradient(model, composite)(x, lambda y: y * one_hot)``. Rules that conserve relevance
     give a map whose sum is y_target.
 
     Args:
-        net: from `serial`.
-        params: the net's parameters.
+        net: a net or function, as in `attribute`.
+        params: its parameters.
         x: ``(N, …)``.
         target: a class, or one per example.
         rules: `epsilon_plus`, `epsilon_alpha2_beta1`, `epsilon_gamma_box`, or your own mapping. Max pooling and ReLU
@@ -192,28 +212,31 @@ def relevance(net: Serial, params: Params, x: ArrayLike, target: ArrayLike, *, r
     Source: Bach et al. 2015.
     """
     x = _check_batch(x)
-    targets = _targets(net, params, x, target)
     if rules is None:
         raise bad_type("attribute", "rules", "given for method 'relevance'", "None")
+    model = _model(net, params, x)
+    targets = _targets(model, params, x, target)
+    if isinstance(model, _Function):
+        return targets.nan_if_invalid(model.relevance(x, rules, targets.select))
     if not isinstance(rules, Mapping):
         rules = {Layer: rules}
-    check_rules(rules, [name for name, _ in net.walk()])
-    check_matches(rules, net)
-    _check_custom_relevance(net, params, x, rules)
-    names = {name for name, _ in net.walk()}
-    with_rule = {name for name, layer in net.walk() if rule_for(rules, name, layer) is not None}
-    net, params = fold_batch_norm(net, params, leave=with_rule)
-    folded = names - {name for name, _ in net.walk()}
+    check_rules(rules, [name for name, _ in model.walk()])
+    check_matches(rules, model)
+    _check_custom_relevance(model, params, x, rules)
+    names = {name for name, _ in model.walk()}
+    with_rule = {name for name, layer in model.walk() if rule_for(rules, name, layer) is not None}
+    folded_net, params = fold_batch_norm(model, params, leave=with_rule)
+    folded = names - {name for name, _ in folded_net.walk()}
     rules = {key: rule for key, rule in rules.items() if key not in folded}
     rules = Checked({**rules, IfThere(BatchNorm): rules.get(BatchNorm, Epsilon())})
-    _check_all_have_rules(net, rules)
-    return _delta_of_input(net, params, x, targets, rules, lambda y: y)
+    _check_all_have_rules(folded_net, rules)
+    return _delta_of_input(folded_net, params, x, targets, rules, lambda y: y)
 
 
 @automatic_inside()
 def integrated_gradients(
-    net: Serial,
-    params: Params,
+    net: Model,
+    params: Any,
     x: ArrayLike,
     target: ArrayLike,
     *,
@@ -224,8 +247,8 @@ def integrated_gradients(
     """Return ``(x − x₀) ∘ ∫₀¹ ∂y_target/∂x (x₀ + t(x − x₀)) dt``, whose sum is y_target(x) − y_target(x₀).
 
     Args:
-        net: from `serial`.
-        params: the net's parameters.
+        net: a net or function, as in `attribute`.
+        params: its parameters.
         x: ``(N, …)``.
         target: a class, or one per example.
         baseline: x₀, of a shape that broadcasts to x's.
@@ -239,13 +262,14 @@ def integrated_gradients(
     """
     x = _check_batch(x)
     x0 = _broadcast_baseline(x, "baseline", baseline)
-    targets = _targets(net, params, x, target)
+    model = _model(net, params, x)
+    targets = _targets(model, params, x, target)
     nodes, weights = np.polynomial.legendre.leggauss(static_int("attribute", "steps", steps, least=1))
     points = jnp.asarray((1 + nodes) / 2, x.dtype), jnp.asarray(weights / 2, x.dtype)
 
     def add(total: Array, point: tuple[Array, Array]) -> tuple[Array, None]:
         t, weight = point
-        return total + weight * _delta_of_input(net, params, x0 + t * (x - x0), targets, rules), None
+        return total + weight * _delta_of_input(model, params, x0 + t * (x - x0), targets, rules), None
 
     total, _ = jax.lax.scan(add, jnp.zeros_like(x), points)
     return (x - x0) * total
@@ -253,8 +277,8 @@ def integrated_gradients(
 
 @automatic_inside()
 def smooth_grad(
-    net: Serial,
-    params: Params,
+    net: Model,
+    params: Any,
     x: ArrayLike,
     target: ArrayLike,
     *,
@@ -266,8 +290,8 @@ def smooth_grad(
     """Return the mean gradient at x + noise: ``1/n Σ ∂y_target/∂x (x + σξ)``, ξ normal, σ = noise·(max x − min x).
 
     Args:
-        net: from `serial`.
-        params: the net's parameters.
+        net: a net or function, as in `attribute`.
+        params: its parameters.
         x: ``(N, …)``.
         target: a class, or one per example.
         key: from `jax.random.key`; sample i uses the i-th of ``jax.random.split(key, samples)``.
@@ -285,13 +309,14 @@ def smooth_grad(
     fraction = static_float("attribute", "noise", noise)
     if not 0 <= fraction < float("inf"):
         raise bad_value("attribute", "noise", "a finite number >= 0", noise)
-    targets = _targets(net, params, x, target)
+    model = _model(net, params, x)
+    targets = _targets(model, params, x, target)
     dims = tuple(range(1, x.ndim))
     sigma = fraction * (x.max(dims, keepdims=True) - x.min(dims, keepdims=True))
 
     def add(total: Array, key: Array) -> tuple[Array, None]:
         xi = jax.random.normal(key, x.shape, x.dtype)
-        return total + _delta_of_input(net, params, x + sigma * xi, targets, rules), None
+        return total + _delta_of_input(model, params, x + sigma * xi, targets, rules), None
 
     total, _ = jax.lax.scan(add, jnp.zeros_like(x), keys)
     return total / samples
@@ -299,8 +324,8 @@ def smooth_grad(
 
 @automatic_inside()
 def occlusion(
-    net: Serial,
-    params: Params,
+    net: Model,
+    params: Any,
     x: ArrayLike,
     target: ArrayLike,
     *,
@@ -311,8 +336,8 @@ def occlusion(
     """Return the decrease of y_target when a window of the image is covered; a pixel gets the mean over its windows.
 
     Args:
-        net: from `serial`.
-        params: the net's parameters.
+        net: a net or function, as in `attribute`.
+        params: its parameters.
         x: images ``(N, *spatial, C)``.
         target: a class, or one per example.
         window: size of the covered window, an int or one per dim; the last window may extend beyond the border.
@@ -327,10 +352,11 @@ def occlusion(
     x = _check_batch(x)
     win = _covering_windows(spatial_dims("attribute", x), window, stride)
     cover = jnp.asarray(static_float("attribute", "value", value), x.dtype)
-    targets = _targets(net, params, x, target)
+    model = _model(net, params, x)
+    targets = _targets(model, params, x, target)
 
     def output(x: Array) -> Array:
-        return targets.select(net.apply(params, x)).sum(1)
+        return targets.select(_outputs(model, params, x, None)).sum(1)
 
     uncovered = output(x)
 
@@ -348,8 +374,8 @@ def occlusion(
 
 @automatic_inside()
 def grad_cam(
-    net: Serial,
-    params: Params,
+    net: Model,
+    params: Any,
     x: ArrayLike,
     target: ArrayLike,
     *,
@@ -360,11 +386,12 @@ def grad_cam(
     """Return the Grad-CAM ``max(Σ_c α_c a_c, 0)`` of a layer's output a, with α_c the mean of δ_c over space.
 
     Args:
-        net: from `serial`.
-        params: the net's parameters.
+        net: a net or function, as in `attribute`.
+        params: its parameters.
         x: ``(N, …)``.
         target: a class, or one per example.
-        layer: name of a layer whose output is images, such as "conv2" or "residual1/conv2"; usually the last one.
+        layer: name of a layer whose output is images, such as "conv2" or "residual1/conv2"; usually the last one. For
+            a function, the name of an operation, as in `jaxcnn.operations`, or of a `tap`.
         relu: whether to drop negative evidence, as in the paper.
         rules: replacement backward rules for the layers after it.
 
@@ -378,18 +405,19 @@ def grad_cam(
     Source: Selvaraju et al. 2017.
     """
     x = _check_batch(x)
-    expect_net("attribute", net)
     relu = static_bool("attribute", "relu", relu)
-    names = [name for name, _ in net.walk()]
+    model = _model(net, params, x)
+    names = model.tap_names() if isinstance(model, _Function) else [name for name, _ in model.walk()]
     if layer not in names:
         near = difflib.get_close_matches(str(layer), names, n=3, cutoff=0.0)
-        raise bad_value("attribute", "layer", "the name of a layer", f"{layer!r}; the nearest are {', '.join(near)}")
-    rules = _with_names(net, rules)
+        expected = "the name of a layer" if isinstance(model, Serial) else "the name of an operation or tap"
+        raise bad_value("attribute", "layer", expected, f"{layer!r}; the nearest are {', '.join(near)}")
+    rules = rules if isinstance(model, _Function) else _with_names(model, rules)
 
     def tapped(probes: Mapping[str, Array]) -> tuple[Array, Collector]:
         collector = Collector(probes)
         with collector.collecting():
-            return _outputs(net, params, x, rules), collector
+            return _outputs(model, params, x, rules), collector
 
     types: dict[str, Any] = {}
 
@@ -400,7 +428,8 @@ def grad_cam(
 
     targets = _check_targets(x, jax.eval_shape(look), target)
     if layer not in types:
-        expected = "one that Serial.apply runs and whose output has a floating dtype"
+        runs = "Serial.apply" if isinstance(model, Serial) else "the function"
+        expected = f"one that {runs} runs and whose output has a floating dtype"
         raise bad_value("attribute", "layer", expected, repr(layer))
     if types[layer].ndim < 3:
         got = f"{layer!r} with output {types[layer].shape}"
@@ -412,20 +441,22 @@ def grad_cam(
 
     y, pull, a = jax.vjp(output, probe(types[layer]), has_aux=True)
     (delta,) = pull(targets.select(jnp.ones_like(y)))
+    channel = model.channel(layer) if isinstance(model, _Function) else -1
+    a, delta = jnp.moveaxis(a, channel, -1), jnp.moveaxis(delta, channel, -1)
     alpha = delta.mean(tuple(range(1, a.ndim - 1)), keepdims=True)
     heat = (a * alpha).sum(-1)
     return targets.nan_if_invalid(jnp.maximum(heat, 0) if relu else heat)
 
 
 @automatic_inside()
-def deep_lift(net: Serial, params: Params, x: ArrayLike, target: ArrayLike, *, reference: ArrayLike = 0.0) -> Array:
+def deep_lift(net: Model, params: Any, x: ArrayLike, target: ArrayLike, *, reference: ArrayLike = 0.0) -> Array:
     """Run DeepLIFT with the rescale rule: ``(x − x₀) ∘ m``, whose sum is y_target(x) − y_target(x₀).
 
     m is δ by `jaxcnn.rules.rescale`, which uses x and x₀ at once.
 
     Args:
-        net: from `serial`.
-        params: the net's parameters.
+        net: a net or function, as in `attribute`.
+        params: its parameters.
         x: ``(N, …)``.
         target: a class, or one per example.
         reference: x₀, of a shape that broadcasts to x's.
@@ -441,10 +472,15 @@ def deep_lift(net: Serial, params: Params, x: ArrayLike, target: ArrayLike, *, r
     """
     x = _check_batch(x)
     x0 = _broadcast_baseline(x, "reference", reference)
-    targets = _targets(net, params, x, target)
-    _check_custom_rescale(net, params, x)
-    rules = _with_names(net, rescale)
-    y, pull = jax.vjp(lambda both: _outputs(net, params, both, rules), jnp.concatenate([x, x0]))
+    model = _model(net, params, x)
+    targets = _targets(model, params, x, target)
+    both = jnp.concatenate([x, x0])
+    if isinstance(model, _Function):
+        y, pull = model.rescaled(params, both)
+    else:
+        _check_custom_rescale(model, params, x)
+        rules = _with_names(model, rescale)
+        y, pull = jax.vjp(lambda both: _outputs(model, params, both, rules), both)
     delta = targets.select(jnp.ones_like(y[: x.shape[0]]))
     m = pull(jnp.concatenate([delta, delta]))[0][: x.shape[0]]
     return targets.nan_if_invalid((x - x0) * m)
@@ -496,12 +532,12 @@ def epsilon_plus(*, epsilon: float = 1e-6, stabilizer: float = 1e-6, zero_params
 
 
 def epsilon_plus_flat(
-    net: Serial, *, epsilon: float = 1e-6, stabilizer: float = 1e-6, zero_params: ZeroParams = ()
+    net: Model, *, epsilon: float = 1e-6, stabilizer: float = 1e-6, zero_params: ZeroParams = ()
 ) -> dict[Any, Rule]:
     """Return `epsilon_plus` with the flat rule for the first layer, corresponding to zennit's EpsilonPlusFlat.
 
     Args:
-        net: the net, in which the first convolution or dense layer gets the flat rule.
+        net: the net or function, in which the first convolution or dense layer gets the flat rule.
         epsilon: ε of dense layers.
         stabilizer: ε of all other fractions.
         zero_params: parameters to treat as 0, as in `epsilon_plus`.
@@ -532,14 +568,14 @@ def epsilon_alpha2_beta1(
 
 
 def epsilon_alpha2_beta1_flat(
-    net: Serial, *, epsilon: float = 1e-6, stabilizer: float = 1e-6, zero_params: ZeroParams = ()
+    net: Model, *, epsilon: float = 1e-6, stabilizer: float = 1e-6, zero_params: ZeroParams = ()
 ) -> dict[Any, Rule]:
     """Return `epsilon_alpha2_beta1` with the flat rule for the first layer.
 
     This corresponds to zennit's EpsilonAlpha2Beta1Flat.
 
     Args:
-        net: the net, in which the first convolution or dense layer gets the flat rule.
+        net: the net or function, in which the first convolution or dense layer gets the flat rule.
         epsilon: ε of dense layers.
         stabilizer: ε of all other fractions.
         zero_params: parameters to treat as 0, as in `epsilon_plus`.
@@ -552,7 +588,7 @@ def epsilon_alpha2_beta1_flat(
 
 
 def epsilon_gamma_box(
-    net: Serial,
+    net: Model,
     low: Any = None,
     high: Any = None,
     *,
@@ -564,7 +600,7 @@ def epsilon_gamma_box(
     """Return `epsilon_plus` with γ for convolutions and zᴮ for the first, corresponding to zennit's EpsilonGammaBox.
 
     Args:
-        net: the net, in which the first convolution gets zᴮ.
+        net: the net or function, in which the first convolution gets zᴮ.
         low: the smallest value of a pixel after scaling of the net's inputs, a number or one per channel.
         high: the largest value of a pixel.
         epsilon: ε of dense layers.
@@ -622,9 +658,14 @@ def _for_types(types: tuple[type, ...], rule: Rule) -> dict[Any, Rule]:
     return dict.fromkeys(map(IfThere, types), rule)
 
 
-def _for_first(net: Serial, types: tuple[type, ...], rule: Rule) -> dict[Any, Rule]:
-    """Return the rule under the name of the first layer of these types, if there is one."""
-    expect_net("attribute", net)
+def _for_first(net: Model, types: tuple[type, ...], rule: Rule) -> dict[Any, Rule]:
+    """Return the rule under the name of the first layer of these types, if there is one.
+
+    The operations of a function are known once it is called; until then the key is a `First`.
+    """
+    expect_model("attribute", net)
+    if not isinstance(net, Serial):
+        return {First(types): rule}
     return dict.fromkeys([name for name, layer in net.walk() if isinstance(layer, types)][:1], rule)
 
 
@@ -651,20 +692,23 @@ def _check_all_have_rules(net: Serial, rules: Mapping[Any, Rule]) -> None:
 
 
 def _delta_of_input(
-    net: Serial,
-    params: Params,
+    net: "Serial | _Function",
+    params: Any,
     x: Array,
     targets: "_Targets",
     rules: Rules | None,
     start: Callable[[Array], Array] = jnp.ones_like,
 ) -> Array:
     """Return the net's δ of x, where δ of the outputs is ``start(y)`` at the target and 0 elsewhere."""
-    rules = _with_names(net, rules)
+    if isinstance(net, Serial):
+        rules = _with_names(net, rules)
     y, pull = jax.vjp(lambda x: _outputs(net, params, x, rules), x)
     return targets.nan_if_invalid(pull(targets.select(start(y)))[0])
 
 
-def _outputs(net: Serial, params: Params, x: Array, rules: Rules | None) -> Array:
+def _outputs(net: "Serial | _Function", params: Any, x: Array, rules: Rules | None) -> Array:
+    if isinstance(net, _Function):
+        return net.outputs(x, rules)
     return net.apply(params, x) if rules is None else net.apply(params, x, rules=rules)
 
 
@@ -742,9 +786,10 @@ class _Targets:
         return jnp.where(jnp.expand_dims(valid, range(valid.ndim, heat.ndim)), heat, jnp.nan)
 
 
-def _targets(net: Serial, params: Params, x: Array, target: Any) -> _Targets:
+def _targets(net: "Serial | _Function", params: Any, x: Array, target: Any) -> _Targets:
     """Return the targets, checked before anything is computed."""
-    expect_net("attribute", net)
+    if isinstance(net, _Function):
+        return _check_targets(x, net.result_type(), target)
     return _check_targets(x, jax.eval_shape(lambda: net.apply(params, x)), target)
 
 
@@ -786,6 +831,94 @@ def _concrete(target: Any) -> np.ndarray:
     if not np.issubdtype(values.dtype, np.integer):
         raise bad_type("attribute", "target", "of an integer dtype", values.dtype)
     return values
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Functions
+
+
+def _model(net: Any, params: Any, x: Array) -> "Serial | _Function":
+    """Return a net as it is, and a function as it is traced for these parameters and this x."""
+    expect_model("attribute", net)
+    return net if isinstance(net, Serial) else _Function(net, trace(net, params, x))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Function:
+    """A function of parameters and x, traced for one call of `attribute`."""
+
+    fun: Callable[..., Any]
+    traced: Traced
+
+    @property
+    def x(self) -> Value:
+        """Return the input x, which is the last argument."""
+        return self.traced.program.inputs[-1]
+
+    def result_type(self) -> Any:
+        """Return the type of the function's result."""
+        return self.traced.result(
+            [jax.ShapeDtypeStruct(a.aval.shape, a.aval.dtype) for a in self.traced.program.outputs]
+        )
+
+    def outputs(self, x: Array, rules: Rules | None) -> Any:
+        """Return the function's result for another x."""
+        return self._evaluated(with_rules("attribute", self.traced.program, self._keyed(rules)), x)
+
+    def _evaluated(self, program: Program, x: Array) -> Any:
+        return self.traced.result(evaluate(program, (*self.traced.arrays[:-1], x), run_chains))
+
+    def relevance(self, x: Array, rules: Any, select: Callable[[Array], Array]) -> Array:
+        """Return relevance, which starts as ``select(y)``."""
+        keyed = self._keyed(rules)
+        program = for_relevance(with_rules("attribute", self.traced.program, keyed), self.x, keyed)
+        y, pull = jax.vjp(functools.partial(self._evaluated, program), x)
+        return pull(select(y))[0]
+
+    def rescaled(self, params: Any, both: Array) -> tuple[Array, Any]:
+        """Return outputs and VJP of DeepLIFT for examples followed by references."""
+        doubled = _Function(self.fun, trace(self.fun, params, both))
+        program = for_rescale(doubled.traced.program, doubled.x)
+        return jax.vjp(functools.partial(doubled._evaluated, program), both)
+
+    def tap_names(self) -> list[str]:
+        """Return the names of all operations and taps."""
+        return list(self._tapped())
+
+    def channel(self, name: str) -> int:
+        """Return the dim of the channels in the value at a tap."""
+        value = self._tapped()[name]
+        return channel_dims(self.traced.program).get(value, len(value.shape) - 1)
+
+    def _tapped(self) -> dict[str, Value]:
+        program = self.traced.program
+        taps = {name: step.outputs[0] for step in program.steps if (name := _tap_name(step)) is not None}
+        return {step.name: step.output for step in program.operations() if step.tapped} | taps
+
+    def _keyed(self, rules: Any) -> Any:
+        """Return rules whose keys are those of `jaxcnn.explicit`, with the keys of composites as op names."""
+        if not isinstance(rules, Mapping):
+            check_function_rules("attribute", rules)
+            return rules
+        keyed: dict[Any, Any] = {}
+        for key, rule in rules.items():
+            if isinstance(key, First):
+                names = [step.name for step in self._dependent() if step.form.kind in ops_of(*key.kinds)]
+                keyed |= dict.fromkeys(names[:1], rule)
+            else:
+                keyed.setdefault(OfOps(ops_of(key.kind)) if isinstance(key, IfThere) else key, rule)
+        check_function_rules("attribute", keyed)
+        return keyed
+
+    def _dependent(self) -> list[Operation]:
+        """Return the operations that depend on x, in order."""
+        program = inlined(self.traced.program)
+        data = dependents(program, [self.x])
+        return [step for step in program.steps if isinstance(step, Operation) and reads(step, data)]
+
+
+def _tap_name(step: Any) -> str | None:
+    return None if isinstance(step, Operation) else tapped_name(step.eqn)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """One forward and backward pass that returns the loss, its gradients, and every layer's activation and δ by name."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxcnn.arguments import bad_type, expect_function, expect_scalar
-from jaxcnn.layers import Params
-from jaxcnn.net import Loss, Serial, expect_loss, expect_net
-from jaxcnn.selection import Rules
+from jaxcnn.explicit import explicit
+from jaxcnn.net import Loss, Model, Serial, expect_loss, expect_model
 from jaxcnn.taps import Collector, probe
 
 
@@ -37,30 +37,33 @@ class BackpropResult:
 
 
 def backprop(
-    net: Serial,
+    net: Model,
     loss: Loss,
-    params: Params,
+    params: Any,
     x: ArrayLike,
     targets: Any,
     *,
     key: Array | None = None,
-    rules: Rules | None = None,
+    rules: Any = None,
 ) -> BackpropResult:
     """Return a net's loss, its gradients, and every layer's activation and δ by name.
+
+    For a function, such as ``apply`` of a Flax module, these are the operations and names of `jaxcnn.explicit`.
 
     δ = ∂E/∂(the layer's output). The gradients are those of `jax.grad`. No extra computation is done; intermediate
     values that `jax.grad` discards are kept. Under jit, return only the parts of the result that you need: XLA then
     drops the rest. Errors of the net and of ``loss`` propagate.
 
     Args:
-        net: from `serial`.
+        net: a net from `serial`, or any function of ``params`` and ``x``.
         loss: as in `make_train_step`, a function of outputs and targets that returns an array, whose mean is E. Each
             example's δ has the factor 1/N. A scalar E is accepted as well.
-        params: parameters as made by its `init`.
+        params: its parameters.
         x: a batch ``(N, …)``.
         targets: passed to ``loss``.
-        key: from `jax.random.key`; if given, the net is in training mode (dropout is active).
-        rules: replacement backward rules, as in `Serial.apply`; the result has the δ that they produce.
+        key: from `jax.random.key`; if given, the net is in training mode (dropout is active). Functions take none.
+        rules: replacement backward rules, as in `Serial.apply` for a net and `jaxcnn.explicit` for a function; the
+            result has the δ that they produce.
 
     Returns:
         A `BackpropResult`.
@@ -81,11 +84,17 @@ def backprop(
     >>> result.deltas["relu1"].shape, result.gradients["conv1"]["weight"].shape
     ((8, 3, 3, 4), (3, 3, 1, 4))
     """
-    expect_net("backprop", net)
+    expect_model("backprop", net)
     expect_loss("backprop", loss)
+    if isinstance(net, Serial):
+        run = functools.partial(net.apply, key=key, rules=rules)
+    elif key is None:
+        run = explicit(net, rules=rules)
+    else:
+        raise bad_type("backprop", "key", "None for a function, which reads keys from params or x", repr(key))
 
-    def mean_loss(params: Params) -> Array:
-        losses = jnp.asarray(loss(net.apply(params, x, key=key, rules=rules), targets))
+    def mean_loss(params: Any) -> Array:
+        losses = jnp.asarray(loss(run(params, x), targets))
         if not jnp.issubdtype(losses.dtype, jnp.floating):
             raise bad_type("backprop", "the result of loss", "of a floating dtype", losses.dtype)
         return losses.mean()

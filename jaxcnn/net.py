@@ -457,15 +457,36 @@ def _in_library(method: Any) -> bool:
 
 def layers_of(*kinds: str) -> tuple[type[Layer], ...]:
     """Return the layer types of this library whose op is of one of these kinds, in the order of the ops."""
-    classes = [kind for kind in vars(layer_module).values() if isinstance(kind, type) and issubclass(kind, OpLayer)]
-    types = {kind.op.__name__: kind for kind in classes if hasattr(kind, "op")}
+    types = _layer_types()
     return tuple(types[op] for op in names_of(*kinds) if op in types)
+
+
+def ops_of(*types: type) -> tuple[str, ...]:
+    """Return the names of the ops that layers of these types apply; the sum of a net is "add"."""
+    ops = [op for op, layer in _layer_types().items() if issubclass(layer, types)]
+    return (*ops, "add") if issubclass(Residual, types) else tuple(ops)
+
+
+def _layer_types() -> dict[str, type[Layer]]:
+    """Map the name of each op to the layer type that applies it."""
+    classes = [kind for kind in vars(layer_module).values() if isinstance(kind, type) and issubclass(kind, OpLayer)]
+    return {kind.op.__name__: kind for kind in classes if hasattr(kind, "op")}
+
+
+#: A net, or a function of parameters and x.
+Model = Serial | Callable[[Any, Any], Any]
 
 
 def expect_net(op: str, net: Any) -> None:
     """Raise TypeError unless ``net`` is a `Serial`."""
     if not isinstance(net, Serial):
         raise bad_type(op, "net", "a net from serial", repr(net))
+
+
+def expect_model(op: str, net: Any) -> None:
+    """Raise TypeError unless ``net`` is a `Serial` or a function."""
+    if not isinstance(net, Serial) and (isinstance(net, Layer | type) or not callable(net)):
+        raise bad_type(op, "net", "a net from serial or a function (params, x)", repr(net))
 
 
 def expect_loss(op: str, loss: Any) -> None:

@@ -36,6 +36,13 @@ class IfThere:
         return repr(self.kind)
 
 
+@dataclasses.dataclass(frozen=True)
+class First:
+    """A key of ``rules=`` for the first operation of a function that a layer of these types would apply."""
+
+    kinds: tuple[type, ...]
+
+
 class Checked(dict[Any, Any]):
     """Rules whose keys have been checked against their net."""
 

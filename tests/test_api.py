@@ -34,11 +34,13 @@ IMPORTS = {
     "tracing": {"arguments", "geometry", "ops", "taps", "tracing"},
     "explicit": {"arguments", "taps", "tracing"},
     "lax": {"tracing"},
-    "backprop": {"arguments", "geometry", "ops", "rules", "layers", "net", "selection", "taps"},
+    "backprop": {"arguments", "explicit", "net", "taps"},
+    "propagation": {"arguments", "ops", "rules", "tracing"},
     "folding": {"arguments", "branches", "geometry", "layers", "net"},
     # kernels: the dtype of sums
     "attribution": {
-        "arguments", "geometry", "kernels", "ops", "rules", "layers", "net", "backprop", "folding", "selection", "taps",
+        "arguments", "geometry", "kernels", "ops", "rules", "layers", "net", "backprop", "folding", "propagation",
+        "selection", "taps", "tracing",
     },
     # kernels: per-example products, which no op has
     "per_example": {

@@ -13,7 +13,15 @@ import jax.numpy as jnp
 from jaxcnn.arguments import bad_type, bad_value
 from jaxcnn.ops.rule import Rule, autodiff
 from jaxcnn.tracing.evaluate import call_form
-from jaxcnn.tracing.program import Form, Operation, Program
+from jaxcnn.tracing.program import Operation, Program
+
+
+@dataclasses.dataclass(frozen=True)
+class OfOps:
+    """A key of ``rules=`` that selects operations by the names of their ops, and may match nothing."""
+
+    ops: tuple[str, ...]
+
 
 #: One rule for all operations, or a mapping from names, ops or predicates (name, op) → bool to rules.
 Rules = Rule | Mapping[Any, Rule | None]
@@ -26,7 +34,8 @@ def check_rules(op: str, rules: Any) -> None:
     if not isinstance(rules, Mapping):
         raise bad_type(op, "rules", "a rule, or a mapping from names, ops or predicates to rules", repr(rules))
     for key in rules:
-        if not (isinstance(key, str) or is_op(key) or _is_predicate(key)):
+        is_key = isinstance(key, str | OfOps) or is_op(key) or _is_predicate(key)
+        if not is_key or isinstance(key, type):
             raise bad_type(
                 op, "a key of rules", "a name, an op such as jaxcnn.conv, or a predicate (name, op)", repr(key)
             )
@@ -51,11 +60,11 @@ def with_rules(op: str, program: Program, rules: Rules | None) -> Program:
     operations = list(program.operations())
     if isinstance(rules, Mapping):
         for key in rules:
-            if not any(_matches(key, operation) for operation in operations):
+            if not isinstance(key, OfOps) and not any(_matches(key, operation) for operation in operations):
                 raise bad_value(op, "a key of rules", "the name or op of an operation", _unknown(key, operations))
-    given = program.map(lambda operation: dataclasses.replace(operation, rule=_rule_of(rules, operation)))
+    given = program.map(lambda operation: dataclasses.replace(operation, rule=rule_of(rules, operation)))
     for operation in given.operations():
-        _check_fits(operation)
+        check_fits(operation)
     return given
 
 
@@ -75,10 +84,13 @@ def _is_predicate(key: Any) -> bool:
 def _matches(key: Any, operation: Operation) -> bool:
     if isinstance(key, str):
         return f"{operation.name}/".startswith(f"{key}/")
+    if isinstance(key, OfOps):
+        return operation.form.kind in key.ops
     return operation.op is key if is_op(key) else bool(key(operation.name, operation.op))
 
 
-def _rule_of(rules: Rules, operation: Operation) -> Rule | None:
+def rule_of(rules: Rules | None, operation: Operation) -> Rule | None:
+    """Return the rule of an operation: the one rule, or that of the first key that matches."""
     if not isinstance(rules, Mapping):
         return rules
     return next((rule for key, rule in rules.items() if _matches(key, operation)), None)
@@ -98,18 +110,27 @@ def _listed(words: Iterable[str]) -> str:
     return ", ".join(words) or "none"
 
 
-def _check_fits(operation: Operation) -> None:
-    """Apply a rule to types alone, so that its errors come before anything is computed, with the name in front."""
+def check_fits(operation: Operation, call: Callable[..., Any] = call_form) -> None:
+    """Apply a rule to types alone, so that its errors come before anything is computed, with the name in front.
+
+    Args:
+        operation: the operation.
+        call: calls its form with a rule.
+
+    Raises:
+        ValueError: if the rule does not fit.
+        TypeError: if an option of the rule has the wrong type.
+    """
     if operation.rule is None or operation.rule is autodiff:
         return
     avals = [jax.ShapeDtypeStruct(a.aval.shape, a.aval.dtype) for a in operation.inputs]
     try:
-        jax.eval_shape(functools.partial(_backward, operation.form, operation.rule), *avals)
+        jax.eval_shape(functools.partial(_backward, functools.partial(call, operation.form, operation.rule)), *avals)
     except (ValueError, TypeError) as error:
         kind: Callable[[str], Exception] = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{operation.name}: {error}") from error
 
 
-def _backward(form: Form, rule: Rule, *inputs: Any) -> Any:
-    y, pull = jax.vjp(functools.partial(call_form, form, rule), *inputs)
+def _backward(function: Callable[..., Any], *inputs: Any) -> Any:
+    y, pull = jax.vjp(function, *inputs)
     return pull(jnp.zeros_like(y))
