@@ -64,7 +64,7 @@ from jaxcnn.selection import (
 )
 from jaxcnn.taps import Collector, probe, tapped_name
 from jaxcnn.tracing import Operation, Program, Traced, Value, evaluate, trace
-from jaxcnn.tracing.affine import channel_dims, dependents, run_chains
+from jaxcnn.tracing.affine import Chain, channel_dims, dependents, run_chains
 from jaxcnn.tracing.replace import OfOps, with_rules
 from jaxcnn.tracing.replace import check_rules as check_function_rules
 
@@ -866,7 +866,8 @@ class _Function:
         return self._evaluated(with_rules("attribute", self.traced.program, self._keyed(rules)), x)
 
     def _evaluated(self, program: Program, x: Array) -> Any:
-        return self.traced.result(evaluate(program, (*self.traced.arrays[:-1], x), run_chains))
+        run = run_chains if any(isinstance(step.form, Chain) for step in program.operations()) else None
+        return self.traced.result(evaluate(program, (*self.traced.arrays[:-1], x), run))
 
     def relevance(self, x: Array, rules: Any, select: Callable[[Array], Array]) -> Array:
         """Return relevance, which starts as ``select(y)``."""

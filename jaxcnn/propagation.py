@@ -129,10 +129,10 @@ def _own_rule(operation: Operation) -> Rule | None:
 
 def _relevance_rule(operation: Operation, rules: Rules | None) -> Rule | None:
     form, rule = operation.form, _own_rule(operation)
-    if rule is None and isinstance(rules, Mapping):
-        rule = rule_of(rules, operation)
-    if isinstance(form, Chain) and form.head is None:
-        return (rule or Epsilon()) if form.shifts else pass_through
+    by_key = rule_of(rules, operation) if isinstance(rules, Mapping) else None
+    if isinstance(form, Chain) and form.head is None:  # its first step may be a sum, with a rule for sums of branches
+        return (by_key or Epsilon()) if form.shifts else pass_through
+    rule = by_key if rule is None else rule
     if rule in (None, autodiff):
         if form.kind == "batch_norm":
             return Epsilon()

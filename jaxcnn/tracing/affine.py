@@ -324,7 +324,7 @@ def _with_ordered_products(program: Program, data: set[Value]) -> Program:
         if isinstance(step, Operation) and isinstance(step.form, DenseForm) and len(step.inputs) == 2:
             first, second = (isinstance(a, Value) and a in data for a in step.inputs)
             swapped = dataclasses.replace(step.form, swapped=not step.form.swapped)
-            if second and not first and step.form.free[1 if swapped.swapped is False else 0]:
+            if second and not first and swapped.free[0 if swapped.swapped else 1]:
                 step = dataclasses.replace(step, form=swapped, inputs=step.inputs[::-1])
         elif isinstance(step, Operation) and isinstance(step.form, ConvForm | DenseForm) and len(step.inputs) == 3:
             b = step.inputs[2]

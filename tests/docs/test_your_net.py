@@ -17,7 +17,7 @@ BLOCKS = [block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 def test_the_blocks_of_the_page():
     pytest.importorskip("flax")
     pytest.importorskip("equinox")
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
     names = {"jax": jax, "jnp": jnp, "jaxcnn": jaxcnn}
     with jax.enable_x64(False):
         for block in BLOCKS:
