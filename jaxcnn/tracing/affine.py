@@ -31,8 +31,8 @@ from jaxcnn.tracing.program import Atom, Equation, Form, Operation, Program, Ste
 #: Equations that only move, join or repeat elements: their transpose conserves Σ R.
 MOVES = {
     "reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim", "concatenate", "slice", "dynamic_slice",
-    "split", "pad", "rev", "copy", "copy_p", "name", "optimization_barrier", "reduce_precision", "sharding_constraint",
-    "pvary", "pcast",
+    "gather", "split", "pad", "rev", "copy", "copy_p", "name", "optimization_barrier", "reduce_precision",
+    "sharding_constraint", "pvary", "pcast",
 }  # fmt: skip
 
 #: Elementwise equations of one array that depends on x and others that do not.
@@ -59,7 +59,7 @@ def is_move(step: Equation, data: set[Value]) -> bool:
     """Whether an equation only moves elements of arrays that depend on x, or changes their floating dtype."""
     if step.primitive == "convert_element_type":
         return all(jnp.issubdtype(a.dtype, jnp.floating) for a in (step.inputs[0].aval, step.outputs[0].aval))
-    first_only = step.primitive in ("pad", "dynamic_slice")
+    first_only = step.primitive in ("pad", "dynamic_slice", "gather")
     return step.primitive in MOVES and not (
         first_only and any(isinstance(a, Value) and a in data for a in step.inputs[1:])
     )
