@@ -260,6 +260,7 @@ OF_HIDDEN = {
 }
 
 
+@pytest.mark.slow("compiles whole nets for eight devices")
 @pytest.mark.parametrize(
     ("name", "functions", "axis_type"),
     [

@@ -359,6 +359,7 @@ def test_max_pool_saves_one_byte_per_window_and_stock_jax_its_input():
     assert memory.residual_bytes(lambda x: stock(2 * x).sum(), x) == 4 * x.size
 
 
+@pytest.mark.slow("runs a benchmark")
 @pytest.mark.usefixtures("others")
 def test_a_run_of_memory(tmp_path, monkeypatch, capsys, still):
     monkeypatch.setitem(NETS, "lenet5", lambda: SMALL)
@@ -392,6 +393,7 @@ def test_what_grows():
     assert growth.grown("channels", 8).shape == (16, 16, 8)
 
 
+@pytest.mark.slow("runs a benchmark")
 @pytest.mark.usefixtures("others")
 def test_a_run_of_growth(tmp_path, monkeypatch, capsys, still):
     monkeypatch.setitem(growth.SIZES, "channels", (2, 4))
@@ -408,6 +410,7 @@ def small(monkeypatch):
     monkeypatch.setitem(NETS, "lecture", lambda: SMALL)
 
 
+@pytest.mark.slow("runs a benchmark")
 @pytest.mark.usefixtures("others", "small", "still")
 def test_a_run_of_per_example(tmp_path, capsys):
     out = tmp_path / "per_example.json"
@@ -456,6 +459,7 @@ def test_time_to_the_target():
     assert accuracy.mean_seconds({0: found, 1: {"jaxcnn": trained([0.1, 0.9])}}, 0.9) == {"jaxcnn": 3.0}
 
 
+@pytest.mark.slow("runs a benchmark")
 @pytest.mark.usefixtures("others")
 def test_a_run_of_accuracy(tmp_path, capsys, still, monkeypatch):
     """All contenders start with the same parameters and get the same batches."""

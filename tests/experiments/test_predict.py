@@ -30,6 +30,7 @@ def main(*argv: object) -> int:
     return predict.main([str(arg) for arg in argv])
 
 
+@pytest.mark.slow("trains")
 def test_labels_are_true_and_correct_predictions_are_counted(run, capsys):
     assert main("--run", run, "--images", 3, 0, 1999) == 0
     title, header, *lines, last = capsys.readouterr().out.splitlines()

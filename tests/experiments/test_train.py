@@ -98,6 +98,7 @@ def test_compiled_programs_are_kept_where_asked(out, monkeypatch):
     assert kept == [True]
 
 
+@pytest.mark.slow("trains")
 def test_it_learns_and_its_weights_give_the_accuracy_it_reports(out):
     assert main("--model", "mlp", "--epochs", 2, "--out", out) == 0
     first, last = rows(out)
@@ -113,6 +114,7 @@ def test_it_learns_and_its_weights_give_the_accuracy_it_reports(out):
     assert again["loss"] == pytest.approx(float(last["test_loss"]), rel=1e-4)
 
 
+@pytest.mark.slow("trains")
 def test_the_seed_decides_everything(tmp_path):
     def weights(name: str, *argv: object) -> dict[str, np.ndarray]:
         assert main("--model", "mlp", "--max-steps", 5, "--out", tmp_path / name, *argv) == 0
@@ -124,6 +126,7 @@ def test_the_seed_decides_everything(tmp_path):
     assert not np.array_equal(one["dense1/weight"], other["dense1/weight"])
 
 
+@pytest.mark.slow("trains")
 def test_the_lectures_update_learns(out):
     assert main("--model", "mlp", "--optimizer", "sgd", "--epochs", 2, "--out", out) == 0
     assert json.loads((out / "config.json").read_text())["learning_rate"] == 0.05
@@ -131,12 +134,14 @@ def test_the_lectures_update_learns(out):
     assert float(last["test_loss"]) < float(first["test_loss"])
 
 
+@pytest.mark.slow("trains")
 def test_digits(out, capsys):
     pytest.importorskip("sklearn")
     assert main("--data", "digits", "--model", "mlp", "--max-steps", 2, "--out", out) == 0
     assert "8×8×1" in capsys.readouterr().out
 
 
+@pytest.mark.slow("trains")
 @pytest.mark.skipif(not data._holds_all(data.SYSTEM_DIR), reason="no Fashion-MNIST on this system")
 def test_the_full_set(out, capsys):
     assert main("--data", "fashion-mnist", "--model", "mlp", "--max-steps", 2, "--out", out) == 0

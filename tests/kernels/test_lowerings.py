@@ -475,6 +475,7 @@ def assert_winners(drawn):
 DRAWS = st.sampled_from((spoiled, ties, lowest))
 
 
+@pytest.mark.slow("compiles large windows")
 @over_examples
 @given(
     several(
@@ -497,6 +498,7 @@ def side_by_side(draw):
     return win
 
 
+@pytest.mark.slow("compiles large windows")
 @pytest.mark.parametrize("reduced", [0, 10**6])
 @over_examples
 @given(several(st.tuples(side_by_side(), st.sampled_from(BATCHES), DRAWS, st.integers(0))))
@@ -506,6 +508,7 @@ def test_largest_side_by_side(monkeypatch, reduced, drawn):
     assert_winners(drawn)
 
 
+@pytest.mark.slow("compiles many geometries")
 @over_examples
 @given(
     several(
