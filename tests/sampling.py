@@ -3,8 +3,9 @@
 `costs.json` lists the parametrized tests that take long in total, with the seconds of one case. Of their cases the
 quick run takes
 
-1. enough for each test, each value of each parameter, and each op with each of its options (`needed`);
-2. then enough for each op in each check of the case table, and each pair of parameter values (`wanted`), as far as the
+1. enough for each test, each value of each parameter, each op in each check of the case table, and each op with each
+   of its options (`needed`);
+2. then enough for each option of an op in each check, and each pair of parameter values (`wanted`), as far as the
    budget goes;
 3. then others at random, until the budget is spent.
 
@@ -65,7 +66,7 @@ def needed(item: Any, varied: Mapping[str, set[str]]) -> set[Hashable]:
     """Return what a test covers that the quick run must cover."""
     function, case = function_of(item.nodeid), case_of(item)
     if case is not None:
-        return {function, *shows(case)}
+        return {(function, case.op), *shows(case)}
     return {function, *((function, name, labelled(value)) for name, value in parameters(item).items()
                         if name in varied[function])}  # fmt: skip
 
@@ -74,7 +75,7 @@ def wanted(item: Any, varied: Mapping[str, set[str]]) -> set[Hashable]:
     """Return what else a test covers."""
     function, case = function_of(item.nodeid), case_of(item)
     if case is not None:
-        return {(function, *entry) for entry in ((case.op,), *shows(case))}
+        return {(function, *entry) for entry in shows(case)}
     return {(function, *pair) for pair in itertools.combinations(sorted(needed(item, varied) - {function}), 2)}
 
 

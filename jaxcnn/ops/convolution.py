@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxcnn.arguments import arrays, bad_type, bad_value, positive, spatial_dims, static_int, static_ints
+from jaxcnn.arguments import arrays, bad_type, bad_value, ints, positive, spatial_dims, static_int, static_ints
 from jaxcnn.geometry import (
     PADDING_MODES,
     PADDINGS,
@@ -502,7 +502,7 @@ def transposed_correlation_of(
     d = positive(op, "dilation", dilation, ndim)
     extra = static_ints(op, "output_padding", output_padding, ndim)
     if any(not 0 <= e < max(pair) for e, *pair in zip(extra, s, d, strict=True)):
-        expected = f"ints >= 0 and less than the stride {s} or the dilation {d}"
+        expected = f"{ints(output_padding, '>= 0')} and less than the stride {s} or the dilation {d}"
         raise bad_value(op, "output_padding", expected, repr(output_padding))
     # The sizes for "SAME"; the other paddings ignore them.
     sizes = tuple(n * step for n, step in zip(spatial, s, strict=True))
