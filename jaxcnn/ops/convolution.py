@@ -367,7 +367,7 @@ def sum_pixels(delta: Array) -> Array:
 
 
 def _add_bias(y: Array, b: Array | None) -> Array:
-    """Return y + b, in y's dtype; b None is no bias."""
+    """Return y + b in y's dtype, or y if b is None."""
     return y if b is None else y + expand_rank(b.astype(y.dtype), y)
 
 

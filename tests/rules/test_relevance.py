@@ -379,9 +379,9 @@ def test_epsilon_of_nearly_nothing_is_gradient_times_input():
     params = net.init(jax.random.key(0), (8, 9, 3), jnp.float64)
     x = np.random.default_rng(0).standard_normal((3, 8, 9, 3))
     rules = {Conv: Epsilon(0.0), Dense: Epsilon(1e-14), jaxcnn.Relu: pass_through}
-    ask = functools.partial(jaxcnn.attribute, net, target=2)
-    result = compiled(functools.partial(ask, rules=rules))(params, x)
-    expected = compiled(functools.partial(ask, method="gradient_times_input"))(params, x)
+    attribute_class = functools.partial(jaxcnn.attribute, net, target=2)
+    result = compiled(functools.partial(attribute_class, rules=rules))(params, x)
+    expected = compiled(functools.partial(attribute_class, method="gradient_times_input"))(params, x)
     np.testing.assert_allclose(result, expected, rtol=1e-8, atol=1e-10)
 
 
