@@ -143,6 +143,65 @@ def shuffled_batches(images: np.ndarray, labels: np.ndarray, size: int, *, seed:
         yield images[chosen], labels[chosen]
 
 
+def split_validation(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return sorted indices of training and of validation examples; each class gives the same share.
+
+    The split depends only on the labels, `fraction` and `seed`. If `fraction` > 0, each class with at least two
+    examples has at least one in each part.
+
+    Args:
+        labels: (N,) int.
+        fraction: The share of the validation examples, in [0, 1).
+        seed: The seed of the choice.
+    """
+    chosen = [np.empty(0, np.intp)]
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        count = round(fraction * len(members))
+        if fraction > 0:
+            count = min(max(count, 1), len(members) - 1)
+        chosen.append(np.random.default_rng([seed, int(label)]).permutation(members)[:count])
+    validation = np.sort(np.concatenate(chosen))
+    return np.setdiff1d(np.arange(len(labels)), validation), validation
+
+
+class Batches:
+    """The training batches, as a function of the step number alone, so that a run can continue at any step.
+
+    Each epoch has an order of its own, which is drawn from `fold_in(key, step)` with the number of its first step. A
+    remainder smaller than a batch is omitted, so that the step compiles once.
+    """
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, chosen: np.ndarray, size: int, *, seed: int) -> None:
+        self._images, self._labels, self._chosen = images, labels, chosen
+        self._size, self._seed = size, seed
+        self._first, self._order = -1, chosen
+
+    @property
+    def per_epoch(self) -> int:
+        """Number of batches in an epoch."""
+        return len(self._chosen) // self._size
+
+    def __call__(self, step: int) -> Batch:
+        """Return the batch of a step, counted from 0."""
+        first = step - step % self.per_epoch
+        if first != self._first:
+            self._first, self._order = first, self._chosen[self._permutation(first)]
+        start = (step - first) * self._size
+        chosen = self._order[start : start + self._size]
+        return self._images[chosen], self._labels[chosen]
+
+    def _permutation(self, first: int) -> np.ndarray:
+        import jax
+
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self._seed), _ORDER), first)
+        return np.asarray(jax.random.permutation(key, len(self._chosen)))
+
+
+_ORDER = 1
+"""Number folded into the key of a run for the order of its data; dropout and initial weights use other keys."""
+
+
 # ---- idx files --------------------------------------------------------------------------------------------------
 
 _MAGIC: Mapping[Kind, int] = {"images": 0x00000803, "labels": 0x00000801}  # 00 00, 08 = uint8, rank 3 or 1

@@ -41,7 +41,7 @@ def test_an_epoch_in_one_line():
     row = Epoch(3, 30, 0.5, 0.75, 0.4, 0.8, 2.0, 1234.5)
     line = report.describe_epoch(row, 10)
     assert " ".join(line.split()) == (
-        "epoch 3/10 train loss 0.5000 accuracy 0.7500 test loss 0.4000 accuracy 0.8000 2.0 s, 1,234 images/s"
+        "epoch 3/10 train loss 0.5000 accuracy 0.7500 validation loss 0.4000 accuracy 0.8000 2.0 s, 1,234 images/s"
     )
     cut = report.describe_epoch(Epoch(3, 30, 0.5, 0.75, math.nan, math.nan, 2.0, 1.0), 10)
     assert "not evaluated" in cut
