@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
+import numpy as np
 from tyro.conf import FlagCreatePairsOff, arg
 
 from experiments import cli, process, report
-from experiments.data import IN_FOLDERS, SOURCES, Batch, Batches, Dataset, batches, load, split_validation
+from experiments.data import IN_FOLDERS, SOURCES, Batch, Batches, Dataset, batches, is_path, load, split_validation
 from experiments.errors import CheckpointError, RunError, UsageError, WriteError, bad_value, explain
 from experiments.run_folder import Epoch, History, Run, as_json, best, check_folder, finite_or_none, locked, new_folder
 
@@ -42,7 +43,10 @@ class Config:
     model: str = "lecture"
     """Net: lecture, mlp or lenet5."""
     data: str = "fashion-mnist-sample"
-    """Images: fashion-mnist-sample (10,000, embedded), fashion-mnist (60,000), digits (8×8), or idx (your own)."""
+    """Images: fashion-mnist-sample (10,000, embedded), fashion-mnist (60,000), digits (8×8), idx (your own, in idx
+    files), the path of a folder of PNG and JPEG files in one subfolder per class, or the path of an .npz file."""
+    size: Annotated[int | None, arg(metavar="INT")] = None
+    """Height and width to which the images of a folder are resized; if omitted, all must have one size."""
     data_dir: Annotated[Path | None, arg(metavar="PATH")] = None
     """Folder of idx files for --data idx or fashion-mnist; if omitted, the system's copy, the cache, or a download."""
     epochs: int = 10
@@ -123,8 +127,8 @@ def train(config: Config) -> int:
         check_folder(config.out)
     else:
         check_resumable(config, config.resume)
-    dataset = load(config.data, config.data_dir)
-    chosen, validation = split_validation(dataset.train_labels, config.validation, config.seed)
+    dataset = load(config.data, config.data_dir, config.size)
+    chosen, validation = split(config, dataset)
     if config.batch_size > len(chosen):
         expected = f"at most {len(chosen)}, the training images of {dataset.name} without those for validation"
         raise bad_value(UsageError, "--batch-size", expected, config.batch_size)
@@ -203,7 +207,7 @@ def fit(
     optimizer = make_optimizer(config.optimizer, rate, steps)
     loss = jaxcnn.softmax_cross_entropy_with_integer_labels
     state = jaxcnn.TrainState.create(net, optimizer, jax.random.key(config.seed), dataset.image_shape)
-    chosen, held_out = split_validation(dataset.train_labels, config.validation, config.seed)
+    chosen, held_out = split(config, dataset)
     training = Batches(dataset.train_images, dataset.train_labels, chosen, config.batch_size, seed=config.seed)
     validation = dataset.train_images[held_out], dataset.train_labels[held_out]
     checkpoints_folder = run.folder / "checkpoints"
@@ -302,6 +306,13 @@ def relative(folder: Path) -> Path:
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
+def split(config: Config, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Return the indices of the images for training and for validation: the set's own, or those of --validation."""
+    if dataset.validation is None or not config.validation:
+        return split_validation(dataset.train_labels, config.validation, config.seed)
+    return np.setdiff1d(np.arange(len(dataset.train_labels)), dataset.validation), dataset.validation
+
+
 def training_options(config: Config, record: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """Return the options that a checkpoint depends on: those that change the results, the data, and the steps."""
     options = {name: record[name] for name in dataclasses.asdict(config) if name not in MAY_DIFFER}
@@ -390,7 +401,11 @@ def check(config: Config) -> None:
     """Raise UsageError for every error that can be detected before anything is read or created."""
     from experiments.models import MODELS
 
-    cli.check_choice("--data", config.data, SOURCES)
+    if not is_path(config.data):
+        cli.check_choice("--data", config.data, SOURCES)
+    cli.check_count("--size", config.size)
+    if config.size is not None and not is_path(config.data):
+        raise bad_value(UsageError, "--size", "omitted unless --data is a folder of images", config.size)
     cli.check_choice("--optimizer", config.optimizer, LEARNING_RATES)
     cli.check_choice("--model", config.model, MODELS)
     cli.check_choice("--allocator", config.allocator, process.ALLOCATORS)
@@ -474,6 +489,7 @@ def describe(config: Config, facts: dict[str, str], dataset: Dataset, rate: floa
     """Return the contents of config.json: the options (with `rate` filled in), data, device and versions."""
     return {
         **dataclasses.asdict(config),
+        "data": str(Path(config.data).absolute()) if is_path(config.data) else config.data,
         "learning_rate": rate,
         "data_dir": None if config.data_dir is None else config.data_dir.absolute(),
         "data_source": dataset.source,
