@@ -104,7 +104,7 @@ def test_digits_without_scikit_learn(monkeypatch):
 
 def test_the_hash_sees_one_pixel_and_one_label(tmp_path):
     def sha(images: np.ndarray, labels: np.ndarray) -> str:
-        return data._dataset("x", "x", (images, labels), (IMAGES, LABELS), 255, ("a",) * 10).sha256
+        return data.dataset_from_arrays("x", "x", (images, labels), (IMAGES, LABELS), 255, ("a",) * 10).sha256
 
     other_images, other_labels = IMAGES.copy(), LABELS.copy()
     other_images[0, 0, 0] += 1
