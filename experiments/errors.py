@@ -10,6 +10,7 @@ from typing import TypeVar
 EXTRAS: Mapping[str, str] = {
     **dict.fromkeys(("matplotlib", "pooch", "rich", "safetensors", "tyro"), "experiments"),
     **dict.fromkeys(("equinox", "flax", "keras", "torch"), "bench"),
+    "haiku": "zoo",
 }
 """The packages that scripts need beyond the library's own, and the extra of jaxcnn that installs each."""
 
