@@ -95,7 +95,6 @@ def compare(config: Config) -> int:
 
 def check_config(config: Config) -> list[str]:
     """Return the names of the nets; raise UsageError for an invalid option."""
-    check_packages("zoo")
     from experiments.benchmarks import results
     from experiments.zoo_nets import NETS
 
@@ -106,6 +105,7 @@ def check_config(config: Config) -> list[str]:
     for mode in config.modes:
         cli.check_choice("--modes", mode, MODES)
     results.check_out(config.out)
+    check_packages("zoo")
     return list(NETS) if "all" in config.nets else list(dict.fromkeys(config.nets))
 
 
@@ -282,6 +282,9 @@ def run_process(what: str, name: str, kind: str, mode: str, batch_size: str) -> 
 
     try:
         if what == "check":
+            import jax
+
+            jax.config.update("jax_enable_x64", kind == "float64")
             send(**differences(name, kind, mode == "training", int(batch_size)))
             return
         built, run = build(name, kind, mode == "training", int(batch_size))
@@ -327,12 +330,13 @@ def build(name: str, form: str, training: bool, batch_size: int) -> tuple[Built,
     compiled = lowered.compile()
     made = time.perf_counter()
     jax.block_until_ready(compiled(*arguments))
+    memory = compiled.memory_analysis()
     built = Built(
         first=time.perf_counter() - began,
         first_cpu=_cpu() - began_cpu,
         trace=traced - began,
         compile=made - traced,
-        temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes if memory is not None else 0,
     )
     if form == OURS:
         rows = jaxcnn.operations(loss)(*arguments).rows
@@ -346,8 +350,6 @@ def differences(name: str, dtype: str, training: bool, batch_size: int) -> dict[
     import functools
 
     import jax
-
-    jax.config.update("jax_enable_x64", dtype == "float64")
 
     import jaxcnn
     from experiments.zoo_nets import NETS

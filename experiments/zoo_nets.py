@@ -69,7 +69,7 @@ def haiku_net(name: str, dtype: str) -> Net:
     def forward(x: Any, training: bool) -> Any:
         return getattr(hk.nets, name)(CLASSES)(x, is_training=training)
 
-    net = hk.without_apply_rng(hk.transform_with_state(forward))
+    net: Any = hk.without_apply_rng(hk.transform_with_state(forward))
     shape = (64, 64, 3)
     params, state = jax.jit(net.init, static_argnums=2)(jax.random.key(0), jnp.ones((1, *shape), dtype), True)
 
