@@ -69,6 +69,7 @@ smoke: $(VENV)/all  ## run every experiment briefly
 	$(PY) -m experiments.benchmarks.growth --what channels --most 8 --rounds 1 --out runs/smoke/growth.json
 	$(PY) -m experiments.benchmarks.per_example --net lenet5 --libraries "flax nnx" --batch-size 4 --rounds 1 --out runs/smoke/per_example.json
 	$(PY) -m experiments.benchmarks.accuracy --data fashion-mnist-sample --libraries jaxcnn torch --max-steps 2 --out runs/smoke/accuracy.json
+	$(PY) -m experiments.zoo --nets linen --batch-size 1 --rounds 1 --modes training --out runs/smoke/zoo.json
 
 bench: $(VENV)/all  ## time training steps side by side with other libraries
 	$(PY) -m experiments.benchmarks.step $(ARGS)

@@ -12,6 +12,7 @@ EXTRAS: Mapping[str, str] = {
         ("filelock", "matplotlib", "orbax-checkpoint", "pillow", "pooch", "rich", "safetensors", "tyro"), "experiments"
     ),
     **dict.fromkeys(("equinox", "flax", "keras", "torch"), "bench"),
+    "haiku": "zoo",
 }
 """The packages that scripts need beyond the library's own, and the extra of jaxcnn that installs each."""
 MODULES: Mapping[str, str] = {"orbax-checkpoint": "orbax.checkpoint", "pillow": "PIL"}
