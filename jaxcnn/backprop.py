@@ -87,7 +87,7 @@ def backprop(
     expect_model("backprop", net)
     expect_loss("backprop", loss)
     if isinstance(net, Serial):
-        run = functools.partial(net.apply, key=key, rules=rules)
+        run: Callable[[Any, Any], Any] = functools.partial(net.apply, key=key, rules=rules)
     elif key is None:
         run = explicit(net, rules=rules)
     else:

@@ -139,7 +139,7 @@ class Chain(Form):
                 a_step, c_step = self._batch_norm(step, given)
                 a, c = a * a_step, c * a_step + c_step
                 continue
-            p = self._reduced(given[0]) if given else None
+            p: Any = self._reduced(given[0]) if given else None
             if step.primitive == "add":
                 c = c + p
             elif step.primitive == "sub":
