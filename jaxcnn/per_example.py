@@ -200,7 +200,7 @@ class _Single:
     #: Values that differ between examples.
     batched: frozenset[Value]
     #: Values that depend on parameters alone and that steps with batched inputs read.
-    met: tuple[Value, ...]
+    from_params: tuple[Value, ...]
     #: All other values that these steps read and that are equal for all examples.
     constant: tuple[Value, ...]
 
@@ -253,8 +253,8 @@ def _single(op: str, fun: Any, loss: Any, params: Any, batch: Any, n: int) -> _S
     with idle():
         traced = trace(of_one, params, jax.tree.map(one, batch))
     program = _without_checkpoints(traced.program)
-    own = program.inputs[: len(jax.tree.leaves(params))]
-    batched, depends = set(program.inputs[len(own) :]), set(own)
+    leaves = program.inputs[: len(jax.tree.leaves(params))]
+    batched, depends = set(program.inputs[len(leaves) :]), set(leaves)
     for step in program.steps:
         _refuse_mixing(op, step)
         for values in (batched, depends):
@@ -264,12 +264,12 @@ def _single(op: str, fun: Any, loss: Any, params: Any, batch: Any, n: int) -> _S
     rest = [step for step in program.steps if not batched.isdisjoint(step.outputs)]
     read = dict.fromkeys(_values((*(v for step in rest for v in step.inputs), *program.outputs)))
     fixed = [v for v in read if v not in batched]
-    met = tuple(v for v in fixed if v in depends and jnp.issubdtype(v.dtype, jnp.inexact))
-    return _Single(program, own, frozenset(batched), met, tuple(v for v in fixed if v not in met))
+    from_params = tuple(v for v in fixed if v in depends and jnp.issubdtype(v.dtype, jnp.inexact))
+    return _Single(program, leaves, frozenset(batched), from_params, tuple(v for v in fixed if v not in from_params))
 
 
 def _values(atoms: Sequence[Atom]) -> list[Value]:
-    """Return the atoms that are no literals."""
+    """Return the atoms that are values, not literals."""
     return [atom for atom in atoms if isinstance(atom, Value)]
 
 
@@ -326,10 +326,12 @@ def _refuse_statistics(op: str, net: Net, params: Any, key: Any) -> None:
     """Raise ValueError for a `BatchNorm` that takes its statistics from the batch."""
     for name, layer in net.walk():
         if isinstance(layer, BatchNorm):
-            own = params
+            layer_params = params
             for part in name.split("/"):
-                own = own.get(part, {}) if isinstance(own, Mapping) else {}
-            given = isinstance(own, Mapping) and own.get("mean") is not None and own.get("var") is not None
+                layer_params = layer_params.get(part, {}) if isinstance(layer_params, Mapping) else {}
+            given = isinstance(layer_params, Mapping) and all(
+                layer_params.get(statistic) is not None for statistic in ("mean", "var")
+            )
             if key is not None or not given:
                 expected = "used without a key and with statistics from jaxcnn.calibrate"
                 raise bad_value(op, name, expected, "statistics of the batch, which mix examples")
@@ -364,7 +366,7 @@ class _Affine(NamedTuple):
     x: Value
     w: Atom
     b: Atom | None
-    #: Whether the addend differs between examples, so that it is no bias.
+    #: Whether the addend differs between examples. It is then added after the op.
     adds: bool
 
     def prepared(self, w: Any, b: Any) -> tuple[Array, Array | None]:
@@ -374,7 +376,7 @@ class _Affine(NamedTuple):
 
     def run(self, x: Array, w: Any, b: Any, tap: Callable[[Array], Array]) -> tuple[Array, Array]:
         """Return the op's input, with all examples in one batch, and the outputs ``(N, …)``."""
-        n, merges = len(x), self.form.kind != "dense"  # dense accepts any number of dims
+        n, merges = x.shape[0], self.form.kind != "dense"  # dense accepts any number of dims
         x = jax.vmap(lambda x: self.form.prepare(x, w)[0])(x)
         rows = x.shape[1] if merges else 1
         x = x.reshape(n * rows, *x.shape[2:]) if merges else x
@@ -418,7 +420,7 @@ def _losses(single: _Single, known: Mapping[Value, Any], inputs: Mapping[Value, 
 
     def each(atom: Atom) -> Any:
         """Return a value with a leading N; parameters receive a probe, so that each example has its own."""
-        if isinstance(atom, Value) and atom in single.met and atom not in values:
+        if isinstance(atom, Value) and atom in single.from_params and atom not in values:
             values[atom] = tap(atom, jnp.broadcast_to(known[atom], (n, *atom.shape)))
         return values.get(atom) if isinstance(atom, Value) else None
 
@@ -434,32 +436,32 @@ def _losses(single: _Single, known: Mapping[Value, Any], inputs: Mapping[Value, 
             activations[step], y = affine.run(values[affine.x], same(affine.w), b, tapped)
             values[step.outputs[0]] = y
             continue
-        own = [each(atom) for atom in step.inputs]
-        shared = [same(atom) if a is None else None for atom, a in zip(step.inputs, own, strict=True)]
-        values.update(zip(step.outputs, _each_example(step, own, shared), strict=True))
+        batched = [each(atom) for atom in step.inputs]
+        shared = [same(atom) if a is None else None for atom, a in zip(step.inputs, batched, strict=True)]
+        values.update(zip(step.outputs, _each_example(step, batched, shared), strict=True))
     (loss,) = single.program.outputs
     y = each(loss)
     return jnp.broadcast_to(same(loss), n) if y is None else y, list(activations.values())
 
 
-def _each_example(step: Step, own: Sequence[Any], shared: Sequence[Any]) -> Sequence[Any]:
-    """Apply a step to each example; ``own`` and ``shared`` are its inputs, and None where the other has one."""
+def _each_example(step: Step, batched: Sequence[Any], shared: Sequence[Any]) -> Sequence[Any]:
+    """Apply a step to each example; ``batched`` and ``shared`` are its inputs, and None where the other has one."""
     form = step.form if isinstance(step, Operation) else None
     if isinstance(form, PoolForm):
         moved = dataclasses.replace(form, dims=tuple(d + 1 for d in form.dims), ndim=form.ndim + 1, moves=STAY)
-        return [jax.vmap(form.moves)(call_form(moved, None, *own))]
-    if isinstance(form, LibraryForm) and len(own) == 1 and kind_of(form.kind) in ("max", "sum"):
-        (x,) = own
+        return [jax.vmap(form.moves)(call_form(moved, None, *batched))]
+    if isinstance(form, LibraryForm) and len(batched) == 1 and kind_of(form.kind) in ("max", "sum"):
+        (x,) = batched
         y = _call(form, x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]))
         return [y.reshape(*x.shape[:2], *y.shape[1:])]
 
-    def one(*own: Any) -> Sequence[Any]:
-        given = iter(own)
+    def one(*batched: Any) -> Sequence[Any]:
+        given = iter(batched)
         inputs = [next(given) if differs else a for differs, a in zip(mapped, shared, strict=True)]
         return [operate(step, inputs)] if isinstance(step, Operation) else execute(step, inputs)
 
-    mapped = [a is not None for a in own]
-    given = [a for a in own if a is not None]
+    mapped = [a is not None for a in batched]
+    given = [a for a in batched if a is not None]
     may_convolve = (
         isinstance(form, ConvForm | LibraryForm)
         if isinstance(step, Operation)
@@ -476,7 +478,7 @@ def _backward(op: str, fun: Any, loss: Any, params: Any, x: Any, targets: Any, k
     if isinstance(fun, Net):
         _refuse_statistics(op, fun, params, key)
     x, targets = _arrays(op, "x", x), _arrays(op, "targets", targets)
-    n = next((len(a) for a in jax.tree.leaves(x) if a.ndim), 0)
+    n = next((a.shape[0] for a in jax.tree.leaves(x) if a.ndim), 0)
     for name, tree in (("x", x), ("targets", targets)):
         for a in jax.tree.leaves(tree):
             if a.shape[:1] != (n,):
@@ -495,7 +497,7 @@ def _backward(op: str, fun: Any, loss: Any, params: Any, x: Any, targets: Any, k
         raise bad_value(op, "x", expected, f"an array that varies over {over[0]}")
 
     params, structure = jax.tree.flatten(params)
-    fixed = (*single.met, *single.constant)
+    fixed = (*single.from_params, *single.constant)
     known = dict(zip(fixed, single.of_params(fixed, params), strict=True))
     inputs = dict(zip(single.program.inputs[len(params) :], leaves, strict=True))
     types: dict[Any, Any] = {}
@@ -546,17 +548,19 @@ class _ConvProducts:
     def each(self) -> Array:
         """Return the gradients ``(N, …)`` of the kernel."""
         w = on_any_mesh(kernels.kernel_grad_each, self.c, self.x, self.delta)
-        return w if len(w) == self.n else w.reshape(self.n, -1, *w.shape[1:]).sum(1)
+        return w if w.shape[0] == self.n else w.reshape(self.n, -1, *w.shape[1:]).sum(1)
 
     def squares(self) -> Array:
         """Return ``(N,)`` squared norms of these gradients."""
-        if len(self.x) != self.n:
+        if self.x.shape[0] != self.n:
             return kernels.squares(self.each())
         return on_any_mesh(kernels.kernel_grad_squares, self.c, self.x, self.delta)
 
     def summed(self, factors: Array) -> Array:
         """Return Σ_n factor_n · gradient_n."""
-        delta = _scale(self.delta, factors if len(self.x) == self.n else jnp.repeat(factors, len(self.x) // self.n))
+        delta = _scale(
+            self.delta, factors if self.x.shape[0] == self.n else jnp.repeat(factors, self.x.shape[0] // self.n)
+        )
         return on_any_mesh(convolution.kernel_grad, self.c, self.x, delta)
 
 
@@ -637,7 +641,7 @@ class _Product(NamedTuple):
         """
         use, gradients, delta = self.use, self.gradients, self.gradients.at_output
         (w, b), pull = jax.vjp(use.prepared, self.w, self.b)
-        rows = len(delta) // max(self.n, 1)
+        rows = delta.shape[0] // max(self.n, 1) if isinstance(self.n, int) else 1
         if factors is None:
             pull = jax.vmap(pull)
             of_w = gradients.each() if use.w in values else _zeros(w, self.n)
@@ -666,7 +670,7 @@ class _Result(NamedTuple):
 
     def gradients(self) -> Any:
         """Return the gradients, ``(N, …)``."""
-        return jax.tree.unflatten(self.tree, self._of_params(self.single.met))
+        return jax.tree.unflatten(self.tree, self._of_params(self.single.from_params))
 
     def norms(self) -> Array:
         """Return ``(N,)`` norms of the gradients of all parameters together."""
@@ -677,14 +681,14 @@ class _Result(NamedTuple):
             for use, _, _, gradients, _ in self.products
             if isinstance(use.w, Value) and self.single.alone(use.w, reads)
         }
-        rest = [v for v in self.single.met if v not in cheap]
+        rest = [v for v in self.single.from_params if v not in cheap]
         squares = [gradients.squares() for gradients in cheap.values()]
         squares += map(kernels.squares, self._of_params(rest) if rest else ())
         return jnp.sqrt(functools.reduce(operator.add, squares)) if squares else _zeros(self.losses)
 
     def summed(self, factors: Array) -> Any:
         """Return Σ_n factor_n · gradient_n for each parameter."""
-        return jax.tree.unflatten(self.tree, self._of_params(self.single.met, factors))
+        return jax.tree.unflatten(self.tree, self._of_params(self.single.from_params, factors))
 
     def _of_params(self, values: Sequence[Value], factors: Array | None = None) -> Sequence[Array]:
         """Return what the gradients of some values contribute to those of the parameters, or to their sum."""

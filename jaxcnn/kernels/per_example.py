@@ -29,16 +29,16 @@ from jaxcnn.kernels.kernel_grad import KERNEL_GRAD, kernel_grad
 from jaxcnn.kernels.lowering import pad_to_span
 from jaxcnn.kernels.materialize import materialize
 from jaxcnn.kernels.parallel import batched_product
-from jaxcnn.kernels.shapes import known_at_most
+from jaxcnn.kernels.shapes import is_symbolic
 
 #: Smallest acceptable ratio of a ghost norm's sum to the sum of absolute terms. Real nets have 0.1 or more.
 MIN_RATIO = 1 / 64
 
-#: Up to this many bytes of image patches, all patches of a batch are worth their memory on CPU.
-BATCH_PATCH_BYTES = 1 << 22
+#: Up to this many bytes of image patches per example, all patches of a batch are worth their memory on CPU.
+PER_EXAMPLE_PATCH_BYTES = 1 << 20
 
-#: The same for each example of a grouped convolution.
-GROUPED_PATCH_BYTES = 1 << 20
+#: The same for the patches of the batch, where a matrix product in a loop over the examples can take their place.
+BATCH_PATCH_BYTES = 1 << 22
 
 
 def kernel_grad_each(c: Correlation, x: Array, y: Array) -> Array:
@@ -49,11 +49,9 @@ def kernel_grad_each(c: Correlation, x: Array, y: Array) -> Array:
     """
     x, y = _to_common_accumulator(x, y)
     patches_bytes = math.prod(c.window.out) * c.window.entries * x.shape[-1] * x.dtype.itemsize
-    if c.groups == 1:
-        fits = known_at_most(x.shape[0] * patches_bytes, BATCH_PATCH_BYTES)
-    else:
-        fits = patches_bytes <= GROUPED_PATCH_BYTES
-    if c.window.ndim == 1 or fits:
+    n = x.shape[0]
+    fits = c.groups > 1 or is_symbolic(n) or n * patches_bytes <= BATCH_PATCH_BYTES
+    if c.window.ndim == 1 or (patches_bytes <= PER_EXAMPLE_PATCH_BYTES and fits):
         return by_patches(c, x, y)
     return lax.platform_dependent(x, y, cpu=functools.partial(one_by_one, c), default=functools.partial(by_patches, c))
 
