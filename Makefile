@@ -55,6 +55,8 @@ smoke: $(VENV)/all  ## run every experiment briefly
 	$(PY) -m experiments.train --max-steps 3 --check-grads --out runs/smoke/train
 	$(PY) -m experiments.train --model mlp --max-steps 3 --out runs/smoke/mlp
 	$(PY) -m experiments.train --model lenet5 --max-steps 3 --out runs/smoke/lenet5
+	$(PY) -m experiments.chaos --kills 1 --epochs 1 --batch-size 500 --save-every 4 --out runs/smoke/chaos
+	$(PY) -m experiments.runs runs/smoke --plot runs/smoke/runs.png
 	$(PY) -m experiments.lecture.s09_delta --out runs/smoke/lecture
 	$(PY) -m experiments.deltas --run runs/smoke/lenet5 --images 0 --out runs/smoke/deltas
 	$(PY) -m experiments.attributions --run runs/smoke/train --images 0 --out runs/smoke/attributions
@@ -67,6 +69,7 @@ smoke: $(VENV)/all  ## run every experiment briefly
 	$(PY) -m experiments.benchmarks.growth --what channels --most 8 --rounds 1 --out runs/smoke/growth.json
 	$(PY) -m experiments.benchmarks.per_example --net lenet5 --libraries "flax nnx" --batch-size 4 --rounds 1 --out runs/smoke/per_example.json
 	$(PY) -m experiments.benchmarks.accuracy --data fashion-mnist-sample --libraries jaxcnn torch --max-steps 2 --out runs/smoke/accuracy.json
+	$(PY) -m experiments.zoo --nets linen --batch-size 1 --rounds 1 --modes training --out runs/smoke/zoo.json
 
 bench: $(VENV)/all  ## time training steps side by side with other libraries
 	$(PY) -m experiments.benchmarks.step $(ARGS)

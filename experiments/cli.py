@@ -24,7 +24,14 @@ MIN_SIMILARITY = 0.6
 Config = TypeVar("Config")
 
 
-def run(config_type: type[Config], body: Callable[[Config], int], argv: Sequence[str] | None, *, prog: str) -> int:
+def run(
+    config_type: type[Config],
+    body: Callable[[Config], int],
+    argv: Sequence[str] | None,
+    *,
+    prog: str,
+    defaults: Callable[[Config], Config | None] | None = None,
+) -> int:
     """Parse `argv` into `config_type`, call `body` with it, and return the exit status.
 
     An error that the user can fix is printed as one line on stderr, and the status is 1 or 2. A programming error keeps
@@ -35,10 +42,14 @@ def run(config_type: type[Config], body: Callable[[Config], int], argv: Sequence
         body: The script.
         argv: The command line; None means the process's own.
         prog: The name of the program in messages.
+        defaults: Returns the options that apply where the command line has none, for the options that were parsed, or
+            None for those of `config_type`.
     """
     try:
         config = parse(config_type, argv, prog=prog)
         check_packages()
+        if defaults is not None and (default := defaults(config)) is not None:
+            config = parse(config_type, argv, prog=prog, default=default)
         status = body(config)
         sys.stdout.flush()
         return status
@@ -64,11 +75,13 @@ def _drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def parse(config_type: type[Config], argv: Sequence[str] | None, *, prog: str) -> Config:
+def parse(config_type: type[Config], argv: Sequence[str] | None, *, prog: str, default: Config | None = None) -> Config:
     """Parse `argv` into a `config_type`; raise UsageError, in one line, where tyro would draw a box and exit."""
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
+            if default is not None:
+                return tyro.cli(config_type, prog=prog, args=argv, default=default)
             return tyro.cli(config_type, prog=prog, args=argv)
     except SystemExit as stop:
         if not stop.code:  # --help

@@ -4,6 +4,7 @@
     load("fashion-mnist")           all 70,000: from a given folder, the system, the cache, or a checked download
     load("digits")                  scikit-learn's 8×8 digits
     load("idx", folder)             any images and labels in idx files with the file names of MNIST
+    load("my/images")               a folder of PNG and JPEG files by class, or an .npz file
 
 The contents of a named set are checked against its hash. Every set is returned as float32 images in [0, 1] and int32
 labels. Idx files are read by one reader, which validates every size in their headers.
@@ -13,6 +14,7 @@ import contextlib
 import gzip
 import hashlib
 import math
+import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -104,6 +106,8 @@ class Dataset:
     test_labels: np.ndarray
     class_names: tuple[str, ...]
     sha256: str
+    validation: np.ndarray | None = None
+    """Indices of the training images that the set itself reserves for validation, or None."""
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -111,11 +115,17 @@ class Dataset:
         return self.train_images.shape[1:]
 
 
-def load(name: str, folder: Path | None = None) -> Dataset:
+def is_path(name: str) -> bool:
+    """Whether `name` is that of a folder or an .npz file, not one of SOURCES."""
+    return name not in SOURCES and ("/" in name or os.sep in name or name.endswith(".npz") or Path(name).is_dir())
+
+
+def load(name: str, folder: Path | None = None, size: int | None = None) -> Dataset:
     """Load an image set.
 
     Args:
-        name: One of SOURCES.
+        name: One of SOURCES, or the path of a folder of images or of an .npz file (see experiments.images).
+        size: Height and width to which the images of a folder are resized; None means their own.
         folder: For the sets in IN_FOLDERS, the only location that is searched; None means the default locations.
 
     Raises:
@@ -123,6 +133,10 @@ def load(name: str, folder: Path | None = None) -> Dataset:
             network is missing.
         KeyError: There is no set with this name.
     """
+    if is_path(name):
+        from experiments.images import load_path
+
+        return load_path(Path(name), size)
     return SOURCES[name](folder)
 
 
@@ -141,6 +155,65 @@ def shuffled_batches(images: np.ndarray, labels: np.ndarray, size: int, *, seed:
     for start in range(0, len(images) - size + 1, size):
         chosen = order[start : start + size]
         yield images[chosen], labels[chosen]
+
+
+def split_validation(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return sorted indices of training and of validation examples; each class gives the same share.
+
+    The split depends only on the labels, `fraction` and `seed`. If `fraction` > 0, each class with at least two
+    examples has at least one in each part.
+
+    Args:
+        labels: (N,) int.
+        fraction: The share of the validation examples, in [0, 1).
+        seed: The seed of the choice.
+    """
+    chosen = [np.empty(0, np.intp)]
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        count = round(fraction * len(members))
+        if fraction > 0:
+            count = min(max(count, 1), len(members) - 1)
+        chosen.append(np.random.default_rng([seed, int(label)]).permutation(members)[:count])
+    validation = np.sort(np.concatenate(chosen))
+    return np.setdiff1d(np.arange(len(labels)), validation), validation
+
+
+class Batches:
+    """The training batches, as a function of the step number alone, so that a run can continue at any step.
+
+    Each epoch has an order of its own, which is drawn from `fold_in(key, step)` with the number of its first step. A
+    remainder smaller than a batch is omitted, so that the step compiles once.
+    """
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, chosen: np.ndarray, size: int, *, seed: int) -> None:
+        self._images, self._labels, self._chosen = images, labels, chosen
+        self._size, self._seed = size, seed
+        self._first, self._order = -1, chosen
+
+    @property
+    def per_epoch(self) -> int:
+        """Number of batches in an epoch."""
+        return len(self._chosen) // self._size
+
+    def __call__(self, step: int) -> Batch:
+        """Return the batch of a step, counted from 0."""
+        first = step - step % self.per_epoch
+        if first != self._first:
+            self._first, self._order = first, self._chosen[self._permutation(first)]
+        start = (step - first) * self._size
+        chosen = self._order[start : start + self._size]
+        return self._images[chosen], self._labels[chosen]
+
+    def _permutation(self, first: int) -> np.ndarray:
+        import jax
+
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self._seed), _ORDER), first)
+        return np.asarray(jax.random.permutation(key, len(self._chosen)))
+
+
+_ORDER = 1
+"""Number folded into the key of a run for the order of its data; dropout and initial weights use other keys."""
 
 
 # ---- idx files --------------------------------------------------------------------------------------------------
@@ -229,15 +302,23 @@ def _check_labels(path: Path, labels: np.ndarray, images_path: Path, images: np.
         raise bad_value(DataError, path, f"labels from 0 to {classes - 1}", f"{labels[first]} for image {first}")
 
 
-def _dataset(name: str, source: str, train: Batch, test: Batch, largest: int, class_names: tuple[str, ...]) -> Dataset:
-    """Build a Dataset of uint8 images (N, H, W), with pixels from 0 to `largest`, and uint8 labels (N,)."""
+def dataset_from_arrays(
+    name: str,
+    source: str,
+    train: Batch,
+    test: Batch,
+    largest: int,
+    class_names: tuple[str, ...],
+    validation: np.ndarray | None = None,
+) -> Dataset:
+    """Build a Dataset of uint8 images (N, H, W) or (N, H, W, C), with pixels from 0 to `largest`, and labels (N,)."""
     digest = hashlib.sha256()
     for array in (*train, *test):
         digest.update(f"{array.shape}".encode())
         digest.update(np.ascontiguousarray(array))
 
     def scale(images: np.ndarray) -> np.ndarray:
-        return images[..., None] * np.float32(1 / largest)
+        return (images[..., None] if images.ndim == 3 else images) * np.float32(1 / largest)
 
     return Dataset(
         name=name,
@@ -248,6 +329,7 @@ def _dataset(name: str, source: str, train: Batch, test: Batch, largest: int, cl
         test_labels=test[1].astype(np.int32),
         class_names=class_names,
         sha256=digest.hexdigest(),
+        validation=validation,
     )
 
 
@@ -287,7 +369,7 @@ def digits(folder: Path | None = None) -> Dataset:
     bunch = load_digits()
     images, labels = bunch.images.astype(np.uint8), bunch.target.astype(np.uint8)
     split = 1437
-    dataset = _dataset(
+    dataset = dataset_from_arrays(
         "digits",
         "scikit-learn",
         (images[:split], labels[:split]),
@@ -393,4 +475,4 @@ def _from_folder(name: str, folder: Path, files: Files, class_names: tuple[str, 
     if test[0].shape[1:] != train[0].shape[1:]:
         expected = f"images of size {train[0].shape[1:]} as in {paths['train_images']}"
         raise bad_value(DataError, paths["test_images"], expected, test[0].shape[1:])
-    return _dataset(name, str(folder), train, test, largest=255, class_names=class_names)
+    return dataset_from_arrays(name, str(folder), train, test, largest=255, class_names=class_names)

@@ -8,10 +8,15 @@ from types import TracebackType
 from typing import TypeVar
 
 EXTRAS: Mapping[str, str] = {
-    **dict.fromkeys(("matplotlib", "pooch", "rich", "safetensors", "tyro"), "experiments"),
+    **dict.fromkeys(
+        ("filelock", "matplotlib", "orbax-checkpoint", "pillow", "pooch", "rich", "safetensors", "tyro"), "experiments"
+    ),
     **dict.fromkeys(("equinox", "flax", "keras", "torch"), "bench"),
+    "haiku": "zoo",
 }
 """The packages that scripts need beyond the library's own, and the extra of jaxcnn that installs each."""
+MODULES: Mapping[str, str] = {"orbax-checkpoint": "orbax.checkpoint", "pillow": "PIL"}
+"""The modules of packages that are imported by another name."""
 
 
 class ExperimentError(ValueError):
@@ -76,7 +81,8 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, ModuleNotFoundError):
-        package = (error.name or "").partition(".")[0]
+        top = (error.name or "").partition(".")[0]
+        package = next((name for name, module in MODULES.items() if module.partition(".")[0] == top), top)
         return _missing([package]) if package in EXTRAS else None
     if isinstance(error, OSError):
         # Files are named where they are opened and written. Only printing can fill a disk without a file name.
@@ -102,8 +108,8 @@ def check_packages(extra: str = "experiments") -> None:
 
 def _is_installed(package: str) -> bool:
     try:
-        return importlib.util.find_spec(package) is not None
-    except ValueError:  # sys.modules marks the package as absent
+        return importlib.util.find_spec(MODULES.get(package, package)) is not None
+    except (ValueError, ModuleNotFoundError):  # sys.modules marks the package as absent; there is no parent package
         return False
 
 

@@ -59,6 +59,15 @@ def creating(path: Path) -> Iterator[Path]:
         raise
 
 
+def sync(path: Path) -> None:
+    """Wait until a file's contents, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def cache_dir(kind: str) -> Path:
     """Return the cache folder for one kind of file: in $JAXCNN_CACHE, else in the system's cache for jaxcnn."""
     import pooch

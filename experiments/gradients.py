@@ -1,6 +1,5 @@
 """Compare hand-written rules with autodiff, on the net to be trained and its first batch."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,12 +8,10 @@ import numpy as np
 from experiments.checkpoints import Params, flatten
 from experiments.data import Batch
 from jaxcnn import Serial, rules
+from jaxcnn.net import Loss
 
 TOLERANCE = 1e-5
 """Largest difference of two correct float32 gradients, relative to the largest element."""
-
-Loss = Callable[[jax.Array, jax.Array], jax.Array]
-"""A function of logits (B, C) and labels (B,) that returns a loss per example (B,)."""
 
 
 def compare(net: Serial, loss: Loss, params: Params, batch: Batch, key: jax.Array) -> dict[str, float]:

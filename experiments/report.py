@@ -55,11 +55,11 @@ def banner(facts: Mapping[str, str]) -> str:
 
 def describe_epoch(row: Epoch, epochs: int) -> str:
     """Return one epoch in one line."""
-    tested = f"test loss {row.test_loss:.4f} accuracy {row.test_accuracy:.4f}"
-    test = "not evaluated" if math.isnan(row.test_loss) else tested
+    validated = f"validation loss {row.validation_loss:.4f} accuracy {row.validation_accuracy:.4f}"
+    validation = "not evaluated" if math.isnan(row.validation_loss) else validated
     return (
         f"epoch {row.epoch:>{len(str(epochs))}}/{epochs}   "
-        f"train loss {row.train_loss:.4f} accuracy {row.train_accuracy:.4f}   {test}   "
+        f"train loss {row.train_loss:.4f} accuracy {row.train_accuracy:.4f}   {validation}   "
         f"{row.seconds:.1f} s, {row.images_per_second:,.0f} images/s"
     )
 

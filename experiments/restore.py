@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from experiments import train
-from experiments.data import SOURCES, Dataset, load
+from experiments.data import SOURCES, Dataset, is_path, load
 from experiments.errors import CheckpointError, UsageError, bad_value
 from experiments.run_folder import Run
 
@@ -30,7 +30,7 @@ def restore(folder: Path) -> Trained:
     """Return the net of the run in `folder`; raise CheckpointError or DataError."""
     run = Run(folder)
     config = read_config(run)
-    dataset = load(config["data"], Path(config["data_dir"]) if config["data_dir"] else None)
+    dataset = load(config["data"], Path(config["data_dir"]) if config["data_dir"] else None, config.get("size"))
     if dataset.sha256 != config["data_sha256"]:
         name, expected = f"data of {run.folder}", f"the set with SHA-256 {config['data_sha256']}"
         raise bad_value(CheckpointError, name, expected, dataset.sha256)
@@ -169,6 +169,6 @@ def read_config(run: Run) -> dict[str, Any]:
         got = ", ".join(map(str, config)) if isinstance(config, dict) else type(config).__name__
         raise bad_value(CheckpointError, path, f"the config of a run, with {', '.join(sorted(keys))}", got or "{}")
     for key, names in (("model", MODELS), ("data", SOURCES)):
-        if config[key] not in names:
+        if config[key] not in names and not (key == "data" and is_path(config[key])):
             raise bad_value(CheckpointError, f"{path}: {key}", f"one of {', '.join(names)}", repr(config[key]))
     return config

@@ -77,7 +77,7 @@ def static_int(op: str, argument: str, value: Any, whole: Any = ITSELF, *, least
         TypeError: for bools, floats and traced values.
         ValueError: if the value is below ``least``.
     """
-    expected = "ints" if whole is not ITSELF else "an int" if least is None else f"an int >= {least}"
+    expected = ints(None if whole is ITSELF else whole, "" if least is None else f">= {least}")
     shown = value if whole is ITSELF else whole
     if isinstance(value, bool | np.bool_):
         raise bad_type(op, argument, expected, repr(shown))
@@ -118,18 +118,23 @@ def static_ints(op: str, argument: str, value: Any, ndim: int) -> tuple[int, ...
     each = tuple(value) if is_sequence(value) else (value,) * ndim
     if len(each) != ndim:
         raise bad_value(op, argument, f"one int or {ndim} of them", repr(value))
-    ints = tuple(static_int(op, argument, v, value) for v in each)
-    if max(ints, default=0) > MAX_ELEMENTS:
-        raise bad_value(op, argument, "ints < 2**31", repr(value))
-    return ints
+    numbers = tuple(static_int(op, argument, v, value) for v in each)
+    if max(numbers, default=0) > MAX_ELEMENTS:
+        raise bad_value(op, argument, ints(value, "< 2**31"), repr(value))
+    return numbers
+
+
+def ints(value: Any, condition: str = "") -> str:
+    """Return what a message expects of an argument that is one int, or a sequence of ints as ``value`` is."""
+    return f"{'ints' if is_sequence(value) else 'an int'} {condition}".rstrip()
 
 
 def positive(op: str, argument: str, value: Any, ndim: int) -> tuple[int, ...]:
     """Return one int >= 1 per dim, from an int or a sequence of ints."""
-    ints = static_ints(op, argument, value, ndim)
-    if min(ints, default=1) < 1:
-        raise bad_value(op, argument, "ints >= 1", repr(value))
-    return ints
+    each = static_ints(op, argument, value, ndim)
+    if min(each, default=1) < 1:
+        raise bad_value(op, argument, ints(value, ">= 1"), repr(value))
+    return each
 
 
 def is_sequence(value: Any) -> TypeGuard[Sequence[Any]]:

@@ -9,7 +9,7 @@ from jaxcnn.taps import collecting
 from jaxcnn.tracing.evaluate import evaluate
 from jaxcnn.tracing.replace import Rules, check_rules, with_rules
 from jaxcnn.tracing.table import Operations, table_of
-from jaxcnn.tracing.trace import trace
+from jaxcnn.tracing.trace import trace, trace_call
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -63,7 +63,7 @@ def explicit(fun: F, *, rules: Rules | None = None) -> F:
 
     @functools.wraps(fun)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        traced = trace(fun, *args, inline=collecting(), **kwargs)
+        traced = trace_call(fun, args, kwargs, inline=collecting())
         program = with_rules("explicit", traced.program, rules)
         return traced.result(evaluate(program, traced.arrays))
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxcnn.arguments import MAX_ELEMENTS, bad_value, is_sequence, positive, static_bool, static_int
+from jaxcnn.arguments import MAX_ELEMENTS, bad_value, ints, is_sequence, positive, static_bool, static_int
 
 #: Values of `padding=`: "VALID", "SAME", "SAME_LOWER", "CAUSAL", an int, or an int or a pair for every dim.
 Padding = str | int | Sequence[int | tuple[int, int]]
@@ -212,9 +212,9 @@ def _pad_pair(op: str, argument: str, entry: Any, whole: Any) -> tuple[int, int]
         raise bad_value(op, argument, "pairs (before, after)", repr(whole))
     lo, hi = (static_int(op, argument, p, whole) for p in pair)
     if lo < 0 or hi < 0:
-        raise bad_value(op, argument, "ints >= 0", repr(whole))
+        raise bad_value(op, argument, ints(whole, ">= 0"), repr(whole))
     if max(lo, hi) > MAX_ELEMENTS:
-        raise bad_value(op, argument, "ints < 2**31", repr(whole))
+        raise bad_value(op, argument, ints(whole, "< 2**31"), repr(whole))
     return lo, hi
 
 

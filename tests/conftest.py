@@ -1,5 +1,6 @@
 """Test configuration: float64, eight CPU devices, strict dtypes."""
 
+import gc
 import importlib.util
 import itertools
 import os
@@ -54,6 +55,10 @@ def pytest_collection_modifyitems(config, items):
     from tests import sampling  # not above, because coverage would miss the import of jaxcnn
 
     items[:] = sampling.by_row(items)
+    # By default, tracing runs Python's garbage collector often, and each time it visits all that torch and jax hold.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 10, 10)
     if not config.option.quick:
         return
     chosen = sampling.sample(items, config.option.quick_seed)

@@ -134,13 +134,13 @@ def patch_times_delta(w: np.ndarray, delta: np.ndarray) -> np.ndarray:
     """
     patch_height, patch_width, channels, features = w.shape
     height, width, _ = delta.shape
-    room = np.zeros((height + 2 * (patch_height - 1), width + 2 * (patch_width - 1), features))
-    room[patch_height - 1 : patch_height - 1 + height, patch_width - 1 : patch_width - 1 + width] = delta
+    padded = np.zeros((height + 2 * (patch_height - 1), width + 2 * (patch_width - 1), features))
+    padded[patch_height - 1 : patch_height - 1 + height, patch_width - 1 : patch_width - 1 + width] = delta
     swapped = np.zeros((patch_height, patch_width, features, channels))
     for c in range(channels):
         for f in range(features):
             swapped[:, :, f, c] = flip(w)[:, :, c, f]
-    return convolution(room, swapped)
+    return convolution(padded, swapped)
 
 
 def delta_times_input(delta: np.ndarray, a: np.ndarray) -> np.ndarray:

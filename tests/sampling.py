@@ -3,12 +3,13 @@
 `costs.json` lists the parametrized tests that take long in total, with the seconds of one case. Of their cases the
 quick run takes
 
-1. enough for each test, each value of each parameter, and each op with each of its options (`needed`);
-2. then enough for each op in each check of the case table, and each pair of parameter values (`wanted`), as far as the
+1. enough for each test, each value of each parameter, each op in each check of the case table, and each op with each
+   of its options (`needed`);
+2. then enough for each option of an op in each check, and each pair of parameter values (`wanted`), as far as the
    budget goes;
 3. then others at random, until the budget is spent.
 
-All other tests run whole, except those marked ``slow``.
+All other tests run whole, except those marked ``slow`` and those that use a fixture of `SLOW_FIXTURES`.
 """
 
 import heapq
@@ -24,7 +25,9 @@ from tests.cases import Case, shows
 #: Seconds of one case of each expensive test on the machine that wrote them; `python -m tools.costs` writes the file.
 COSTS: dict[str, float] = json.loads(Path(__file__).with_name("costs.json").read_text(encoding="utf-8"))
 #: Seconds, in the same unit, that the expensive tests take together in a quick run.
-BUDGET = 300.0
+BUDGET = 200.0
+#: Fixtures that take long to make.
+SLOW_FIXTURES = frozenset({"whole", "gallery", "all_results"})
 
 
 def function_of(nodeid: str) -> str:
@@ -54,11 +57,16 @@ def by_row(items: Sequence[Any]) -> list[Any]:
     return sorted(items, key=place)
 
 
+def is_slow(item: Any) -> bool:
+    """Whether a test is never part of a quick run."""
+    return bool(item.get_closest_marker("slow") or SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())))
+
+
 def needed(item: Any, varied: Mapping[str, set[str]]) -> set[Hashable]:
     """Return what a test covers that the quick run must cover."""
     function, case = function_of(item.nodeid), case_of(item)
     if case is not None:
-        return {function, *shows(case)}
+        return {(function, case.op), *shows(case)}
     return {function, *((function, name, labelled(value)) for name, value in parameters(item).items()
                         if name in varied[function])}  # fmt: skip
 
@@ -67,7 +75,7 @@ def wanted(item: Any, varied: Mapping[str, set[str]]) -> set[Hashable]:
     """Return what else a test covers."""
     function, case = function_of(item.nodeid), case_of(item)
     if case is not None:
-        return {(function, *entry) for entry in ((case.op,), *shows(case))}
+        return {(function, *entry) for entry in shows(case)}
     return {(function, *pair) for pair in itertools.combinations(sorted(needed(item, varied) - {function}), 2)}
 
 
@@ -110,9 +118,9 @@ def cover(left: dict[int, set[Hashable]], costs: Sequence[float], budget: float)
 
 def sample(items: Sequence[Any], seed: int, budget: float = BUDGET, costs: Mapping[str, float] = COSTS) -> list[Any]:
     """Return the tests of a quick run, in the order given."""
-    kept = {i for i, item in enumerate(items) if function_of(item.nodeid) not in costs or not parameters(item)}
-    kept -= {i for i in kept if items[i].get_closest_marker("slow")}
-    expensive = [i for i in range(len(items)) if i not in kept and not items[i].get_closest_marker("slow")]
+    fast = [i for i, item in enumerate(items) if not is_slow(item)]
+    kept = {i for i in fast if function_of(items[i].nodeid) not in costs or not parameters(items[i])}
+    expensive = [i for i in fast if i not in kept]
     # A seeded order decides between tests that cover equally much, and the remainder. Checks of one row stay together.
     order = random.Random(seed)
     groups = {i: (items[i].nodeid.partition("::")[0], str(case_of(items[i]) or i)) for i in expensive}

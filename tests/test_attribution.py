@@ -132,6 +132,7 @@ NORMED = serial(
 )  # fmt: skip
 
 
+@pytest.mark.slow("compiles whole nets")
 @pytest.mark.parametrize("composite", COMPOSITES)
 def test_composites_with_batch_norm_and_sums_are_zennits(composite):
     """zennit's canonizer folds batch norm into the convolution before it, and the sum of a residual net is a module."""
@@ -388,6 +389,7 @@ def test_every_method_has_a_row():
     assert set(WAYS) == set(attribution.METHODS)
 
 
+@pytest.mark.slow("compiles whole nets for two devices")
 @pytest.mark.parametrize("method", WAYS)
 def test_jit_vmap_and_a_split_batch(method):
     net = NETS["hidden"]
@@ -439,6 +441,7 @@ def test_dropout_is_off():
     np.testing.assert_allclose(heatmap(net).reshape(3, -1), params["dense1"]["weight"].T[TARGET], **CLOSE)
 
 
+@pytest.mark.slow("compiles every method")
 def test_a_traced_target_out_of_range_is_nan():
     """Targets that cannot be validated before the computation do not fail silently."""
     for method, options in WAYS.items():
@@ -815,6 +818,7 @@ def in_plain_jax(params, x, *, rectified=False, shift=0.0):
     return x.reshape(x.shape[0], -1) @ params["dense1"]["weight"] + params["dense1"]["bias"], y
 
 
+@pytest.mark.slow("compiles whole nets")
 @pytest.mark.parametrize("net", [PROJECTED, RECTIFIED], ids=["linear shortcut", "and a ReLU"])
 def test_gradients_and_grad_cam_inside_a_net_with_its_own_apply(net):
     params, x = drawn(net)

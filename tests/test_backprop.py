@@ -140,6 +140,7 @@ def test_gradients_are_those_of_grad(name):
     assert_same((result.loss, result.gradients), (value, gradients))
 
 
+@pytest.mark.slow("runs op by op")
 def test_without_jit():
     net, params, x, error = given("residual")
     result = backprop_of(net, error, params, x)

@@ -596,6 +596,7 @@ def by_vmap_of_trees(net):
     return compiled(jax.vmap(jax.grad(one), (None, 0, 0)))
 
 
+@pytest.mark.slow("compiles whole nets")
 def test_per_example_gradients_of_branches_take_keys():
     """Each example has the key folded with its index, and so its own mask."""
     net = serial(branches(serial(Dense(3), Dropout(0.5)), serial()), Dense(3))
@@ -637,6 +638,7 @@ def siamese_of_halves():
     return serial(lambda x: x[:, :8].reshape(-1, 2, 4), siamese(Dense(3), BatchNorm(), join="add"))
 
 
+@pytest.mark.slow("compiles steps of a net")
 @pytest.mark.parametrize("microbatch", [None, 2])
 def test_training_with_several_inputs(microbatch):
     net, params, x = drawn("two inputs")

@@ -94,6 +94,7 @@ def test_gauss_newton(name, error):
     assert_close([ravel_pytree(compiled(product)(params, v))[0]], [expected], 1e-10)
 
 
+@pytest.mark.slow("compiles large programs")
 def test_finite_differences():
     net, params, x, v, (losses, _) = given("smooth")
     gradient = jax.grad(lambda p: losses["squared"](net.apply(p, x)))
@@ -105,6 +106,7 @@ def test_finite_differences():
     assert_close([result], [(at(1e-5) - at(-1e-5)) / 2e-5], 1e-8)
 
 
+@pytest.mark.slow("compiles large programs")
 def test_positive_where_the_error_is_convex():
     net, params, x, v, (losses, _) = given("residual, norm")
     result = gauss_newton_vp(lambda p: net.apply(p, x), losses["cross-entropy"], params, v)
@@ -156,6 +158,7 @@ class NoHash:
         return self.f(*args)
 
 
+@pytest.mark.slow("compiles large programs")
 @pytest.mark.parametrize("kind", [flax.core.freeze, lambda p: collections.OrderedDict(reversed(p.items()))])
 def test_other_mappings_and_functions_without_a_hash(kind):
     net, params, x, v, (losses, _) = given("smooth")

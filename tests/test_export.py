@@ -59,6 +59,7 @@ def assert_close(found, expected):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10 * max(np.abs(b).max(), 1e-3))
 
 
+@pytest.mark.slow("compiles the step of a large net four times")
 def test_gradient_of_a_step_for_every_batch(params):
     call = exported(gradient, params, *draw(2)).call
     direct = compiled(gradient)
@@ -66,6 +67,7 @@ def test_gradient_of_a_step_for_every_batch(params):
         assert_close(compiled(call)(params, *draw(batch)), direct(params, *draw(batch)))
 
 
+@pytest.mark.slow("compiles a large net")
 def test_net_and_its_vjp_for_every_batch(params):
     def pulled(f, params, x, delta):
         y, pull = jax.vjp(f, params, x)

@@ -63,6 +63,7 @@ def product(loop, step, x, w, v):
     return jax.grad(lambda w: jnp.vdot(jax.grad(error)(w), v))(w)
 
 
+@pytest.mark.slow("compiles two programs of second order per case")
 @pytest.mark.parametrize(("name", "loop"), [*((name, scanned) for name in STEPS), ("conv", counted)])
 def test_hessian_products_through_loops_equal_those_without(name, loop):
     step, w = STEPS[name]

@@ -238,7 +238,7 @@ NETS = {
 X, Y = np.random.default_rng(0).standard_normal((4, 4, 4, 2)), np.array([0, 2, 1, 1])
 
 
-def asked(method, **options):
+def attributed(method, **options):
     return lambda net, params, x, y: jaxcnn.attribute(net, params, x, 1, method=method, **options)
 
 
@@ -251,15 +251,16 @@ FUNCTIONS = {
     )(params),
 }
 OF_HIDDEN = {
-    "gradient": asked("gradient"),
-    "deep_lift": asked("deep_lift"),
-    "integrated_gradients": asked("integrated_gradients", steps=2),
-    "occlusion": asked("occlusion", window=2),
-    "grad_cam": asked("grad_cam", layer="hidden_layer1"),
+    "gradient": attributed("gradient"),
+    "deep_lift": attributed("deep_lift"),
+    "integrated_gradients": attributed("integrated_gradients", steps=2),
+    "occlusion": attributed("occlusion", window=2),
+    "grad_cam": attributed("grad_cam", layer="hidden_layer1"),
     "targets": lambda net, params, x, y: jaxcnn.attribute(net, params, x, y, method="gradient"),
 }
 
 
+@pytest.mark.slow("compiles whole nets for eight devices")
 @pytest.mark.parametrize(
     ("name", "functions", "axis_type"),
     [

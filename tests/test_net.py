@@ -673,6 +673,7 @@ def outputs_of(net, params, x):
     return np.asarray(net.apply(params, x))
 
 
+@pytest.mark.slow("starts a process")
 def test_nets_go_to_other_processes():
     params, x = parameters(HIDDEN, (6, 6, 1)), images(2, 6, 6, 1, dtype=np.float32)
     with multiprocessing.get_context("spawn").Pool(1) as pool:

@@ -209,6 +209,7 @@ def test_parameters_that_no_layer_reads():
     np.testing.assert_array_equal(result["old"]["weight"], np.zeros((5, 2, 3)))
 
 
+@pytest.mark.slow("compiles every function")
 def test_no_examples_and_no_parameters():
     net, params, x, y = given("conv")
     assert {g.shape[0] for g in jax.tree.leaves(per_example_gradients(net, cross_entropy, params, x[:0], y[:0]))} == {0}
@@ -225,6 +226,7 @@ def test_a_gradient_of_zero_is_not_clipped_to_nan():
         np.testing.assert_array_equal(g, 0)
 
 
+@pytest.mark.slow("compiles whole nets for two devices")
 @pytest.mark.parametrize("axis_type", SPLIT_BY, ids=str)
 def test_a_split_batch(axis_type):
     net, params, x, y = given("residual, nested", batch=4)
@@ -237,6 +239,7 @@ def test_a_split_batch(axis_type):
     assert len(run(per_example_norms, net, *args).sharding.device_set) == 2
 
 
+@pytest.mark.slow("trains")
 def test_private_aggregation():
     """Without noise, optax's private aggregation gives the mean of the clipped gradient; with noise, it differs."""
     net, params, x, y = given("residual, nested")
@@ -312,6 +315,7 @@ def test_ghost_norms_are_norms(name):
     np.testing.assert_allclose(compiled(functools.partial(kernels.kernel_grad_squares, c))(x, y), expected, rtol=1e-10)
 
 
+@pytest.mark.slow("compiles whole nets")
 @pytest.mark.parametrize("layers", [(Conv(64, 3, bias=False),), (Dense(256, bias=False),)], ids=["conv", "dense"])
 def test_norms_whose_ghosts_cancel(layers):
     """Norms stay accurate in float32 for inputs with a large mean and δ that sum to almost zero.

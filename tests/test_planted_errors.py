@@ -383,7 +383,7 @@ PLANTED = [
     Planted("batch_norm: statistics held fixed", row("batch_norm", (4, 3, 2), (2,), (2,)), statistics_held_fixed),
     Planted("batch_norm: variance held fixed", row("batch_norm", (4, 3, 2), (2,), (2,)), variance_held_fixed),
     Planted("batch_norm: Σ δ·x", row("batch_norm", (4, 3, 2), (2,), (2,)), grad_scale_of_x, LINEAR),
-    Planted("group_norm: groups not told apart", row("group_norm", (2, 3, 4), groups=2), over_the_whole_picture),
+    Planted("group_norm: one group instead of several", row("group_norm", (2, 3, 4), groups=2), over_the_whole_picture),
     Planted(
         "squared_error: sign", row("squared_error", (4, 3), (4, 3)),
         wrong_loss(jaxcnn.squared_error, squared_error_sign), is_rule=False,

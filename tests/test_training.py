@@ -217,6 +217,7 @@ def test_the_same_seed_is_the_same_run_bit_by_bit():
     assert losses != losses_of_another
 
 
+@pytest.mark.slow("compiles steps of a net")
 def test_every_step_draws_its_own_mask():
     """At a learning rate of 0 nothing is learned, so only the mask can change the loss."""
     optimizer = optax.sgd(0.0)
@@ -310,6 +311,7 @@ def test_microbatches_take_the_same_step(n, microbatch):
     chex.assert_trees_all_close(stepped(NET, n, microbatch), stepped(NET, n, None), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow("compiles steps of a net")
 @pytest.mark.parametrize(
     "net",
     [WITH_DROPOUT, serial(Conv(3, 3), BatchNorm(), Flatten(), Dense(CLASSES))],
@@ -361,6 +363,7 @@ def test_microbatches_need_less_memory():
 # Two devices
 
 
+@pytest.mark.slow("compiles steps for eight devices")
 @pytest.mark.parametrize("net", [NET, WITH_DROPOUT], ids=["plain", "dropout"])
 @pytest.mark.parametrize("axis_type", SPLIT_BY, ids=str)
 @pytest.mark.parametrize("microbatch", [None, 2])
@@ -430,6 +433,7 @@ def normalized():
     return params, [(rng.standard_normal((n, *SHAPE)) + n, None) for n in (3, 1, 0, 4)]
 
 
+@pytest.mark.slow("compiles whole nets")
 def test_calibrated_statistics_are_those_of_the_inputs_in_evaluation():
     """Over the whole training data, each layer's output has mean β and variance γ²·v/(v + ε)."""
     params, batches = normalized()
@@ -816,6 +820,7 @@ def test_optimizers_take_the_steps_they_take_in_a_loop_of_optax(name):
     chex.assert_trees_all_close(numbers(state.params), numbers(params), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow("compiles steps of L-BFGS")
 @pytest.mark.usefixtures("narrow")
 def test_lbfgs_looks_at_the_whole_batch_in_microbatches():
     whole, parts = (
@@ -944,6 +949,7 @@ print(float(metrics["loss"]))
 """
 
 
+@pytest.mark.slow("starts two processes")
 def test_a_state_goes_to_the_devices_of_two_processes():
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -104,15 +104,15 @@ def mismatches_alone(geometries: list[Geometry]) -> Iterator[str]:
     return iter(mismatches or [f"together, but not individually:\n{rows}"])
 
 
-def turns(count: int, seed: int, ops: Sequence[str]) -> Iterator[tuple[str, int, int]]:
-    """Yield turns of the ops in proportion to their shares, with no seed used twice."""
+def turns(count: int, seed: int, ops: Sequence[str], size: int = TURN) -> Iterator[tuple[str, int, int]]:
+    """Yield turns of ``size`` geometries of the ops, in proportion to their shares, with no seed used twice."""
     shares = {op: SHARES[op] for op in ops}
     left = {op: -(-count * share // sum(shares.values())) for op, share in shares.items()}
     for number in range(count):
         for op in ops:
             if left[op] > 0:
-                yield op, seed * 1_000_000 + number, min(TURN, left[op])
-                left[op] -= TURN
+                yield op, seed * 1_000_000 + number, min(size, left[op])
+                left[op] -= size
         if max(left.values()) <= 0:
             return
 

@@ -285,8 +285,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compare(by_suite: dict[Mutant, tuple[str, str]], budget: float, jobs: int, notes: Path) -> bool:
     """Print which share of the killed mutants the quick run kills; return whether it is enough.
 
-    The quick run kills a mutant if the test that killed it is one of its own, or one of its other tests that reach the
-    mutant does, of which ``budget`` seconds run.
+    The quick run kills a mutant if it contains the test that killed it, or if one of its other tests fails. Those that
+    reach the mutant run for ``budget`` seconds.
     """
     tests = quick_tests()
     print(f"\nthe quick run, {len(tests)} tests, on the mutants that its tests have not killed yet", flush=True)

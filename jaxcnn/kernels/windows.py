@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxcnn.geometry import Window
-from jaxcnn.kernels.dtypes import accumulator
+from jaxcnn.kernels.dtypes import accumulator, to_accumulator
 from jaxcnn.kernels.shapes import expand_rank
 from jaxcnn.kernels.split import run_whole
 
@@ -120,7 +120,7 @@ def scatter_to_winners(win: Window, y: Array, winner: Array) -> Array:
         return _scatter_to_tiles(win, y, winner)
     if win.entries > MAX_UNROLLED_TAPS:
         return _scatter_to_winners_long(win, y, winner)
-    wide = y.astype(accumulator(y.dtype))
+    wide = to_accumulator(y)
     masked = (jnp.where(winner == winner.dtype.type(number), wide, 0) for number in range(win.entries))
     placed = (at_tap(win, tap, part) for tap, part in zip(win.taps(), masked, strict=True))
     return unpad(win, functools.reduce(operator.add, placed)).astype(y.dtype)
@@ -188,7 +188,7 @@ def window_sum(win: Window, x: Array) -> Array:
     """Sum every window, ``y[o] = Σ_k x[o·stride + k·dilation]``; 16-bit floats are summed in float32."""
     if 0 in win.out:  # no window fits, if the image is empty
         return jnp.zeros((x.shape[0], *win.out, x.shape[-1]), x.dtype)
-    total = _pad(win, x.astype(accumulator(x.dtype)), 0)
+    total = _pad(win, to_accumulator(x), 0)
     for dim in range(win.ndim):
         total = _sum_dim(win, dim, total)
     return total.astype(x.dtype)
@@ -201,7 +201,7 @@ def window_sum_adjoint(win: Window, y: Array) -> Array:
     """
     if win.tiles:
         return _untile(win, _tile(win, y))
-    total = y.astype(accumulator(y.dtype))
+    total = to_accumulator(y)
     for dim in range(win.ndim):
         total = _sum_adjoint_dim(win, dim, total)
     return unpad(win, total).astype(y.dtype)

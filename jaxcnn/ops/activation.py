@@ -14,7 +14,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxcnn.arguments import arrays, bad_value, static_bool, static_float
-from jaxcnn.kernels.dtypes import accumulator
+from jaxcnn.kernels.dtypes import accumulator, to_accumulator
 from jaxcnn.kernels.materialize import materialize, materialize_if_small
 from jaxcnn.ops.rule import Rule, apply_rule, custom_vjp
 
@@ -239,7 +239,7 @@ def _activation_reference(activation: Activation, x: Array) -> Array:
 
 def _widen(x: Array) -> Array:
     """Return 16-bit floats in float32, where x² and eˣ do not overflow; others unchanged, including weak types."""
-    return x if accumulator(x.dtype) == x.dtype else x.astype(accumulator(x.dtype))
+    return x if accumulator(x.dtype) == x.dtype else to_accumulator(x)
 
 
 def _cast_like(x: Array, y: Array) -> Array:

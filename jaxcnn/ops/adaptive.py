@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from jaxcnn.arguments import arrays, positive
 from jaxcnn.geometry import PerDim, Window, not_too_many
 from jaxcnn.kernels import adaptive as kernels
-from jaxcnn.kernels.dtypes import accumulator
+from jaxcnn.kernels.dtypes import to_accumulator
 from jaxcnn.kernels.shapes import expand_rank
 from jaxcnn.ops.adjoint import adjoint_pair
 from jaxcnn.ops.pooling import (
@@ -215,7 +215,7 @@ bin_sum, bin_sum_adjoint = adjoint_pair(_bin_sum, _bin_sum_adjoint)
 
 @custom_vjp
 def _adaptive_avg_pool(bins: Bins, x: Array) -> Array:
-    return bins.divide_by_count(bin_sum(bins, x.astype(accumulator(x.dtype)))).astype(x.dtype)
+    return bins.divide_by_count(bin_sum(bins, to_accumulator(x))).astype(x.dtype)
 
 
 def _adaptive_avg_pool_fwd(bins: Bins, x: Array) -> Any:
@@ -224,7 +224,7 @@ def _adaptive_avg_pool_fwd(bins: Bins, x: Array) -> Any:
 
 def _adaptive_avg_pool_bwd(bins: Bins, saved: None, delta: Array) -> Any:
     """δ_x = up(δ / count)."""
-    shares = bins.divide_by_count(delta.astype(accumulator(delta.dtype)))
+    shares = bins.divide_by_count(to_accumulator(delta))
     return (bin_sum_adjoint(bins, shares).astype(delta.dtype),)
 
 
@@ -233,7 +233,7 @@ _adaptive_avg_pool.defvjp(_adaptive_avg_pool_fwd, _adaptive_avg_pool_bwd)
 
 def _adaptive_avg_pool_reference(bins: Bins, x: Array) -> Array:
     """In stock JAX, dim by dim."""
-    y = x.astype(accumulator(x.dtype))
+    y = to_accumulator(x)
     for axis, n, m in _dims(bins):
         y = jnp.stack([part.mean(axis) for part in _parts(y, axis, n, m)], axis)
     return y.astype(x.dtype)

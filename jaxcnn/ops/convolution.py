@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxcnn.arguments import arrays, bad_type, bad_value, positive, spatial_dims, static_int, static_ints
+from jaxcnn.arguments import arrays, bad_type, bad_value, ints, positive, spatial_dims, static_int, static_ints
 from jaxcnn.geometry import (
     PADDING_MODES,
     PADDINGS,
@@ -41,6 +41,7 @@ from jaxcnn.kernels.kernel_grad import kernel_grad as run_kernel_grad
 from jaxcnn.kernels.shapes import expand_rank
 from jaxcnn.kernels.split import run_whole
 from jaxcnn.kernels.windows import pad_axis
+from jaxcnn.ops.adjoint import adjoint_pair
 from jaxcnn.ops.mesh import on_any_mesh
 from jaxcnn.ops.rule import Rule, apply_rule, autodiff, custom_vjp
 
@@ -366,7 +367,7 @@ def sum_pixels(delta: Array) -> Array:
 
 
 def _add_bias(y: Array, b: Array | None) -> Array:
-    """Return y + b, in y's dtype; b None is no bias."""
+    """Return y + b in y's dtype, or y if b is None."""
     return y if b is None else y + expand_rank(b.astype(y.dtype), y)
 
 
@@ -374,32 +375,14 @@ def _add_bias(y: Array, b: Array | None) -> Array:
 # Padding that repeats the input instead of adding zeros
 
 
-@functools.partial(custom_vjp, static=2)
-def _extend(mode: str, widths: tuple[tuple[int, int], ...], x: Array) -> Array:
-    return _extend_reference(mode, widths, x)
-
-
-def _extend_fwd(mode: str, widths: tuple[tuple[int, int], ...], x: Array) -> Any:
-    return _extend(mode, widths, x), None
-
-
-def _extend_bwd(mode: str, widths: tuple[tuple[int, int], ...], saved: None, delta: Array) -> Any:
-    """δ_x[i] = Σ δ over every position that shows element i."""
-    return (_fold(mode, widths, delta),)
-
-
-_extend.defvjp(_extend_fwd, _extend_bwd)
-
-
-def _extend_reference(mode: str, widths: tuple[tuple[int, int], ...], x: Array) -> Array:
+def _extend_plain(mode: str, widths: tuple[tuple[int, int], ...], x: Array) -> Array:
     """Extend the input past its borders by its mirror image, its last element or its periodic repetition."""
     modes = {"REFLECT": "reflect", "REPLICATE": "edge", "CIRCULAR": "wrap"}
     return jnp.pad(x, ((0, 0), *widths, (0, 0)), mode=modes[mode])
 
 
-@functools.partial(custom_vjp, static=2)
-def _fold(mode: str, widths: tuple[tuple[int, int], ...], delta: Array) -> Array:
-    """The adjoint of `_extend`: δ past the borders is added to the elements shown there.
+def _fold_plain(mode: str, widths: tuple[tuple[int, int], ...], delta: Array) -> Array:
+    """δ_x[i] = Σ δ over every position that shows element i, the adjoint of `_extend_plain`.
 
     16-bit δ are summed in float32, although each summand has already been rounded.
     """
@@ -420,15 +403,7 @@ def _fold(mode: str, widths: tuple[tuple[int, int], ...], delta: Array) -> Array
     return delta.astype(dtype)
 
 
-def _fold_fwd(mode: str, widths: tuple[tuple[int, int], ...], delta: Array) -> Any:
-    return _fold(mode, widths, delta), None
-
-
-def _fold_bwd(mode: str, widths: tuple[tuple[int, int], ...], saved: None, xi: Array) -> Any:
-    return (_extend(mode, widths, xi),)
-
-
-_fold.defvjp(_fold_fwd, _fold_bwd)
+_extend, _fold = adjoint_pair(_extend_plain, _fold_plain, static=2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -470,7 +445,7 @@ def correlation_of(
     )
     result, precision = _result_dtype(op, x.dtype if dtype is None else dtype), _precision(op, precision)
     if isinstance(padding, str) and padding.upper() in PADDING_MODES:
-        mode, extend = padding.upper(), _extend_reference if rule is autodiff else _extend
+        mode, extend = padding.upper(), _extend_plain if rule is autodiff else _extend
         widths = _repeat_widths(op, mode, slide(spatial, padding="SAME"))
         x, padding = on_any_mesh(functools.partial(extend, mode), widths, x), "VALID"
     return x, Correlation(slide(x.shape[1:-1], padding=padding), groups, result, precision)
@@ -502,7 +477,7 @@ def transposed_correlation_of(
     d = positive(op, "dilation", dilation, ndim)
     extra = static_ints(op, "output_padding", output_padding, ndim)
     if any(not 0 <= e < max(pair) for e, *pair in zip(extra, s, d, strict=True)):
-        expected = f"ints >= 0 and less than the stride {s} or the dilation {d}"
+        expected = f"{ints(output_padding, '>= 0')} and less than the stride {s} or the dilation {d}"
         raise bad_value(op, "output_padding", expected, repr(output_padding))
     # The sizes for "SAME"; the other paddings ignore them.
     sizes = tuple(n * step for n, step in zip(spatial, s, strict=True))

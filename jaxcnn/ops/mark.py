@@ -29,9 +29,12 @@ class Marked:
 
 
 _PREFIX = "jaxcnn_op_"
+#: Number of calls in the table. Older ones are dropped, and are then functions like any other.
+MAX_CALLS = 1 << 14
 _CALLS: dict[int, Marked] = {}
 _NUMBERS: dict[Marked, int] = {}
 _COUNT = itertools.count()
+_LOCK = threading.Lock()
 _LOCAL = threading.local()
 
 #: Part of JAX's cache key: inner functions are traced again with marks.
@@ -59,8 +62,7 @@ def marked(core: Any, rule: Any, plain: Any, op: str, run: Callable[..., Any], s
     """Return ``run(static, *inputs)``, as a call with a mark."""
     types = tuple(None if a is None else (a.shape, a.dtype) for a in inputs)
     call = Marked(core, rule, plain, op, static, types)
-    number = _NUMBERS.setdefault(call, next(_COUNT))
-    _CALLS[number] = call
+    number = _number_of(call)
 
     def function(*arrays: Any) -> Any:
         given = iter(arrays)
@@ -68,6 +70,17 @@ def marked(core: Any, rule: Any, plain: Any, op: str, run: Callable[..., Any], s
 
     function.__name__ = f"{_PREFIX}{number}"
     return jax.jit(function)(*(a for a in inputs if a is not None))
+
+
+def _number_of(call: Marked) -> int:
+    """Return the number of a call in the table, of which it becomes the latest entry."""
+    with _LOCK:
+        number = _NUMBERS.setdefault(call, next(_COUNT))
+        _CALLS.pop(number, None)
+        _CALLS[number] = call
+        if len(_CALLS) > MAX_CALLS:
+            del _NUMBERS[_CALLS.pop(next(iter(_CALLS)))]
+        return number
 
 
 def marked_call(eqn: Any) -> Marked | None:
@@ -79,7 +92,10 @@ def marked_call(eqn: Any) -> Marked | None:
     name = eqn.params.get("name") if eqn.primitive.name in ("jit", "pjit") else None
     if not isinstance(name, str) or not name.startswith(_PREFIX):
         return None
-    call = _CALLS[int(name.removeprefix(_PREFIX))]
+    with _LOCK:
+        call = _CALLS.get(int(name.removeprefix(_PREFIX)))
+    if call is None:
+        return None
     jaxpr = eqn.params["jaxpr"].jaxpr
     if [(v.aval.shape, v.aval.dtype) for v in jaxpr.invars] != [kind for kind in call.types if kind is not None]:
         return None

@@ -28,7 +28,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxcnn.arguments import array, arrays, bad_type, bad_value, static_float, static_int
-from jaxcnn.kernels.dtypes import accumulator
+from jaxcnn.kernels.dtypes import accumulator, to_accumulator
 from jaxcnn.kernels.materialize import materialize
 from jaxcnn.kernels.reductions import sum_computed
 from jaxcnn.ops.rule import Rule, apply_rule, custom_vjp
@@ -218,7 +218,7 @@ class Normalization:
 
     def view(self, x: Array) -> Array:
         """Return x in the dtype of the statistics, with its channels in groups."""
-        wide = x.astype(accumulator(x.dtype))
+        wide = to_accumulator(x)
         return wide if self.groups is None else wide.reshape(*x.shape[:-1], self.groups, x.shape[-1] // self.groups)
 
     def expand(self, a: Array, x: Array) -> Array:

@@ -34,7 +34,7 @@ from jaxcnn.arguments import (
 )
 from jaxcnn.geometry import Padding, PerDim, Window, not_too_many, pad_widths, window
 from jaxcnn.kernels import windows as kernels
-from jaxcnn.kernels.dtypes import accumulator
+from jaxcnn.kernels.dtypes import to_accumulator
 from jaxcnn.kernels.materialize import materialize
 from jaxcnn.kernels.shapes import expand_rank
 from jaxcnn.kernels.split import run_whole
@@ -352,7 +352,7 @@ class Average:
 @custom_vjp
 def avg_pool_core(average: Average, x: Array) -> Array:
     """`avg_pool` over given windows, with its rule."""
-    return average.divide_by_count(window_sum(average.window, x.astype(accumulator(x.dtype)))).astype(x.dtype)
+    return average.divide_by_count(window_sum(average.window, to_accumulator(x))).astype(x.dtype)
 
 
 def _avg_pool_fwd(average: Average, x: Array) -> Any:
@@ -361,7 +361,7 @@ def _avg_pool_fwd(average: Average, x: Array) -> Any:
 
 def _avg_pool_bwd(average: Average, saved: None, delta: Array) -> Any:
     """δ_x = up(δ / count)."""
-    shares = average.divide_by_count(delta.astype(accumulator(delta.dtype)))
+    shares = average.divide_by_count(to_accumulator(delta))
     return (window_sum_adjoint(average.window, shares).astype(delta.dtype),)
 
 
@@ -370,7 +370,7 @@ avg_pool_core.defvjp(_avg_pool_fwd, _avg_pool_bwd)
 
 def avg_pool_reference(average: Average, x: Array) -> Array:
     """`avg_pool` in stock JAX."""
-    total = _reduce_windows(average.window, x.astype(accumulator(x.dtype)), 0, lax.add)
+    total = _reduce_windows(average.window, to_accumulator(x), 0, lax.add)
     return average.divide_by_count(total).astype(x.dtype)
 
 
@@ -451,20 +451,20 @@ def _power(x: Array, exponent: float) -> Array:
 
 @custom_vjp
 def _lp_pool(norm: Norm, x: Array) -> Array:
-    wide = x.astype(accumulator(x.dtype))
+    wide = to_accumulator(x)
     total = window_sum(norm.average.window, _power(wide, norm.p))
     return norm.root(norm.rescale_partial(total)).astype(x.dtype)
 
 
 def _lp_pool_fwd(norm: Norm, x: Array) -> Any:
     # Save y unrounded: y^(1−p) of a 16-bit y would have p − 1 times its rounding error.
-    y = _lp_pool(norm, x.astype(accumulator(x.dtype)))
+    y = _lp_pool(norm, to_accumulator(x))
     return y.astype(x.dtype), (x, y)
 
 
 def _lp_pool_bwd(norm: Norm, saved: Any, delta: Array) -> Any:
     """δ_x = x^(p−1) ∘ up(δ·y^(1−p)), and 0 where y = 0."""
-    x, y, delta = (a.astype(accumulator(a.dtype)) for a in (*saved, delta))
+    x, y, delta = (to_accumulator(a) for a in (*saved, delta))
     shares = jnp.where(y == 0, 0, delta / _power(jnp.where(y == 0, 1, y), norm.p - 1))
     delta_x = _power(x, norm.p - 1) * window_sum_adjoint(norm.average.window, norm.rescale_partial(shares))
     return (delta_x.astype(saved[0].dtype),)
@@ -475,7 +475,7 @@ _lp_pool.defvjp(_lp_pool_fwd, _lp_pool_bwd)
 
 def _lp_pool_reference(norm: Norm, x: Array) -> Array:
     """`lp_pool` in stock JAX."""
-    wide = x.astype(accumulator(x.dtype))
+    wide = to_accumulator(x)
     mean = avg_pool_reference(norm.average, _power(wide, norm.p))
     return norm.root(mean * norm.average.window.entries).astype(x.dtype)
 

@@ -22,7 +22,7 @@ from jax.typing import ArrayLike
 from jaxcnn.arguments import arrays, bad_value, expect_numbers
 from jaxcnn.geometry import Window
 from jaxcnn.kernels import fourier, moments
-from jaxcnn.kernels.dtypes import accumulator
+from jaxcnn.kernels.dtypes import to_accumulator
 from jaxcnn.kernels.split import run_whole
 from jaxcnn.ops import pooling
 from jaxcnn.ops.rule import Rule, apply_rule, custom_vjp
@@ -322,7 +322,7 @@ def _standardize(
 
     x is the image minus its mean, which leaves y unchanged but improves precision. 16-bit floats become float32.
     """
-    image, template = (a.astype(accumulator(a.dtype)) for a in (image, template))
+    image, template = (to_accumulator(a) for a in (image, template))
     # The mean of finite elements: a NaN elsewhere in the image must not affect a window.
     finite = jnp.isfinite(image)
     x, t = image - image.mean(where=finite), template - template.mean()

@@ -12,7 +12,7 @@ from jax import Array
 
 from jaxcnn.geometry import Window
 from jaxcnn.kernels import windows
-from jaxcnn.kernels.dtypes import accumulator
+from jaxcnn.kernels.dtypes import accumulator, to_accumulator
 from jaxcnn.ops.pooling import window_sum, window_sum_adjoint
 from jaxcnn.ops.rule import Call
 from jaxcnn.rules.compose import fits
@@ -95,7 +95,7 @@ def proportional(call: Call, delta: Array) -> tuple[Array, ...]:
     Array([1., 3., 0., 2.], dtype=float32)
     """
     win, (x,) = call.static, call.inputs
-    size, wide = (a.astype(accumulator(a.dtype)) for a in (jnp.abs(x), delta))
+    size, wide = (to_accumulator(a) for a in (jnp.abs(x), delta))
     total, count = window_sum(win, size), window_sum(win, jnp.ones((1, *win.shape, 1), size.dtype))
     shares = jnp.where(total > 0, wide / jnp.where(total > 0, total, 1), 0)
     even = jnp.where(total > 0, 0, wide / count)

@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxcnn.arguments import bad_value, static_bool, static_float, static_int
-from jaxcnn.kernels.dtypes import accumulator
+from jaxcnn.kernels.dtypes import to_accumulator
 from jaxcnn.ops.rule import Call
 from jaxcnn.rules.compose import fits
 
@@ -136,7 +136,7 @@ class ClipDelta:
 
     def clipped(self, delta: Array) -> Array:
         """Return δ_n · min(1, norm / ‖δ_n‖)."""
-        wide = delta.astype(accumulator(delta.dtype))
+        wide = to_accumulator(delta)
         size = jnp.sqrt(jnp.sum(jnp.square(wide), range(1, delta.ndim), keepdims=True))
         return jnp.where(size > self.norm, wide * (self.norm / jnp.where(size > 0, size, 1)), wide).astype(delta.dtype)
 

@@ -7,6 +7,7 @@ primitives, parameters and constants, whatever the functions are called.
 import dataclasses
 import functools
 import re
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -162,8 +163,10 @@ _SHAPE = (2, 3)
 
 def activations(program: Program, step: Equation) -> Iterator[tuple[ActivationForm, Atom, tuple[Equation, ...]]]:
     """Yield the activations that end in an equation: form, input, and equations in the order of the program."""
-    out = step.outputs[0]
-    if len(step.outputs) != 1 or not jnp.issubdtype(out.dtype, np.floating):
+    if len(step.outputs) != 1:
+        return
+    (out,) = step.outputs
+    if not jnp.issubdtype(out.dtype, np.floating):
         return
     for pattern in _patterns(np.dtype(out.dtype), jax.config.jax_enable_x64).get(step.primitive, ()):  # type: ignore[attr-defined]
         match = _Match(pattern.program, program, pattern.program.inputs[1:])
@@ -250,9 +253,16 @@ def _same_params(a: Equation, b: Equation) -> bool:
     return all(b.params.get(name) == value for name, value in a.params.items() if name not in _FREE)
 
 
+#: Texts of functions with rules of their own by their jaxprs, because each is compared with many patterns.
+_TEXTS: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+
+
 def _value(step: Equation) -> str:
     """Return the function of an equation as text, without shapes."""
-    return _without_shapes(str(step.params["call_jaxpr"]))
+    closed = step.params["call_jaxpr"]
+    if closed.jaxpr not in _TEXTS:
+        _TEXTS[closed.jaxpr] = _without_shapes(str(closed))
+    return _TEXTS[closed.jaxpr]
 
 
 def _same_derivative(a: Equation, b: Equation) -> bool:
@@ -260,10 +270,15 @@ def _same_derivative(a: Equation, b: Equation) -> bool:
 
     A user's function may have the name and the value of JAX's, but another derivative.
     """
-    expected, found = _tangent(a), _tangent(b)
+    expected, found = _tangent_of_pattern(a), _tangent(b)
     match = _Match(expected, found, deep=False)
     match.bound = dict(zip(expected.inputs, found.inputs, strict=True))
     return all(match.of_atoms(u, v) for u, v in zip(expected.outputs, found.outputs, strict=True))
+
+
+@functools.lru_cache(maxsize=256)
+def _tangent_of_pattern(step: Equation) -> Program:
+    return _tangent(step)
 
 
 def _tangent(step: Equation) -> Program:

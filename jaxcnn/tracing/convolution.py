@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxcnn.ops.convolution import conv, conv_transpose
+from jaxcnn.ops.convolution import conv, conv_transpose, depthwise_conv
 from jaxcnn.ops.rule import Rule
 from jaxcnn.tracing.program import Equation, Form
 from jaxcnn.tracing.shapes import STAY, Moves
@@ -36,22 +36,31 @@ class ConvForm(Form):
     x_dilation: tuple[int, ...]
     precision: Any
     dtype: Any
+    #: Whether each channel has its own kernels.
+    depthwise: bool = False
     moves: Moves = STAY
 
-    op = staticmethod(conv)
-    kind = "conv"
+    @property
+    def op(self) -> Any:  # type: ignore[override]
+        """Return `jaxcnn.conv` or `jaxcnn.depthwise_conv`."""
+        return depthwise_conv if self.depthwise else conv
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        """Return the name of the op."""
+        return "depthwise_conv" if self.depthwise else "conv"
 
     @property
     def options(self) -> dict[str, Any]:
         """Return the keyword arguments of the op."""
-        return {
+        options = {
             "stride": self.stride,
             "padding": tuple((max(lo, 0), max(hi, 0)) for lo, hi in self.padding),
             "dilation": self.dilation,
-            "groups": self.groups * self.batch_groups,
             "precision": self.precision,
             "preferred_element_type": self.dtype,
         }
+        return options if self.depthwise else {**options, "groups": self.groups * self.batch_groups}
 
     def prepare(self, x: Array, w: Array, b: Array | None = None) -> tuple[Any, ...]:
         """Return input, kernel and bias with channels last."""
@@ -72,7 +81,7 @@ class ConvForm(Form):
 
     def call(self, rule: Rule | None, x: Array, w: Array, b: Array | None = None) -> Array:
         """Return the op's result."""
-        return conv(x, w, b, **self.options, rule=rule)
+        return self.op(x, w, b, **self.options, rule=rule)
 
     def flops(self, inputs: Sequence[Any], output: Any) -> int:
         """Count a multiplication and an addition for each kernel element at each output."""
@@ -88,10 +97,18 @@ class ConvForm(Form):
 class TransposedForm(ConvForm):
     """A convolution of a dilated input with stride 1: the adjoint of a convolution with that stride."""
 
-    op = staticmethod(conv_transpose)
-    kind = "conv_transpose"
     #: Zeros after the end of the result.
     output_padding: tuple[int, ...] = ()
+
+    @property
+    def op(self) -> Any:  # type: ignore[override]
+        """Return `jaxcnn.conv_transpose`."""
+        return conv_transpose
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        """Return the name of the op."""
+        return "conv_transpose"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -113,10 +130,6 @@ class TransposedForm(ConvForm):
         w = lax.rev(w, range(len(size))).reshape(*size, inputs, self.groups, outputs // self.groups)
         w = jnp.moveaxis(w, -3, -1).swapaxes(-3, -2).reshape(*size, outputs // self.groups, self.groups * inputs)
         return x, w, None if b is None else b.reshape(-1)
-
-    def call(self, rule: Rule | None, x: Array, w: Array, b: Array | None = None) -> Array:
-        """Return the op's result."""
-        return conv_transpose(x, w, b, **self.options, rule=rule)
 
     def flops(self, inputs: Sequence[Any], output: Any) -> int:
         """Count a multiplication and an addition for each kernel element at each input, and the bias at each output."""
@@ -164,6 +177,7 @@ def conv_form(step: Equation) -> ConvForm | str:
         x_dilation=tuple(x_dilation),
         precision=precision,
         dtype=None if dtype is None else np.dtype(dtype),
+        depthwise=groups == x.shape[lhs[1]] > 1,
     )
     return _transposed(form, w.shape) or form
 
@@ -183,5 +197,6 @@ def _transposed(form: ConvForm, w: tuple[int, ...]) -> TransposedForm | None:
     if any(lo < 0 for lo, _ in pads) or any(e >= limit for e, limit in zip(extra, limits, strict=True)):
         return None
     fields = {f.name: getattr(form, f.name) for f in dataclasses.fields(ConvForm)}
+    fields["depthwise"] = False
     fields["padding"] = tuple((lo, max(hi, 0)) for lo, hi in pads)
     return TransposedForm(**fields, output_padding=extra)

@@ -57,9 +57,8 @@ def execute(step: Step, inputs: Sequence[Any], run: Run | None = None) -> Sequen
         The outputs.
     """
     if isinstance(step, Operation):
-        with _located(step.equations[-1]):
-            y = operate(step, inputs)
-            return (tap(step.name, y) if step.tapped and collecting() else y,)
+        y = operate(step, inputs)
+        return (tap(step.name, y) if step.tapped and collecting() else y,)
     name = tapped_name(step.eqn)
     if name is not None:
         return [tap(name, *inputs)]
@@ -74,7 +73,8 @@ def operate(operation: Operation, inputs: Sequence[Any]) -> Any:
     form, rule = operation.form, operation.rule
     if (rule is None and not form.replaces) or (rule is autodiff and not isinstance(form, LibraryForm)):
         return evaluate(operation.body, inputs)[0]
-    return _typed(call_form(form, rule, *inputs), operation.output.aval)
+    with _located(operation.equations[-1]):
+        return _typed(call_form(form, rule, *inputs), operation.output.aval)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -142,7 +142,7 @@ def _rebound(step: Equation, inputs: Sequence[Any], run: Run | None) -> Sequence
             mesh=params["mesh"],
             in_specs=tuple(params["in_specs"]),
             out_specs=list(params["out_specs"]),
-            axis_names=set(params["manual_axes"]),
+            axis_names=set(params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"]),
             check_vma=params["check_vma"],
         )(*inputs)
     for name, bodies in step.bodies.items():

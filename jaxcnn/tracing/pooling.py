@@ -161,11 +161,15 @@ def counted(program: Program, form: PoolForm, step: Equation, divisor: Atom, sha
 
 @dataclasses.dataclass(frozen=True)
 class GlobalForm(Form):
-    """A mean or maximum over all dims of ``(N, *spatial, C)`` but two."""
+    """A mean or maximum over all spatial dims of an image."""
 
+    #: Dims of batch, space and channels; all others have size 1.
+    batch: int
     axes: tuple[int, ...]
-    ndim: int
+    channels: int
     reduction: str
+    #: Shape of the reduced array.
+    shape: tuple[int, ...]
     moves: Moves = STAY
 
     replaces = False
@@ -181,13 +185,14 @@ class GlobalForm(Form):
         return "global_avg_pool" if self.reduction == "mean" else "global_max_pool"
 
     def prepare(self, x: Array) -> tuple[Any, ...]:
-        """Return the input with channels last."""
-        batch, channels = (i for i in range(self.ndim) if i not in self.axes)
-        return (jnp.transpose(x, (batch, *self.axes, channels)),)
+        """Return the input ``(N, *spatial, C)``."""
+        order = (self.batch, *self.axes, self.channels)
+        others = [i for i in range(x.ndim) if i not in order]
+        return (jnp.transpose(jnp.squeeze(x, others), [sum(j < i for j in order) for i in order]),)
 
     def restore(self, y: Array) -> Array:
         """Return the result in the shape that the function has."""
-        return self.moves(y)
+        return self.moves(y.reshape(self.shape))
 
     def call(self, rule: Rule | None, *arguments: Any) -> Array:
         """Return the op's result ``(N, C)``."""
@@ -227,16 +232,22 @@ def global_form(program: Program, step: Equation) -> GlobalForm | None:
     Sums of squares, and sums from which a mean to subtract from x is made, are statistics of a normalization.
     """
     x, axes = step.inputs[0], tuple(sorted(step.params["axes"]))
-    ndim = len(x.aval.shape)
-    if not is_float(x) or not 3 <= ndim <= 5 or len(axes) != ndim - 2 or 0 in axes or 0 in x.aval.shape:
+    sizes = x.aval.shape
+    kept = [i for i in range(len(sizes)) if i not in axes]
+    if len(kept) > 2:  # dims that vmap has put around an example
+        kept = [i for i in kept if sizes[i] != 1]
+    if not is_float(x) or not 1 <= len(axes) <= 3 or len(kept) != 2 or 0 in sizes:
         return None
-    if axes not in (tuple(range(1, ndim - 1)), tuple(range(2, ndim))):
+    batch, channels = kept
+    adjacent = axes == tuple(range(axes[0], axes[-1] + 1))
+    if not adjacent or batch > axes[0]:
         return None
     maker = producer_of(program, x, "square", "integer_pow", "mul")
     squares = maker is not None and (maker.primitive != "mul" or maker.inputs[0] is maker.inputs[1])
     if squares or _centers(program, step):
         return None
-    return GlobalForm(axes, ndim, "mean" if step.primitive == "reduce_sum" else "max")
+    reduction = "mean" if step.primitive == "reduce_sum" else "max"
+    return GlobalForm(batch, axes, channels, reduction, step.outputs[0].shape)
 
 
 def _centers(program: Program, step: Equation) -> bool:

@@ -135,7 +135,7 @@ def _matches(program: Program, step: Any, reasons: dict[Equation, str]) -> Itera
             yield Match(whole, step.inputs, (step,))
     elif primitive == "add":
         yield from _biased(program, step)
-        if all(map(is_float, step.inputs)) and step.inputs[0].aval.shape == step.inputs[1].aval.shape != ():
+        if _is_sum(program, step):
             yield Match(AddForm(), step.inputs, (step,))
     elif primitive == "div":
         yield from _averaged(program, step)
@@ -146,6 +146,21 @@ def _matches(program: Program, step: Any, reasons: dict[Equation, str]) -> Itera
     for form, x, equations in activations(program, step):
         if not (form.kind == "relu" and _is_variance(program, x)):
             yield Match(form, (x,), equations)
+
+
+def _is_sum(program: Program, step: Equation) -> bool:
+    """Whether an addition is that of two arrays of one shape, as at the end of a residual block.
+
+    Neither repeats a smaller array, and they are not both multiplied by a number, as in a running average.
+    """
+    x, y = step.inputs
+    if not (is_float(x) and is_float(y) and x.aval.shape == y.aval.shape != ()):
+        return False
+    repeated = (producer_of(program, a, "broadcast_in_dim") for a in (x, y))
+    scaled = (producer_of(program, a, "mul") for a in (x, y))
+    return all(made is None or move_of(made) for made in repeated) and not all(
+        made is not None and any(scalar_of(program, a) is not None for a in made.inputs) for made in scaled
+    )
 
 
 def _is_variance(program: Program, atom: Atom) -> bool:

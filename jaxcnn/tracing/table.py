@@ -65,36 +65,26 @@ class Operations:
             shapes = _by(row.input_shapes[0]) if row.input_shapes else "", _by(row.output_shape)
             table.append((row.name, row.op, *shapes, f"{row.parameters:,}", f"{row.flops:,}", row.reason))
         table.append(("total", "", "", "", f"{self.parameters:,}", f"{self.flops:,}", ""))
-        widths = [max(len(line[i]) for line in table) for i in range(7)]
-        lines = (
-            "  ".join(
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = []
+        for line in table:
+            cells = [
                 c.rjust(w) if i in (4, 5) else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in table
-        )
-        return "\n".join(line.rstrip() for line in lines)
-
-
-def _aligned(table: Sequence[Sequence[str]], right: Sequence[int]) -> str:
-    """Return the rows as text, the columns ``right`` aligned at their ends."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = []
-    for row in table:
-        cells = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+            ]
+            lines.append("  ".join(cells).rstrip())
+        return "\n".join(lines)
 
 
 def table_of(program: Program) -> Operations:
     """Return the table of a program whose operations are recognized."""
-    counted: set[Value] = set()
-    return Operations(tuple(_rows(program, counted, 1)))
+    return Operations(tuple(_rows(program, {}, set(), 1)))
 
 
-def _rows(program: Program, counted: set[Value], times: int) -> Iterator[OperationRow]:
+def _rows(program: Program, outer: dict[Value, Any], counted: set[Any], times: int) -> Iterator[OperationRow]:
+    """Yield the rows; ``outer`` maps inputs of a body to what they are outside, ``counted`` are weights seen before."""
     for step in program.steps:
         if isinstance(step, Operation):
-            yield _row(program, step, counted, times)
+            yield _row(program, outer, step, counted, times)
             continue
         reason = _reason(program, step)
         if reason is not None:
@@ -102,24 +92,37 @@ def _rows(program: Program, counted: set[Value], times: int) -> Iterator[Operati
             out = step.outputs[0].shape if step.outputs else ()
             yield OperationRow(step.path, step.primitive, shapes, tuple(out), 0, 0, False, False, reason)
         turns = step.params["length"] if step.primitive == "scan" else 1
-        for body in (body for bodies in step.bodies.values() for body in bodies):
-            yield from _rows(body, counted, times * turns)
+        for name, bodies in step.bodies.items():
+            for body in bodies:
+                same = {
+                    v: _root(program, outer, a) for v, a in zip(body.inputs, _given(step, name, body), strict=False)
+                }
+                yield from _rows(body, same, counted, times * turns)
 
 
-def _row(program: Program, operation: Operation, counted: set[Value], times: int) -> OperationRow:
+def _given(step: Equation, name: str, body: Program) -> Sequence[Any]:
+    """Return the inputs of a step that its body gets unchanged, those that come first."""
+    if step.primitive == "scan":
+        return step.inputs[: step.params["num_consts"]]
+    if step.primitive == "while":
+        before, after = step.params["cond_nconsts"], step.params["body_nconsts"]
+        return step.inputs[:before] if name == "cond_jaxpr" else step.inputs[before : before + after]
+    return step.inputs[len(step.inputs) - len(body.inputs) :]  # the index of a branch is first
+
+
+def _row(
+    program: Program, outer: dict[Value, Any], operation: Operation, counted: set[Any], times: int
+) -> OperationRow:
     form = operation.form
-    new = {
-        root
-        for place in form.weights()
-        if place < len(operation.inputs) and (root := _root(program, operation.inputs[place])) not in counted
-    }
+    weights = [operation.inputs[place] for place in form.weights() if place < len(operation.inputs)]
+    new = {root for a in weights if (root := _root(program, outer, a)) not in counted}
     counted.update(new)
     return OperationRow(
         name=operation.name,
         op=form.kind,
         input_shapes=tuple(tuple(a.aval.shape) for a in operation.inputs),
         output_shape=tuple(operation.output.shape),
-        parameters=sum(math.prod(root.shape) for root in new),
+        parameters=sum(math.prod(root.shape) for root in new if isinstance(root, Value)),
         flops=times * form.flops([a.aval for a in operation.inputs], operation.output.aval),
         replaced=form.replaces,
         recognized=True,
@@ -127,14 +130,14 @@ def _row(program: Program, operation: Operation, counted: set[Value], times: int
     )
 
 
-def _root(program: Program, atom: Atom) -> Any:
+def _root(program: Program, outer: dict[Value, Any], atom: Atom) -> Any:
     """Return the value that an atom is, before moves and conversions."""
     while isinstance(atom, Value):
         step = program.producer.get(atom)
         if not isinstance(step, Equation) or not (step.primitive == "convert_element_type" or move_of(step)):
-            return atom
+            return outer.get(atom, atom)
         atom = step.inputs[0]
-    return atom
+    return id(atom)
 
 
 def _reason(program: Program, step: Equation) -> str | None:

@@ -40,14 +40,28 @@ class Traced:
 ARRAY = object()
 
 
-def trace(fun: Callable[..., Any], *args: Any, inline: bool = True, **kwargs: Any) -> Traced:
-    """Return a function as a program whose operations are recognized.
+def trace(fun: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Traced:
+    """Return a function as a program whose operations are recognized, inner jits written out in place.
 
     Args:
         fun: any function of JAX.
         *args: its arguments: arrays or `jax.ShapeDtypeStruct` s are traced, all other leaves are as they are.
-        inline: as in `program_of`.
         **kwargs: its keyword arguments.
+
+    Returns:
+        The traced function.
+    """
+    return trace_call(fun, args, kwargs, inline=True)
+
+
+def trace_call(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, inline: bool) -> Traced:
+    """Return `trace` of a call.
+
+    Args:
+        fun: the function.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        inline: as in `program_of`.
 
     Returns:
         The traced function.

@@ -14,14 +14,22 @@ PAGE = (Path(__file__).parents[2] / "docs" / "your-net.md").read_text("utf-8")
 BLOCKS = [block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if ">>> " not in block]
 
 
-def test_the_blocks_of_the_page():
-    pytest.importorskip("flax")
-    pytest.importorskip("equinox")
-    assert len(BLOCKS) == 4
+def test_the_blocks_of_the_page(monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    for package in ("flax", "equinox", "haiku", "keras"):
+        pytest.importorskip(package)
+    assert len(BLOCKS) == 6
     names = {"jax": jax, "jnp": jnp, "jaxcnn": jaxcnn}
-    with jax.enable_x64(False):
+    compared = 0
+    with jax.enable_x64(False), jax.legacy_prng_key("allow"):  # Keras makes keys of the old kind
         for block in BLOCKS:
             exec(compile(block, "docs/your-net.md", "exec"), names)
-    stock = jax.grad(lambda params: names["loss"].__wrapped__(params, names["x"]))(names["params"])
-    for a, b in zip(jax.tree.leaves(names["gradients"]), jax.tree.leaves(stock), strict=True):
-        assert jnp.allclose(a, b, atol=1e-5)
+            if "gradients = " not in block:
+                continue
+            inputs = ("weights", "state", "x") if "weights = " in block else ("params", "x")
+            stock = jax.grad(names["loss"].__wrapped__, has_aux="state" in inputs)(*(names[name] for name in inputs))
+            stock = stock[0] if "state" in inputs else stock
+            for a, b in zip(jax.tree.leaves(names["gradients"]), jax.tree.leaves(stock), strict=True):
+                assert jnp.allclose(a, b, atol=1e-5)
+                compared += 1
+    assert compared > 10

@@ -23,6 +23,7 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow("trains")
 def test_table_csv_and_plot(tmp_path, capsys):
     out = tmp_path / "out"
     argv = ("--rules", "sign-symmetric", "exact", "--seeds", 2, "--steps", 40, "--batch-size", 32, "--out", out)
@@ -96,6 +97,7 @@ def test_ctrl_c_in_the_first_training_leaves_no_folder(tmp_path, capsys, monkeyp
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow("trains")
 def test_progress_is_shown_over_all_trainings(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(report.PlainLines, "update", lambda self, step, *numbers: seen.append((step, self._total)))
@@ -117,6 +119,7 @@ def test_angles_equal_the_definition():
     assert np.isnan(alignment.layer_angles(nothing, one)["conv1"])
 
 
+@pytest.mark.slow("compiles whole nets")
 @pytest.mark.parametrize("name", alignment.RULES[1:])
 def test_every_rule_rotates_the_gradient_and_keeps_the_output(name):
     """Rules rotate gradients by less than 90°, except rules that redirect δ; the outputs are equal."""

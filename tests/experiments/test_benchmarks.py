@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import zoo
 from experiments.benchmarks import (
     accuracy,
     backprop,
@@ -294,6 +295,9 @@ def test_a_wrong_result_of_ours_is_status_1(monkeypatch, capsys, still):
         (step, "--microbatch 0", "--microbatch: must be at least 1, got 0"),
         (growth, "--microbatch -1", "--microbatch: must be at least 1, got -1"),
         (backprop, "--rounds 0", "--rounds: must be at least 1, got 0"),
+        (zoo, "--nets MobileNet", "did you mean MobileNetV2?"),
+        (zoo, "--modes train", "--modes: must be one of training, evaluation, got 'train'"),
+        (zoo, "--batch-size 0", "--batch-size: must be at least 1, got 0"),
     ],
 )
 def test_wrong_options(script, argv, message, capsys):
@@ -303,7 +307,7 @@ def test_wrong_options(script, argv, message, capsys):
     assert captured.out == ""
 
 
-@pytest.mark.parametrize("script", [ops, memory, compile, growth, per_example, step, backprop])
+@pytest.mark.parametrize("script", [ops, memory, compile, growth, per_example, step, backprop, zoo])
 def test_out_is_a_file(script, tmp_path, capsys):
     assert script.main(["--out", str(tmp_path)]) == 2
     assert f"--out: must be a file, got the folder {tmp_path}" in capsys.readouterr().err
@@ -359,6 +363,7 @@ def test_max_pool_saves_one_byte_per_window_and_stock_jax_its_input():
     assert memory.residual_bytes(lambda x: stock(2 * x).sum(), x) == 4 * x.size
 
 
+@pytest.mark.slow("runs a benchmark")
 @pytest.mark.usefixtures("others")
 def test_a_run_of_memory(tmp_path, monkeypatch, capsys, still):
     monkeypatch.setitem(NETS, "lenet5", lambda: SMALL)
@@ -392,6 +397,7 @@ def test_what_grows():
     assert growth.grown("channels", 8).shape == (16, 16, 8)
 
 
+@pytest.mark.slow("runs a benchmark")
 @pytest.mark.usefixtures("others")
 def test_a_run_of_growth(tmp_path, monkeypatch, capsys, still):
     monkeypatch.setitem(growth.SIZES, "channels", (2, 4))
@@ -408,6 +414,7 @@ def small(monkeypatch):
     monkeypatch.setitem(NETS, "lecture", lambda: SMALL)
 
 
+@pytest.mark.slow("runs a benchmark")
 @pytest.mark.usefixtures("others", "small", "still")
 def test_a_run_of_per_example(tmp_path, capsys):
     out = tmp_path / "per_example.json"
@@ -466,6 +473,7 @@ def test_time_to_the_target():
     assert accuracy.mean_seconds({0: found, 1: {"jaxcnn": trained([0.1, 0.9])}}, 0.9) == {"jaxcnn": 3.0}
 
 
+@pytest.mark.slow("runs a benchmark")
 @pytest.mark.usefixtures("others")
 def test_a_run_of_accuracy(tmp_path, capsys, still, monkeypatch):
     """All contenders start with the same parameters and get the same batches."""
@@ -480,3 +488,37 @@ def test_a_run_of_accuracy(tmp_path, capsys, still, monkeypatch):
     for of in found.values():
         assert len(of["seconds"]) == len(of["accuracies"]) == 1
         assert 0.02 < of["accuracies"][0] < 0.9
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nets of other libraries
+
+
+def test_report_of_the_zoo(capsys):
+    seconds = {zoo.STOCK: timing.Times((0.4, 0.5)), zoo.OURS: timing.Times((0.1, 0.2))}
+    built = {
+        zoo.STOCK: zoo.Built(5.0, 4.0, 1.0, 3.0, 9_000_000),
+        zoo.OURS: zoo.Built(6.0, 6.0, 2.0, 3.0, 4_000_000, (3, 2, 1)),
+    }
+    zoo.report(zoo.Config(), {}, [{"net": "linen", "mode": "training", "seconds": seconds, "built": built}])
+    text = capsys.readouterr().out
+    cells = ("400.0 ms", "100.0 ms", "4.00", "3.00", "9 → 4", "5.0 → 6.0", "4.0 → 6.0", "1.50", "3, 2, 1")
+    assert all(cell in text for cell in cells)
+    assert "training: geometric mean 4.00, least 4.00 (linen)" in text
+    assert "later than 1.3 times stock JAX: linen, training (1.50)" in text
+
+
+def test_a_net_of_the_zoo_equals_stock_jax():
+    pytest.importorskip("haiku")
+    with jax.enable_x64(True):
+        found = zoo.differences("linen-groups", "float64", False, 1)
+    assert max(found["loss"], found["median"], found["largest"]) < 1e-10
+    assert "kernel" in found["parameter"] or "bias" in found["parameter"] or "scale" in found["parameter"]
+
+
+@pytest.mark.parametrize(
+    ("result", "expected", "distance"),
+    [([3.0, 4.0], [3.0, 4.0], 0.0), ([0.0, 4.0], [3.0, 4.0], 0.6), ([np.nan], [1.0], np.inf), ([1], [2], np.inf)],
+)
+def test_distance_of_the_zoo(result, expected, distance):
+    assert zoo.distance(np.array(result), np.array(expected)) == distance

@@ -178,6 +178,7 @@ def process(tmp_path, module, *argv, **environment):
     return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow("starts processes")
 @pytest.mark.parametrize(
     ("module", "hidden", "what"),
     [
@@ -208,6 +209,7 @@ def test_the_packages_of_the_extras_are_listed():
         assert known == {re.match(r"[\w-]+", requirement)[0] for requirement in extras[extra]}
 
 
+@pytest.mark.slow("starts a process")
 @pytest.mark.parametrize("module", ["train", "tutorial"])
 def test_a_missing_platform_is_one_line(tmp_path, module):
     done = process(tmp_path, module, JAX_PLATFORMS="nosuch", MPLBACKEND="")
@@ -219,6 +221,7 @@ def test_a_missing_platform_is_one_line(tmp_path, module):
     assert not list(tmp_path.glob("runs/*-*"))
 
 
+@pytest.mark.slow("starts processes")
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_output_that_cannot_be_written_is_named(tmp_path):
     with open("/dev/full", "w") as full:

@@ -104,7 +104,7 @@ def test_digits_without_scikit_learn(monkeypatch):
 
 def test_the_hash_sees_one_pixel_and_one_label(tmp_path):
     def sha(images: np.ndarray, labels: np.ndarray) -> str:
-        return data._dataset("x", "x", (images, labels), (IMAGES, LABELS), 255, ("a",) * 10).sha256
+        return data.dataset_from_arrays("x", "x", (images, labels), (IMAGES, LABELS), 255, ("a",) * 10).sha256
 
     other_images, other_labels = IMAGES.copy(), LABELS.copy()
     other_images[0, 0, 0] += 1
@@ -490,3 +490,45 @@ def test_the_order_is_a_function_of_seed_and_epoch():
 
 def test_a_batch_larger_than_the_set_gives_no_training_batch():
     assert list(data.shuffled_batches(IMAGES, LABELS, 6, seed=0, epoch=1)) == []
+
+
+# ---- validation and the order of the batches ----
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.25, 0.9])
+def test_the_validation_split_is_stratified_and_seeded(fraction):
+    labels = np.repeat([0, 1, 2], [100, 40, 2])
+    training, validation = data.split_validation(labels, fraction, seed=3)
+    np.testing.assert_array_equal(np.sort(np.concatenate([training, validation])), np.arange(142))
+    expected = [round(100 * fraction), round(40 * fraction), min(max(round(2 * fraction), 1), 1) if fraction else 0]
+    assert np.bincount(labels[validation], minlength=3).tolist() == expected
+    np.testing.assert_array_equal(data.split_validation(labels, fraction, seed=3)[1], validation)
+    if fraction:
+        assert not np.array_equal(data.split_validation(labels, fraction, seed=4)[1], validation)
+
+
+def test_a_class_with_one_image_is_trained_on():
+    training, validation = data.split_validation(np.array([0, 0, 0, 1]), 0.3, seed=0)
+    assert 3 in training
+    assert len(validation) == 1
+
+
+def test_a_batch_is_a_function_of_its_step():
+    images, labels = np.arange(23.0), np.arange(23)
+    chosen = np.delete(np.arange(23), [4, 7])
+
+    def make(seed=0):
+        return data.Batches(images, labels, chosen, 5, seed=seed)
+
+    batches = make()
+    assert batches.per_epoch == 4
+    forward = [batches(step)[1] for step in range(12)]
+    for step in (11, 3, 4, 0, 7):  # in any order, and by another object
+        np.testing.assert_array_equal(make()(step)[1], forward[step])
+        np.testing.assert_array_equal(batches(step)[0], forward[step])
+    epochs = [np.concatenate(forward[first : first + 4]) for first in (0, 4, 8)]
+    for epoch in epochs:
+        assert len(set(epoch)) == 20
+        assert set(epoch) <= set(chosen)
+    assert not np.array_equal(epochs[0], epochs[1])
+    assert not np.array_equal(epochs[0], np.concatenate([make(seed=1)(step)[1] for step in range(4)]))

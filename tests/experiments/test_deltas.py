@@ -25,6 +25,7 @@ def main(*argv: object) -> int:
     return deltas.main([str(arg) for arg in argv])
 
 
+@pytest.mark.slow("draws figures")
 def test_one_figure_per_image(run, tmp_path, capsys):
     assert main("--run", run, "--images", 3, 0, "--channels", 2, "--out", tmp_path / "out") == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["deltas-0.png", "deltas-3.png"]
@@ -41,6 +42,7 @@ def test_one_figure_per_image(run, tmp_path, capsys):
     assert "  conv1                                  28×28×6   max|a| " in out
 
 
+@pytest.mark.slow("trains")
 def test_without_a_run_it_trains_one(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main("--model", "mlp", "--max-steps", 3, "--images", 1, "--out", tmp_path / "out") == 0
@@ -57,6 +59,7 @@ def finished(run: Path, folder: Path, *, age: float = 0, end: str = "finished") 
     os.utime(folder / "weights.safetensors", (1e9 - age, 1e9 - age))
 
 
+@pytest.mark.slow("draws figures")
 def test_the_newest_finished_run_is_used(run, tmp_path, capsys, monkeypatch):
     """Interrupted runs are skipped, and so are running ones, whose config.json has no end."""
     monkeypatch.chdir(tmp_path)
@@ -84,6 +87,7 @@ def test_a_net_is_trained_if_an_option_requests_it(run, tmp_path, monkeypatch, a
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow("draws figures")
 def test_the_last_layer_has_the_names_of_the_classes(run, tmp_path, monkeypatch):
     figures = []
     make = drawing.figure

@@ -14,6 +14,7 @@ BATCH = (
 )
 
 
+@pytest.mark.slow("compiles whole nets")
 @pytest.mark.parametrize("name", MODELS)
 def test_the_rules_of_every_model_agree_with_autodiff(name):
     net = MODELS[name](10)

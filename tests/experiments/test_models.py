@@ -31,6 +31,7 @@ def test_weights_have_the_shapes_of_the_literature(name):
     }
 
 
+@pytest.mark.slow("compiles whole nets")
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("classes", [2, 10])
 def test_one_logit_for_each_class(name, classes):

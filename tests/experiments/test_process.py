@@ -64,6 +64,7 @@ print(folder, len(list(folder.iterdir())) > 0)
 """
 
 
+@pytest.mark.slow("starts processes")
 def test_compiled_programs_are_kept(tmp_path, monkeypatch):
     assert run(COMPILED, **os.environ | {"JAXCNN_CACHE": str(tmp_path)}) == [str(tmp_path / "compiled"), "True"]
     own = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "own"), "JAXCNN_CACHE": str(tmp_path)}

@@ -26,7 +26,7 @@ def test_a_package_that_is_not_installed_is_marked(monkeypatch):
 
 def test_the_data_are_described_with_sizes_and_hash():
     images, labels = np.zeros((3, 4, 5), np.uint8), np.zeros(3, np.uint8)
-    dataset = data._dataset("name", "/place", (images, labels), (images[:2], labels[:2]), 255, ("a", "b"))
+    dataset = data.dataset_from_arrays("name", "/place", (images, labels), (images[:2], labels[:2]), 255, ("a", "b"))
     text = report.describe_data(dataset)
     assert text.startswith("name: 3 training and 2 test images 4×5×1, 2 classes, sha256 ")
     assert dataset.sha256[:12] in text
@@ -41,7 +41,7 @@ def test_an_epoch_in_one_line():
     row = Epoch(3, 30, 0.5, 0.75, 0.4, 0.8, 2.0, 1234.5)
     line = report.describe_epoch(row, 10)
     assert " ".join(line.split()) == (
-        "epoch 3/10 train loss 0.5000 accuracy 0.7500 test loss 0.4000 accuracy 0.8000 2.0 s, 1,234 images/s"
+        "epoch 3/10 train loss 0.5000 accuracy 0.7500 validation loss 0.4000 accuracy 0.8000 2.0 s, 1,234 images/s"
     )
     cut = report.describe_epoch(Epoch(3, 30, 0.5, 0.75, math.nan, math.nan, 2.0, 1.0), 10)
     assert "not evaluated" in cut

@@ -173,7 +173,7 @@ def test_the_files_of_a_run(tmp_path):
         table = list(csv.DictReader(file))
     assert [row["epoch"] for row in table] == ["1", "2"]
     assert float(table[1]["images_per_second"]) == pytest.approx(426.667)
-    assert float(table[0]["test_accuracy"]) == 0.6
+    assert float(table[0]["validation_accuracy"]) == 0.6
 
 
 def test_an_epoch_that_was_not_evaluated_has_empty_cells(tmp_path):
@@ -191,7 +191,7 @@ def test_curves_are_drawn_left_and_right(tmp_path):
     height, width, _ = image.shape
     assert width > 1.5 * height
     blue = (image[..., 2] > image[..., 0] + 0.3).reshape(height, 2, width // 2).sum(axis=(0, 2))
-    assert (blue > 100).all()  # the test curves of loss and accuracy
+    assert (blue > 100).all()  # the validation curves of loss and accuracy
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 12])
@@ -202,7 +202,7 @@ def test_curves_have_whole_epochs_and_a_key_that_hides_nothing(count):
     (key,) = figure.legends
     assert [text.get_text() for text in key.get_texts()] == [
         "training, mean over the epoch",
-        "test, at the end of the epoch",
+        "validation, at the end of the epoch",
     ]
     for axes in figure.axes:
         low, high = axes.get_xlim()

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -68,11 +69,20 @@ def test_the_main_job_from_banner_to_weights(out, capsys):
     assert "\r" not in text
 
     assert sorted(path.name for path in out.iterdir()) == [
+        "checkpoints",
         "config.json",
         "curves.png",
+        "environment.json",
         "metrics.csv",
+        "metrics.jsonl",
         "weights.safetensors",
     ]
+    environment = json.loads((out / "environment.json").read_text())
+    assert environment["command"] == shlex.join(sys.orig_argv)
+    assert environment["versions"] == report.versions()
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [set(step) for step in steps] == [{"step", "loss", "accuracy", "gradient_norm", "update_norm"}] * 3
+    assert [step["step"] for step in steps] == [1, 2, 3]
     config = json.loads((out / "config.json").read_text())
     assert config["model"] == "lecture"
     assert config["seed"] == 5
@@ -98,21 +108,26 @@ def test_compiled_programs_are_kept_where_asked(out, monkeypatch):
     assert kept == [True]
 
 
+@pytest.mark.slow("trains")
 def test_it_learns_and_its_weights_give_the_accuracy_it_reports(out):
     assert main("--model", "mlp", "--epochs", 2, "--out", out) == 0
     first, last = rows(out)
     assert float(last["train_loss"]) < float(first["train_loss"])
-    assert float(last["test_accuracy"]) > 0.7
-    assert last["step"] == "624"
+    assert float(last["validation_accuracy"]) > 0.7
+    assert last["step"] == "562"
 
     net, sample = MODELS["mlp"](10), data.load("fashion-mnist-sample")
     like = jax.eval_shape(lambda: net.init(jax.random.key(0), sample.image_shape))
     params = checkpoints.load(out / "weights.safetensors", like)
     again = jaxcnn.evaluate(net, LOSS, params, data.batches(sample.test_images, sample.test_labels, 500))
-    assert again["accuracy"] == pytest.approx(float(last["test_accuracy"]), abs=1e-6)
-    assert again["loss"] == pytest.approx(float(last["test_loss"]), rel=1e-4)
+    config = json.loads((out / "config.json").read_text())
+    assert config["best_step"] == 562
+    assert again["accuracy"] == pytest.approx(config["test_accuracy"], abs=1e-6)
+    assert again["loss"] == pytest.approx(config["test_loss"], rel=1e-4)
+    assert json.loads(checkpoints.metadata(out / "weights.safetensors")["config"])["model"] == "mlp"
 
 
+@pytest.mark.slow("trains")
 def test_the_seed_decides_everything(tmp_path):
     def weights(name: str, *argv: object) -> dict[str, np.ndarray]:
         assert main("--model", "mlp", "--max-steps", 5, "--out", tmp_path / name, *argv) == 0
@@ -124,19 +139,22 @@ def test_the_seed_decides_everything(tmp_path):
     assert not np.array_equal(one["dense1/weight"], other["dense1/weight"])
 
 
+@pytest.mark.slow("trains")
 def test_the_lectures_update_learns(out):
     assert main("--model", "mlp", "--optimizer", "sgd", "--epochs", 2, "--out", out) == 0
     assert json.loads((out / "config.json").read_text())["learning_rate"] == 0.05
     first, last = rows(out)
-    assert float(last["test_loss"]) < float(first["test_loss"])
+    assert float(last["validation_loss"]) < float(first["validation_loss"])
 
 
+@pytest.mark.slow("trains")
 def test_digits(out, capsys):
     pytest.importorskip("sklearn")
     assert main("--data", "digits", "--model", "mlp", "--max-steps", 2, "--out", out) == 0
     assert "8×8×1" in capsys.readouterr().out
 
 
+@pytest.mark.slow("trains")
 @pytest.mark.skipif(not data._holds_all(data.SYSTEM_DIR), reason="no Fashion-MNIST on this system")
 def test_the_full_set(out, capsys):
     assert main("--data", "fashion-mnist", "--model", "mlp", "--max-steps", 2, "--out", out) == 0
@@ -164,6 +182,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_good_weights(out, ca
         r"loss of step \d+: must be finite, got (nan|inf); try a --learning-rate below 3e\+38; the weights after step",
         line,
     )
+    assert re.search(r"; step \d+: .*the first δ is that of dense\d \(norm (nan|inf)", line)
     assert f"results in {out}" in captured.out
     for array in load_file(out / "weights.safetensors").values():
         assert np.isfinite(array).all()
@@ -181,11 +200,14 @@ def test_ctrl_c_saves_the_weights(out, capsys, monkeypatch):
     finally:
         signal.signal(signal.SIGINT, before)
     captured = capsys.readouterr()
-    assert captured.err == "python -m experiments.train: interrupted after step 32; its weights are saved\n"
+    assert captured.err == (
+        "python -m experiments.train: interrupted after step 32; its checkpoint is saved; "
+        f"to continue: python -m experiments.train --resume {out}\n"
+    )
     (row,) = rows(out)
     assert row["step"] == "32"
-    assert row["test_accuracy"] == ""
-    assert "test accuracy not measured, because no epoch was finished\n" in captured.out
+    assert row["validation_accuracy"] == ""
+    assert "test accuracy not measured, because the run has not finished\n" in captured.out
     assert "nan" not in captured.out
     assert json.loads((out / "config.json").read_text())["end"] == "interrupted"
     assert set(load_file(out / "weights.safetensors")) == {
@@ -194,16 +216,17 @@ def test_ctrl_c_saves_the_weights(out, capsys, monkeypatch):
     assert (out / "curves.png").exists()
 
 
-def test_after_ctrl_c_the_accuracy_is_that_of_the_last_finished_epoch():
+def test_after_ctrl_c_the_accuracy_is_that_of_the_best_finished_epoch():
     rows = [
         run_folder.Epoch(1, 10, 1.0, 0.5, 0.8, 0.6, 2.0, 320.0),
         run_folder.Epoch(2, 20, 0.7, 0.7, 0.6, 0.75, 1.5, 426.0),
         run_folder.Epoch(3, 25, 0.7, 0.7, math.nan, math.nan, 1.5, 426.0),
     ]
-    text = train.summarize(rows, 10.0)
-    assert text.endswith("\ntest accuracy 0.7500 after epoch 2, the last finished one")
+    text = train.summarize(rows, 10.0, None)
+    assert "\nvalidation accuracy 0.7500 after epoch 2, the best one\n" in text
+    assert text.endswith("\ntest accuracy not measured, because the run has not finished")
     assert "trained 25 steps" in text
-    assert train.summarize(rows[:2], 10.0).endswith("\ntest accuracy 0.7500")
+    assert train.summarize(rows[:2], 10.0, {"accuracy": 0.7}).endswith("\ntest accuracy 0.7000")
 
 
 def test_a_second_ctrl_c_reports_the_saved_weights(out, capsys, monkeypatch):
@@ -213,8 +236,8 @@ def test_a_second_ctrl_c_reports_the_saved_weights(out, capsys, monkeypatch):
 
     monkeypatch.setattr(report.PlainLines, "update", update)
     assert main("--model", "mlp", "--out", out) == 130
-    expected = "python -m experiments.train: interrupted; no weights were saved yet\n"
-    assert capsys.readouterr().err == expected
+    expected = "python -m experiments.train: interrupted; no weights were saved yet; to continue: python -m "
+    assert capsys.readouterr().err == f"{expected}experiments.train --resume {out}\n"
 
 
 @pytest.mark.parametrize("file", ["metrics.csv", "curves.png", "weights.safetensors"])
@@ -231,14 +254,19 @@ def test_a_full_disk_names_the_file_and_the_saved_weights(out, capsys, monkeypat
 
     monkeypatch.setattr(Path, "replace", full)
     assert main("--model", "mlp", "--batch-size", 2500, "--epochs", 2, "--out", out) == 1
-    step = 4 if file == "weights.safetensors" else 8
+    step = 3 if file == "weights.safetensors" else 6
     left = "no part of it was written" if file == "curves.png" else "the previous file is unchanged"
     assert capsys.readouterr().err == (
         f"python -m experiments.train: {out / file}: must be writable, got No space left on device; {left}; "
-        f"the weights after step {step} are in {out / 'weights.safetensors'}\n"
+        f"the weights after step {step} are in {out / 'weights.safetensors'}; "
+        f"to continue: python -m experiments.train --resume {out}\n"
     )
-    assert checkpoints.metadata(out / "weights.safetensors") == {"step": str(step)}
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", "metrics.csv", "weights.safetensors"]
+    assert checkpoints.metadata(out / "weights.safetensors")["step"] == str(step)
+    expected = {"checkpoints", "config.json", "environment.json", "metrics.csv", "metrics.jsonl", "weights.safetensors"}
+    assert {path.name for path in out.iterdir()} == expected
+    monkeypatch.undo()
+    assert main("--resume", out) == 0  # there is space again
+    assert [row["step"] for row in rows(out)] == ["3", "6"]
 
 
 def test_the_banner_names_the_device_that_is_used():
@@ -283,6 +311,12 @@ def test_rules_that_differ_from_autodiff_stop_the_run_before_it_begins(out, caps
         (["--epochs", "-3"], 2, "--epochs: must be at least 1, got -3"),
         (["--epochs", "many"], 2, "--epochs: must be an integer, got 'many'"),
         (["--batch-size", "0"], 2, "--batch-size: must be at least 1, got 0"),
+        (["--save-every", "0"], 2, "--save-every: must be at least 1, got 0"),
+        (["--keep", "0"], 2, "--keep: must be at least 1, got 0"),
+        (["--norms-every", "-1"], 2, "--norms-every: must be at least 0, got -1"),
+        (["--validation", "1"], 2, "--validation: must be from 0 up to, but not including, 1, got 1.0"),
+        (["--validation", "-0.1"], 2, "--validation: must be from 0 up to, but not including, 1, got -0.1"),
+        (["--validation", "nan"], 2, "--validation: must be from 0 up to, but not including, 1, got nan"),
         (["--max-steps", "0"], 2, "--max-steps: must be at least 1, got 0"),
         (["--seed", "-1"], 2, "--seed: must be from 0 to 4294967295, got -1"),
         (["--seed", "4294967296"], 2, "--seed: must be from 0 to 4294967295, got 4294967296"),
@@ -322,8 +356,11 @@ def test_a_net_that_does_not_fit_the_images(out, capsys):
 
 
 def test_a_batch_larger_than_the_data(out, capsys):
-    assert main("--batch-size", 10_001, "--out", out) == 2
-    expected = "--batch-size: must be at most 10000, the size of fashion-mnist-sample, got 10001\n"
+    assert main("--batch-size", 9_001, "--out", out) == 2
+    expected = (
+        "--batch-size: must be at most 9000, the training images of fashion-mnist-sample without those for validation, "
+        "got 9001\n"
+    )
     assert capsys.readouterr().err.endswith(expected)
     assert not out.exists()
 

@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
+@pytest.mark.slow("trains")
 def test_runs_as_a_script_from_any_folder(tmp_path):
     environment = {**os.environ, "JAXCNN_TUTORIAL_STEPS": "20", "PYTHONPATH": str(ROOT), "MPLBACKEND": ""}
     done = subprocess.run(

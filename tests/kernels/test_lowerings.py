@@ -336,7 +336,11 @@ def test_taps_in_loops(monkeypatch, product, length, drawn):
         *(("correlate", 8, 64, 64, groups, 2, "by_group") for groups in (4, 2)),
         ("input_grad", 8, 64, 64, 8, 2, "unrolled"),
         ("input_grad", 8, 64, 64, 4, 2, "by_group"),
-        ("kernel_grad", 8, 64, 64, 64, 2, "unrolled"),
+        ("kernel_grad", 81, 64, 64, 64, 2, "unrolled"),
+        ("kernel_grad", 8, 64, 64, 64, 2, "by_tap"),  # compiles faster
+        ("correlate", 2, 512, 512, 1, 2, "patches"),  # a kernel that is larger than the image
+        ("input_grad", 2, 512, 512, 1, 2, "products"),
+        *((product, 2, 64, 64, 1, 2, "xla") for product in ("correlate", "input_grad")),  # too few multiplications
         ("kernel_grad", 8, 64, 64, 32, 2, "joined"),
         ("kernel_grad", 8, 64, 64, 8, 2, "by_group"),
         *((product, 8, 64, 64, 1, 3, "by_depth") for product in PRODUCTS),
@@ -350,12 +354,16 @@ def test_few_channels_are_unrolled_and_depth_slices_are_summed(product, side, in
 
 
 @pytest.mark.parametrize(
-    ("stride", "chosen"), [((1, 1), "rows"), ((2, 1), "patches"), ((1, 2), "patches"), ((2,), "transposed")]
-)
-def test_strided_patches_are_copied_whole(stride, chosen):
+    ("side", "stride", "chosen"),
+    [
+        (81, (1, 1), "rows"), (81, (2, 1), "patches"), (81, (1, 2), "patches"), (81, (2,), "transposed"),
+        (9, (1, 1), "transposed"),  # a short sum: XLA's form compiles faster
+    ],
+)  # fmt: skip
+def test_strided_patches_are_copied_whole(side, stride, chosen):
     dims = len(stride)
-    win = Window((9,) * dims, (3,) * dims, stride, ((0, 0),) * dims, (1,) * dims)
-    x, y = ((2, *size, 32) for size in (win.shape, win.out))
+    win = Window((side,) * dims, (3,) * dims, stride, ((0, 0),) * dims, (1,) * dims)
+    x, y = ((2, *size, 64) for size in (win.shape, win.out))
     c = Correlation(win, 1, np.dtype("f"))
     assert kernel_grad.choose_kernel_grad(c, *(jax.ShapeDtypeStruct(shape, c.dtype) for shape in (x, y))) == chosen
 
@@ -475,6 +483,7 @@ def assert_winners(drawn):
 DRAWS = st.sampled_from((spoiled, ties, lowest))
 
 
+@pytest.mark.slow("compiles large windows")
 @over_examples
 @given(
     several(
@@ -497,6 +506,7 @@ def side_by_side(draw):
     return win
 
 
+@pytest.mark.slow("compiles large windows")
 @pytest.mark.parametrize("reduced", [0, 10**6])
 @over_examples
 @given(several(st.tuples(side_by_side(), st.sampled_from(BATCHES), DRAWS, st.integers(0))))
@@ -506,6 +516,7 @@ def test_largest_side_by_side(monkeypatch, reduced, drawn):
     assert_winners(drawn)
 
 
+@pytest.mark.slow("compiles many geometries")
 @over_examples
 @given(
     several(

@@ -90,6 +90,7 @@ def test_errors_scale_with_the_elements_that_a_result_depends_on(name, hot):
         assert (np.abs(found - expected) <= 1e-5 * size).all(), np.max(np.abs(found - expected) / size)
 
 
+@pytest.mark.slow("compiles a deep net")
 def test_gradients_of_a_deep_net_are_as_exact_as_stock_jaxs():
     """VGG16's 13 layers with 64 channels, compared with plain JAX in float64, parameter by parameter.
 
@@ -241,6 +242,7 @@ def test_template_matching_next_to_non_finite_elements(spoilt):
 # Loops over taps under transformations
 
 
+@pytest.mark.slow("compiles large kernels")
 def test_large_kernels_under_transformations():
     """A 9 × 9 depthwise kernel agrees with PyTorch, with a batch split in every way and under vmap.
 

@@ -194,6 +194,7 @@ def test_forward_mode_requires_autodiff(name):
 # Arrays with mesh axes in their types
 
 
+@pytest.mark.slow("compiles for eight devices")
 @pytest.mark.parametrize("inside", [True, False], ids=["jax.set_mesh", "no mesh set"])
 def test_a_split_is_part_of_the_type(inside):
     """Results are split along the batch only, have the same values, and each gradient is split like its array."""

@@ -72,6 +72,7 @@ def cases(pairs=PAIRS):
 shapes = st.integers(1, 3).flatmap(lambda ndim: st.tuples(*[st.tuples(*[st.integers(1, 6)] * ndim)] * 2))
 
 
+@pytest.mark.slow("compiles each of many sizes")
 @settings(max_examples=40)
 @given(st.sampled_from([convolve, correlate]), shapes, st.sampled_from(MODES), st.sampled_from(fourier.METHODS))
 def test_random_sizes_equal_numpy_in_one_dim_and_scipy_in_more(op, pair, mode, method):
@@ -145,6 +146,7 @@ def test_match_template_equals_scikit_image(image, template):
     assert distance(match_template(image, template), skimage_match(image, template)) < 1e-12
 
 
+@pytest.mark.slow("compiles each of many sizes")
 @settings(max_examples=12)
 @given(st.data())
 def test_match_template_equals_scikit_image_at_random_sizes(data):
@@ -359,6 +361,7 @@ OPS = [
 ]
 
 
+@pytest.mark.slow("compiles many programs")
 @pytest.mark.parametrize(("op", "shapes"), OPS)
 def test_jit_and_vmap_over_each_input_and_over_all(op, shapes):
     inputs = drawn(*shapes)

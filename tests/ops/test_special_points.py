@@ -364,6 +364,7 @@ def test_lp_pool(name):
     assert_agrees(jaxcnn.lp_pool, oracles.lp_pool, x, options=options)
 
 
+@pytest.mark.slow("compiles every size")
 @pytest.mark.parametrize("n", [1, 2, 5, 8, 12])
 def test_adaptive_pooling_to_every_size(n):
     """Output sizes range beyond the input size, with ties, NaN and −∞ among the elements."""

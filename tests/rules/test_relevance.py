@@ -281,6 +281,7 @@ def test_the_bias_keeps_its_share_of_epsilon():
         np.testing.assert_allclose(result, 2 * (at - params["bias"][o[-1]]) / (at + 0.1 * np.sign(at)), rtol=1e-10)
 
 
+@pytest.mark.slow("compiles whole nets")
 def test_relevance_of_a_whole_net_sums_to_the_output():
     """Σ R_x is the output for a net with overlapping max and average pools and a hidden layer, without biases."""
     net = jaxcnn.serial(
@@ -354,6 +355,7 @@ WHOLE = {
 }  # fmt: skip
 
 
+@pytest.mark.slow("compiles whole nets")
 @pytest.mark.parametrize("rules", WHOLE.values(), ids=WHOLE)
 def test_sums_and_other_convolutions_and_pools_conserve(rules):
     """All layers of the composites conserve without biases; large kernels give every output terms of both signs."""
@@ -377,9 +379,9 @@ def test_epsilon_of_nearly_nothing_is_gradient_times_input():
     params = net.init(jax.random.key(0), (8, 9, 3), jnp.float64)
     x = np.random.default_rng(0).standard_normal((3, 8, 9, 3))
     rules = {Conv: Epsilon(0.0), Dense: Epsilon(1e-14), jaxcnn.Relu: pass_through}
-    ask = functools.partial(jaxcnn.attribute, net, target=2)
-    result = compiled(functools.partial(ask, rules=rules))(params, x)
-    expected = compiled(functools.partial(ask, method="gradient_times_input"))(params, x)
+    attribute_class = functools.partial(jaxcnn.attribute, net, target=2)
+    result = compiled(functools.partial(attribute_class, rules=rules))(params, x)
+    expected = compiled(functools.partial(attribute_class, method="gradient_times_input"))(params, x)
     np.testing.assert_allclose(result, expected, rtol=1e-8, atol=1e-10)
 
 
@@ -393,6 +395,7 @@ def pulled(rule, params, x, delta):
     return jax.vjp(lambda x: HiddenLayer(5, 3).apply(params, x, rule=rule), x)[1](delta)[0]
 
 
+@pytest.mark.slow("compiles whole nets for two devices")
 @pytest.mark.parametrize("rule", ALL, ids=str)
 def test_jit_vmap_and_a_split_batch(rule):
     x, params = drawn(HiddenLayer(5, 3), (4, 8, 9, 3))
@@ -412,6 +415,7 @@ def test_jit_vmap_and_a_split_batch(rule):
     np.testing.assert_allclose(compiled(by_hand)(x, delta), expected, **CLOSE)
 
 
+@pytest.mark.slow("runs op by op")
 def test_eager_is_the_same():
     x, params = drawn(HiddenLayer(5, 3), (4, 8, 9, 3))
     delta = random_delta(HiddenLayer(5, 3).apply(params, x))

@@ -219,6 +219,7 @@ def test_seed_and_delta_determine_the_rounding():
     assert (rule.quantized(delta)[1:] != rule.quantized(other)[1:]).any()
 
 
+@pytest.mark.slow("compiles many programs")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_special_deltas(dtype):
     rule = rules.QuantizedDelta(dtype)

@@ -9,15 +9,17 @@ from jaxcnn.tracing import trace
 
 
 def random(*shape, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape, jnp.float64)
+    with jax.enable_x64(True):
+        return jax.random.normal(jax.random.key(seed), shape, jnp.float64)
 
 
 def integers(*shape, seed=0, most=2):
     """Small integers, of which many are equal, and zeros: the edges of activations and the ties of maxima."""
-    return jax.random.randint(jax.random.key(seed), shape, -most, most + 1).astype(jnp.float64)
+    with jax.enable_x64(True):
+        return jax.random.randint(jax.random.key(seed), shape, -most, most + 1).astype(jnp.float64)
 
 
-def ops(fun, *args):
+def kinds(fun, *args):
     """Return the kinds of operations that are recognized, in order."""
     return [operation.form.kind for operation in trace(fun, *args).operations]
 

@@ -1,0 +1,213 @@
+"""Image sets of the user: a folder of PNG and JPEG files by class, or one .npz file.
+
+    FOLDER/<class>/<image>                    a fifth of each class is the test set
+    FOLDER/train/<class>/<image>, FOLDER/test/<class>/<image>, and FOLDER/val/<class>/<image> if there is one
+    FILE.npz                                  uint8 images and int labels, named as in `ARRAYS`
+
+Sizes are checked before anything is decoded, so a small file cannot fill the memory. Nothing is unpickled.
+"""
+
+import math
+import zipfile
+import zlib
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from experiments.data import Batch, Dataset, dataset_from_arrays, split_validation
+from experiments.errors import DataError, bad_value
+
+ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+OTHER_NAMES = ("x_train", "y_train", "x_test", "y_test")
+"""Names of the arrays in the files that Keras distributes."""
+MAX_PIXELS = 1 << 24
+"""Largest number of pixels of one image file."""
+MAX_BYTES = 1 << 32
+"""Largest size of all images together, as bytes."""
+TEST_SHARE = 0.2
+SUFFIXES = (".png", ".jpg", ".jpeg")
+GRAY, COLOR = ("1", "L", "LA"), ("P", "RGB", "RGBA", "CMYK", "YCbCr")
+
+
+def load_path(path: Path, size: int | None = None) -> Dataset:
+    """Load the images of a folder or of an .npz file.
+
+    Args:
+        path: The folder or the file.
+        size: Height and width to which the images of a folder are resized; None means that all have one size.
+
+    Raises:
+        DataError: A file or folder is missing, damaged, too large, or not an image.
+    """
+    if path.suffix == ".npz" and not path.is_dir():
+        return load_npz(path)
+    if not path.is_dir():
+        got = "a file" if path.exists() else "no such folder"
+        raise bad_value(DataError, path, "a folder of images by class, or an .npz file", got)
+    if not (path / "train").is_dir():
+        classes = _classes(path)
+        images, labels = _read(path, classes, size)
+        training, test = split_validation(labels, TEST_SHARE, seed=0)
+        return _dataset(path, (images[training], labels[training]), (images[test], labels[test]), classes)
+    classes = _classes(path / "train")
+    names = ("train", "val", "test") if (path / "val").is_dir() else ("train", "test")
+    parts = {name: _read(path / name, classes, size) for name in names}
+    shapes = {name: images.shape[1:] for name, (images, _) in parts.items()}
+    for name, shape in shapes.items():
+        if shape != shapes["train"]:
+            raise bad_value(DataError, path / name, f"images of shape {shapes['train']}, as in train", shape)
+    if "val" not in parts:
+        return _dataset(path, parts["train"], parts["test"], classes)
+    images, labels = (np.concatenate([parts["train"][n], parts["val"][n]]) for n in (0, 1))
+    held_out = np.arange(len(parts["train"][1]), len(labels))
+    return _dataset(path, (images, labels), parts["test"], classes, held_out)
+
+
+def _dataset(
+    path: Path, train: Batch, test: Batch, classes: tuple[str, ...], validation: np.ndarray | None = None
+) -> Dataset:
+    source = str(path.absolute())
+    return dataset_from_arrays(path.name, source, train, test, 255, classes, validation)
+
+
+def _classes(folder: Path) -> tuple[str, ...]:
+    names = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")))
+    if len(names) < 2:
+        got = f"only {names[0]}" if names else "none"
+        raise bad_value(DataError, folder, "a folder with at least two subfolders, one per class", got)
+    return names
+
+
+def _read(folder: Path, classes: tuple[str, ...], size: int | None) -> Batch:
+    """Return the images (N, H, W, C) uint8 and labels (N,) int32 of the classes, in the order of the file names."""
+    if not folder.is_dir():
+        raise bad_value(DataError, folder, "a folder of images by class", "no such folder")
+    if extra := {p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")} - set(classes):
+        raise bad_value(DataError, folder / min(extra), f"one of the classes of train, {', '.join(classes)}", "another")
+    files: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        members = sorted((folder / name).iterdir()) if (folder / name).is_dir() else []
+        members = [path for path in members if not path.name.startswith(".")]
+        if not members:
+            raise bad_value(DataError, folder / name, "a class with at least one image", "none")
+        files += members
+        labels += [label] * len(members)
+
+    images: list[np.ndarray] = []
+    shape: tuple[int, ...] | None = None
+    color = False
+    for path in files:
+        image, is_color = _decode(path, size)
+        color = color or is_color
+        shape = image.shape[:2] if shape is None else shape
+        if image.shape[:2] != shape:
+            expected = f"an image of size {shape}, as {files[0]}"
+            raise bad_value(DataError, path, expected, image.shape[:2], "or choose --size")
+        if math.prod(shape) * 3 * len(files) > MAX_BYTES:
+            raise bad_value(
+                DataError, folder, f"at most {MAX_BYTES} bytes of images", "more", "choose a smaller --size"
+            )
+        images.append(image)
+    array = np.stack(images)
+    return array if color else array[..., :1], np.array(labels, np.int32)
+
+
+def _decode(path: Path, size: int | None) -> tuple[np.ndarray, bool]:
+    """Return the image (H, W, 3) uint8 in a file, and whether it has colors."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    expected = "a PNG or JPEG image"
+    if path.is_dir() or path.suffix.lower() not in SUFFIXES:
+        raise bad_value(DataError, path, f"{expected}, named *{' or *'.join(SUFFIXES)}", "another file or a folder")
+    try:
+        with path.open("rb") as file, Image.open(file, formats=("PNG", "JPEG")) as image:
+            if image.width * image.height > MAX_PIXELS:
+                got = f"{image.width} × {image.height}"
+                raise bad_value(DataError, path, f"an image of at most {MAX_PIXELS} pixels", got)
+            if image.mode not in (*GRAY, *COLOR):
+                raise bad_value(DataError, path, "an image with 8 bits per channel", f"mode {image.mode}")
+            upright = ImageOps.exif_transpose(image)
+            pixels = upright.convert("L" if image.mode in GRAY else "RGB")
+            if size is not None:
+                pixels = pixels.resize((size, size), Image.Resampling.BILINEAR)
+            return np.asarray(pixels.convert("RGB")), image.mode in COLOR
+    except DataError:
+        raise
+    except Image.DecompressionBombError:  # before Image.open returns, for more than twice Pillow's own limit
+        raise bad_value(DataError, path, f"an image of at most {MAX_PIXELS} pixels", "more") from None
+    except UnidentifiedImageError:
+        got = "an empty file" if path.stat().st_size == 0 else "something else"
+        raise bad_value(DataError, path, expected, got) from None
+    except (OSError, SyntaxError, ValueError, zlib.error) as error:  # Pillow raises all of them for damaged files
+        got = getattr(error, "strerror", None) or f"a damaged file ({error})"
+        raise bad_value(DataError, path, expected, got) from None
+
+
+def load_npz(path: Path) -> Dataset:
+    """Load an .npz file of uint8 images (N, H, W) or (N, H, W, C), and labels (N,) of any integer dtype."""
+    expected = "an .npz file"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            arrays = {info.filename.removesuffix(".npy"): _member(path, archive, info) for info in archive.infolist()}
+    except FileNotFoundError:
+        raise bad_value(DataError, path, expected, "no such file") from None
+    except OSError as error:
+        raise bad_value(DataError, path, expected, error.strerror or error) from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        got = "an empty file" if path.stat().st_size == 0 else f"a damaged file ({error})"
+        raise bad_value(DataError, path, expected, got) from None
+    names = next((names for names in (ARRAYS, OTHER_NAMES) if set(names) <= set(arrays)), None)
+    if names is None:
+        got = ", ".join(sorted(arrays)) or "none"
+        raise bad_value(DataError, path, f"an .npz file with the arrays {', '.join(ARRAYS)}", got)
+    train, test = ((arrays[names[n]], arrays[names[n + 1]]) for n in (0, 2))
+    for (images, labels), (name, label_name) in ((train, names[:2]), (test, names[2:])):
+        if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape:
+            got = f"{images.dtype} {images.shape}"
+            raise bad_value(DataError, f"{path}: {name}", "uint8 images (N, H, W) or (N, H, W, C)", got)
+        if not np.issubdtype(labels.dtype, np.integer) or labels.shape != (len(images),) or labels.min() < 0:
+            got = f"{labels.dtype} {labels.shape}" + (f" from {labels.min()}" if labels.size else "")
+            raise bad_value(DataError, f"{path}: {label_name}", f"{len(images)} integers from 0", got)
+    if test[0].shape[1:] != train[0].shape[1:]:
+        expected = f"images of shape {train[0].shape[1:]}, as {names[0]}"
+        raise bad_value(DataError, f"{path}: {names[2]}", expected, test[0].shape[1:])
+    count = int(train[1].max()) + 1
+    present = np.bincount(train[1].astype(np.int64), minlength=count) if count <= 1 << 16 else np.zeros(1)
+    if count < 2 or not present.all():
+        got = f"labels up to {count - 1}, of {int((present > 0).sum())} classes"
+        raise bad_value(DataError, f"{path}: {names[1]}", "at least two classes, each with an image", got)
+    if test[1].max() >= count:
+        raise bad_value(DataError, f"{path}: {names[3]}", f"labels from 0 to {count - 1}", test[1].max())
+    train, test = ((images, labels.astype(np.int32)) for images, labels in (train, test))
+    return _dataset(path, train, test, tuple(map(str, range(count))))
+
+
+def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    """Return one array of an .npz file. At most as many bytes are read as its header and the archive declare."""
+    name = f"{path}: {info.filename}"
+    if "/" in info.filename or "\\" in info.filename or ".." in info.filename:
+        raise bad_value(DataError, name, "the name of an array", "a path")
+    if info.file_size > MAX_BYTES:
+        raise bad_value(DataError, name, f"at most {MAX_BYTES} bytes", info.file_size)
+    with archive.open(info) as file:
+        shape, fortran, dtype = _header(name, file)
+        if dtype.hasobject:
+            raise bad_value(DataError, name, "an array of numbers", "pickled objects, which are never read")
+        size, declared = math.prod(shape) * dtype.itemsize, info.file_size - file.tell()
+        if size != declared:
+            raise bad_value(DataError, name, f"an array of {size} bytes ({shape} {dtype} in its header)", declared)
+        content = file.read(size)
+    array = np.frombuffer(content, dtype)
+    return array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
+
+
+def _header(name: str, file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    try:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+    except ValueError as error:
+        raise bad_value(DataError, name, "an array in NumPy's format", f"something else ({error})") from None
+    return shape, fortran, dtype

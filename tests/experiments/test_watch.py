@@ -1,0 +1,81 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxcnn
+from experiments import watch
+
+LOSS = jaxcnn.softmax_cross_entropy_with_integer_labels
+NET = jaxcnn.serial(jaxcnn.Flatten(), jaxcnn.Dense(5), jaxcnn.Tanh(), jaxcnn.Dense(3))
+BATCH = (np.linspace(-1, 1, 32, dtype=np.float32).reshape(8, 2, 2, 1), np.arange(8, dtype=np.int32) % 3)
+
+
+def test_the_norm_of_large_numbers_does_not_overflow():
+    tree = {"a": jnp.array([3e30, 0.0]), "b": jnp.array([[4e30]])}
+    assert float(watch.norm(tree)) == pytest.approx(5e30, rel=1e-6)
+    assert float(watch.norm({"a": jnp.zeros(3)})) == 0
+    assert math.isnan(float(watch.norm({"a": jnp.array([1.0, math.nan])})))
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_a_step_is_that_of_make_train_step(by_layer):
+    optimizer = optax.adam(0.01)
+    state = jaxcnn.TrainState.create(NET, optimizer, jax.random.key(0), (2, 2, 1))
+    expected, metrics = jaxcnn.make_train_step(NET, LOSS, optimizer)(jax.tree.map(jnp.copy, state), BATCH)
+    result, got = watch.make_step(NET, LOSS, optimizer, by_layer=by_layer, donate=False)(state, BATCH)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), result, expected)
+    assert float(got["loss"]) == pytest.approx(float(metrics["loss"]), rel=1e-6)
+    assert float(got["accuracy"]) == pytest.approx(float(metrics["accuracy"]))
+    updates = jax.tree.map(jnp.subtract, expected.params, state.params)
+    assert float(got["update_norm"]) == pytest.approx(float(optax.tree.norm(updates)), rel=1e-3)
+    if by_layer:
+        through = jaxcnn.backprop(NET, LOSS, state.params, *BATCH)
+        assert float(got["gradient_norm"]) == pytest.approx(float(optax.tree.norm(through.gradients)), rel=1e-5)
+        assert set(got["delta_norms"]) == {"flatten1", "dense1", "tanh1", "dense2"} == set(got["activation_norms"])
+        assert float(got["delta_norms"]["dense1"]) == pytest.approx(
+            float(jnp.linalg.norm(through.deltas["dense1"])), rel=1e-5
+        )
+        assert set(got["gradient_norms"]) == {f"dense{n}/{p}" for n in (1, 2) for p in ("weight", "bias")}
+
+
+def norms(**changed: float) -> dict:
+    finite = {"a": 1.0, "b": 2.0, "c": 3.0}
+    gradients = {"gradient_norm": 1.0, "gradient_norms": {"a/weight": 1.0}}
+    return {**gradients, "activation_norms": finite, "delta_norms": finite, **changed}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "expected"),
+    [
+        (norms(), ""),
+        (
+            norms(delta_norms={"a": math.nan, "b": math.inf, "c": 3.0}),
+            "the first δ is that of b (norm inf, 2 in the step before)",
+        ),
+        (
+            norms(activation_norms={"a": 1.0, "b": math.inf, "c": math.nan}),
+            "the first activation that is not finite is that of b",
+        ),
+        (
+            norms(gradient_norm=math.inf, gradient_norms={"a/weight": math.inf}),
+            "every δ is finite, and the gradient of a/weight is not",
+        ),
+    ],
+)
+def test_the_first_layer_in_the_backward_pass_is_named(metrics, expected):
+    assert watch.first_not_finite(["a", "b", "c"], metrics, norms()) == expected
+
+
+def test_the_step_and_the_layer_of_an_overflow():
+    optimizer = optax.sgd(1.0)
+    state = jaxcnn.TrainState.create(NET, optimizer, jax.random.key(0), (2, 2, 1))
+    bad = (np.where(np.arange(8)[:, None, None, None] == 3, np.nan, BATCH[0]).astype(np.float32), BATCH[1])
+    step = watch.make_step(NET, LOSS, optimizer, by_layer=True, donate=False)
+    text = watch.locate(NET, step, state, lambda n: bad if n == 6 else BATCH, 4, 9)
+    assert text.startswith("step 7: the first activation that is not finite is that of flatten1, and the first δ is")
+    assert "dense2 (norm nan, " in text
+    assert watch.locate(NET, step, state, lambda n: BATCH, 0, 2) == ""
