@@ -30,8 +30,8 @@ from jaxcnn.arguments import array, bad_type, bad_value, expect_function
 from jaxcnn.geometry import Correlation
 from jaxcnn.kernels import per_example as kernels
 from jaxcnn.kernels.dtypes import accumulator
-from jaxcnn.layers import BatchNorm
-from jaxcnn.net import Loss, Net, expect_loss
+from jaxcnn.layers import BatchNorm, Net
+from jaxcnn.net import Loss, expect_loss
 from jaxcnn.ops import convolution, hidden, pooling
 from jaxcnn.ops.kinds import kind_of
 from jaxcnn.ops.mesh import automatic_inside, on_any_mesh, varying_alike
@@ -601,9 +601,9 @@ def _products(use: _Affine, x: Array, w: Array, b: Any, delta: Array, n: int) ->
         return _ConvProducts(n, c, delta, _followed_by_zeros(c, x), transposed=True)
     if isinstance(form, ConvForm):
         options = form.options
-        names = ["stride", "padding", "dilation", "groups", "preferred_element_type", "precision"]
-        values = map(options.get, names)
-        x, c = convolution.correlation_of("conv", x, w, *values)
+        stride, padding, dilation = (options[name] for name in ("stride", "padding", "dilation"))
+        groups, kinds = form.groups * form.batch_groups, (form.dtype, form.precision)
+        x, c = convolution.correlation_of(form.kind, x, w, stride, padding, dilation, groups, *kinds)
         return _ConvProducts(n, c, x, delta)
     if form.kind == "dense":
         return _DenseProducts(*(a.reshape(n, math.prod(a.shape[1:-1]), a.shape[-1]) for a in (x, delta)))
@@ -651,7 +651,7 @@ class _Product(NamedTuple):
             of_b = convolution.sum_pixels(_scale(delta, jnp.repeat(factors, rows) if rows != 1 else factors))
         of_w, of_b = pull((of_w.astype(w.dtype), None if b is None else of_b.astype(b.dtype)))
         if use.w in values:
-            yield use.w, of_w  # type: ignore[misc]
+            yield use.w, of_w
         if use.b in values and not use.adds:
             yield use.b, of_b  # type: ignore[misc]
 
