@@ -1,76 +1,83 @@
-"""Per-example gradients from a and δ of one backward pass: a is a layer's input, δ the gradient at its output.
+"""Per-example gradients from a and δ of one backward pass: a is an operation's input, δ the gradient at its output.
 
     conv     ∂E_n/∂w = a_n ⋆ δ_n        ∂E_n/∂b = Σ δ_n
     dense    ∂E_n/∂w = a_n ⊗ δ_n        ∂E_n/∂b = δ_n
 
 The rule for the batch is the same products, summed over n. No convolution has one group per example; that is what makes
 `jax.vmap` of `jax.grad` slow.
+
+The function is traced for a single example. What depends on parameters alone, such as a standardized weight, is
+h(params) and equal for all examples; the rest has a leading N. Gradients are taken where h meets the rest, for each
+example, and then pulled back through h.
 """
 
-import copy
 import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol, TypeGuard
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.extend.core.primitives import remat_p
 from jax.typing import ArrayLike
 
-from jaxcnn import layers
-from jaxcnn.arguments import array, bad_type, bad_value
-from jaxcnn.backprop import value_grad_and_deltas
-from jaxcnn.branches import Branches, Parallel, is_branches
+from jaxcnn.arguments import array, bad_type, bad_value, expect_function
 from jaxcnn.geometry import Correlation
 from jaxcnn.kernels import per_example as kernels
 from jaxcnn.kernels.dtypes import accumulator
-from jaxcnn.layers import Layer, Params
-from jaxcnn.net import Loss, Serial, expect_loss, expect_net, in_a_row, is_custom, layers_of
+from jaxcnn.layers import BatchNorm, Net
+from jaxcnn.net import Loss, expect_loss
 from jaxcnn.ops import convolution, hidden, pooling
+from jaxcnn.ops.kinds import kind_of
 from jaxcnn.ops.mesh import automatic_inside, on_any_mesh, varying_alike
-from jaxcnn.ops.normalization import dims_of
-from jaxcnn.ops.rule import Rule
-from jaxcnn.selection import Selection
-from jaxcnn.taps import idle
+from jaxcnn.taps import add_probe, idle, probe
+from jaxcnn.tracing import Equation, Form, Operation, Program, Value, evaluate, execute, trace
+from jaxcnn.tracing.convolution import ConvForm, TransposedForm
+from jaxcnn.tracing.evaluate import call_form, operate
+from jaxcnn.tracing.library import LibraryForm
+from jaxcnn.tracing.linear import DenseForm
+from jaxcnn.tracing.pooling import PoolForm
+from jaxcnn.tracing.program import Atom, Step
+from jaxcnn.tracing.shapes import STAY, move_of
 
 
 @automatic_inside()
 def per_example_gradients(
-    net: Serial, loss: Loss, params: Params, x: ArrayLike, targets: Any, *, key: Array | None = None
-) -> Params:
+    fun: Callable[..., Any], loss: Loss, params: Any, x: Any, targets: Any, *, key: Array | None = None
+) -> Any:
     """Return the gradient of each example's loss: a tree like ``params``, every array with a leading N.
 
-    These are the gradients of `jax.vmap` of `jax.grad`, computed by one forward and backward pass over the batch and
-    one matrix product per layer and example.
-
-    A custom layer, or a net with a custom ``apply``, is applied to each example separately, so the examples cannot
-    influence each other. Its gradients come from `jax.vjp` of its ``apply``, with a and δ of the whole layer.
+    ``fun`` is any function of parameters and a batch: a net of this library, ``apply`` of a Flax or Haiku module, a
+    call of an Equinox module. These are the gradients of `jax.vmap` of `jax.grad`. ``fun`` is traced for one example,
+    so examples cannot influence each other, and its operations then run on the whole batch. Where parameters reach a
+    convolution or dense product, possibly through functions of their own such as weight standardization, the gradient
+    is a product of its input and δ. Where they reach any other operation, each example has a copy of them.
 
     Inside `jax.shard_map` each device returns the gradients of its own examples, even for replicated parameters.
 
     Args:
-        net: from `serial`. Its layers must process examples independently (batch norm does, with statistics from
-            `calibrate`).
+        fun: function ``(params, x)`` → outputs ``(N, …)``, such as a net from `serial`. It must process examples
+            independently; this cannot be checked in general. Of batch norm only the form with given statistics does.
         loss: loss of each example, as in `make_train_step`: ``(outputs, targets)`` → ``(N, …)``. All dims after N are
-            averaged. It must process examples independently; this is not checked.
-        params: parameters as made by its `init`, in a dict or any other mapping. All are floating-point arrays.
-        x: a batch ``(N, …)``.
-        targets: ``(N, …)``.
-        key: from `jax.random.key`. If given, dropout is active, with a separate mask per example. A custom layer
-            without parameters receives the key folded with the index of the example.
+            averaged.
+        params: any tree of floating-point arrays. A mapping that is not a JAX tree becomes a dict.
+        x: a batch ``(N, …)``, or a tree of arrays with a leading N.
+        targets: an array ``(N, …)``, or a tree of arrays with a leading N.
+        key: from `jax.random.key`. If given, ``fun`` is called with ``key=``, for each example with the key folded
+            with its index, so that each has a separate dropout mask.
 
     Returns:
         Arrays ``(N, …)``, which `optax.contrib.differentially_private_aggregate` accepts as updates. The gradient of a
-        parameter that no layer reads is 0, as in `jax.grad`.
+        parameter that is not read is 0, as in `jax.grad`.
 
     Raises:
-        ValueError: if the loss does not return one value per example, if a norm mixes examples, or if a key is given
-            and a custom layer has parameters.
-        TypeError: if net or loss has the wrong type, or params contains anything other than floating-point arrays.
+        ValueError: if fun or loss does not return one value per example, or a norm of this library mixes examples.
+        TypeError: if fun or loss is not callable, or params contains anything other than floating-point arrays.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -82,27 +89,26 @@ def per_example_gradients(
     >>> jaxcnn.per_example_gradients(net, loss, params, x, labels)["hidden_layer1"]["weight"].shape
     (8, 3, 3, 1, 4)
     """
-    result = _collect("per_example_gradients", net, loss, params, x, targets, key)
-    return result.tree({name: layer.each() for name, layer in result.gradients.items()}, result.norms_like.shape)
+    return _backward("per_example_gradients", fun, loss, params, x, targets, key).gradients()
 
 
 @automatic_inside()
 def per_example_norms(
-    net: Serial, loss: Loss, params: Params, x: ArrayLike, targets: Any, *, key: Array | None = None
+    fun: Callable[..., Any], loss: Loss, params: Any, x: Any, targets: Any, *, key: Array | None = None
 ) -> Array:
     """Return ``(N,)`` norms of each example's gradient, over all parameters.
 
-    Per-example gradients are not materialized where their norms are cheaper to compute directly: ‖∂E_n/∂w‖² = Σ_{o, o'}
+    Gradients of weights are not materialized where their norms are cheaper to compute directly: ‖∂E_n/∂w‖² = Σ_{o, o'}
     ⟨P[o], P[o']⟩·⟨δ[o], δ[o']⟩ with P the image patches at positions o, and ‖a_n‖²·‖δ_n‖² for a dense layer. The choice
     depends only on static shapes.
 
     Args:
-        net: from `serial`. Its layers must process examples independently.
+        fun: function ``(params, x)`` → outputs ``(N, …)``, as in `per_example_gradients`.
         loss: loss of each example, as in `make_train_step`.
-        params: parameters as made by its `init`, in a dict or any other mapping.
-        x: a batch ``(N, …)``.
-        targets: ``(N, …)``.
-        key: from `jax.random.key`; if given, dropout is active.
+        params: any tree of floating-point arrays.
+        x: a batch ``(N, …)``, or a tree of arrays with a leading N.
+        targets: an array ``(N, …)``, or a tree of arrays with a leading N.
+        key: from `jax.random.key`; if given, ``fun`` is called with ``key=``, folded with the index of the example.
 
     Returns:
         An array ``(N,)``.
@@ -122,20 +128,20 @@ def per_example_norms(
     >>> jaxcnn.per_example_norms(net, jaxcnn.squared_error, params, x, target) ** 2  # (2·3)² + 2², 2²
     Array([40.,  4.], dtype=float32)
     """
-    return _collect("per_example_norms", net, loss, params, x, targets, key).norms()
+    return _backward("per_example_norms", fun, loss, params, x, targets, key).norms()
 
 
 @automatic_inside(like="params")
 def clipped_gradient(
-    net: Serial,
+    fun: Callable[..., Any],
     loss: Loss,
-    params: Params,
-    x: ArrayLike,
+    params: Any,
+    x: Any,
     targets: Any,
     max_norm: ArrayLike,
     *,
     key: Array | None = None,
-) -> Params:
+) -> Any:
     """Return the sum of all examples' gradients, each clipped: ``Σ_n g_n · min(1, max_norm / ‖g_n‖)``.
 
     For differentially private training, without materializing g_n: g_n is linear in δ_n, so each δ_n is scaled instead
@@ -146,13 +152,13 @@ def clipped_gradient(
     `jax.lax.psum` of the result is the sum over all examples.
 
     Args:
-        net: from `serial`. Its layers must process examples independently.
+        fun: function ``(params, x)`` → outputs ``(N, …)``, as in `per_example_gradients`.
         loss: loss of each example, as in `make_train_step`.
-        params: parameters as made by its `init`, in a dict or any other mapping.
-        x: a batch ``(N, …)``.
-        targets: ``(N, …)``.
+        params: any tree of floating-point arrays.
+        x: a batch ``(N, …)``, or a tree of arrays with a leading N.
+        targets: an array ``(N, …)``, or a tree of arrays with a leading N.
         max_norm: maximum norm of an example's gradient over all parameters together, above 0.
-        key: from `jax.random.key`; if given, dropout is active.
+        key: from `jax.random.key`; if given, ``fun`` is called with ``key=``, folded with the index of the example.
 
     Returns:
         A tree like ``params``.
@@ -175,418 +181,546 @@ def clipped_gradient(
     """
     if not isinstance(max_norm, jax.core.Tracer) and not np.all(np.asarray(max_norm) > 0):
         raise bad_value("clipped_gradient", "max_norm", "a number > 0", max_norm)
-    result = _collect("clipped_gradient", net, loss, params, x, targets, key)
+    result = _backward("clipped_gradient", fun, loss, params, x, targets, key)
     norms = result.norms()
-    factors = jnp.where(norms > max_norm, max_norm / jnp.where(norms > 0, norms, 1), 1)
-    return result.tree({name: layer.summed(factors) for name, layer in result.gradients.items()}, ())
+    return result.summed(jnp.where(norms > max_norm, max_norm / jnp.where(norms > 0, norms, 1), 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The parameters that each layer reads
+# The function for one example
 
 
 @dataclasses.dataclass(frozen=True)
-class _EachExample(Layer):
-    """A layer that is applied to each example separately.
+class _Single:
+    """The loss of one example, in two parts: what depends on parameters alone, and the rest."""
 
-    No example can influence the output of another. So δ at the output belongs to single examples, and the gradients are
-    those of `jax.vmap` of `jax.grad` by construction.
-    """
+    program: Program
+    #: Inputs that are parameters.
+    params: tuple[Value, ...]
+    #: Values that differ between examples.
+    batched: frozenset[Value]
+    #: Values that depend on parameters alone and that steps with batched inputs read.
+    from_params: tuple[Value, ...]
+    #: All other values that these steps read and that are equal for all examples.
+    constant: tuple[Value, ...]
 
-    layer: Layer
-    #: Full name of the layer; None for the outermost net.
-    path: str | None
+    @property
+    def steps(self) -> list[Step]:
+        """Return the steps with batched inputs."""
+        return [step for step in self.program.steps if not self.batched.isdisjoint(step.outputs)]
 
-    def apply(self, params: Any, x: Any, *, key: Array | None = None, rule: Rule | None = None) -> Any:
-        """Return the outputs for a batch; with a key, example n gets that key folded with n."""
-        n = jax.tree.leaves(x)[0].shape[0]
-        keys = None if key is None else jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(n))
+    def of_params(self, values: Sequence[Value], params: Sequence[Array]) -> list[Array]:
+        """Evaluate values that are equal for all examples."""
+        steps = tuple(step for step in self.program.steps if self.batched.isdisjoint(step.outputs))
+        fixed = Program(self.params, self.program.constants, steps, tuple(values))
+        return evaluate(fixed, params)
 
-        def each(x: Any, params: Any, keys: Any) -> Any:
-            return kernels.for_each(lambda x, key: self.one(x, params, key), x, keys)
+    def alone(self, value: Value, reads: Mapping[Value, int]) -> bool:
+        """Whether a value is a parameter whose elements are only moved and which nothing else reads."""
+        while reads[value] == 1:
+            step = self.program.producer.get(value)
+            if step is None:
+                return value in self.params
+            if not isinstance(step, Equation) or not isinstance(step.inputs[0], Value) or not _is_view(step):
+                return False
+            value = step.inputs[0]
+        return False
 
-        return _on_devices(each, x, params, keys)
 
-    def one(self, x: Any, params: Any, key: Array | None = None) -> Any:
-        """Return the output for one example, without the batch dim."""
-        options: dict[str, Any] = {}
-        if self.path is not None:
-            options = {"rules": Selection(None, f"{self.path}/")} if isinstance(self.layer, Serial) else {"rule": None}
-        with idle():
-            y = self.layer.apply(params, jax.tree.map(lambda a: a[None], x), key=key, **options)
-        if self.path is not None and not jax.tree_util.all_leaves([y]):
-            raise bad_type(self.path, "output", "an array", type(y).__name__)
-        for a in jax.tree.leaves(y):
-            if jnp.shape(a)[:1] != (1,):
+def _is_view(step: Equation) -> bool:
+    """Whether a step keeps the norm of its input."""
+    floats = all(jnp.issubdtype(v.dtype, jnp.floating) for v in (*_values(step.inputs[:1]), *step.outputs))
+    same = step.primitive in ("rev", "copy", "name") or (step.primitive == "convert_element_type" and floats)
+    return same or move_of(step) is not None
+
+
+def _single(op: str, fun: Any, loss: Any, params: Any, batch: Any, n: int) -> _Single:
+    """Trace the loss of one example; ``batch`` is (x, targets, keys), with a leading N."""
+
+    def of_one(params: Any, batch: Any) -> Array:
+        x, targets, key = batch
+        x, targets = jax.tree.map(lambda a: a[None], (x, targets))
+        outputs = fun(params, x) if key is None else fun(params, x, key=key)
+        for y in jax.tree.leaves(outputs):
+            if jnp.shape(y)[:1] != (1,):
                 expected = "(1, …) for a batch of one example"
-                raise bad_value(self.path or "net", "output", expected, f"shape {jnp.shape(a)}")
-        return jax.tree.map(lambda a: jnp.asarray(a)[0], y)
+                raise bad_value(op, "the result of fun", expected, f"shape {jnp.shape(y)}")
+        return _mean(op, loss(outputs, targets), n)
+
+    def one(a: Any) -> Any:
+        return a[0] if n else jax.ShapeDtypeStruct(a.shape[1:], a.dtype)  # an element varies over devices as a does
+
+    with idle():
+        traced = trace(of_one, params, jax.tree.map(one, batch))
+    program = _without_checkpoints(traced.program)
+    leaves = program.inputs[: len(jax.tree.leaves(params))]
+    batched, depends = set(program.inputs[len(leaves) :]), set(leaves)
+    for step in program.steps:
+        _refuse_mixing(op, step)
+        for values in (batched, depends):
+            if not values.isdisjoint(_values(step.inputs)):
+                values.update(step.outputs)
+                break
+    rest = [step for step in program.steps if not batched.isdisjoint(step.outputs)]
+    read = dict.fromkeys(_values((*(v for step in rest for v in step.inputs), *program.outputs)))
+    fixed = [v for v in read if v not in batched]
+    from_params = tuple(v for v in fixed if v in depends and jnp.issubdtype(v.dtype, jnp.inexact))
+    return _Single(program, leaves, frozenset(batched), from_params, tuple(v for v in fixed if v not in from_params))
 
 
-#: Layers whose per-example gradients are products implemented in this file.
-_WITH_PRODUCTS = layers_of("affine", "hidden")
+def _values(atoms: Sequence[Atom]) -> list[Value]:
+    """Return the atoms that are values, not literals."""
+    return [atom for atom in atoms if isinstance(atom, Value)]
 
 
-def _has_products(layer: Layer) -> bool:
-    """Whether the layer is one of these types, with an ``apply`` that neither a subclass nor an attribute overrides."""
-    return isinstance(layer, _WITH_PRODUCTS) and not is_custom(layer)
+def _without_checkpoints(program: Program) -> Program:
+    """Return the program with the bodies of `jax.checkpoint` in place, so that their operations are read."""
+    stands_for: dict[Atom, Atom] = {}
+    constants, steps = dict(program.constants), list[Step]()
+
+    def read(atom: Atom) -> Atom:
+        return stands_for.get(atom, atom) if isinstance(atom, Value) else atom
+
+    def write(step: Step) -> None:
+        inputs = tuple(map(read, step.inputs))
+        if step.primitive != remat_p.name or isinstance(step, Operation):
+            steps.append(dataclasses.replace(step, inputs=inputs))
+            return
+        (body,) = step.bodies["jaxpr"]
+        constants.update(body.constants)
+        stands_for.update(zip(body.inputs, inputs, strict=True))
+        for inner in body.steps:
+            write(inner)
+        stands_for.update(zip(step.outputs, map(read, body.outputs), strict=True))
+
+    for step in program.steps:
+        write(step)
+    return Program(program.inputs, constants, tuple(steps), tuple(map(read, program.outputs)))
 
 
-def _is_known(layer: Layer) -> bool:
-    """Whether this is an unmodified layer of this package; `_collect` rejects those that mix examples."""
-    defined_here = type(layer).__module__ == layers.__name__ and not is_custom(layer)
-    return defined_here or _has_products(layer)
+def _mean(op: str, losses: Any, n: int) -> Array:
+    """Return the mean of one example's losses, ``(1, …)``."""
+    result = "the result of loss"
+    if not isinstance(losses, Array):
+        raise bad_type(op, result, "an array", type(losses).__name__)
+    if not jnp.issubdtype(losses.dtype, jnp.floating):
+        raise bad_type(op, result, "of a floating dtype", losses.dtype)
+    if losses.shape[:1] != (1,):
+        raise bad_value(op, result, f"({n}, …), a loss for each example", f"shape {losses.shape}")
+    return losses.mean()
 
 
-def _separate_examples(net: Serial, path: str = "") -> Serial:
-    """Return a net with the same layers and names in which custom layers are applied to each example separately."""
-
-    def separate(name: str, layer: Layer) -> Layer:
-        if in_a_row(layer) or _has_separate_branches(layer):
-            return _separate_examples(layer, f"{name}/")
-        return layer if _is_known(layer) else _EachExample(layer, name)
-
-    separated = copy.copy(net)  # of a subclass with any __init__
-    parts = tuple((name, separate(f"{path}{name}", layer)) for name, layer in net.layers)
-    object.__setattr__(separated, "layers", parts)
-    return separated
+def _refuse_mixing(op: str, step: Step) -> None:
+    """Raise ValueError for a norm of this library that takes its statistics over the batch."""
+    if not isinstance(step, Operation) or not isinstance(step.form, LibraryForm):
+        return
+    kind, static = step.form.kind, step.form.marked.static
+    if kind == "batch_norm" and len(step.form.marked.types) == 3:
+        expected = "used with statistics, mean and var"
+        raise bad_value(op, kind, expected, "statistics of the batch, which mix examples")
+    if kind == "layer_norm" and 0 in static.over:
+        raise bad_value(op, f"{kind}: axes", "dims of one example", f"{static.over}, which mixes examples")
 
 
-def _has_separate_branches(layer: Layer) -> TypeGuard[Branches]:
-    """Whether the layer consists of branches with one input, whose outputs are concatenated or added."""
-    return is_branches(layer) and not isinstance(layer, Parallel) and not callable(layer.join)
+def _refuse_statistics(op: str, net: Net, params: Any, key: Any) -> None:
+    """Raise ValueError for a `BatchNorm` that takes its statistics from the batch."""
+    for name, layer in net.walk():
+        if isinstance(layer, BatchNorm):
+            layer_params = params
+            for part in name.split("/"):
+                layer_params = layer_params.get(part, {}) if isinstance(layer_params, Mapping) else {}
+            given = isinstance(layer_params, Mapping) and all(
+                layer_params.get(statistic) is not None for statistic in ("mean", "var")
+            )
+            if key is not None or not given:
+                expected = "used without a key and with statistics from jaxcnn.calibrate"
+                raise bad_value(op, name, expected, "statistics of the batch, which mix examples")
 
 
-def _walk(net: Serial, params: Any, path: str = "", previous: str = "") -> Iterator[tuple[str, Layer, Any, str]]:
-    """Yield (full name, layer, its parameters, name of its input) for each layer that is not a `Serial`.
-
-    The input of the outermost net has the name "".
-    """
-    for name, layer in net.layers:
-        full_name, layer_params = f"{path}{name}", _get(params, name)
-        if isinstance(layer, Serial):
-            yield from _walk(layer, layer_params, f"{full_name}/", previous)
-        else:
-            yield full_name, layer, layer_params, previous
-        previous = previous if isinstance(net, Branches) else full_name
-
-
-def _params_by_layer(net: Serial, params: Any) -> dict[str, Any]:
-    """Return, by full name, the tree of parameters that each layer's ``apply`` reads."""
-
-    def read(layer: Layer, layer_params: Any) -> Any:
-        if _has_products(layer):
-            return {name: layer_params[name] for name in ("weight", "bias") if layer_params.get(name) is not None}
-        return layer_params
-
-    return {name: read(layer, layer_params) for name, layer, layer_params, _ in _walk(net, params)}
-
-
-def _leaf_indices(net: Serial, params: Any) -> dict[str, list[int]] | None:
-    """Return, by layer, the index among the leaves of ``params`` for each leaf that it reads.
-
-    The result is None if a layer reads anything but leaves of ``params``, or if two layers read the same leaf; a custom
-    mapping may do so. Then the gradient at one layer is not the gradient of a parameter.
-    """
-    traced, by_layer = jax.make_jaxpr(functools.partial(_params_by_layer, net), return_shape=True)(params)
-    index = {id(variable): i for i, variable in enumerate(traced.jaxpr.invars)}
-    indices = [index.get(id(variable), -1) for variable in traced.jaxpr.outvars]
-    if traced.jaxpr.eqns or -1 in indices or len(set(indices)) < len(indices):
-        return None
-    tree = jax.tree.unflatten(jax.tree.structure(by_layer), indices)
-    return {name: jax.tree.leaves(layer) for name, layer in tree.items()}
-
-
-def _arrays(op: str, params: Any) -> Any:
-    """Return the parameters as a tree of arrays; a mapping that is not a JAX pytree becomes a dict."""
+def _arrays(op: str, name: str, tree: Any, floating: bool = False) -> Any:
+    """Return a tree of arrays; a mapping that is not a JAX tree becomes a dict."""
 
     def leaf(path: Any, value: Any) -> Any:
         if isinstance(value, Mapping):
             return jax.tree_util.tree_map_with_path(lambda inner, v: leaf((*path, *inner), v), dict(value))
-        name = f"params{jax.tree_util.keystr(path)}"
-        a = array(op, name, value)
-        if not jnp.issubdtype(a.dtype, jnp.inexact):
-            raise bad_type(op, name, "a floating array", a.dtype)
+        at = f"{name}{jax.tree_util.keystr(path)}"
+        a = array(op, at, value)
+        if floating and not jnp.issubdtype(a.dtype, jnp.inexact):
+            raise bad_type(op, at, "a floating array", a.dtype)
         return a
 
-    return jax.tree_util.tree_map_with_path(leaf, params)
-
-
-def _get(params: Any, name: str) -> Any:
-    """Return the parameters of the layer with this full name, or ``{}`` if there are none."""
-    for part in name.split("/"):
-        params = params.get(part, {}) if isinstance(params, Mapping) else {}
-    return params
-
-
-def _has_statistics(params: Any) -> bool:
-    return isinstance(params, Mapping) and params.get("mean") is not None and params.get("var") is not None
-
-
-def _on_devices(f: Callable[..., Any], *trees: Any) -> Any:
-    """Return ``f(*trees)``, even for arrays that are sharded over devices; the first tree determines the sharding.
-
-    Inside `jax.shard_map`, replicated arrays are marked as varying before ``f`` receives them: a derivative with
-    respect to a replicated array would be a sum over devices, including other devices' examples.
-    """
-    leaves, tree = jax.tree.flatten(trees)
-    return on_any_mesh(lambda _, *leaves: f(*jax.tree.unflatten(tree, leaves)), None, *varying_alike(tuple(leaves)))
+    return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Gradients of one layer, from its a and δ
+# All examples at once
+
+#: Gives a value or operation its probe: maps it and its array to the array with the probe.
+_Tap = Callable[[Any, Array], Array]
 
 
-class _LayerGradients(Protocol):
-    """The per-example gradients of one layer, which are not materialized before a method is called."""
+class _Affine(NamedTuple):
+    """An affine operation: its input differs between examples, its weights do not."""
 
-    def each(self) -> Any:
-        """Return the gradients ``(N, …)`` of each parameter that the layer reads."""
+    form: Form
+    x: Value
+    w: Atom
+    b: Atom | None
+    #: Whether the addend differs between examples. It is then added after the op.
+    adds: bool
 
-    def squares(self) -> Array:
-        """Return ``(N,)`` squared norms of the gradients, over all parameters of the layer."""
+    def prepared(self, w: Any, b: Any) -> tuple[Array, Array | None]:
+        """Return weights and bias as the op takes them."""
+        x = jnp.zeros(self.x.shape, self.x.dtype)
+        return self.form.prepare(x, w, *(() if b is None else (b,)))[1:]
 
-    def summed(self, factors: Array) -> Any:
-        """Return Σ_n factor_n · gradient_n for each parameter."""
+    def run(self, x: Array, w: Any, b: Any, tap: Callable[[Array], Array]) -> tuple[Array, Array]:
+        """Return the op's input, with all examples in one batch, and the outputs ``(N, …)``."""
+        n, merges = x.shape[0], self.form.kind != "dense"  # dense accepts any number of dims
+        x = jax.vmap(lambda x: self.form.prepare(x, w)[0])(x)
+        rows = x.shape[1] if merges else 1
+        x = x.reshape(n * rows, *x.shape[2:]) if merges else x
+        y = tap(_call(self.form, x, *self.prepared(w, None if self.adds else b)))
+        y = y.reshape(n, rows, *y.shape[1:]) if merges else y
+        if self.adds:
+            b = jax.vmap(lambda b: self.prepared(w, b)[1])(b)
+            y = y + b.reshape(n, *(1,) * (y.ndim - 2), y.shape[-1])
+        return x, jax.vmap(self.form.restore)(y)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _call(form: Form, *arguments: Any) -> Array:
+    """Call an op in a jit of its own, so that equal calls are traced once."""
+    return form.call(None, *arguments)
+
+
+def _affine(single: _Single, step: Step) -> _Affine | None:
+    """Return a step as an affine operation whose weights are equal for all examples, or None."""
+    form = step.form if isinstance(step, Operation) else None
+    if form is None or kind_of(form.kind) not in ("affine", "hidden"):
+        return None
+    if isinstance(form, LibraryForm) and form.marked.rule is not None:
+        return None
+
+    def differs(atom: Any) -> bool:
+        return isinstance(atom, Value) and atom in single.batched
+
+    x, w, b = (*step.inputs, None)[:3]
+    if isinstance(form, DenseForm) and b is None and not differs(x) and differs(w):
+        form, x, w = dataclasses.replace(form, swapped=not form.swapped), w, x
+    adds = differs(b)
+    if not differs(x) or differs(w) or (adds and kind_of(form.kind) == "hidden"):
+        return None
+    return _Affine(form, x, w, b, adds)  # type: ignore[arg-type]
+
+
+def _losses(single: _Single, known: Mapping[Value, Any], inputs: Mapping[Value, Any], n: int, tap: _Tap) -> Any:
+    """Return the losses ``(N,)``, and the inputs of the affine operations."""
+    values: dict[Value, Any] = dict(inputs)
+
+    def each(atom: Atom) -> Any:
+        """Return a value with a leading N; parameters receive a probe, so that each example has its own."""
+        if isinstance(atom, Value) and atom in single.from_params and atom not in values:
+            values[atom] = tap(atom, jnp.broadcast_to(known[atom], (n, *atom.shape)))
+        return values.get(atom) if isinstance(atom, Value) else None
+
+    def same(atom: Atom | None) -> Any:
+        return atom if atom is None else known[atom] if isinstance(atom, Value) else atom.val
+
+    activations = {}
+    for step in single.steps:
+        affine = _affine(single, step)
+        if affine is not None:
+            b = values[affine.b] if affine.adds else same(affine.b)  # type: ignore[index]
+            tapped = functools.partial(tap, step)
+            activations[step], y = affine.run(values[affine.x], same(affine.w), b, tapped)
+            values[step.outputs[0]] = y
+            continue
+        batched = [each(atom) for atom in step.inputs]
+        shared = [same(atom) if a is None else None for atom, a in zip(step.inputs, batched, strict=True)]
+        values.update(zip(step.outputs, _each_example(step, batched, shared), strict=True))
+    (loss,) = single.program.outputs
+    y = each(loss)
+    return jnp.broadcast_to(same(loss), n) if y is None else y, list(activations.values())
+
+
+def _each_example(step: Step, batched: Sequence[Any], shared: Sequence[Any]) -> Sequence[Any]:
+    """Apply a step to each example; ``batched`` and ``shared`` are its inputs, and None where the other has one."""
+    form = step.form if isinstance(step, Operation) else None
+    if isinstance(form, PoolForm):
+        moved = dataclasses.replace(form, dims=tuple(d + 1 for d in form.dims), ndim=form.ndim + 1, moves=STAY)
+        return [jax.vmap(form.moves)(call_form(moved, None, *batched))]
+    if isinstance(form, LibraryForm) and len(batched) == 1 and kind_of(form.kind) in ("max", "sum"):
+        (x,) = batched
+        y = _call(form, x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]))
+        return [y.reshape(*x.shape[:2], *y.shape[1:])]
+
+    def one(*batched: Any) -> Sequence[Any]:
+        given = iter(batched)
+        inputs = [next(given) if differs else a for differs, a in zip(mapped, shared, strict=True)]
+        return [operate(step, inputs)] if isinstance(step, Operation) else execute(step, inputs)
+
+    mapped = [a is not None for a in batched]
+    given = [a for a in batched if a is not None]
+    may_convolve = (
+        isinstance(form, ConvForm | LibraryForm)
+        if isinstance(step, Operation)
+        else step.bodies or step.primitive in ("conv_general_dilated", "custom_vjp_call")
+    )
+    return kernels.for_each(one, *given) if may_convolve else jax.vmap(one)(*given)
+
+
+def _backward(op: str, fun: Any, loss: Any, params: Any, x: Any, targets: Any, key: Array | None) -> "_Result":
+    """Run one forward and backward pass of the sum of the examples' losses, and pair a and δ of each operation."""
+    run = fun.apply if isinstance(fun, Net) else expect_function(op, "fun", fun)
+    expect_loss(op, loss)
+    params = _arrays(op, "params", params, floating=True)
+    if isinstance(fun, Net):
+        _refuse_statistics(op, fun, params, key)
+    x, targets = _arrays(op, "x", x), _arrays(op, "targets", targets)
+    n = next((a.shape[0] for a in jax.tree.leaves(x) if a.ndim), 0)
+    for name, tree in (("x", x), ("targets", targets)):
+        for a in jax.tree.leaves(tree):
+            if a.shape[:1] != (n,):
+                raise bad_value(op, name, f"({n}, …), with a value for each example", f"shape {a.shape}")
+    keys = None if key is None else jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(n))
+    # Inside `jax.shard_map` all must vary alike: a gradient at a replicated array would be a sum over devices.
+    leaves, tree = jax.tree.flatten((params, (x, targets, keys)))
+    params, batch = jax.tree.unflatten(tree, varying_alike(tuple(leaves)))
+    single = _single(op, run, loss, params, batch, n)
+    leaves = jax.tree.leaves(batch)
+    over = [tuple(jax.typeof(a).manual_axis_type.varying) for a in leaves[:1]]
+    result: Any = single.program.outputs[0].aval
+    over += [tuple(result.manual_axis_type.varying)]
+    if set(over[-1]) - set(over[0]):
+        expected = f"varying over {over[-1]}, as the result of loss is (see jax.lax.pcast)"
+        raise bad_value(op, "x", expected, f"an array that varies over {over[0]}")
+
+    params, structure = jax.tree.flatten(params)
+    fixed = (*single.from_params, *single.constant)
+    known = dict(zip(fixed, single.of_params(fixed, params), strict=True))
+    inputs = dict(zip(single.program.inputs[len(params) :], leaves, strict=True))
+    types: dict[Any, Any] = {}
+
+    def note(key: Any, y: Array) -> Array:
+        types[key] = jax.typeof(y)
+        return y
+
+    jax.eval_shape(lambda: _losses(single, known, inputs, n, note))
+
+    def probed(probes: list[Array]) -> Any:
+        of = dict(zip(types, probes, strict=True))
+        return _losses(single, known, inputs, n, lambda key, y: add_probe(y, of[key]))
+
+    total, pull, activations = jax.vjp(probed, [probe(kind) for kind in types.values()], has_aux=True)
+    deltas = dict(zip(types, pull(jnp.ones_like(total))[0], strict=True))
+    used = [(step, use) for step in single.steps if (use := _affine(single, step)) is not None]
+    products = []
+    for (step, use), a in zip(used, activations, strict=True):
+        atoms: Any = (use.w, None if use.adds else use.b)
+        w, b = (known.get(v) if isinstance(v, Value) else None for v in atoms)
+        products.append(_Product(use, w, b, _products(use, a, *use.prepared(w, b), deltas[step], n), n))
+    return _Result(single, params, structure, total, products, deltas)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients from a and δ
 
 
 @dataclasses.dataclass(frozen=True)
-class _ConvGradients:
-    """A convolution: its inputs x, and δ at its output before further ops. For a transposed one, δ and x swap roles."""
+class _ConvProducts:
+    """The gradients of a convolution, not materialized. For a transposed one, δ and x have swapped roles.
 
-    params: Params
+    x and δ have one or several rows for each of n examples.
+    """
+
+    n: int
     c: Correlation
     x: Array
     delta: Array
     transposed: bool = False
 
-    def each(self) -> Params:
+    @property
+    def at_output(self) -> Array:
+        """Return δ at the output of the op."""
+        return self.x if self.transposed else self.delta
+
+    def each(self) -> Array:
+        """Return the gradients ``(N, …)`` of the kernel."""
         w = on_any_mesh(kernels.kernel_grad_each, self.c, self.x, self.delta)
-        return _cast_like(self.params, {"weight": w, "bias": _sum_positions(self._at_output())})
+        return w if w.shape[0] == self.n else w.reshape(self.n, -1, *w.shape[1:]).sum(1)
 
     def squares(self) -> Array:
-        w = on_any_mesh(kernels.kernel_grad_squares, self.c, self.x, self.delta)
-        return w + kernels.squares(_sum_positions(self._at_output())) if "bias" in self.params else w
+        """Return ``(N,)`` squared norms of these gradients."""
+        if self.x.shape[0] != self.n:
+            return kernels.squares(self.each())
+        return on_any_mesh(kernels.kernel_grad_squares, self.c, self.x, self.delta)
 
-    def summed(self, factors: Array) -> Params:
-        w = on_any_mesh(convolution.kernel_grad, self.c, self.x, _scale(self.delta, factors))
-        b = convolution.sum_pixels(_scale(self._at_output(), factors))
-        return _cast_like(self.params, {"weight": w, "bias": b})
-
-    def _at_output(self) -> Array:
-        return self.x if self.transposed else self.delta
+    def summed(self, factors: Array) -> Array:
+        """Return Σ_n factor_n · gradient_n."""
+        delta = _scale(
+            self.delta, factors if self.x.shape[0] == self.n else jnp.repeat(factors, self.x.shape[0] // self.n)
+        )
+        return on_any_mesh(convolution.kernel_grad, self.c, self.x, delta)
 
 
 @dataclasses.dataclass(frozen=True)
-class _DenseGradients:
-    """A dense layer: rows x and δ, ``(N, positions, …)``."""
+class _DenseProducts:
+    """The gradients of a dense op, from rows x and δ, ``(N, positions, …)``."""
 
-    params: Params
     x: Array
     delta: Array
 
-    def each(self) -> Params:
-        w, b = kernels.outer_each(self.x, self.delta), _sum_positions(self.delta)
-        return _cast_like(self.params, {"weight": w, "bias": b})
+    @property
+    def at_output(self) -> Array:
+        """Return δ at the output of the op."""
+        return self.delta
+
+    def each(self) -> Array:
+        """Return the gradients ``(N, I, O)`` of the weights."""
+        return kernels.outer_each(self.x, self.delta)
 
     def squares(self) -> Array:
-        w = kernels.outer_squares(self.x, self.delta)
-        return w + kernels.squares(_sum_positions(self.delta)) if "bias" in self.params else w
+        """Return ``(N,)`` squared norms of these gradients."""
+        return kernels.outer_squares(self.x, self.delta)
 
-    def summed(self, factors: Array) -> Params:
+    def summed(self, factors: Array) -> Array:
+        """Return Σ_n factor_n · gradient_n."""
         delta = _scale(self.delta, factors)
-        w = on_any_mesh(jnp.einsum, "npi,npo->io", self.x, delta)
-        return _cast_like(self.params, {"weight": w, "bias": convolution.sum_pixels(delta)})
+        return on_any_mesh(jnp.einsum, "npi,npo->io", self.x, delta)
 
 
-@dataclasses.dataclass(frozen=True)
-class _OtherGradients:
-    """Any other layer; its gradients come from its own rule, for each example separately."""
+def _products(use: _Affine, x: Array, w: Array, b: Any, delta: Array, n: int) -> _ConvProducts | _DenseProducts:
+    """Return the gradients of an operation from its input and δ, both with all examples in one batch."""
+    form = use.form
+    if isinstance(form, TransposedForm):
+        options = form.options
+        names = ["stride", "padding", "output_padding", "dilation", "groups", "preferred_element_type", "precision"]
+        values: Any = map(options.get, names)
+        c = convolution.transposed_correlation_of("conv_transpose", x, w, *values)
+        return _ConvProducts(n, c, delta, _followed_by_zeros(c, x), transposed=True)
+    if isinstance(form, ConvForm):
+        options = form.options
+        stride, padding, dilation = (options[name] for name in ("stride", "padding", "dilation"))
+        groups, kinds = form.groups * form.batch_groups, (form.dtype, form.precision)
+        x, c = convolution.correlation_of(form.kind, x, w, stride, padding, dilation, groups, *kinds)
+        return _ConvProducts(n, c, x, delta)
+    if form.kind == "dense":
+        return _DenseProducts(*(a.reshape(n, math.prod(a.shape[1:-1]), a.shape[-1]) for a in (x, delta)))
+    assert isinstance(form, LibraryForm)
+    c = form.marked.static
+    if form.kind == "conv_transpose":
+        return _ConvProducts(n, c, delta, x, transposed=True)
+    if form.kind == "hidden_layer":
+        # The same as in the forward pass; within one program it is computed once.
+        _, code = on_any_mesh(hidden.hidden_with_code, c, x, w, b)
+        delta = on_any_mesh(pooling.scatter_to_winners, c.window, delta, code)
+        c = c.correlation
+    return _ConvProducts(n, c, x, delta)
 
-    gradients: Any
 
-    def each(self) -> Any:
-        return self.gradients
-
-    def squares(self) -> Array:
-        return functools.reduce(operator.add, map(kernels.squares, jax.tree.leaves(self.gradients)))
-
-    def summed(self, factors: Array) -> Any:
-        def leaf(g: Array) -> Array:
-            return _scale(g.astype(accumulator(g.dtype)), factors).sum(0).astype(g.dtype)
-
-        return jax.tree.map(leaf, self.gradients)
+def _followed_by_zeros(c: Correlation, x: Array) -> Array:
+    """Return the input of a transposed convolution, extended by zeros to the output of the one that it transposes."""
+    ends = [(0, out - n) for n, out in zip(x.shape[1:-1], c.window.out, strict=True)]
+    return jnp.pad(x, ((0, 0), *ends, (0, 0))) if any(end for _, end in ends) else x
 
 
-def _other_gradients(layer: Layer, params: Any, x: Any, delta: Any) -> _OtherGradients:
-    run = layer.one if isinstance(layer, _EachExample) else lambda x, params: layer.apply(params, x[None])[0]
+class _Product(NamedTuple):
+    """An affine operation with its weights and their gradients."""
 
-    def each(x: Any, delta: Any, params: Any) -> Any:
-        return kernels.for_each(lambda x, delta: jax.vjp(functools.partial(run, x), params)[1](delta)[0], x, delta)
+    use: _Affine
+    w: Any
+    b: Array | None
+    gradients: _ConvProducts | _DenseProducts
+    n: int
 
-    return _OtherGradients(_on_devices(each, x, delta, params))
+    def cotangents(self, values: Sequence[Value], factors: Array | None) -> Iterator[tuple[Value, Array]]:
+        """Yield the gradients of weights and bias, if they are among ``values``.
+
+        These are ``(N, …)``, or with factors their sum, each times the factor of the example.
+        """
+        use, gradients, delta = self.use, self.gradients, self.gradients.at_output
+        (w, b), pull = jax.vjp(use.prepared, self.w, self.b)
+        rows = delta.shape[0] // max(self.n, 1) if isinstance(self.n, int) else 1
+        if factors is None:
+            pull = jax.vmap(pull)
+            of_w = gradients.each() if use.w in values else _zeros(w, self.n)
+            of_b = delta.reshape(self.n, rows * math.prod(delta.shape[1:-1]), delta.shape[-1]).sum(1)
+        else:
+            of_w = gradients.summed(factors)
+            of_b = convolution.sum_pixels(_scale(delta, jnp.repeat(factors, rows) if rows != 1 else factors))
+        of_w, of_b = pull((of_w.astype(w.dtype), None if b is None else of_b.astype(b.dtype)))
+        if use.w in values:
+            yield use.w, of_w
+        if use.b in values and not use.adds:
+            yield use.b, of_b  # type: ignore[misc]
 
 
-class _NetGradients(NamedTuple):
-    """The gradients of all layers with parameters."""
+class _Result(NamedTuple):
+    """The gradients of all parameters, which are not materialized before a method is called."""
 
-    gradients: dict[str, _LayerGradients]
-    #: By layer, the indices of its parameters among the leaves of ``params``.
-    leaf_indices: dict[str, list[int]]
-    params: Any
-    norms_like: Array
+    single: _Single
+    #: The parameters, and the structure of their tree.
+    params: list[Array]
+    tree: Any
+    losses: Array
+    products: list[_Product]
+    #: The gradients ``(N, …)`` of values that other operations read.
+    deltas: Mapping[Value, Array]
+
+    def gradients(self) -> Any:
+        """Return the gradients, ``(N, …)``."""
+        return jax.tree.unflatten(self.tree, self._of_params(self.single.from_params))
 
     def norms(self) -> Array:
-        """Return ``(N,)`` gradient norms over all layers."""
-        squares = [layer.squares() for layer in self.gradients.values()]
-        return jnp.sqrt(functools.reduce(operator.add, squares)) if squares else self.norms_like
-
-    def tree(self, by_layer: Mapping[str, Any], batch: tuple[int, ...]) -> Any:
-        """Return a tree like ``params`` from results by layer; a leaf that no layer reads has a gradient of 0."""
-        by_leaf = {
-            index: gradient
-            for name, gradients in by_layer.items()
-            for index, gradient in zip(self.leaf_indices[name], jax.tree.leaves(gradients), strict=True)
+        """Return ``(N,)`` norms of the gradients of all parameters together."""
+        program = self.single.program
+        reads = Counter(_values((*(v for step in program.steps for v in step.inputs), *program.outputs)))
+        cheap = {
+            use.w: gradients
+            for use, _, _, gradients, _ in self.products
+            if isinstance(use.w, Value) and self.single.alone(use.w, reads)
         }
-        leaves, tree = jax.tree.flatten(self.params)
-        for i, a in enumerate(leaves):
-            if i not in by_leaf:
-                by_leaf[i] = jnp.zeros((*batch, *a.shape), a.dtype)
-        return jax.tree.unflatten(tree, [by_leaf[i] for i in range(len(leaves))])
+        rest = [v for v in self.single.from_params if v not in cheap]
+        squares = [gradients.squares() for gradients in cheap.values()]
+        squares += map(kernels.squares, self._of_params(rest) if rest else ())
+        return jnp.sqrt(functools.reduce(operator.add, squares)) if squares else _zeros(self.losses)
+
+    def summed(self, factors: Array) -> Any:
+        """Return Σ_n factor_n · gradient_n for each parameter."""
+        return jax.tree.unflatten(self.tree, self._of_params(self.single.from_params, factors))
+
+    def _of_params(self, values: Sequence[Value], factors: Array | None = None) -> Sequence[Array]:
+        """Return what the gradients of some values contribute to those of the parameters, or to their sum."""
+        total: dict[Value, Array] = {}
+        for v, g in self._cotangents(values, factors):
+            total[v] = total[v] + g if v in total else g
+        like, pull = jax.vjp(lambda *params: self.single.of_params(values, params), *self.params)
+        lead = self.losses.shape if factors is None else ()
+        zeros = [_zeros(a, *lead) for a in (*like, *self.params)]
+        if not total:
+            return zeros[len(like) :]
+        given = [total.get(v, zero) for v, zero in zip(values, zeros, strict=False)]
+        return (jax.vmap(pull) if factors is None else pull)(given)
+
+    def _cotangents(self, values: Sequence[Value], factors: Array | None) -> Iterator[tuple[Value, Array]]:
+        for product in self.products:
+            if product.use.w in values or product.use.b in values:
+                yield from product.cotangents(values, factors)
+        for v in values:
+            if v in self.deltas:
+                g = self.deltas[v]
+                yield (
+                    v,
+                    g if factors is None else _scale(g.astype(accumulator(g.dtype)), factors).sum(0).astype(g.dtype),
+                )
 
 
-def _collect(op: str, net: Serial, loss: Loss, params: Any, x: Any, targets: Any, key: Array | None) -> _NetGradients:
-    """Run one forward and backward pass of the sum of the examples' losses, and pair a and δ of each layer."""
-    expect_net(op, net)
-    expect_loss(op, loss)
-    params = _arrays(op, params)
-    for name, layer in net.walk():
-        if isinstance(layer, layers.BatchNorm) and (key is not None or not _has_statistics(_get(params, name))):
-            expected = "used without a key and with statistics from jaxcnn.calibrate"
-            raise bad_value(op, name, expected, "statistics of the batch, which mix examples")
-
-    def total_loss(outputs: Any) -> Array:
-        result, losses = "the result of loss", loss(outputs, targets)
-        if not isinstance(losses, Array):
-            raise bad_type(op, result, "an array", type(losses).__name__)
-        if not jnp.issubdtype(losses.dtype, jnp.floating):
-            raise bad_type(op, result, "of a floating dtype", losses.dtype)
-        varying = [tuple(jax.typeof(a).manual_axis_type.varying) for a in (losses, jax.tree.leaves(x)[0])]
-        if set(varying[0]) - set(varying[1]):
-            expected = f"varying over {varying[0]}, as {result} is (see jax.lax.pcast)"
-            raise bad_value(op, "x", expected, f"an array that varies over {varying[1]}")
-        if losses.shape[:1] != (n,):
-            raise bad_value(op, result, f"({n}, …), a loss for each example", f"shape {losses.shape}")
-        return losses.reshape(n, math.prod(losses.shape[1:])).mean(1).sum()
-
-    x = _batch(op, x, (targets, params, key))
-    n = next((a.shape[0] for a in jax.tree.leaves(x) if a.ndim), 0)
-    separate = _separate_examples(net) if in_a_row(net) else None
-    leaf_indices = None if separate is None else _leaf_indices(separate, params)
-    if separate is None or leaf_indices is None:
-        _refuse_key(op, "net", net, params, key)
-        whole = _EachExample(net, None)
-        outputs = whole.apply(params, x, key=key)
-        gradients: dict[str, _LayerGradients] = {}
-        if jax.tree.leaves(params):
-            gradients[""] = _other_gradients(whole, params, x, jax.grad(total_loss)(outputs))
-        return _NetGradients(gradients, {"": list(range(len(jax.tree.leaves(params))))}, params, jnp.zeros(n))
-
-    by_layer = _params_by_layer(separate, params)
-    for name, layer, *_ in _walk(separate, params):
-        if isinstance(layer, _EachExample):
-            _refuse_key(op, name, layer.layer, by_layer[name], key)
-    result = value_grad_and_deltas(lambda _: total_loss(separate.apply(params, x, key=key)))(())
-    gradients = {}
-    for name, layer, _, previous in _walk(separate, params):
-        a = result.activations[previous] if previous else x
-        if isinstance(layer, layers.LayerNorm) and 0 in dims_of("layer_norm", layer.axes, a.ndim):
-            raise bad_value(op, f"{name}: axes", "dims of one example", f"{layer.axes!r}, which mixes examples")
-        if not jax.tree.leaves(by_layer[name]):
-            continue
-        if name in result.deltas:
-            gradients[name] = _layer_gradients(layer, by_layer[name], a, result.deltas[name])
-        elif jnp.iscomplexobj(result.activations[name]):
-            raise bad_type(op, f"{name}: output", "a real array", result.activations[name].dtype)
-        # No gradient passes an integer output.
-    dtype = jax.tree.leaves(x)[0].dtype
-    norms_like = jnp.zeros(n, dtype if jnp.issubdtype(dtype, jnp.floating) else None)
-    return _NetGradients(gradients, leaf_indices, params, norms_like)
-
-
-def _batch(op: str, x: Any, others: Any) -> Any:
-    """Return x as an array, or a tree of arrays with a leading N, marked as varying over the devices of ``others``.
-
-    Without that mark, δ of a replicated x would be a sum over devices.
-    """
-    leaves = jax.tree.leaves(x)
-    x = jax.tree.map(jnp.asarray, x) if leaves and all(map(jnp.ndim, leaves)) else array(op, "x", x)
-    leaves, tree = jax.tree.flatten(x)
-    others = [a for a in jax.tree.leaves(others) if isinstance(a, Array)]
-    return jax.tree.unflatten(tree, varying_alike((*leaves, *others))[: len(leaves)])
-
-
-def _refuse_key(op: str, name: str, layer: Layer, params: Any, key: Array | None) -> None:
-    """Raise ValueError for a custom layer with parameters if there is a key."""
-    if key is not None and jax.tree.leaves(params):
-        raise bad_value(op, name, "a layer of jaxcnn.layers if key is given", repr(layer))
-
-
-def _layer_gradients(layer: Layer, params: Any, x: Array, delta: Array) -> _LayerGradients:
-    known: Any = layer if _has_products(layer) else None
-    match known:
-        case layers.Conv():
-            x, c = _correlation(known, x, params["weight"], known.groups)
-            return _ConvGradients(params, c, x, delta)
-        case layers.DepthwiseConv():
-            x, c = _correlation(layer, x, params["weight"], x.shape[-1])
-            return _ConvGradients(params, c, x, delta)
-        case layers.ConvTranspose():
-            x, c = _transposed(layer, x, params["weight"])
-            return _ConvGradients(params, c, delta, x, transposed=True)
-        case layers.HiddenLayer():
-            x, c = _correlation(known, x, params["weight"], known.groups)
-            win = pooling.pool_window(
-                "hidden_layer", c.window.out, known.window, known.pool_stride, known.pool_padding, 1, False, "pool_"
-            )
-            # The same as in the forward pass; within one program it is computed once.
-            static = hidden.Hidden(c, win)
-            _, code = on_any_mesh(hidden.hidden_with_code, static, x, params["weight"], params["bias"])
-            return _ConvGradients(params, c, x, on_any_mesh(pooling.scatter_to_winners, win, delta, code))
-        case layers.Dense():
-            positions = math.prod(x.shape[1:-1])
-            return _DenseGradients(params, *(a.reshape(a.shape[0], positions, a.shape[-1]) for a in (x, delta)))
-    return _other_gradients(layer, params, x, delta)
-
-
-def _correlation(layer: Any, x: Array, w: Array, groups: int) -> tuple[Array, Correlation]:
-    return convolution.correlation_of(
-        type(layer).__name__, x, w, layer.stride, layer.padding, layer.dilation, groups, *_dtype_options(layer)
-    )
-
-
-def _transposed(layer: Any, x: Array, w: Array) -> tuple[Array, Correlation]:
-    """Return the input, extended by zeros as in `conv_transpose`, and the geometry of the `conv` that it transposes."""
-    options = (layer.stride, layer.padding, layer.output_padding, layer.dilation, layer.groups)
-    c = convolution.transposed_correlation_of("conv_transpose", x, w, *options, *_dtype_options(layer))
-    ends = [(0, out - n) for n, out in zip(x.shape[1:-1], c.window.out, strict=True)]
-    return (jnp.pad(x, ((0, 0), *ends, (0, 0))) if any(end for _, end in ends) else x), c
-
-
-def _dtype_options(layer: Any) -> tuple[Any, Any]:
-    return getattr(layer, "preferred_element_type", None), getattr(layer, "precision", None)
-
-
-def _sum_positions(delta: Array) -> Array:
-    """Return ``(N, O)``: each example's Σ δ."""
-    return jnp.sum(delta, range(1, delta.ndim - 1))
+def _zeros(a: Array, *lead: int) -> Array:
+    """Return zeros like ``a`` with more dims in front; inside `jax.shard_map` they vary over devices as ``a`` does."""
+    return jnp.broadcast_to(probe(jax.typeof(a)), (*lead, *a.shape))
 
 
 def _scale(a: Array, factors: Array) -> Array:
-    """Return ``a`` with each example multiplied by its factor."""
+    """Return ``a`` with each row multiplied by its factor."""
     return a * factors.reshape(-1, *(1,) * (a.ndim - 1)).astype(a.dtype)
-
-
-def _cast_like(params: Params, gradients: Params) -> Params:
-    """Return the gradients of ``params`` in their dtypes."""
-    return {name: gradients[name].astype(a.dtype) for name, a in params.items()}

@@ -148,7 +148,7 @@ class Collector:
             )
         x = jnp.asarray(x)
         self.values[name] = x
-        return _add_probe(x, self._probes[name]) if name in self._probes else x
+        return add_probe(x, self._probes[name]) if name in self._probes else x
 
     def types(self) -> dict[str, Any]:
         """Return the types of all recorded values that have a δ, by name."""
@@ -170,11 +170,12 @@ def probe(kind: Any) -> Array:
 
 
 @jax.custom_jvp
-def _add_probe(x: Array, probe: Array) -> Array:
+def add_probe(x: Array, probe: Array) -> Array:
+    """Return ``x``, with the probe added to its tangent."""
     return x
 
 
-@_add_probe.defjvp
+@add_probe.defjvp
 def _add_probe_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     """Return x with the tangent ẏ = ẋ + ṗ."""
     return primals[0], tangents[0] + tangents[1]

@@ -43,9 +43,7 @@ IMPORTS = {
         "selection", "taps", "tracing",
     },
     # kernels: per-example products, which no op has
-    "per_example": {
-        "arguments", "branches", "geometry", "kernels", "ops", "layers", "net", "backprop", "selection", "taps",
-    },
+    "per_example": {"arguments", "geometry", "kernels", "ops", "layers", "net", "taps", "tracing"},
     "curvature": {"arguments", "geometry"},
     "stages": {"arguments", "caching", "kernels", "net", "statistics"},  # kernels: moments
     "calibration": {"arguments", "kernels", "layers", "net", "stages", "statistics"},  # kernels: merging of moments

@@ -598,13 +598,17 @@ def by_vmap_of_trees(net):
 
 @pytest.mark.slow("compiles whole nets")
 def test_per_example_gradients_of_branches_take_keys():
-    """Branches are not applied one example at a time, so dropout draws one mask for the batch."""
+    """Each example has the key folded with its index, and so its own mask."""
     net = serial(branches(serial(Dense(3), Dropout(0.5)), serial()), Dense(3))
     params = net.init(jax.random.key(0), (4,), jnp.float64)
     x, key = np.random.default_rng(0).standard_normal((4, 4)), jax.random.key(1)
     each = jaxcnn.per_example_gradients(net, cross_entropy, params, x, LABELS, key=key)
-    whole = jax.grad(lambda params: cross_entropy(net.apply(params, x, key=key), LABELS).sum())(params)
-    assert_close([g.sum(0) for g in jax.tree.leaves(each)], jax.tree.leaves(whole), 1e-12)
+
+    def one(params, x, label, n):
+        return cross_entropy(net.apply(params, x[None], key=jax.random.fold_in(key, n)), label[None]).mean()
+
+    expected = jax.vmap(jax.grad(one), (None, 0, 0, 0))(params, x, LABELS, np.arange(4))
+    assert_close(jax.tree.leaves(each), jax.tree.leaves(expected), 1e-12)
 
 
 def test_calibrated_statistics():

@@ -169,18 +169,28 @@ def test_sixteen_bits():
     assert run(per_example_norms, net, params, x, y).dtype == jnp.float32
 
 
-def test_sums_of_gradients_are_the_batch_s():
-    """With dropout on, each example has its own mask, the same as in the batch."""
+def by_vmap_with_keys(net, key):
+    """Vectorize autodiff over single examples, each of which has the key folded with its index."""
+
+    def one(params, x, y, n):
+        outputs = net.apply(params, x[None], key=jax.random.fold_in(key, n), rules=rules.autodiff)
+        return cross_entropy(outputs, y[None]).mean()
+
+    return compiled(jax.vmap(jax.grad(one), (None, 0, 0, 0)))
+
+
+def test_each_example_has_its_own_key():
+    """With dropout on, each example has its own mask."""
     net = serial(Conv(4, 3), Dropout(0.5), Tanh(), Flatten(), Dropout(0.3), Dense(3))
     rng = np.random.default_rng(0)
     empty = jax.eval_shape(lambda: net.init(jax.random.key(0), (6, 6, 2)))
     params = jax.tree.map(lambda a: rng.normal(0, 0.3, a.shape), empty)
     x, y, key = rng.standard_normal((5, 6, 6, 2)), np.array([0, 1, 2, 0, 1]), jax.random.key(3)
-    total = compiled(jax.grad(lambda p: cross_entropy(net.apply(p, x, key=key, rules=rules.autodiff), y).sum()))(params)
+    each = by_vmap_with_keys(net, key)(params, x, y, np.arange(5))
     result = run(per_example_gradients, net, params, x, y, key=key)
-    assert_close([g.sum(0) for g in jax.tree.leaves(result)], jax.tree.leaves(total), 1e-10)
+    assert_close(jax.tree.leaves(result), jax.tree.leaves(each), 1e-10)
     unclipped = run(clipped_gradient, net, params, x, y, 1e9, key=key)
-    assert_close(jax.tree.leaves(unclipped), jax.tree.leaves(total), 1e-10)
+    assert_close(jax.tree.leaves(unclipped), [g.sum(0) for g in jax.tree.leaves(each)], 1e-10)
     without = run(per_example_gradients, net, params, x, y)
     assert np.abs(without["conv1"]["weight"] - result["conv1"]["weight"]).max() > 1e-3
 
@@ -393,5 +403,7 @@ def test_a_custom_layer():
     x, y = rng.standard_normal((4, 5)), np.array([0, 1, 2, 0])
     result = run(per_example_gradients, net, params, x, y)
     assert_close(jax.tree.leaves(result), jax.tree.leaves(by_vmap(net)(params, x, y)), 1e-10)
-    with pytest.raises(ValueError, match=r"scaled1 must be a layer of jaxcnn.layers if key is given, got Scaled"):
-        per_example_gradients(net, cross_entropy, params, x, y, key=jax.random.key(0))
+    key = jax.random.key(0)
+    expected = by_vmap_with_keys(net, key)(params, x, y, np.arange(4))
+    result = run(per_example_gradients, net, params, x, y, key=key)
+    assert_close(jax.tree.leaves(result), jax.tree.leaves(expected), 1e-10)

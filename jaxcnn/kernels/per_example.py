@@ -25,10 +25,11 @@ from jax import Array, lax
 
 from jaxcnn.geometry import Correlation
 from jaxcnn.kernels.dtypes import accumulator, to_accumulator, wider
-from jaxcnn.kernels.kernel_grad import kernel_grad
+from jaxcnn.kernels.kernel_grad import KERNEL_GRAD, kernel_grad
 from jaxcnn.kernels.lowering import pad_to_span
 from jaxcnn.kernels.materialize import materialize
 from jaxcnn.kernels.parallel import batched_product
+from jaxcnn.kernels.shapes import is_symbolic
 
 #: Smallest acceptable ratio of a ghost norm's sum to the sum of absolute terms. Real nets have 0.1 or more.
 MIN_RATIO = 1 / 64
@@ -36,23 +37,29 @@ MIN_RATIO = 1 / 64
 #: Up to this many bytes of image patches per example, all patches of a batch are worth their memory on CPU.
 PER_EXAMPLE_PATCH_BYTES = 1 << 20
 
+#: The same for the patches of the batch, where a matrix product in a loop over the examples can take their place.
+BATCH_PATCH_BYTES = 1 << 22
+
 
 def kernel_grad_each(c: Correlation, x: Array, y: Array) -> Array:
     """Return per-example weight gradients, ``(N, *size, I/groups, O)``, in the accumulation dtype of x and y.
 
-    This is one product of all patches per example. On CPU, where these would be too large, it is `kernel_grad` for one
-    example after the other, which runs on all threads; batched products of such sizes do not.
+    This is one product of all patches per example. On CPU, where the patches of a batch would be too large, it is a
+    product for one example after the other: its patches stay in cache.
     """
     x, y = _to_common_accumulator(x, y)
     patches_bytes = math.prod(c.window.out) * c.window.entries * x.shape[-1] * x.dtype.itemsize
-    if c.window.ndim == 1 or patches_bytes <= PER_EXAMPLE_PATCH_BYTES:
+    n = x.shape[0]
+    fits = c.groups > 1 or is_symbolic(n) or n * patches_bytes <= BATCH_PATCH_BYTES
+    if c.window.ndim == 1 or (patches_bytes <= PER_EXAMPLE_PATCH_BYTES and fits):
         return by_patches(c, x, y)
     return lax.platform_dependent(x, y, cpu=functools.partial(one_by_one, c), default=functools.partial(by_patches, c))
 
 
 def one_by_one(c: Correlation, x: Array, y: Array) -> Array:
-    """Run `kernel_grad` for one example after the other."""
-    return lax.map(lambda pair: kernel_grad(c, pair[0][None], pair[1][None]), (x, y))
+    """Run one product for one example after the other; XLA:CPU runs matrix products in loops on all threads."""
+    run = KERNEL_GRAD["rows"] if c.groups == 1 and c.window.ndim > 1 else kernel_grad
+    return lax.map(lambda pair: run(c, pair[0][None], pair[1][None]), (x, y))
 
 
 def by_patches(c: Correlation, x: Array, y: Array) -> Array:

@@ -13,7 +13,7 @@ from jax import Array, lax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 #: Parameters of public functions that hold no arrays. Mappings of rules may have keys that JAX cannot sort.
-STATIC = frozenset({"net", "rules", "loss"})
+STATIC = frozenset({"fun", "net", "rules", "loss"})
 
 F = TypeVar("F", bound=Callable[..., Any])
 

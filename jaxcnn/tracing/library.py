@@ -46,7 +46,7 @@ class LibraryForm(Form):
     def prepare(self, *inputs: Any) -> tuple[Any, ...]:
         """Return the arguments, None for those that are omitted."""
         given = iter(inputs)
-        return tuple(None if kind is None else next(given) for kind in self.marked.types)
+        return tuple(None if kind is None else next(given, None) for kind in self.marked.types)
 
     def call(self, rule: Rule | None, *arguments: Any) -> Any:
         """Return the op's result."""

@@ -286,7 +286,7 @@ def test_a_wrong_result_of_ours_is_status_1(monkeypatch, capsys, still):
         (growth, "--what weight", "--what: must be one of batch, side, channels, got 'weight'"),
         (growth, "--allocator mine", "--allocator: must be one of tuned, stock, got 'mine'"),
         (growth, "--most 4", "--most: must be at least 16, got 4"),
-        (per_example, "--net vgg", "--net: must be one of lecture, lenet5, got 'vgg'"),
+        (per_example, "--net vgg", "--net: must be one of lecture, lenet5, linen, equinox, got 'vgg'"),
         (per_example, "--max-norm 0", "--max-norm: must be > 0, got 0.0"),
         (accuracy, "--target 90", "--target: must be between 0 and 1, got 90.0"),
         (accuracy, "--data digits", "--data: must be one of fashion-mnist"),
@@ -422,6 +422,16 @@ def test_a_run_of_per_example(tmp_path, capsys):
     found = json.loads(out.read_text())["seconds"]
     assert set(found) == {"gradients", "norms", "clipped sums"}
     assert set(found["norms"]) == {"jaxcnn", "flax nnx", "equinox"}
+
+
+@pytest.mark.usefixtures("others", "still")
+def test_a_run_of_per_example_with_a_function(monkeypatch, capsys):
+    def affine(batch_size):
+        return lambda params, x: x @ params, np.ones((4, 10), np.float32), np.ones((batch_size, 4), np.float32)
+
+    monkeypatch.setitem(per_example.FUNCTIONS, "linen", affine)
+    assert per_example.main(["--net", "linen", "--batch-size", "3", "--rounds", "1"]) == 0
+    assert capsys.readouterr().out.count("vmap(grad)") >= 3
 
 
 @pytest.mark.usefixtures("others", "small", "still")
