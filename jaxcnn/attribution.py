@@ -49,7 +49,7 @@ from jaxcnn.layers import Activation, BatchNorm, Dense, Dropout, Flatten, Layer,
 from jaxcnn.net import Model, Residual, Serial, expect_model, is_custom, layers_of, located, ops_of
 from jaxcnn.ops.mesh import automatic_inside
 from jaxcnn.ops.rule import Call, Rule, autodiff, rule_name
-from jaxcnn.propagation import for_relevance, for_rescale, inlined, reads
+from jaxcnn.propagation import for_relevance, for_rescale, reads
 from jaxcnn.rules.relevance import AlphaBeta, Epsilon, Flat, Gamma, ZBox, ZeroParams, ZPlus, pass_through, rescale
 from jaxcnn.selection import (
     Checked,
@@ -913,7 +913,7 @@ class _Function:
 
     def _dependent(self) -> list[Operation]:
         """Return the operations that depend on x, in order."""
-        program = inlined(self.traced.program)
+        program = self.traced.program.without_checkpoints()
         data = dependents(program, [self.x])
         return [step for step in program.steps if isinstance(step, Operation) and reads(step, data)]
 

@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.extend.core.primitives import remat_p
 from jax.typing import ArrayLike
 
 from jaxcnn.arguments import array, bad_type, bad_value, expect_function
@@ -252,7 +251,7 @@ def _single(op: str, fun: Any, loss: Any, params: Any, batch: Any, n: int) -> _S
 
     with idle():
         traced = trace(of_one, params, jax.tree.map(one, batch))
-    program = _without_checkpoints(traced.program)
+    program = traced.program.without_checkpoints()
     leaves = program.inputs[: len(jax.tree.leaves(params))]
     batched, depends = set(program.inputs[len(leaves) :]), set(leaves)
     for step in program.steps:
@@ -271,31 +270,6 @@ def _single(op: str, fun: Any, loss: Any, params: Any, batch: Any, n: int) -> _S
 def _values(atoms: Sequence[Atom]) -> list[Value]:
     """Return the atoms that are values, not literals."""
     return [atom for atom in atoms if isinstance(atom, Value)]
-
-
-def _without_checkpoints(program: Program) -> Program:
-    """Return the program with the bodies of `jax.checkpoint` in place, so that their operations are read."""
-    stands_for: dict[Atom, Atom] = {}
-    constants, steps = dict(program.constants), list[Step]()
-
-    def read(atom: Atom) -> Atom:
-        return stands_for.get(atom, atom) if isinstance(atom, Value) else atom
-
-    def write(step: Step) -> None:
-        inputs = tuple(map(read, step.inputs))
-        if step.primitive != remat_p.name or isinstance(step, Operation):
-            steps.append(dataclasses.replace(step, inputs=inputs))
-            return
-        (body,) = step.bodies["jaxpr"]
-        constants.update(body.constants)
-        stands_for.update(zip(body.inputs, inputs, strict=True))
-        for inner in body.steps:
-            write(inner)
-        stands_for.update(zip(step.outputs, map(read, body.outputs), strict=True))
-
-    for step in program.steps:
-        write(step)
-    return Program(program.inputs, constants, tuple(steps), tuple(map(read, program.outputs)))
 
 
 def _mean(op: str, losses: Any, n: int) -> Array:

@@ -8,8 +8,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jax.extend.core import primitives as p
-
 from jaxcnn.arguments import bad_value
 from jaxcnn.ops.kinds import kind_of
 from jaxcnn.ops.rule import Rule, autodiff
@@ -41,7 +39,7 @@ def for_relevance(program: Program, x: Value, rules: Rules | None) -> Program:
     Raises:
         ValueError: if a step has no rule, or the rule does not fit.
     """
-    program = inlined(program)
+    program = program.without_checkpoints()
     data = dependents(program, [x])
     for step in program.steps:
         if reads(step, data) and isinstance(step, Equation) and not (is_move(step, data) or scales(step, data)):
@@ -70,7 +68,7 @@ def for_rescale(program: Program, x: Value) -> Program:
     Raises:
         ValueError: if a step is not linear in x and has no rule.
     """
-    program = inlined(program)
+    program = program.without_checkpoints()
     data = dependents(program, [x])
     steps = []
     for step in program.steps:
@@ -145,35 +143,3 @@ def _relevance_rule(operation: Operation, rules: Rules | None) -> Rule | None:
 def _call(form: Any, rule: Any, *inputs: Any) -> Any:
     """Call a form as `run_chains` does."""
     return form(rule, *inputs)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-
-
-def inlined(program: Program) -> Program:
-    """Return the program with the bodies of `jax.checkpoint` written out in place."""
-    known: dict[Value, Atom] = {}
-    steps: list[Step] = []
-    constants = dict(program.constants)
-
-    def write(inner: Program) -> None:
-        constants.update(inner.constants)
-        for step in inner.steps:
-            step = dataclasses.replace(step, inputs=tuple(map(read, step.inputs)))
-            if isinstance(step, Equation) and step.primitive == p.remat_p.name and step.bodies:
-                (body,) = step.bodies["jaxpr"]
-                known.update(zip(body.inputs, step.inputs, strict=True))
-                write(body)
-                known.update(zip(step.outputs, map(read, body.outputs), strict=True))
-            else:
-                steps.append(step)
-
-    def read(atom: Atom) -> Atom:
-        return known.get(atom, atom) if isinstance(atom, Value) else atom
-
-    if not any(isinstance(step, Equation) and step.primitive == p.remat_p.name for step in program.steps):
-        return program
-    write(program)
-    outputs = tuple(map(read, program.outputs))
-    return dataclasses.replace(program, steps=tuple(steps), outputs=outputs, constants=constants)

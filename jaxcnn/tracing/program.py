@@ -254,6 +254,30 @@ class Program:
 
         return dataclasses.replace(self, steps=tuple(map(changed, self.steps)))
 
+    def without_checkpoints(self) -> "Program":
+        """Return the program with the bodies of `jax.checkpoint` written out in place, so that their steps are read."""
+        known: dict[Value, Atom] = {}
+        steps: list[Step] = []
+        constants = dict(self.constants)
+
+        def read(atom: Atom) -> Atom:
+            return known.get(atom, atom) if isinstance(atom, Value) else atom
+
+        def write(program: Program) -> None:
+            constants.update(program.constants)
+            for step in program.steps:
+                step = dataclasses.replace(step, inputs=tuple(map(read, step.inputs)))
+                if isinstance(step, Equation) and step.primitive == p.remat_p.name and step.bodies:
+                    (body,) = step.bodies["jaxpr"]
+                    known.update(zip(body.inputs, step.inputs, strict=True))
+                    write(body)
+                    known.update(zip(step.outputs, map(read, body.outputs), strict=True))
+                else:
+                    steps.append(step)
+
+        write(self)
+        return Program(self.inputs, constants, tuple(steps), tuple(map(read, self.outputs)))
+
 
 def module_path(name_stack: Any) -> str:
     """Return the scopes of a name stack, without those of transformations: "jvp(Net)/Conv_0" is "Net/Conv_0"."""
