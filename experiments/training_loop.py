@@ -32,7 +32,7 @@ CHECK_EVERY = 16
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How the loop ended, and the result up to that point.
+    """The end of the loop: its reason, and the result up to that point.
 
     `state` is the newest state known to give finite metrics, after `step` steps. `history` has the metrics up to there,
     and `rows` also has a row for an unfinished epoch. For "interrupted", `signal` is the signal's number. For

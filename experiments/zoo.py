@@ -53,7 +53,7 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """What one process measures when it builds a step for the first time."""
+    """Measurements of the first build of a step in one process."""
 
     #: Seconds until the first result, imports and weights excluded: of the clock, and of all cores.
     first: float

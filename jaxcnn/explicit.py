@@ -80,7 +80,7 @@ def operations(fun: Callable[..., Any]) -> Callable[..., Operations]:
         fun: the function, as in `explicit`.
 
     Returns:
-        A function of the same arguments, of which arrays may be `jax.ShapeDtypeStruct` s. It computes nothing, and
+        A function of the same arguments; arrays may be `jax.ShapeDtypeStruct` s. It computes nothing, and
         returns `Operations`: ``rows`` are data, and ``str()`` is a table.
 
     Raises:

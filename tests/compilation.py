@@ -1,4 +1,4 @@
-"""How tests compile: fast, because compilation takes most of their time."""
+"""Compiler options of the tests: fast compilation, because it takes most of their time."""
 
 import contextlib
 import os

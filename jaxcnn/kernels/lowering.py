@@ -1,4 +1,4 @@
-"""What the lowerings of the three products share: dispatch by platform, conditions for the choice, and parts.
+"""Shared parts of the lowerings of the three products: dispatch by platform, and conditions for the choice.
 
 The products are in `correlate`, `input_grad` and `kernel_grad`. Each has several *lowerings*, functions with the same
 signature, in one table per file. On CPU, the file's `choose_…` function picks one by static shape. Other platforms run

@@ -124,7 +124,7 @@ Step = Equation | Operation
 
 
 class Form:
-    """How an operation of a traced function is written as a call of one of the library's ops.
+    """An operation of a traced function, written as a call of one of the library's ops.
 
     A form is static and hashable; equal calls have equal forms, so that they are traced and lowered once.
 
@@ -213,7 +213,7 @@ class Program:
                     yield from body.operations()
 
     def equations(self) -> Iterator[Equation]:
-        """Yield the steps that are no operations, those in loops and branches included."""
+        """Yield the equations, including those in loops and branches."""
         for step in self.steps:
             if isinstance(step, Equation):
                 yield step
@@ -301,7 +301,7 @@ BODIES = {
 #: Inner functions that are always written out in place.
 _INLINED = {"closed_call": "call_jaxpr", "core_call": "call_jaxpr", "call": "call_jaxpr"}
 
-#: Steps of which an inner jit must hold one to be worth keeping; others are written out in place.
+#: An inner jit is kept if it contains one of these steps; others are written out in place.
 _COSTLY = {
     "conv_general_dilated", "dot_general", "reduce_window", "reduce_window_max", "reduce_window_min",
     "reduce_window_sum", "scan", "while", "cond", p.remat_p.name, "shard_map", "custom_vjp_call",
@@ -412,7 +412,7 @@ def producer_of(program: Program, atom: Atom, *primitives: str) -> Equation | No
 
 
 def scalar_of(program: Program, atom: Atom) -> float | int | bool | None:
-    """Return the number of which an array consists, if it is written in the program, or None."""
+    """Return the number that all elements of an array are, if it is written in the program, or None."""
     if isinstance(atom, core.Literal):
         return atom.val if np.ndim(atom.val) == 0 else None
     if atom in program.constants:

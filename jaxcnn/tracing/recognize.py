@@ -121,7 +121,7 @@ def _alive(steps: list[Any], outputs: tuple[Atom, ...]) -> list[Any]:
 
 
 def _matches(program: Program, step: Any, reasons: dict[Equation, str]) -> Iterator[Match]:
-    """Yield the proposals; say why there is none in ``reasons``."""
+    """Yield the proposals; if there is none, write the reason to ``reasons``."""
     primitive = step.primitive
     if primitive in _FORMS:
         form = _form(program, step)
@@ -230,8 +230,8 @@ def _affine(program: Program, step: Equation) -> Iterator[tuple[Any, tuple[Atom,
 def _first_holds_weights(program: Program, step: Equation) -> bool:
     """Whether the first operand of a product holds the weights.
 
-    These are no results of other steps, except through moves and conversions, or else the second operand. A product of
-    two of them whose result is transposed has its weights first, as ``vmap`` of ``w @ x`` has.
+    Weights are inputs or constants, possibly moved or converted. If only one operand is one, it holds the weights. If
+    both are, it is the second; the first if the result is transposed, as in ``vmap`` of ``w @ x``.
     """
     first, second = (_is_given(program, a) for a in step.inputs)
     if first != second:

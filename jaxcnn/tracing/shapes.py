@@ -81,7 +81,7 @@ def moved_back(program: Program, atom: Atom) -> tuple[Atom, Moves, tuple[Equatio
 
 
 def used_once(program: Program, atom: Atom) -> bool:
-    """Whether a single step reads the atom, which is no output."""
+    """Whether a single step reads the atom, and it is not an output."""
     return isinstance(atom, Value) and len(program.users.get(atom, ())) == 1 and atom not in program.outputs
 
 

@@ -10,7 +10,7 @@ from jax.extend import core
 from jaxcnn.tracing.program import Atom, Equation, Operation, Program, Value, costly
 from jaxcnn.tracing.shapes import move_of
 
-#: Equations of which a table says that they stay; all others only move elements, or are cheap.
+#: Equations that a table lists as left in plain JAX; all others only move elements, or are cheap.
 _LISTED = {
     "sort": "", "top_k": "", "cumsum": "", "cumprod": "", "cummax": "", "cummin": "", "cumlogsumexp": "", "fft": "",
     "cholesky": "", "eigh": "", "eig": "", "svd": "", "qr": "", "lu": "", "triangular_solve": "", "pallas_call": "",
@@ -141,7 +141,7 @@ def _root(program: Program, outer: dict[Value, Any], atom: Atom) -> Any:
 
 
 def _reason(program: Program, step: Equation) -> str | None:
-    """Return why an equation that is no mere plumbing stays, or None for plumbing."""
+    """Return why an equation stays in plain JAX, or None if it only moves elements or is cheap."""
     if step in program.reasons:
         return program.reasons[step]
     if step.primitive in _LISTED:
