@@ -18,7 +18,7 @@ from jax import Array
 
 import jaxcnn
 from tests import oracles
-from tests.compilation import OPTIMISED
+from tests.compilation import OPTIMIZED
 
 Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
 
@@ -267,9 +267,9 @@ def compiled(f: Callable[..., Any]) -> Callable[..., Any]:
     return jax.jit(f)
 
 
-def optimised(f: Callable[..., Any]) -> Callable[..., Any]:
+def optimized(f: Callable[..., Any]) -> Callable[..., Any]:
     """Jit with the default optimizations of XLA and LLVM."""
-    return jax.jit(f, compiler_options=OPTIMISED)
+    return jax.jit(f, compiler_options=OPTIMIZED)
 
 
 def row(op: str, *shapes: tuple[int, ...], draw: Draw | None = None, stock: bool = True, **options: Any) -> Case:

@@ -24,7 +24,7 @@ from jax.test_util import check_vjp
 
 import jaxcnn
 from tests import oracles
-from tests.cases import Case, compiled, cotangents_twice, optimised, with_cotangents
+from tests.cases import Case, compiled, cotangents_twice, optimized, with_cotangents
 
 Arrays = Sequence[Any]
 
@@ -225,7 +225,7 @@ def jit_equals_eager(case: Case) -> None:
     with jax.debug_nans(True):
         eager = run(tuple(map(jnp.asarray, args)), jnp.asarray(delta))
     assert_close(flat(eager), flat(case.run(args, delta)), within(case))
-    assert_close(flat(optimised(run)(args, delta)), flat(case.run(args, delta)), within(case))
+    assert_close(flat(optimized(run)(args, delta)), flat(case.run(args, delta)), within(case))
 
 
 def equal_geometry_compiles_once(case: Case) -> None:
@@ -385,7 +385,7 @@ def sixteen_bits_are_float32_rounded(case: Case, dtype: Any = jnp.bfloat16) -> N
         assert_close(found, expected, within(case, dtype))
 
 
-def no_pictures_no_gradient(case: Case) -> None:
+def no_images_no_gradient(case: Case) -> None:
     """An empty batch gives empty results and zero gradients."""
     args = tuple(a[:0] if i in case.batched else a for i, a in enumerate(case.arrays()))
     y, found = case.run(args, cotangent(case, args))

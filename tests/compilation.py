@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 #: Compiler options that undo `quickly` for one function.
-OPTIMISED: dict[str, Any] = {
+OPTIMIZED: dict[str, Any] = {
     "xla_backend_optimization_level": 3,
     "xla_llvm_disable_expensive_passes": False,
     "xla_cpu_use_fusion_emitters": True,

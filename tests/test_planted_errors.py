@@ -98,7 +98,7 @@ def multiplier_first(call, delta):
     return delta_x, jnp.swapaxes(by_input, -1, -2).reshape(grad_w.shape), grad_b
 
 
-def mean_of_pictures(call, delta):
+def mean_of_images(call, delta):
     delta_x, grad_w, grad_b = call.exact(delta)
     return delta_x, grad_w / delta.shape[0], grad_b
 
@@ -265,7 +265,7 @@ def grad_scale_of_x(call, delta):
     return delta_x, (delta * x).sum(tuple(range(x.ndim - 1))), grad_bias
 
 
-def over_the_whole_picture(call, delta):
+def over_the_whole_image(call, delta):
     """The rule of one group where there are two."""
     return jax.vjp(functools.partial(jaxcnn.group_norm, groups=1), *call.inputs)[1](delta)
 
@@ -341,7 +341,7 @@ PLANTED = [
     Planted("conv: remainder dropped", row("conv", (2, 8, 9, 3), (3, 2, 3, 4), stride=2), remainder_dropped, LINEAR),
     Planted("conv: groups swapped", row("conv", (2, 5, 6, 4), (3, 2, 2, 6), groups=2), groups_swapped, LINEAR),
     Planted("conv: multiplier first", row("conv", (2, 5, 6, 3), (3, 2, 1, 6), groups=3), multiplier_first, LINEAR),
-    Planted("conv: mean of pictures", row("conv", (2, 5, 6, 3), (3, 2, 3, 4)), mean_of_pictures, LINEAR),
+    Planted("conv: mean of images", row("conv", (2, 5, 6, 3), (3, 2, 3, 4)), mean_of_images, LINEAR),
     Planted("conv: mean bias gradient", row("conv", (2, 5, 6, 3), (3, 2, 3, 4), (4,)), mean_bias_gradient, LINEAR),
     Planted("conv: one row of the patch", row("conv", (2, 5, 6, 3), (3, 2, 3, 4)), first_row_only, LINEAR),
     Planted("max_pool: winner off by one", row("max_pool", (2, 4, 6, 3), window=2), winner_off_by_one),
@@ -383,7 +383,7 @@ PLANTED = [
     Planted("batch_norm: statistics held fixed", row("batch_norm", (4, 3, 2), (2,), (2,)), statistics_held_fixed),
     Planted("batch_norm: variance held fixed", row("batch_norm", (4, 3, 2), (2,), (2,)), variance_held_fixed),
     Planted("batch_norm: Σ δ·x", row("batch_norm", (4, 3, 2), (2,), (2,)), grad_scale_of_x, LINEAR),
-    Planted("group_norm: one group instead of several", row("group_norm", (2, 3, 4), groups=2), over_the_whole_picture),
+    Planted("group_norm: one group instead of several", row("group_norm", (2, 3, 4), groups=2), over_the_whole_image),
     Planted(
         "squared_error: sign", row("squared_error", (4, 3), (4, 3)),
         wrong_loss(jaxcnn.squared_error, squared_error_sign), is_rule=False,
@@ -401,8 +401,8 @@ PLANTED = [
         (checks.rule_of_rule_against_autodiff, checks.rule_of_rule_against_pytorch, checks.rules_by_differences),
     ),
     Planted(
-        "conv: mean of no pictures", row("conv", (2, 5, 6, 3), (3, 2, 3, 4), (4,)), mean_bias_gradient,
-        (checks.no_pictures_no_gradient,),
+        "conv: mean of no images", row("conv", (2, 5, 6, 3), (3, 2, 3, 4), (4,)), mean_bias_gradient,
+        (checks.no_images_no_gradient,),
     ),
     Planted(
         "relu: cotangent in float32", row("relu", (4, 3)), float32_cotangent,

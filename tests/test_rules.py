@@ -146,8 +146,8 @@ def test_float16_is_float32_rounded(case):
 
 
 @rows([case for case in FEW if case.batched])
-def test_no_pictures_no_gradient(case):
-    checks.no_pictures_no_gradient(case)
+def test_no_images_no_gradient(case):
+    checks.no_images_no_gradient(case)
 
 
 @rows([case for case in ONE_EACH if case.takes_rule])

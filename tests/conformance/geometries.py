@@ -75,7 +75,7 @@ def reaches(size: tuple[int, ...], dilation: Any) -> list[int]:
     return [(k - 1) * d + 1 for k, d in zip(size, oracles.per_dim(dilation, len(size)), strict=True)]
 
 
-def pictures(draw: Draw, extent: list[int], most_padding: int) -> tuple[int, ...]:
+def images(draw: Draw, extent: list[int], most_padding: int) -> tuple[int, ...]:
     """Draw spatial dims, some of which need all the padding."""
     more = MORE[len(extent)]
     return tuple(max(e + draw(more) - draw(st.integers(0, 2 * most_padding)), 1) for e in extent)
@@ -120,7 +120,7 @@ def padded_patch(draw: Draw) -> tuple[tuple[int, ...], tuple[int, ...], dict[str
     size = tuple(draw(st.tuples(*[st.sampled_from(PATCHES[ndim])] * ndim)))
     dilation, most = each(draw, ndim, (1, 2, 3)), draw(st.sampled_from((2, 5)))
     padding = paddings(draw, ndim, most, "REFLECT", "REPLICATE", "CIRCULAR")
-    spatial = pictures(draw, extent := reaches(size, dilation), 0 if padding == "VALID" else most)
+    spatial = images(draw, extent := reaches(size, dilation), 0 if padding == "VALID" else most)
     stride = each(draw, ndim, (2, 1, 3))
     steps, distances = (oracles.per_dim(value, ndim) for value in (stride, dilation))
     pads = oracles.pad_widths(padding, spatial, size, steps, distances)
@@ -191,7 +191,7 @@ def pool(draw: Draw) -> tuple[tuple[int, ...], dict[str, Any]]:
     # PyTorch pads at most half a window, equally on both sides; its ceil_mode differs from ours otherwise.
     half = st.integers(0, min(size) // 2)
     padding = draw(half) if ceil_mode else paddings(draw, ndim, 3)
-    spatial = pictures(draw, extent := reaches(size, dilation), 2)
+    spatial = images(draw, extent := reaches(size, dilation), 2)
     steps, distances = oracles.per_dim(window if stride is None else stride, ndim), oracles.per_dim(dilation, ndim)
     pads = oracles.pad_widths(padding, spatial, size, steps, distances)
     dims = zip(spatial, extent, steps, distances, pads, strict=True)
@@ -396,7 +396,7 @@ def indices_agree(geometries: Sequence[Geometry]) -> None:
     if not pools:
         return
     run = compiled(
-        lambda pictures: [jaxcnn.max_pool_with_indices(x, **of)[1] for (of, _), x in zip(pools, pictures, strict=True)]
+        lambda images: [jaxcnn.max_pool_with_indices(x, **of)[1] for (of, _), x in zip(pools, images, strict=True)]
     )
     for (options, x), found in zip(pools, run([x for _, x in pools]), strict=True):
         np.testing.assert_array_equal(found, indices_in_torch(x.astype(np.float64), **options), err_msg=f"{options}")

@@ -30,8 +30,8 @@ GROUPS = (
 NO_FLOATS = "whole or complex numbers"
 AGAIN = "once more, for jax2tf"
 BATCH_GROUPS = "batch groups"
-SPACED_BOTH = "a spaced picture that is cut or strided too"
-SPACED_WINDOWS = "windows over a spaced picture"
+SPACED_BOTH = "a spaced image that is cut or strided too"
+SPACED_WINDOWS = "windows over a spaced image"
 PRODUCTS = "products of windows"
 #: Error messages for cases that jaxcnn refuses.
 LARGER = "must be at most the padded spatial dims"
@@ -144,14 +144,14 @@ def _windows(harness: Any) -> Call | str:
     spatial = slice(None) if len(shape) <= 3 else slice(1, -1)
     pick = {"window": size, "stride": stride, "dilation": dilation, "padding": tuple(map(tuple, pads))}
     options = {name: value[spatial] for name, value in pick.items()}
-    as_picture = (1, *shape, 1) if len(shape) <= 3 else shape
+    as_image = (1, *shape, 1) if len(shape) <= 3 else shape
     static = [d.value for d in harness.arg_descriptors if hasattr(d, "value")]
     flipped = any(value is least for value in static for least in (lax.min, lax.le_p))  # pooling of −x in that case
 
     def pooled(pool: Callable[..., Any], x: Any) -> Any:
         sign = -1 if flipped else 1
-        y = sign * pool(sign * x.reshape(as_picture), **options)
-        return y if as_picture == shape else y.reshape(y.shape[1:-1])
+        y = sign * pool(sign * x.reshape(as_image), **options)
+        return y if as_image == shape else y.reshape(y.shape[1:-1])
 
     most = functools.partial(pooled, jaxcnn.max_pool), functools.partial(pooled, oracles.max_pool)
     mean = functools.partial(pooled, jaxcnn.avg_pool), functools.partial(pooled, oracles.avg_pool)

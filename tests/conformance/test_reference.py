@@ -99,8 +99,8 @@ def judged_by_unit_arrays(of_x, of_w, of_y, x, w, delta, forward):
     space = spatial_letters(of_w)
     delta = arranged(delta, of_y, f"N{space}C")
     spatial = [x.shape[of_x.index(d)] for d in space]
-    pictures = units((*spatial, i))
-    answers = arranged(forward(arranged(pictures, f"N{space}C", of_x), w), of_y, f"N{space}C")
+    images = units((*spatial, i))
+    answers = arranged(forward(arranged(images, f"N{space}C", of_x), w), of_y, f"N{space}C")
     delta_x = (delta.reshape(n, -1) @ answers.reshape(len(answers), -1).T).reshape(n, *spatial, i)
     size = [w.shape[of_w.index(d)] for d in space]
     patches = np.moveaxis(units((*size, i)), 0, -1)  # one output channel per element

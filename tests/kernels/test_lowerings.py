@@ -19,7 +19,7 @@ import jaxcnn
 from jaxcnn.geometry import Correlation, Window
 from jaxcnn.kernels import correlate, input_grad, kernel_grad, lowering, reductions, unrolled, windows, winograd
 from tests import oracles
-from tests.cases import CASES, compiled, covering, normal, optimised, ties, with_cotangents
+from tests.cases import CASES, compiled, covering, normal, optimized, ties, with_cotangents
 from tests.checks import drawn
 
 PRODUCTS = {
@@ -162,7 +162,7 @@ def test_the_error_of_winograds_form_is_the_documented_one(product, size):
     a, b = operands(product, *of_layer)
     assert choose(c, a, b) == "winograd"
     exact = dataclasses.replace(c, dtype=np.dtype(np.float64))
-    expected = optimised(lambda a, b: table["xla"](exact, a, b))(a.astype(np.float64), b.astype(np.float64))
+    expected = optimized(lambda a, b: table["xla"](exact, a, b))(a.astype(np.float64), b.astype(np.float64))
     found = compiled(lambda a, b: run(c, a, b))(a, b)
     assert found.dtype == np.float32
     error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
