@@ -71,7 +71,9 @@ def run_lowering(
         return table[name](c, a.astype(wide), b.astype(wide)).astype(dtype)
 
     elsewhere = functools.partial(run, "xla")
-    others = {platform: functools.partial(run, name) for platform, name in accelerators.items() if name != "xla"}
+    others: dict[str, Callable[[Array, Array], Array]] = {
+        platform: functools.partial(run, name) for platform, name in accelerators.items() if name != "xla"
+    }
     if cpu != "xla" or wide != sums:
         others["cpu"] = on_cpu
     return lax.platform_dependent(a, b, default=elsewhere, **others) if others else elsewhere(a, b)
