@@ -186,6 +186,21 @@ def test_split_batches_are_not_gathered():
     assert not [name for name in ("all-gather", "all-to-all", "collective-permute") if name in text]
 
 
+def test_scatters_of_a_split_batch_do_not_communicate():
+    """XLA sums a scatter over all devices if its indices contain the batch."""
+    ops = {
+        "adaptive_max_pool": lambda x: jaxcnn.adaptive_max_pool(x, 3),
+        "long windows": lambda x: jaxcnn.max_pool(x, 9, stride=2),
+        "max_unpool": lambda x: jaxcnn.max_unpool(*jaxcnn.max_pool_with_indices(x, 2, stride=1), (13, 13)),
+    }
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
+    x = jax.device_put(np.ones((8, 13, 13, 2), np.float32), NamedSharding(mesh, PartitionSpec("batch")))
+    for name, op in ops.items():
+        text = compiled(jax.grad(lambda x, op=op: (op(x) ** 2).sum())).lower(x).compile().as_text()
+        found = [kind for kind in ("all-reduce", "all-gather", "all-to-all", "collective-permute") if kind in text]
+        assert not found, (name, found)
+
+
 # The smallest cases that are wrong in stock JAX (jaxlib 0.10), in all elements
 
 

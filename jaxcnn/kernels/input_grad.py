@@ -50,7 +50,10 @@ def input_grad(c: Correlation, y: Array, w: Array) -> Array:
     dtype = wider(y.dtype, w.dtype)
     if y.size == 0 or w.size == 0:
         return jnp.zeros((y.shape[0], *c.window.shape, w.shape[-2] * c.groups), dtype)
-    run = functools.partial(run_lowering, INPUT_GRAD, choose_input_grad(c, y, w), c, dtype=dtype)
+    gpu = choose_input_grad_on_gpu(c)
+    run = functools.partial(
+        run_lowering, INPUT_GRAD, choose_input_grad(c, y, w), c, dtype=dtype, tpu="xla", cuda=gpu, rocm=gpu
+    )
     image_dims = unsharded_image_dims(c)
     return run_whole(run, (y, w), (image_dims, unsharded_kernel_dims(c)), image_dims)
 
@@ -79,6 +82,15 @@ def choose_input_grad(c: Correlation, y: Array, w: Array) -> str:
     if _mostly_padding(c.window) and _products_fit(c.window, inputs):
         return "products"
     return "all_threads" if all_threads_pay(c, y, inputs, c.window.shape) else "xla"
+
+
+def choose_input_grad_on_gpu(c: Correlation) -> str:
+    """Choose the lowering of `input_grad` for CUDA and ROCm.
+
+    With stride 1, "xla" lets the sum of a residual connection fuse into the convolution.
+    """
+    strided = any(s > 1 for s in c.window.stride)
+    return "xla_reverse" if strided and applies("xla_reverse", c) else "xla"
 
 
 def run_chosen(c: Correlation, y: Array, w: Array) -> Array:
@@ -125,15 +137,29 @@ def _partly_overlapping(win: Window) -> bool:
 
 def _xla(c: Correlation, y: Array, w: Array) -> Array:
     """Correlate δ, dilated by the stride, in full with the kernel flipped by 180° and its channels swapped."""
+    return _full(c, y, flip(w, c.groups), w.shape[-2] * c.groups)
+
+
+def _xla_reverse(c: Correlation, y: Array, w: Array) -> Array:
+    """Run `_xla` with the channels swapped by the convolution's dimension numbers, not by a transpose.
+
+    XLA:GPU recognizes this form as cuDNN's gradient of the input, and does not dilate δ.
+    """
+    return _full(c, y, lax.rev(w, range(w.ndim - 2)), w.shape[-2], swapped=True)
+
+
+def _full(c: Correlation, y: Array, w: Array, inputs: int, *, swapped: bool = False) -> Array:
+    """Correlate δ, dilated by the stride, in full with the flipped kernel ``w``."""
     win = c.window
     starts, ends, pads = zip(*(_reaching_outputs(win, dim) for dim in range(win.ndim)), strict=True)
     if any(end <= start for start, end in zip(starts, ends, strict=True)):  # every window is in the padding
-        return jnp.zeros((y.shape[0], *win.shape, w.shape[-2] * c.groups), y.dtype)
+        return jnp.zeros((y.shape[0], *win.shape, inputs), y.dtype)
     y = lax.slice(y, (0, *starts, 0), (y.shape[0], *ends, y.shape[-1]))
     accepted = padding_that_xla_accepts(win, pads)
     x = convolve(
-        c, y, flip(w, c.groups), padding=accepted, x_dilation=win.stride, w_dilation=win.dilation, groups=c.groups
-    )
+        c, y, w,
+        padding=accepted, x_dilation=win.stride, w_dilation=win.dilation, groups=c.groups, swapped=swapped,
+    )  # fmt: skip
     if accepted == pads:
         return x
     return lax.slice(x, (0,) * x.ndim, (x.shape[0], *win.shape, x.shape[-1]))
@@ -272,6 +298,7 @@ def _by_group(c: Correlation, y: Array, w: Array) -> Array:
 
 INPUT_GRAD: dict[str, Lowering] = {
     "xla": _xla,
+    "xla_reverse": _xla_reverse,
     "winograd": winograd.input_grad,
     "all_threads": _all_threads,
     "pointwise": _pointwise,

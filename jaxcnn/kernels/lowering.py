@@ -1,12 +1,13 @@
 """Shared parts of the lowerings of the three products: dispatch by platform, and conditions for the choice.
 
 The products are in `correlate`, `input_grad` and `kernel_grad`. Each has several *lowerings*, functions with the same
-signature, in one table per file. On CPU, the file's `choose_…` function picks one by static shape. Other platforms run
-"xla": one `lax.conv_general_dilated`. Its padding is never negative, because XLA:CPU computes negative padding
-incorrectly (openxla/xla#48713).
+signature, in one table per file. The file's `choose_…` functions pick one per platform by static shape. Platforms
+without a choice run "xla": one `lax.conv_general_dilated`. Its padding is never negative, because XLA:CPU computes
+negative padding incorrectly (openxla/xla#48713).
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -50,8 +51,16 @@ UNROLLED_MULTIPLICATIONS = 640
 # Dispatch
 
 
-def run_lowering(table: dict[str, Lowering], cpu: str, c: Correlation, a: Array, b: Array, dtype: np.dtype) -> Array:
-    """Run lowering ``cpu`` on CPU and "xla" elsewhere.
+def run_lowering(
+    table: dict[str, Lowering],
+    cpu: str,
+    c: Correlation,
+    a: Array,
+    b: Array,
+    dtype: np.dtype,
+    **accelerators: str,
+) -> Array:
+    """Run lowering ``cpu`` on CPU, those of ``accelerators`` ("tpu", "cuda", "rocm") there, and "xla" elsewhere.
 
     On CPU, 16-bit floats accumulate in float32. Other platforms do so in hardware.
     """
@@ -61,12 +70,16 @@ def run_lowering(table: dict[str, Lowering], cpu: str, c: Correlation, a: Array,
     def on_cpu(a: Array, b: Array) -> Array:
         return table[cpu](c, a.astype(sums), b.astype(sums)).astype(dtype)
 
-    def elsewhere(a: Array, b: Array) -> Array:
-        return table["xla"](c, a.astype(wide), b.astype(wide)).astype(dtype)
+    def run(name: str, a: Array, b: Array) -> Array:
+        return table[name](c, a.astype(wide), b.astype(wide)).astype(dtype)
 
-    if cpu == "xla" and wide == sums:
-        return elsewhere(a, b)
-    return lax.platform_dependent(a, b, cpu=on_cpu, default=elsewhere)
+    elsewhere = functools.partial(run, "xla")
+    others: dict[str, Callable[[Array, Array], Array]] = {
+        platform: functools.partial(run, name) for platform, name in accelerators.items() if name != "xla"
+    }
+    if cpu != "xla" or wide != sums:
+        others["cpu"] = on_cpu
+    return lax.platform_dependent(a, b, default=elsewhere, **others) if others else elsewhere(a, b)
 
 
 def unsharded_image_dims(c: Correlation) -> slice:
@@ -93,6 +106,7 @@ def applies(lowering: str, c: Correlation) -> bool:
         "transposed": c.groups == 1,
         "products": c.groups == 1,
         "phases": c.groups == 1,
+        "xla_reverse": c.groups == 1,
         "winograd": winograd.applies(c),
         "by_depth": c.window.ndim == 3,
     }
@@ -196,10 +210,15 @@ def convolve(
     stride: Sequence[int] | None = None,
     x_dilation: Sequence[int] | None = None,
     w_dilation: Sequence[int] | None = None,
+    swapped: bool = False,
 ) -> Array:
-    """Run `lax.conv_general_dilated` on channels-last arrays, with the precision of ``c``."""
+    """Run `lax.conv_general_dilated` on channels-last arrays, with the precision of ``c``.
+
+    If ``swapped``, the kernel is ``(*size, O, I)``.
+    """
     channels = c.window.ndim + 1
     image = (0, channels, *range(1, channels))
+    inputs, outputs = (channels, channels - 1) if swapped else (channels - 1, channels)
     return lax.conv_general_dilated(
         x,
         w,
@@ -207,7 +226,7 @@ def convolve(
         padding=padding,
         lhs_dilation=x_dilation,
         rhs_dilation=w_dilation,
-        dimension_numbers=lax.ConvDimensionNumbers(image, (channels, channels - 1, *range(c.window.ndim)), image),
+        dimension_numbers=lax.ConvDimensionNumbers(image, (outputs, inputs, *range(c.window.ndim)), image),
         feature_group_count=groups,
         precision=c.precision,
     )

@@ -1,7 +1,8 @@
-"""Force XLA:CPU to materialize an array that it would otherwise fuse into every consumer and recompute.
+"""Force XLA to materialize an array that it would otherwise fuse into every consumer and recompute.
 
 A mask or a winner that a forward pass saves for its rule has one byte per element. Recomputing it in the backward pass
-takes longer than reading that byte, and keeps its inputs in memory instead.
+takes longer than reading that byte, and keeps its inputs in memory instead. On GPU this holds for winners, which have
+one byte per window, but not for masks, which have one byte per element.
 """
 
 import jax
@@ -13,6 +14,13 @@ from jax.experimental.xla_metadata import set_xla_metadata
 def materialize(a: Array) -> Array:
     """Return ``a``, materialized at this point on XLA:CPU; a no-op on other platforms."""
     return lax.platform_dependent(a, cpu=_call_not_inlined, default=lambda a: a)
+
+
+@jax.jit
+def materialize_winner(a: Array) -> Array:
+    """Return ``a``, materialized at this point on XLA:CPU and XLA:GPU; a no-op on other platforms."""
+    gpu = lax.optimization_barrier
+    return lax.platform_dependent(a, cpu=_call_not_inlined, cuda=gpu, rocm=gpu, default=lambda a: a)
 
 
 def materialize_if_small(a: Array) -> Array:

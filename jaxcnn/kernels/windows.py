@@ -7,13 +7,19 @@ elements.
 Every function is a few strided slices (or their adjoint, interior-padded adds), which XLA fuses into one loop.
 ``reduce_window`` and ``select_and_scatter`` are tens of times slower on CPU. For windows of more than
 `MAX_UNROLLED_TAPS` taps the program would become long, so they use the functions named ``_long``.
+
+`max_and_winner` and `scatter_to_winners` have several lowerings. `choose_max` and `choose_scatter` pick one per
+platform.
 """
 
 import functools
+import itertools
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -42,6 +48,44 @@ def nothing(win: Window) -> np.generic:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Choice of lowering
+
+
+def choose_max(win: Window) -> dict[str, str]:
+    """Choose the lowering of `max_and_winner` per platform, a key of `MAX`."""
+    if win.tiles and win.entries > MAX_UNROLLED_TILE:
+        return _everywhere("tiles")
+    if win.entries > MAX_UNROLLED_TAPS:
+        return _everywhere("long")
+    # On GPU, XLA writes the test for NaN of every element of x to memory, which it would do for "compare" only if
+    # windows overlap. On TPU, "fold" takes 1.5 times as long as "compare".
+    gpu = "compare" if win.tiles else "fold"
+    return {"cpu": "compare", "tpu": "compare", "cuda": gpu, "rocm": gpu}
+
+
+def choose_scatter(win: Window) -> dict[str, str]:
+    """Choose the lowering of `scatter_to_winners` per platform, a key of `SCATTER`."""
+    if win.tiles:
+        return _everywhere("tiles")
+    if win.entries > MAX_UNROLLED_TAPS:
+        return _everywhere("long")
+    # XLA:TPU does not fuse padding between elements, which "taps" uses.
+    return {"cpu": "taps", "tpu": "phases", "cuda": "taps", "rocm": "taps"}
+
+
+def _everywhere(name: str) -> dict[str, str]:
+    return dict.fromkeys(("cpu", "tpu", "cuda", "rocm"), name)
+
+
+def _run_chosen(table: dict[str, Callable[..., Any]], chosen: dict[str, str], win: Window, *arrays: Array) -> Any:
+    """Run on each platform the lowering chosen for it; a platform without a column runs that of CPU."""
+    cpu = functools.partial(table[chosen["cpu"]], win)
+    lowerings = {name: functools.partial(table[name], win) for name in chosen.values()}
+    others = {platform: lowerings[name] for platform, name in chosen.items() if name != chosen["cpu"]}
+    return lax.platform_dependent(*arrays, default=cpu, **others) if others else cpu(*arrays)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Maxima
 
 
@@ -50,12 +94,10 @@ def max_and_winner(win: Window, x: Array) -> tuple[Array, Array]:
 
     Ties go to the first in row-major order, NaN wins over numbers, and padding never wins.
     """
-    if win.tiles and win.entries > MAX_UNROLLED_TILE:
-        return _max_of_tiles(win, x)
-    return _max_unrolled(win, x) if win.entries <= MAX_UNROLLED_TAPS else _max_long(win, x)
+    return _run_chosen(MAX, choose_max(win), win, x)
 
 
-def _max_unrolled(win: Window, x: Array) -> tuple[Array, Array]:
+def _max_by_comparison(win: Window, x: Array) -> tuple[Array, Array]:
     entries = list(tap_slices(win, x, -np.inf))
     y = functools.reduce(jnp.maximum, entries)
     dtype = winner_dtype(win)
@@ -65,6 +107,24 @@ def _max_unrolled(win: Window, x: Array) -> tuple[Array, Array]:
         wins = (entry == y) | (entry != entry)
         if not (real := _inside(win, tap)).all():
             wins &= expand_rank(real[..., None], wins)
+        winner = jnp.where(wins, dtype.type(number), winner)
+    return y, winner
+
+
+def _max_by_fold(win: Window, x: Array) -> tuple[Array, Array]:
+    """Pass over the taps once, with the largest element so far and its number."""
+    (first, y), *rest = zip(win.taps(), tap_slices(win, x, -np.inf), strict=True)
+    dtype = winner_dtype(win)
+    winner = jnp.zeros(y.shape, dtype)
+    seen = _inside(win, first)  # windows with an element so far; those without one take any element, even −∞
+    for number, (tap, entry) in enumerate(rest, 1):
+        wins = ~(entry <= y) & (y == y)
+        if not seen.all():
+            wins |= expand_rank(~seen[..., None], wins)
+        if not (real := _inside(win, tap)).all():
+            wins &= expand_rank(real[..., None], wins)
+        seen = seen | real
+        y = jnp.where(wins, entry, y)
         winner = jnp.where(wins, dtype.type(number), winner)
     return y, winner
 
@@ -84,8 +144,7 @@ def _max_of_tiles(win: Window, x: Array) -> tuple[Array, Array]:
 
 def _max_long(win: Window, x: Array) -> tuple[Array, Array]:
     """Reduce one dim after the other, the last first: the best of each row, then the best row, is row-major order."""
-    y = _pad(win, x, -np.inf)
-    winner = jnp.zeros(y.shape, jnp.int32)
+    y, winner = _pad(win, x, -np.inf), None
     number = 1  # number of elements in the dims after this one
     for dim in reversed(range(win.ndim)):
         axis = dim + 1
@@ -95,10 +154,20 @@ def _max_long(win: Window, x: Array) -> tuple[Array, Array]:
         wins = (rows == jnp.expand_dims(y, axis + 1)) | (rows != rows)
         inside = win.inside(dim).reshape(win.out[dim], win.size[dim], *(1,) * (rows.ndim - axis - 2))
         first = jnp.expand_dims(lax.argmax(wins & expand_rank(inside, wins), axis + 1, np.int32), axis + 1)
-        behind = jnp.take_along_axis(jnp.take(winner, at, axis=axis), first, axis + 1)
-        winner = jnp.squeeze(first * number + behind, axis + 1)
+        if winner is not None:  # in the first pass there are no dims after this one
+            first = first * number + jnp.take_along_axis(jnp.take(winner, at, axis=axis), first, axis + 1)
+        winner = jnp.squeeze(first, axis + 1)
         number *= win.size[dim]
+    assert winner is not None
     return y, winner.astype(winner_dtype(win))
+
+
+MAX: dict[str, Callable[[Window, Array], tuple[Array, Array]]] = {
+    "compare": _max_by_comparison,
+    "fold": _max_by_fold,
+    "tiles": _max_of_tiles,
+    "long": _max_long,
+}
 
 
 def gather_winners(win: Window, x: Array, winner: Array) -> Array:
@@ -116,14 +185,39 @@ def scatter_to_winners(win: Window, y: Array, winner: Array) -> Array:
 
     16-bit floats are summed in float32.
     """
-    if win.tiles:
-        return _scatter_to_tiles(win, y, winner)
-    if win.entries > MAX_UNROLLED_TAPS:
-        return _scatter_to_winners_long(win, y, winner)
+    return _run_chosen(SCATTER, choose_scatter(win), win, y, winner)
+
+
+def _scatter_by_taps(win: Window, y: Array, winner: Array) -> Array:
+    """Sum one padded image per tap."""
     wide = to_accumulator(y)
     masked = (jnp.where(winner == winner.dtype.type(number), wide, 0) for number in range(win.entries))
     placed = (at_tap(win, tap, part) for tap, part in zip(win.taps(), masked, strict=True))
     return unpad(win, functools.reduce(operator.add, placed)).astype(y.dtype)
+
+
+def _scatter_by_phases(win: Window, y: Array, winner: Array) -> Array:
+    """Compute one image per remainder by the stride: positions that share it receive the same taps."""
+    wide = to_accumulator(y)
+    length = [-(-n // s) for n, s in zip(win.shape, win.stride, strict=True)]
+    phases = []
+    for pairs in itertools.product(*(phase_taps(win, dim) for dim in range(win.ndim))):
+        x = jnp.zeros((y.shape[0], *length, y.shape[-1]), wide.dtype)
+        for taps in itertools.product(*pairs):
+            numbers, shifts = zip(*taps, strict=True)
+            # Position i receives window i + shift.
+            begins = [max(-shift, 0) for shift in shifts]
+            ends = [min(n, out - shift) for n, out, shift in zip(length, win.out, shifts, strict=True)]
+            if any(end <= begin for begin, end in zip(begins, ends, strict=True)):
+                continue
+            number = np.ravel_multi_index(numbers, win.size)
+            starts, stops = (tuple(map(operator.add, bounds, shifts)) for bounds in (begins, ends))
+            part, code = (lax.slice(a, (0, *starts, 0), (a.shape[0], *stops, a.shape[-1])) for a in (wide, winner))
+            part = jnp.where(code == code.dtype.type(number), part, 0)
+            pads = [(begin, n - end, 0) for begin, end, n in zip(begins, ends, length, strict=True)]
+            x += lax.pad(part, np.zeros((), part.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
+        phases.append(x)
+    return interleaved(win, phases).astype(y.dtype)
 
 
 def _scatter_to_tiles(win: Window, y: Array, winner: Array) -> Array:
@@ -139,6 +233,14 @@ def _gather_winners_long(win: Window, x: Array, winner: Array) -> Array:
 
 def _scatter_to_winners_long(win: Window, y: Array, winner: Array) -> Array:
     return scatter_to_indices(win.shape, y, jnp.where(winner == nothing(win), -1, flat_index(win, winner)))
+
+
+SCATTER: dict[str, Callable[[Window, Array, Array], Array]] = {
+    "taps": _scatter_by_taps,
+    "phases": _scatter_by_phases,
+    "tiles": _scatter_to_tiles,
+    "long": _scatter_to_winners_long,
+}
 
 
 def flat_index(win: Window, winner: Array) -> Array:
@@ -174,9 +276,15 @@ def scatter_to_indices(spatial: tuple[int, ...], y: Array, index: Array) -> Arra
     batch, channels, entries = y.shape[0], y.shape[-1], math.prod(spatial)
     valid = jnp.where((index >= 0) & (index < entries), y, 0).astype(accumulator(y.dtype))
     at = index.reshape(batch, math.prod(index.shape[1:-1]), channels)
-    flat = jnp.zeros((batch, entries, channels), valid.dtype)
-    image, channel = (lax.broadcasted_iota(at.dtype, at.shape, dim) for dim in (0, 2))
-    flat = flat.at[image, at, channel].add(valid.reshape(at.shape), mode="clip")
+
+    # `jax.vmap` makes the batch a batching dim of the scatter. With an index array over the batch, XLA's partitioner
+    # cannot tell that every image stays on its device, and sums the result over all devices.
+    @jax.vmap
+    def one_image(at: Array, valid: Array) -> Array:
+        channel = lax.broadcasted_iota(at.dtype, at.shape, 1)
+        return jnp.zeros((entries, channels), valid.dtype).at[at, channel].add(valid, mode="clip")
+
+    flat = one_image(at, valid.reshape(at.shape))
     return flat.reshape(batch, *spatial, channels).astype(y.dtype)
 
 

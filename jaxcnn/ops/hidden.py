@@ -20,7 +20,7 @@ from jaxcnn.arguments import arrays, bad_value
 from jaxcnn.geometry import Correlation, Padding, PerDim, Window
 from jaxcnn.kernels import windows
 from jaxcnn.kernels.correlate import correlate
-from jaxcnn.kernels.materialize import materialize
+from jaxcnn.kernels.materialize import materialize_winner
 from jaxcnn.kernels.shapes import expand_rank
 from jaxcnn.ops import activation, convolution, pooling
 from jaxcnn.ops.rule import Call, Rule, apply_rule, call_of, custom_vjp
@@ -98,7 +98,7 @@ def _hidden_layer(static: Hidden, x: Array, w: Array, b: Array) -> Array:
 
 def _hidden_layer_fwd(static: Hidden, x: Array, w: Array, b: Array) -> Any:
     y, code = hidden_with_code(static, x, w, b)
-    return y, (x, w, materialize(code))
+    return y, (x, w, materialize_winner(code))
 
 
 def _hidden_layer_bwd(static: Hidden, saved: Any, delta: Array) -> Any:

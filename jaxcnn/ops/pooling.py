@@ -35,7 +35,7 @@ from jaxcnn.arguments import (
 from jaxcnn.geometry import Padding, PerDim, Window, not_too_many, pad_widths, window
 from jaxcnn.kernels import windows as kernels
 from jaxcnn.kernels.dtypes import to_accumulator
-from jaxcnn.kernels.materialize import materialize
+from jaxcnn.kernels.materialize import materialize_winner
 from jaxcnn.kernels.shapes import expand_rank
 from jaxcnn.kernels.split import run_whole
 from jaxcnn.ops.adjoint import adjoint_pair
@@ -101,7 +101,7 @@ def max_pool_core(win: Window, x: Array) -> Array:
 
 def _max_pool_fwd(win: Window, x: Array) -> Any:
     y, winner = max_and_winner(win, x)
-    return y, materialize(winner)
+    return y, materialize_winner(winner)
 
 
 def _max_pool_bwd(win: Window, winner: Array, delta: Array) -> Any:
@@ -206,7 +206,7 @@ def _max_pool_with_indices(win: Window, x: Array) -> tuple[Array, Array]:
 
 def _max_pool_with_indices_fwd(win: Window, x: Array) -> Any:
     y, winner = max_and_winner(win, x)
-    winner = materialize(winner)
+    winner = materialize_winner(winner)
     return (y, kernels.flat_index(win, winner)), winner
 
 

@@ -41,6 +41,7 @@ MADE_FOR = {
     "patches": {"groups": (1,)},
     "products": {"groups": (1,)},
     "phases": {"groups": (1,)},
+    "xla_reverse": {"groups": (1,)},
     "unrolled": {"inputs": (2, 1, 3)},
     "by_depth": {"dims": (3,), "groups": (1,)},
     "winograd": {"sizes": (3, 5), "strides": (1,), "groups": (1,)},
@@ -380,6 +381,21 @@ def test_strided_delta_is_not_dilated(monkeypatch, stride, dilation, inputs, cho
     assert input_grad.choose_input_grad(c, *(jax.ShapeDtypeStruct(shape, c.dtype) for shape in (y, w))) == chosen
 
 
+@pytest.mark.parametrize(
+    ("stride", "dilation", "groups", "chosen"),
+    [((2, 2), 1, 1, "xla_reverse"), ((1, 2), 2, 1, "xla_reverse"), ((1, 1), 2, 1, "xla"), ((2, 2), 1, 2, "xla")],
+)
+def test_strided_delta_on_gpu(stride, dilation, groups, chosen):
+    """On GPU, δ of strided convolutions is convolved with `reverse` of the kernel itself, which XLA recognizes."""
+    c = Correlation(Window((8, 8), (3, 3), stride, ((1, 1),) * 2, (dilation,) * 2), groups, np.dtype("f"))
+    assert input_grad.choose_input_grad_on_gpu(c) == chosen
+    y, w = np.zeros((2, *c.window.out, 4), "f"), np.zeros((3, 3, 6 // groups, 4), "f")
+    for platform in ("cuda", "rocm", "tpu"):
+        traced = jax.jit(functools.partial(input_grad.input_grad, c)).trace(y, w)
+        program = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("stablehlo.transpose" not in program) is (platform != "tpu" and chosen == "xla_reverse"), program
+
+
 @pytest.mark.parametrize("spoilt", [np.nan, np.inf])
 @pytest.mark.parametrize(
     ("product", "name"), [pair for pair in LOWERINGS if pair[1] in ("joined", "by_group", "unrolled")]
@@ -469,10 +485,10 @@ over_examples = settings(
 )
 
 
-def assert_winners(drawn):
+def assert_winners(max_and_winner, drawn):
     """Assert that the maxima and winners of windows (win, batch, how to draw x, seed) are those of the definition."""
     xs = [draw(np.random.default_rng(seed), (batch, *win.shape, 3)) for win, batch, draw, seed in drawn]
-    calls = [(functools.partial(windows.max_and_winner, win), x) for (win, *_), x in zip(drawn, xs, strict=True)]
+    calls = [(functools.partial(max_and_winner, win), x) for (win, *_), x in zip(drawn, xs, strict=True)]
     for (win, *_), x, (y, winner) in zip(drawn, xs, results(calls), strict=True):
         expected, first = oracles.max_and_winner(win, x)
         np.testing.assert_array_equal(y, expected)
@@ -484,14 +500,15 @@ DRAWS = st.sampled_from((spoiled, ties, lowest))
 
 
 @pytest.mark.slow("compiles large windows")
+@pytest.mark.parametrize("name", ["compare", "fold", "long"])
 @over_examples
 @given(
     several(
         st.tuples(drawn_windows(pads=(1, 0, 2)).filter(some_is_real), st.sampled_from(BATCHES), DRAWS, st.integers(0))
     )
 )
-def test_largest(form, drawn):
-    assert_winners(drawn)
+def test_largest(name, drawn):
+    assert_winners(windows.MAX[name], drawn)
 
 
 @st.composite
@@ -507,13 +524,11 @@ def side_by_side(draw):
 
 
 @pytest.mark.slow("compiles large windows")
-@pytest.mark.parametrize("reduced", [0, 10**6])
+@pytest.mark.parametrize("name", windows.MAX)
 @over_examples
 @given(several(st.tuples(side_by_side(), st.sampled_from(BATCHES), DRAWS, st.integers(0))))
-def test_largest_side_by_side(monkeypatch, reduced, drawn):
-    """Windows side by side, both with reductions and tap by tap."""
-    monkeypatch.setattr(windows, "MAX_UNROLLED_TILE", reduced)
-    assert_winners(drawn)
+def test_largest_side_by_side(name, drawn):
+    assert_winners(windows.MAX[name], drawn)
 
 
 @pytest.mark.slow("compiles many geometries")
@@ -549,6 +564,44 @@ def test_gather_and_scatter(form, drawn):
         np.testing.assert_allclose(np.vdot(gathered, y), np.vdot(x, scattered), rtol=1e-10, atol=1e-10)
 
 
+def spoiled_delta(rng, shape):
+    """Draw δ whose sums in bfloat16 differ from those in float32, and NaN and infinities among it."""
+    return rng.choice([256, 1, -1, np.nan, np.inf, -np.inf], shape, p=[0.3, 0.3, 0.1, 0.1, 0.1, 0.1])
+
+
+def assert_scattered(name, drawn):
+    """Assert that a lowering of `scatter_to_winners` equals the definition exactly, also for 16-bit δ."""
+    arrays = []
+    for win, batch, seed in drawn:
+        rng = np.random.default_rng(seed)
+        x, y = normal(rng, (batch, *win.shape, 2)), spoiled_delta(rng, (batch, *win.out, 2))
+        winner = oracles.max_and_winner(win, x)[1].astype(windows.winner_dtype(win))
+        arrays += [(y.astype(dtype), winner) for dtype in (np.float64, jnp.bfloat16)]
+    wins = [win for win, *_ in drawn for _ in range(2)]
+    calls = [(functools.partial(windows.SCATTER[name], win), *of_win) for win, of_win in zip(wins, arrays, strict=True)]
+    for win, (y, winner), found in zip(wins, arrays, results(calls), strict=True):
+        assert found.dtype == y.dtype
+        with np.errstate(invalid="ignore"):  # inf − inf
+            expected = oracles.scatter_to_winners(win, y.astype(np.float64), winner)
+        np.testing.assert_array_equal(found.astype(np.float64), expected.astype(y.dtype).astype(np.float64))
+
+
+@pytest.mark.slow("compiles many geometries")
+@pytest.mark.parametrize("name", ["taps", "phases", "long"])
+@over_examples
+@given(several(st.tuples(drawn_windows(pads=(1, 0, 2)).filter(some_is_real), st.sampled_from(BATCHES), st.integers(0))))
+def test_scatter(name, drawn):
+    assert_scattered(name, drawn)
+
+
+@pytest.mark.slow("compiles many geometries")
+@pytest.mark.parametrize("name", windows.SCATTER)
+@over_examples
+@given(several(st.tuples(side_by_side(), st.sampled_from(BATCHES), st.integers(0))))
+def test_scatter_side_by_side(name, drawn):
+    assert_scattered(name, drawn)
+
+
 # If the only element of an input is between the taps of a dilated window, XLA:CPU's reduce_window still adds it
 # (jaxlib 0.10.2). Such windows are entirely in padding, and the ops refuse them.
 @over_examples
@@ -564,6 +617,42 @@ def test_window_sum_and_its_adjoint(form, drawn):
         close(total, oracles.window_sum(win, x))
         close(adjoint, oracles.window_sum_adjoint(win, y))
         np.testing.assert_allclose(np.vdot(total, y), np.vdot(x, adjoint), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "maximum", "scatter"),
+    [
+        (3, 2, {"cpu": "compare", "tpu": "compare", "cuda": "fold", "rocm": "fold"},
+         {"cpu": "taps", "tpu": "phases", "cuda": "taps", "rocm": "taps"}),
+        (2, 2, "compare", "tiles"),
+        (5, 5, "tiles", "tiles"),
+        (9, 2, "long", "long"),
+    ],
+)  # fmt: skip
+def test_choice_for_windows(size, stride, maximum, scatter):
+    win = Window((18, 18), (size,) * 2, (stride,) * 2, ((0, 0),) * 2, (1, 1))
+    for chosen, expected in ((windows.choose_max(win), maximum), (windows.choose_scatter(win), scatter)):
+        assert chosen == (expected if isinstance(expected, dict) else dict.fromkeys(chosen, expected))
+
+
+def test_programs_for_windows_by_platform():
+    """XLA:TPU does not fuse padding between elements; on GPU a test for NaN of every element would be materialized."""
+    x = np.zeros((2, 9, 9, 3), "f")
+
+    def grad(x):
+        return jax.vjp(lambda x: jaxcnn.max_pool(x, 3, stride=2), x)[1](jnp.ones((2, 4, 4, 3), "f"))
+
+    def program(platform):
+        return jax.jit(grad).trace(x).lower(lowering_platforms=(platform,)).as_text()
+
+    between = re.compile(r"interior = \[0, 1, 1, 0\]")
+    assert {p: bool(between.search(program(p))) for p in ("cpu", "tpu", "cuda")} == {
+        "cpu": True, "tpu": False, "cuda": True,
+    }  # fmt: skip
+    compared = re.compile(r"compare +NE")
+    assert {p: bool(compared.search(program(p))) for p in ("cpu", "tpu", "cuda")} == {
+        "cpu": True, "tpu": True, "cuda": False,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxcnn
-from jaxcnn.kernels.materialize import materialize, materialize_if_small
+from jaxcnn.kernels.materialize import materialize, materialize_if_small, materialize_winner
 from tests.cases import compiled
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
@@ -33,6 +33,16 @@ def test_rules_read_residuals_from_memory(op):
     assert len(re.findall(rf"= {residual}\S* call\(", program)) == 1, program
 
 
+@pytest.mark.parametrize("op", RESIDUALS)
+def test_winners_are_in_memory_on_gpu(op):
+    """XLA:GPU and XLA:TPU keep `lax.optimization_barrier`. On GPU, recomputing a mask is faster than reading it."""
+    f, residual = RESIDUALS[op]
+    traced = jax.jit(jax.grad(lambda x: jnp.sum(f(x) ** 2))).trace(X)
+    for platform in ("cuda", "rocm", "tpu"):
+        found = "optimization_barrier" in traced.lower(lowering_platforms=(platform,)).as_text()
+        assert found == (platform != "tpu" and residual.startswith("u8")), platform
+
+
 def test_larger_residuals_are_left_to_xla():
     def calls(f):
         return len(re.findall(r" call\(", jax.jit(f).lower(X).compile().as_text()))
@@ -45,6 +55,7 @@ def test_larger_residuals_are_left_to_xla():
 @pytest.mark.parametrize("dtype", [bool, np.uint8, np.int32, np.float32, np.float64, jnp.bfloat16, np.complex64])
 def test_materialize_changes_nothing(dtype):
     a = (X * 3).astype(dtype)
-    for found in (materialize(a), compiled(materialize)(a), jax.vmap(materialize)(a), materialize_if_small(a)):
+    winner = materialize_winner(a), compiled(materialize_winner)(a), jax.vmap(materialize_winner)(a)
+    for found in (materialize(a), compiled(materialize)(a), jax.vmap(materialize)(a), materialize_if_small(a), *winner):
         assert found.dtype == a.dtype
         np.testing.assert_array_equal(found, a)
