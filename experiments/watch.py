@@ -13,8 +13,7 @@ import jaxcnn
 from experiments.data import Batch
 from experiments.training_loop import Metrics, Step
 from jaxcnn import Serial, TrainState
-
-Loss = Callable[[jax.Array, jax.Array], jax.Array]
+from jaxcnn.net import Loss
 
 
 def make_step(
