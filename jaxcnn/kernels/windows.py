@@ -144,7 +144,8 @@ def _max_of_tiles(win: Window, x: Array) -> tuple[Array, Array]:
 
 def _max_long(win: Window, x: Array) -> tuple[Array, Array]:
     """Reduce one dim after the other, the last first: the best of each row, then the best row, is row-major order."""
-    y, winner = _pad(win, x, -np.inf), None
+    y = _pad(win, x, -np.inf)
+    winner = jnp.zeros(y.shape, jnp.int32)
     number = 1  # number of elements in the dims after this one
     for dim in reversed(range(win.ndim)):
         axis = dim + 1
@@ -154,11 +155,9 @@ def _max_long(win: Window, x: Array) -> tuple[Array, Array]:
         wins = (rows == jnp.expand_dims(y, axis + 1)) | (rows != rows)
         inside = win.inside(dim).reshape(win.out[dim], win.size[dim], *(1,) * (rows.ndim - axis - 2))
         first = jnp.expand_dims(lax.argmax(wins & expand_rank(inside, wins), axis + 1, np.int32), axis + 1)
-        if winner is not None:  # in the first pass there are no dims after this one
-            first = first * number + jnp.take_along_axis(jnp.take(winner, at, axis=axis), first, axis + 1)
-        winner = jnp.squeeze(first, axis + 1)
+        behind = jnp.take_along_axis(jnp.take(winner, at, axis=axis), first, axis + 1)
+        winner = jnp.squeeze(first * number + behind, axis + 1)
         number *= win.size[dim]
-    assert winner is not None
     return y, winner.astype(winner_dtype(win))
 
 
