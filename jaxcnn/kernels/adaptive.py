@@ -54,7 +54,7 @@ def max_and_index(size: tuple[int, ...], x: Array) -> tuple[Array, Array]:
     """
     spatial = x.shape[1:-1]
     index = jnp.arange(math.prod(spatial), dtype=jnp.int32).reshape(1, *spatial, 1)
-    y = x
+    y, index = x, jnp.broadcast_to(index, x.shape)
     for axis in reversed(range(1, x.ndim - 1)):
         rows, inside = _rows(y, axis, size[axis - 1])
         y = rows.max(axis + 1)  # positions outside the bin repeat its last element
