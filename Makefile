@@ -17,7 +17,7 @@ train: $(VENV)/experiments  ## train on the embedded images; ARGS="--data fashio
 lecture: $(VENV)/experiments  ## run every statement of the lecture and write one page with figures
 	$(PY) -m experiments.lecture $(ARGS)
 
-test: $(VENV)/experiments,test $(VENV)/zennit  ## run a covering sample of the tests, 6 minutes on 2 cores
+test: $(VENV)/experiments,test $(VENV)/zennit  ## run a covering sample of the tests, about 10 minutes on 2 cores
 	$(PYTEST) --quick $(ARGS)
 
 test-full: $(VENV)/experiments,test $(VENV)/zennit  ## run all tests and doctests
