@@ -3,8 +3,10 @@
 Every check runs before anything is computed.
 """
 
+import difflib
+import inspect
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn, TypeGuard
 
 import jax
@@ -229,6 +231,20 @@ def expect_numbers(op: str, argument: str, sizes: Sequence[Any], shape: Sequence
     if not all(isinstance(n, int) for n in sizes):
         symbols = ", ".join(map(str, shape))
         raise bad_value(op, argument, "an array whose sizes are numbers, except for the batch", f"shape ({symbols})")
+
+
+def is_predicate(value: Any) -> bool:
+    """Whether ``value`` can be called with a name and one more argument, as the predicates among keys of ``rules=``."""
+    try:
+        inspect.signature(value).bind("name", None)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def nearest(name: str, names: Iterable[str]) -> list[str]:
+    """Return the three names that are most like a wrong one, for its message."""
+    return difflib.get_close_matches(name, [*names], n=3, cutoff=0.0)
 
 
 def expect_function(op: str, argument: str, value: Any, expected: str = "a function") -> Callable[..., Any]:

@@ -15,7 +15,6 @@ an error that names a layer that computes anything outside the ops that receive 
 
 import copy
 import dataclasses
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Hashable, Mapping
@@ -35,6 +34,7 @@ from jaxcnn.arguments import (
     bad_value,
     check_range,
     integers,
+    nearest,
     one_key,
     positive,
     spatial_dims,
@@ -64,7 +64,7 @@ from jaxcnn.selection import (
 )
 from jaxcnn.taps import Collector, probe, tapped_name
 from jaxcnn.tracing import Operation, Program, Traced, Value, evaluate, trace
-from jaxcnn.tracing.affine import Chain, channel_dims, dependents, run_chains
+from jaxcnn.tracing.affine import Chain, channel_dims, run_chains
 from jaxcnn.tracing.replace import OfOps, with_rules
 from jaxcnn.tracing.replace import check_rules as check_function_rules
 
@@ -409,7 +409,7 @@ def grad_cam(
     model = _model(net, params, x)
     names = model.tap_names() if isinstance(model, _Function) else [name for name, _ in model.walk()]
     if layer not in names:
-        near = difflib.get_close_matches(str(layer), names, n=3, cutoff=0.0)
+        near = nearest(str(layer), names)
         expected = "the name of a layer" if isinstance(model, Serial) else "the name of an operation or tap"
         raise bad_value("attribute", "layer", expected, f"{layer!r}; the nearest are {', '.join(near)}")
     rules = rules if isinstance(model, _Function) else _with_names(model, rules)
@@ -914,7 +914,7 @@ class _Function:
     def _dependent(self) -> list[Operation]:
         """Return the operations that depend on x, in order."""
         program = self.traced.program.without_checkpoints()
-        data = dependents(program, [self.x])
+        data = program.dependents([self.x])
         return [step for step in program.steps if isinstance(step, Operation) and reads(step, data)]
 
 

@@ -253,13 +253,9 @@ def _single(op: str, fun: Any, loss: Any, params: Any, batch: Any, n: int) -> _S
         traced = trace(of_one, params, jax.tree.map(one, batch))
     program = traced.program.without_checkpoints()
     leaves = program.inputs[: len(jax.tree.leaves(params))]
-    batched, depends = set(program.inputs[len(leaves) :]), set(leaves)
     for step in program.steps:
         _refuse_mixing(op, step)
-        for values in (batched, depends):
-            if not values.isdisjoint(_values(step.inputs)):
-                values.update(step.outputs)
-                break
+    batched, depends = program.dependents(program.inputs[len(leaves) :]), program.dependents(leaves)
     rest = [step for step in program.steps if not batched.isdisjoint(step.outputs)]
     read = dict.fromkeys(_values((*(v for step in rest for v in step.inputs), *program.outputs)))
     fixed = [v for v in read if v not in batched]

@@ -12,7 +12,7 @@ from jaxcnn.arguments import bad_value
 from jaxcnn.ops.kinds import kind_of
 from jaxcnn.ops.rule import Rule, autodiff
 from jaxcnn.rules.relevance import Epsilon, pass_through, rescale
-from jaxcnn.tracing.affine import Chain, chained, dependents, is_move, scales
+from jaxcnn.tracing.affine import Chain, chained, is_move, scales
 from jaxcnn.tracing.library import LibraryForm
 from jaxcnn.tracing.program import Atom, Equation, Operation, Program, Step, Value
 from jaxcnn.tracing.replace import Rules, check_fits, rule_of
@@ -40,7 +40,7 @@ def for_relevance(program: Program, x: Value, rules: Rules | None) -> Program:
         ValueError: if a step has no rule, or the rule does not fit.
     """
     program = program.without_checkpoints()
-    data = dependents(program, [x])
+    data = program.dependents([x])
     for step in program.steps:
         if reads(step, data) and isinstance(step, Equation) and not (is_move(step, data) or scales(step, data)):
             raise _refused(step, "relevance")
@@ -69,7 +69,7 @@ def for_rescale(program: Program, x: Value) -> Program:
         ValueError: if a step is not linear in x and has no rule.
     """
     program = program.without_checkpoints()
-    data = dependents(program, [x])
+    data = program.dependents([x])
     steps = []
     for step in program.steps:
         if reads(step, data):

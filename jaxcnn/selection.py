@@ -1,12 +1,10 @@
 """Selection of rules: which layer of a net takes which rule of ``rules=``."""
 
 import dataclasses
-import difflib
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from jaxcnn.arguments import bad_type, bad_value, fail
+from jaxcnn.arguments import bad_type, bad_value, fail, is_predicate, nearest
 from jaxcnn.layers import Conv, Flatten, Function, HiddenLayer, Layer, MaxPool, Net, Relu
 from jaxcnn.ops.rule import Rule
 
@@ -118,10 +116,10 @@ def check_rules(rules: Mapping[Any, Rule], names: list[str]) -> None:
     """Raise ValueError for a name that is not among ``names``, and TypeError for a key of another kind."""
     for key in rules:
         if isinstance(key, str) and key not in names:
-            near = difflib.get_close_matches(key, names, n=3, cutoff=0.0)
+            near = nearest(key, names)
             raise bad_value("rules", "a key", "the name of a layer", f"{key!r}; the nearest are {', '.join(near)}")
         kind = _type_of(key)
-        if not isinstance(key, str) and not (_is_predicate(key) if kind is None else issubclass(kind, Layer)):
+        if not isinstance(key, str) and not (is_predicate(key) if kind is None else issubclass(kind, Layer)):
             raise bad_type("rules", "a key", "a layer type, a name or a predicate", repr(key))
 
 
@@ -176,15 +174,6 @@ def _key_matches(key: Any, name: str, layer: Layer) -> bool:
 def _type_of(key: Any) -> type | None:
     """Return the layer type of a key, or None if it is not one."""
     return key.kind if isinstance(key, IfThere) else key if isinstance(key, type) else None
-
-
-def _is_predicate(key: Any) -> bool:
-    """Whether ``key`` can be called as ``key(name, layer)``."""
-    try:
-        inspect.signature(key).bind("name", None)
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 def _hint(kind: type | None, net: Net) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 
 from jaxcnn.layers import Shape
+from jaxcnn.text import aligned, by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +45,10 @@ class Summary:
         table = [("layer", "op", "output", "parameters", "FLOPs"), ("input", "", _text(self.input_shape), "", "")]
         table += [(r.name, r.op, r.shapes, f"{r.parameters:,}", f"{r.flops:,}") for r in self.rows]
         table += [("total", "", "", f"{self.parameters:,}", f"{self.flops:,}")]
-        widths = [max(len(row[i]) for row in table) for i in range(5)]
-        lines = (
-            "  ".join(c.rjust(w) if i > 2 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-            for row in table
-        )
-        return "\n".join(line.rstrip() for line in lines)
+        return aligned(table, right=(3, 4))
 
 
 def _text(shape: Shape) -> str:
     if shape and isinstance(shape[0], tuple):
         return ", ".join(map(_text, shape))
-    return "×".join(map(str, shape))
+    return by(shape)

@@ -24,14 +24,15 @@ IMPORTS = {
     "ops": {"arguments", "geometry", "kernels", "ops"},
     "rules": {"arguments", "geometry", "kernels", "ops", "rules"},  # kernels: for rules that route elements
     "caching": set(),
+    "text": set(),
     "statistics": {"arguments"},
     "layers": {"arguments", "geometry", "ops", "statistics"},
     "taps": {"arguments"},  # separate from backprop, which imports nets, because nets tap their layers
     "selection": {"arguments", "layers", "ops"},
-    "summary": {"layers"},
+    "summary": {"layers", "text"},
     "net": {"arguments", "geometry", "ops", "layers", "selection", "summary", "taps"},
     "branches": {"arguments", "layers", "net", "ops", "selection", "summary"},
-    "tracing": {"arguments", "geometry", "ops", "taps", "tracing"},
+    "tracing": {"arguments", "geometry", "ops", "taps", "text", "tracing"},
     "explicit": {"arguments", "taps", "tracing"},
     "lax": {"tracing"},
     "backprop": {"arguments", "explicit", "net", "taps"},

@@ -51,9 +51,7 @@ def input_grad(c: Correlation, y: Array, w: Array) -> Array:
     if y.size == 0 or w.size == 0:
         return jnp.zeros((y.shape[0], *c.window.shape, w.shape[-2] * c.groups), dtype)
     gpu = choose_input_grad_on_gpu(c)
-    run = functools.partial(
-        run_lowering, INPUT_GRAD, choose_input_grad(c, y, w), c, dtype=dtype, tpu="xla", cuda=gpu, rocm=gpu
-    )
+    run = functools.partial(run_lowering, INPUT_GRAD, choose_input_grad(c, y, w), c, dtype=dtype, cuda=gpu, rocm=gpu)
     image_dims = unsharded_image_dims(c)
     return run_whole(run, (y, w), (image_dims, unsharded_kernel_dims(c)), image_dims)
 

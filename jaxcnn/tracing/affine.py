@@ -9,7 +9,7 @@ Without such a product before it, a chain is y = a ∘ x + c.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -44,15 +44,6 @@ _ELEMENTWISE = {
     *_SCALES, *_SAME, "rsqrt", "sqrt", "exp", "log", "max", "min", "pow", "integer_pow", "square", "abs", "sign",
     "tanh", "logistic",
 }  # fmt: skip
-
-
-def dependents(program: Program, inputs: Iterable[Value]) -> set[Value]:
-    """Return the values that depend on ``inputs``, these included."""
-    known = set(inputs)
-    for step in program.steps:
-        if not known.isdisjoint(a for a in step.inputs if isinstance(a, Value)):
-            known.update(step.outputs)
-    return known
 
 
 def is_move(step: Equation, data: set[Value]) -> bool:

@@ -7,7 +7,7 @@ whose bodies are programs again.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -253,6 +253,14 @@ class Program:
             return dataclasses.replace(step, bodies=bodies)
 
         return dataclasses.replace(self, steps=tuple(map(changed, self.steps)))
+
+    def dependents(self, values: Iterable[Value]) -> set[Value]:
+        """Return the values that depend on any of ``values``, these included."""
+        known = set(values)
+        for step in self.steps:
+            if not known.isdisjoint(a for a in step.inputs if isinstance(a, Value)):
+                known.update(step.outputs)
+        return known
 
     def without_checkpoints(self) -> "Program":
         """Return the program with the bodies of `jax.checkpoint` written out in place, so that their steps are read."""

@@ -1,7 +1,6 @@
 """Give the operations of a program replacement rules."""
 
 import dataclasses
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -10,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcnn.arguments import bad_type, bad_value
+from jaxcnn.arguments import bad_type, bad_value, is_predicate, nearest
 from jaxcnn.ops.rule import Rule, autodiff
 from jaxcnn.tracing.evaluate import call_form
 from jaxcnn.tracing.program import Operation, Program
@@ -34,7 +33,7 @@ def check_rules(op: str, rules: Any) -> None:
     if not isinstance(rules, Mapping):
         raise bad_type(op, "rules", "a rule, or a mapping from names, ops or predicates to rules", repr(rules))
     for key in rules:
-        is_key = isinstance(key, str | OfOps) or is_op(key) or _is_predicate(key)
+        is_key = isinstance(key, str | OfOps) or is_op(key) or is_predicate(key)
         if not is_key or isinstance(key, type):
             raise bad_type(
                 op, "a key of rules", "a name, an op such as jaxcnn.conv, or a predicate (name, op)", repr(key)
@@ -73,14 +72,6 @@ def is_op(key: Any) -> bool:
     return inspect.isfunction(key) and "rule" in inspect.signature(key).parameters
 
 
-def _is_predicate(key: Any) -> bool:
-    try:
-        inspect.signature(key).bind("name", None)
-    except (TypeError, ValueError):
-        return False
-    return True
-
-
 def _matches(key: Any, operation: Operation) -> bool:
     if isinstance(key, str):
         return f"{operation.name}/".startswith(f"{key}/")
@@ -100,7 +91,7 @@ def _unknown(key: Any, operations: list[Operation]) -> str:
     names = [operation.name for operation in operations]
     if isinstance(key, str):
         known = dict.fromkeys((*names, *(name[:i] for name in names for i, c in enumerate(name) if c == "/")))
-        near = difflib.get_close_matches(key, known, n=3, cutoff=0.0)
+        near = nearest(key, known)
         return f"{key!r}; the nearest names are {_listed(map(repr, near))}"
     ops = dict.fromkeys(operation.op.__name__ for operation in operations)
     return f"{getattr(key, '__name__', repr(key))}; the ops of the function are {_listed(ops)}"

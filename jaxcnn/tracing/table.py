@@ -7,6 +7,7 @@ from typing import Any
 
 from jax.extend import core
 
+from jaxcnn.text import aligned, by
 from jaxcnn.tracing.program import Atom, Equation, Operation, Program, Value, costly
 from jaxcnn.tracing.shapes import move_of
 
@@ -62,17 +63,10 @@ class Operations:
     def __str__(self) -> str:
         table = [("name", "op", "input", "output", "parameters", "FLOPs", "in JAX because")]
         for row in self.rows:
-            shapes = _by(row.input_shapes[0]) if row.input_shapes else "", _by(row.output_shape)
+            shapes = by(row.input_shapes[0]) if row.input_shapes else "", by(row.output_shape)
             table.append((row.name, row.op, *shapes, f"{row.parameters:,}", f"{row.flops:,}", row.reason))
         table.append(("total", "", "", "", f"{self.parameters:,}", f"{self.flops:,}", ""))
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = []
-        for line in table:
-            cells = [
-                c.rjust(w) if i in (4, 5) else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
-            ]
-            lines.append("  ".join(cells).rstrip())
-        return "\n".join(lines)
+        return aligned(table, right=(4, 5))
 
 
 def table_of(program: Program) -> Operations:
@@ -152,7 +146,3 @@ def _reason(program: Program, step: Equation) -> str | None:
         return None
     inner = (getattr(j, "jaxpr", j) for j in core.jaxprs_in_params(step.params))
     return "its function is not looked into" if any(map(costly, inner)) else None
-
-
-def _by(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape))
