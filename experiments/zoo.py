@@ -62,7 +62,7 @@ class Built:
     trace: float
     compile: float
     temporary_bytes: int
-    #: Operations that the library computes, operations that JAX computes, and equations that are no operations.
+    #: Operations that the library computes, operations that JAX computes, and all other equations.
     operations: tuple[int, int, int] | None = None
 
 

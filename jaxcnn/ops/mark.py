@@ -73,7 +73,7 @@ def marked(core: Any, rule: Any, plain: Any, op: str, run: Callable[..., Any], s
 
 
 def _number_of(call: Marked) -> int:
-    """Return the number of a call in the table, of which it becomes the latest entry."""
+    """Return the number of a call, and make the call the latest entry of the table."""
     with _LOCK:
         number = _NUMBERS.setdefault(call, next(_COUNT))
         _CALLS.pop(number, None)

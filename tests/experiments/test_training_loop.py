@@ -237,7 +237,7 @@ def test_batches_are_requested_by_step():
 @pytest.mark.parametrize("at", [1, 5, 16, 20, 25, 40, 59])
 @pytest.mark.usefixtures("default_signals")
 def test_an_interrupted_loop_continues_where_it_was(at):
-    """The losses are no round numbers, so another order of the sums would give other means."""
+    """The losses have many digits, so another order of the sums would give other means."""
 
     def step(state, batch):
         state, metrics = one_step(state, batch)
