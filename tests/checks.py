@@ -83,13 +83,15 @@ def by_pytorch(case: Case) -> tuple[np.ndarray, Arrays, Arrays]:
 def shapes_and_dtypes(case: Case) -> None:
     """Cotangents have their primals' shapes and dtypes, and the result PyTorch's shape and x's dtype.
 
-    This is checked in every dtype, and for stock JAX where the op has such a form.
+    This is checked in every dtype, and for stock JAX where the op has such a form. The op is traced under strict dtype
+    and rank promotion, because all its conversions are explicit.
     """
     shape = by_pytorch(case)[0].shape
     for dtype in (np.float64, np.float32, jnp.bfloat16, np.float16):
         args, delta = drawn(case, dtype)
-        for run in [case.run, *([] if case.plain is None else [case.run_reference])]:
-            y, found = run.eval_shape(args, delta)
+        with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+            of_op = case.run.eval_shape(args, delta)
+        for y, found in [of_op, *([] if case.plain is None else [case.run_reference.eval_shape(args, delta)])]:
             assert (y.shape, y.dtype) == (shape, case.options.get("preferred_element_type", dtype))
             assert [(c.shape, c.dtype) for c in found] == [(a.shape, dtype) for a in args]
 
@@ -116,14 +118,6 @@ def weak_types_change_nothing(case: Case) -> None:
     strong, of_weak = (case.run.eval_shape(given, delta) for given in (args, weak))
     assert not any(a.weak_type for a in flat(strong))
     assert [(a.shape, a.dtype) for a in flat(of_weak)] == [(a.shape, a.dtype) for a in flat(strong)]
-
-
-def strict_promotion_is_enough(case: Case) -> None:
-    """Forward and backward pass run under strict dtype and rank promotion, because all conversions are explicit."""
-    for dtype in (np.float64, np.float32, jnp.bfloat16, jnp.float16):
-        args, delta = drawn(case, dtype)
-        with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-            case.run.eval_shape(args, delta)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import jax
 
@@ -33,3 +34,17 @@ def with_optimizations() -> Iterator[None]:
         yield
     finally:
         jax.config.update("jax_disable_most_optimizations", True)
+
+
+@contextlib.contextmanager
+def none_is_small() -> Iterator[None]:
+    """Compute small convolutions with the lowerings of larger ones; by default XLA computes them.
+
+    JAX's caches hold earlier choices, so they are cleared.
+    """
+    from jaxcnn.kernels import lowering  # not above, because `quickly` runs before XLA starts
+
+    jax.clear_caches()
+    with mock.patch.object(lowering, "SMALL", 0):
+        yield
+    jax.clear_caches()

@@ -4,7 +4,7 @@
 quick run takes
 
 1. enough for each test, each value of each parameter, each op in each check of the case table, and each op with each
-   of its options (`needed`);
+   of its options (`needed`); of a test whose cases take long, one case, or one row for each kind of op;
 2. then enough for each option of an op in each check, and each pair of parameter values (`wanted`), as far as the
    budget goes;
 3. then others at random, until the budget is spent.
@@ -20,12 +20,15 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxcnn.ops.kinds import kind_of
 from tests.cases import Case, shows
 
 #: Seconds of one case of each expensive test on the machine that wrote them; `python -m tools.costs` writes the file.
 COSTS: dict[str, float] = json.loads(Path(__file__).with_name("costs.json").read_text(encoding="utf-8"))
 #: Seconds, in the same unit, that the expensive tests take together in a quick run.
-BUDGET = 200.0
+BUDGET = 280.0
+#: A case that takes more seconds is long.
+LONG = 0.25
 #: Fixtures that take long to make.
 SLOW_FIXTURES = frozenset({"whole", "gallery", "all_results"})
 
@@ -62,11 +65,13 @@ def is_slow(item: Any) -> bool:
     return bool(item.get_closest_marker("slow") or SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())))
 
 
-def needed(item: Any, varied: Mapping[str, set[str]]) -> set[Hashable]:
+def needed(item: Any, varied: Mapping[str, set[str]], cost: float) -> set[Hashable]:
     """Return what a test covers that the quick run must cover."""
     function, case = function_of(item.nodeid), case_of(item)
     if case is not None:
-        return {(function, case.op), *shows(case)}
+        return {(function, kind_of(case.op) if cost > LONG else case.op), *shows(case)}
+    if cost > LONG:
+        return {function}
     return {function, *((function, name, labelled(value)) for name, value in parameters(item).items()
                         if name in varied[function])}  # fmt: skip
 
@@ -76,7 +81,8 @@ def wanted(item: Any, varied: Mapping[str, set[str]]) -> set[Hashable]:
     function, case = function_of(item.nodeid), case_of(item)
     if case is not None:
         return {(function, *entry) for entry in shows(case)}
-    return {(function, *pair) for pair in itertools.combinations(sorted(needed(item, varied) - {function}), 2)}
+    values = needed(item, varied, 0.0) - {function}
+    return values | {(function, *pair) for pair in itertools.combinations(sorted(values), 2)}
 
 
 def labelled(value: Any) -> str:
@@ -128,7 +134,7 @@ def sample(items: Sequence[Any], seed: int, budget: float = BUDGET, costs: Mappi
     expensive.sort(key=lambda i: (places[groups[i]], i))
     cost = [costs.get(function_of(item.nodeid), 0.0) for item in items]
     varied = repeated(items[i] for i in expensive)
-    chosen = cover({i: needed(items[i], varied) for i in expensive}, cost, float("inf"))
+    chosen = cover({i: needed(items[i], varied, cost[i]) for i in expensive}, cost, float("inf"))
     budget -= sum(cost[i] for i in chosen)
     seen = set().union(*(wanted(items[i], varied) for i in chosen))
     left = {i: wanted(items[i], varied) - seen for i in expensive if i not in {*chosen}}

@@ -40,11 +40,6 @@ def test_weak_types_change_nothing(case):
     checks.weak_types_change_nothing(case)
 
 
-@rows(FEW)
-def test_strict_promotion_is_enough(case):
-    checks.strict_promotion_is_enough(case)
-
-
 @rows([case for case in CASES if case.plain is not None])
 def test_rule_against_autodiff(case):
     checks.rule_against_autodiff(case)
@@ -106,7 +101,7 @@ def test_mesh_equals_one_device(case):
     checks.mesh_equals_one_device(case)
 
 
-@rows([case for case in FEW if case.batched])
+@rows([case for case in ONE_EACH if case.batched])
 def test_shard_map_equals_its_shards(case):
     checks.shard_map_equals_its_shards(case)
 
@@ -130,7 +125,7 @@ def test_exported_equals_direct(case):
     checks.exported_equals_direct(case)
 
 
-@rows(FEW)
+@rows(ONE_EACH)
 def test_second_derivative_through_scan(case):
     checks.second_derivative_through_scan(case)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxcnn.ops.kinds import kind_of
 from tests import sampling
 from tests.cases import CASES, OPS, shows
 
@@ -30,8 +31,11 @@ CHEAP = [item("cheap", value=i) for i in range(30)]
 PAIRS = [item("pairs", rule=rule, size=size) for rule, size in itertools.product("abcdef", range(10))]
 ROWS = [item("rows", case=case) for case in CASES]
 CHECKS = [item("checks", case=case) for case in CASES]
-ALL = [ONE, *SLOW, *CHEAP, *PAIRS, *ROWS, *CHECKS]
-COSTS = {f"tests/test_{function}.py::test_{function}": 0.5 for function in ("pairs", "rows", "checks")}
+LONG_PAIRS = [item("long_pairs", rule=rule, size=size) for rule, size in itertools.product("abc", range(3))]
+LONG_CHECKS = [item("long_checks", case=case) for case in CASES]
+ALL = [ONE, *SLOW, *CHEAP, *PAIRS, *ROWS, *CHECKS, *LONG_PAIRS, *LONG_CHECKS]
+COSTS = {f"tests/test_{function}.py::test_{function}": 0.2 for function in ("pairs", "rows", "checks")}
+COSTS |= {f"tests/test_{function}.py::test_{function}": 0.5 for function in ("long_pairs", "long_checks")}
 
 
 def sample(seed=0, budget=100.0):
@@ -57,19 +61,26 @@ def test_each_value_of_a_parameter_and_each_option_of_an_op_is_covered_at_any_bu
     assert {params["rule"] for params in pairs} == set("abcdef")
     assert {params["size"] for params in pairs} == set(range(10))
     assert len(pairs) == 10
-    rows = [one.callspec.params["case"] for one in [*of("rows", found), *of("checks", found)]]
-    assert set().union(*map(shows, rows)) == set().union(*map(shows, CASES))
-    assert of("rows", found)
-    assert of("checks", found)
-    assert len(rows) < len(CASES) / 1.5
+    rows, checks = ([one.callspec.params["case"] for one in of(name, found)] for name in ("rows", "checks"))
+    assert set().union(*map(shows, [*rows, *checks])) == set().union(*map(shows, CASES))
+    assert {case.op for case in rows} == {case.op for case in checks} == set(OPS)
+    assert len(rows) + len(checks) < len(CASES) / 1.5
+
+
+def test_of_long_tests_one_case_or_one_row_of_each_kind_of_op_is_covered_at_any_budget():
+    found = sample(budget=0.0)
+    assert len(of("long_pairs", found)) == 1
+    rows = [one.callspec.params["case"] for one in of("long_checks", found)]
+    assert {kind_of(case.op) for case in rows} == {kind_of(op) for op in OPS}
+    assert len(rows) < len(OPS)
 
 
 def test_a_larger_budget_covers_each_op_in_each_check():
-    found = sample(budget=200.0)
-    for function in ("rows", "checks"):
-        assert {one.callspec.params["case"].op for one in of(function, found)} == set(OPS)
-    spent = sum(0.5 for one in found if sampling.function_of(one.nodeid) in COSTS)
-    assert 199 < spent <= 200
+    found = sample(budget=150.0)
+    assert {one.callspec.params["case"].op for one in of("long_checks", found)} == set(OPS)
+    assert {one.callspec.params["rule"] for one in of("long_pairs", found)} == set("abc")
+    spent = sum(COSTS.get(sampling.function_of(one.nodeid), 0.0) for one in found)
+    assert 149 < spent <= 150
     assert sample(budget=1e9) == [one for one in ALL if one not in SLOW]
 
 

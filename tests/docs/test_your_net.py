@@ -14,6 +14,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "your-net.md").read_text("utf-8")
 BLOCKS = [block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if ">>> " not in block]
 
 
+@pytest.mark.slow("imports and compiles nets of five libraries")
 def test_the_blocks_of_the_page(monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "jax")
     for package in ("flax", "equinox", "haiku", "keras"):

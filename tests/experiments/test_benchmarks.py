@@ -508,6 +508,7 @@ def test_report_of_the_zoo(capsys):
     assert "later than 1.3 times stock JAX: linen, training (1.50)" in text
 
 
+@pytest.mark.slow("compiles a whole net twice")
 def test_a_net_of_the_zoo_equals_stock_jax():
     pytest.importorskip("haiku")
     with jax.enable_x64(True):

@@ -1,12 +1,13 @@
-"""Convolutions of the case table with the lowerings of larger ones; by default XLA computes the small ones."""
+"""Convolutions of the case table with the lowerings of larger ones; by default XLA computes the small ones.
+
+`tests/conformance/test_pytorch.py` compares drawn geometries in the same way.
+"""
 
 import dataclasses
 
-import jax
 import pytest
 
-from jaxcnn.kernels import lowering
-from tests import checks
+from tests import checks, compilation
 from tests.cases import CASES, covering
 
 # Copies, because a case caches its compiled functions.
@@ -17,19 +18,15 @@ ONE_EACH = [next(case for case in FAMILY if case.op == op) for op in dict.fromke
 
 @pytest.fixture(scope="module", autouse=True)
 def none_is_small():
-    """Disable the limit for small products, and clear JAX's caches, which hold earlier choices."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(lowering, "SMALL", 0)
-        jax.clear_caches()
+    with compilation.none_is_small():
         yield
-    jax.clear_caches()
 
 
 def rows(cases):
     return pytest.mark.parametrize("case", cases, ids=str)
 
 
-@rows(FAMILY)
+@rows(FEW)
 def test_rule_against_pytorch(case):
     checks.rule_against_pytorch(case)
 
