@@ -45,7 +45,7 @@ types: $(VENV)/all  ## mypy
 docs: $(VENV)/all  ## build the pages in docs/_build; warnings are errors
 	$(VENV)/bin/sphinx-build -W -q -b html docs docs/_build
 
-build: $(VENV)/all  ## build wheel and sdist in dist/, install each in a new environment and train there
+build: $(VENV)/all  ## build sdist and wheel in dist/, install the wheel in a new environment and train there
 	rm -rf dist
 	$(PY) -m build --outdir dist .
 	$(PY) -m tools.check_dist dist
@@ -84,6 +84,7 @@ $(VENV)/zennit: $(VENV)/experiments,test
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps zennit==0.5.1
 	@touch "$@"
 
+#: Python compiles the modules that are imported, a tenth of them.
 # One stamp file per set of extras; it is newer than pyproject.toml if that set is installed.
 $(VENV)/%: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
