@@ -1,7 +1,7 @@
 """Check that the built distributions install and work: python -m tools.check_dist dist.
 
-`python -m build` makes the wheel from the sdist. The wheel must contain the package and nothing else. It is installed in
-a fresh environment with only its declared dependencies; it must import, report its version, and train.
+`python -m build` makes the wheel from the sdist. The wheel must contain the package and nothing else. It is installed
+in a fresh environment with only its declared dependencies; it must import, report its version, and train.
 """
 
 import argparse

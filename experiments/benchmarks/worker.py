@@ -35,7 +35,7 @@ class Contender:
 
         Args:
             name: A key of `contenders.CONTENDERS`.
-            net: A key of `nets.NETS`.
+            net: A name that `drawn_nets.find` takes.
             environment: Additional environment variables.
             **sizes: Fields of `nets.Timed`; None means the default.
         """
@@ -87,10 +87,10 @@ def main(name: str, net: str, sizes: str) -> None:
         answers.flush()
 
     from experiments.benchmarks.contenders import CONTENDERS
-    from experiments.benchmarks.nets import NETS
+    from experiments.benchmarks.drawn_nets import find
 
     fields = {field: size for field, size in json.loads(sizes).items() if size is not None}
-    timed = dataclasses.replace(NETS[net](), **fields)
+    timed = dataclasses.replace(find(net), **fields)
     try:
         step = CONTENDERS[name](timed)
         for _ in range(3):

@@ -14,6 +14,8 @@ from experiments.benchmarks import (
     accuracy,
     backprop,
     compile,
+    drawn,
+    drawn_nets,
     growth,
     memory,
     ops,
@@ -22,6 +24,7 @@ from experiments.benchmarks import (
     rows,
     step,
     timing,
+    worker,
 )
 from experiments.benchmarks.contenders import equinox_net, flax_net, load_equinox, load_flax, load_torch, torch_net
 from experiments.benchmarks.nets import NETS, Timed
@@ -294,6 +297,8 @@ def test_a_wrong_result_of_ours_is_status_1(monkeypatch, capsys, still):
         (step, "--net vg", "did you mean vgg?"),
         (step, "--microbatch 0", "--microbatch: must be at least 1, got 0"),
         (growth, "--microbatch -1", "--microbatch: must be at least 1, got -1"),
+        (drawn, "--nets 0", "--nets: must be at least 1, got 0"),
+        (drawn, "--contenders flux", "--contenders: must be one of flax nnx, equinox"),
         (backprop, "--rounds 0", "--rounds: must be at least 1, got 0"),
         (zoo, "--nets MobileNet", "did you mean MobileNetV2?"),
         (zoo, "--modes train", "--modes: must be one of training, evaluation, got 'train'"),
@@ -307,7 +312,7 @@ def test_wrong_options(script, argv, message, capsys):
     assert captured.out == ""
 
 
-@pytest.mark.parametrize("script", [ops, memory, compile, growth, per_example, step, backprop, zoo])
+@pytest.mark.parametrize("script", [ops, memory, compile, drawn, growth, per_example, step, backprop, zoo])
 def test_out_is_a_file(script, tmp_path, capsys):
     assert script.main(["--out", str(tmp_path)]) == 2
     assert f"--out: must be a file, got the folder {tmp_path}" in capsys.readouterr().err
@@ -337,6 +342,28 @@ def test_libraries_compute_the_same_net():
     net.eval()
     for found in (by_flax(state, x), jax.jit(jax.vmap(equinox))(first), net(torch.from_numpy(first)).detach()):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_drawn_nets_are_the_same_for_a_seed_and_not_too_large():
+    nets = [drawn_nets.drawn(0, number) for number in range(60)]
+    assert list(map(drawn_nets.described, nets)) == [
+        drawn_nets.described(drawn_nets.find(f"drawn 0 {number}")) for number in range(60)
+    ]
+    other = [drawn_nets.described(drawn_nets.drawn(1, number)) for number in range(60)]
+    assert len({*map(drawn_nets.described, nets), *other}) > 115
+    for timed in nets:
+        assert timed.batch <= 8 or timed.batch * timed.net.flops(timed.shape, (10,)) <= drawn_nets.MOST_FLOPS
+    words = " ".join(map(drawn_nets.described, nets))
+    assert all(kind in words for kind in ("pool 2", "1×1", "/2", "7×7", "5×5", "groups"))
+
+
+def test_a_result_compares_with_the_fastest_of_a_library():
+    seconds = {"jaxcnn": 2.0, "flax nnx": 3.0, "torch": 5.0, "torch channels-last": 4.0}
+    times = {name: timing.Times((s, 9.0)) for name, s in seconds.items()}
+    ready = {"jaxcnn": worker.Ready(3.0, None), "flax nnx": worker.Ready(2.0, None), "torch": worker.Ready(None, None)}
+    result = drawn.Result("a net", times, ready)
+    assert (result.against("torch"), result.against("flax nnx"), result.against("keras")) == (2.0, 1.5, None)
+    assert result.compile_ratio == 1.5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
