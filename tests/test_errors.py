@@ -847,6 +847,13 @@ NETS = [
          microbatch=2.0),
     kind("make_train_step: microbatch must be an int >= 1, got True", jaxcnn.make_train_step, NET, labelled, SGD,
          microbatch=True),
+    kind("make_train_step: compute_dtype must be a floating dtype, got int32", jaxcnn.make_train_step, NET, labelled,
+         SGD, compute_dtype=jnp.int32),
+    kind("make_train_step: compute_dtype must be a floating dtype, got 'half '", jaxcnn.make_train_step, NET, labelled,
+         SGD, compute_dtype="half "),
+    kind("make_train_step: compute_dtype must be a floating dtype of 16 bits or more, got float8_e4m3fn",
+         jaxcnn.make_train_step, NET, labelled, SGD, compute_dtype=jnp.float8_e4m3fn),
+    kind("serial: dtype must be a floating dtype, got int8", applied, dtype=np.int8),
     # evaluation
     value("evaluate: batches must have at least one example, got none",
           lambda: jaxcnn.evaluate(NET, labelled, NET.init(KEY, SHAPE), [])),

@@ -360,6 +360,170 @@ def test_microbatches_need_less_memory():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Mixed precision
+
+MIXED = serial(
+    Conv(4, 3), BatchNorm(), jaxcnn.Relu(), residual(Conv(4, 3, padding="SAME"), jaxcnn.GroupNorm(2)),
+    HiddenLayer(4, 2), Flatten(), Dropout(0.2), Dense(CLASSES),
+)  # fmt: skip
+
+
+def to_bfloat16(tree):
+    return jax.tree.map(lambda a: a.astype(jnp.bfloat16), tree)
+
+
+def cast_by_hand(net, params, x, labels, key=None):
+    """Return the mean loss of a net in bfloat16: what `compute_dtype` should compute."""
+    logits = net.apply(to_bfloat16(params), x.astype(jnp.bfloat16), key=key)
+    return labelled(logits.astype(np.float32), labels).mean()
+
+
+def noting(dtypes):
+    def loss(outputs, labels):
+        dtypes.append(outputs.dtype)
+        return labelled(outputs, labels)
+
+    return loss
+
+
+def test_mixed_precision_is_that_of_casts_by_hand():
+    """The parameters, the optimizer's state and the loss stay in float32."""
+    optimizer, dtypes = optax.adam(1e-2), []
+    step = make_train_step(MIXED, noting(dtypes), optimizer, compute_dtype=jnp.bfloat16)
+    state = begun(MIXED, optimizer)
+    x, labels = batch()
+    key = jax.random.fold_in(state.key, 0)
+    by_hand = jax.jit(jax.value_and_grad(functools.partial(cast_by_hand, MIXED)))
+    loss, gradient = by_hand(state.params, x, labels, key)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    expected = numbers((optax.apply_updates(state.params, updates), opt_state))
+    traced = step.trace(state, (x, labels))
+    on_tpu = traced.lower(lowering_platforms=("tpu",)).as_text()
+    products = [line for line in on_tpu.splitlines() if "stablehlo.convolution" in line or "dot_general" in line]
+    assert len(products) > 8
+    assert all("xf32>" not in line.split(" : ")[1].split("->")[0] for line in products), products
+
+    state, metrics = step(state, (x, labels))
+    assert set(dtypes) == {jnp.dtype(np.float32)}
+    assert metrics["loss"].dtype == np.float32
+    assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-3)
+    assert {a.dtype for a in jax.tree.leaves((state.params, state.opt_state))} <= {np.dtype(np.float32), np.dtype("i4")}
+    chex.assert_trees_all_close(numbers((state.params, state.opt_state)), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_the_gradient_of_mixed_precision_is_near_that_of_float32():
+    net = serial(*(layer for name, layer in MIXED.layers if name != "dropout1"))
+    params, (x, labels) = begun(net).params, batch()
+
+    def loss(params, dtype):
+        return labelled(net.apply(params, x, dtype=dtype), labels).mean()
+
+    exact = jax.grad(loss)(params, None)
+    result = jaxcnn.value_grad_and_deltas(functools.partial(loss, dtype=jnp.bfloat16))(params)
+    assert result.loss.dtype == np.float32
+    assert {d.dtype for d in result.deltas.values()} == {jnp.dtype(jnp.bfloat16)}
+    for a, b in zip(jax.tree.leaves(result.gradients), jax.tree.leaves(exact), strict=True):
+        assert a.dtype == np.float32
+        largest = max(float(jnp.linalg.norm(leaf)) for leaf in jax.tree.leaves(exact))
+        assert float(jnp.linalg.norm(a - b)) < 0.03 * largest
+
+
+@pytest.mark.parametrize("microbatch", [None, 3])
+def test_mixed_precision_in_microbatches_and_per_example(microbatch):
+    """Each part is one gradient in bfloat16; the parts are added in float32."""
+    state, (x, labels) = begun(optimizer=optax.sgd(1.0)), batch(7)
+    before = numbers(state.params)
+    each = jax.vmap(jax.grad(lambda params, x, label: cast_by_hand(NET, params, x[None], label[None])), (None, 0, 0))
+    each = numbers(each(state.params, x, labels))
+    squares = sum((a.reshape(7, -1) ** 2).sum(1) for a in jax.tree.leaves(each))
+    factors = np.minimum(1, 0.5 / np.sqrt(squares))
+
+    def clipped(net, loss, params, x, labels, *, key):
+        total = jaxcnn.clipped_gradient(net, loss, params, x, labels, 0.5, key=key)
+        return jax.tree.map(lambda a: a / len(x), total)
+
+    options = {"microbatch": microbatch} if microbatch else {"gradient": clipped}
+    expected = jax.tree.map(
+        lambda a: (a * (1 if microbatch else factors.reshape(-1, *(1,) * (a.ndim - 1)))).mean(0), each
+    )
+    step = make_train_step(NET, labelled, optax.sgd(1.0), compute_dtype="bfloat16", **options)
+    after, _ = step(state, (x, labels))
+    gradient = jax.tree.map(np.subtract, before, numbers(after.params))
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == np.float32
+        assert np.linalg.norm(a - b) < 0.01 * np.linalg.norm(b)
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnNorm(jaxcnn.Layer):
+    """A custom layer with a batch norm among its fields."""
+
+    norm: BatchNorm = dataclasses.field(default_factory=BatchNorm)
+
+    def init(self, key, shape, dtype=jnp.float32):
+        return {"norm": self.norm.init(key, shape, dtype), "mean": jnp.full(shape[-1:], 0.1, dtype)}
+
+    def apply(self, params, x, *, key=None, rule=None):
+        return self.norm.apply(params["norm"], x, key=key, rule=rule) + params["mean"]
+
+
+class Negated(jaxcnn.Serial):
+    """A net with its own `apply`, which takes no dtype."""
+
+    def apply(self, params, x, *, key=None, rules=None):
+        return -super().apply(params, x, key=key, rules=rules)
+
+
+def test_statistics_of_batch_norms_stay_in_float32():
+    """In bfloat16, 257.3 would be 258."""
+    statistics = {"mean": jnp.full(2, 257.3, np.float32), "var": jnp.full(2, 0.1, np.float32)}
+    affine = {"scale": jnp.full(2, 0.7, np.float32), "bias": jnp.full(2, 0.3, np.float32)}
+    params = {"batch_norm1": affine | statistics, "own_norm1": {"mean": jnp.full(2, 0.1), "norm": affine | statistics}}
+    x = jnp.array([[256.0, 258.0]], np.float32)
+    net = serial(BatchNorm(), lambda y: y + 257, OwnNorm())
+    scale, bias, tenth = to_bfloat16((affine["scale"], affine["bias"], jnp.full(2, 0.1)))
+    norm = functools.partial(jaxcnn.batch_norm, scale=scale, bias=bias, **statistics)
+    expected = norm(norm(x.astype(jnp.bfloat16)) + 257) + tenth
+    for run in (net, Negated(net.layers)):
+        apply = jaxcnn.net.in_dtype(run, jnp.dtype(jnp.bfloat16)).apply
+        result = apply(params, x)
+        assert result.dtype == np.float32
+        np.testing.assert_array_equal(result, expected.astype(np.float32) * (1 if run is net else -1))
+    np.testing.assert_array_equal(net.apply(params, x, dtype=jnp.bfloat16), expected.astype(np.float32))
+
+
+def test_a_net_in_another_dtype_is_that_net():
+    net = jaxcnn.branches(Conv(2, 3), Conv(2, 3), join="add")
+    cast = jaxcnn.net.in_dtype(net, jnp.dtype(jnp.bfloat16))
+    params = net.init(jax.random.key(0), SHAPE)
+    chex.assert_trees_all_equal(cast.init(jax.random.key(0), SHAPE), params)
+    assert str(cast.summary(SHAPE)) == str(net.summary(SHAPE))
+    x, rules = batch()[0], {jaxcnn.net.Residual: jaxcnn.rules.Epsilon(), "conv1": jaxcnn.rules.Epsilon()}
+    y = net.apply(params, x, rules=rules, dtype=jnp.bfloat16)
+    np.testing.assert_allclose(y, net.apply(params, x), atol=0.05)
+
+
+def test_training_in_bfloat16_reaches_the_loss_of_float32():
+    optimizer, losses = optax.adam(1e-2), {}
+    for dtype in (None, jnp.bfloat16):
+        state, step = begun(NET, optimizer), make_train_step(NET, labelled, optimizer, compute_dtype=dtype)
+        for seed in range(40):
+            state, _ = step(state, batch(32, seed))
+        losses[dtype] = evaluate(NET, labelled, state.params, [batch(200, seed=99)])["loss"]
+    assert losses[jnp.bfloat16] == pytest.approx(losses[None], rel=0.05)
+    assert losses[None] < 0.5
+
+
+def test_float64_needs_x64():
+    expected = r"a floating dtype of 32 bits or less unless jax_enable_x64 is on, got float64$"
+    with jax.enable_x64(False):
+        with pytest.raises(ValueError, match=rf"^make_train_step: compute_dtype must be {expected}"):
+            make_train_step(NET, labelled, optax.sgd(1.0), compute_dtype="float64")
+        with pytest.raises(ValueError, match=rf"^TrainState.create: dtype must be {expected}"):
+            TrainState.create(NET, optax.sgd(1.0), jax.random.key(0), SHAPE, dtype=jnp.float64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Two devices
 
 
