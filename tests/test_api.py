@@ -49,7 +49,7 @@ IMPORTS = {
     "curvature": {"arguments", "geometry"},
     "stages": {"arguments", "caching", "kernels", "net", "statistics"},  # kernels: moments
     "calibration": {"arguments", "kernels", "layers", "net", "stages", "statistics"},  # kernels: merging of moments
-    "training": {"arguments", "caching", "layers", "net", "selection"},
+    "training": {"arguments", "backprop", "caching", "layers", "net", "selection"},
 }  # fmt: skip
 
 #: Functions that take derivatives.

@@ -360,6 +360,37 @@ def test_microbatches_need_less_memory():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Further metrics
+
+
+def test_a_step_measures_its_backward_pass():
+    """The function receives what `backprop` returns, with the key of the step and its rules, and the updates."""
+
+    def measure(result, updates):
+        assert result.activations.keys() == result.deltas.keys() == {name for name, _ in WITH_DROPOUT.layers}
+        return {"deltas": result.deltas["dense1"], "updates": updates, "loss again": result.loss}
+
+    rules = {"hidden_layer1": no_gradient}
+    state, (x, labels) = begun(WITH_DROPOUT), batch()
+    key = jax.random.fold_in(state.key, 0)
+    expected = jaxcnn.backprop(WITH_DROPOUT, labelled, state.params, x, labels, key=key, rules=rules)
+    plain, _ = make_train_step(WITH_DROPOUT, labelled, optax.sgd(0.1), rules=rules)(begun(WITH_DROPOUT), (x, labels))
+    after, metrics = make_train_step(WITH_DROPOUT, labelled, optax.sgd(0.1), rules=rules, measure=measure)(
+        state, (x, labels)
+    )
+    assert set(metrics) == {"loss", "accuracy", "deltas", "updates", "loss again"}
+    chex.assert_trees_all_close(numbers(after.params), numbers(plain.params), rtol=1e-6)
+    np.testing.assert_allclose(metrics["deltas"], expected.deltas["dense1"], rtol=1e-5, atol=1e-8)
+    chex.assert_trees_all_close(
+        numbers(metrics["updates"]), jax.tree.map(lambda g: -0.1 * g, numbers(expected.gradients)), rtol=1e-5, atol=1e-8
+    )
+    assert float(metrics["loss again"]) == float(metrics["loss"]) == pytest.approx(float(expected.loss), rel=1e-6)
+    step = make_train_step(NET, labelled, optax.sgd(0.1), measure=lambda result, updates: result.loss)
+    with pytest.raises(TypeError, match=r"^make_train_step: the result of measure must be a dict, got \w*Tracer"):
+        step(begun(), (x, labels))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Mixed precision
 
 MIXED = serial(
