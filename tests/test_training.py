@@ -1130,17 +1130,25 @@ rank, port = int(sys.argv[1]), sys.argv[2]
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"localhost:{port}", 2, rank)
-net, optimizer = jaxcnn.serial(jaxcnn.Dense(3)), optax.adam(0.1)
+from jaxcnn import BatchNorm, Conv, Dense, Flatten, HiddenLayer, Relu
+net = jaxcnn.serial(Conv(4, 3), BatchNorm(), Relu(), HiddenLayer(4, 2), Flatten(), Dense(3))
+optimizer = optax.sgd(0.1, 0.9)
+loss = jaxcnn.softmax_cross_entropy_with_integer_labels
 mesh = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
 everywhere, split = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in ((), ("batch",)))
-state = jax.device_put(jaxcnn.TrainState.create(net, optimizer, jax.random.key(0), (4,)), everywhere)
-x, labels = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32), np.arange(6, dtype=np.int32) % 3
+state = jax.device_put(jaxcnn.TrainState.create(net, optimizer, jax.random.key(0), (7, 7, 2)), everywhere)
+x, labels = np.random.default_rng(0).standard_normal((6, 7, 7, 2)).astype(np.float32), np.arange(6, dtype=np.int32) % 3
 own = slice(3 * rank, 3 * rank + 3)
 batch = [jax.make_array_from_process_local_data(split, a[own]) for a in (x, labels)]
-step = jaxcnn.make_train_step(net, jaxcnn.softmax_cross_entropy_with_integer_labels, optimizer)
+step = jaxcnn.make_train_step(net, loss, optimizer)
 for _ in range(2):
     state, metrics = step(state, tuple(batch))
-print(float(metrics["loss"]))
+
+def without_norm(params, x):
+    return net.apply(params | {"batch_norm1": {"mean": np.zeros(4, "f"), "var": np.ones(4, "f")}}, x)
+
+clipped = jax.jit(lambda *args: jaxcnn.clipped_gradient(without_norm, loss, *args, 0.1))(state.params, *batch)
+print(float(metrics["loss"]), float(optax.tree.norm(clipped)))
 """
 
 
@@ -1158,17 +1166,25 @@ def test_a_state_goes_to_the_devices_of_two_processes():
         for rank in range(2)
     ]  # fmt: skip
     try:
-        ended = [process.communicate(timeout=120) for process in both]
+        ended = [process.communicate(timeout=600) for process in both]
     finally:
         for process in both:
             process.kill()
     assert [process.returncode for process in both] == [0, 0], ended
+    net = serial(Conv(4, 3), BatchNorm(), jaxcnn.Relu(), HiddenLayer(4, 2), Flatten(), Dense(3))
     with jax.enable_x64(False):
-        step = make_train_step(TINY, labelled, optax.adam(0.1))
-        state = TrainState.create(TINY, optax.adam(0.1), jax.random.key(0), (4,))
+        x = np.random.default_rng(0).standard_normal((6, 7, 7, 2)).astype(np.float32)
+        step = make_train_step(net, labelled, optax.sgd(0.1, 0.9))
+        state = TrainState.create(net, optax.sgd(0.1, 0.9), jax.random.key(0), (7, 7, 2))
         for _ in range(2):
-            state, metrics = step(state, DATA)
-    assert [float(out.split()[-1]) for out, _ in ended] == pytest.approx([float(metrics["loss"])] * 2, rel=1e-5)
+            state, metrics = step(state, (x, DATA[1]))
+        statistics = {"batch_norm1": {"mean": np.zeros(4, np.float32), "var": np.ones(4, np.float32)}}
+        clipped = jaxcnn.clipped_gradient(
+            lambda params, x: net.apply(params | statistics, x), labelled, state.params, x, DATA[1], 0.1
+        )
+    expected = float(metrics["loss"]), float(optax.tree.norm(clipped))
+    for out, _ in ended:
+        assert [float(number) for number in out.split()[-2:]] == pytest.approx(expected, rel=1e-4)
 
 
 @dataclasses.dataclass(frozen=True)
