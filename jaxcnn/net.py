@@ -307,7 +307,7 @@ class InDtype(Serial):
 
     @property
     def sum_keys(self) -> tuple[type, ...]:
-        """Those of the net."""
+        """Return the keys for the sum at the end of the net."""
         return self.net.sum_keys
 
     def _rows(self, shape: Shape, path: str) -> list[Row]:

@@ -29,7 +29,7 @@ def test_the_table_of_a_net(capsys):
     assert scaling.main(["--net", "lecture", "--chips", "1", "4", "512", "--latency", "0", "--batch-size", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("lecture: 62,346 parameters, 7,535,104 operations per image")
-    assert lines[1] == "1 all-reduces per step, 249,384 bytes; 0 batch norms"
+    assert lines[1] == "1 all-reduces per step, 249,384 bytes; 0 batch norms over all chips"
     assert [line.split()[:3] for line in lines[4:]] == [
         ["1", "2", "0.00"],
         ["4", "8", "0.37"],
@@ -39,9 +39,14 @@ def test_the_table_of_a_net(capsys):
 
 
 @pytest.mark.slow("traces a ResNet-50")
-def test_resnet50_has_the_parameters_of_the_paper():
-    net, shape = scaling.build("resnet50")
-    assert sum(row.parameters for row in net.summary(shape).rows) == 25_557_032
+@pytest.mark.parametrize(
+    ("options", "count", "size"), [([], 160, 102_653_088), (["--local-statistics"], 1, 102_228_128)]
+)
+def test_resnet50_has_the_parameters_of_the_paper(options, count, size, capsys):
+    assert scaling.main(options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("resnet50: 25,557,032 parameters, 8,228,544,512 operations")
+    assert lines[1].startswith(f"{count} all-reduces per step, {size:,} bytes")
 
 
 @pytest.mark.parametrize(
