@@ -61,6 +61,7 @@ smoke: $(VENV)/all  ## run every experiment briefly
 	$(PY) -m experiments.deltas --run runs/smoke/lenet5 --images 0 --out runs/smoke/deltas
 	$(PY) -m experiments.attributions --run runs/smoke/train --images 0 --out runs/smoke/attributions
 	$(PY) -m experiments.alignment --rules exact sign-symmetric --seeds 1 --steps 3 --out runs/smoke/alignment
+	$(PY) -m experiments.scaling --net lecture
 	JAXCNN_TUTORIAL_STEPS=3 $(PY) -m experiments.tutorial
 	$(PY) -m experiments.benchmarks.step --contenders "flax nnx" torch --rounds 1 --batch-size 8 --out runs/smoke/step.json
 	$(PY) -m experiments.benchmarks.ops --quick --only kron_up --out runs/smoke/ops.json

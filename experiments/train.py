@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import platform
@@ -29,6 +30,7 @@ if TYPE_CHECKING:  # importing jax takes a second, and --help does not need it
 
 PROG = "python -m experiments.train"
 LEARNING_RATES = {"adam": 2e-3, "sgd": 5e-2}
+DTYPES = ("float32", "bfloat16", "float16")
 EVALUATION_BATCH = 1000
 
 
@@ -59,6 +61,8 @@ class Config:
     """Learning rate of the first step; if omitted, 0.002 for adam, 0.05 for sgd."""
     seed: int = 0
     """Seed of the initial weights, the order of the images and the dropout."""
+    dtype: str = "float32"
+    """Dtype of activations and δ: float32, bfloat16 or float16. Parameters and loss are float32 in any case."""
     max_steps: Annotated[int | None, arg(metavar="INT")] = None
     """Maximum number of steps."""
     validation: float = 0.1
@@ -286,7 +290,7 @@ def fit(
         raise RunError(f"{explain(error)}; {hint}") from error
 
     if outcome.end == "diverged":
-        layers = watch.make_step(net, loss, optimizer, by_layer=True, donate=False)
+        layers = jaxcnn.make_train_step(net, loss, optimizer, compute_dtype=config.dtype, measure=watch.norms_by_layer)
         where = watch.locate(net, layers, outcome.state, training, outcome.step, outcome.bad_step)
         hint = f"try a --learning-rate below {rate:g}; the weights after step {saved_step(run)} are saved"
         name = f"{outcome.bad_metric} of step {outcome.bad_step}"
@@ -347,9 +351,10 @@ def compiled_step(
     # Before the first step, so that compile time is reported separately from training time.
     print("compiling … ", end="", flush=True)
     began = time.perf_counter()
-    plain = by_layer = compiled(watch.make_step(net, loss, optimizer, by_layer=False), state, batch)
+    make_step = functools.partial(jaxcnn.make_train_step, net, loss, optimizer, compute_dtype=config.dtype)
+    plain = by_layer = compiled(make_step(measure=watch.norms), state, batch)
     if every and first_step // every != steps // every:
-        by_layer = compiled(watch.make_step(net, loss, optimizer, by_layer=True), state, batch)
+        by_layer = compiled(make_step(measure=watch.norms_by_layer), state, batch)
     print(f"{time.perf_counter() - began:.1f} s", flush=True)
     taken = first_step
 
@@ -407,6 +412,7 @@ def check(config: Config) -> None:
     if config.size is not None and not is_path(config.data):
         raise bad_value(UsageError, "--size", "omitted unless --data is a folder of images", config.size)
     cli.check_choice("--optimizer", config.optimizer, LEARNING_RATES)
+    cli.check_choice("--dtype", config.dtype, DTYPES)
     cli.check_choice("--model", config.model, MODELS)
     cli.check_choice("--allocator", config.allocator, process.ALLOCATORS)
     for flag, number in {

@@ -1,4 +1,4 @@
-"""Training steps that report the norms of gradients, updates and δ, and the layer in which a number overflowed."""
+"""Norms of the gradients, updates, activations and δ of a training step, and the layer in which a number overflowed."""
 
 import functools
 import math
@@ -7,54 +7,30 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-import jaxcnn
 from experiments.data import Batch
 from experiments.training_loop import Metrics, Step
-from jaxcnn import Serial, TrainState
-from jaxcnn.net import Loss
+from jaxcnn import BackpropResult, Serial, TrainState
 
 
-def make_step(
-    net: Serial, loss: Loss, optimizer: optax.GradientTransformation, *, by_layer: bool, donate: bool = True
-) -> Step:
-    """Return a jitted step like that of `jaxcnn.make_train_step`, whose metrics also have norms.
+def norms(result: BackpropResult, updates: Any) -> Metrics:
+    """Return "gradient_norm" and "update_norm", the 2-norms over all parameters; for `jaxcnn.make_train_step`."""
+    return {"gradient_norm": norm(result.gradients), "update_norm": norm(updates)}
 
-    The metrics are "loss", "accuracy", "gradient_norm" and "update_norm", the 2-norms over all parameters.
 
-    Args:
-        net: The net.
-        loss: A loss per example.
-        optimizer: From optax.
-        by_layer: Whether the metrics also have "gradient_norms" by parameter, and "delta_norms" and "activation_norms"
-            by layer. This reads every activation and δ once more.
-        donate: Whether the step may reuse the memory of its input state.
+def norms_by_layer(result: BackpropResult, updates: Any) -> Metrics:
+    """Return the metrics of `norms`, "gradient_norms" by parameter, and "delta_norms" and "activation_norms" by layer.
+
+    This reads every activation and δ once more.
     """
-
-    @functools.partial(jax.jit, donate_argnums=(0,) if donate else ())
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        x, labels = batch
-        key = jax.random.fold_in(state.key, state.step)
-        result = jaxcnn.backprop(net, loss, state.params, x, labels, key=key)
-        updates, opt_state = optimizer.update(result.gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        logits = result.activations[_last(net)]
-        metrics: dict[str, Any] = {
-            "loss": result.loss,
-            "accuracy": jnp.mean(logits.argmax(-1) == labels),
-            "gradient_norm": norm(result.gradients),
-            "update_norm": norm(updates),
-        }
-        if by_layer:
-            paths = jax.tree_util.tree_leaves_with_path(result.gradients)
-            name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
-            metrics["gradient_norms"] = {name(path): norm(leaf) for path, leaf in paths}
-            metrics["delta_norms"] = {layer: norm(delta) for layer, delta in result.deltas.items()}
-            metrics["activation_norms"] = {layer: norm(a) for layer, a in result.activations.items()}
-        return TrainState(state.step + 1, params, opt_state, state.key), metrics
-
-    return step
+    paths = jax.tree_util.tree_leaves_with_path(result.gradients)
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {
+        **norms(result, updates),
+        "gradient_norms": {name(path): norm(leaf) for path, leaf in paths},
+        "delta_norms": {layer: norm(delta) for layer, delta in result.deltas.items()},
+        "activation_norms": {layer: norm(a) for layer, a in result.activations.items()},
+    }
 
 
 def norm(tree: Any) -> jax.Array:
@@ -72,13 +48,14 @@ def locate(
 
     Args:
         net: The net.
-        step: A step from `make_step(…, by_layer=True, donate=False)`.
-        state: The state after `first_step` steps.
+        step: A step that measures `norms_by_layer`.
+        state: The state after `first_step` steps; it is copied, because a step reuses its memory.
         batches: Returns the batch of a step, counted from 0.
         first_step: Number of steps taken.
         last_step: Number of the last step to repeat, counted from 1.
     """
     before: Metrics = {}
+    state = jax.tree.map(jnp.copy, state)
     for number in range(first_step, last_step):
         state, metrics = step(state, batches(number))
         metrics = jax.tree.map(float, jax.device_get(metrics))
@@ -113,8 +90,3 @@ def first_not_finite(layers: list[str], metrics: Metrics, before: Metrics) -> st
 
 def _first(layers: list[str], norms: Mapping[str, float]) -> str:
     return next((layer for layer in layers if layer in norms and not math.isfinite(norms[layer])), "")
-
-
-def _last(net: Serial) -> str:
-    """Return the name of the last layer, whose activations are the outputs."""
-    return next(reversed([name for name, _ in net.walk() if "/" not in name]))

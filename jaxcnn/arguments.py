@@ -144,6 +144,34 @@ def is_sequence(value: Any) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim > 0)
 
 
+def floating_dtype(op: str, argument: str, value: Any) -> np.dtype:
+    """Return a dtype that arrays may have.
+
+    Args:
+        op: name of the op.
+        argument: name of the argument.
+        value: the dtype, or its name.
+
+    Returns:
+        The dtype.
+
+    Raises:
+        TypeError: if ``value`` is not a floating dtype of at least 16 bits.
+        ValueError: if it is float64, and ``jax_enable_x64`` is off.
+    """
+    try:
+        dtype = np.dtype(value)
+    except TypeError:
+        raise bad_type(op, argument, "a floating dtype", repr(value)) from None
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise bad_type(op, argument, "a floating dtype", dtype)
+    if dtype.itemsize < 2:
+        raise bad_type(op, argument, "a floating dtype of 16 bits or more", dtype)
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise bad_value(op, argument, "a floating dtype of 32 bits or less unless jax_enable_x64 is on", dtype)
+    return dtype
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Arrays and functions
 

@@ -3,14 +3,14 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxcnn.arguments import bad_type, expect_function, expect_scalar
+from jaxcnn.arguments import bad_type, expect_function, expect_scalar, static_bool
 from jaxcnn.explicit import explicit
 from jaxcnn.net import Loss, Model, Serial, expect_loss, expect_model
 from jaxcnn.taps import Collector, probe
@@ -102,19 +102,29 @@ def backprop(
     return value_grad_and_deltas(mean_loss)(params)
 
 
-def value_grad_and_deltas(fun: Callable[..., Any]) -> Callable[..., BackpropResult]:
+@overload
+def value_grad_and_deltas(
+    fun: Callable[..., Any], *, has_aux: Literal[False] = False
+) -> Callable[..., BackpropResult]: ...
+@overload
+def value_grad_and_deltas(
+    fun: Callable[..., Any], *, has_aux: Literal[True]
+) -> Callable[..., tuple[BackpropResult, Any]]: ...
+def value_grad_and_deltas(fun: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., Any]:
     """Return a function like `jax.value_and_grad` of ``fun`` that also returns the value and δ at every `tap` in it.
 
     Args:
         fun: a function of parameters (any tree) and further arguments that returns a scalar. It is called twice, the
             first time to find the taps.
+        has_aux: whether ``fun`` returns a pair of the scalar and further results, as in `jax.value_and_grad`.
 
     Returns:
         A function of the same arguments that returns a `BackpropResult`, whose gradients are with respect to the first
-        argument. It raises TypeError if ``fun`` does not return a floating-point scalar, and ValueError as in `tap`.
+        argument; with ``has_aux`` a pair of it and the further results. It raises TypeError if ``fun`` does not return
+        a floating-point scalar, and ValueError as in `tap`.
 
     Raises:
-        TypeError: if fun is not callable.
+        TypeError: if fun is not callable or has_aux is not a bool.
 
     Tapping the input of a net gives the saliency map:
 
@@ -130,29 +140,33 @@ def value_grad_and_deltas(fun: Callable[..., Any]) -> Callable[..., BackpropResu
     (8, 5, 5, 1)
     """
     expect_function("value_grad_and_deltas", "fun", fun)
+    static_bool("value_grad_and_deltas", "has_aux", has_aux)
 
-    def with_deltas(params: Any, *args: Any, **kwargs: Any) -> BackpropResult:
-        def run(params: Any, probes: dict[str, Array]) -> tuple[Any, Collector]:
+    def with_deltas(params: Any, *args: Any, **kwargs: Any) -> Any:
+        def run(params: Any, probes: dict[str, Array]) -> tuple[Any, Any, Collector]:
             collector = Collector(probes)
             with collector.collecting():
-                return fun(params, *args, **kwargs), collector
+                result = fun(params, *args, **kwargs)
+            value, aux = result if has_aux else (result, None)
+            return value, aux, collector
 
         types: dict[str, Any] = {}
 
         def look() -> None:
-            value, collector = run(params, {})
+            value, _, collector = run(params, {})
             expect_scalar("value_grad_and_deltas", "the result of fun", value)
             types.update(collector.types())
 
         jax.eval_shape(look)
 
-        def probed(params: Any, probes: dict[str, Array]) -> tuple[Any, dict[str, Array]]:
-            value, collector = run(params, probes)
-            return value, collector.values
+        def probed(params: Any, probes: dict[str, Array]) -> tuple[Any, Any]:
+            value, aux, collector = run(params, probes)
+            return value, (aux, collector.values)
 
         probes = {name: probe(kind) for name, kind in types.items()}
         run_back = jax.value_and_grad(probed, argnums=(0, 1), has_aux=True)
-        (value, activations), (gradients, deltas) = run_back(params, probes)
-        return BackpropResult(value, gradients, deltas, activations)
+        (value, (aux, activations)), (gradients, deltas) = run_back(params, probes)
+        result = BackpropResult(value, gradients, deltas, activations)
+        return (result, aux) if has_aux else result
 
     return with_deltas

@@ -1,7 +1,6 @@
 """Statistics of the training data for batch norms in evaluation."""
 
 import copy
-import dataclasses
 from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
@@ -11,8 +10,8 @@ import numpy as np
 
 from jaxcnn.arguments import bad_type, fail, static_int
 from jaxcnn.kernels.moments import Moments, merge
-from jaxcnn.layers import BatchNorm, Layer, Net, Params
-from jaxcnn.net import Serial, expect_net, is_custom
+from jaxcnn.layers import Params
+from jaxcnn.net import Serial, batch_norms, expect_net
 from jaxcnn.stages import Stages, stages_of
 from jaxcnn.statistics import UNKNOWN
 
@@ -67,7 +66,7 @@ def calibrate(net: Serial, params: Params, batches: Iterable[tuple[Any, Any]], *
     if not isinstance(batches, Iterable):
         raise bad_type("calibrate", "batches", "(x, targets) pairs", repr(batches))
     static_int("calibrate", "keep_bytes", keep_bytes, least=0)
-    norms, opaque = _norms(net)
+    norms, opaque = batch_norms(net)
     if iter(batches) is batches and norms:
         expected = f"an iterable that can be iterated once per BatchNorm ({len(norms)}), such as a list"
         raise bad_type("calibrate", "batches", expected, type(batches).__name__)
@@ -123,27 +122,6 @@ def _statistics(stages: Any, leaves: Any, batches: Iterable[tuple[Any, Any]], ke
             known[path] = jnp.asarray(total.m, dtypes[path]), jnp.asarray(total.s / total.n, dtypes[path])
         held, stage = to_hold, stage + 1
     return known
-
-
-def _norms(net: Serial) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the paths of the batch norms that calibrate can see, and the layers that may contain others."""
-    norms: list[str] = []
-    opaque: list[str] = []
-
-    def visit(path: str, layer: Layer) -> None:
-        if isinstance(layer, BatchNorm):
-            norms.append(path)
-            return
-        inside = list(layer.layers) if isinstance(layer, Net) else []
-        if is_custom(layer):
-            opaque.append(path or type(layer).__name__)
-            fields = ((field.name, getattr(layer, field.name)) for field in dataclasses.fields(layer))
-            inside += [(name, value) for name, value in fields if isinstance(value, Layer)]
-        for name, value in inside:
-            visit(f"{path}/{name}" if path else name, value)
-
-    visit("", net)
-    return tuple(norms), tuple(opaque)
 
 
 def _arrays(x: Any) -> Any:

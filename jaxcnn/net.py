@@ -15,8 +15,21 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxcnn import layers as layer_module
-from jaxcnn.arguments import array, bad_type, bad_value, one_key
-from jaxcnn.layers import Flatten, Function, Layer, Net, OpLayer, Params, Shape, as_layer, out_shape, shape_of
+from jaxcnn.arguments import array, bad_type, bad_value, floating_dtype, one_key
+from jaxcnn.kernels.dtypes import accumulator
+from jaxcnn.layers import (
+    BatchNorm,
+    Flatten,
+    Function,
+    Layer,
+    Net,
+    OpLayer,
+    Params,
+    Shape,
+    as_layer,
+    out_shape,
+    shape_of,
+)
 from jaxcnn.ops import linear
 from jaxcnn.ops.kinds import names_of
 from jaxcnn.ops.rule import autodiff
@@ -91,8 +104,13 @@ class Serial(Net):
         *,
         key: Array | None = None,
         rules: Rules | Selection | None = None,
+        dtype: DTypeLike | None = None,
     ) -> Array:
         """Return the net's output for a batch ``x``.
+
+        With ``dtype``, the layers compute in it: parameters and floating-point inputs are cast, except for the
+        statistics of a `BatchNorm`. The output is cast back, to float32 if ``dtype`` has 16 bits. The gradient of the
+        parameters has their dtype.
 
         Args:
             params: parameters as made by `init`.
@@ -102,6 +120,7 @@ class Serial(Net):
                 ("conv1", "residual1/conv2", or "residual1" for all layers in it) or predicates
                 ``(name, layer) → bool``; the first that matches wins. The key `Residual` is for the sums at the end of
                 residual nets and of branches. An inner net receives a `Selection` of the rules of the outermost net.
+            dtype: dtype of the layers, such as ``jnp.bfloat16``; None for that of ``params`` and ``x``.
 
         Returns:
             The output of the last layer.
@@ -109,8 +128,11 @@ class Serial(Net):
         Raises:
             ValueError: if parameters are missing, if a key in ``rules`` matches no layer, or if it matches only layers
                 that take no rule, such as `Flatten`.
-            TypeError: if params is not a dict, x is not an array, key is not a key, or rules has the wrong type.
+            TypeError: if params is not a dict, x is not an array, key is not a key, rules has the wrong type, or dtype
+                is not a floating dtype.
         """
+        if dtype is not None:
+            return in_dtype(self, floating_dtype("serial", "dtype", dtype)).apply(params, x, key=key, rules=rules)
         selection = select(rules, self)
         if not isinstance(params, Mapping):
             raise bad_type("serial", "params", "a dict as init makes it", type(params).__name__)
@@ -250,6 +272,85 @@ class Residual(Serial):
 
     def _end_rows(self, shape: Shape, out: tuple[int, ...], path: str) -> list[Row]:
         return [Row(path.rstrip("/") or "residual", "Residual", out, 0, math.prod(out))]
+
+
+@dataclasses.dataclass(frozen=True)
+class InDtype(Serial):
+    """A net whose layers compute in another dtype than that of its parameters. Made by `in_dtype`.
+
+    All casts of mixed precision are in `_apply`.
+    """
+
+    net: Serial = dataclasses.field(kw_only=True)
+    dtype: np.dtype = dataclasses.field(kw_only=True)
+
+    def init(self, key: Array, shape: Shape, dtype: DTypeLike = jnp.float32) -> Params:
+        """Make the parameters of the net; the arguments are those of `Serial.init`."""
+        return self.net.init(key, shape, dtype)
+
+    def _apply(self, params: Params, x: Any, key: Array | None, selection: Selection) -> Array:
+        """Cast parameters and inputs to the dtype, apply the net, and cast its output to the dtype of sums."""
+        params = self._cast_params(params, frozenset(batch_norms(self.net)[0]), "")
+        y = self.net.apply(params, _cast(x, self.dtype), key=key, rules=selection)
+        return _cast(y, accumulator(self.dtype))
+
+    def _cast_params(self, params: Any, norms: frozenset[str], path: str) -> Any:
+        """Cast parameters, except for the statistics of the batch norms with these full names."""
+        if not isinstance(params, Mapping):
+            return _cast(params, self.dtype)
+        return {
+            name: value
+            if path in norms and name in ("mean", "var")
+            else self._cast_params(value, norms, f"{path}/{name}" if path else name)
+            for name, value in params.items()
+        }
+
+    @property
+    def sum_keys(self) -> tuple[type, ...]:
+        """Return the keys for the sum at the end of the net."""
+        return self.net.sum_keys
+
+    def _rows(self, shape: Shape, path: str) -> list[Row]:
+        return self.net._rows(shape, path)
+
+
+def in_dtype(net: Serial, dtype: np.dtype) -> InDtype:
+    """Return a net that computes in ``dtype``, and that has the layers and the parameters of ``net``."""
+    return InDtype(net.layers, name=net.name, net=net, dtype=dtype)
+
+
+def _cast(tree: Any, dtype: np.dtype) -> Any:
+    """Cast the floating-point arrays of a tree."""
+
+    def cast(a: Any) -> Any:
+        return jnp.asarray(a, dtype) if jnp.issubdtype(jnp.result_type(a), jnp.floating) else a
+
+    return jax.tree.map(cast, tree)
+
+
+def batch_norms(net: Net) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the full names of the batch norms of a net, and of the layers that may contain others.
+
+    A layer with its own `apply` may contain others. Those among its fields are found, if their parameters have the name
+    of the field.
+    """
+    norms: list[str] = []
+    opaque: list[str] = []
+
+    def visit(path: str, layer: Layer) -> None:
+        if isinstance(layer, BatchNorm):
+            norms.append(path)
+            return
+        inside = list(layer.layers) if isinstance(layer, Net) else []
+        if is_custom(layer):
+            opaque.append(path or type(layer).__name__)
+            fields = ((field.name, getattr(layer, field.name)) for field in dataclasses.fields(layer))
+            inside += [(name, value) for name, value in fields if isinstance(value, Layer)]
+        for name, value in inside:
+            visit(f"{path}/{name}" if path else name, value)
+
+    visit("", net)
+    return tuple(norms), tuple(opaque)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -15,16 +15,20 @@ import optax.contrib
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxcnn.arguments import bad_type, bad_value, expect_function, fail, one_key, static_int
+from jaxcnn.arguments import bad_type, bad_value, expect_function, fail, floating_dtype, one_key, static_int
+from jaxcnn.backprop import BackpropResult, value_grad_and_deltas
 from jaxcnn.caching import remembered
 from jaxcnn.layers import Params, Shape
-from jaxcnn.net import Loss, Serial, expect_loss, expect_net
+from jaxcnn.net import Loss, Serial, expect_loss, expect_net, in_dtype
 from jaxcnn.selection import Rules
 
 #: (net, loss, params, x, targets, *, key) → a tree like params, or one gradient per example.
 Gradient = Callable[..., Any]
 Batch = tuple[Any, Any]
-Metrics = dict[str, Array]
+#: Numbers by name, or trees of them.
+Metrics = dict[str, Any]
+#: (result of the backward pass, updates of the parameters) → metrics.
+Measure = Callable[[BackpropResult, Any], Metrics]
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -109,7 +113,7 @@ class TrainState:
 
         Raises:
             TypeError: if net, optimizer or key has the wrong type, or dtype is not a floating dtype.
-            ValueError: if the net does not fit ``input_shape``.
+            ValueError: if the net does not fit ``input_shape``, or dtype is float64 and ``jax_enable_x64`` is off.
 
         >>> import jax
         >>> import jax.numpy as jnp
@@ -123,7 +127,7 @@ class TrainState:
         expect_net("TrainState.create", net)
         _expect_optimizer("TrainState.create", optimizer)
         init_key, train_key = jax.random.split(one_key("TrainState.create", key))
-        params = net.init(init_key, input_shape, _floating("TrainState.create", "dtype", dtype))
+        params = net.init(init_key, input_shape, floating_dtype("TrainState.create", "dtype", dtype))
         return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params), train_key)
 
 
@@ -149,6 +153,8 @@ def make_train_step(
     rules: Rules | None = None,
     microbatch: int | None = None,
     gradient: Gradient | None = None,
+    compute_dtype: DTypeLike | None = None,
+    measure: Measure | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Return a jitted training step: ``state, metrics = step(state, (x, targets))``.
 
@@ -175,6 +181,13 @@ def make_train_step(
     unless a layer is random (each microbatch gets its own key) or depends on the whole batch (`BatchNorm` uses the
     statistics of a microbatch). On CPU this is often faster: 16 to 64 examples of a large net stay in cache.
 
+    If ``measure`` is given, it is called with the `BackpropResult` of the step, which has every layer's activation and
+    δ, and with the updates of the parameters. Its result is added to the metrics.
+
+    If ``compute_dtype`` is given, activations and δ have it (mixed precision), as in `Serial.apply` with ``dtype``.
+    Parameters, their gradients and the optimizer's state keep their dtype. Sums, the statistics of norms and the loss
+    are in float32 or wider. ``gradient`` receives a net that computes in this dtype.
+
     On several devices, replicate the state and shard the batch; the step is the same. With k microbatches, each takes
     every k-th example, so every device holds a share of each one.
 
@@ -186,6 +199,9 @@ def make_train_step(
         microbatch: number of examples per microbatch; None uses the whole batch. A smaller remainder is processed last.
         gradient: called in place of the gradient of the mean loss. It cannot be combined with ``rules`` or
             ``microbatch``.
+        compute_dtype: dtype of activations and δ, such as ``jnp.bfloat16``; None for that of parameters and inputs.
+        measure: function of a `BackpropResult` and the updates that returns further metrics by name. It cannot be
+            combined with ``gradient`` or ``microbatch``.
 
     Returns:
         The step, a function of a `TrainState` and a batch that returns the new state and the metrics. It raises the
@@ -193,8 +209,10 @@ def make_train_step(
         per-example gradients and does not receive them.
 
     Raises:
-        TypeError: if net, loss, optimizer, gradient or microbatch has the wrong type.
-        ValueError: if microbatch is less than 1, or if gradient is combined with rules or microbatch.
+        TypeError: if net, loss, optimizer, gradient, measure or microbatch has the wrong type, or compute_dtype is not
+            a floating dtype.
+        ValueError: if microbatch is less than 1, if gradient is combined with rules or microbatch, if measure is
+            combined with gradient or microbatch, or if compute_dtype is float64 and ``jax_enable_x64`` is off.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -223,6 +241,17 @@ def make_train_step(
     >>> int(state.step)
     6
 
+    The norm of every layer's δ:
+
+    >>> def delta_norms(result, updates):
+    ...     return {"delta_norms": jax.tree.map(jnp.linalg.norm, result.deltas)}
+    >>> step = jaxcnn.make_train_step(
+    ...     net, jaxcnn.softmax_cross_entropy_with_integer_labels, optimizer, measure=delta_norms
+    ... )
+    >>> state, metrics = step(state, (jnp.ones((8, 28, 28, 1)), jnp.zeros(8, jnp.int32)))
+    >>> sorted(metrics["delta_norms"])
+    ['dense1', 'flatten1']
+
     Private training, every gradient clipped and noise added to their sum:
 
     >>> def private(net, loss, params, x, targets, *, key):
@@ -236,7 +265,7 @@ def make_train_step(
     ... )
     >>> state, metrics = step(state, (jnp.ones((8, 28, 28, 1)), jnp.zeros(8, jnp.int32)))
     >>> int(state.step)
-    7
+    8
     """
     expect_net("make_train_step", net)
     expect_loss("make_train_step", loss)
@@ -247,6 +276,12 @@ def make_train_step(
         expect_function("make_train_step", "gradient", gradient)
         if rules is not None or microbatch is not None:
             fail("make_train_step", "gradient must not be given together with rules or microbatch")
+    if measure is not None:
+        expect_function("make_train_step", "measure", measure)
+        if gradient is not None or microbatch is not None:
+            fail("make_train_step", "measure must not be given together with gradient or microbatch")
+    if compute_dtype is not None:
+        net = in_dtype(net, floating_dtype("make_train_step", "compute_dtype", compute_dtype))
     requested = _extra_arguments(optimizer)
 
     def mean_loss(params: Params, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
@@ -268,7 +303,10 @@ def make_train_step(
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        if gradient is None:
+        if measure is not None:
+            result, counts = value_grad_and_deltas(mean_loss, has_aux=True)(state.params, batch, key)
+            value, grad = result.loss, result.gradients
+        elif gradient is None:
             (value, grad), counts = over_batch(functools.partial(loss_and_gradient, state.params), batch, key)
         else:
             value, counts = mean_loss(state.params, batch, key)
@@ -282,9 +320,14 @@ def make_train_step(
         _check_gradient(optimizer, state, grad, extra, _size(batch[0]))
         updates, opt_state = optimizer.update(grad, state.opt_state, state.params, **extra)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": value}
+        metrics: Metrics = {"loss": value}
         if counts:
             metrics["accuracy"] = counts["correct"].astype(np.float32) / counts["labels"].astype(np.float32)
+        if measure is not None:
+            measured = measure(result, updates)
+            if not isinstance(measured, Mapping):
+                raise bad_type("make_train_step", "the result of measure", "a dict", type(measured).__name__)
+            metrics |= measured
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
     return step
@@ -444,16 +487,6 @@ def _evaluator(net: Serial, loss: Loss) -> Callable[[Params, Batch], tuple[Array
 def _expect_optimizer(op: str, value: Any) -> None:
     if not (hasattr(value, "init") and hasattr(value, "update")):
         raise bad_type(op, "optimizer", "an optimizer from optax", repr(value))
-
-
-def _floating(op: str, argument: str, dtype: Any) -> np.dtype:
-    try:
-        result = np.dtype(dtype)
-    except TypeError:
-        raise bad_type(op, argument, "a floating dtype", repr(dtype)) from None
-    if not jnp.issubdtype(result, jnp.floating):
-        raise bad_type(op, argument, "a floating dtype", result)
-    return result
 
 
 def _size(x: Any) -> int:

@@ -30,7 +30,8 @@ IMPORTS = {
     "taps": {"arguments"},  # separate from backprop, which imports nets, because nets tap their layers
     "selection": {"arguments", "layers", "ops"},
     "summary": {"layers", "text"},
-    "net": {"arguments", "geometry", "ops", "layers", "selection", "summary", "taps"},
+    # kernels: the dtype of sums
+    "net": {"arguments", "geometry", "kernels", "ops", "layers", "selection", "summary", "taps"},
     "branches": {"arguments", "layers", "net", "ops", "selection", "summary"},
     "tracing": {"arguments", "geometry", "ops", "taps", "text", "tracing"},
     "explicit": {"arguments", "taps", "tracing"},
@@ -48,7 +49,7 @@ IMPORTS = {
     "curvature": {"arguments", "geometry"},
     "stages": {"arguments", "caching", "kernels", "net", "statistics"},  # kernels: moments
     "calibration": {"arguments", "kernels", "layers", "net", "stages", "statistics"},  # kernels: merging of moments
-    "training": {"arguments", "caching", "layers", "net", "selection"},
+    "training": {"arguments", "backprop", "caching", "layers", "net", "selection"},
 }  # fmt: skip
 
 #: Functions that take derivatives.

@@ -272,6 +272,13 @@ def test_a_function_with_taps():
 
     params, x = {"a": jnp.array(0.7)}, jnp.array([1.0, -2.0])
     result = value_grad_and_deltas(fun)(params, x, factor=3.0)
+
+    def with_more(params, x, *, factor):
+        return fun(params, x, factor=factor), {"twice": 2 * x}
+
+    again, more = value_grad_and_deltas(with_more, has_aux=True)(params, x, factor=3.0)
+    jax.tree.map(np.testing.assert_array_equal, again, result)
+    np.testing.assert_array_equal(more["twice"], 2 * x)
     s, c = np.sin(0.7 * x), np.cos(0.7 * x)
     expected = {"first": 6 * s, "second": np.full(2, 3.0), "on no path": np.zeros(2)}
     np.testing.assert_allclose(result.loss, 3 * (s**2).sum(), rtol=1e-15)

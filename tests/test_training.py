@@ -360,6 +360,201 @@ def test_microbatches_need_less_memory():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Further metrics
+
+
+def test_a_step_measures_its_backward_pass():
+    """The function receives what `backprop` returns, with the key of the step and its rules, and the updates."""
+
+    def measure(result, updates):
+        assert result.activations.keys() == result.deltas.keys() == {name for name, _ in WITH_DROPOUT.layers}
+        return {"deltas": result.deltas["dense1"], "updates": updates, "loss again": result.loss}
+
+    rules = {"hidden_layer1": no_gradient}
+    state, (x, labels) = begun(WITH_DROPOUT), batch()
+    key = jax.random.fold_in(state.key, 0)
+    expected = jaxcnn.backprop(WITH_DROPOUT, labelled, state.params, x, labels, key=key, rules=rules)
+    plain, _ = make_train_step(WITH_DROPOUT, labelled, optax.sgd(0.1), rules=rules)(begun(WITH_DROPOUT), (x, labels))
+    after, metrics = make_train_step(WITH_DROPOUT, labelled, optax.sgd(0.1), rules=rules, measure=measure)(
+        state, (x, labels)
+    )
+    assert set(metrics) == {"loss", "accuracy", "deltas", "updates", "loss again"}
+    chex.assert_trees_all_close(numbers(after.params), numbers(plain.params), rtol=1e-6)
+    np.testing.assert_allclose(metrics["deltas"], expected.deltas["dense1"], rtol=1e-5, atol=1e-8)
+    chex.assert_trees_all_close(
+        numbers(metrics["updates"]), jax.tree.map(lambda g: -0.1 * g, numbers(expected.gradients)), rtol=1e-5, atol=1e-8
+    )
+    assert float(metrics["loss again"]) == float(metrics["loss"]) == pytest.approx(float(expected.loss), rel=1e-6)
+    step = make_train_step(NET, labelled, optax.sgd(0.1), measure=lambda result, updates: result.loss)
+    with pytest.raises(TypeError, match=r"^make_train_step: the result of measure must be a dict, got \w*Tracer"):
+        step(begun(), (x, labels))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mixed precision
+
+MIXED = serial(
+    Conv(4, 3), BatchNorm(), jaxcnn.Relu(), residual(Conv(4, 3, padding="SAME"), jaxcnn.GroupNorm(2)),
+    HiddenLayer(4, 2), Flatten(), Dropout(0.2), Dense(CLASSES),
+)  # fmt: skip
+
+
+def to_bfloat16(tree):
+    return jax.tree.map(lambda a: a.astype(jnp.bfloat16), tree)
+
+
+def cast_by_hand(net, params, x, labels, key=None):
+    """Return the mean loss of a net in bfloat16: what `compute_dtype` should compute."""
+    logits = net.apply(to_bfloat16(params), x.astype(jnp.bfloat16), key=key)
+    return labelled(logits.astype(np.float32), labels).mean()
+
+
+def noting(dtypes):
+    def loss(outputs, labels):
+        dtypes.append(outputs.dtype)
+        return labelled(outputs, labels)
+
+    return loss
+
+
+def test_mixed_precision_is_that_of_casts_by_hand():
+    """The parameters, the optimizer's state and the loss stay in float32."""
+    optimizer, dtypes = optax.adam(1e-2), []
+    step = make_train_step(MIXED, noting(dtypes), optimizer, compute_dtype=jnp.bfloat16)
+    state = begun(MIXED, optimizer)
+    x, labels = batch()
+    key = jax.random.fold_in(state.key, 0)
+    by_hand = jax.jit(jax.value_and_grad(functools.partial(cast_by_hand, MIXED)))
+    loss, gradient = by_hand(state.params, x, labels, key)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    expected = numbers((optax.apply_updates(state.params, updates), opt_state))
+    traced = step.trace(state, (x, labels))
+    on_tpu = traced.lower(lowering_platforms=("tpu",)).as_text()
+    products = [line for line in on_tpu.splitlines() if "stablehlo.convolution" in line or "dot_general" in line]
+    assert len(products) > 8
+    assert all("xf32>" not in line.split(" : ")[1].split("->")[0] for line in products), products
+
+    state, metrics = step(state, (x, labels))
+    assert set(dtypes) == {jnp.dtype(np.float32)}
+    assert metrics["loss"].dtype == np.float32
+    assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-3)
+    assert {a.dtype for a in jax.tree.leaves((state.params, state.opt_state))} <= {np.dtype(np.float32), np.dtype("i4")}
+    chex.assert_trees_all_close(numbers((state.params, state.opt_state)), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_the_gradient_of_mixed_precision_is_near_that_of_float32():
+    net = serial(*(layer for name, layer in MIXED.layers if name != "dropout1"))
+    params, (x, labels) = begun(net).params, batch()
+
+    def loss(params, dtype):
+        return labelled(net.apply(params, x, dtype=dtype), labels).mean()
+
+    exact = jax.grad(loss)(params, None)
+    result = jaxcnn.value_grad_and_deltas(functools.partial(loss, dtype=jnp.bfloat16))(params)
+    assert result.loss.dtype == np.float32
+    assert {d.dtype for d in result.deltas.values()} == {jnp.dtype(jnp.bfloat16)}
+    for a, b in zip(jax.tree.leaves(result.gradients), jax.tree.leaves(exact), strict=True):
+        assert a.dtype == np.float32
+        largest = max(float(jnp.linalg.norm(leaf)) for leaf in jax.tree.leaves(exact))
+        assert float(jnp.linalg.norm(a - b)) < 0.03 * largest
+
+
+@pytest.mark.parametrize("microbatch", [None, 3])
+def test_mixed_precision_in_microbatches_and_per_example(microbatch):
+    """Each part is one gradient in bfloat16; the parts are added in float32."""
+    state, (x, labels) = begun(optimizer=optax.sgd(1.0)), batch(7)
+    before = numbers(state.params)
+    each = jax.vmap(jax.grad(lambda params, x, label: cast_by_hand(NET, params, x[None], label[None])), (None, 0, 0))
+    each = numbers(each(state.params, x, labels))
+    squares = sum((a.reshape(7, -1) ** 2).sum(1) for a in jax.tree.leaves(each))
+    factors = np.minimum(1, 0.5 / np.sqrt(squares))
+
+    def clipped(net, loss, params, x, labels, *, key):
+        total = jaxcnn.clipped_gradient(net, loss, params, x, labels, 0.5, key=key)
+        return jax.tree.map(lambda a: a / len(x), total)
+
+    options = {"microbatch": microbatch} if microbatch else {"gradient": clipped}
+    expected = jax.tree.map(
+        lambda a: (a * (1 if microbatch else factors.reshape(-1, *(1,) * (a.ndim - 1)))).mean(0), each
+    )
+    step = make_train_step(NET, labelled, optax.sgd(1.0), compute_dtype="bfloat16", **options)
+    after, _ = step(state, (x, labels))
+    gradient = jax.tree.map(np.subtract, before, numbers(after.params))
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == np.float32
+        assert np.linalg.norm(a - b) < 0.01 * np.linalg.norm(b)
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnNorm(jaxcnn.Layer):
+    """A custom layer with a batch norm among its fields."""
+
+    norm: BatchNorm = dataclasses.field(default_factory=BatchNorm)
+
+    def init(self, key, shape, dtype=jnp.float32):
+        return {"norm": self.norm.init(key, shape, dtype), "mean": jnp.full(shape[-1:], 0.1, dtype)}
+
+    def apply(self, params, x, *, key=None, rule=None):
+        return self.norm.apply(params["norm"], x, key=key, rule=rule) + params["mean"]
+
+
+class Negated(jaxcnn.Serial):
+    """A net with its own `apply`, which takes no dtype."""
+
+    def apply(self, params, x, *, key=None, rules=None):
+        return -super().apply(params, x, key=key, rules=rules)
+
+
+def test_statistics_of_batch_norms_stay_in_float32():
+    """In bfloat16, 257.3 would be 258."""
+    statistics = {"mean": jnp.full(2, 257.3, np.float32), "var": jnp.full(2, 0.1, np.float32)}
+    affine = {"scale": jnp.full(2, 0.7, np.float32), "bias": jnp.full(2, 0.3, np.float32)}
+    params = {"batch_norm1": affine | statistics, "own_norm1": {"mean": jnp.full(2, 0.1), "norm": affine | statistics}}
+    x = jnp.array([[256.0, 258.0]], np.float32)
+    net = serial(BatchNorm(), lambda y: y + 257, OwnNorm())
+    scale, bias, tenth = to_bfloat16((affine["scale"], affine["bias"], jnp.full(2, 0.1)))
+    norm = functools.partial(jaxcnn.batch_norm, scale=scale, bias=bias, **statistics)
+    expected = norm(norm(x.astype(jnp.bfloat16)) + 257) + tenth
+    for run in (net, Negated(net.layers)):
+        apply = jaxcnn.net.in_dtype(run, jnp.dtype(jnp.bfloat16)).apply
+        result = apply(params, x)
+        assert result.dtype == np.float32
+        np.testing.assert_array_equal(result, expected.astype(np.float32) * (1 if run is net else -1))
+    np.testing.assert_array_equal(net.apply(params, x, dtype=jnp.bfloat16), expected.astype(np.float32))
+
+
+def test_a_net_in_another_dtype_is_that_net():
+    net = jaxcnn.branches(Conv(2, 3), Conv(2, 3), join="add")
+    cast = jaxcnn.net.in_dtype(net, jnp.dtype(jnp.bfloat16))
+    params = net.init(jax.random.key(0), SHAPE)
+    chex.assert_trees_all_equal(cast.init(jax.random.key(0), SHAPE), params)
+    assert str(cast.summary(SHAPE)) == str(net.summary(SHAPE))
+    x, rules = batch()[0], {jaxcnn.net.Residual: jaxcnn.rules.Epsilon(), "conv1": jaxcnn.rules.Epsilon()}
+    y = net.apply(params, x, rules=rules, dtype=jnp.bfloat16)
+    np.testing.assert_allclose(y, net.apply(params, x), atol=0.05)
+
+
+def test_training_in_bfloat16_reaches_the_loss_of_float32():
+    optimizer, losses = optax.adam(1e-2), {}
+    for dtype in (None, jnp.bfloat16):
+        state, step = begun(NET, optimizer), make_train_step(NET, labelled, optimizer, compute_dtype=dtype)
+        for seed in range(40):
+            state, _ = step(state, batch(32, seed))
+        losses[dtype] = evaluate(NET, labelled, state.params, [batch(200, seed=99)])["loss"]
+    assert losses[jnp.bfloat16] == pytest.approx(losses[None], rel=0.05)
+    assert losses[None] < 0.5
+
+
+def test_float64_needs_x64():
+    expected = r"a floating dtype of 32 bits or less unless jax_enable_x64 is on, got float64$"
+    with jax.enable_x64(False):
+        with pytest.raises(ValueError, match=rf"^make_train_step: compute_dtype must be {expected}"):
+            make_train_step(NET, labelled, optax.sgd(1.0), compute_dtype="float64")
+        with pytest.raises(ValueError, match=rf"^TrainState.create: dtype must be {expected}"):
+            TrainState.create(NET, optax.sgd(1.0), jax.random.key(0), SHAPE, dtype=jnp.float64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Two devices
 
 
@@ -935,17 +1130,25 @@ rank, port = int(sys.argv[1]), sys.argv[2]
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"localhost:{port}", 2, rank)
-net, optimizer = jaxcnn.serial(jaxcnn.Dense(3)), optax.adam(0.1)
+from jaxcnn import BatchNorm, Conv, Dense, Flatten, HiddenLayer, Relu
+net = jaxcnn.serial(Conv(4, 3), BatchNorm(), Relu(), HiddenLayer(4, 2), Flatten(), Dense(3))
+optimizer = optax.sgd(0.1, 0.9)
+loss = jaxcnn.softmax_cross_entropy_with_integer_labels
 mesh = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
 everywhere, split = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in ((), ("batch",)))
-state = jax.device_put(jaxcnn.TrainState.create(net, optimizer, jax.random.key(0), (4,)), everywhere)
-x, labels = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32), np.arange(6, dtype=np.int32) % 3
+state = jax.device_put(jaxcnn.TrainState.create(net, optimizer, jax.random.key(0), (7, 7, 2)), everywhere)
+x, labels = np.random.default_rng(0).standard_normal((6, 7, 7, 2)).astype(np.float32), np.arange(6, dtype=np.int32) % 3
 own = slice(3 * rank, 3 * rank + 3)
 batch = [jax.make_array_from_process_local_data(split, a[own]) for a in (x, labels)]
-step = jaxcnn.make_train_step(net, jaxcnn.softmax_cross_entropy_with_integer_labels, optimizer)
+step = jaxcnn.make_train_step(net, loss, optimizer)
 for _ in range(2):
     state, metrics = step(state, tuple(batch))
-print(float(metrics["loss"]))
+
+def without_norm(params, x):
+    return net.apply(params | {"batch_norm1": {"mean": np.zeros(4, "f"), "var": np.ones(4, "f")}}, x)
+
+clipped = jax.jit(lambda *args: jaxcnn.clipped_gradient(without_norm, loss, *args, 0.1))(state.params, *batch)
+print(float(metrics["loss"]), float(optax.tree.norm(clipped)))
 """
 
 
@@ -963,17 +1166,25 @@ def test_a_state_goes_to_the_devices_of_two_processes():
         for rank in range(2)
     ]  # fmt: skip
     try:
-        ended = [process.communicate(timeout=120) for process in both]
+        ended = [process.communicate(timeout=600) for process in both]
     finally:
         for process in both:
             process.kill()
     assert [process.returncode for process in both] == [0, 0], ended
+    net = serial(Conv(4, 3), BatchNorm(), jaxcnn.Relu(), HiddenLayer(4, 2), Flatten(), Dense(3))
     with jax.enable_x64(False):
-        step = make_train_step(TINY, labelled, optax.adam(0.1))
-        state = TrainState.create(TINY, optax.adam(0.1), jax.random.key(0), (4,))
+        x = np.random.default_rng(0).standard_normal((6, 7, 7, 2)).astype(np.float32)
+        step = make_train_step(net, labelled, optax.sgd(0.1, 0.9))
+        state = TrainState.create(net, optax.sgd(0.1, 0.9), jax.random.key(0), (7, 7, 2))
         for _ in range(2):
-            state, metrics = step(state, DATA)
-    assert [float(out.split()[-1]) for out, _ in ended] == pytest.approx([float(metrics["loss"])] * 2, rel=1e-5)
+            state, metrics = step(state, (x, DATA[1]))
+        statistics = {"batch_norm1": {"mean": np.zeros(4, np.float32), "var": np.ones(4, np.float32)}}
+        clipped = jaxcnn.clipped_gradient(
+            lambda params, x: net.apply(params | statistics, x), labelled, state.params, x, DATA[1], 0.1
+        )
+    expected = float(metrics["loss"]), float(optax.tree.norm(clipped))
+    for out, _ in ended:
+        assert [float(number) for number in out.split()[-2:]] == pytest.approx(expected, rel=1e-4)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,10 @@ from jaxcnn.kernels.lowering import pad_to_span
 from jaxcnn.kernels.materialize import materialize
 from jaxcnn.kernels.parallel import batched_product
 from jaxcnn.kernels.shapes import is_symbolic
+from jaxcnn.kernels.split import mesh_of
+
+#: (x, y) → gradients.
+_OfBatch = Callable[[Array, Array], Array]
 
 #: Smallest acceptable ratio of a ghost norm's sum to the sum of absolute terms. Real nets have 0.1 or more.
 MIN_RATIO = 1 / 64
@@ -44,8 +48,8 @@ BATCH_PATCH_BYTES = 1 << 22
 def kernel_grad_each(c: Correlation, x: Array, y: Array) -> Array:
     """Return per-example weight gradients, ``(N, *size, I/groups, O)``, in the accumulation dtype of x and y.
 
-    This is one product of all patches per example. On CPU, where the patches of a batch would be too large, it is a
-    product for one example after the other: its patches stay in cache.
+    This is one product of all patches per example. Where the patches of a batch would be too large for CPU, it is a
+    product for one example after the other there: its patches stay in cache.
     """
     x, y = _to_common_accumulator(x, y)
     patches_bytes = math.prod(c.window.out) * c.window.entries * x.shape[-1] * x.dtype.itemsize
@@ -53,7 +57,17 @@ def kernel_grad_each(c: Correlation, x: Array, y: Array) -> Array:
     fits = c.groups > 1 or is_symbolic(n) or n * patches_bytes <= BATCH_PATCH_BYTES
     if c.window.ndim == 1 or (patches_bytes <= PER_EXAMPLE_PATCH_BYTES and fits):
         return by_patches(c, x, y)
-    return lax.platform_dependent(x, y, cpu=functools.partial(one_by_one, c), default=functools.partial(by_patches, c))
+    return _in_turn_on_cpu(functools.partial(one_by_one, c), functools.partial(by_patches, c), x, y)
+
+
+def _in_turn_on_cpu(in_turn: _OfBatch, at_once: _OfBatch, x: Array, y: Array) -> Array:
+    """Return ``in_turn(x, y)`` on one CPU, and ``at_once(x, y)`` elsewhere.
+
+    XLA gathers a batch that is split over devices once per example if a loop runs over it.
+    """
+    if mesh_of((x, y)) is not None:
+        return at_once(x, y)
+    return lax.platform_dependent(x, y, cpu=in_turn, default=at_once)
 
 
 def one_by_one(c: Correlation, x: Array, y: Array) -> Array:
@@ -86,9 +100,8 @@ def kernel_grad_squares(c: Correlation, x: Array, y: Array) -> Array:
     """Return ``(N,)``: ‖kernel_grad_each(c, x, y)[n]‖²."""
     if ghost_is_cheaper(c, x.shape[-1], y.shape[-1]):
         x, y = _to_common_accumulator(x, y)
-        return _sum_unless_cancelled(
-            lambda x, y: squares(kernel_grad(c, x[None], y[None])[None])[0], x, y, ghost_terms(c, x, y)
-        )
+        of_one = lambda x, y: kernel_grad(c, x[None], y[None])  # noqa: E731
+        return _sum_unless_cancelled(of_one, functools.partial(by_patches, c), x, y, ghost_terms(c, x, y))
     return squares(kernel_grad_each(c, x, y))
 
 
@@ -129,15 +142,23 @@ def _is_jaxpr(value: Any) -> bool:
     return hasattr(value, "eqns")
 
 
-def _sum_unless_cancelled(direct: Callable[[Array, Array], Array], x: Array, y: Array, terms: Array) -> Array:
-    """Return ``(N,)`` sums of each example's terms, or, if those of any example cancel, ``direct`` of each example.
+def _sum_unless_cancelled(of_one: _OfBatch, at_once: _OfBatch, x: Array, y: Array, terms: Array) -> Array:
+    """Return ``(N,)`` sums of each example's terms, or the squared norms of its gradient if the terms of any cancel.
 
-    ``direct`` runs for one example after the other: memory for all at once would be allocated even if it is not needed.
+    On one CPU, the gradients are computed by ``of_one`` for one example after the other: memory for all at once would
+    be allocated even if it is not needed. Elsewhere ``at_once`` computes them for the batch.
     """
     dims = range(1, terms.ndim)
     total, size = terms.sum(dims), jnp.abs(terms).sum(dims)
     precise = jnp.all(total >= MIN_RATIO * size)
-    return lax.cond(precise, lambda x, y: total, lambda x, y: lax.map(lambda pair: direct(*pair), (x, y)), x, y)
+
+    def in_turn(x: Array, y: Array) -> Array:
+        return lax.map(lambda pair: squares(of_one(*pair)[None])[0], (x, y))
+
+    def direct(x: Array, y: Array) -> Array:
+        return _in_turn_on_cpu(in_turn, lambda x, y: squares(at_once(x, y)), x, y)
+
+    return lax.cond(precise, lambda x, y: total, direct, x, y)
 
 
 def ghost_terms(c: Correlation, x: Array, y: Array) -> Array:
@@ -184,7 +205,7 @@ def outer_squares(x: Array, y: Array) -> Array:
     if positions == 1:
         return squares(x) * squares(y)
     terms = jnp.einsum("npi,nqi->npq", x, x) * jnp.einsum("npo,nqo->npq", y, y)
-    return _sum_unless_cancelled(lambda x, y: jnp.sum(jnp.square(x.T @ y)), x, y, terms)
+    return _sum_unless_cancelled(lambda x, y: x.T @ y, outer_each, x, y, terms)
 
 
 def squares(x: Array) -> Array:

@@ -2,7 +2,8 @@
 
 XLA:CPU calls a library for a reduction. The library is fast if the terms are an array or a product of two arrays, and
 slow if they are computed from more. Adding halves or eighths of an array is an ordinary loop instead, which runs on all
-threads and computes the terms as it reads them.
+threads and computes the terms as it reads them. An array that may be split over devices is summed by XLA, because
+devices would exchange its halves.
 """
 
 import functools
@@ -14,11 +15,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxcnn.kernels.shapes import is_symbolic
+from jaxcnn.kernels.split import mesh_of
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def sum_computed(dims: tuple[int, ...], x: Array) -> Array:
     """Return Σ x over ``dims``, where x is computed from a product of more than two arrays."""
+    if mesh_of((x,)) is not None:
+        return x.sum(dims)
     return lax.platform_dependent(x, cpu=functools.partial(sum_by_halves, dims), default=lambda x: x.sum(dims))
 
 
@@ -34,10 +38,10 @@ def sum_by_halves(dims: tuple[int, ...], x: Array) -> Array:
 def sum_of_eights(x: Array, axis: int) -> Array:
     """Reduce an axis to about an eighth by adding eight equal slices, and append the remainder.
 
-    An axis of symbolic size is summed to size 1.
+    An axis of symbolic size, or that may be split over devices, is summed to size 1.
     """
     n = x.shape[axis]
-    if is_symbolic(n):
+    if is_symbolic(n) or mesh_of((x,)) is not None:
         return x.sum(axis, keepdims=True)
     parts = max(min(n, 8), 1)
     ends = [n // parts * i for i in range(parts + 1)]

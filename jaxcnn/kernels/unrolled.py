@@ -23,6 +23,7 @@ from jaxcnn.geometry import Correlation
 from jaxcnn.kernels.materialize import materialize
 from jaxcnn.kernels.reductions import sum_of_eights
 from jaxcnn.kernels.shapes import expand_rank, is_symbolic, known_at_most
+from jaxcnn.kernels.split import mesh_of
 from jaxcnn.kernels.windows import at_tap, interleaved, padded, phase_taps, unpad
 
 #: Start of a tap's slice of the padded input; traced inside a loop.
@@ -185,14 +186,17 @@ def kernel_grad_by_tap(c: Correlation, x: Array, y: Array) -> Array:
     """Apply the adjoint in w with one tap per iteration of a loop, which compiles in a third of the time."""
     win, groups, inputs = c.window, c.groups, x.shape[-1] // c.groups
     canvas, y = materialize(padded(win, x)), y.reshape(*y.shape[:-1], groups, y.shape[-1] // groups)
+    # A split batch is summed after the loop, so that devices communicate once.
+    inside = range(win.ndim + 1) if mesh_of((x, y)) is None else range(1, win.ndim + 1)
 
     def grad_of_tap(start: Array) -> Array:
         entries = _tap_elements(canvas, start, win.out, win.stride)
         entries = entries.reshape(*entries.shape[:-1], groups, inputs)
-        return jnp.stack([(entries[..., i : i + 1] * y).sum(range(win.ndim + 1)) for i in range(inputs)])
+        return jnp.stack([(entries[..., i : i + 1] * y).sum(inside) for i in range(inputs)])
 
     starts = np.array([win.offset(tap) for tap in win.taps()], np.int32)
-    return lax.map(grad_of_tap, starts).reshape(*win.size, inputs, -1)
+    w = lax.map(grad_of_tap, starts)
+    return w.sum(range(2, w.ndim - 2)).reshape(*win.size, inputs, -1)
 
 
 def _blocks(size: Sequence[int], most: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -305,6 +305,11 @@ def test_rules_that_differ_from_autodiff_stop_the_run_before_it_begins(out, caps
             "--data: must be one of fashion-mnist-sample, fashion-mnist, digits, idx, got 'fashion-minst'; "
             "did you mean fashion-mnist?",
         ),
+        (
+            ["--dtype", "float23"],
+            2,
+            "--dtype: must be one of float32, bfloat16, float16, got 'float23'; did you mean float32?",
+        ),
         (["--optimizer", "adamw"], 2, "--optimizer: must be one of adam, sgd, got 'adamw'; did you mean adam?"),
         (["--allocator", "mine"], 2, "--allocator: must be one of tuned, stock, got 'mine'"),
         (["--epochs", "0"], 2, "--epochs: must be at least 1, got 0"),

@@ -1,3 +1,4 @@
+import functools
 import math
 
 import jax
@@ -21,25 +22,31 @@ def test_the_norm_of_large_numbers_does_not_overflow():
     assert math.isnan(float(watch.norm({"a": jnp.array([1.0, math.nan])})))
 
 
-@pytest.mark.parametrize("by_layer", [False, True])
-def test_a_step_is_that_of_make_train_step(by_layer):
+def make_step(optimizer, measure=watch.norms_by_layer):
+    return jaxcnn.make_train_step(NET, LOSS, optimizer, measure=measure)
+
+
+def test_a_step_measures_norms_and_stays_the_same():
     optimizer = optax.adam(0.01)
     state = jaxcnn.TrainState.create(NET, optimizer, jax.random.key(0), (2, 2, 1))
-    expected, metrics = jaxcnn.make_train_step(NET, LOSS, optimizer)(jax.tree.map(jnp.copy, state), BATCH)
-    result, got = watch.make_step(NET, LOSS, optimizer, by_layer=by_layer, donate=False)(state, BATCH)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), result, expected)
-    assert float(got["loss"]) == pytest.approx(float(metrics["loss"]), rel=1e-6)
-    assert float(got["accuracy"]) == pytest.approx(float(metrics["accuracy"]))
+    copied = functools.partial(jax.tree.map, jnp.copy, state)
+    expected, metrics = make_step(optimizer, None)(copied(), BATCH)
+    result, plain = make_step(optimizer, watch.norms)(copied(), BATCH)
+    by_layer, got = make_step(optimizer)(copied(), BATCH)
+    for one in (result, by_layer):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), one, expected)
+    for name in ("loss", "accuracy"):
+        assert float(got[name]) == pytest.approx(float(metrics[name]), rel=1e-6)
+    assert set(plain) == {"loss", "accuracy", "gradient_norm", "update_norm"}
     updates = jax.tree.map(jnp.subtract, expected.params, state.params)
-    assert float(got["update_norm"]) == pytest.approx(float(optax.tree.norm(updates)), rel=1e-3)
-    if by_layer:
-        through = jaxcnn.backprop(NET, LOSS, state.params, *BATCH)
-        assert float(got["gradient_norm"]) == pytest.approx(float(optax.tree.norm(through.gradients)), rel=1e-5)
-        assert set(got["delta_norms"]) == {"flatten1", "dense1", "tanh1", "dense2"} == set(got["activation_norms"])
-        assert float(got["delta_norms"]["dense1"]) == pytest.approx(
-            float(jnp.linalg.norm(through.deltas["dense1"])), rel=1e-5
-        )
-        assert set(got["gradient_norms"]) == {f"dense{n}/{p}" for n in (1, 2) for p in ("weight", "bias")}
+    assert float(plain["update_norm"]) == pytest.approx(float(optax.tree.norm(updates)), rel=1e-3)
+    through = jaxcnn.backprop(NET, LOSS, state.params, *BATCH)
+    assert float(got["gradient_norm"]) == pytest.approx(float(optax.tree.norm(through.gradients)), rel=1e-5)
+    assert set(got["delta_norms"]) == {"flatten1", "dense1", "tanh1", "dense2"} == set(got["activation_norms"])
+    assert float(got["delta_norms"]["dense1"]) == pytest.approx(
+        float(jnp.linalg.norm(through.deltas["dense1"])), rel=1e-5
+    )
+    assert set(got["gradient_norms"]) == {f"dense{n}/{p}" for n in (1, 2) for p in ("weight", "bias")}
 
 
 def norms(**changed: float) -> dict:
@@ -74,7 +81,7 @@ def test_the_step_and_the_layer_of_an_overflow():
     optimizer = optax.sgd(1.0)
     state = jaxcnn.TrainState.create(NET, optimizer, jax.random.key(0), (2, 2, 1))
     bad = (np.where(np.arange(8)[:, None, None, None] == 3, np.nan, BATCH[0]).astype(np.float32), BATCH[1])
-    step = watch.make_step(NET, LOSS, optimizer, by_layer=True, donate=False)
+    step = make_step(optimizer)
     text = watch.locate(NET, step, state, lambda n: bad if n == 6 else BATCH, 4, 9)
     assert text.startswith("step 7: the first activation that is not finite is that of flatten1, and the first δ is")
     assert "dense2 (norm nan, " in text
