@@ -177,6 +177,7 @@ def chosen(config: Config) -> Iterator[tuple[tuple[str, str, str], dict[str, Job
     from experiments.benchmarks import rows
 
     batch = QUICK * config.chips if config.quick else config.batch_size
+    names: list[tuple[str, str, tuple[str, ...]]]
     names = [(row.name, product, (OURS, STOCK)) for row in rows.rows() for product in (FORWARD, BOTH)]
     names += [(net, STEP, (OURS, STOCK, FLAX)) for net in config.nets if net != "none"]
     for dtype in config.dtypes:

@@ -238,7 +238,7 @@ def _mesh(platform: Platform) -> Callable[[int], Any]:
         except RuntimeError:
             return platform.name
 
-    xla_bridge.canonicalize_platform = canonical
+    vars(xla_bridge)["canonicalize_platform"] = canonical
 
     def mesh(chips: int) -> Any:
         topology = platform.topology.format(chips=chips)
