@@ -4,9 +4,10 @@ PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
 PY     := $(VENV)/bin/python
+PYTHON_COMPILED ?= python3.12
 PYTEST := $(PY) -m pytest -n auto --dist worksteal --durations=20
 
-.PHONY: help train lecture test test-full fuzz test-all coverage mutants lint types docs build smoke bench check clean
+.PHONY: help train lecture test test-full fuzz test-all coverage mutants lint types docs build smoke bench compiled check clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-10s %s\n", $$1, $$2}'
@@ -75,17 +76,28 @@ smoke: $(VENV)/all  ## run every experiment briefly
 bench: $(VENV)/all  ## time training steps side by side with other libraries
 	$(PY) -m experiments.benchmarks.step $(ARGS)
 
+compiled: .venv-compiled/ready  ## compile every op for a TPU or GPU, without one; ARGS="--platform cuda-h100 --only pool"
+	.venv-compiled/bin/python -m experiments.benchmarks.compiled $(ARGS)
+
 check: lint types test-full docs build smoke  ## run everything that CI runs
 
 clean:  ## delete environments, runs, builds and caches
-	rm -rf $(VENV) .venv-3.* runs dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-3.* .venv-compiled runs dist .pytest_cache .mypy_cache .ruff_cache
 
 # Without dependencies, because torchvision would install another PyTorch.
 $(VENV)/zennit: $(VENV)/experiments,test
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps zennit==0.5.1
 	@touch "$@"
 
-#: Python compiles the modules that are imported, a tenth of them.
+# The compilers for TPU and GPU, with Python 3.12. The plugin for CUDA compiles without NVIDIA's libraries.
+.venv-compiled/ready: pyproject.toml
+	test -x $(@D)/bin/python || $(PYTHON_COMPILED) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[experiments,tpu]" "flax>=0.12"
+	version=$$($(@D)/bin/python -c 'from importlib.metadata import version; print(version("jax"))') && \
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		"jax-cuda12-plugin==$$version" "jax-cuda12-pjrt==$$version"
+	@touch "$@"
+
 # One stamp file per set of extras; it is newer than pyproject.toml if that set is installed.
 $(VENV)/%: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)

@@ -36,9 +36,12 @@ from jaxcnn.kernels.lowering import (
     without_depth,
 )
 from jaxcnn.kernels.parallel import on_all_threads
-from jaxcnn.kernels.shapes import largest_divisor
+from jaxcnn.kernels.shapes import known_at_most, largest_divisor
 from jaxcnn.kernels.split import run_whole
 from jaxcnn.kernels.windows import at_tap, interleaved, pad_axis, phase_taps
+
+#: A kernel is large, on GPU, if the image has up to this many times its elements.
+LARGE_KERNEL = 5
 
 #: Target size in bytes of a batch block's products ("products"): larger than any cache, but few page faults.
 PRODUCTS_BLOCK_BYTES = 1 << 23
@@ -50,7 +53,7 @@ def input_grad(c: Correlation, y: Array, w: Array) -> Array:
     dtype = wider(y.dtype, w.dtype)
     if y.size == 0 or w.size == 0:
         return jnp.zeros((y.shape[0], *c.window.shape, w.shape[-2] * c.groups), dtype)
-    gpu = choose_input_grad_on_gpu(c)
+    gpu = choose_input_grad_on_gpu(c, y, w)
     run = functools.partial(run_lowering, INPUT_GRAD, choose_input_grad(c, y, w), c, dtype=dtype, cuda=gpu, rocm=gpu)
     image_dims = unsharded_image_dims(c)
     return run_whole(run, (y, w), (image_dims, unsharded_kernel_dims(c)), image_dims)
@@ -82,13 +85,17 @@ def choose_input_grad(c: Correlation, y: Array, w: Array) -> str:
     return "all_threads" if all_threads_pay(c, y, inputs, c.window.shape) else "xla"
 
 
-def choose_input_grad_on_gpu(c: Correlation) -> str:
+def choose_input_grad_on_gpu(c: Correlation, y: Array, w: Array) -> str:
     """Choose the lowering of `input_grad` for CUDA and ROCm.
 
-    With stride 1, "xla" lets the sum of a residual connection fuse into the convolution.
+    With stride 1, "xla" lets the sum of a residual connection fuse into the convolution, but copies the kernel once
+    more. For large kernels that costs more.
     """
+    if not applies("xla_reverse", c):
+        return "xla"
     strided = any(s > 1 for s in c.window.stride)
-    return "xla_reverse" if strided and applies("xla_reverse", c) else "xla"
+    large = known_at_most(y.shape[0] * math.prod(c.window.shape) * w.shape[-2], LARGE_KERNEL * w.size)
+    return "xla_reverse" if strided or large else "xla"
 
 
 def run_chosen(c: Correlation, y: Array, w: Array) -> Array:

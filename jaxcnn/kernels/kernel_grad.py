@@ -69,7 +69,10 @@ def kernel_grad(c: Correlation, x: Array, y: Array) -> Array:
     if mesh is not None and (x.shape[0] == 1 or (c.groups > 1 and len(mesh.axis_names) > 1)):
         run = functools.partial(run_lowering, {"xla": _one_product}, "xla", c, dtype=dtype)
     else:
-        run = functools.partial(run_lowering, KERNEL_GRAD, choose_kernel_grad(c, x, y), c, dtype=dtype)
+        gpu = choose_kernel_grad_on_gpu(c)
+        run = functools.partial(
+            run_lowering, KERNEL_GRAD, choose_kernel_grad(c, x, y), c, dtype=dtype, cuda=gpu, rocm=gpu
+        )
     return run_whole(run, (x, y), (unsharded_image_dims(c),) * 2, unsharded_kernel_dims(c))
 
 
@@ -96,6 +99,17 @@ def choose_kernel_grad(c: Correlation, x: Array, y: Array) -> str:
     few_outputs = c.window.ndim == 2 and outputs <= 16  # too few for a GEMM
     short = known_at_most(x.shape[0] * math.prod(c.window.out) * c.window.entries * inputs * outputs, SHORT)
     return "transposed" if few_outputs or short or c.window.ndim == 1 else "rows"
+
+
+def choose_kernel_grad_on_gpu(c: Correlation) -> str:
+    """Choose the lowering of `kernel_grad` for CUDA and ROCm.
+
+    If a strided 1 × 1 kernel leaves a remainder, "xla" copies all of the image without it. "pointwise" copies only the
+    elements that the kernel reads.
+    """
+    win = c.window
+    rest = any(span < n for span, n in zip(win.span, win.shape, strict=True))
+    return "pointwise" if rest and applies("pointwise", c) else "xla"
 
 
 def run_chosen(c: Correlation, x: Array, y: Array) -> Array:

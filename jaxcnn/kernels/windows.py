@@ -32,6 +32,9 @@ from jaxcnn.kernels.split import run_whole
 #: Windows of up to this many taps are written out tap by tap.
 MAX_UNROLLED_TAPS = 64
 
+#: Windows of up to this many taps are reduced by one `lax.reduce_window` on GPU, whose work grows with the taps.
+MAX_WHOLE_TAPS = 256
+
 #: As `MAX_UNROLLED_TAPS`, for the maximum over adjacent windows. With more taps XLA recomputes the winner per element.
 MAX_UNROLLED_TILE = 16
 
@@ -56,21 +59,43 @@ def choose_max(win: Window) -> dict[str, str]:
     if win.tiles and win.entries > MAX_UNROLLED_TILE:
         return _everywhere("tiles")
     if win.entries > MAX_UNROLLED_TAPS:
-        return _everywhere("long")
+        # On GPU, "long" writes the maxima along each dim to memory, with their indices.
+        gpu = "whole" if win.entries <= MAX_WHOLE_TAPS else "long"
+        return {"cpu": "long", "tpu": "long", "cuda": gpu, "rocm": gpu}
+    # XLA:TPU takes two to five times as long for strided slices, except for 2-D windows that do not overlap.
+    tpu = "compare" if win.tiles and win.ndim == 2 else "phases"
     # On GPU, XLA writes the test for NaN of every element of x to memory, which it would do for "compare" only if
     # windows overlap. On TPU, "fold" takes 1.5 times as long as "compare".
     gpu = "compare" if win.tiles else "fold"
-    return {"cpu": "compare", "tpu": "compare", "cuda": gpu, "rocm": gpu}
+    return {"cpu": "compare", "tpu": tpu, "cuda": gpu, "rocm": gpu}
 
 
 def choose_scatter(win: Window) -> dict[str, str]:
     """Choose the lowering of `scatter_to_winners` per platform, a key of `SCATTER`."""
     if win.tiles:
-        return _everywhere("tiles")
+        # In 1-D, XLA:TPU is slower for a reshape to tiles.
+        tpu = "phases" if win.ndim == 1 and win.entries <= MAX_UNROLLED_TILE else "tiles"
+        return _everywhere("tiles") | {"tpu": tpu}
     if win.entries > MAX_UNROLLED_TAPS:
         return _everywhere("long")
     # XLA:TPU does not fuse padding between elements, which "taps" uses.
     return {"cpu": "taps", "tpu": "phases", "cuda": "taps", "rocm": "taps"}
+
+
+def choose_sum(win: Window) -> dict[str, str]:
+    """Choose the lowering of `window_sum` per platform, a key of `SUM`."""
+    # XLA:TPU takes 1.1 to 7 times as long for the strided slices of "by_dim". In 1-D, a reshape to tiles is slow.
+    if win.tiles:
+        tpu = "whole" if win.ndim == 1 and win.entries <= MAX_UNROLLED_TAPS else "tiles"
+        return choose_sum_adjoint(win) | {"tpu": tpu}
+    return choose_sum_adjoint(win)
+
+
+def choose_sum_adjoint(win: Window) -> dict[str, str]:
+    """Choose the lowering of `window_sum_adjoint` per platform, a key of `SUM_ADJOINT`."""
+    # On GPU, "by_dim" writes the sums along one dim to memory, in float32 even for 16-bit images.
+    gpu = "whole" if win.ndim > 1 and MAX_UNROLLED_TAPS < win.entries <= MAX_WHOLE_TAPS else "by_dim"
+    return {"cpu": "by_dim", "tpu": "by_dim", "cuda": gpu, "rocm": gpu}
 
 
 def _everywhere(name: str) -> dict[str, str]:
@@ -98,7 +123,17 @@ def max_and_winner(win: Window, x: Array) -> tuple[Array, Array]:
 
 
 def _max_by_comparison(win: Window, x: Array) -> tuple[Array, Array]:
-    entries = list(tap_slices(win, x, -np.inf))
+    return _compared(win, list(tap_slices(win, x, -np.inf)))
+
+
+def _max_by_phases(win: Window, x: Array) -> tuple[Array, Array]:
+    """Compare slices without strides, of one image per remainder by the stride, in float32 for 16-bit images."""
+    y, winner = _compared(win, _phase_slices(win, to_accumulator(x), -np.inf))
+    return y.astype(x.dtype), winner
+
+
+def _compared(win: Window, entries: Sequence[Array]) -> tuple[Array, Array]:
+    """Return the largest of the entries, one per tap, and the number of the first entry that equals it."""
     y = functools.reduce(jnp.maximum, entries)
     dtype = winner_dtype(win)
     # From the last tap to the first, so that the first of equals remains. The last needs no test: some element won.
@@ -131,9 +166,7 @@ def _max_by_fold(win: Window, x: Array) -> tuple[Array, Array]:
 
 def _max_of_tiles(win: Window, x: Array) -> tuple[Array, Array]:
     """Reduce non-overlapping windows twice: to the largest element, then to the smallest number among its equals."""
-    covered = [o * k for o, k in zip(win.out, win.size, strict=True)]
-    x = lax.slice(x, (0,) * x.ndim, (x.shape[0], *covered, x.shape[-1]))
-    tiles = x.reshape(x.shape[0], *(n for pair in zip(win.out, win.size, strict=True) for n in pair), x.shape[-1])
+    tiles = _as_tiles(win, x)
     within = tuple(range(2, 2 * win.ndim + 1, 2))
     y = tiles.max(within, keepdims=True)
     dtype = winner_dtype(win)
@@ -161,11 +194,40 @@ def _max_long(win: Window, x: Array) -> tuple[Array, Array]:
     return y, winner.astype(winner_dtype(win))
 
 
+def _max_whole(win: Window, x: Array) -> tuple[Array, Array]:
+    """Reduce pairs of an element and its position by one `lax.reduce_window`."""
+    x = run_whole(lambda x: x, (x,), (slice(1, -1),), slice(1, -1))
+    position = jnp.zeros(x.shape, np.int32)
+    for dim, n in enumerate(win.shape):
+        position = position * n + lax.broadcasted_iota(np.int32, x.shape, dim + 1)
+    padding = ((0, 0), *win.padding, (0, 0))
+    initial = np.asarray(-np.inf, x.dtype), np.asarray(np.iinfo(np.int32).max, np.int32)
+
+    def largest(one: Sequence[Array], other: Sequence[Array]) -> tuple[Array, Array]:
+        (a, at), (b, bt) = one, other
+        before = bt < at
+        wins = jnp.where(a != a, (b != b) & before, (b != b) | (b > a) | ((b == a) & before))
+        return jnp.where(wins, b, a), jnp.where(wins, bt, at)
+
+    y, position = lax.reduce_window(
+        (x, position), initial, largest, (1, *win.size, 1), (1, *win.stride, 1), padding,
+        window_dilation=(1, *win.dilation, 1),
+    )  # fmt: skip
+    winner = jnp.zeros(y.shape, np.int32)
+    for dim in range(win.ndim):
+        at = position // math.prod(win.shape[dim + 1 :]) % win.shape[dim]
+        start = lax.broadcasted_iota(np.int32, at.shape, dim + 1) * win.stride[dim] - win.padding[dim][0]
+        winner = winner * win.size[dim] + (at - start) // win.dilation[dim]
+    return y, winner.astype(winner_dtype(win))
+
+
 MAX: dict[str, Callable[[Window, Array], tuple[Array, Array]]] = {
     "compare": _max_by_comparison,
+    "phases": _max_by_phases,
     "fold": _max_by_fold,
     "tiles": _max_of_tiles,
     "long": _max_long,
+    "whole": _max_whole,
 }
 
 
@@ -197,24 +259,20 @@ def _scatter_by_taps(win: Window, y: Array, winner: Array) -> Array:
 
 def _scatter_by_phases(win: Window, y: Array, winner: Array) -> Array:
     """Compute one image per remainder by the stride: positions that share it receive the same taps."""
-    wide = to_accumulator(y)
+    # XLA:TPU would otherwise convert both once per tap.
+    wide, winner = lax.optimization_barrier((to_accumulator(y), winner.astype(np.int32)))
     length = [-(-n // s) for n, s in zip(win.shape, win.stride, strict=True)]
     phases = []
     for pairs in itertools.product(*(phase_taps(win, dim) for dim in range(win.ndim))):
         x = jnp.zeros((y.shape[0], *length, y.shape[-1]), wide.dtype)
         for taps in itertools.product(*pairs):
             numbers, shifts = zip(*taps, strict=True)
-            # Position i receives window i + shift.
-            begins = [max(-shift, 0) for shift in shifts]
-            ends = [min(n, out - shift) for n, out, shift in zip(length, win.out, shifts, strict=True)]
+            begins, ends = shifted_windows(length, win.out, shifts)
             if any(end <= begin for begin, end in zip(begins, ends, strict=True)):
                 continue
             number = np.ravel_multi_index(numbers, win.size)
-            starts, stops = (tuple(map(operator.add, bounds, shifts)) for bounds in (begins, ends))
-            part, code = (lax.slice(a, (0, *starts, 0), (a.shape[0], *stops, a.shape[-1])) for a in (wide, winner))
-            part = jnp.where(code == code.dtype.type(number), part, 0)
-            pads = [(begin, n - end, 0) for begin, end, n in zip(begins, ends, length, strict=True)]
-            x += lax.pad(part, np.zeros((), part.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
+            part, code = (_shifted(a, begins, ends, shifts, length) for a in (wide, winner))
+            x += jnp.where(code == code.dtype.type(number), part, 0)
         phases.append(x)
     return interleaved(win, phases).astype(y.dtype)
 
@@ -295,10 +353,7 @@ def window_sum(win: Window, x: Array) -> Array:
     """Sum every window, ``y[o] = Σ_k x[o·stride + k·dilation]``; 16-bit floats are summed in float32."""
     if 0 in win.out:  # no window fits, if the image is empty
         return jnp.zeros((x.shape[0], *win.out, x.shape[-1]), x.dtype)
-    total = _pad(win, to_accumulator(x), 0)
-    for dim in range(win.ndim):
-        total = _sum_dim(win, dim, total)
-    return total.astype(x.dtype)
+    return _run_chosen(SUM, choose_sum(win), win, to_accumulator(x)).astype(x.dtype)
 
 
 def window_sum_adjoint(win: Window, y: Array) -> Array:
@@ -308,10 +363,56 @@ def window_sum_adjoint(win: Window, y: Array) -> Array:
     """
     if win.tiles:
         return _untile(win, _tile(win, y))
-    total = to_accumulator(y)
+    return _run_chosen(SUM_ADJOINT, choose_sum_adjoint(win), win, to_accumulator(y)).astype(y.dtype)
+
+
+def _sum_by_dim(win: Window, x: Array) -> Array:
+    """Sum along one dim after the other."""
+    x = _pad(win, x, 0)
     for dim in range(win.ndim):
-        total = _sum_adjoint_dim(win, dim, total)
-    return unpad(win, total).astype(y.dtype)
+        x = _sum_dim(win, dim, x)
+    return x
+
+
+def _sum_adjoint_by_dim(win: Window, y: Array) -> Array:
+    for dim in range(win.ndim):
+        y = _sum_adjoint_dim(win, dim, y)
+    return unpad(win, y)
+
+
+def _sum_whole(win: Window, x: Array) -> Array:
+    """Sum by one `lax.reduce_window`."""
+    return run_whole(lambda x: _reduce_whole(win, _pad(win, x, 0), win.stride), (x,), (slice(1, -1),), slice(1, -1))
+
+
+def _sum_adjoint_whole(win: Window, y: Array) -> Array:
+    """Sum zeros between and around the ``y[o]`` by one `lax.reduce_window`."""
+
+    def adjoint(y: Array) -> Array:
+        zero, none = np.zeros((), y.dtype), (0, 0, 0)
+        around = [(reach - 1, reach - 1, s - 1) for reach, s in zip(win.extent, win.stride, strict=True)]
+        full = _reduce_whole(win, lax.pad(y, zero, [none, *around, none]), (1,) * win.ndim)
+        lengths = (n + sum(pads) for n, pads in zip(win.shape, win.padding, strict=True))
+        rest = [(0, length - n, 0) for length, n in zip(lengths, full.shape[1:-1], strict=True)]
+        return unpad(win, lax.pad(full, zero, [none, *rest, none]))
+
+    return run_whole(adjoint, (y,), (slice(1, -1),), slice(1, -1))
+
+
+def _sum_of_tiles(win: Window, x: Array) -> Array:
+    """Sum windows that do not overlap."""
+    return _as_tiles(win, x).sum(tuple(range(2, 2 * win.ndim + 1, 2)))
+
+
+SUM: dict[str, Callable[[Window, Array], Array]] = {
+    "by_dim": _sum_by_dim,
+    "whole": _sum_whole,
+    "tiles": _sum_of_tiles,
+}
+SUM_ADJOINT: dict[str, Callable[[Window, Array], Array]] = {
+    "by_dim": _sum_adjoint_by_dim,
+    "whole": _sum_adjoint_whole,
+}
 
 
 def _sum_dim(win: Window, dim: int, x: Array) -> Array:
@@ -352,6 +453,11 @@ def _reduce_dim(x: Array, axis: int, k: int, stride: int, dilation: int) -> Arra
     return lax.reduce_window(x, zero, lax.add, along(k), along(stride), "VALID", window_dilation=along(dilation))
 
 
+def _reduce_whole(win: Window, x: Array, stride: Sequence[int]) -> Array:
+    zero, dilation = np.zeros((), x.dtype), (1, *win.dilation, 1)
+    return lax.reduce_window(x, zero, lax.add, (1, *win.size, 1), (1, *stride, 1), "VALID", window_dilation=dilation)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Slices and their adjoints
 
@@ -384,6 +490,28 @@ def tap_slices(win: Window, x: Array, fill: float) -> Iterator[Array]:
         yield lax.slice(canvas, start, (x.shape[0], *ends, x.shape[-1]), steps)
 
 
+def _phase_slices(win: Window, x: Array, fill: float) -> list[Array]:
+    """Return the elements of `tap_slices`, from a copy of the image in which remainders by the stride are leading dims.
+
+    XLA:TPU takes long for strided slices.
+    """
+    parts = [[divmod(k * d, s) for k in range(n)] for n, s, d in zip(win.size, win.steps, win.dilation, strict=True)]
+    length = [taps[-1][0] + out for taps, out in zip(parts, win.out, strict=True)]
+    full = [n * s for n, s in zip(length, win.steps, strict=True)]
+    pads = [(lo, max(end - lo - n, 0), 0) for end, n, (lo, _) in zip(full, win.shape, win.padding, strict=True)]
+    canvas = lax.pad(x, np.asarray(fill, x.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
+    canvas = lax.slice(canvas, (0,) * x.ndim, (x.shape[0], *full, x.shape[-1]))
+    canvas = canvas.reshape(x.shape[0], *(n for pair in zip(length, win.steps, strict=True) for n in pair), x.shape[-1])
+    remainders = range(2, 2 * win.ndim + 1, 2)
+    images = lax.optimization_barrier(jnp.moveaxis(canvas, remainders, range(win.ndim)))
+    slices = []
+    for tap in itertools.product(*parts):
+        starts, phase = zip(*tap, strict=True)
+        stops = (start + out for start, out in zip(starts, win.out, strict=True))
+        slices.append(lax.slice(images[phase], (0, *starts, 0), (x.shape[0], *stops, x.shape[-1])))
+    return slices
+
+
 def at_tap(win: Window, tap: tuple[int, ...], y: Array) -> Array:
     """Apply the adjoint of one tap's slice: ``y``, with the stride between its elements, in a padded image of zeros."""
     widths = (
@@ -397,6 +525,22 @@ def phase_taps(win: Window, dim: int) -> list[list[tuple[int, int]]]:
     """Return for each r < s the taps that read position ``i·s + r``, each with its window relative to i."""
     s, d, lo = win.stride[dim], win.dilation[dim], win.padding[dim][0]
     return [[(k, (r + lo - k * d) // s) for k in range(win.size[dim]) if (r + lo - k * d) % s == 0] for r in range(s)]
+
+
+def shifted_windows(length: Sequence[int], out: Sequence[int], shifts: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Return the range of positions i < length per dim for which the window ``i + shift`` exists."""
+    begins = [max(-shift, 0) for shift in shifts]
+    return begins, [min(n, o - shift) for n, o, shift in zip(length, out, shifts, strict=True)]
+
+
+def _shifted(
+    a: Array, begins: Sequence[int], ends: Sequence[int], shifts: Sequence[int], length: Sequence[int]
+) -> Array:
+    """Return for each position the value of window ``i + shift``, or 0 outside of the range."""
+    starts, stops = (tuple(map(operator.add, bounds, shifts)) for bounds in (begins, ends))
+    a = lax.slice(a, (0, *starts, 0), (a.shape[0], *stops, a.shape[-1]))
+    pads = [(begin, n - end, 0) for begin, end, n in zip(begins, ends, length, strict=True)]
+    return lax.pad(a, np.zeros((), a.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
 
 
 def interleaved(win: Window, phases: Sequence[Array]) -> Array:
@@ -423,6 +567,13 @@ def _tile(win: Window, y: Array) -> Array:
     pairs = [n for pair in zip(win.out, win.size, strict=True) for n in pair]
     dims_of_y = [0, *range(1, 2 * win.ndim + 1, 2), 2 * win.ndim + 1]
     return lax.broadcast_in_dim(y, (y.shape[0], *pairs, y.shape[-1]), dims_of_y)
+
+
+def _as_tiles(win: Window, x: Array) -> Array:
+    """Reshape an image to ``(N, out₁, size₁, out₂, size₂, …, C)``, without elements beyond the last windows."""
+    covered = [o * k for o, k in zip(win.out, win.size, strict=True)]
+    x = lax.slice(x, (0,) * x.ndim, (x.shape[0], *covered, x.shape[-1]))
+    return x.reshape(x.shape[0], *(n for pair in zip(win.out, win.size, strict=True) for n in pair), x.shape[-1])
 
 
 def _untile(win: Window, tiles: Array) -> Array:

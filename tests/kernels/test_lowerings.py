@@ -382,18 +382,36 @@ def test_strided_delta_is_not_dilated(monkeypatch, stride, dilation, inputs, cho
 
 
 @pytest.mark.parametrize(
-    ("stride", "dilation", "groups", "chosen"),
-    [((2, 2), 1, 1, "xla_reverse"), ((1, 2), 2, 1, "xla_reverse"), ((1, 1), 2, 1, "xla"), ((2, 2), 1, 2, "xla")],
-)
-def test_strided_delta_on_gpu(stride, dilation, groups, chosen):
-    """On GPU, δ of strided convolutions is convolved with `reverse` of the kernel itself, which XLA recognizes."""
-    c = Correlation(Window((8, 8), (3, 3), stride, ((1, 1),) * 2, (dilation,) * 2), groups, np.dtype("f"))
-    assert input_grad.choose_input_grad_on_gpu(c) == chosen
-    y, w = np.zeros((2, *c.window.out, 4), "f"), np.zeros((3, 3, 6 // groups, 4), "f")
+    ("stride", "dilation", "groups", "batch", "chosen"),
+    [
+        ((2, 2), 1, 1, 2, "xla_reverse"), ((1, 2), 2, 1, 2, "xla_reverse"), ((1, 1), 2, 1, 2, "xla"),
+        ((2, 2), 1, 2, 2, "xla"), ((1, 1), 2, 1, 1, "xla_reverse"), ((1, 1), 2, 2, 1, "xla"),
+    ],
+)  # fmt: skip
+def test_delta_on_gpu(stride, dilation, groups, batch, chosen):
+    """On GPU, δ of strided convolutions is convolved with `reverse` of the kernel itself, which XLA recognizes.
+
+    Without strides, it is as well if the image has at most 5 times the kernel's elements.
+    """
+    c = Correlation(Window((12, 12), (3, 3), stride, ((1, 1),) * 2, (dilation,) * 2), groups, np.dtype("f"))
+    y, w = np.zeros((batch, *c.window.out, 4), "f"), np.zeros((3, 3, 6 // groups, 4), "f")
+    assert input_grad.choose_input_grad_on_gpu(c, y, w) == chosen
     for platform in ("cuda", "rocm", "tpu"):
         traced = jax.jit(functools.partial(input_grad.input_grad, c)).trace(y, w)
         program = traced.lower(lowering_platforms=(platform,)).as_text()
         assert ("stablehlo.transpose" not in program) is (platform != "tpu" and chosen == "xla_reverse"), program
+
+
+@pytest.mark.parametrize(("side", "stride", "chosen"), [(8, 2, "pointwise"), (7, 2, "xla"), (8, 1, "xla")])
+def test_kernel_gradient_of_strided_1x1_on_gpu(side, stride, chosen):
+    """On GPU, the elements that a strided 1 × 1 kernel reads are copied, not all of the image without its remainder."""
+    c = Correlation(Window((side,) * 2, (1, 1), (stride,) * 2, ((0, 0),) * 2, (1, 1)), 1, np.dtype("f"))
+    assert kernel_grad.choose_kernel_grad_on_gpu(c) == chosen
+    x, y = np.zeros((2, side, side, 3), "f"), np.zeros((2, *c.window.out, 4), "f")
+    for platform in ("cuda", "tpu"):
+        traced = jax.jit(functools.partial(kernel_grad.kernel_grad, c)).trace(x, y)
+        program = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("stablehlo.convolution" not in program) is (platform == "cuda" and chosen == "pointwise"), program
 
 
 @pytest.mark.parametrize("spoilt", [np.nan, np.inf])
@@ -500,7 +518,7 @@ DRAWS = st.sampled_from((spoiled, ties, lowest))
 
 
 @pytest.mark.slow("compiles large windows")
-@pytest.mark.parametrize("name", ["compare", "fold", "long"])
+@pytest.mark.parametrize("name", ["compare", "phases", "fold", "long", "whole"])
 @over_examples
 @given(
     several(
@@ -619,20 +637,62 @@ def test_window_sum_and_its_adjoint(form, drawn):
         np.testing.assert_allclose(np.vdot(total, y), np.vdot(x, adjoint), rtol=1e-10, atol=1e-10)
 
 
+def assert_sums(name, drawn):
+    """Assert that a lowering of `window_sum`, and that of its adjoint if there is one, equals the definition."""
+    adjoint = windows.SUM_ADJOINT.get(name, windows.window_sum_adjoint)
+
+    def both(win, x, y):
+        return windows.SUM[name](win, x), adjoint(win, y)
+
+    rng = np.random.default_rng(3)
+    arrays = [[normal(rng, (batch, *shape, 2)) for shape in (win.shape, win.out)] for win, batch in drawn]
+    calls = [(functools.partial(both, win), *of_win) for (win, _), of_win in zip(drawn, arrays, strict=True)]
+    for (win, _), (x, y), (total, summed) in zip(drawn, arrays, results(calls), strict=True):
+        close(total, oracles.window_sum(win, x))
+        close(summed, oracles.window_sum_adjoint(win, y))
+
+
+@pytest.mark.slow("compiles many geometries")
+@pytest.mark.parametrize("name", ["by_dim", "whole"])
+@over_examples
+@given(several(st.tuples(drawn_windows().filter(some_is_real), st.sampled_from(BATCHES))))
+def test_lowerings_of_window_sum(name, drawn):
+    assert_sums(name, drawn)
+
+
+@pytest.mark.slow("compiles many geometries")
+@over_examples
+@given(several(st.tuples(side_by_side(), st.sampled_from(BATCHES))))
+def test_sums_side_by_side(drawn):
+    assert_sums("tiles", drawn)
+
+
 @pytest.mark.parametrize(
-    ("size", "stride", "maximum", "scatter"),
+    ("size", "stride", "maximum", "scatter", "total"),
     [
-        (3, 2, {"cpu": "compare", "tpu": "compare", "cuda": "fold", "rocm": "fold"},
-         {"cpu": "taps", "tpu": "phases", "cuda": "taps", "rocm": "taps"}),
-        (2, 2, "compare", "tiles"),
-        (5, 5, "tiles", "tiles"),
-        (9, 2, "long", "long"),
+        ((3, 3), 2, {"tpu": "phases", "gpu": "fold", "cpu": "compare"}, {"tpu": "phases", "cpu": "taps"},
+         {"cpu": "by_dim"}),
+        ((2, 2), 2, {"cpu": "compare"}, {"cpu": "tiles"}, {"tpu": "tiles", "cpu": "by_dim"}),
+        ((4,), 4, {"tpu": "phases", "cpu": "compare"}, {"tpu": "phases", "cpu": "tiles"},
+         {"tpu": "whole", "cpu": "by_dim"}),
+        ((5, 5), 5, {"cpu": "tiles"}, {"cpu": "tiles"}, {"tpu": "tiles", "cpu": "by_dim"}),
+        ((9, 9), 2, {"gpu": "whole", "cpu": "long"}, {"cpu": "long"}, {"gpu": "whole", "cpu": "by_dim"}),
+        ((17, 17), 1, {"cpu": "long"}, {"cpu": "long"}, {"cpu": "by_dim"}),
     ],
 )  # fmt: skip
-def test_choice_for_windows(size, stride, maximum, scatter):
-    win = Window((18, 18), (size,) * 2, (stride,) * 2, ((0, 0),) * 2, (1, 1))
-    for chosen, expected in ((windows.choose_max(win), maximum), (windows.choose_scatter(win), scatter)):
-        assert chosen == (expected if isinstance(expected, dict) else dict.fromkeys(chosen, expected))
+def test_choice_for_windows(size, stride, maximum, scatter, total):
+    """A platform that a row does not list uses the lowering of CPU."""
+    dims = len(size)
+    win = Window((18,) * dims, size, (stride,) * dims, ((0, 0),) * dims, (1,) * dims)
+    choices = (
+        (windows.choose_max(win), maximum),
+        (windows.choose_scatter(win), scatter),
+        (windows.choose_sum(win), total),
+    )
+    for chosen, by_platform in choices:
+        cpu = by_platform["cpu"]
+        gpu = by_platform.get("gpu", cpu)
+        assert chosen == {"cpu": cpu, "tpu": by_platform.get("tpu", cpu), "cuda": gpu, "rocm": gpu}
 
 
 def test_programs_for_windows_by_platform():
