@@ -394,21 +394,27 @@ def _accumulated(mean: Callable[[Batch, Array], Any], batch: Batch, key: Array, 
     def wide(a: Any) -> Any:
         return np.promote_types(a.dtype, np.float32)
 
-    def share(part: Batch, i: ArrayLike, of: int) -> Any:
+    def of_part(part: Batch, i: ArrayLike) -> Any:
         means, counts = mean(part, jax.random.fold_in(key, i))
-        return jax.tree.map(lambda a: a.astype(wide(a)) * (of / examples), means), counts
+        return jax.tree.map(lambda a: a.astype(wide(a)), means), counts
 
+    def scaled(means: Any, of: int) -> Any:
+        return jax.tree.map(lambda a: a * (of / examples), means)
+
+    # Means are scaled after the loop: XLA then takes the sum over devices out of it, too.
     def add(total: Any, i: Array) -> tuple[Any, None]:
         part = jax.tree.map(lambda a: a[: count * size].reshape(size, count, *a.shape[1:])[:, i], batch)
-        return jax.tree.map(jnp.add, total, share(part, i, size)), None
+        return jax.tree.map(jnp.add, total, of_part(part, i)), None
 
     shapes, counts = jax.eval_shape(mean, batch, key)
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, wide(a)), shapes)
     no_counts = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), counts)
-    total, _ = jax.lax.scan(add, (zeros, no_counts), jnp.arange(count))
+    (means, counts), _ = jax.lax.scan(add, (zeros, no_counts), jnp.arange(count))
+    total = scaled(means, size), counts
     if examples % size:
         rest = jax.tree.map(lambda a: a[count * size :], batch)
-        total = jax.tree.map(jnp.add, total, share(rest, count, examples % size))
+        means, counts = of_part(rest, count)
+        total = jax.tree.map(jnp.add, total, (scaled(means, examples % size), counts))
     return jax.tree.map(lambda a, like: a.astype(like.dtype), total[0], shapes), total[1]
 
 

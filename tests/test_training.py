@@ -351,6 +351,19 @@ def test_shares_of_16_bits_are_added_in_float32():
     assert float(state.params["dense1"]["weight"][0, 0]) == 1 + 1 / 128
 
 
+def test_the_loop_over_microbatches_only_adds():
+    """XLA:TPU and XLA:GPU then take the sum over devices out of the loop, which otherwise communicates in each part."""
+    traced = make_train_step(NET, labelled, optax.sgd(0.1), microbatch=2).trace(begun(), batch(8))
+    (loop,) = (eqn for eqn in traced.jaxpr.eqns if eqn.primitive.name == "scan")
+    body = loop.params["jaxpr"].jaxpr
+    made_by = {var: eqn for eqn in body.eqns for var in eqn.outvars}
+    assert loop.params["num_carry"] == len(body.outvars) == 1 + 4 + 2
+    for out in body.outvars:
+        assert made_by[out].primitive.name == "add"
+        (part,) = (var for var in made_by[out].invars if var not in body.invars)
+        assert made_by[part].primitive.name != "mul"
+
+
 def test_microbatches_need_less_memory():
     def temporary(microbatch):
         step = make_train_step(NET, labelled, optax.sgd(0.1), microbatch=microbatch)
