@@ -30,6 +30,7 @@ from jaxcnn.kernels.lowering import pad_to_span
 from jaxcnn.kernels.materialize import materialize
 from jaxcnn.kernels.parallel import batched_product
 from jaxcnn.kernels.shapes import is_symbolic
+from jaxcnn.platforms import Fixed, platform_dependent
 
 #: Smallest acceptable ratio of a ghost norm's sum to the sum of absolute terms. Real nets have 0.1 or more.
 MIN_RATIO = 1 / 64
@@ -53,7 +54,7 @@ def kernel_grad_each(c: Correlation, x: Array, y: Array) -> Array:
     fits = c.groups > 1 or is_symbolic(n) or n * patches_bytes <= BATCH_PATCH_BYTES
     if c.window.ndim == 1 or (patches_bytes <= PER_EXAMPLE_PATCH_BYTES and fits):
         return by_patches(c, x, y)
-    return lax.platform_dependent(x, y, cpu=functools.partial(one_by_one, c), default=functools.partial(by_patches, c))
+    return platform_dependent(x, y, default=Fixed(by_patches, (c,)), cpu=Fixed(one_by_one, (c,)))
 
 
 def one_by_one(c: Correlation, x: Array, y: Array) -> Array:
