@@ -63,10 +63,11 @@ from jaxcnn.selection import (
     rule_of_sum,
 )
 from jaxcnn.taps import Collector, probe, tapped_name
-from jaxcnn.tracing import Operation, Program, Traced, Value, evaluate, trace
+from jaxcnn.tracing import Operation, Program, Traced, Value, evaluate
 from jaxcnn.tracing.affine import Chain, channel_dims, run_chains
 from jaxcnn.tracing.replace import OfOps, with_rules
 from jaxcnn.tracing.replace import check_rules as check_function_rules
+from jaxcnn.tracing.trace import trace_call
 
 
 def attribute(
@@ -840,7 +841,7 @@ def _concrete(target: Any) -> np.ndarray:
 def _model(net: Any, params: Any, x: Array) -> "Serial | _Function":
     """Return a net as it is, and a function as it is traced for these parameters and this x."""
     expect_model("attribute", net)
-    return net if isinstance(net, Serial) else _Function(net, trace(net, params, x))
+    return net if isinstance(net, Serial) else _Function(net, trace_call("attribute", net, (params, x)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -878,7 +879,7 @@ class _Function:
 
     def rescaled(self, params: Any, both: Array) -> tuple[Array, Any]:
         """Return outputs and VJP of DeepLIFT for examples followed by references."""
-        doubled = _Function(self.fun, trace(self.fun, params, both))
+        doubled = _Function(self.fun, trace_call("attribute", self.fun, (params, both)))
         program = for_rescale(doubled.traced.program, doubled.x)
         return jax.vjp(functools.partial(doubled._evaluated, program), both)
 

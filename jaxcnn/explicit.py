@@ -9,7 +9,7 @@ from jaxcnn.taps import collecting
 from jaxcnn.tracing.evaluate import evaluate
 from jaxcnn.tracing.replace import Rules, check_rules, with_rules
 from jaxcnn.tracing.table import Operations, table_of
-from jaxcnn.tracing.trace import trace, trace_call
+from jaxcnn.tracing.trace import trace_call
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -63,7 +63,7 @@ def explicit(fun: F, *, rules: Rules | None = None) -> F:
 
     @functools.wraps(fun)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        traced = trace_call(fun, args, kwargs, inline=collecting())
+        traced = trace_call("explicit", fun, args, kwargs, inline=collecting())
         program = with_rules("explicit", traced.program, rules)
         return traced.result(evaluate(program, traced.arrays))
 
@@ -106,6 +106,6 @@ def operations(fun: Callable[..., Any]) -> Callable[..., Operations]:
 
     @functools.wraps(fun)
     def listed(*args: Any, **kwargs: Any) -> Operations:
-        return table_of(trace(fun, *args, **kwargs).program)
+        return table_of(trace_call("operations", fun, args, kwargs).program)
 
     return listed

@@ -35,7 +35,7 @@ from jaxcnn.ops import convolution, hidden, pooling
 from jaxcnn.ops.kinds import kind_of
 from jaxcnn.ops.mesh import automatic_inside, on_any_mesh, varying_alike
 from jaxcnn.taps import add_probe, idle, probe
-from jaxcnn.tracing import Equation, Form, Operation, Program, Value, evaluate, execute, trace
+from jaxcnn.tracing import Equation, Form, Operation, Program, Value, evaluate, execute
 from jaxcnn.tracing.convolution import ConvForm, TransposedForm
 from jaxcnn.tracing.evaluate import call_form, operate
 from jaxcnn.tracing.library import LibraryForm
@@ -43,6 +43,7 @@ from jaxcnn.tracing.linear import DenseForm
 from jaxcnn.tracing.pooling import PoolForm
 from jaxcnn.tracing.program import Atom, Step
 from jaxcnn.tracing.shapes import STAY, move_of
+from jaxcnn.tracing.trace import trace_call
 
 
 @automatic_inside()
@@ -250,7 +251,7 @@ def _single(op: str, fun: Any, loss: Any, params: Any, batch: Any, n: int) -> _S
         return a[0] if n else jax.ShapeDtypeStruct(a.shape[1:], a.dtype)  # an element varies over devices as a does
 
     with idle():
-        traced = trace(of_one, params, jax.tree.map(one, batch))
+        traced = trace_call(op, of_one, (params, jax.tree.map(one, batch)))
     program = traced.program.without_checkpoints()
     leaves = program.inputs[: len(jax.tree.leaves(params))]
     for step in program.steps:

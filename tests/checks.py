@@ -23,6 +23,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_vjp
 
 import jaxcnn
+from jaxcnn.platforms import PER_PLATFORM
 from tests import oracles
 from tests.cases import Case, compiled, cotangents_twice, optimized, with_cotangents
 
@@ -84,14 +85,17 @@ def shapes_and_dtypes(case: Case) -> None:
     """Cotangents have their primals' shapes and dtypes, and the result PyTorch's shape and x's dtype.
 
     This is checked in every dtype, and for stock JAX where the op has such a form. The op is traced under strict dtype
-    and rank promotion, because all its conversions are explicit.
+    and rank promotion, because all its conversions are explicit; with bfloat16 for every platform.
     """
     shape = by_pytorch(case)[0].shape
     for dtype in (np.float64, np.float32, jnp.bfloat16, np.float16):
         args, delta = drawn(case, dtype)
         with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-            of_op = case.run.eval_shape(args, delta)
-        for y, found in [of_op, *([] if case.plain is None else [case.run_reference.eval_shape(args, delta)])]:
+            program = case.run.trace(args, delta)
+            if dtype == jnp.bfloat16:
+                assert [*computed(program.jaxpr.jaxpr)]
+        reference = [] if case.plain is None else [case.run_reference.eval_shape(args, delta)]
+        for y, found in [program.out_info, *reference]:
             assert (y.shape, y.dtype) == (shape, case.options.get("preferred_element_type", dtype))
             assert [(c.shape, c.dtype) for c in found] == [(a.shape, dtype) for a in args]
 
@@ -99,15 +103,20 @@ def shapes_and_dtypes(case: Case) -> None:
 def float32_stays_float32(case: Case) -> None:
     """No intermediate value of the forward or backward pass is wider than float32."""
 
-    def computed(jaxpr: Any) -> Iterator[Any]:
-        for equation in jaxpr.eqns:
-            yield from (v.aval for v in equation.outvars if v.aval.shape)
-            for inner in jaxprs_in_params(equation.params):
-                yield from computed(inner)
-
     program = case.run.trace(*drawn(case, np.float32)).jaxpr
     wider = {str(a) for a in computed(program.jaxpr) if a.dtype == np.float64}
     assert not wider, f"float64 on the way: {', '.join(wider)}"
+
+
+def computed(jaxpr: Any) -> Iterator[Any]:
+    """Yield the types of all arrays that a jaxpr computes, on every platform."""
+    for equation in jaxpr.eqns:
+        yield from (v.aval for v in equation.outvars if v.aval.shape)
+        for inner in jaxprs_in_params(equation.params):
+            yield from computed(inner)
+        if equation.primitive is PER_PLATFORM:  # it is traced when it is lowered
+            implementation = equation.params["implementation"]
+            yield from computed(jax.make_jaxpr(implementation.anywhere)(*(v.aval for v in equation.invars)).jaxpr)
 
 
 def weak_types_change_nothing(case: Case) -> None:

@@ -20,7 +20,8 @@ MODULES = {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path 
 IMPORTS = {
     "arguments": set(),
     "geometry": {"arguments"},
-    "kernels": {"geometry", "kernels"},
+    "platforms": set(),
+    "kernels": {"geometry", "kernels", "platforms"},
     "ops": {"arguments", "geometry", "kernels", "ops"},
     "rules": {"arguments", "geometry", "kernels", "ops", "rules"},  # kernels: for rules that route elements
     "caching": set(),

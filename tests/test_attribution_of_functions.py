@@ -551,7 +551,7 @@ def test_refused_functions(message, fun, options):
 def test_a_function_that_cannot_be_traced():
     with pytest.raises(jax.errors.TracerBoolConversionError) as raised:
         attribute(lambda p, x: x if x.sum() > 0 else -x, {}, np.ones((2, 3)), 0)
-    assert any("need a function that jax.jit accepts" in note for note in raised.value.__notes__)
+    assert any("attribute needs a function that jax.jit accepts" in note for note in raised.value.__notes__)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

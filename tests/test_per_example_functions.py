@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxcnn
-from jaxcnn import clipped_gradient, per_example_gradients, per_example_norms
+from jaxcnn import clipped_gradient, per_example, per_example_gradients, per_example_norms
 from tests.cases import compiled
 from tests.checks import assert_close
 
@@ -223,6 +223,28 @@ def test_equal_to_vmap_of_grad(name):
     for result, wanted in ((each, jax.tree.leaves(expected)), ([of_each], [norms]), (clipped, summed)):
         for a, b in zip(jax.tree.leaves(result), wanted, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["tied", "scale vectors", "transposed"])
+@pytest.mark.parametrize("wrong", ["a", "δ"])
+def test_a_wrong_input_or_delta_is_found(monkeypatch, name, wrong):
+    """The comparison fails if the product of one operation has the input or δ of another example."""
+    exact = per_example._products
+
+    def spoiled(use, a, w, b, delta, n):
+        if use.form.kind == "dense":
+            return exact(use, a, w, b, delta, n)
+        return exact(use, *((jnp.roll(a, 1, 0), w, b, delta) if wrong == "a" else (a, w, b, jnp.roll(delta, 1, 0))), n)
+
+    monkeypatch.setattr(per_example, "_products", spoiled)
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        test_equal_to_vmap_of_grad(name)
+
+
+def test_function_that_cannot_be_traced():
+    with pytest.raises(jax.errors.TracerBoolConversionError) as raised:
+        per_example_norms(lambda p, x: x if x.sum() > 0 else -x, LOSS, np.ones(2), np.ones((2, 3)), np.zeros(2, int))
+    assert any("per_example_norms needs a function that jax.jit accepts" in note for note in raised.value.__notes__)
 
 
 def test_on_eight_devices():

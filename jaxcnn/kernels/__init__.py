@@ -10,5 +10,6 @@
   `split` dims that XLA must not shard.
 
 Each docstring gives the sum that is computed. One ``choose_…`` function per product picks the implementation by
-platform and static shape. Kernels import `jaxcnn.geometry` and nothing else from jaxcnn.
+platform and static shape; `jaxcnn.platforms` traces it when the program is lowered. Kernels import `jaxcnn.platforms`
+and `jaxcnn.geometry`, and nothing else from jaxcnn.
 """

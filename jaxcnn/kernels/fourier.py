@@ -21,6 +21,7 @@ from jaxcnn.kernels.dtypes import to_accumulator
 from jaxcnn.kernels.kernel_grad import KERNEL_GRAD
 from jaxcnn.kernels.lowering import Lowering
 from jaxcnn.kernels.split import run_whole
+from jaxcnn.platforms import Fixed, platform_dependent
 
 METHODS = ("auto", "direct", "fft")
 
@@ -136,7 +137,5 @@ def _as_image(a: Array) -> Array:
 
 def _run_direct(table: dict[str, Lowering], by_tap: bool, c: Correlation, a: Array, b: Array) -> Array:
     """Run "unrolled", the loop over taps, on CPU if ``by_tap``; otherwise run "xla"."""
-    xla = functools.partial(table["xla"], c)
-    if not by_tap:
-        return xla(a, b)
-    return lax.platform_dependent(a, b, cpu=functools.partial(table["unrolled"], c), default=xla)
+    xla = Fixed(table["xla"], (c,))
+    return platform_dependent(a, b, default=xla, cpu=Fixed(table["unrolled"], (c,))) if by_tap else xla(a, b)

@@ -7,7 +7,6 @@ negative padding incorrectly (openxla/xla#48713).
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -22,6 +21,7 @@ from jaxcnn.kernels.dtypes import accumulator, wider
 from jaxcnn.kernels.parallel import ONE_THREAD
 from jaxcnn.kernels.shapes import is_symbolic, known_at_most
 from jaxcnn.kernels.windows import pad_axis
+from jaxcnn.platforms import Fixed, platform_dependent
 
 Lowering = Callable[[Correlation, Array, Array], Array]
 
@@ -67,19 +67,18 @@ def run_lowering(
     wide = wider(a.dtype, b.dtype, dtype)
     sums = accumulator(wide)
 
-    def on_cpu(a: Array, b: Array) -> Array:
-        return table[cpu](c, a.astype(sums), b.astype(sums)).astype(dtype)
-
-    def run(name: str, a: Array, b: Array) -> Array:
-        return table[name](c, a.astype(wide), b.astype(wide)).astype(dtype)
-
-    elsewhere = functools.partial(run, "xla")
-    others: dict[str, Callable[[Array, Array], Array]] = {
-        platform: functools.partial(run, name) for platform, name in accelerators.items() if name != "xla"
+    elsewhere = Fixed(_run, (table["xla"], c, wide, dtype))
+    others = {
+        platform: Fixed(_run, (table[name], c, wide, dtype)) for platform, name in accelerators.items() if name != "xla"
     }
     if cpu != "xla" or wide != sums:
-        others["cpu"] = on_cpu
-    return lax.platform_dependent(a, b, default=elsewhere, **others) if others else elsewhere(a, b)
+        others["cpu"] = Fixed(_run, (table[cpu], c, sums, dtype))
+    return platform_dependent(a, b, default=elsewhere, **others)
+
+
+def _run(lowering: Lowering, c: Correlation, wide: np.dtype, dtype: np.dtype, a: Array, b: Array) -> Array:
+    """Run a lowering in the dtype ``wide``."""
+    return lowering(c, a.astype(wide), b.astype(wide)).astype(dtype)
 
 
 def unsharded_image_dims(c: Correlation) -> slice:

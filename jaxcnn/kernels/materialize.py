@@ -5,22 +5,25 @@ takes longer than reading that byte, and keeps its inputs in memory instead. On 
 one byte per window, but not for masks, which have one byte per element.
 """
 
+import functools
+
 import jax
 from jax import Array, lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
+from jaxcnn.platforms import Fixed, platform_dependent
 
-@jax.jit
+
+@functools.partial(jax.jit, inline=True)
 def materialize(a: Array) -> Array:
     """Return ``a``, materialized at this point on XLA:CPU; a no-op on other platforms."""
-    return lax.platform_dependent(a, cpu=_call_not_inlined, default=lambda a: a)
+    return platform_dependent(a, default=_UNCHANGED, cpu=_CALL)
 
 
-@jax.jit
+@functools.partial(jax.jit, inline=True)
 def materialize_winner(a: Array) -> Array:
     """Return ``a``, materialized at this point on XLA:CPU and XLA:GPU; a no-op on other platforms."""
-    gpu = lax.optimization_barrier
-    return lax.platform_dependent(a, cpu=_call_not_inlined, cuda=gpu, rocm=gpu, default=lambda a: a)
+    return platform_dependent(a, default=_UNCHANGED, cpu=_CALL, cuda=_BARRIER, rocm=_BARRIER)
 
 
 def materialize_if_small(a: Array) -> Array:
@@ -37,3 +40,10 @@ def _call_not_inlined(a: Array) -> Array:
 @jax.jit
 def _identity(a: Array) -> Array:
     return lax.optimization_barrier(a)  # JAX would drop a call that does nothing
+
+
+def _unchanged(a: Array) -> Array:
+    return a
+
+
+_UNCHANGED, _CALL, _BARRIER = (Fixed(f, ()) for f in (_unchanged, _call_not_inlined, lax.optimization_barrier))

@@ -13,6 +13,8 @@ import jaxlib.version
 import numpy as np
 from jax import Array, lax
 
+from jaxcnn.platforms import Fixed, platform_dependent
+
 #: Whether this jaxlib needs `on_all_threads`.
 ONE_THREAD = tuple(map(int, jaxlib.version.__version__.split(".")[:2])) < (0, 11)
 
@@ -35,12 +37,17 @@ def on_all_threads(product: Array, a: Array, b: Array) -> Array:
     if not ONE_THREAD or product.dtype != np.float32 or 0 in (a.size, b.size):
         return product
 
-    def on_cpu(product: Array, a0: Array, b0: Array) -> Array:
-        numbers = jnp.arange(REDUCTION_ELEMENTS, dtype=product.dtype) + a0
-        return product + jnp.max(jnp.where(numbers > jnp.maximum(b0, np.inf), numbers, -0.0))
-
     a0, b0 = (lax.stop_gradient(_first_element(a).astype(product.dtype)) for a in (a, b))
-    return lax.platform_dependent(product, a0, b0, cpu=on_cpu, default=lambda product, *_: product)
+    return platform_dependent(product, a0, b0, default=Fixed(_product_alone, ()), cpu=Fixed(_with_reduction, ()))
+
+
+def _with_reduction(product: Array, a0: Array, b0: Array) -> Array:
+    numbers = jnp.arange(REDUCTION_ELEMENTS, dtype=product.dtype) + a0
+    return product + jnp.max(jnp.where(numbers > jnp.maximum(b0, np.inf), numbers, -0.0))
+
+
+def _product_alone(product: Array, a0: Array, b0: Array) -> Array:
+    return product
 
 
 def batched_product(a: Array, b: Array, over_a: int, over_b: int, precision: lax.PrecisionLike) -> Array:

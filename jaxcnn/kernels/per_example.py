@@ -31,9 +31,7 @@ from jaxcnn.kernels.materialize import materialize
 from jaxcnn.kernels.parallel import batched_product
 from jaxcnn.kernels.shapes import is_symbolic
 from jaxcnn.kernels.split import mesh_of
-
-#: (x, y) → gradients.
-_OfBatch = Callable[[Array, Array], Array]
+from jaxcnn.platforms import Fixed, platform_dependent
 
 #: Smallest acceptable ratio of a ghost norm's sum to the sum of absolute terms. Real nets have 0.1 or more.
 MIN_RATIO = 1 / 64
@@ -57,17 +55,17 @@ def kernel_grad_each(c: Correlation, x: Array, y: Array) -> Array:
     fits = c.groups > 1 or is_symbolic(n) or n * patches_bytes <= BATCH_PATCH_BYTES
     if c.window.ndim == 1 or (patches_bytes <= PER_EXAMPLE_PATCH_BYTES and fits):
         return by_patches(c, x, y)
-    return _in_turn_on_cpu(functools.partial(one_by_one, c), functools.partial(by_patches, c), x, y)
+    return _in_turn_on_cpu(Fixed(one_by_one, (c,)), Fixed(by_patches, (c,)), x, y)
 
 
-def _in_turn_on_cpu(in_turn: _OfBatch, at_once: _OfBatch, x: Array, y: Array) -> Array:
+def _in_turn_on_cpu(in_turn: Fixed, at_once: Fixed, x: Array, y: Array) -> Array:
     """Return ``in_turn(x, y)`` on one CPU, and ``at_once(x, y)`` elsewhere.
 
     XLA gathers a batch that is split over devices once per example if a loop runs over it.
     """
     if mesh_of((x, y)) is not None:
         return at_once(x, y)
-    return lax.platform_dependent(x, y, cpu=in_turn, default=at_once)
+    return platform_dependent(x, y, default=at_once, cpu=in_turn)
 
 
 def one_by_one(c: Correlation, x: Array, y: Array) -> Array:
@@ -100,9 +98,12 @@ def kernel_grad_squares(c: Correlation, x: Array, y: Array) -> Array:
     """Return ``(N,)``: ‖kernel_grad_each(c, x, y)[n]‖²."""
     if ghost_is_cheaper(c, x.shape[-1], y.shape[-1]):
         x, y = _to_common_accumulator(x, y)
-        of_one = lambda x, y: kernel_grad(c, x[None], y[None])  # noqa: E731
-        return _sum_unless_cancelled(of_one, functools.partial(by_patches, c), x, y, ghost_terms(c, x, y))
+        return _sum_unless_cancelled(Fixed(_of_one, (c,)), Fixed(by_patches, (c,)), x, y, ghost_terms(c, x, y))
     return squares(kernel_grad_each(c, x, y))
+
+
+def _of_one(c: Correlation, x: Array, y: Array) -> Array:
+    return kernel_grad(c, x[None], y[None])
 
 
 def ghost_is_cheaper(c: Correlation, inputs: int, outputs: int) -> bool:
@@ -142,7 +143,7 @@ def _is_jaxpr(value: Any) -> bool:
     return hasattr(value, "eqns")
 
 
-def _sum_unless_cancelled(of_one: _OfBatch, at_once: _OfBatch, x: Array, y: Array, terms: Array) -> Array:
+def _sum_unless_cancelled(of_one: Fixed, at_once: Fixed, x: Array, y: Array, terms: Array) -> Array:
     """Return ``(N,)`` sums of each example's terms, or the squared norms of its gradient if the terms of any cancel.
 
     On one CPU, the gradients are computed by ``of_one`` for one example after the other: memory for all at once would
@@ -152,13 +153,18 @@ def _sum_unless_cancelled(of_one: _OfBatch, at_once: _OfBatch, x: Array, y: Arra
     total, size = terms.sum(dims), jnp.abs(terms).sum(dims)
     precise = jnp.all(total >= MIN_RATIO * size)
 
-    def in_turn(x: Array, y: Array) -> Array:
-        return lax.map(lambda pair: squares(of_one(*pair)[None])[0], (x, y))
-
     def direct(x: Array, y: Array) -> Array:
-        return _in_turn_on_cpu(in_turn, lambda x, y: squares(at_once(x, y)), x, y)
+        return _in_turn_on_cpu(Fixed(_squares_in_turn, (of_one,)), Fixed(_squares_at_once, (at_once,)), x, y)
 
     return lax.cond(precise, lambda x, y: total, direct, x, y)
+
+
+def _squares_in_turn(of_one: Fixed, x: Array, y: Array) -> Array:
+    return lax.map(lambda pair: squares(of_one(*pair)[None])[0], (x, y))
+
+
+def _squares_at_once(at_once: Fixed, x: Array, y: Array) -> Array:
+    return squares(at_once(x, y))
 
 
 def ghost_terms(c: Correlation, x: Array, y: Array) -> Array:
@@ -205,7 +211,11 @@ def outer_squares(x: Array, y: Array) -> Array:
     if positions == 1:
         return squares(x) * squares(y)
     terms = jnp.einsum("npi,nqi->npq", x, x) * jnp.einsum("npo,nqo->npq", y, y)
-    return _sum_unless_cancelled(lambda x, y: x.T @ y, outer_each, x, y, terms)
+    return _sum_unless_cancelled(Fixed(_outer_of_one, ()), Fixed(outer_each, ()), x, y, terms)
+
+
+def _outer_of_one(x: Array, y: Array) -> Array:
+    return x.T @ y
 
 
 def squares(x: Array) -> Array:

@@ -8,7 +8,6 @@ devices would exchange its halves.
 
 import functools
 import itertools
-import operator
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from jax import Array, lax
 
 from jaxcnn.kernels.shapes import is_symbolic
 from jaxcnn.kernels.split import mesh_of
+from jaxcnn.platforms import Fixed, platform_dependent
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
@@ -23,7 +23,11 @@ def sum_computed(dims: tuple[int, ...], x: Array) -> Array:
     """Return Σ x over ``dims``, where x is computed from a product of more than two arrays."""
     if mesh_of((x,)) is not None:
         return x.sum(dims)
-    return lax.platform_dependent(x, cpu=functools.partial(sum_by_halves, dims), default=lambda x: x.sum(dims))
+    return platform_dependent(x, default=Fixed(_sum, (dims,)), cpu=Fixed(sum_by_halves, (dims,)))
+
+
+def _sum(dims: tuple[int, ...], x: Array) -> Array:
+    return x.sum(dims)
 
 
 def sum_by_halves(dims: tuple[int, ...], x: Array) -> Array:
@@ -46,5 +50,5 @@ def sum_of_eights(x: Array, axis: int) -> Array:
     parts = max(min(n, 8), 1)
     ends = [n // parts * i for i in range(parts + 1)]
     slices = (lax.slice_in_dim(x, start, end, axis=axis) for start, end in itertools.pairwise(ends))
-    total = functools.reduce(operator.add, slices)
+    total = functools.reduce(lax.add, slices)
     return total if ends[-1] == n else jnp.concatenate([total, lax.slice_in_dim(x, ends[-1], n, axis=axis)], axis)

@@ -11,7 +11,6 @@ GEMM cannot fill its vectors.
 import functools
 import itertools
 import math
-import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -255,9 +254,9 @@ def _sum(terms: Iterable[Array]) -> Array:
     loops = -(-len(terms) // TERMS)
     size = -(-len(terms) // loops)
     sums = [_sum_in_chains(terms[at : at + size]) for at in range(0, len(terms), size)]
-    return sums[0] if loops == 1 else functools.reduce(operator.add, map(materialize, sums))
+    return sums[0] if loops == 1 else functools.reduce(lax.add, map(materialize, sums))
 
 
 def _sum_in_chains(terms: Sequence[Array]) -> Array:
-    chains = [functools.reduce(operator.add, terms[i::CHAINS]) for i in range(min(CHAINS, len(terms)))]
-    return functools.reduce(operator.add, chains)
+    chains = [functools.reduce(lax.add, terms[i::CHAINS]) for i in range(min(CHAINS, len(terms)))]
+    return functools.reduce(lax.add, chains)

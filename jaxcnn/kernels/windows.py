@@ -28,6 +28,7 @@ from jaxcnn.geometry import Window
 from jaxcnn.kernels.dtypes import accumulator, to_accumulator
 from jaxcnn.kernels.shapes import expand_rank
 from jaxcnn.kernels.split import run_whole
+from jaxcnn.platforms import Fixed, platform_dependent
 
 #: Windows of up to this many taps are written out tap by tap.
 MAX_UNROLLED_TAPS = 64
@@ -104,10 +105,10 @@ def _everywhere(name: str) -> dict[str, str]:
 
 def _run_chosen(table: dict[str, Callable[..., Any]], chosen: dict[str, str], win: Window, *arrays: Array) -> Any:
     """Run on each platform the lowering chosen for it; a platform without a column runs that of CPU."""
-    cpu = functools.partial(table[chosen["cpu"]], win)
-    lowerings = {name: functools.partial(table[name], win) for name in chosen.values()}
-    others = {platform: lowerings[name] for platform, name in chosen.items() if name != chosen["cpu"]}
-    return lax.platform_dependent(*arrays, default=cpu, **others) if others else cpu(*arrays)
+    lowerings = {platform: Fixed(table[name], (win,)) for platform, name in chosen.items()}
+    cpu = lowerings["cpu"]
+    others = {platform: lowering for platform, lowering in lowerings.items() if lowering != cpu}
+    return platform_dependent(*arrays, default=cpu, **others)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -51,13 +51,21 @@ def trace(fun: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Traced:
     Returns:
         The traced function.
     """
-    return trace_call(fun, args, kwargs, inline=True)
+    return trace_call("trace", fun, args, kwargs, inline=True)
 
 
-def trace_call(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, inline: bool) -> Traced:
+def trace_call(
+    op: str,
+    fun: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    inline: bool = True,
+) -> Traced:
     """Return `trace` of a call.
 
     Args:
+        op: name of the caller, for error messages.
         fun: the function.
         args: its arguments.
         kwargs: its keyword arguments.
@@ -66,7 +74,7 @@ def trace_call(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     Returns:
         The traced function.
     """
-    leaves, tree = jax.tree.flatten_with_path((args, kwargs))
+    leaves, tree = jax.tree.flatten_with_path((args, kwargs or {}))
     paths, values = zip(*leaves, strict=True) if leaves else ((), ())
     traced = [is_array(leaf) for leaf in values]
     arrays = tuple(leaf for leaf, is_traced in zip(values, traced, strict=True) if is_traced)
@@ -85,8 +93,8 @@ def trace_call(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
             closed = jax.make_jaxpr(flat)(*arrays)
     except Exception as error:
         error.add_note(
-            f"jaxcnn: raised while {getattr(fun, '__name__', repr(fun))} was traced; explicit and operations need a "
-            "function that jax.jit accepts, with Python scalars as static arguments"
+            f"jaxcnn: raised while {getattr(fun, '__name__', repr(fun))} was traced; {op} needs a function that "
+            "jax.jit accepts, with Python scalars as static arguments"
         )
         raise
     program = recognize(program_of(closed, inline=inline))

@@ -1,4 +1,6 @@
-"""Nets of Flax linen, Flax nnx, Equinox and Haiku."""
+"""Nets of Flax linen, Flax nnx, Equinox, Haiku and Keras."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +96,23 @@ def test_nnx():
     assert_same(fun, params, rest, x, rtol=1e-9)
 
 
+def test_nnx_modules_that_take_the_convolution():
+    nnx = pytest.importorskip("flax.nnx")
+    options = {"feature_group_count": 2, "strides": 2, "param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
+    own = nnx.Conv(4, 4, (3, 3), **options, conv_general_dilated=jaxcnn.lax.conv_general_dilated)
+    graph, params = nnx.split(own)
+    stock, _ = nnx.split(nnx.Conv(4, 4, (3, 3), **options))
+    params, x = in_float64(params), random(2, 5, 6, 4)
+
+    def gradient(graph):
+        return jax.grad(lambda params: (nnx.merge(graph, params)(x) ** 2).sum())(params)
+
+    for a, b in zip(*(jax.tree.leaves(gradient(each)) for each in (graph, stock)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-11)
+    assert "custom_vjp_call" in str(jax.make_jaxpr(lambda params: nnx.merge(graph, params)(x))(params))
+    assert names(lambda params, x: nnx.merge(graph, params)(x), params, x) == [("conv1", "conv")]
+
+
 def test_equinox():
     eqx = pytest.importorskip("equinox")
     keys = jax.random.split(jax.random.key(0), 2)
@@ -128,3 +147,35 @@ def test_haiku():
         ("linear", "dense"),
     ]  # fmt: skip
     assert_same(net.apply, params, x, rtol=1e-11)
+
+
+@pytest.mark.slow("imports Keras, and compiles its net in training mode")
+def test_keras(monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    keras = pytest.importorskip("keras")
+    if keras.backend.backend() != "jax":
+        pytest.skip("Keras was imported with another backend")
+    layers, before = keras.layers, keras.config.floatx()
+    keras.config.set_floatx("float64")
+    try:
+        inner = [
+            keras.Input((8, 8, 3)), layers.Conv2D(4, 3, strides=2, padding="same"), layers.BatchNormalization(),
+            layers.ReLU(), layers.DepthwiseConv2D(3), layers.MaxPooling2D(2, 1), layers.GlobalAveragePooling2D(),
+            layers.Dense(3),
+        ]  # fmt: skip
+    finally:
+        keras.config.set_floatx(before)
+    with jax.legacy_prng_key("allow"):  # Keras draws weights with them
+        net = keras.Sequential(inner)
+    params = [v.value for v in net.trainable_variables]
+    state = [v.value for v in net.non_trainable_variables]
+
+    def fun(training, params, state, x):
+        return net.stateless_call(params, state, x, training=training)
+
+    x = random(2, 8, 8, 3)
+    for training in (False, True):
+        run = functools.partial(fun, training)
+        ops = [op for _, op in names(run, params, state, x) if op != "add"]  # additions of statistics in the norm
+        assert ops == ["conv", "relu", "depthwise_conv", "max_pool", "global_avg_pool", "dense"]
+        assert_same(run, params, state, x, rtol=1e-9)

@@ -242,10 +242,12 @@ def test_signature_is_kept():
         jaxcnn.explicit(layer)(X())
 
 
-def test_function_that_cannot_be_traced():
+@pytest.mark.parametrize("caller", ["explicit", "operations"])
+def test_function_that_cannot_be_traced(caller):
     with pytest.raises(jax.errors.TracerBoolConversionError) as error:
-        jaxcnn.explicit(lambda x: x if x.sum() > 0 else -x)(X())
-    assert any("jaxcnn: raised while <lambda> was traced" in note for note in error.value.__notes__)
+        getattr(jaxcnn, caller)(lambda x: x if x.sum() > 0 else -x)(X())
+    expected = f"jaxcnn: raised while <lambda> was traced; {caller} needs a function that jax.jit accepts"
+    assert any(expected in note for note in error.value.__notes__)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

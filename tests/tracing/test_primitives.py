@@ -210,6 +210,7 @@ GLOBAL = {
     "mean": (lambda x: x.mean((1, 2)), ["global_avg_pool"]),
     "mean with dims kept": (lambda x: x.mean((1, 2), keepdims=True), ["global_avg_pool"]),
     "mean of NCHW": (lambda x: x.mean((2, 3)), ["global_avg_pool"]),
+    "mean of vmapped examples": (lambda x: jax.vmap(lambda x: x[None].mean((1, 2))[0])(x), ["global_avg_pool"]),
     "max": (lambda x: x.max((1, 2)), ["global_max_pool"]),
     "sum": (lambda x: x.sum((1, 2)), []),
     "mean over the batch": (lambda x: x.mean((0, 1, 2)), []),

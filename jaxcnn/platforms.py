@@ -1,0 +1,134 @@
+"""Functions with a lowering per platform, traced when the program is lowered.
+
+`jax.lax.platform_dependent` traces the branches of all platforms, and each transformation processes all of them. Here
+the traced function has one equation, whose body is traced for the platform that the program is lowered for.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import jax
+from jax import Array, lax
+from jax.extend import core
+from jax.interpreters import ad, batching, mlir
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """``function(*leading, *arrays)`` as a function of the arrays. Hashable, so that equal calls are lowered once."""
+
+    function: Callable[..., Any]
+    leading: tuple[Any, ...]
+
+    def __call__(self, *arrays: Array) -> Any:
+        """Return the function's result."""
+        return self.function(*self.leading, *arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """A function for each platform, with the settings of JAX under which it was called."""
+
+    default: Fixed
+    others: tuple[tuple[str, Fixed], ...]
+    matmul_precision: Any
+    x64: bool
+    dtype_promotion: Any
+    rank_promotion: Any
+
+    def for_platforms(self, platforms: Sequence[str]) -> Callable[..., list[Array]]:
+        """Return the function for some platforms; its result is a list."""
+        others = dict(self.others)
+        each = list(dict.fromkeys(others.get(platform, self.default) for platform in platforms))
+        return functools.partial(self._run, each[0] if len(each) == 1 else self._anywhere)
+
+    def anywhere(self, *arrays: Array) -> list[Array]:
+        """Return the results of `jax.lax.platform_dependent` as a list."""
+        return self._run(self._anywhere, *arrays)
+
+    def _anywhere(self, *arrays: Array) -> Any:
+        return lax.platform_dependent(*arrays, default=self.default, **dict(self.others))
+
+    def _run(self, function: Callable[..., Any], *arrays: Array) -> list[Array]:
+        with ExitStack() as stack:
+            stack.enter_context(jax.default_matmul_precision(self.matmul_precision))
+            stack.enter_context(jax.enable_x64(self.x64))
+            stack.enter_context(jax.numpy_dtype_promotion(self.dtype_promotion))
+            stack.enter_context(jax.numpy_rank_promotion(self.rank_promotion))
+            return jax.tree.leaves(function(*arrays))
+
+
+def platform_dependent(*arrays: Array, default: Fixed, **others: Fixed) -> Any:
+    """Return the result of ``default``, or on the platforms in ``others`` that of their function.
+
+    Args:
+        *arrays: the arguments of these functions.
+        default: a function that returns an array or a tuple of arrays.
+        **others: functions with results of the same types, by platform: "cpu", "tpu", "cuda", "rocm".
+
+    Returns:
+        The result.
+    """
+    if not others:
+        return default(*arrays)
+    config: Any = jax.config
+    implementation = Implementation(
+        default,
+        tuple(others.items()),
+        config.jax_default_matmul_precision,
+        config.jax_enable_x64,
+        config.jax_numpy_dtype_promotion,
+        config.jax_numpy_rank_promotion,
+    )
+    results = PER_PLATFORM.bind(*arrays, implementation=implementation)
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The primitive
+
+PER_PLATFORM = core.Primitive("per_platform")
+PER_PLATFORM.multiple_results = True
+
+
+@PER_PLATFORM.def_impl
+@functools.partial(jax.jit, static_argnames="implementation")
+def _evaluated(*arrays: Array, implementation: Implementation) -> list[Array]:
+    return implementation.anywhere(*arrays)
+
+
+@functools.lru_cache(maxsize=1024)
+def _types(implementation: Implementation, *avals: Any) -> list[Any]:
+    run = functools.partial(implementation._run, implementation.default)
+    return list(jax.make_jaxpr(run)(*avals).out_avals)
+
+
+@PER_PLATFORM.def_abstract_eval
+def _abstract(*avals: Any, implementation: Implementation) -> list[Any]:
+    return _types(implementation, *avals)
+
+
+def _lowered(ctx: Any, *arrays: Any, implementation: Implementation) -> Any:
+    platforms = ctx.platforms or ctx.module_context.platforms
+    return mlir.lower_fun(implementation.for_platforms(platforms), multiple_results=True)(ctx, *arrays)
+
+
+def _batched(arrays: Sequence[Array], dims: Sequence[Any], *, implementation: Implementation) -> Any:
+    results = jax.vmap(implementation.anywhere, tuple(dims))(*arrays)
+    return results, [0] * len(results)
+
+
+def _differentiated(
+    arrays: Sequence[Array], tangents: Sequence[Any], *, implementation: Implementation
+) -> tuple[Any, Any]:
+    results, derivatives = jax.jvp(implementation.anywhere, tuple(arrays), tuple(map(ad.instantiate_zeros, tangents)))
+    zeros = (ad.Zero(jax.typeof(y).to_tangent_aval()) for y in results)
+    return results, [zero if t.dtype == jax.dtypes.float0 else t for zero, t in zip(zeros, derivatives, strict=True)]
+
+
+mlir.register_lowering(PER_PLATFORM, _lowered)
+batching.primitive_batchers[PER_PLATFORM] = _batched
+ad.primitive_jvps[PER_PLATFORM] = _differentiated
