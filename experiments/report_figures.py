@@ -102,12 +102,12 @@ def curve(
     lines = [step for step in steps if quantity in step]
     points = averaged([step["step"] for step in lines], [step[quantity] for step in lines])
     if lines:
-        axes.plot(*points, color=FAINT, linewidth=1, label="each batch")
+        axes.plot(*points, color=FAINT, linewidth=1, label="batch")
     x = [row["step"] for row in epochs]
     marker = "o" if len(x) < 40 else ""
     train = [row[f"train_{quantity}"] for row in epochs]
     validation = [row[f"validation_{quantity}"] for row in epochs]
-    axes.plot(x, train, "--", color=SOFT, marker=marker, markersize=3.5, label="epoch's mean")
+    axes.plot(x, train, "--", color=SOFT, marker=marker, markersize=3.5, label="epoch")
     if any(map(math.isfinite, validation)):
         axes.plot(x, validation, color=ACCENT, marker=marker, markersize=4.5, label="validation (○ best)")
     if best_step is not None:
@@ -132,14 +132,14 @@ def speed(epochs: Sequence[Mapping[str, float]]) -> "Figure":
 
 
 def norms(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], ylabel: str) -> "Figure":
-    """Draw norms over the steps on a logarithmic scale, from the first line (dark violet) to the last (orange)."""
+    """Draw norms over the steps on a logarithmic scale, from the first line (violet) to the last (orange)."""
     import matplotlib
 
     shown = list(lines)
     if len(shown) > MAX_NAMES:
         shown = [shown[round(n * (len(lines) - 1) / (MAX_NAMES - 1))] for n in range(MAX_NAMES)]
     figure, axes = _chart("step", ylabel, 3.3 + 0.17 * math.ceil(len(shown) / 2))
-    colors = matplotlib.colormaps["plasma"](np.linspace(0.15, 0.8, max(2, len(lines))))
+    colors = matplotlib.colormaps["plasma"](np.linspace(0.32, 0.85, max(2, len(lines))))
     for color, (name, (x, y)) in zip(colors, lines.items(), strict=False):
         points = averaged(x, y)
         marker = "o" if len(points[0]) < 20 else ""

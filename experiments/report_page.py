@@ -469,7 +469,7 @@ def _table(values: Mapping[str, Any]) -> str:
         if isinstance(value, Mapping):
             text = ", ".join(f"{name} {item}" for name, item in value.items()) or "none"
         else:
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            text = value if isinstance(value, str) else "none" if value is None else json.dumps(value)
         rows.append(f"<tr><th>{escape(key.replace('_', ' '))}</th><td>{escape(text)}</td></tr>")
     return f'<table class="facts">{"".join(rows)}</table>'
 
