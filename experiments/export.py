@@ -41,7 +41,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Write the net of a run in other formats. Each is run or read again and compared before it gets its name.
+    """Write the net of a run in other formats. Each file is read again and compared before it gets its name.
 
     safetensors: net.safetensors, the parameters by name with the config in the metadata.
     npz: net.npz, the same for numpy.load.
@@ -101,7 +101,9 @@ def export(config: Config) -> int:
 
 def _safetensors(out: Path, trained: Trained, metadata: Mapping[str, str]) -> list[Path]:
     path = out / "net.safetensors"
-    checkpoints.save(path, trained.params, metadata)
+    with replacing(path) as temporary:
+        checkpoints.save(temporary, trained.params, metadata)
+        _check_equal(path, checkpoints.read(temporary), trained)
     return [path]
 
 
@@ -112,10 +114,14 @@ def _npz(out: Path, trained: Trained, metadata: Mapping[str, str]) -> list[Path]
         with temporary.open("wb") as file:
             np.savez(file, **{**arrays, **{name: np.array(text) for name, text in metadata.items()}})  # type: ignore[arg-type]
         with np.load(temporary, allow_pickle=False) as written:
-            for name, array in arrays.items():
-                if not np.array_equal(written[name], array):
-                    raise bad_value(RunError, f"{path}: {name}", "the array that was written", "another one")
+            _check_equal(path, written, trained)
     return [path]
+
+
+def _check_equal(path: Path, written: Mapping[str, np.ndarray], trained: Trained) -> None:
+    for name, array in checkpoints.flatten(trained.params).items():
+        if not np.array_equal(written[name], array):
+            raise bad_value(RunError, f"{path}: {name}", "the array that was written", "another one")
 
 
 def _stablehlo(out: Path, trained: Trained, metadata: Mapping[str, str]) -> list[Path]:
