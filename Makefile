@@ -58,6 +58,8 @@ smoke: $(VENV)/all  ## run every experiment briefly
 	$(PY) -m experiments.train --model lenet5 --max-steps 3 --out runs/smoke/lenet5
 	$(PY) -m experiments.chaos --kills 1 --epochs 1 --batch-size 500 --save-every 4 --out runs/smoke/chaos
 	$(PY) -m experiments.runs runs/smoke --plot runs/smoke/runs.png
+	$(PY) -m experiments.predict docs/images --run runs/smoke/train
+	$(PY) -m experiments.export runs/smoke/lenet5 --format safetensors npz stablehlo pytorch onnx
 	$(PY) -m experiments.lecture.s09_delta --out runs/smoke/lecture
 	$(PY) -m experiments.deltas --run runs/smoke/lenet5 --images 0 --out runs/smoke/deltas
 	$(PY) -m experiments.attributions --run runs/smoke/train --images 0 --out runs/smoke/attributions

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from tyro.conf import arg
 
-from experiments import cli, report
+from experiments import cli, terminal
 from experiments.data import Dataset, batches, load, shuffled_batches
 from experiments.errors import RunError, UsageError, WriteError, bad_value
 from experiments.files import replacing
@@ -98,7 +98,7 @@ def train_all(pairs: Sequence[tuple[str, int]], dataset: Dataset, config: Config
     trainings: list[Trained] = []
     stopped: BaseException | None = None
     try:
-        with report.progress(len(pairs) * config.steps) as progress:
+        with terminal.progress(len(pairs) * config.steps) as progress:
             for finished, (name, seed) in enumerate(pairs):
 
                 def update(step: int, *numbers: float, before: int = finished * config.steps) -> None:

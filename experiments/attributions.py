@@ -118,8 +118,16 @@ def methods(net: "Serial", shape: tuple[int, ...], seed: int) -> "dict[str, tupl
     }
 
 
-def maps(trained: Trained, x: np.ndarray, target: np.ndarray, seed: int) -> dict[str, Maps]:
-    """Return the maps of each method by title, for images `x` and classes `target`."""
+def maps(trained: Trained, x: np.ndarray, target: np.ndarray, seed: int, titles: Sequence[str] = ()) -> dict[str, Maps]:
+    """Return the maps of each method by title, for images `x` and classes `target`.
+
+    Args:
+        trained: The net.
+        x: Images (N, H, W, C).
+        target: Classes (N,).
+        seed: The seed of SmoothGrad's noise.
+        titles: The methods to apply, if the net supports them; empty means all.
+    """
     import jax
 
     import jaxcnn
@@ -131,6 +139,8 @@ def maps(trained: Trained, x: np.ndarray, target: np.ndarray, seed: int) -> dict
     conserved = {"integrated_gradients": increase, "deep_lift": increase, "relevance": logit}
     result = {}
     for title, (method, options) in methods(net, x.shape[1:], seed).items():
+        if titles and title not in titles:
+            continue
         run = jax.jit(functools.partial(jaxcnn.attribute, net, method=method, **options))
         heat = np.asarray(run(params, x, target))
         heat = heat.sum(-1) if heat.ndim == 4 else heat  # sum over channels

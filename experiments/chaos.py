@@ -104,7 +104,7 @@ def command(config: Config, run: Path) -> list[str]:
         "--norms-every": 0,
         "--out": run,
     } | ({} if config.data_dir is None else {"--data-dir": config.data_dir})
-    return [*python, *(str(word) for pair in options.items() for word in pair)]
+    return [*python, "--no-report", *(str(word) for pair in options.items() for word in pair)]
 
 
 def start(config: Config, run: Path, folder: Path) -> subprocess.Popen[str]:

@@ -55,6 +55,18 @@ def metadata(path: Path) -> dict[str, str]:
         return {}
 
 
+def read(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays in a safetensors file by name; raise CheckpointError if it cannot be read."""
+    try:
+        return parse(path.read_bytes())
+    except FileNotFoundError:
+        raise bad_value(CheckpointError, path, "a safetensors file", "no such file") from None
+    except OSError as error:
+        raise bad_value(CheckpointError, path, "a safetensors file", error.strerror) from None
+    except SafetensorError as error:
+        raise bad_value(CheckpointError, path, "an intact safetensors file", error) from None
+
+
 def load(path: Path, like: Params) -> Params:
     """Read NumPy arrays from `path`.
 
@@ -65,15 +77,7 @@ def load(path: Path, like: Params) -> Params:
     Raises:
         CheckpointError: The file cannot be read, or a parameter is missing, unexpected, or of another shape or dtype.
     """
-    try:
-        arrays = parse(path.read_bytes())
-    except FileNotFoundError:
-        raise bad_value(CheckpointError, path, "a safetensors file", "no such file") from None
-    except OSError as error:
-        raise bad_value(CheckpointError, path, "a safetensors file", error.strerror) from None
-    except SafetensorError as error:
-        raise bad_value(CheckpointError, path, "an intact safetensors file", error) from None
-
+    arrays = read(path)
     leaves = dict(_walk(like))
     for name in (*leaves, *arrays):
         expected = f"{leaves[name].dtype} {leaves[name].shape}" if name in leaves else "absent"

@@ -85,22 +85,26 @@ def draw(config: Config) -> int:
 
 
 def compute(trained: Trained, images: Sequence[int]) -> "BackpropResult":
-    """Return activations and δ of all layers, by name, for the chosen test images; δ is ∂E/∂a of each image."""
+    """Return activations and δ of all layers, by name, for the chosen test images."""
+    chosen = list(images)
+    x, labels = trained.dataset.test_images[chosen], trained.dataset.test_labels[chosen]
+    return backprop(trained.net, trained.params, x, labels)
+
+
+def backprop(net: "Serial", params: Any, x: np.ndarray, labels: np.ndarray) -> "BackpropResult":
+    """Return activations and δ of all layers, by name; δ is ∂E/∂a of each image."""
     import jax
 
     import jaxcnn
-
-    chosen = list(images)
-    x, labels = trained.dataset.test_images[chosen], trained.dataset.test_labels[chosen]
 
     @jax.jit
     def run(params: Any) -> "BackpropResult":
         def total_loss(outputs: jax.Array, labels: jax.Array) -> jax.Array:
             return jaxcnn.softmax_cross_entropy_with_integer_labels(outputs, labels).sum()
 
-        return jaxcnn.backprop(trained.net, total_loss, params, x, labels)
+        return jaxcnn.backprop(net, total_loss, params, x, labels)
 
-    return jax.device_get(run(trained.params))
+    return jax.device_get(run(params))
 
 
 def groups(net: "Serial", path: str = "") -> list[tuple[str, ...]]:

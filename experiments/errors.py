@@ -13,6 +13,8 @@ EXTRAS: Mapping[str, str] = {
     ),
     **dict.fromkeys(("equinox", "flax", "keras", "torch"), "bench"),
     "haiku": "zoo",
+    "tensorboardX": "tensorboard",
+    **dict.fromkeys(("flatbuffers", "onnx", "onnxruntime", "onnxscript"), "export"),
 }
 """The packages that scripts need beyond the library's own, and the extra of jaxcnn that installs each."""
 MODULES: Mapping[str, str] = {"orbax-checkpoint": "orbax.checkpoint", "pillow": "PIL"}
@@ -101,7 +103,12 @@ def check_packages(extra: str = "experiments") -> None:
     Args:
         extra: One of the values of EXTRAS.
     """
-    missing = [package for package, of in EXTRAS.items() if of == extra and not _is_installed(package)]
+    check_installed(*(package for package, of in EXTRAS.items() if of == extra))
+
+
+def check_installed(*packages: str) -> None:
+    """Raise UsageError if some of the packages, which are in EXTRAS, are missing."""
+    missing = [package for package in packages if not _is_installed(package)]
     if missing:
         raise UsageError(_missing(missing))
 

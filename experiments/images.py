@@ -99,7 +99,7 @@ def _read(folder: Path, classes: tuple[str, ...], size: int | None) -> Batch:
     shape: tuple[int, ...] | None = None
     color = False
     for path in files:
-        image, is_color = _decode(path, size)
+        image, is_color = decode(path, size)
         color = color or is_color
         shape = image.shape[:2] if shape is None else shape
         if image.shape[:2] != shape:
@@ -114,8 +114,16 @@ def _read(folder: Path, classes: tuple[str, ...], size: int | None) -> Batch:
     return array if color else array[..., :1], np.array(labels, np.int32)
 
 
-def _decode(path: Path, size: int | None) -> tuple[np.ndarray, bool]:
-    """Return the image (H, W, 3) uint8 in a file, and whether it has colors."""
+def decode(path: Path, size: int | None = None) -> tuple[np.ndarray, bool]:
+    """Return the image (H, W, 3) uint8 in a file, and whether it has colors. Transparent pixels are over white.
+
+    Args:
+        path: A PNG or JPEG file.
+        size: Height and width to which the image is resized; None means its own.
+
+    Raises:
+        DataError: The file is missing, damaged, too large, or not an image.
+    """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     expected = "a PNG or JPEG image"
@@ -129,6 +137,9 @@ def _decode(path: Path, size: int | None) -> tuple[np.ndarray, bool]:
             if image.mode not in (*GRAY, *COLOR):
                 raise bad_value(DataError, path, "an image with 8 bits per channel", f"mode {image.mode}")
             upright = ImageOps.exif_transpose(image)
+            if upright.has_transparency_data:
+                layer = upright.convert("RGBA")
+                upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
             pixels = upright.convert("L" if image.mode in GRAY else "RGB")
             if size is not None:
                 pixels = pixels.resize((size, size), Image.Resampling.BILINEAR)

@@ -1,142 +1,190 @@
-"""The output of a run: a banner, one line per epoch, and a progress bar, or plain lines without a terminal."""
+"""Write report.html, one self-contained page about a run: python -m experiments.report --help."""
 
-import importlib.metadata
-import math
-import os
-import platform
+import dataclasses
+import json
 import sys
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Protocol, TextIO
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from experiments.data import Dataset
-from experiments.run_folder import Epoch
+import numpy as np
+from tyro.conf import Positional
 
-PACKAGES = ("jaxcnn", "jax", "jaxlib", "optax", "numpy")
-PLAIN_INTERVAL = 10.0
-"""Seconds between two lines within an epoch if there is no bar."""
+from experiments import cli
+from experiments.errors import CheckpointError, bad_value
+from experiments.files import replacing
+from experiments.run_folder import Run
+from experiments.runs import read_rows
+
+if TYPE_CHECKING:
+    from experiments.restore import Trained
+
+PROG = "python -m experiments.report"
+FILE = "report.html"
+BATCH = 500
+"""Images per prediction call."""
+MISTAKES = 12
+"""Number of mistakes to show, the most confident ones."""
 
 
-def versions() -> dict[str, str]:
-    """Return the version of Python and of each package that a result depends on."""
-    result = {"python": platform.python_version()}
-    for package in PACKAGES:
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Write report.html into the folder of a run, again or for the first time; training writes it at its end."""
+
+    run: Positional[Path]
+    """Folder of the run."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Examples:
+    """The images that a report is about, their labels, and the probabilities (N, classes) that the net predicts."""
+
+    what: str
+    images: np.ndarray
+    labels: np.ndarray
+    probabilities: np.ndarray
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """The predicted classes."""
+        return self.probabilities.argmax(1)
+
+    def mistakes(self) -> np.ndarray:
+        """Return the indices of the wrong predictions, the most confident first."""
+        wrong = np.flatnonzero(self.predicted != self.labels)
+        return wrong[np.argsort(-self.probabilities[wrong].max(1), kind="stable")]
+
+    def confusion(self) -> np.ndarray:
+        """Return the number of images (true class, predicted class)."""
+        classes = self.probabilities.shape[1]
+        return np.bincount(classes * self.labels + self.predicted, minlength=classes**2).reshape(classes, classes)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Story:
+    """All that the page shows of a run.
+
+    `steps` has the lines of metrics.jsonl, `epochs` the rows of metrics.csv. `examples` is None if there are no images
+    that the run may look at: the test set is evaluated once, at the end.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    epochs: list[dict[str, float]]
+    steps: list[dict[str, Any]]
+    trained: "Trained"
+    examples: Examples | None
+
+    @property
+    def end(self) -> str:
+        """How the run ended."""
+        return str(self.config.get("end", "killed"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (None: the process's own) and return the exit status."""
+    return cli.run(Config, report, argv, prog=PROG)
+
+
+def report(config: Config) -> int:
+    """Write the report of a run and print its path; raise CheckpointError or DataError."""
+    from experiments.restore import restore
+
+    if not config.run.is_dir():
+        got = "a file" if config.run.exists() else "no such folder"
+        raise bad_value(CheckpointError, config.run, "the folder of a run", got)
+    print(write(config.run, restore(config.run)))
+    return 0
+
+
+def write(folder: Path, trained: "Trained") -> Path:
+    """Write the report of the run in `folder`, whose net is `trained`, and return its path."""
+    from experiments import report_page
+
+    path = folder / FILE
+    text = report_page.page(collect(folder, trained))
+    with replacing(path) as temporary:
+        temporary.write_text(text, "utf-8")
+    return path
+
+
+def collect(folder: Path, trained: "Trained") -> Story:
+    """Read the files of a run, and predict its test images, or its validation images if it has not finished."""
+    from experiments.restore import read_config
+
+    config = read_config(Run(folder))
+    examples = None
+    if chosen := _examples(config, trained):
+        what, images, labels = chosen
+        examples = Examples(what, images, labels, probabilities(trained, images))
+    return Story(
+        folder,
+        config,
+        _environment(folder / "environment.json"),
+        read_rows(folder / "metrics.csv"),
+        read_steps(folder / "metrics.jsonl"),
+        trained,
+        examples,
+    )
+
+
+def _examples(config: Mapping[str, Any], trained: "Trained") -> tuple[str, np.ndarray, np.ndarray] | None:
+    """Return a description of the images to look at, the images and the labels, or None."""
+    dataset = trained.dataset
+    if config.get("end") == "finished":
+        return "test images", dataset.test_images, dataset.test_labels
+    from experiments import train
+
+    options = train.Config(validation=config.get("validation", 0.0), seed=config.get("seed", 0))
+    _, held_out = train.split(options, dataset)
+    if not len(held_out):
+        return None
+    return "validation images", dataset.train_images[held_out], dataset.train_labels[held_out]
+
+
+def _environment(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a metrics.jsonl; none if it is missing. A line that is incomplete is omitted."""
+    if not path.exists():
+        return []
+    steps = []
+    for line in path.read_text("utf-8", errors="replace").splitlines():
         try:
-            result[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # run from a source tree that is not installed
-            result[package] = "(not installed)"
-    return result
+            steps.append(_numbers(json.loads(line)))
+        except (ValueError, TypeError):
+            continue
+    return [step for step in steps if isinstance(step, dict) and "step" in step]
 
 
-def describe_device() -> str:
-    """Return a description of the first device, e.g. "cpu (2 cores)", and the number of devices if there are more."""
+def _numbers(value: Any) -> Any:
+    """Return `value` with numbers for "nan" and "inf"."""
+    return {key: _numbers(item) for key, item in value.items()} if isinstance(value, dict) else float(value)
+
+
+def probabilities(trained: "Trained", images: np.ndarray) -> np.ndarray:
+    """Return the predicted probabilities (N, classes) of images (N, H, W, C)."""
     import jax
 
-    devices = jax.devices()
-    cores = f" ({os.cpu_count()} cores)" if devices[0].platform == "cpu" else ""
-    return f"{devices[0].device_kind}{cores}" + (f", the first of {len(devices)}" if len(devices) > 1 else "")
+    @jax.jit
+    def predict(params: Any, x: np.ndarray) -> jax.Array:
+        return jax.nn.softmax(trained.net.apply(params, x))
+
+    size = min(BATCH, len(images))
+    results = []
+    for first in range(0, len(images), size):
+        x = images[first : first + size]
+        padded = np.concatenate([x, np.zeros((size - len(x), *x.shape[1:]), x.dtype)])  # one shape, one compilation
+        results.append(np.asarray(predict(trained.params, padded))[: len(x)])
+    return np.concatenate(results)
 
 
-def describe_data(dataset: Dataset) -> str:
-    """Return the name, sizes and hash of a data set in one line."""
-    shape = "×".join(map(str, dataset.image_shape))
-    return (
-        f"{dataset.name}: {len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images {shape}, "
-        f"{len(dataset.class_names)} classes, sha256 {dataset.sha256[:12]}, from {dataset.source}"
-    )
-
-
-def banner(facts: Mapping[str, str]) -> str:
-    """Return `facts` as lines of two columns."""
-    width = max(map(len, facts))
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in facts.items())
-
-
-def describe_epoch(row: Epoch, epochs: int) -> str:
-    """Return one epoch in one line."""
-    validated = f"validation loss {row.validation_loss:.4f} accuracy {row.validation_accuracy:.4f}"
-    validation = "not evaluated" if math.isnan(row.validation_loss) else validated
-    return (
-        f"epoch {row.epoch:>{len(str(epochs))}}/{epochs}   "
-        f"train loss {row.train_loss:.4f} accuracy {row.train_accuracy:.4f}   {validation}   "
-        f"{row.seconds:.1f} s, {row.images_per_second:,.0f} images/s"
-    )
-
-
-class Progress(Protocol):
-    """Receives the state of a running training."""
-
-    def update(self, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
-        """Show the state after `step` steps; may be called at any rate."""
-
-    def line(self, text: str) -> None:
-        """Write a permanent line."""
-
-
-@contextmanager
-def progress(total_steps: int, stream: TextIO | None = None) -> Iterator[Progress]:
-    """Yield a bar with ETA on a terminal, plain lines otherwise; `stream` is stdout if None."""
-    stream = sys.stdout if stream is None else stream
-    if stream.isatty():
-        with _bar(total_steps, stream) as bar:
-            yield bar
-    else:
-        yield PlainLines(total_steps, stream)
-
-
-class PlainLines:
-    """Progress for logs and pipes: at most one line every PLAIN_INTERVAL seconds between the permanent lines."""
-
-    def __init__(self, total_steps: int, stream: TextIO) -> None:
-        self._total, self._stream = total_steps, stream
-        self._last = time.monotonic()
-        self._first: tuple[int, float] | None = None  # step and time of the first update, after compilation
-
-    def update(self, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
-        """Write a line if PLAIN_INTERVAL seconds have passed since the last one."""
-        now = time.monotonic()
-        first_step, first = self._first = self._first or (step, now)
-        if now - self._last >= PLAIN_INTERVAL and step < self._total:
-            time_left = ""
-            if step > first_step:
-                time_left = f", {(now - first) / (step - first_step) * (self._total - step):.0f} s left"
-            self.line(
-                f"step {step}/{self._total}   loss {loss:.4f} accuracy {accuracy:.4f}   "
-                f"{images_per_second:,.0f} images/s{time_left}"
-            )
-
-    def line(self, text: str) -> None:
-        """Write a line and flush it, so that a reader of the log sees it immediately."""
-        print(text, file=self._stream, flush=True)
-        self._last = time.monotonic()
-
-
-@contextmanager
-def _bar(total_steps: int, stream: TextIO) -> Iterator[Progress]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as RichProgress
-
-    console = Console(file=stream, highlight=False)
-    columns = (
-        TextColumn("step"),
-        MofNCompleteColumn(),
-        BarColumn(bar_width=None),
-        TextColumn("{task.fields[state]}"),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-    )
-
-    class Bar:
-        def update(self, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
-            state = f"loss {loss:.3f} accuracy {accuracy:.3f}  {images_per_second:,.0f} images/s"
-            display.update(task, completed=step, state=state)
-
-        def line(self, text: str) -> None:
-            display.console.print(text, markup=False, soft_wrap=True)
-
-    # Transient, because the permanent lines contain all information.
-    with RichProgress(*columns, console=console, transient=True, expand=True) as display:
-        task = display.add_task("", total=total_steps, state="")
-        yield Bar()
+if __name__ == "__main__":
+    sys.exit(main())

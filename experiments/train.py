@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import numpy as np
 from tyro.conf import FlagCreatePairsOff, arg
 
-from experiments import cli, process, report
+from experiments import cli, process, terminal
 from experiments.data import IN_FOLDERS, SOURCES, Batch, Batches, Dataset, batches, is_path, load, split_validation
-from experiments.errors import CheckpointError, RunError, UsageError, WriteError, bad_value, explain
+from experiments.errors import CheckpointError, RunError, UsageError, WriteError, bad_value, check_packages, explain
 from experiments.run_folder import Epoch, History, Run, as_json, best, check_folder, finite_or_none, locked, new_folder
 
 if TYPE_CHECKING:  # importing jax takes a second, and --help does not need it
@@ -79,13 +79,20 @@ class Config:
     """Before training, compare the rules with autodiff on this net and its first batch; stop if they differ."""
     allocator: str = "tuned"
     """tuned: glibc keeps freed memory. stock: glibc's defaults, with which large steps on CPU are a third slower."""
+    report: bool = True
+    """Whether to write report.html at the end: one page with all figures and numbers of the run."""
+    tensorboard: FlagCreatePairsOff[bool] = False
+    """Write event files for TensorBoard into the run's folder; needs the extra tensorboard."""
     keep_compiled: FlagCreatePairsOff[bool] = False
     """Keep compiled programs in the user's cache, so that the next run of the same net starts faster."""
     out: Annotated[Path | None, arg(metavar="PATH")] = None
     """Folder of the run, new or empty; if omitted, runs/<time>-<model>."""
 
 
-MAY_DIFFER = ("resume", "out", "data_dir", "save_every", "keep", "check_grads", "allocator", "keep_compiled")
+MAY_DIFFER = (
+    *("resume", "out", "data_dir", "save_every", "keep", "check_grads", "allocator", "keep_compiled"),
+    *("report", "tensorboard"),
+)
 """Options that do not change the results, so that --resume accepts other values than the run's."""
 
 
@@ -144,9 +151,9 @@ def train(config: Config) -> int:
     steps = min(config.epochs * (len(chosen) // config.batch_size), config.max_steps or sys.maxsize)
     rate = config.learning_rate or LEARNING_RATES[config.optimizer]
     facts = {
-        "versions": ", ".join(f"{name} {version}" for name, version in report.versions().items()),
-        "device": report.describe_device(),
-        "data": report.describe_data(dataset),
+        "versions": ", ".join(f"{name} {version}" for name, version in terminal.versions().items()),
+        "device": terminal.describe_device(),
+        "data": terminal.describe_data(dataset),
         "validation": f"{len(validation):,} of the training images",
         "training": f"{config.model}, {steps:,} steps of {config.batch_size} images, {config.optimizer} at {rate:g}",
         "seed": str(config.seed),
@@ -162,7 +169,7 @@ def train(config: Config) -> int:
             stack.enter_context(locked(folder))
             original = dataclasses.replace(config, resume=None, out=folder)
             record = describe(original, facts, dataset, rate)
-        print(report.banner(facts), table, sep="\n\n", end="\n\n", flush=True)
+        print(terminal.banner(facts), table, sep="\n\n", end="\n\n", flush=True)
         return fit(config, net, dataset, Run(folder), steps, rate, record)
 
 
@@ -206,7 +213,8 @@ def fit(
     import jax
 
     import jaxcnn
-    from experiments import training_loop, training_state, watch
+    from experiments import checkpoints, event_files, report, training_loop, training_state, watch
+    from experiments.restore import Trained
 
     optimizer = make_optimizer(config.optimizer, rate, steps)
     loss = jaxcnn.softmax_cross_entropy_with_integer_labels
@@ -236,7 +244,16 @@ def fit(
         check_gradients(net, state, training(first_step % steps))
     step = compiled_step(config, net, optimizer, state, training(0), first_step, steps)
 
+    events = event_files.EventFiles(run.folder, first_step) if config.tensorboard else None
+
+    def log(records: Sequence[Mapping[str, Any]]) -> None:
+        run.log(records)
+        if events is not None:
+            events.log(records)
+
     def save(state: "TrainState", step: int, history: History) -> None:
+        if events is not None and history.epochs and history.epochs[-1].step == step:
+            events.end_epoch(history.epochs[-1])
         row = best(history.epochs)
         if row is None or row.step == step:
             run.save(history.epochs, state.params, step, record)
@@ -247,7 +264,7 @@ def fit(
     resume_command = f"python -m experiments.train --resume {shlex.quote(str(relative(run.folder)))}"
     try:
         began = time.perf_counter()
-        with report.progress(steps) as progress:
+        with terminal.progress(steps) as progress:
             outcome = training_loop.fit(
                 step,
                 state,
@@ -258,8 +275,8 @@ def fit(
                 batch_size=config.batch_size,
                 progress=progress,
                 save=save,
-                describe=lambda row: report.describe_epoch(row, config.epochs),
-                log=run.log,
+                describe=lambda row: terminal.describe_epoch(row, config.epochs),
+                log=log,
                 save_every=config.save_every,
                 first_step=first_step,
                 history=history,
@@ -280,6 +297,8 @@ def fit(
         run.plot(outcome.rows, f"{config.model} on {config.data}, seed {config.seed}")
         run.describe({**record, **end})
         print(summarize(outcome.rows, wall, tested), f"results in {run.folder}", sep="\n", flush=True)
+        if config.report and outcome.end != "interrupted":  # a process that is terminated has little time
+            report.write(run.folder, Trained(config.model, net, checkpoints.load(run.weights, state.params), dataset))
     except KeyboardInterrupt:  # a second Ctrl-C, which does not wait for the current step
         print(f"{PROG}: interrupted; {run.saved_weights()}; to continue: {resume_command}", file=sys.stderr)
         return cli.INTERRUPTED
@@ -394,8 +413,8 @@ def environment() -> dict[str, Any]:
         "command": shlex.join(sys.orig_argv),
         "folder": os.getcwd(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "versions": report.versions(),
-        "device": report.describe_device(),
+        "versions": terminal.versions(),
+        "device": terminal.describe_device(),
         "platform": platform.platform(),
         "cores": os.cpu_count(),
         "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(prefixes)},
@@ -423,6 +442,8 @@ def check(config: Config) -> None:
         "--keep": config.keep,
     }.items():
         cli.check_count(flag, number)
+    if config.tensorboard:
+        check_packages("tensorboard")
     if config.norms_every < 0:
         raise bad_value(UsageError, "--norms-every", "at least 0", config.norms_every)
     if not 0 <= config.validation < 1:
@@ -501,7 +522,7 @@ def describe(config: Config, facts: dict[str, str], dataset: Dataset, rate: floa
         "data_source": dataset.source,
         "data_sha256": dataset.sha256,
         "device": facts["device"],
-        "versions": report.versions(),
+        "versions": terminal.versions(),
     }
 
 

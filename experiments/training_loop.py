@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 from experiments.checkpoints import Params
 from experiments.data import Batch
-from experiments.report import Progress
 from experiments.run_folder import Epoch, History
+from experiments.terminal import Progress
 from jaxcnn import TrainState
 
 Metrics = dict[str, Any]

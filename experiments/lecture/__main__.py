@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def show_all(config: Config) -> int:
     """Run all scripts, then write the page."""
     out = folder(config.out)
-    from experiments import report
+    from experiments import terminal
     from experiments.lecture import page
 
     began, results = time.perf_counter(), []
@@ -57,10 +57,10 @@ def show_all(config: Config) -> int:
         script = importlib.import_module(f"experiments.lecture.{name}")
         results.append((script.STATEMENT, run(script.STATEMENT, script.show, out)))
     seconds = time.perf_counter() - began
-    versions = report.versions()
+    versions = terminal.versions()
     facts = {name: versions[name] for name in ("jaxcnn", "jax", "numpy")}
     path = out / "lecture.html"
-    page.write(path, results, {**facts, "on": report.describe_device(), "in": f"{seconds:.0f} s"})
+    page.write(path, results, {**facts, "on": terminal.describe_device(), "in": f"{seconds:.0f} s"})
     failed = [f"§{statement.section} {statement.name}" for statement, result in results if not result.holds]
     print(f"{len(results) - len(failed)} of {len(results)} statements hold, in {seconds:.0f} s; page: {path}")
     if failed:

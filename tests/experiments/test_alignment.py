@@ -7,7 +7,7 @@ import pytest
 from matplotlib.image import imread
 
 import jaxcnn
-from experiments import alignment, data, report
+from experiments import alignment, data, terminal
 from experiments.errors import RunError
 from tests.cases import compiled
 
@@ -100,7 +100,7 @@ def test_ctrl_c_in_the_first_training_leaves_no_folder(tmp_path, capsys, monkeyp
 @pytest.mark.slow("trains")
 def test_progress_is_shown_over_all_trainings(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(report.PlainLines, "update", lambda self, step, *numbers: seen.append((step, self._total)))
+    monkeypatch.setattr(terminal.PlainLines, "update", lambda self, step, *numbers: seen.append((step, self._total)))
     argv = ("--rules", "exact", "--seeds", 2, "--steps", 3, "--batch-size", 4)
     assert main(*argv, "--out", tmp_path / "out") == 0
     assert seen == [(step, 6) for step in (2, 3, 5, 6)]  # a training's first step compiles

@@ -204,7 +204,7 @@ def test_a_missing_package_is_reported_before_any_work(tmp_path, module, hidden,
 
 def test_the_packages_of_the_extras_are_listed():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    for extra in ("experiments", "bench"):
+    for extra in ("experiments", "bench", "export", "tensorboard"):
         known = {package for package, of in errors.EXTRAS.items() if of == extra}
         assert known == {re.match(r"[\w-]+", requirement)[0] for requirement in extras[extra]}
 

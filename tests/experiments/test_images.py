@@ -86,6 +86,16 @@ def test_gray_color_and_size(tmp_path):
     assert dataset.image_shape == (8, 8, 3)
 
 
+def test_transparent_pixels_are_over_white(tmp_path):
+    pixels = np.zeros((2, 2, 4), np.uint8)
+    pixels[0, 0] = (10, 20, 30, 255)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    image, is_color = images.decode(tmp_path / "a.png")
+    white = [255] * 3
+    assert image.tolist() == [[[10, 20, 30], white], [white, white]]
+    assert is_color
+
+
 def png(width: int, height: int, data: bytes = b"") -> bytes:
     """Return a PNG whose header declares a size."""
 

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image, ImageDraw
 
 from experiments import data, predict, train
+from tests.experiments.test_images import png
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +140,141 @@ def test_probabilities_are_those_of_the_predicted_class(run, capsys):
     assert min(probabilities) >= 0.1  # the largest of ten probabilities
     assert max(probabilities) <= 1
     assert np.std(probabilities) > 0
+
+
+# ---- image files ----
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    assert (
+        train.main(["--model", "mlp", "--data", "digits", "--epochs", "40", "--batch-size", "64", "--out", str(folder)])
+        == 0
+    )
+    return folder
+
+
+def draw(path, size=160, ink=0, paper=255, mode="L", wide=1.0):
+    """Draw a zero: an ellipse on a sheet of paper, off the proportions of the net's images if `wide` is not 1."""
+    image = Image.new("L", (round(size * wide), size), paper)
+    x, y = image.width / 2, size / 2
+    box = [x - 0.27 * size, y - 0.42 * size, x + 0.27 * size, y + 0.42 * size]
+    ImageDraw.Draw(image).ellipse(box, outline=ink, width=round(0.13 * size))
+    if mode == "RGBA":  # ink on a transparent sheet, whose own color is black
+        alpha = Image.eval(image, lambda value: 255 - value)
+        image = Image.merge("RGBA", [*Image.new("RGB", image.size, "black").split(), alpha])
+    image.convert(mode).save(path)
+    return path
+
+
+@pytest.mark.slow("trains")
+def test_a_zero_drawn_by_hand(digits, tmp_path, capsys):
+    drawn = tmp_path / "drawn"
+    drawn.mkdir()
+    draw(drawn / "a.png")
+    draw(drawn / "b.jpg", 500, mode="RGB")
+    draw(drawn / "c.png", 90, 255, 0)
+    draw(drawn / "d.PNG", 200, mode="RGBA")
+    draw(drawn / "e.png", 64, wide=0.9)
+    (drawn / "notes.txt").write_text("ignored")
+    (drawn / ".hidden.png").write_text("ignored")
+    assert main(drawn, drawn / "a.png", "--run", digits, "--explain", "--out", tmp_path / "maps") == 0
+    head, *lines = filter(None, capsys.readouterr().out.splitlines())
+    assert head == f"mlp from {digits}, trained on digits"
+    titles = [line for line in lines if not line.startswith("  ")][:-1]
+    assert titles == [
+        f"{drawn / name}{note}"
+        for name, note in [
+            *(("a.png", ", inverted"), ("b.jpg", ", inverted"), ("c.png", ""), ("d.PNG", ", inverted")),
+            *(("e.png", ", inverted"), ("a.png", ", inverted")),
+        ]
+    ]
+    for title in titles:
+        rows = lines[lines.index(title) + 1 :][:3]
+        assert {len(row.split()) for row in rows} <= {2, 3}  # the bar of a small probability is empty
+        assert rows[0].split()[0] == "0"
+        shares = [float(row.split()[-1].removesuffix("%")) for row in rows]
+        assert shares == sorted(shares, reverse=True)
+        assert sum(shares) <= 100.2
+        assert abs(rows[0].count("█") - shares[0] / 100 * predict.BAR) <= 1
+    assert lines[-1].endswith(f"in {tmp_path / 'maps'}")
+    names = sorted(path.name for path in (tmp_path / "maps").iterdir())
+    assert names == ["1-a.png", "2-b.png", "3-c.png", "4-d.png", "5-e.png", "6-a.png"]
+    with Image.open(tmp_path / "maps" / "1-a.png") as shown:
+        assert shown.width > 400
+    assert main(drawn / "a.png", "--run", digits, "--invert", "never", "--top", 1) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[3:]] != ["0"]
+
+
+@pytest.mark.slow("trains")
+def test_an_image_of_the_set_is_predicted_as_in_the_set(run, tmp_path, capsys):
+    sample = data.load("fashion-mnist-sample")
+    Image.fromarray(np.round(255 * sample.test_images[5, ..., 0]).astype(np.uint8)).save(tmp_path / "5.png")
+    assert main(tmp_path / "5.png", "--run", run, "--top", 1) == 0
+    name, share = re.match(r"  (\S.*?)  .* (\S+)%$", capsys.readouterr().out.splitlines()[-1]).groups()
+    assert main("--run", run, "--images", 5) == 0
+    line = capsys.readouterr().out.splitlines()[2]
+    assert name in line
+    assert float(re.search(r"0\.\d+", line)[0]) == pytest.approx(float(share) / 100, abs=1e-3)
+
+
+def test_files_that_cannot_be_predicted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.png").write_text("not an image")
+    (tmp_path / "note.txt").write_text("not an image")
+    draw(tmp_path / "good.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:-60])
+    (tmp_path / "bomb.png").write_bytes(png(2**20, 2**20))
+    (tmp_path / "large.png").write_bytes(png(5000, 5000))
+    for argv, status, expected in [
+        (["none.png"], 1, "none.png: must be a PNG or JPEG image, got No such file or directory"),
+        (["text.png"], 1, "text.png: must be a PNG or JPEG image, got something else"),
+        (["note.txt"], 1, "note.txt: must be a PNG or JPEG image, named *.png or *.jpg or *.jpeg, got another file or"),
+        (["good.png", "cut.png"], 1, "cut.png: must be a PNG or JPEG image, got a damaged file ("),
+        (["bomb.png"], 1, "bomb.png: must be an image of at most 16777216 pixels, got more"),
+        (["large.png"], 1, "large.png: must be an image of at most 16777216 pixels, got 5000 × 5000"),
+        (["empty"], 1, "empty: must be a folder with at least one file *.png or *.jpg or *.jpeg, got none"),
+        (["good.png"], 1, "config.json: must be the config of a run, got No such file or directory"),
+        (["good.png", "--images", "3"], 2, "--images: must be omitted with files, got 3"),
+        (["good.png", "--top", "0"], 2, "--top: must be at least 1, got 0"),
+        (["good.png", "--invert", "maybe"], 2, "--invert: must be one of auto, always, never, got 'maybe'"),
+        (["--explain"], 2, "--explain: must be given with image files, got no file"),
+        (["good.png", "--out", "x"], 2, "--out: must be omitted without --explain, got x"),
+    ]:
+        assert main(*argv, "--run", "nowhere") == status
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        (line,) = captured.err.splitlines()
+        assert line.startswith(f"{predict.PROG}: ")
+        assert expected in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_proportions_and_polarity():
+    image = np.full((10, 40, 3), 200, np.uint8)
+    image[2:8, 5:35] = 0
+    x = predict.to_input(image, (20, 20, 1), stretch=False, invert=False)
+    assert x.shape == (20, 20, 1)
+    np.testing.assert_allclose(x[:7], 200 / 255, rtol=1e-6)  # padded above and below in the color of the border
+    np.testing.assert_allclose(x[13:], 200 / 255, rtol=1e-6)
+    assert x[9:11, 4:16].max() < 0.1
+    stretched = predict.to_input(image, (20, 20, 1), stretch=True, invert=True)
+    assert stretched[6:14, 5:15].min() > 0.9
+    assert stretched[0].max() < 0.25
+    color = np.zeros((4, 4, 3), np.uint8)
+    color[..., 0] = 255
+    np.testing.assert_array_equal(predict.to_input(color, (4, 4, 3), False, False), color / 255)
+    dark, light = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)
+    gray = np.full((4, 4, 3), 128, np.uint8)
+    for picture, shape, usual, expected in [
+        (light, (4, 4, 1), 0.0, True),
+        (dark, (4, 4, 1), 1.0, True),
+        (dark, (4, 4, 1), 0.0, False),
+        (gray, (4, 4, 1), 0.0, False),
+        (light, (4, 4, 3), 0.0, False),
+    ]:
+        assert predict.inverts("auto", picture, shape, usual) is expected
+        assert predict.inverts("always", picture, shape, usual)
+        assert not predict.inverts("never", picture, shape, usual)

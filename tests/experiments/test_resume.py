@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from experiments import chaos, data, report, train, training_state
+from experiments import chaos, data, terminal, train, training_state
 from experiments.run_folder import CLAIM
 
 ROOT = Path(train.__file__).parent.parent
@@ -125,7 +125,7 @@ def test_a_run_without_a_checkpoint_starts_again(tmp_path, images, capsys, monke
 
     assert main(*options(images, "--out", tmp_path / "whole")) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(report.PlainLines, "update", update)
+        patch.setattr(terminal.PlainLines, "update", update)
         assert main(*options(images, "--out", tmp_path / "cut")) == 130
     assert not (tmp_path / "cut" / "checkpoints").exists()
     assert (tmp_path / "cut" / "metrics.jsonl").read_text()

@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxcnn
-from experiments import checkpoints, data, gradients, process, report, run_folder, train
+from experiments import checkpoints, data, gradients, process, run_folder, terminal, train
 from experiments.models import MODELS
 
 ROOT = Path(train.__file__).parent.parent
@@ -79,7 +79,7 @@ def test_the_main_job_from_banner_to_weights(out, capsys):
     ]
     environment = json.loads((out / "environment.json").read_text())
     assert environment["command"] == shlex.join(sys.orig_argv)
-    assert environment["versions"] == report.versions()
+    assert environment["versions"] == terminal.versions()
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [set(step) for step in steps] == [{"step", "loss", "accuracy", "gradient_norm", "update_norm"}] * 3
     assert [step["step"] for step in steps] == [1, 2, 3]
@@ -193,7 +193,7 @@ def test_ctrl_c_saves_the_weights(out, capsys, monkeypatch):
         if step == 32:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(report.PlainLines, "update", update)
+    monkeypatch.setattr(terminal.PlainLines, "update", update)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert main("--model", "mlp", "--out", out) == 130
@@ -234,7 +234,7 @@ def test_a_second_ctrl_c_reports_the_saved_weights(out, capsys, monkeypatch):
         if step == 16:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(report.PlainLines, "update", update)
+    monkeypatch.setattr(terminal.PlainLines, "update", update)
     assert main("--model", "mlp", "--out", out) == 130
     expected = "python -m experiments.train: interrupted; no weights were saved yet; to continue: python -m "
     assert capsys.readouterr().err == f"{expected}experiments.train --resume {out}\n"
@@ -270,7 +270,7 @@ def test_a_full_disk_names_the_file_and_the_saved_weights(out, capsys, monkeypat
 
 
 def test_the_banner_names_the_device_that_is_used():
-    used = report.describe_device()
+    used = terminal.describe_device()
     assert used.startswith(jax.devices()[0].device_kind)
     assert used.endswith(f", the first of {len(jax.devices())}")  # tests/conftest.py creates several
     assert "×" not in used
