@@ -11,6 +11,7 @@ import optax
 
 import jaxcnn
 from experiments.data import Batch
+from experiments.own_nets import trained
 from experiments.training_loop import Metrics, Step
 from jaxcnn import Serial, TrainState
 from jaxcnn.net import Loss
@@ -42,8 +43,8 @@ def make_step(
         logits = result.activations[_last(net)]
         metrics: dict[str, Any] = {
             "loss": result.loss,
-            "accuracy": jnp.mean(logits.argmax(-1) == labels),
-            "gradient_norm": norm(result.gradients),
+            "accuracy": jnp.mean(logits.argmax(-1) == (labels if labels.ndim == 1 else labels.argmax(-1))),
+            "gradient_norm": norm(trained(net, result.gradients)),
             "update_norm": norm(updates),
         }
         if by_layer:
