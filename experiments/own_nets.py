@@ -17,7 +17,7 @@ import importlib
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +30,6 @@ from jaxcnn.layers import BatchNorm, Layer, Params, Shape
 from jaxcnn.net import Serial
 from jaxcnn.selection import Rules, Selection
 from jaxcnn.summary import Row, Summary
-
-if TYPE_CHECKING:
-    from flax import linen, nnx
 
 PARAMS = "params"
 """The entry of an OwnNet's parameters that is trained."""
@@ -169,7 +166,7 @@ def build(name: str, classes: int, shape: tuple[int, ...]) -> Serial:
         return MODELS[name](classes)
     value = _import(name)
     make = value if _is_maker(value) else lambda **_: value
-    return _own(f"--model {name}", make, classes, shape)
+    return _converted(f"--model {name}", make, classes, shape)
 
 
 def _import(name: str) -> Any:
@@ -181,7 +178,7 @@ def _import(name: str) -> Any:
     if not module or not attribute:
         raise bad_value(UsageError, "--model", "module:function", name)
     try:
-        found = importlib.import_module(module)
+        imported = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # the module exists, and a package that it needs does not
@@ -189,9 +186,9 @@ def _import(name: str) -> Any:
     except (TypeError, ValueError):  # a relative or empty name
         raise bad_value(UsageError, flag, expected, f"the module {module!r}") from None
     try:
-        return functools.reduce(getattr, attribute.split("."), found)
+        return functools.reduce(getattr, attribute.split("."), imported)
     except AttributeError:
-        names = [each for each in vars(found) if not each.startswith("_")]
+        names = [each for each in vars(imported) if not each.startswith("_")]
         hint = did_you_mean(attribute, names)
         raise bad_value(UsageError, flag, f"the name of a function in {module}", attribute, hint) from None
 
@@ -222,7 +219,7 @@ def _library_of(value: Any) -> str:
 def _arguments(flag: str, make: Callable[..., Any]) -> set[str]:
     """Return which of ARGUMENTS a function takes; raise UsageError if it requires another one."""
     try:  # the classes of Flax and Equinox have a metaclass, which hides the arguments
-        described = inspect.signature(make.__init__ if inspect.isclass(make) else make)  # type: ignore[misc]
+        described = inspect.signature(make.__init__ if inspect.isclass(make) else make)
     except (TypeError, ValueError):
         return set()
     parameters = [p for p in described.parameters.values() if p.name != "self"]
@@ -237,11 +234,11 @@ def _arguments(flag: str, make: Callable[..., Any]) -> set[str]:
     return {p.name for p in parameters if p.name in ARGUMENTS}
 
 
-def _own(flag: str, make: Callable[..., Any], classes: int, shape: tuple[int, ...]) -> Serial:
-    """Return the net that `make` makes."""
+def _converted(flag: str, make: Callable[..., Any], classes: int, shape: tuple[int, ...]) -> Serial:
+    """Return the net that `make` returns, as an `OwnNet` unless it is a net of jaxcnn."""
     taken = _arguments(flag, make)
 
-    def made(key: Array) -> Any:
+    def new_net(key: Array) -> Any:
         values: dict[str, Any] = {"classes": classes, "shape": shape, "key": key}
         if "rngs" in taken:
             from flax import nnx
@@ -249,7 +246,7 @@ def _own(flag: str, make: Callable[..., Any], classes: int, shape: tuple[int, ..
             values["rngs"] = nnx.Rngs(key)
         return make(**{name: values[name] for name in taken})
 
-    value = made(jax.random.key(0))
+    value = new_net(jax.random.key(0))
     if isinstance(value, Serial):
         _check_outputs(flag, lambda: jax.eval_shape(functools.partial(_outputs_of, value, shape)), classes, shape)
         return value
@@ -258,9 +255,9 @@ def _own(flag: str, make: Callable[..., Any], classes: int, shape: tuple[int, ..
     if library == "linen":
         functions = _linen(value, shape)
     elif library == "nnx":
-        functions = _nnx(made)
+        functions = _nnx(new_net)
     elif library == "equinox" or with_state:
-        functions = _equinox(made, with_state)
+        functions = _equinox(new_net, with_state)
     elif isinstance(value, tuple) and len(value) == 2 and all(map(callable, value)):
         functions = _pair(*value, shape)
     else:
@@ -352,7 +349,7 @@ class _Tree:
 
     def unpack(self, packed: Mapping[str, Any]) -> Any:
         """Return the tree that `pack` was called on."""
-        leaves = [functools.reduce(lambda part, name: part[name], path, packed) for path in self._paths]
+        leaves: list[Any] = [functools.reduce(lambda part, name: part[name], path, packed) for path in self._paths]
         typed = [
             jnp.round(leaf).astype(kind) if kind in self._counters else leaf
             for leaf, kind in zip(leaves, self._kinds, strict=True)
@@ -366,13 +363,13 @@ def _names(path: Any) -> tuple[str, ...]:
     return names[:-1] if len(names) > 1 and names[-1] == "value" else names or ("value",)
 
 
-def _mode(call: Callable[..., Any], *, training: bool) -> dict[str, bool]:
+def _mode(call: Callable[..., Any], *, training: bool) -> dict[str, Any]:
     """Return the arguments of a call that select the mode."""
     names = inspect.signature(call).parameters
     return {name: value is training for name, value in TRAINING.items() if name in names}
 
 
-def _linen(module: "linen.Module", shape: tuple[int, ...]) -> Functions:
+def _linen(module: Any, shape: tuple[int, ...]) -> Functions:
     """Return the functions of a Flax linen module; state is every collection but "params"."""
     predicting, training = (_mode(module.__call__, training=on) for on in (False, True))
 
@@ -390,14 +387,15 @@ def _linen(module: "linen.Module", shape: tuple[int, ...]) -> Functions:
     return Functions(init, train, predict)
 
 
-def _nnx(made: Callable[[Array], "nnx.Module"]) -> Functions:
+def _nnx(make: Callable[[Array], Any]) -> Functions:
     """Return the functions of a Flax nnx module; state is every variable that is neither `Param` nor `RngState`."""
     from flax import nnx
 
     def parts(module: Any) -> tuple[Any, Any, Any, Any]:
-        return nnx.split(module, nnx.Param, nnx.RngState, ...)
+        split: Any = nnx.split(module, nnx.Param, nnx.RngState, ...)
+        return split
 
-    module = made(jax.random.key(0))
+    module = make(jax.random.key(0))
     module.eval()
     predicting = parts(module)[0]
     module.train()
@@ -413,7 +411,7 @@ def _nnx(made: Callable[[Array], "nnx.Module"]) -> Functions:
         )
 
     def init(key: Array) -> Variables:
-        _, params, _, state = parts(made(key))
+        _, params, _, state = parts(make(key))
         return variables_of(params, state)
 
     def train(variables: Variables, x: Any, key: Array) -> tuple[Array, Variables]:
@@ -435,12 +433,12 @@ def _fresh(leaf: Any, key: Array) -> Any:
     return key if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else jnp.zeros_like(leaf)
 
 
-def _equinox(made: Callable[[Array], Any], with_state: bool) -> Functions:
+def _equinox(make: Callable[[Array], Any], with_state: bool) -> Functions:
     """Return the functions of an Equinox module of one image (C, H, W), or of such a module and its state."""
     import equinox as eqx
 
     def parts(key: Array) -> tuple[Any, Any, Any]:
-        value = made(key)
+        value = make(key)
         module, state = value if with_state else (value, None)
         arrays, static = eqx.partition(module, eqx.is_inexact_array)
         return arrays, static, state
@@ -478,7 +476,7 @@ def _pair(init: Callable[..., Any], apply: Callable[..., Any], shape: tuple[int,
     as_params = _Tree(jax.eval_shape(lambda: init(jax.random.key(0), jnp.zeros((1, *shape)))))
     takes_key = "key" in inspect.signature(apply).parameters
 
-    def made(key: Array) -> Variables:
+    def init_variables(key: Array) -> Variables:
         return {PARAMS: as_params.pack(init(key, jnp.zeros((1, *shape))))}
 
     def train(variables: Variables, x: Any, key: Array) -> tuple[Array, Variables]:
@@ -487,4 +485,4 @@ def _pair(init: Callable[..., Any], apply: Callable[..., Any], shape: tuple[int,
     def predict(variables: Variables, x: Any) -> Array:
         return apply(as_params.unpack(variables[PARAMS]), x)
 
-    return Functions(made, train, predict)
+    return Functions(init_variables, train, predict)

@@ -28,9 +28,13 @@ def run(images: Path, out: Path, *more: object) -> list[dict]:
 
 @pytest.mark.parametrize("model", ["mlp", pytest.param("tests.other_nets:Linen", marks=pytest.mark.slow("trains"))])
 def test_several_devices_compute_what_one_computes(tmp_path, images, model, capsys):
-    """The batch norm of the Linen net has the statistics of the whole batch."""
-    one = run(images, tmp_path / "one", "--model", model)
-    four = run(images, tmp_path / "four", "--model", model, "--devices", 4, "--device", "cpu")
+    """The batch norm of the Linen net has the statistics of the whole batch.
+
+    SGD, because Adam scales up the rounding errors of a gradient that is 0, such as that of a bias before a batch norm.
+    """
+    options = ("--model", model, "--optimizer", "sgd")
+    one = run(images, tmp_path / "one", *options)
+    four = run(images, tmp_path / "four", *options, "--devices", 4, "--device", "cpu")
     assert "each batch is split over 4" in capsys.readouterr().out
     for a, b in zip(one, four, strict=True):
         assert set(a) == set(b)
