@@ -187,10 +187,10 @@ def train(
     import jax
 
     import jaxcnn
-    from experiments.train import make_optimizer
+    from experiments.recipe import RecipeOptions, make_optimizer
 
     model = net(len(dataset.class_names))
-    optimizer = make_optimizer("adam", LEARNING_RATE, steps)
+    optimizer = make_optimizer(RecipeOptions(learning_rate=LEARNING_RATE), steps, steps)
     state = jaxcnn.TrainState.create(model, optimizer, jax.random.key(seed), dataset.image_shape)
     step, angles = compiled(name, seed if name == "feedback alignment" else 0, model, steps, batch_size)
 
@@ -230,7 +230,7 @@ def compiled(name: str, seed: int, model: "Serial", steps: int, batch_size: int)
     import jax
 
     import jaxcnn
-    from experiments.train import make_optimizer
+    from experiments.recipe import RecipeOptions, make_optimizer
 
     loss, rules = jaxcnn.softmax_cross_entropy_with_integer_labels, rules_of(name, seed, batch_size)
 
@@ -241,7 +241,7 @@ def compiled(name: str, seed: int, model: "Serial", steps: int, batch_size: int)
 
         return layer_angles(gradient(rules), gradient(None))
 
-    optimizer = make_optimizer("adam", LEARNING_RATE, steps)
+    optimizer = make_optimizer(RecipeOptions(learning_rate=LEARNING_RATE), steps, steps)
     return jaxcnn.make_train_step(model, loss, optimizer, rules=rules), angles
 
 

@@ -39,7 +39,7 @@ class Config:
     images: tuple[int, ...] = (0, 1, 12, 17, 23)
     """Numbers of the test images, from 0."""
     model: str = "lecture"
-    """Net to train: lecture, mlp or lenet5."""
+    """Net to train, as for experiments.train."""
     epochs: int = 1
     """Passes over the 10,000 embedded training images."""
     max_steps: Annotated[int | None, arg(metavar="INT")] = None

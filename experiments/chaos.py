@@ -32,7 +32,7 @@ class Config:
     kills: int = 20
     """Number of SIGKILLs."""
     model: str = "mlp"
-    """Net: lecture, mlp or lenet5."""
+    """Net, as for experiments.train."""
     data: str = "fashion-mnist-sample"
     """Images, as for experiments.train."""
     data_dir: Annotated[Path | None, arg(metavar="PATH")] = None

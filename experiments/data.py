@@ -19,11 +19,13 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, cast
+from typing import Annotated, BinaryIO, Literal, cast
 
 import numpy as np
+from tyro.conf import arg
 
-from experiments.errors import DataError, bad_value
+from experiments import cli
+from experiments.errors import DataError, UsageError, bad_value
 from experiments.files import cache_dir, replacing
 
 Batch = tuple[np.ndarray, np.ndarray]
@@ -47,6 +49,21 @@ FASHION_MNIST_CLASSES = (
     "Bag",
     "Ankle boot",
 )
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Options of the images."""
+
+    data: str = "fashion-mnist-sample"
+    """Images: fashion-mnist-sample (10,000, embedded), fashion-mnist (60,000), digits (8×8), idx (your own, in idx
+    files), the path of a folder of PNG and JPEG files in one subfolder per class, or the path of an .npz file."""
+    size: Annotated[int | None, arg(metavar="INT")] = None
+    """Height and width to which the images of a folder are resized; if omitted, all must have one size."""
+    data_dir: Annotated[Path | None, arg(metavar="PATH")] = None
+    """Folder of idx files for --data idx or fashion-mnist; if omitted, the system's copy, the cache, or a download."""
+    validation: float = 0.1
+    """Share of the training images, by class, that choose the best epoch instead of training; 0 for none."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +137,22 @@ def is_path(name: str) -> bool:
     return name not in SOURCES and ("/" in name or os.sep in name or name.endswith(".npz") or Path(name).is_dir())
 
 
+def check(options: DataOptions) -> None:
+    """Raise UsageError for an option that is invalid, before anything is read."""
+    if not is_path(options.data):
+        cli.check_choice("--data", options.data, SOURCES)
+    cli.check_count("--size", options.size)
+    if options.size is not None and not is_path(options.data):
+        raise bad_value(UsageError, "--size", "omitted unless --data is a folder of images", options.size)
+    if not 0 <= options.validation < 1:
+        raise bad_value(UsageError, "--validation", "from 0 up to, but not including, 1", options.validation)
+    if options.data_dir is not None and options.data not in IN_FOLDERS:
+        expected = f"omitted unless --data is {' or '.join(IN_FOLDERS)}"
+        raise bad_value(UsageError, "--data-dir", expected, options.data_dir)
+    if options.data_dir is None and options.data == "idx":
+        raise bad_value(UsageError, "--data-dir", "the folder of the idx files if --data is idx", "none")
+
+
 def load(name: str, folder: Path | None = None, size: int | None = None) -> Dataset:
     """Load an image set.
 
@@ -177,6 +210,13 @@ def split_validation(labels: np.ndarray, fraction: float, seed: int) -> tuple[np
         chosen.append(np.random.default_rng([seed, int(label)]).permutation(members)[:count])
     validation = np.sort(np.concatenate(chosen))
     return np.setdiff1d(np.arange(len(labels)), validation), validation
+
+
+def split(options: DataOptions, dataset: Dataset, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the indices of the images for training and for validation: the set's own, or those of --validation."""
+    if dataset.validation is None or not options.validation:
+        return split_validation(dataset.train_labels, options.validation, seed)
+    return np.setdiff1d(np.arange(len(dataset.train_labels)), dataset.validation), dataset.validation
 
 
 class Batches:

@@ -37,7 +37,7 @@ class Config:
     channels: int = 4
     """Number of channels to draw of each layer: those with the largest Σ |a∘δ|."""
     model: str = "lecture"
-    """Net to train: lecture, mlp or lenet5."""
+    """Net to train, as for experiments.train."""
     epochs: int = 1
     """Passes over the 10,000 embedded training images."""
     max_steps: Annotated[int | None, arg(metavar="INT")] = None

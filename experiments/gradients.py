@@ -7,11 +7,23 @@ import numpy as np
 
 from experiments.checkpoints import Params, flatten
 from experiments.data import Batch
+from experiments.errors import RunError, bad_value
 from jaxcnn import Serial, rules
 from jaxcnn.net import Loss
 
 TOLERANCE = 1e-5
 """Largest difference of two correct float32 gradients, relative to the largest element."""
+
+
+def check(net: Serial, loss: Loss, params: Params, batch: Batch, key: jax.Array) -> None:
+    """Print the difference between rules and autodiff for each parameter; raise RunError if any is too large."""
+    differences = compare(net, loss, params, batch, key)
+    print("largest relative difference between rules and autodiff")
+    print("\n".join(f"  {name:<16} {difference:.1e}" for name, difference in differences.items()), end="\n\n")
+    wrong = [name for name, difference in differences.items() if not difference <= TOLERANCE]
+    if wrong:
+        got = f"{max(differences[name] for name in wrong):.1e} for {', '.join(wrong)}"
+        raise bad_value(RunError, "gradient differences", f"at most {TOLERANCE:g}", got)
 
 
 def compare(net: Serial, loss: Loss, params: Params, batch: Batch, key: jax.Array) -> dict[str, float]:

@@ -1,8 +1,32 @@
-"""The nets that the experiments train, by name."""
+"""The nets that the experiments train, by name. Nets of other libraries are in `experiments.own_nets`."""
 
+import functools
 from collections.abc import Callable, Mapping
 
-from jaxcnn import AvgPool, Conv, Dense, Dropout, Flatten, HiddenLayer, Serial, Sigmoid, Tanh, serial
+from jaxcnn import (
+    AvgPool,
+    BatchNorm,
+    Conv,
+    Dense,
+    DepthwiseConv,
+    Dropout,
+    Flatten,
+    GlobalAvgPool,
+    GroupNorm,
+    HiddenLayer,
+    Layer,
+    MaxPool,
+    Relu,
+    Relu6,
+    Serial,
+    Sigmoid,
+    Tanh,
+    branches,
+    residual,
+    serial,
+)
+
+Norm = Callable[[], Layer]
 
 
 def lecture(classes: int) -> Serial:
@@ -42,5 +66,106 @@ def lenet5(classes: int) -> Serial:
     )
 
 
-MODELS: Mapping[str, Callable[[int], Serial]] = {"lecture": lecture, "mlp": mlp, "lenet5": lenet5}
+def small(classes: int) -> Serial:
+    """Return a net of four normalized convolutions with less than 100,000 parameters, for images of any size.
+
+    28×28×24 → 14×14×48 → 14×14×48 → 7×7×96 → 96 → classes.
+    """
+    return serial(
+        *_normalized(24),
+        MaxPool(2, padding="SAME"),
+        *_normalized(48),
+        *_normalized(48),
+        MaxPool(2, padding="SAME"),
+        *_normalized(96),
+        GlobalAvgPool(),
+        Dense(classes),
+    )
+
+
+def resnet(classes: int, *, norm: Norm = BatchNorm, width: int = 64) -> Serial:
+    """Return ResNet-18 for small images: a 3×3 convolution instead of the 7×7 one and the pooling of the first stage.
+
+    H×W×64 → H×W×64 → H/2×W/2×128 → H/4×W/4×256 → H/8×W/8×512 → 512 → classes (He et al. 2015, §4.2).
+
+    Args:
+        classes: Number of classes.
+        norm: Makes each normalization, such as `BatchNorm` or `group_norm`.
+        width: Number of channels of the first stage.
+    """
+    blocks, channels = [], width
+    for stage in range(4):
+        outputs = width * 2**stage
+        for n in range(2):
+            blocks.append(_block(channels, outputs, 2 if stage and not n else 1, norm))
+            channels = outputs
+    return serial(*_normalized(width, norm), *blocks, GlobalAvgPool(), Dense(classes))
+
+
+def group_norm() -> GroupNorm:
+    """Return the normalization of `resnet-gn`: 8 groups of channels (Wu and He 2018)."""
+    return GroupNorm(8)
+
+
+def vgg(classes: int) -> Serial:
+    """Return a net of 3×3 convolutions and max pooling, with dropout (Simonyan and Zisserman 2014, first 3 stages).
+
+    H×W×64 ×2 → H/2×W/2×128 ×2 → H/4×W/4×256 ×3 → 256 → classes.
+    """
+    layers: list[Layer] = []
+    for channels, count in ((64, 2), (128, 2), (256, 3)):
+        for _ in range(count):
+            layers += [Conv(channels, 3, padding="SAME"), Relu()]
+        layers.append(MaxPool(2, padding="SAME"))
+    return serial(*layers, GlobalAvgPool(), Dropout(0.5), Dense(classes))
+
+
+def mobile(classes: int) -> Serial:
+    """Return a net of inverted residual blocks with depthwise convolutions (MobileNetV2, Sandler et al. 2018).
+
+    H×W×16 → H/2×W/2×24 → H/4×W/4×40 → H/4×W/4×160 → 160 → classes.
+    """
+    blocks = [_inverted(16, 24, 2), _inverted(24, 24, 1), _inverted(24, 40, 2), _inverted(40, 40, 1)]
+    return serial(*_mobile_stage(16, 3), *blocks, *_mobile_stage(160, 1), GlobalAvgPool(), Dense(classes))
+
+
+def _normalized(channels: int, norm: Norm = BatchNorm, *, kernel: int = 3, stride: int = 1) -> list[Layer]:
+    return [Conv(channels, kernel, stride=stride, padding="SAME", bias=False), norm(), Relu()]
+
+
+def _block(inputs: int, outputs: int, stride: int, norm: Norm) -> Serial:
+    """Return a residual block of two convolutions; its shortcut is a projection if the shape changes."""
+    layers = [*_normalized(outputs, norm, stride=stride), *_normalized(outputs, norm)[:-1]]
+    if inputs == outputs and stride == 1:
+        return serial(residual(*layers), Relu())
+    shortcut = _normalized(outputs, norm, kernel=1, stride=stride)[:-1]
+    return serial(branches(serial(*layers), serial(*shortcut), join="add"), Relu())
+
+
+def _mobile_stage(channels: int, kernel: int) -> list[Layer]:
+    return [*_normalized(channels, kernel=kernel)[:-1], Relu6()]
+
+
+def _inverted(inputs: int, outputs: int, stride: int) -> Serial:
+    """Return an inverted residual block: 1×1 to 4 times the channels, 3×3 depthwise, 1×1 to the outputs."""
+    layers = [
+        *_mobile_stage(4 * inputs, 1),
+        DepthwiseConv(3, stride=stride, padding="SAME", bias=False),
+        BatchNorm(),
+        Relu6(),
+        *_normalized(outputs, kernel=1)[:-1],
+    ]
+    return residual(*layers) if inputs == outputs and stride == 1 else serial(*layers)
+
+
+MODELS: Mapping[str, Callable[[int], Serial]] = {
+    "lecture": lecture,
+    "mlp": mlp,
+    "lenet5": lenet5,
+    "small": small,
+    "resnet": resnet,
+    "resnet-gn": functools.partial(resnet, norm=group_norm),
+    "vgg": vgg,
+    "mobile": mobile,
+}
 """The function that builds each net from the number of classes, by name."""

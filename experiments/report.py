@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tyro.conf import Positional
 
-from experiments import cli
+from experiments import cli, data
 from experiments.errors import CheckpointError, bad_value
 from experiments.files import replacing
 from experiments.run_folder import Run
@@ -134,10 +134,8 @@ def _examples(config: Mapping[str, Any], trained: "Trained") -> tuple[str, np.nd
     dataset = trained.dataset
     if config.get("end") == "finished":
         return "test images", dataset.test_images, dataset.test_labels
-    from experiments import train
-
-    options = train.Config(validation=config.get("validation", 0.0), seed=config.get("seed", 0))
-    _, held_out = train.split(options, dataset)
+    options = data.DataOptions(validation=config.get("validation", 0.0))
+    _, held_out = data.split(options, dataset, config.get("seed", 0))
     if not len(held_out):
         return None
     return "validation images", dataset.train_images[held_out], dataset.train_labels[held_out]

@@ -35,13 +35,10 @@ def restore(folder: Path) -> Trained:
         name, expected = f"data of {run.folder}", f"the set with SHA-256 {config['data_sha256']}"
         raise bad_value(CheckpointError, name, expected, dataset.sha256)
 
-    import jax
+    from experiments import checkpoints, own_nets
 
-    from experiments import checkpoints
-    from experiments.models import MODELS
-
-    net = MODELS[config["model"]](len(dataset.class_names))
-    like = jax.eval_shape(lambda: net.init(jax.random.key(0), dataset.image_shape))
+    net = own_nets.build(config["model"], len(dataset.class_names), dataset.image_shape)
+    like = own_nets.evaluated_shapes(net, dataset.image_shape)
     return Trained(config["model"], net, checkpoints.load(run.weights, like), dataset)
 
 
@@ -156,6 +153,7 @@ def by_age(runs: Path) -> list[Path]:
 def read_config(run: Run) -> dict[str, Any]:
     """Return a run's config.json; raise CheckpointError if it is missing or was not written by a training."""
     from experiments.models import MODELS
+    from experiments.own_nets import is_reference
 
     path = run.folder / "config.json"
     try:
@@ -168,7 +166,7 @@ def read_config(run: Run) -> dict[str, Any]:
     if not isinstance(config, dict) or not keys <= set(config):
         got = ", ".join(map(str, config)) if isinstance(config, dict) else type(config).__name__
         raise bad_value(CheckpointError, path, f"the config of a run, with {', '.join(sorted(keys))}", got or "{}")
-    for key, names in (("model", MODELS), ("data", SOURCES)):
-        if config[key] not in names and not (key == "data" and is_path(config[key])):
+    for key, names, is_other in (("model", MODELS, is_reference), ("data", SOURCES, is_path)):
+        if config[key] not in names and not is_other(config[key]):
             raise bad_value(CheckpointError, f"{path}: {key}", f"one of {', '.join(names)}", repr(config[key]))
     return config

@@ -14,59 +14,56 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
-import numpy as np
 from tyro.conf import FlagCreatePairsOff, arg
 
-from experiments import cli, process, terminal
-from experiments.data import IN_FOLDERS, SOURCES, Batch, Batches, Dataset, batches, is_path, load, split_validation
-from experiments.errors import CheckpointError, RunError, UsageError, WriteError, bad_value, check_packages, explain
+from experiments import cli, data, devices, process, recipe, seeds, terminal
+from experiments.data import Batch, Batches, DataOptions, Dataset, is_path, load, split
+from experiments.devices import DeviceOptions, Placement
+from experiments.errors import (
+    CheckpointError,
+    RunError,
+    UsageError,
+    WriteError,
+    bad_value,
+    check_packages,
+    explain,
+)
+from experiments.recipe import RecipeOptions
 from experiments.run_folder import Epoch, History, Run, as_json, best, check_folder, finite_or_none, locked, new_folder
 
 if TYPE_CHECKING:  # importing jax takes a second, and --help does not need it
     import optax
 
+    from experiments.evaluation import Evaluation
     from experiments.training_loop import Metrics, Outcome, Step
     from jaxcnn import Serial, TrainState
+    from jaxcnn.net import Loss
 
 PROG = "python -m experiments.train"
-LEARNING_RATES = {"adam": 2e-3, "sgd": 5e-2}
 DTYPES = ("float32", "bfloat16", "float16")
-EVALUATION_BATCH = 1000
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Train a net on labeled images, with the explicit backward rules of jaxcnn.
-
-    The run's folder receives its options, environment, metrics, checkpoints, curves and the weights of the best epoch.
-    Ctrl-C and SIGTERM save a checkpoint. A run that was interrupted or killed continues with --resume.
-    """
+class ModelOptions:
+    """Option of the net."""
 
     model: str = "lecture"
-    """Net: lecture, mlp or lenet5."""
-    data: str = "fashion-mnist-sample"
-    """Images: fashion-mnist-sample (10,000, embedded), fashion-mnist (60,000), digits (8×8), idx (your own, in idx
-    files), the path of a folder of PNG and JPEG files in one subfolder per class, or the path of an .npz file."""
-    size: Annotated[int | None, arg(metavar="INT")] = None
-    """Height and width to which the images of a folder are resized; if omitted, all must have one size."""
-    data_dir: Annotated[Path | None, arg(metavar="PATH")] = None
-    """Folder of idx files for --data idx or fashion-mnist; if omitted, the system's copy, the cache, or a download."""
-    epochs: int = 10
-    """Passes over the training images."""
-    batch_size: int = 32
-    """Images per step."""
-    optimizer: str = "adam"
-    """Optimizer: adam, or sgd with momentum 0.9. The learning rate decays to 0 along a cosine."""
-    learning_rate: Annotated[float | None, arg(metavar="FLOAT")] = None
-    """Learning rate of the first step; if omitted, 0.002 for adam, 0.05 for sgd."""
+    """Net: lecture, mlp, lenet5, small (74,000 parameters), resnet (ResNet-18), resnet-gn (with group norm), vgg,
+    mobile, or module:function, which returns a net of jaxcnn, Flax or Equinox, or a pair (init, apply)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """Options of the run: its length, its checkpoints, its folder."""
+
     seed: int = 0
-    """Seed of the initial weights, the order of the images and the dropout."""
+    """Seed of the initial weights, the order of the images, their augmentation, and the dropout."""
+    seeds: int = 1
+    """Number of runs, with consecutive seeds from --seed; the mean of their test accuracies is printed."""
     dtype: str = "float32"
     """Dtype of activations and δ: float32, bfloat16 or float16. Parameters and loss are float32 in any case."""
     max_steps: Annotated[int | None, arg(metavar="INT")] = None
     """Maximum number of steps."""
-    validation: float = 0.1
-    """Share of the training images, by class, that choose the best epoch instead of training; 0 for none."""
     save_every: int = 1000
     """Steps between two checkpoints; there is also one after each epoch."""
     keep: int = 2
@@ -89,11 +86,21 @@ class Config:
     """Folder of the run, new or empty; if omitted, runs/<time>-<model>."""
 
 
+# The fields of the last class come first.
+@dataclasses.dataclass(frozen=True)
+class Config(RunOptions, DeviceOptions, RecipeOptions, DataOptions, ModelOptions):
+    """Train a net on labeled images, with the explicit backward rules of jaxcnn.
+
+    The run's folder receives its options, environment, metrics, checkpoints, curves and the weights of the best epoch.
+    Ctrl-C and SIGTERM save a checkpoint. A run that was interrupted or killed continues with --resume.
+    """
+
+
 MAY_DIFFER = (
-    *("resume", "out", "data_dir", "save_every", "keep", "check_grads", "allocator", "keep_compiled"),
-    *("report", "tensorboard"),
+    *("resume", "out", "data_dir", "device", "devices", "save_every", "keep", "check_grads", "allocator"),
+    *("keep_compiled", "report", "tensorboard"),
 )
-"""Options that do not change the results, so that --resume accepts other values than the run's."""
+"""Options that change the results by rounding at most, so that --resume accepts other values than the run's."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -120,12 +127,13 @@ def saved_options(folder: Path) -> Config:
         got = f"one without {', '.join(missing)}"
         raise bad_value(CheckpointError, folder / "config.json", "the config of a run of this version", got)
     options = {name: saved[name] for name in names}
-    data_dir = None if options["data_dir"] is None else Path(options["data_dir"])
-    return Config(**{**options, "data_dir": data_dir, "out": None, "resume": folder})
+    options["data_dir"] = None if options["data_dir"] is None else Path(options["data_dir"])
+    options["augment"] = tuple(options["augment"])
+    return Config(**{**options, "out": None, "resume": folder})
 
 
 def train(config: Config) -> int:
-    """Validate the options, then train. Return 0, or 128 + the signal that ended the run.
+    """Validate the options, then train once, or once per seed. Return 0, or 128 + the signal that ended a run.
 
     Raises:
         UsageError: An option is invalid, or differs from that of the run to resume.
@@ -134,43 +142,61 @@ def train(config: Config) -> int:
         RunError: The training failed.
     """
     check(config)
+    # Before the devices are looked for, because XLA's threads then start, and each might get an arena of its own.
+    tuned = config.allocator == "tuned" and process.keep_freed_memory()
+    if config.keep_compiled:
+        process.keep_compiled_programs()
+    placement = devices.choose(config)
+    if config.seeds > 1:
+        return seeds.train(config, lambda each: train_one(each, placement, tuned))
     if config.resume is None:
         check_folder(config.out)
     else:
         check_resumable(config, config.resume)
+    return train_one(config, placement, tuned)
+
+
+def train_one(config: Config, placement: Placement, tuned: bool) -> int:
+    """Train once, or continue a run.
+
+    Args:
+        config: The options, which have been checked.
+        placement: Where to put the state and the batches.
+        tuned: Whether the allocator keeps freed memory.
+
+    Returns:
+        0, or 128 + the number of the signal that ended the run.
+    """
     dataset = load(config.data, config.data_dir, config.size)
-    chosen, validation = split(config, dataset)
+    chosen, validation = split(config, dataset, config.seed)
     if config.batch_size > len(chosen):
         expected = f"at most {len(chosen)}, the training images of {dataset.name} without those for validation"
         raise bad_value(UsageError, "--batch-size", expected, config.batch_size)
-    tuned = config.allocator == "tuned" and process.keep_freed_memory()
-    if config.keep_compiled:
-        process.keep_compiled_programs()
     net, table = build(config, dataset)
 
     steps = min(config.epochs * (len(chosen) // config.batch_size), config.max_steps or sys.maxsize)
-    rate = config.learning_rate or LEARNING_RATES[config.optimizer]
+    split_over = f"; each batch is split over {config.devices}" if config.devices > 1 else ""
     facts = {
         "versions": ", ".join(f"{name} {version}" for name, version in terminal.versions().items()),
-        "device": terminal.describe_device(),
+        "device": terminal.describe_device() + split_over,
         "data": terminal.describe_data(dataset),
         "validation": f"{len(validation):,} of the training images",
-        "training": f"{config.model}, {steps:,} steps of {config.batch_size} images, {config.optimizer} at {rate:g}",
+        "training": f"{config.model}, {steps:,} steps of {config.batch_size} images, {recipe.describe(config)}",
         "seed": str(config.seed),
         "memory": "freed memory is kept (--allocator tuned)" if tuned else "the allocator's defaults",
     }
     with contextlib.ExitStack() as stack:
         if config.resume is None:
-            record = describe(config, facts, dataset, rate)
+            record = describe(config, dataset)
             files = {"config.json": as_json(record), "environment.json": as_json(environment())}
-            folder = stack.enter_context(new_folder(config.out, config.model, files=files))
+            folder = stack.enter_context(new_folder(config.out, seeds.folder_name(config.model), files=files))
         else:
             folder = config.resume.absolute()
             stack.enter_context(locked(folder))
             original = dataclasses.replace(config, resume=None, out=folder)
-            record = describe(original, facts, dataset, rate)
+            record = describe(original, dataset)
         print(terminal.banner(facts), table, sep="\n\n", end="\n\n", flush=True)
-        return fit(config, net, dataset, Run(folder), steps, rate, record)
+        return fit(config, net, dataset, Run(folder), steps, record, placement)
 
 
 def check_resumable(config: Config, folder: Path) -> None:
@@ -190,7 +216,13 @@ def check_resumable(config: Config, folder: Path) -> None:
 
 
 def fit(
-    config: Config, net: "Serial", dataset: Dataset, run: Run, steps: int, rate: float, record: Mapping[str, Any]
+    config: Config,
+    net: "Serial",
+    dataset: Dataset,
+    run: Run,
+    steps: int,
+    record: Mapping[str, Any],
+    placement: Placement,
 ) -> int:
     """Compile, train, and save the results.
 
@@ -200,8 +232,8 @@ def fit(
         dataset: The training and test images.
         run: Destination of the results; its folder exists.
         steps: Total number of steps.
-        rate: The learning rate of the first step.
         record: Initial contents of config.json. At the end, the outcome of the run is added.
+        placement: Where to put the state and the batches.
 
     Returns:
         0, or 128 + the number of the signal that ended the run.
@@ -213,21 +245,38 @@ def fit(
     import jax
 
     import jaxcnn
-    from experiments import checkpoints, event_files, report, training_loop, training_state, watch
+    from experiments import (
+        augmentation,
+        checkpoints,
+        event_files,
+        gradients,
+        own_nets,
+        report,
+        training_loop,
+        training_state,
+        watch,
+    )
+    from experiments.evaluation import Evaluation
     from experiments.restore import Trained
 
-    optimizer = make_optimizer(config.optimizer, rate, steps)
-    loss = jaxcnn.softmax_cross_entropy_with_integer_labels
-    state = jaxcnn.TrainState.create(net, optimizer, jax.random.key(config.seed), dataset.image_shape)
-    chosen, held_out = split(config, dataset)
+    chosen, held_out = split(config, dataset, config.seed)
     training = Batches(dataset.train_images, dataset.train_labels, chosen, config.batch_size, seed=config.seed)
-    validation = dataset.train_images[held_out], dataset.train_labels[held_out]
+    optimizer = recipe.make_optimizer(config, steps, training.per_epoch, net)
+    loss = recipe.make_loss(config.label_smoothing)
+    state = jaxcnn.TrainState.create(net, optimizer, jax.random.key(config.seed), dataset.image_shape)
     checkpoints_folder = run.folder / "checkpoints"
     options = training_options(config, record, steps)
+    evaluation = Evaluation(net, config, dataset.train_images[chosen], placement)
+    classes = len(dataset.class_names)
 
-    def evaluate(params: Any, examples: Batch = validation) -> dict[str, float]:
-        images, labels = examples
-        return jaxcnn.evaluate(net, loss, params, batches(images, labels, EVALUATION_BATCH))
+    def batch(step: int) -> Batch:
+        plain = training(step)
+        changed = augmentation.augmented(config.augment, config.seed, step, plain, classes) if config.augment else plain
+        return placement.split(changed)
+
+    def validate(state: "TrainState") -> dict[str, float]:
+        images, labels = dataset.train_images[held_out], dataset.train_labels[held_out]
+        return evaluation.evaluate(evaluation.params(state), images, labels)
 
     first_step, history = 0, History()
     if config.resume is not None:
@@ -240,9 +289,10 @@ def fit(
         run.describe(record)
         run.add_environment(environment())
 
+    state = placement.replicate(state)
     if config.check_grads:
-        check_gradients(net, state, training(first_step % steps))
-    step = compiled_step(config, net, optimizer, state, training(0), first_step, steps)
+        gradients.check(net, loss, state.params, batch(first_step % steps), state.key)
+    step = compiled_step(config, net, loss, optimizer, state, batch(0), first_step, steps)
 
     events = event_files.EventFiles(run.folder, first_step) if config.tensorboard else None
 
@@ -256,7 +306,7 @@ def fit(
             events.end_epoch(history.epochs[-1])
         row = best(history.epochs)
         if row is None or row.step == step:
-            run.save(history.epochs, state.params, step, record)
+            run.save(history.epochs, evaluation.params(state), step, record)
         else:
             run.save_metrics(history.epochs)
         training_state.save(checkpoints_folder, state, step, history, options, config.keep)
@@ -268,8 +318,8 @@ def fit(
             outcome = training_loop.fit(
                 step,
                 state,
-                training,
-                evaluate if len(held_out) else None,
+                batch,
+                validate if len(held_out) else None,
                 max_steps=steps,
                 per_epoch=training.per_epoch,
                 batch_size=config.batch_size,
@@ -284,21 +334,22 @@ def fit(
         wall = time.perf_counter() - began
         row = best(outcome.history.epochs)
         if row is None:
-            run.save(outcome.rows, outcome.params, outcome.step, record)
+            run.save(outcome.rows, evaluation.params(outcome.state), outcome.step, record)
         end: dict[str, Any] = {"end": outcome.end, "steps": outcome.step}
         tested: dict[str, float] | None = None
         if outcome.end == "finished":
-            params = outcome.params if row is None else best_params(run, row.step, outcome, checkpoints_folder)
-            tested = evaluate(params, (dataset.test_images, dataset.test_labels))
-            run.save(outcome.rows, params, outcome.step if row is None else row.step, record)
             best_step = outcome.step if row is None else row.step
+            params = best_params(run, best_step, outcome, checkpoints_folder, evaluation)
+            tested = evaluation.evaluate(params, dataset.test_images, dataset.test_labels)
+            run.save(outcome.rows, params, best_step, record)
             end |= {"best_step": best_step} | {f"test_{name}": finite_or_none(x) for name, x in tested.items()}
         run.save_metrics(outcome.rows)
         run.plot(outcome.rows, f"{config.model} on {config.data}, seed {config.seed}")
         run.describe({**record, **end})
         print(summarize(outcome.rows, wall, tested), f"results in {run.folder}", sep="\n", flush=True)
         if config.report and outcome.end != "interrupted":  # a process that is terminated has little time
-            report.write(run.folder, Trained(config.model, net, checkpoints.load(run.weights, state.params), dataset))
+            like = own_nets.evaluated_shapes(net, dataset.image_shape)
+            report.write(run.folder, Trained(config.model, net, checkpoints.load(run.weights, like), dataset))
     except KeyboardInterrupt:  # a second Ctrl-C, which does not wait for the current step
         print(f"{PROG}: interrupted; {run.saved_weights()}; to continue: {resume_command}", file=sys.stderr)
         return cli.INTERRUPTED
@@ -309,8 +360,9 @@ def fit(
         raise RunError(f"{explain(error)}; {hint}") from error
 
     if outcome.end == "diverged":
-        layers = jaxcnn.make_train_step(net, loss, optimizer, compute_dtype=config.dtype, measure=watch.norms_by_layer)
-        where = watch.locate(net, layers, outcome.state, training, outcome.step, outcome.bad_step)
+        layers = watch.make_step(net, loss, optimizer, by_layer=True, dtype=config.dtype)
+        where = watch.locate(net, layers, outcome.state, batch, outcome.step, outcome.bad_step)
+        rate = record["learning_rate"]
         hint = f"try a --learning-rate below {rate:g}; the weights after step {saved_step(run)} are saved"
         name = f"{outcome.bad_metric} of step {outcome.bad_step}"
         raise bad_value(RunError, name, "finite", outcome.bad_value, hint + (f"; {where}" if where else ""))
@@ -327,13 +379,6 @@ def fit(
 def relative(folder: Path) -> Path:
     """Return the shortest path of a folder that is valid in the current folder."""
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-
-
-def split(config: Config, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """Return the indices of the images for training and for validation: the set's own, or those of --validation."""
-    if dataset.validation is None or not config.validation:
-        return split_validation(dataset.train_labels, config.validation, config.seed)
-    return np.setdiff1d(np.arange(len(dataset.train_labels)), dataset.validation), dataset.validation
 
 
 def training_options(config: Config, record: Mapping[str, Any], steps: int) -> dict[str, Any]:
@@ -355,6 +400,7 @@ def check_data(run: Run, dataset: Dataset) -> None:
 def compiled_step(
     config: Config,
     net: "Serial",
+    loss: "Loss",
     optimizer: "optax.GradientTransformation",
     state: "TrainState",
     batch: Batch,
@@ -362,18 +408,16 @@ def compiled_step(
     steps: int,
 ) -> "Step":
     """Compile the steps, and return a function that measures norms by layer in every `config.norms_every`-th one."""
-    import jaxcnn
     from experiments import watch
 
-    loss = jaxcnn.softmax_cross_entropy_with_integer_labels
     every = config.norms_every
     # Before the first step, so that compile time is reported separately from training time.
     print("compiling … ", end="", flush=True)
     began = time.perf_counter()
-    make_step = functools.partial(jaxcnn.make_train_step, net, loss, optimizer, compute_dtype=config.dtype)
-    plain = by_layer = compiled(make_step(measure=watch.norms), state, batch)
+    make_step = functools.partial(watch.make_step, net, loss, optimizer, dtype=config.dtype)
+    plain = by_layer = compiled(make_step(by_layer=False), state, batch)
     if every and first_step // every != steps // every:
-        by_layer = compiled(make_step(measure=watch.norms_by_layer), state, batch)
+        by_layer = compiled(make_step(by_layer=True), state, batch)
     print(f"{time.perf_counter() - began:.1f} s", flush=True)
     taken = first_step
 
@@ -385,17 +429,18 @@ def compiled_step(
     return step
 
 
-def best_params(run: Run, step: int, outcome: "Outcome", folder: Path) -> Any:
-    """Return the parameters after `step`, from the weights file, or from a checkpoint if the file has others."""
+def best_params(run: Run, step: int, outcome: "Outcome", folder: Path, evaluation: "Evaluation") -> Any:
+    """Return the parameters to evaluate after `step`: of the end, the weights file, or a checkpoint."""
     from experiments import checkpoints, training_state
 
+    params = evaluation.params(outcome.state)
     if step == outcome.step:
-        return outcome.params
+        return params
     if saved_step(run) == step:
-        return checkpoints.load(run.weights, outcome.params)
+        return checkpoints.load(run.weights, params)
     path = folder / f"{step:08d}"
     training_state.verify(path)
-    return training_state.load(path, outcome.state).params
+    return evaluation.params(training_state.load(path, outcome.state))
 
 
 def saved_step(run: Run) -> int | None:
@@ -423,20 +468,22 @@ def environment() -> dict[str, Any]:
 
 def check(config: Config) -> None:
     """Raise UsageError for every error that can be detected before anything is read or created."""
+    from experiments import own_nets
     from experiments.models import MODELS
 
-    if not is_path(config.data):
-        cli.check_choice("--data", config.data, SOURCES)
-    cli.check_count("--size", config.size)
-    if config.size is not None and not is_path(config.data):
-        raise bad_value(UsageError, "--size", "omitted unless --data is a folder of images", config.size)
-    cli.check_choice("--optimizer", config.optimizer, LEARNING_RATES)
+    data.check(config)
+    recipe.check(config)
+    devices.check(config, config.batch_size)
     cli.check_choice("--dtype", config.dtype, DTYPES)
-    cli.check_choice("--model", config.model, MODELS)
+    if own_nets.is_reference(config.model):
+        own_nets.check_reference(config.model)
+        if config.dtype != "float32":
+            raise bad_value(UsageError, "--dtype", "float32 with a net of your own", config.dtype)
+    else:
+        cli.check_choice("--model", config.model, MODELS)
     cli.check_choice("--allocator", config.allocator, process.ALLOCATORS)
     for flag, number in {
-        "--epochs": config.epochs,
-        "--batch-size": config.batch_size,
+        "--seeds": config.seeds,
         "--max-steps": config.max_steps,
         "--save-every": config.save_every,
         "--keep": config.keep,
@@ -446,26 +493,19 @@ def check(config: Config) -> None:
         check_packages("tensorboard")
     if config.norms_every < 0:
         raise bad_value(UsageError, "--norms-every", "at least 0", config.norms_every)
-    if not 0 <= config.validation < 1:
-        raise bad_value(UsageError, "--validation", "from 0 up to, but not including, 1", config.validation)
-    if not 0 <= config.seed < 2**32:
-        raise bad_value(UsageError, "--seed", f"from 0 to {2**32 - 1}", config.seed)
-    rate = config.learning_rate
-    if rate is not None and not (math.isfinite(rate) and rate > 0):
-        raise bad_value(UsageError, "--learning-rate", "a finite number > 0", rate)
-    if config.data_dir is not None and config.data not in IN_FOLDERS:
-        expected = f"omitted unless --data is {' or '.join(IN_FOLDERS)}"
-        raise bad_value(UsageError, "--data-dir", expected, config.data_dir)
-    if config.data_dir is None and config.data == "idx":
-        raise bad_value(UsageError, "--data-dir", "the folder of the idx files if --data is idx", "none")
+    if not 0 <= config.seed <= 2**32 - config.seeds:
+        raise bad_value(UsageError, "--seed", f"from 0 to {2**32 - config.seeds}", config.seed)
+    if config.seeds > 1 and config.resume is not None:
+        raise bad_value(UsageError, "--seeds", "omitted with --resume, which continues one run", config.seeds)
 
 
 def build(config: Config, dataset: Dataset) -> "tuple[Serial, str]":
     """Return the net and its table of layers; raise UsageError if the images are too small for it."""
+    from experiments import own_nets
     from experiments.models import MODELS
 
     classes = len(dataset.class_names)
-    net = MODELS[config.model](classes)
+    net = own_nets.build(config.model, classes, dataset.image_shape)
     try:
         return net, str(net.summary(dataset.image_shape))
     except ValueError as error:
@@ -482,29 +522,6 @@ def _accepts(net: "Serial", shape: tuple[int, ...]) -> bool:
     return True
 
 
-def make_optimizer(name: str, rate: float, steps: int) -> "optax.GradientTransformation":
-    """Return the optimizer called `name`, one of LEARNING_RATES, whose learning rate decays to 0 within `steps`."""
-    import optax
-
-    schedule = optax.cosine_decay_schedule(rate, steps)
-    return optax.adam(schedule) if name == "adam" else optax.sgd(schedule, momentum=0.9)
-
-
-def check_gradients(net: "Serial", state: "TrainState", batch: Batch) -> None:
-    """Print the difference between rules and autodiff for each parameter; raise RunError if any is too large."""
-    import jaxcnn
-    from experiments import gradients
-
-    loss = jaxcnn.softmax_cross_entropy_with_integer_labels
-    differences = gradients.compare(net, loss, state.params, batch, state.key)
-    print("largest relative difference between rules and autodiff")
-    print("\n".join(f"  {name:<16} {difference:.1e}" for name, difference in differences.items()), end="\n\n")
-    wrong = [name for name, difference in differences.items() if not difference <= gradients.TOLERANCE]
-    if wrong:
-        got = f"{max(differences[name] for name in wrong):.1e} for {', '.join(wrong)}"
-        raise bad_value(RunError, "gradient differences", f"at most {gradients.TOLERANCE:g}", got)
-
-
 def compiled(jitted: "Step", state: "TrainState", batch: Batch) -> "Step":
     """Compile a jitted step before its first call."""
     import jax
@@ -512,16 +529,16 @@ def compiled(jitted: "Step", state: "TrainState", batch: Batch) -> "Step":
     return cast(jax.stages.Wrapped, jitted).lower(state, batch).compile()
 
 
-def describe(config: Config, facts: dict[str, str], dataset: Dataset, rate: float) -> dict[str, Any]:
-    """Return the contents of config.json: the options (with `rate` filled in), data, device and versions."""
+def describe(config: Config, dataset: Dataset) -> dict[str, Any]:
+    """Return the contents of config.json: the options (with the optimizer's defaults), data and versions."""
     return {
         **dataclasses.asdict(config),
         "data": str(Path(config.data).absolute()) if is_path(config.data) else config.data,
-        "learning_rate": rate,
+        **recipe.filled_in(config),
+        "augment": list(config.augment),
         "data_dir": None if config.data_dir is None else config.data_dir.absolute(),
         "data_source": dataset.source,
         "data_sha256": dataset.sha256,
-        "device": facts["device"],
         "versions": terminal.versions(),
     }
 

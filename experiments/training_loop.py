@@ -22,7 +22,7 @@ from jaxcnn import TrainState
 
 Metrics = dict[str, Any]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-Evaluate = Callable[[Params], dict[str, float]]
+Evaluate = Callable[[TrainState], dict[str, float]]
 Save = Callable[[TrainState, int, History], None]
 Log = Callable[[Sequence[Mapping[str, Any]]], None]
 
@@ -87,7 +87,7 @@ def fit(
         step: The training step.
         state: The state after `first_step` steps.
         batches: Returns the batch of a step, counted from 0.
-        evaluate: Returns the validation loss and accuracy of parameters; None if there are no validation images.
+        evaluate: Returns the validation loss and accuracy of a state; None if there are no validation images.
         max_steps: Number of steps in all, including those before `first_step`.
         per_epoch: Number of steps in an epoch. The last epoch may have fewer.
         batch_size: Images per step.
@@ -193,7 +193,7 @@ class _Monitor:
 
     def end_epoch(self, number: int, state: TrainState, evaluate: Evaluate | None) -> Epoch:
         """Evaluate, and turn the sums of the epoch into a row; raise _Diverged if the evaluation is not finite."""
-        validated = _NOT_EVALUATED if evaluate is None else evaluate(state.params)
+        validated = _NOT_EVALUATED if evaluate is None else evaluate(state)
         if evaluate is not None and (bad := _not_finite(validated)):
             raise _Diverged(self.step, f"validation {bad[0]}", bad[1])
         row = self._row(number, validated)

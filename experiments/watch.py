@@ -7,26 +7,61 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
+import jaxcnn
 from experiments.data import Batch
+from experiments.own_nets import trained
 from experiments.training_loop import Metrics, Step
 from jaxcnn import BackpropResult, Serial, TrainState
+from jaxcnn.net import Loss
 
 
-def norms(result: BackpropResult, updates: Any) -> Metrics:
-    """Return "gradient_norm" and "update_norm", the 2-norms over all parameters; for `jaxcnn.make_train_step`."""
-    return {"gradient_norm": norm(result.gradients), "update_norm": norm(updates)}
+def make_step(
+    net: Serial, loss: Loss, optimizer: optax.GradientTransformation, *, by_layer: bool, dtype: str = "float32"
+) -> Step:
+    """Return the step of `jaxcnn.make_train_step`, whose metrics also have norms.
 
+    The metrics are "loss", "accuracy", "gradient_norm" and "update_norm", the 2-norms over all parameters.
 
-def norms_by_layer(result: BackpropResult, updates: Any) -> Metrics:
-    """Return the metrics of `norms`, "gradient_norms" by parameter, and "delta_norms" and "activation_norms" by layer.
-
-    This reads every activation and δ once more.
+    Args:
+        net: The net.
+        loss: A loss per example.
+        optimizer: From optax.
+        by_layer: Whether the metrics also have "gradient_norms" by parameter, and "delta_norms" and "activation_norms"
+            by layer. This reads every activation and δ once more.
+        dtype: Dtype of activations and δ.
     """
+    measure = functools.partial(norms_by_layer if by_layer else norms, net)
+    compute_dtype = None if dtype == "float32" else dtype
+    take = jaxcnn.make_train_step(net, loss, optimizer, compute_dtype=compute_dtype, measure=measure)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        state, metrics = take(state, batch)
+        predicted = metrics.pop("predicted")
+        if "accuracy" not in metrics:  # the targets are probabilities
+            metrics["accuracy"] = jnp.mean(predicted == batch[1].argmax(-1))
+        return state, metrics
+
+    return step
+
+
+def norms(net: Serial, result: BackpropResult, updates: Any) -> Metrics:
+    """Return "gradient_norm" and "update_norm", the 2-norms over all parameters, and the "predicted" classes."""
+    return {
+        "gradient_norm": norm(trained(net, result.gradients)),
+        "update_norm": norm(updates),
+        "predicted": result.activations[_last(net)].argmax(-1),
+    }
+
+
+def norms_by_layer(net: Serial, result: BackpropResult, updates: Any) -> Metrics:
+    """Return the results of `norms`, the norms of gradients by parameter, and those of activations and δ by layer."""
     paths = jax.tree_util.tree_leaves_with_path(result.gradients)
     name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
     return {
-        **norms(result, updates),
+        **norms(net, result, updates),
         "gradient_norms": {name(path): norm(leaf) for path, leaf in paths},
         "delta_norms": {layer: norm(delta) for layer, delta in result.deltas.items()},
         "activation_norms": {layer: norm(a) for layer, a in result.activations.items()},
@@ -90,3 +125,8 @@ def first_not_finite(layers: list[str], metrics: Metrics, before: Metrics) -> st
 
 def _first(layers: list[str], norms: Mapping[str, float]) -> str:
     return next((layer for layer in layers if layer in norms and not math.isfinite(norms[layer])), "")
+
+
+def _last(net: Serial) -> str:
+    """Return the name of the last layer, whose activations are the outputs."""
+    return next(reversed([name for name, _ in net.walk() if "/" not in name]))

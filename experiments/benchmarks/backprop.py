@@ -18,7 +18,7 @@ class Config:
     """Compare `backprop`, which returns every activation and δ, with `jax.value_and_grad`; both are jitted."""
 
     model: str = "lecture"
-    """Net: lecture, mlp or lenet5."""
+    """Net: a name in experiments.models."""
     batch_size: int = 128
     """Images per pass."""
     rounds: int = 30

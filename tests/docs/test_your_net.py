@@ -19,7 +19,7 @@ def test_the_blocks_of_the_page(monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "jax")
     for package in ("flax", "equinox", "haiku", "keras"):
         pytest.importorskip(package)
-    assert len(BLOCKS) == 9
+    assert len(BLOCKS) == 10
     names = {"jax": jax, "jnp": jnp, "jaxcnn": jaxcnn}
     compared = 0
     with jax.enable_x64(False), jax.legacy_prng_key("allow"):  # Keras makes keys of the old kind

@@ -144,12 +144,11 @@ def test_did_you_mean():
         ("--epoch", "--epochs"),
         ("--num-epochs", "--epochs"),
         ("--opt", "--optimizer"),
-        ("--seeds", "--seed"),
+        ("--seeed", "--seed"),
         ("--output", "--out"),
         ("--dataset", "--data"),
         ("--grads", "--check-grads"),
         # No name is similar, only the dashes match.
-        ("--device", ""),
         ("--gpu", ""),
         ("--x", ""),
         ("--verbose", ""),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import jaxcnn
-from experiments import gradients
+from experiments import gradients, models
 from experiments.models import MODELS
 
 LOSS = jaxcnn.softmax_cross_entropy_with_integer_labels
@@ -15,11 +15,13 @@ BATCH = (
 
 
 @pytest.mark.slow("compiles whole nets")
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sorted({*MODELS} - {"resnet-gn", "vgg"}))  # their layers are in the others
 def test_the_rules_of_every_model_agree_with_autodiff(name):
-    net = MODELS[name](10)
-    params = net.init(jax.random.key(0), (28, 28, 1))
-    differences = gradients.compare(net, LOSS, params, BATCH, jax.random.key(1))
+    large = name in ("lecture", "mlp", "lenet5")
+    net = models.resnet(10, width=8) if name == "resnet" else MODELS[name](10)
+    batch = BATCH if large else (BATCH[0][:, ::3, ::3], BATCH[1])
+    params = net.init(jax.random.key(0), batch[0].shape[1:])
+    differences = gradients.compare(net, LOSS, params, batch, jax.random.key(1))
     assert set(differences) == set(gradients.flatten(params))
     assert max(differences.values()) <= gradients.TOLERANCE
 

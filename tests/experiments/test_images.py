@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from experiments import images, predict, train
+from experiments.data import split
 from experiments.errors import DataError
 
 RNG = np.random.default_rng(0)
@@ -65,7 +66,7 @@ def test_folders_for_training_validation_and_test(tmp_path):
     assert dataset.image_shape == (4, 4, 3)
     assert len(dataset.test_labels) == 4
     config = train.Config(data=str(tmp_path))
-    training, validation = train.split(config, dataset)
+    training, validation = split(config, dataset, seed=0)
     marks = np.round(dataset.train_images.mean((1, 2, 3)) * 255) % 100
     assert set(marks[training]) == {1}
     assert set(marks[validation]) == {2}

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from experiments.models import MODELS
+from jaxcnn import Dropout
 
 SHAPES = {
     "lecture": {"hidden_layer1": (5, 5, 1, 32), "hidden_layer2": (5, 5, 32, 64), "dense1": (1024, 10)},
@@ -18,8 +19,22 @@ SHAPES = {
 }
 
 
-def test_every_model_has_its_shapes_here():
-    assert set(SHAPES) == set(MODELS)
+PARAMETERS = {"small": 74_194, "resnet": 11_172_810, "resnet-gn": 11_172_810, "vgg": 1_736_906, "mobile": 40_282}
+
+
+def test_every_model_has_its_shapes_or_its_size_here():
+    assert {*SHAPES, *PARAMETERS} == set(MODELS)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_nets_for_images_of_any_size(name):
+    """ResNet-18 has 11.2 million parameters with 10 classes (He et al. 2015, with the 3×3 stem of small images)."""
+    rows = MODELS[name](10).summary((28, 28, 1)).rows
+    assert sum(row.parameters for row in rows) == PARAMETERS[name]
+    assert rows[-1].output_shape == (10,)
+    before = {"small": (7, 7, 96), "vgg": (4, 4, 256), "mobile": (7, 7, 160)}.get(name, (4, 4, 512))
+    pooled = next(n for n, row in enumerate(rows) if row.op == "GlobalAvgPool")
+    assert rows[pooled - 1].output_shape == before
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -47,8 +62,10 @@ def test_one_logit_for_each_class(name, classes):
 
 def test_only_the_lecture_net_drops_out():
     images = jnp.ones((2, 28, 28, 1), jnp.float32)
-    for name, make in MODELS.items():
-        net = make(10)
+    dropping = {name for name, make in MODELS.items() for _, layer in make(10).walk() if isinstance(layer, Dropout)}
+    assert dropping == {"lecture", "vgg"}
+    for name in SHAPES:
+        net = MODELS[name](10)
         params = net.init(jax.random.key(0), (28, 28, 1))
         one, other = (net.apply(params, images, key=jax.random.key(n)) for n in (1, 2))
         assert bool((one != other).any()) is (name == "lecture")

@@ -98,6 +98,7 @@ def interrupted_run(images: Path, out: Path, interrupt, at: int = 25, *more: obj
         (8, 1, ("--optimizer", "sgd", "--save-every", 5, "--norms-every", 7, "--keep", 1)),
         (28, 1, ("--model", "lecture", "--batch-size", 16)),  # dropout
         (8, 1, ("--validation", 0)),
+        (8, 1, ("--optimizer", "adamw", "--warmup", 1, "--ema", 0.9, "--clip-norm", 1, "--augment", "crop", "mixup")),
     ],
 )
 def test_a_resumed_run_has_the_results_of_an_undisturbed_one(tmp_path, interrupt, size, cuts, more, capsys):
@@ -248,6 +249,9 @@ def test_no_intact_checkpoint(tmp_path, images, interrupt, capsys):
         (("--batch-size", 8), "--batch-size: must be 4, as in the run to resume, or omitted, got 8"),
         (("--batch-size", 32), "--batch-size: must be 4, as in the run to resume, or omitted, got 32"),  # the default
         (("--model", "lenet5"), "--model: must be mlp, as in the run to resume, or omitted, got lenet5"),
+        (("--ema", 0.5), "--ema: must be 0.0, as in the run to resume, or omitted, got 0.5"),
+        (("--augment", "flip"), "--augment: must be (), as in the run to resume, or omitted, got ('flip',)"),
+        (("--seeds", 2), "--seeds: must be omitted with --resume, which continues one run, got 2"),
         (("--optimizer", "sgd"), "--optimizer: must be adam, as in the run to resume, or omitted, got sgd"),
         (("--data", "digits"), "--data-dir: must be omitted unless --data is fashion-mnist or idx, got "),
         (("--epochs", 3), "--epochs: must be 2, as in the run to resume, or omitted, got 3"),

@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxcnn
-from experiments import checkpoints, data, gradients, process, run_folder, terminal, train
+from experiments import augmentation, checkpoints, data, gradients, process, recipe, run_folder, terminal, train
 from experiments.models import MODELS
 
 ROOT = Path(train.__file__).parent.parent
@@ -297,7 +297,8 @@ def test_rules_that_differ_from_autodiff_stop_the_run_before_it_begins(out, caps
         (
             ["--model", "lectur"],
             2,
-            "--model: must be one of lecture, mlp, lenet5, got 'lectur'; did you mean lecture?",
+            "--model: must be one of lecture, mlp, lenet5, small, resnet, resnet-gn, vgg, mobile, got 'lectur'; "
+            "did you mean lecture?",
         ),
         (
             ["--data", "fashion-minst"],
@@ -306,11 +307,56 @@ def test_rules_that_differ_from_autodiff_stop_the_run_before_it_begins(out, caps
             "did you mean fashion-mnist?",
         ),
         (
+            ["--optimizer", "lions"],
+            2,
+            "--optimizer: must be one of adam, adamw, sgd, lion, got 'lions'; did you mean lion?",
+        ),
+        (["--schedule", "linear"], 2, "--schedule: must be one of cosine, step, one-cycle, constant, got 'linear'"),
+        (["--augment", "flip", "rotate"], 2, "--augment: must be one of crop, flip, cutout, mixup, got 'rotate'"),
+        (["--augment", "flip", "flip"], 2, "--augment: must be different names, got flip flip"),
+        (["--warmup", "-1"], 2, "--warmup: must be a finite number >= 0, got -1.0"),
+        (["--warmup", "10"], 2, "--warmup: must be less than the 10 epochs, got 10.0"),
+        (
+            ["--warmup", "1", "--schedule", "one-cycle"],
+            2,
+            "--warmup: must be 0 with --schedule one-cycle, which has its own, got 1.0",
+        ),
+        (["--weight-decay", "nan"], 2, "--weight-decay: must be a finite number >= 0, got nan"),
+        (
+            ["--weight-decay", "0.1"],
+            2,
+            "--weight-decay: must be 0 with --optimizer adam, got 0.1; choose --optimizer adamw",
+        ),
+        (["--clip-norm", "inf"], 2, "--clip-norm: must be a finite number >= 0, got inf"),
+        (["--label-smoothing", "1"], 2, "--label-smoothing: must be from 0 up to, but not including, 1, got 1.0"),
+        (["--ema", "-0.5"], 2, "--ema: must be from 0 up to, but not including, 1, got -0.5"),
+        (["--seeds", "0"], 2, "--seeds: must be at least 1, got 0"),
+        (["--seed", "4294967295", "--seeds", "2"], 2, "--seed: must be from 0 to 4294967294, got 4294967295"),
+        (["--device", "gpv"], 2, "--device: must be one of cpu, gpu, tpu, got 'gpv'; did you mean gpu?"),
+        (
+            ["--device", "tpu"],
+            2,
+            "--device: must be a platform of this machine and this jaxlib, got tpu, which jax does not find; "
+            "pip install 'jaxcnn[tpu]' on a machine with a TPU, or choose --device cpu",
+        ),
+        (["--devices", "0"], 2, "--devices: must be at least 1, got 0"),
+        (["--devices", "3"], 2, "--batch-size: must be a multiple of the 3 devices, got 32"),
+        (
+            ["--devices", "16"],
+            2,
+            "--devices: must be at most 8, the devices of platform cpu, got 16; "
+            "set JAX_NUM_CPU_DEVICES to divide the CPU",
+        ),
+        (
             ["--dtype", "float23"],
             2,
             "--dtype: must be one of float32, bfloat16, float16, got 'float23'; did you mean float32?",
         ),
-        (["--optimizer", "adamw"], 2, "--optimizer: must be one of adam, sgd, got 'adamw'; did you mean adam?"),
+        (
+            ["--dtype", "bfloat16", "--model", "experiments.models:mlp"],
+            2,
+            "--dtype: must be float32 with a net of your own, got bfloat16",
+        ),
         (["--allocator", "mine"], 2, "--allocator: must be one of tuned, stock, got 'mine'"),
         (["--epochs", "0"], 2, "--epochs: must be at least 1, got 0"),
         (["--epochs", "-3"], 2, "--epochs: must be at least 1, got -3"),
@@ -356,7 +402,7 @@ def test_a_net_that_does_not_fit_the_images(out, capsys):
     pytest.importorskip("sklearn")
     assert main("--data", "digits", "--out", out) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("python -m experiments.train: --model: must be a net for the images of digits (mlp), got ")
+    assert line.startswith("python -m experiments.train: --model: must be a net for the images of digits (mlp, small, ")
     assert not out.exists()
 
 
@@ -401,7 +447,9 @@ def python(*argv: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 def test_help_names_every_choice_and_needs_no_jax():
     ran = python("-X", "importtime", "-m", "experiments.train", "--help")
     assert ran.returncode == 0
-    for name in (*MODELS, *data.SOURCES, *train.LEARNING_RATES, *map(str, train.LEARNING_RATES.values())):
+    rates = [f"{default.learning_rate:g}" for default in recipe.OPTIMIZERS.values()]
+    assert all(rate in ran.stdout for rate in rates)
+    for name in (*MODELS, *data.SOURCES, *recipe.OPTIMIZERS, *recipe.SCHEDULES, *augmentation.AUGMENTATIONS):
         assert name in ran.stdout
     imported = {line.rpartition("|")[2].strip() for line in ran.stderr.splitlines()}
     assert "tyro" in imported

@@ -70,7 +70,7 @@ def run(
         step,
         State({"weight": jnp.float32(weight)}),
         batches or (lambda step: jnp.float32(1)),
-        evaluate or (lambda params: {"loss": 0.25, "accuracy": float(params["weight"]) / 100}),
+        evaluate or (lambda state: {"loss": 0.25, "accuracy": float(state.params["weight"]) / 100}),
         max_steps=min(count * per_epoch, max_steps),
         per_epoch=per_epoch,
         batch_size=BATCH_SIZE,
@@ -136,7 +136,7 @@ def diverging(bad_step):
 
 @pytest.mark.parametrize("bad", [1, 2, 15, 16, 17, 30, 33, 40, 41, 58])
 def test_a_loss_that_is_not_finite_is_named_and_good_parameters_survive(bad):
-    outcome, _, saved = run(diverging(bad), evaluate=lambda params: {"loss": 1.0, "accuracy": 0.0})
+    outcome, _, saved = run(diverging(bad), evaluate=lambda state: {"loss": 1.0, "accuracy": 0.0})
     assert outcome.end == "diverged"
     assert outcome.bad_step == bad + 1
     assert outcome.bad_metric == "loss"
@@ -148,7 +148,7 @@ def test_a_loss_that_is_not_finite_is_named_and_good_parameters_survive(bad):
 
 
 def test_parameters_spoiled_by_the_last_step_of_an_epoch_are_detected_by_its_evaluation():
-    outcome, _, _ = run(diverging(20), evaluate=lambda params: {"loss": float(params["weight"]), "accuracy": 0.0})
+    outcome, _, _ = run(diverging(20), evaluate=lambda state: {"loss": float(state.params["weight"]), "accuracy": 0.0})
     assert outcome.end == "diverged"
     assert outcome.bad_step == 20
     assert outcome.bad_metric == "validation loss"
@@ -183,7 +183,7 @@ def test_ctrl_c_ends_after_the_current_step(at):
 
 @pytest.mark.usefixtures("default_signals")
 def test_ctrl_c_while_evaluating_keeps_the_evaluation():
-    def evaluate(params):
+    def evaluate(state):
         ctrl_c()
         return {"loss": 0.5, "accuracy": 0.5}
 

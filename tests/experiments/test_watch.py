@@ -22,17 +22,16 @@ def test_the_norm_of_large_numbers_does_not_overflow():
     assert math.isnan(float(watch.norm({"a": jnp.array([1.0, math.nan])})))
 
 
-def make_step(optimizer, measure=watch.norms_by_layer):
-    return jaxcnn.make_train_step(NET, LOSS, optimizer, measure=measure)
+make_step = functools.partial(watch.make_step, NET, LOSS)
 
 
 def test_a_step_measures_norms_and_stays_the_same():
     optimizer = optax.adam(0.01)
     state = jaxcnn.TrainState.create(NET, optimizer, jax.random.key(0), (2, 2, 1))
     copied = functools.partial(jax.tree.map, jnp.copy, state)
-    expected, metrics = make_step(optimizer, None)(copied(), BATCH)
-    result, plain = make_step(optimizer, watch.norms)(copied(), BATCH)
-    by_layer, got = make_step(optimizer)(copied(), BATCH)
+    expected, metrics = jaxcnn.make_train_step(NET, LOSS, optimizer)(copied(), BATCH)
+    result, plain = make_step(optimizer, by_layer=False)(copied(), BATCH)
+    by_layer, got = make_step(optimizer, by_layer=True)(copied(), BATCH)
     for one in (result, by_layer):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), one, expected)
     for name in ("loss", "accuracy"):
@@ -47,6 +46,20 @@ def test_a_step_measures_norms_and_stays_the_same():
         float(jnp.linalg.norm(through.deltas["dense1"])), rel=1e-5
     )
     assert set(got["gradient_norms"]) == {f"dense{n}/{p}" for n in (1, 2) for p in ("weight", "bias")}
+
+
+def test_the_accuracy_of_targets_that_are_probabilities_is_that_of_their_largest():
+    optimizer = optax.sgd(0.1)
+
+    def loss(outputs, targets):
+        return LOSS(outputs, targets) if targets.ndim == 1 else jaxcnn.softmax_cross_entropy(outputs, targets)
+
+    step = watch.make_step(NET, loss, optimizer, by_layer=False)
+    x, labels = BATCH
+    for targets in (labels, 0.7 * np.eye(3, dtype=np.float32)[labels] + 0.1):
+        _, metrics = step(jaxcnn.TrainState.create(NET, optimizer, jax.random.key(0), (2, 2, 1)), (x, targets))
+        net_outputs = NET.apply(NET.init(jax.random.split(jax.random.key(0))[0], (2, 2, 1)), x)
+        assert float(metrics["accuracy"]) == pytest.approx(float((net_outputs.argmax(-1) == labels).mean()))
 
 
 def norms(**changed: float) -> dict:
@@ -81,7 +94,7 @@ def test_the_step_and_the_layer_of_an_overflow():
     optimizer = optax.sgd(1.0)
     state = jaxcnn.TrainState.create(NET, optimizer, jax.random.key(0), (2, 2, 1))
     bad = (np.where(np.arange(8)[:, None, None, None] == 3, np.nan, BATCH[0]).astype(np.float32), BATCH[1])
-    step = make_step(optimizer)
+    step = make_step(optimizer, by_layer=True)
     text = watch.locate(NET, step, state, lambda n: bad if n == 6 else BATCH, 4, 9)
     assert text.startswith("step 7: the first activation that is not finite is that of flatten1, and the first δ is")
     assert "dense2 (norm nan, " in text

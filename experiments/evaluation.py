@@ -1,0 +1,45 @@
+"""The parameters that a training evaluates and saves: averaged over steps, with the statistics of batch norms."""
+
+from typing import Any
+
+import numpy as np
+
+import jaxcnn
+from experiments import own_nets
+from experiments.data import batches
+from experiments.devices import Placement
+from experiments.recipe import RecipeOptions, averaged_params
+from jaxcnn import Serial, TrainState
+
+EVALUATION_BATCH = 1000
+CALIBRATION_IMAGES = 2000
+"""Largest number of training images from which the statistics of batch norms are computed."""
+CALIBRATION_BATCH = 500
+
+
+class Evaluation:
+    """Evaluates the states of a training."""
+
+    def __init__(self, net: Serial, options: RecipeOptions, training_images: np.ndarray, placement: Placement) -> None:
+        """Evaluate `net`; `training_images` (N, H, W, C) are those without augmentation."""
+        self._net, self._options, self._placement = net, options, placement
+        needed = not isinstance(net, own_nets.OwnNet) and own_nets.has_batch_norm(net)
+        size = min(CALIBRATION_BATCH, len(training_images))
+        count = min(CALIBRATION_IMAGES, len(training_images)) // size * size if needed else 0
+        self._images = [(x, None) for x, _ in batches(training_images[:count], np.empty(count), size)]
+        self._last: tuple[TrainState, Any] | None = None
+
+    def params(self, state: TrainState) -> Any:
+        """Return the parameters to evaluate after a step, which are computed once for each state."""
+        if self._last is None or self._last[0] is not state:
+            params = averaged_params(self._options, state)
+            if self._images:
+                params = jaxcnn.calibrate(self._net, params, self._images)
+            self._last = state, params
+        return self._last[1]
+
+    def evaluate(self, params: Any, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Return the loss, without label smoothing, and the accuracy of parameters from `params`."""
+        loss = jaxcnn.softmax_cross_entropy_with_integer_labels
+        parts = map(self._placement.split, batches(images, labels, EVALUATION_BATCH))
+        return jaxcnn.evaluate(self._net, loss, params, parts)
