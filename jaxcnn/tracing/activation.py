@@ -141,17 +141,25 @@ class _Pattern:
 @functools.lru_cache(maxsize=64)
 def _patterns(dtype: np.dtype, context: Any) -> dict[str, list[_Pattern]]:
     """Return all spellings for a dtype by their last primitive, the longest first."""
-    x = jax.ShapeDtypeStruct(_SHAPE, dtype)
+    spellings = [
+        (row, i, replaces, spelling, 0 if spelling.__name__ != "<lambda>" else spelling.__code__.co_argcount - 1)
+        for replaces, table in ((True, _REPLACED), (False, _KEPT))
+        for row, (_, each) in table.items()
+        for i, spelling in enumerate(each)
+    ]
+
+    def results(x: Array, constant: float) -> list[Array]:
+        return [spelling(x, *[constant] * takes) for *_, spelling, takes in spellings]
+
+    with jax.numpy_dtype_promotion("standard"):
+        closed = jax.make_jaxpr(results)(jax.ShapeDtypeStruct(_SHAPE, dtype), 0.5)
+    together = program_of(closed, inline=True)
     patterns: dict[str, list[_Pattern]] = {}
-    for replaces, table in ((True, _REPLACED), (False, _KEPT)):
-        for row, (_, spellings) in table.items():
-            for i, spelling in enumerate(spellings):
-                takes = 0 if spelling.__name__ != "<lambda>" else spelling.__code__.co_argcount - 1
-                with jax.numpy_dtype_promotion("standard"):
-                    closed = jax.make_jaxpr(spelling)(x, *[0.5] * takes)
-                program = program_of(closed, inline=True)
-                pattern = _Pattern(row, i, replaces, program)
-                patterns.setdefault(pattern.root.primitive, []).append(pattern)
+    for (row, i, replaces, _, takes), result in zip(spellings, together.outputs, strict=True):
+        program = together.part(together.inputs[: 1 + takes], result)
+        assert program is not None  # spellings read x and the constant alone
+        pattern = _Pattern(row, i, replaces, program)
+        patterns.setdefault(pattern.root.primitive, []).append(pattern)
     for each in patterns.values():
         each.sort(key=lambda pattern: -len(pattern.program.steps))
     return patterns

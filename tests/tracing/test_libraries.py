@@ -159,14 +159,15 @@ def test_keras(monkeypatch):
     keras.config.set_floatx("float64")
     try:
         inner = [
-            keras.Input((8, 8, 3)), layers.Conv2D(4, 3, strides=2, padding="same"), layers.BatchNormalization(),
-            layers.ReLU(), layers.DepthwiseConv2D(3), layers.MaxPooling2D(2, 1), layers.GlobalAveragePooling2D(),
-            layers.Dense(3),
+            keras.Input((8, 8, 3), name="x"), layers.Conv2D(4, 3, strides=2, padding="same", name="conv"),
+            layers.BatchNormalization(name="norm"), layers.ReLU(name="relu"), layers.DepthwiseConv2D(3, name="depth"),
+            layers.MaxPooling2D(2, 1, name="max"), layers.GlobalAveragePooling2D(name="mean"),
+            layers.Dense(3, name="dense"),
         ]  # fmt: skip
     finally:
         keras.config.set_floatx(before)
     with jax.legacy_prng_key("allow"):  # Keras draws weights with them
-        net = keras.Sequential(inner)
+        net = keras.Sequential(inner, name="net")
     params = [v.value for v in net.trainable_variables]
     state = [v.value for v in net.non_trainable_variables]
 
@@ -178,4 +179,4 @@ def test_keras(monkeypatch):
         run = functools.partial(fun, training)
         ops = [op for _, op in names(run, params, state, x) if op != "add"]  # additions of statistics in the norm
         assert ops == ["conv", "relu", "depthwise_conv", "max_pool", "global_avg_pool", "dense"]
-        assert_same(run, params, state, x, rtol=1e-9)
+        assert_same(run, params, state, x, rtol=1e-6, atol=1e-6)  # Keras computes the norm in float32
