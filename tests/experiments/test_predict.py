@@ -111,7 +111,7 @@ def test_an_invalid_config(broken, capsys, config, expected):
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
-        ("model", "resnet", "model: must be one of lecture, mlp, lenet5, got 'resnet'"),
+        ("model", "resnets", "model: must be one of lecture, mlp, lenet5, small"),
         ("model", "lecture", "dense1/bias: must be float32 (10,), got float32 (300,)"),
         ("data", "cifar", "data: must be one of"),
         ("data_sha256", "0" * 64, ": must be the set with SHA-256 000000"),
