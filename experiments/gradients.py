@@ -33,8 +33,8 @@ def compare(net: Serial, loss: Loss, params: Params, batch: Batch, key: jax.Arra
     """Return max|rule − autodiff| / max|autodiff| of the gradient of the mean loss, by parameter name.
 
     The maximum counts as at least `SMALL` times that of all parameters, because some gradients are 0 up to rounding,
-    such as that of a bias before a batch norm. Both gradients are computed in training mode with the same dropout `key`. The result is NaN if either contains a
-    NaN.
+    such as that of a bias before a batch norm. Both gradients are computed in training mode with the same dropout
+    `key`. The result is NaN if either contains a NaN.
     """
     # CPU: the same arithmetic as in training. Other devices round float32 products by default.
     precision = None if jax.default_backend() == "cpu" else "highest"
@@ -47,11 +47,10 @@ def compare(net: Serial, loss: Loss, params: Params, batch: Batch, key: jax.Arra
             return flatten(jax.jit(jax.grad(mean_loss))(params, *batch))
 
     ours, reference = gradient(None), gradient(rules.autodiff)
-    sizes = {name: np.max(np.abs(gradient)) for name, gradient in reference.items()}
-    least = SMALL * max(sizes.values())
-    return {name: _relative(ours[name], reference[name], max(size, least)) for name, size in sizes.items()}
+    least = SMALL * max(float(np.max(np.abs(gradient))) for gradient in reference.values())
+    return {name: _relative(ours[name], reference[name], least) for name in reference}
 
 
-def _relative(got: np.ndarray, expected: np.ndarray, size: float) -> float:
-    difference = np.max(np.abs(got - expected))
+def _relative(got: np.ndarray, expected: np.ndarray, least: float) -> float:
+    difference, size = np.max(np.abs(got - expected)), max(np.max(np.abs(expected)), least)
     return float(difference / size if size else difference)

@@ -56,5 +56,7 @@ def test_a_nan_gradient_is_not_small():
 
 def test_gradients_that_vanish():
     zero, one = np.zeros(2, np.float32), np.ones(2, np.float32)
-    assert gradients._relative(zero, zero) == 0
-    assert gradients._relative(one, zero) == 1
+    assert gradients._relative(zero, zero, 0) == 0
+    assert gradients._relative(one, zero, 0) == 1
+    assert gradients._relative(one, zero, 4) == 0.25
+    assert gradients._relative(3 * one, 2 * one, 1) == 0.5
