@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import FlagCreatePairsOff, arg
 
 from experiments import cli
+from experiments.benchmarks import hlo
 from experiments.errors import UsageError, bad_value
 
 if TYPE_CHECKING:
@@ -176,22 +177,15 @@ def collectives(net: "Serial", shape: tuple[int, ...], batch: int, slice_: str) 
     return count_collectives(compiled.as_text())
 
 
-SIZES = {"pred": 1, "u8": 1, "s8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8}
-"""Bytes per element of XLA's types."""
-
-
 def count_collectives(text: str) -> list[tuple[str, int, int]]:
     """Return the kinds of collectives in a compiled program, the number of each, and the bytes of their results."""
     counts: collections.Counter[str] = collections.Counter()
     sizes: collections.Counter[str] = collections.Counter()
-    kinds = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
+    kinds = "|".join(hlo.COLLECTIVES)
     for result, kind in re.findall(rf"^ *(?:ROOT )?%?\S+ = (.*?) ({kinds})(?:-start)?\(", text, re.MULTILINE):
         counts[kind] += 1
         for dtype, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", result):
-            elements = 1
-            for n in filter(None, dims.split(",")):
-                elements *= int(n)
-            sizes[kind] += SIZES.get(dtype, 0) * elements
+            sizes[kind] += hlo.BYTES.get(dtype, 0) * math.prod(map(int, filter(None, dims.split(","))))
     return [(kind, n, sizes[kind]) for kind, n in counts.most_common()]
 
 
