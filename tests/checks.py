@@ -93,7 +93,8 @@ def shapes_and_dtypes(case: Case) -> None:
         with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
             program = case.run.trace(args, delta)
             if dtype == jnp.bfloat16:
-                assert [*computed(program.jaxpr.jaxpr)]
+                for _ in computed(program.jaxpr.jaxpr):  # it traces the lowerings of all platforms
+                    pass
         reference = [] if case.plain is None else [case.run_reference.eval_shape(args, delta)]
         for y, found in [program.out_info, *reference]:
             assert (y.shape, y.dtype) == (shape, case.options.get("preferred_element_type", dtype))

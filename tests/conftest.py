@@ -35,7 +35,7 @@ if importlib.util.find_spec("torchvision") is None:
 
 
 KEPT = 2 * 2**30  # bytes; the cache also holds programs of older versions of the library
-#: Tests that run in a quick run, and tests that do not.
+#: Tests that are in the sample, and tests that are not.
 COUNTS = pytest.StashKey[tuple[int, int]]()
 #: Memory that one process of the suite needs.
 PROCESS_BYTES = 3 * 2**30
@@ -44,14 +44,16 @@ PROCESS_BYTES = 3 * 2**30
 def pytest_addoption(parser):
     group = parser.getgroup("jaxcnn")
     group.addoption("--quick", action="store_true", help="run a covering sample of the tests, as `make test` does")
-    group.addoption("--quick-seed", type=int, default=0, help="draw another sample with another number (default: 0)")
+    group.addoption("--sample", type=float, metavar="SECONDS",
+                    help="run a covering sample that takes this long, and the slow tests: `make test-ci`")  # fmt: skip
+    group.addoption("--seed", type=int, default=0, help="draw another sample with another number (default: 0)")
     group.addoption("--clear-every", type=int, default=250, metavar="N",
                     help="clear JAX's caches after N tests; with 1, each test traces all that it uses")  # fmt: skip
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    """Sort the tests and, in a quick run, leave out all but the sample."""
+    """Sort the tests, and leave out all but the sample if there is one."""
     from tests import sampling  # not above, because coverage would miss the import of jaxcnn
 
     items[:] = sampling.by_row(items)
@@ -59,25 +61,26 @@ def pytest_collection_modifyitems(config, items):
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 10, 10)
-    if not config.option.quick:
+    if not config.option.quick and config.option.sample is None:
         return
-    chosen = sampling.sample(items, config.option.quick_seed)
+    budget, slow = (sampling.BUDGET, False) if config.option.quick else (config.option.sample, True)
+    chosen = sampling.sample(items, config.option.seed, budget, slow=slow)
     names = {item.nodeid for item in chosen}
     left_out = [item for item in items if item.nodeid not in names]
     config.stash[COUNTS] = len(chosen), len(left_out)
     if hasattr(config, "workeroutput"):
-        config.workeroutput["quick"] = config.stash[COUNTS]
+        config.workeroutput["sample"] = config.stash[COUNTS]
     config.hook.pytest_deselected(items=left_out)
     items[:] = chosen
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node):
-    """Take the counts of a quick run from the first process of pytest-xdist that ends; all have the same."""
-    if "quick" in getattr(node, "workeroutput", {}) and COUNTS not in node.config.stash:
-        node.config.stash[COUNTS] = node.workeroutput["quick"]
+    """Take the counts of a sample from the first process of pytest-xdist that ends; all have the same."""
+    if "sample" in getattr(node, "workeroutput", {}) and COUNTS not in node.config.stash:
+        node.config.stash[COUNTS] = node.workeroutput["sample"]
         # Hypothesis reads the __dict__ of each.
-        node.config.hook.pytest_deselected(items=[types.SimpleNamespace()] * node.workeroutput["quick"][1])
+        node.config.hook.pytest_deselected(items=[types.SimpleNamespace()] * node.workeroutput["sample"][1])
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -91,9 +94,9 @@ def pytest_terminal_summary(terminalreporter, config):
     summary.show(terminalreporter)
     if COUNTS in config.stash:
         chosen, left_out = config.stash[COUNTS]
-        terminalreporter.section("quick run")
+        terminalreporter.section("sample")
         terminalreporter.write_line(
-            f"{chosen} of {chosen + left_out} tests ran, a covering sample with seed {config.option.quick_seed}; "
+            f"{chosen} of {chosen + left_out} tests ran, a covering sample with seed {config.option.seed}; "
             "`make test-full` runs all"
         )
 

@@ -1,7 +1,7 @@
-"""The quick run: a covering sample of the tests, drawn from a fixed seed.
+"""The quick run and CI's: a covering sample of the tests, drawn from a fixed seed.
 
-`costs.json` lists the parametrized tests that take long in total, with the seconds of one case. Of their cases the
-quick run takes
+`costs.json` lists the parametrized tests that take long in total, with the seconds of one case. Of their cases a
+sample has
 
 1. enough for each test, each value of each parameter, each op in each check of the case table, and each op with each
    of its options (`needed`); of a test whose cases take long, one case, or one row for each kind of op;
@@ -9,7 +9,8 @@ quick run takes
    budget goes;
 3. then others at random, until the budget is spent.
 
-All other tests run whole, except those marked ``slow`` and those that use a fixture of `SLOW_FIXTURES`.
+All other tests run whole. The quick run excludes those marked ``slow`` and those that use a fixture of
+`SLOW_FIXTURES`; CI does not, and has a larger budget.
 """
 
 import heapq
@@ -26,7 +27,7 @@ from tests.cases import Case, shows
 #: Seconds of one case of each expensive test on the machine that wrote them; `python -m tools.costs` writes the file.
 COSTS: dict[str, float] = json.loads(Path(__file__).with_name("costs.json").read_text(encoding="utf-8"))
 #: Seconds, in the same unit, that the expensive tests take together in a quick run.
-BUDGET = 280.0
+BUDGET = 1.0
 #: A case that takes more seconds is long.
 LONG = 0.25
 #: Fixtures that take long to make.
@@ -122,9 +123,16 @@ def cover(left: dict[int, set[Hashable]], costs: Sequence[float], budget: float)
     return chosen
 
 
-def sample(items: Sequence[Any], seed: int, budget: float = BUDGET, costs: Mapping[str, float] = COSTS) -> list[Any]:
-    """Return the tests of a quick run, in the order given."""
-    fast = [i for i, item in enumerate(items) if not is_slow(item)]
+def sample(
+    items: Sequence[Any],
+    seed: int,
+    budget: float = BUDGET,
+    *,
+    slow: bool = False,
+    costs: Mapping[str, float] = COSTS,
+) -> list[Any]:
+    """Return the tests of a sample, in the order given; with ``slow`` those that a quick run excludes as well."""
+    fast = [i for i, item in enumerate(items) if slow or not is_slow(item)]
     kept = {i for i in fast if function_of(items[i].nodeid) not in costs or not parameters(items[i])}
     expensive = [i for i in fast if i not in kept]
     # A seeded order decides between tests that cover equally much, and the remainder. Checks of one row stay together.

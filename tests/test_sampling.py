@@ -1,4 +1,4 @@
-"""The quick run covers what it promises, is the same for the same seed, and keeps to its budget."""
+"""A sample covers what it promises, is the same for the same seed, and keeps to its budget."""
 
 import ast
 import itertools
@@ -38,8 +38,8 @@ COSTS = {f"tests/test_{function}.py::test_{function}": 0.2 for function in ("pai
 COSTS |= {f"tests/test_{function}.py::test_{function}": 0.5 for function in ("long_pairs", "long_checks")}
 
 
-def sample(seed=0, budget=100.0):
-    return sampling.sample(ALL, seed, budget, COSTS)
+def sample(seed=0, budget=100.0, slow=False):
+    return sampling.sample(ALL, seed, budget, slow=slow, costs=COSTS)
 
 
 def of(function, items):
@@ -52,6 +52,8 @@ def test_what_is_not_sampled_runs_whole_except_slow_tests(budget):
     assert ONE in found
     assert not any(one in found for one in SLOW)
     assert of("cheap", found) == CHEAP
+    assert [one for one in sample(budget=budget, slow=True) if one not in SLOW] == found
+    assert all(one in sample(budget=budget, slow=True) for one in SLOW)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
