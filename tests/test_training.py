@@ -455,6 +455,7 @@ def test_mixed_precision_is_that_of_casts_by_hand():
     chex.assert_trees_all_close(numbers((state.params, state.opt_state)), expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow("compiles nets")
 def test_the_gradient_of_mixed_precision_is_near_that_of_float32():
     net = serial(*(layer for name, layer in MIXED.layers if name != "dropout1"))
     params, (x, labels) = begun(net).params, batch()

@@ -176,6 +176,7 @@ def test_equinox(there, cell):
         same(gradient, expected[kind])
 
 
+@pytest.mark.slow("compiles a net")
 def test_a_whole_network_from_torch():
     (code,) = re.findall(r"^```python\n(def from_torch.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
     names: dict = {}

@@ -322,6 +322,7 @@ def test_out_is_a_file(script, tmp_path, capsys):
 # The same parameters everywhere
 
 
+@pytest.mark.slow("imports other libraries")
 @pytest.mark.usefixtures("others")
 def test_libraries_compute_the_same_net():
     import equinox as eqx
@@ -344,6 +345,7 @@ def test_libraries_compute_the_same_net():
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow("traces many nets")
 def test_drawn_nets_are_the_same_for_a_seed_and_not_too_large():
     nets = [drawn_nets.drawn(0, number) for number in range(15)]
     assert list(map(drawn_nets.described, nets)) == [

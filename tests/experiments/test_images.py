@@ -254,6 +254,7 @@ def test_a_zip_bomb(tmp_path, monkeypatch):
         images.load_path(tmp_path / "a.npz")
 
 
+@pytest.mark.slow("trains")
 def test_a_folder_is_trained_on_and_read_again(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert train.main(["--data", "set", "--model", "mlp", "--batch-size", "4", "--max-steps", "3", "--out", "run"]) == 0

@@ -91,6 +91,7 @@ def interrupted_run(images: Path, out: Path, interrupt, at: int = 25, *more: obj
 # ---- exact ----
 
 
+@pytest.mark.slow("trains and resumes")
 @pytest.mark.parametrize(
     ("size", "cuts", "more"),
     [
@@ -120,6 +121,7 @@ def test_a_resumed_run_has_the_results_of_an_undisturbed_one(tmp_path, interrupt
         assert (config["resume"], config["out"]) == (None, str(cut))
 
 
+@pytest.mark.slow("trains and resumes")
 def test_a_run_without_a_checkpoint_starts_again(tmp_path, images, capsys, monkeypatch):
     def update(self, step, *numbers):
         raise KeyboardInterrupt  # at the first check, as after a second Ctrl-C
@@ -135,6 +137,7 @@ def test_a_run_without_a_checkpoint_starts_again(tmp_path, images, capsys, monke
     assert results(tmp_path / "cut") == results(tmp_path / "whole")
 
 
+@pytest.mark.slow("trains and resumes")
 def test_sigterm_saves_and_prints_the_command_to_continue(tmp_path, images):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     argv = options(images, "--out", tmp_path / "runs" / "a", "--epochs", 100_000)
@@ -190,6 +193,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow("trains and resumes")
 @pytest.mark.parametrize("file", ["checkpoint.json", "state/manifest.ocdbt"])
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path, images, interrupt, capsys, damage, file):
@@ -309,6 +313,7 @@ def test_changed_data(tmp_path, images, interrupt, capsys):
     assert re.search(r"data of .*cut: must be the set with SHA-256 [0-9a-f]{64}, got [0-9a-f]{64}$", line)
 
 
+@pytest.mark.slow("trains and resumes")
 def test_data_that_have_moved(tmp_path, images, interrupt):
     interrupted_run(images, tmp_path / "cut", interrupt, 2)
     images.rename(tmp_path / "moved")
@@ -345,6 +350,7 @@ def test_what_cannot_be_resumed(tmp_path, images, capsys):
         assert capsys.readouterr().err.startswith(f"{PROG}: {expected}")
 
 
+@pytest.mark.slow("trains and resumes")
 def test_two_writers(tmp_path, images, interrupt, capsys):
     interrupted_run(images, tmp_path / "cut", interrupt, 2)
     capsys.readouterr()
@@ -368,6 +374,7 @@ def test_a_read_only_folder(tmp_path, images, interrupt, capsys, monkeypatch):
     assert capsys.readouterr().err == expected
 
 
+@pytest.mark.slow("trains and resumes")
 def test_a_full_disk_leaves_the_earlier_checkpoints(tmp_path, images, capsys, monkeypatch):
     assert main(*options(images, "--out", tmp_path / "whole")) == 0
     sync, calls = training_state.sync, []

@@ -188,6 +188,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_good_weights(out, ca
         assert np.isfinite(array).all()
 
 
+@pytest.mark.slow("trains")
 def test_ctrl_c_saves_the_weights(out, capsys, monkeypatch):
     def update(self, step, *numbers):
         if step == 32:
@@ -456,6 +457,7 @@ def test_help_names_every_choice_and_needs_no_jax():
     assert not imported & {"jax", "matplotlib", "optax", "sklearn"}
 
 
+@pytest.mark.slow("trains")
 def test_a_process_that_fails_says_one_line_and_no_traceback(tmp_path):
     ran = python("-m", "experiments.train", "--model", "mlpp", cwd=tmp_path)
     assert ran.returncode == 2

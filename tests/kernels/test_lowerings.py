@@ -262,6 +262,7 @@ def test_small_products_are_left_to_xla(product):
     assert chosen(1, groups=2) != "xla"
 
 
+@pytest.mark.slow("compiles many geometries")
 @settings(as_large, max_examples=30 // TOGETHER)
 @given(drawn=several(drawn_correlations()))
 def test_products_are_adjoint(none_is_small, drawn):

@@ -299,6 +299,7 @@ NET = jaxcnn.serial(
 )  # fmt: skip
 
 
+@pytest.mark.slow("compiles a net")
 def test_net_of_layers_has_the_names_of_its_layers():
     params = NET.init(jax.random.key(0), (4, 4, 2), jnp.float64)
 
