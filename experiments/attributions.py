@@ -66,8 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def draw(config: Config) -> int:
     """Load or train a net, attribute, and draw. Return 0; raise UsageError, CheckpointError, DataError or RunError."""
+    from experiments.own_nets import check_layers
+
     with new_folder(config.out, "attributions") as folder:
         trained = prepare(config, folder)
+        check_layers(trained.net, "--run", "the run of a net of jaxcnn")
         chosen = list(config.images)
         x = trained.dataset.test_images[chosen]
         logits = np.asarray(trained.net.apply(trained.params, x))

@@ -72,7 +72,7 @@ def draw(config: Config) -> int:
         result = compute(trained, config.images)
         probabilities = softmax(np.asarray(result.activations[last(trained.net)]))
         for i, n in enumerate(config.images):
-            rows = [row(trained.net, result, names, i, config.channels) for names in groups(trained.net)]
+            rows = [row(trained.net, result, names, i, config.channels) for names in evaluated(trained.net, result)]
             path = folder / f"deltas-{n}.png"
             save_figure(path, trained.dataset, n, probabilities[i], rows)
             print(describe(trained.dataset, n, probabilities[i]))
@@ -129,6 +129,11 @@ def groups(net: "Serial", path: str = "") -> list[tuple[str, ...]]:
 def last(net: "Serial") -> str:
     """Return the name of the last layer, whose output is the net's output."""
     return net.layers[-1][0]
+
+
+def evaluated(net: "Serial", result: "BackpropResult") -> list[tuple[str, ...]]:
+    """Return the `groups` of a net without the operations of training that its evaluation does not have."""
+    return [names for names in groups(net) if names[0] in result.deltas]
 
 
 def row(net: "Serial", result: "BackpropResult", names: tuple[str, ...], i: int, channels: int) -> Row:

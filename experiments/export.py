@@ -80,6 +80,10 @@ def export(config: Config) -> int:
         raise bad_value(CheckpointError, config.run, "the folder of a run", got)
     described = read_config(Run(config.run))
     trained = restore(config.run)
+    if {"pytorch", "onnx"} & set(config.format) or config.from_pytorch is not None:
+        from experiments.own_nets import check_layers
+
+        check_layers(trained.net, str(config.run), "the run of a net of jaxcnn for PyTorch and ONNX")
     if config.from_pytorch is not None:
         trained = dataclasses.replace(trained, params=import_state_dict(config.from_pytorch, trained))
         described = {**described, "weights_from": str(config.from_pytorch.absolute())}

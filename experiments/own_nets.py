@@ -109,6 +109,12 @@ def trained(net: Serial, tree: Any) -> Any:
     return tree[PARAMS] if isinstance(net, OwnNet) else tree
 
 
+def check_layers(net: Serial, flag: str, expected: str) -> None:
+    """Raise UsageError, which says what the value of `flag` must be, unless the net consists of layers of jaxcnn."""
+    if isinstance(net, OwnNet):
+        raise bad_value(UsageError, flag, expected, "a net of another library")
+
+
 def labels_of_state(net: Serial, params: Params) -> Any:
     """Return a tree of "state" and "params", for `optax.partition`."""
     if not isinstance(net, OwnNet):

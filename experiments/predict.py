@@ -102,8 +102,12 @@ def predict_files(config: Config, folder: Path, paths: Sequence[Path]) -> None:
     """Print the most probable classes of each file, and draw heat maps if they are requested."""
     from rich.console import Console
 
+    from experiments.own_nets import check_layers
+
     images = [decode(path)[0] for path in paths]  # before the net is loaded: a wrong file is found sooner
     trained = restore(folder)
+    if config.explain:
+        check_layers(trained.net, "--explain", "omitted unless the net is one of jaxcnn")
     names, shape = trained.dataset.class_names, trained.dataset.image_shape
     if len(shape) != 3 or shape[2] not in (1, 3):
         raise bad_value(UsageError, "--run", "a net for gray or color images", f"one for images of shape {shape}")

@@ -325,11 +325,11 @@ def _rows(net: "Serial", story: Story, chosen: Sequence[int]) -> "list[tuple[int
     from experiments import deltas
 
     assert story.examples is not None
-    names = deltas.groups(net)
-    if len(names) > MAX_LAYERS:
-        names = [names[round(n * (len(names) - 1) / (MAX_LAYERS - 1))] for n in range(MAX_LAYERS)]
     x, labels = story.examples.images[list(chosen)], story.examples.labels[list(chosen)]
     result = deltas.backprop(net, story.trained.params, x, labels)
+    names = deltas.evaluated(net, result)
+    if len(names) > MAX_LAYERS:
+        names = [names[round(n * (len(names) - 1) / (MAX_LAYERS - 1))] for n in range(MAX_LAYERS)]
     return [(n, [deltas.row(net, result, name, i, CHANNELS) for name in names]) for i, n in enumerate(chosen)]
 
 

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 
 import jaxcnn
-from experiments import checkpoints, data, own_nets, predict, recipe, train, watch
+from experiments import attributions, checkpoints, data, deltas, export, own_nets, predict, recipe, train, watch
 from tests import other_nets
 from tests.experiments.test_resume import write_images
 
@@ -129,6 +130,21 @@ def test_a_net_of_another_library_trains_resumes_and_predicts(tmp_path, monkeypa
     capsys.readouterr()
     assert predict.main(["--run", str(tmp_path / "cut"), "--images", "0", "1"]) == 0
     assert f"{MODULE}:{name} from {tmp_path / 'cut'}" in capsys.readouterr().out
+
+    run = ("--run", str(tmp_path / "cut"))
+    assert deltas.main([*run, "--images", "0", "--out", str(tmp_path / "deltas")]) == 0  # without dropout's operations
+    assert "outputs" in capsys.readouterr().out
+    image = tmp_path / "image.png"
+    Image.new("L", (20, 20), 255).save(image)
+    out = ("--out", str(tmp_path / "no"))
+    for script, given, message in (
+        (predict, [str(image), *run, "--explain", *out], "--explain: must be omitted unless the net is one of jaxcnn"),
+        (attributions, [*run, "--images", "0", *out], "--run: must be the run of a net of jaxcnn"),
+        (export, [run[1], "--format", "pytorch", *out], f"{run[1]}: must be the run of a net of jaxcnn for PyTorch"),
+    ):
+        assert script.main(given) == 2
+        assert f"{message}" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
 
 
 RETURNS = "a function that returns a net of jaxcnn, a Flax or Equinox module, or a pair (init, apply)"
