@@ -49,7 +49,7 @@ def crop(key: Array, images: Array, padding: int | None = None) -> Array:
 
 @jax.jit
 def flip(key: Array, images: Array) -> Array:
-    """Return images of which each is mirrored left and right with probability 1/2.
+    """Return images, each mirrored left and right with probability 1/2.
 
     Args:
         key: From `jax.random.key`.
@@ -89,7 +89,7 @@ def mixup(key: Array, images: Array, labels: Array, classes: int, alpha: float =
         images: (N, H, W, C).
         labels: (N,) int.
         classes: Number of classes.
-        alpha: Both parameters of the law, of which the larger of λ and 1 − λ is taken.
+        alpha: Both parameters of the law. The larger of λ and 1 − λ is taken.
 
     Returns:
         The images, and targets (N, classes) float32 that sum to 1.

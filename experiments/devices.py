@@ -88,7 +88,7 @@ class Placement:
         return tree if self._count == 1 else jax.device_put(tree, self._everywhere)
 
     def split(self, batch: Any) -> Any:
-        """Return a batch, of which every device has a part; if it cannot be divided, it is not changed."""
+        """Return a batch with a part on every device; one that cannot be divided is not changed."""
         import jax
 
         if self._count == 1 or len(batch[0]) % self._count:

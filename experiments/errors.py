@@ -108,12 +108,13 @@ def check_packages(extra: str = "experiments") -> None:
 
 def check_installed(*packages: str) -> None:
     """Raise UsageError if some of the packages, which are in EXTRAS, are missing."""
-    missing = [package for package in packages if not _is_installed(package)]
+    missing = [package for package in packages if not is_installed(package)]
     if missing:
         raise UsageError(_missing(missing))
 
 
-def _is_installed(package: str) -> bool:
+def is_installed(package: str) -> bool:
+    """Whether a package, or the module of a dotted name, can be imported."""
     try:
         return importlib.util.find_spec(MODULES.get(package, package)) is not None
     except (ValueError, ModuleNotFoundError):  # sys.modules marks the package as absent; there is no parent package

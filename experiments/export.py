@@ -18,7 +18,7 @@ from experiments import checkpoints, cli
 from experiments.errors import CheckpointError, RunError, UsageError, bad_value, check_installed
 from experiments.files import replacing
 from experiments.restore import Trained, read_config, restore
-from experiments.run_folder import Run, as_json
+from experiments.run_folder import Run, as_json, check_run
 
 if TYPE_CHECKING:
     from experiments.torch_source import Source
@@ -75,9 +75,7 @@ def export(config: Config) -> int:
     if config.from_pytorch is not None and config.from_pytorch.suffix != ".safetensors":
         hint = "save it with safetensors.torch.save_file(net.state_dict(), …), because pickled files are never read"
         raise bad_value(UsageError, "--from-pytorch", "a file *.safetensors", config.from_pytorch, hint)
-    if not config.run.is_dir():
-        got = "a file" if config.run.exists() else "no such folder"
-        raise bad_value(CheckpointError, config.run, "the folder of a run", got)
+    check_run(config.run, config.run, CheckpointError)
     described = read_config(Run(config.run))
     trained = restore(config.run)
     if {"pytorch", "onnx"} & set(config.format) or config.from_pytorch is not None:

@@ -1,6 +1,7 @@
 """How a net is trained: the optimizer and its schedule, weight decay, label smoothing, averaging; all from optax."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -174,8 +175,6 @@ def make_optimizer(
 
 def _with_state(net: "Serial", update: "optax.GradientTransformation") -> "optax.GradientTransformation":
     """Return an optimizer that applies `update` to what is trained, and replaces state by its new value."""
-    import functools
-
     import optax
 
     from experiments import own_nets

@@ -11,9 +11,9 @@ import numpy as np
 from tyro.conf import Positional
 
 from experiments import cli, data
-from experiments.errors import CheckpointError, bad_value
+from experiments.errors import CheckpointError
 from experiments.files import replacing
-from experiments.run_folder import Run
+from experiments.run_folder import Run, check_run
 from experiments.runs import read_rows
 
 if TYPE_CHECKING:
@@ -91,9 +91,7 @@ def report(config: Config) -> int:
     """Write the report of a run and print its path; raise CheckpointError or DataError."""
     from experiments.restore import restore
 
-    if not config.run.is_dir():
-        got = "a file" if config.run.exists() else "no such folder"
-        raise bad_value(CheckpointError, config.run, "the folder of a run", got)
+    check_run(config.run, config.run, CheckpointError)
     print(write(config.run, restore(config.run)))
     return 0
 

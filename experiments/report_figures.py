@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Colors that stand for the variables of the page's style sheet, so that a chart follows the color scheme.
+# Placeholders of the variables of the page's style sheet, so that a chart follows the color scheme.
 TEXT, SOFT, FAINT, LINE, ACCENT = "#010101", "#020202", "#030303", "#040404", "#050505"
 VARIABLES: Mapping[str, str] = {TEXT: "text", SOFT: "soft", FAINT: "faint", LINE: "line", ACCENT: "accent"}
 WIDTH = 4.3

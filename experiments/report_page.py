@@ -302,14 +302,9 @@ def _count(params: Any) -> int:
 
 
 def _deltas(story: Story) -> str:
-    from jaxcnn import Serial
-
-    net: Any = story.trained.net
-    examples = story.examples
+    net, examples = story.trained.net, story.examples
     if examples is None:
         return _NO_EXAMPLES
-    if not isinstance(net, Serial):
-        return "<p>Not shown: the net is not a sequence of layers of jaxcnn.</p>"
     wrong = examples.mistakes()[:1]
     correct = np.flatnonzero(examples.predicted == examples.labels)[: 2 - len(wrong)]
     chosen = [*correct, *wrong]
@@ -366,12 +361,7 @@ def _layers_of_image(net: "Serial", story: Story, n: int, rows: "Sequence[Row]")
 
 
 def _layers(story: Story) -> str:
-    from jaxcnn import Serial
-
-    net: Any = story.trained.net
-    if not isinstance(net, Serial):
-        return "<p>Not shown: the net is not a sequence of layers of jaxcnn.</p>"
-    summary = net.summary(story.trained.dataset.image_shape)
+    summary = story.trained.net.summary(story.trained.dataset.image_shape)
     lines = [
         f"<tr><td>{escape(row.name)}</td><td>{escape(row.op)}</td><td>{row.shapes}</td>"
         f'<td class="n">{row.parameters:,}</td><td class="n">{row.flops:,}</td></tr>'
@@ -416,11 +406,9 @@ def _norms(story: Story) -> str:
     return f'<div class="columns">{drawn}</div>{missing}'
 
 
-def _in_order(net: Any, names: Iterable[str]) -> list[str]:
+def _in_order(net: "Serial", names: Iterable[str]) -> list[str]:
     """Return names of layers in the order of execution. metrics.jsonl has them in alphabetical order."""
-    from jaxcnn import Serial
-
-    order = [name for name, _ in net.walk()] if isinstance(net, Serial) else []
+    order = [name for name, _ in net.walk()]
     return sorted(names, key=lambda name: order.index(name) if name in order else len(order))
 
 

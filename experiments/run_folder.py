@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments import checkpoints
-from experiments.errors import RunError, WriteError, bad_value
+from experiments.errors import ExperimentError, RunError, WriteError, bad_value
 from experiments.files import replacing, sync
 
 if TYPE_CHECKING:
@@ -80,6 +80,13 @@ def best(rows: Iterable[Epoch]) -> Epoch | None:
     """Return the first epoch of the highest validation accuracy and then the lowest loss; None if there is none."""
     validated = [row for row in rows if math.isfinite(row.validation_loss)]
     return max(validated, key=lambda row: (row.validation_accuracy, -row.validation_loss), default=None)
+
+
+def check_run(folder: Path, name: object, kind: type[ExperimentError]) -> None:
+    """Raise an error of a kind, which says what `name` must be, unless `folder` is a folder."""
+    if not folder.is_dir():
+        got = "a file" if folder.exists() else "no such folder"
+        raise bad_value(kind, name, "the folder of a run", got)
 
 
 def check_folder(out: Path | None) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import FlagCreatePairsOff, arg
 
 from experiments import cli
-from experiments.benchmarks import hlo
+from experiments.benchmarks import compiler, hlo
 from experiments.errors import UsageError, bad_value
 
 if TYPE_CHECKING:
@@ -146,10 +146,7 @@ def resnet50(classes: int) -> "Serial":
 
 def collectives(net: "Serial", shape: tuple[int, ...], batch: int, slice_: str) -> list[tuple[str, int, int]]:
     """Compile a training step for a slice of TPU v5e; return the kinds of its collectives, their counts and bytes."""
-    os.environ |= {  # the type is that of this process, whatever the slice
-        "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_WORKER_ID": "0", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }  # fmt: skip
+    os.environ |= compiler.PLATFORMS["tpu-v5e"].environment  # the type is that of this process, whatever the slice
     import jax
     import jax.numpy as jnp
     import numpy as np

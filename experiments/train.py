@@ -29,7 +29,18 @@ from experiments.errors import (
     explain,
 )
 from experiments.recipe import RecipeOptions
-from experiments.run_folder import Epoch, History, Run, as_json, best, check_folder, finite_or_none, locked, new_folder
+from experiments.run_folder import (
+    Epoch,
+    History,
+    Run,
+    as_json,
+    best,
+    check_folder,
+    check_run,
+    finite_or_none,
+    locked,
+    new_folder,
+)
 
 if TYPE_CHECKING:  # importing jax takes a second, and --help does not need it
     import optax
@@ -117,9 +128,7 @@ def saved_options(folder: Path) -> Config:
     """Return the options of the run in `folder`, to resume it; raise CheckpointError if there is no such run."""
     from experiments.restore import read_config
 
-    if not folder.is_dir():
-        got = "a file" if folder.exists() else "no such folder"
-        raise bad_value(UsageError, f"--resume {folder}", "the folder of a run", got)
+    check_run(folder, f"--resume {folder}", UsageError)
     saved = read_config(Run(folder))
     names = [field.name for field in dataclasses.fields(Config)]
     missing = [name for name in names if name not in saved]

@@ -52,7 +52,7 @@ def norms(net: Serial, result: BackpropResult, updates: Any) -> Metrics:
     return {
         "gradient_norm": norm(trained(net, result.gradients)),
         "update_norm": norm(updates),
-        "predicted": result.activations[_last(net)].argmax(-1),
+        "predicted": result.activations[net.layers[-1][0]].argmax(-1),
     }
 
 
@@ -125,8 +125,3 @@ def first_not_finite(layers: list[str], metrics: Metrics, before: Metrics) -> st
 
 def _first(layers: list[str], norms: Mapping[str, float]) -> str:
     return next((layer for layer in layers if layer in norms and not math.isfinite(norms[layer])), "")
-
-
-def _last(net: Serial) -> str:
-    """Return the name of the last layer, whose activations are the outputs."""
-    return next(reversed([name for name, _ in net.walk() if "/" not in name]))

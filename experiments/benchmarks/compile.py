@@ -57,15 +57,13 @@ def compare(config: Config) -> int:
     seconds: dict[str, list[float]] = {name: [] for name in names}
     machine = timing.machine(("jax", "jaxlib"), others=("flax", "equinox"))
     with results.until_interrupted(lambda: all(seconds.values())) as interrupted:
-        for i in range(config.rounds):
-            first = i % len(names)
-            for name in names[first:] + names[:first]:
-                contender = Contender(name, config.net, environment, batch=config.batch_size)
-                try:
-                    ready = contender.ready()
-                finally:
-                    contender.stop()
-                seconds[name].append(ready.compile_seconds or 0.0)
+        for name in timing.in_rounds(names, config.rounds):
+            contender = Contender(name, config.net, environment, batch=config.batch_size)
+            try:
+                ready = contender.ready()
+            finally:
+                contender.stop()
+            seconds[name].append(ready.compile_seconds or 0.0)
     times = {name: timing.Times(tuple(s)) for name, s in seconds.items()}
     title = f"{config.net}: trace, lower and compile a training step, {config.rounds} new processes each"
     results.report(config.out, machine, config, title, times, "jaxcnn", "jaxcnn")

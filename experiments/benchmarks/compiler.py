@@ -6,7 +6,6 @@ new one.
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import os
 import select
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks import hlo
-from experiments.errors import UsageError
+from experiments.errors import UsageError, is_installed
 
 FORWARD, BOTH, STEP = "forward", "both passes", "training step"
 OURS, STOCK, FLAX = "jaxcnn", "stock JAX", "flax nnx"
@@ -95,16 +94,9 @@ def require(platform: str) -> None:
         needed = ".".join(map(str, PYTHON))
         raise UsageError(f"--platform {platform}: needs Python {needed} or newer, got {version}: {hint}")
     for module in PLATFORMS[platform].modules:
-        if not _is_installed(module):
+        if not is_installed(module):
             package = PLATFORMS[platform].distribution
             raise UsageError(f"--platform {platform}: needs the package {package}, which is not installed: {hint}")
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # a parent package is missing
-        return False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -107,10 +107,8 @@ def timed(name: str, config: Config) -> Result:
         for library in libraries:  # one after another, because compile times are reported as well
             contenders[library] = Contender(library, name, environment)
             ready[library] = contenders[library].ready()
-        for i in range(config.rounds):
-            first = i % len(libraries)
-            for library in libraries[first:] + libraries[:first]:
-                seconds[library] += contenders[library].turn(config.steps)
+        for library in timing.in_rounds(libraries, config.rounds):
+            seconds[library] += contenders[library].turn(config.steps)
     finally:
         for contender in contenders.values():
             contender.stop()

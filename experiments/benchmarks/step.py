@@ -75,10 +75,8 @@ def compare(config: Config) -> int:
             )
             ready[name] = contenders[name].ready()
         with results.until_interrupted(lambda: all(seconds.values())) as interrupted:
-            for i in range(config.rounds):
-                first = i % len(names)
-                for name in names[first:] + names[:first]:
-                    seconds[name] += contenders[name].turn(config.steps)
+            for name in timing.in_rounds(names, config.rounds):
+                seconds[name] += contenders[name].turn(config.steps)
     finally:
         for contender in contenders.values():
             contender.stop()

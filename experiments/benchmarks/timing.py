@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,13 @@ class Times:
         return (third - first) / self.median
 
 
+def in_rounds(names: Sequence[str], rounds: int) -> Iterator[str]:
+    """Yield every name once per round. Each round begins with a different name."""
+    for i in range(rounds):
+        first = i % len(names)
+        yield from (*names[first:], *names[:first])
+
+
 def interleaved(contenders: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 3) -> dict[str, Times]:
     """Return seconds per call; the contenders take turns, so that machine noise affects all of them equally.
 
@@ -49,12 +56,10 @@ def interleaved(contenders: Mapping[str, Callable[[], Any]], rounds: int, warmup
         for _ in range(warmup):
             jax.block_until_ready(contenders[name]())
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(rounds):
-        first = i % len(names)
-        for name in names[first:] + names[:first]:
-            start = time.perf_counter()
-            jax.block_until_ready(contenders[name]())
-            seconds[name].append(time.perf_counter() - start)
+    for name in in_rounds(names, rounds):
+        start = time.perf_counter()
+        jax.block_until_ready(contenders[name]())
+        seconds[name].append(time.perf_counter() - start)
     return {name: Times(tuple(s)) for name, s in seconds.items()}
 
 
@@ -75,18 +80,16 @@ def in_turns(
     """
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(rounds):
-        first = i % len(names)
-        for name in names[first:] + names[:first]:
-            call = contenders[name]
-            time.sleep(pause)
+    for name in in_rounds(names, rounds):
+        call = contenders[name]
+        time.sleep(pause)
+        jax.block_until_ready(call())
+        spent: list[float] = []
+        while len(spent) < calls and (not spent or sum(spent) < most):
+            start = time.perf_counter()
             jax.block_until_ready(call())
-            spent: list[float] = []
-            while len(spent) < calls and (not spent or sum(spent) < most):
-                start = time.perf_counter()
-                jax.block_until_ready(call())
-                spent.append(time.perf_counter() - start)
-            seconds[name] += spent
+            spent.append(time.perf_counter() - start)
+        seconds[name] += spent
     return {name: Times(tuple(s)) for name, s in seconds.items()}
 
 

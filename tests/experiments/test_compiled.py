@@ -215,7 +215,7 @@ def test_what_is_missing_is_reported_with_the_command_that_installs_it(monkeypat
         ((3, 12, 1), {"jax_cuda12_plugin": found}, "needs the package jax-cuda12-plugin, which is not installed"),
     ):
         monkeypatch.setattr(compiler.sys, "version_info", version)
-        monkeypatch.setattr(compiler.importlib.util, "find_spec", specs.get)
+        monkeypatch.setattr(importlib.util, "find_spec", specs.get)
         with pytest.raises(Exception, match=message) as error:
             compiler.require("cuda-h100")
         assert str(error.value).endswith(": make compiled ARGS='--platform cuda-h100' installs it in .venv-compiled")

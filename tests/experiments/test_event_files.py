@@ -48,7 +48,7 @@ def test_events(tmp_path):
 
 
 def test_a_missing_package_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(errors, "_is_installed", lambda package: package != "tensorboardX")
+    monkeypatch.setattr(errors, "is_installed", lambda package: package != "tensorboardX")
     assert train.main(["--tensorboard", "--out", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err == (
         "python -m experiments.train: needs the package tensorboardX, which is not installed: "

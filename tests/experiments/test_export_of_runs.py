@@ -196,7 +196,7 @@ def test_wrong_options_and_state_dicts(run, tmp_path, monkeypatch, capsys):
     )
     (tmp_path / "blocked").write_text("")
     fails(1, "--out: must be a folder that can be created", run, "--out", tmp_path / "blocked" / "x")
-    monkeypatch.setattr(errors, "_is_installed", lambda package: package not in ("flatbuffers", "torch"))
+    monkeypatch.setattr(errors, "is_installed", lambda package: package not in ("flatbuffers", "torch"))
     expected = "needs the package flatbuffers, which is not installed: pip install 'jaxcnn[export]'"
     fails(2, expected, run, "--format", "stablehlo", *out)
     expected = "needs the package torch, which is not installed: pip install 'jaxcnn[bench]'"

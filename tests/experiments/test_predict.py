@@ -268,13 +268,13 @@ def test_proportions_and_polarity():
     np.testing.assert_array_equal(predict.to_input(color, (4, 4, 3), False, False), color / 255)
     dark, light = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)
     gray = np.full((4, 4, 3), 128, np.uint8)
-    for picture, shape, usual, expected in [
+    for image, shape, usual, expected in [
         (light, (4, 4, 1), 0.0, True),
         (dark, (4, 4, 1), 1.0, True),
         (dark, (4, 4, 1), 0.0, False),
         (gray, (4, 4, 1), 0.0, False),
         (light, (4, 4, 3), 0.0, False),
     ]:
-        assert predict.inverts("auto", picture, shape, usual) is expected
-        assert predict.inverts("always", picture, shape, usual)
-        assert not predict.inverts("never", picture, shape, usual)
+        assert predict.inverts("auto", image, shape, usual) is expected
+        assert predict.inverts("always", image, shape, usual)
+        assert not predict.inverts("never", image, shape, usual)
