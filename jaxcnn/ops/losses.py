@@ -145,7 +145,8 @@ def _weighted(weight: Array, value: Array) -> Array:
     A loss that is masked out has no gradient, and a target of 0 contributes nothing where log p = −∞. The value is
     replaced, not the product, so that a finite value is also the derivative with respect to a weight of 0.
     """
-    return weight * jnp.where((weight == 0) & ~jnp.isfinite(value), 0, value)
+    is_finite = jnp.abs(value) < jnp.inf  # XLA:GPU fuses this with the softmax, but not `isfinite`
+    return weight * jnp.where((weight == 0) & ~is_finite, 0, value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
