@@ -26,6 +26,12 @@ def materialize_winner(a: Array) -> Array:
     return platform_dependent(a, default=_UNCHANGED, cpu=_CALL, cuda=_BARRIER, rocm=_BARRIER)
 
 
+@functools.partial(jax.jit, inline=True)
+def materialize_on_gpu(a: Array) -> Array:
+    """Return ``a``, materialized at this point on XLA:GPU; a no-op on other platforms."""
+    return platform_dependent(a, default=_UNCHANGED, cuda=_BARRIER, rocm=_BARRIER)
+
+
 def materialize_if_small(a: Array) -> Array:
     """Return `materialize` of ``a`` if it has one byte per element; materializing more may cost more than it saves."""
     return materialize(a) if a.dtype.itemsize == 1 else a

@@ -29,7 +29,7 @@ from jax.typing import ArrayLike
 
 from jaxcnn.arguments import array, arrays, bad_type, bad_value, static_float, static_int
 from jaxcnn.kernels.dtypes import accumulator, to_accumulator
-from jaxcnn.kernels.materialize import materialize
+from jaxcnn.kernels.materialize import materialize, materialize_on_gpu
 from jaxcnn.kernels.reductions import sum_computed
 from jaxcnn.ops.rule import Rule, apply_rule, custom_vjp
 
@@ -247,7 +247,9 @@ def _normalize(norm: Normalization, x: Array, scale: Array | None, bias: Array |
 
 
 def _normalize_fwd(norm: Normalization, x: Array, scale: Array | None, bias: Array | None) -> Any:
-    return _normalize(norm, x, scale, bias), (x, *moments(norm, norm.view(x)), scale, bias)
+    # XLA:GPU would recompute m and r in each fusion that reads them, and store x̂·δ for the sum over the batch.
+    m, r = map(materialize_on_gpu, moments(norm, norm.view(x)))
+    return _normalize(norm, x, scale, bias), (x, m, r, scale, bias)
 
 
 def _normalize_bwd(norm: Normalization, saved: Any, delta: Array) -> Any:
