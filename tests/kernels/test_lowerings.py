@@ -248,7 +248,7 @@ def test_the_chosen_lowering_applies(none_is_small, product, shapes):
 
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_small_products_are_left_to_xla(product):
-    """Up to 2¹⁷ multiplications, for which other forms do not repay their compilation, are left to XLA; groups never."""
+    """Up to 2¹⁷ multiplications, where other forms do not repay their compilation, are left to XLA; groups never."""
     win = Window((4, 4), (2, 2), (1, 1), ((0, 1), (1, 0)), (1, 1))
     _, choose, *_ = PRODUCTS[product]
 
