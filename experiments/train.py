@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import numpy as np
 from tyro.conf import FlagCreatePairsOff, arg
 
-from experiments import cli, data, devices, process, processes, recipe, seeds, terminal
+from experiments import cli, data, devices, private, process, processes, recipe, seeds, terminal
 from experiments.data import Batch, Batches, DataOptions, Dataset, is_path, load, split
 from experiments.devices import DeviceOptions, Placement
 from experiments.errors import (
@@ -30,6 +30,7 @@ from experiments.errors import (
     check_packages,
     explain,
 )
+from experiments.private import Mechanism, PrivacyOptions
 from experiments.processes import ProcessOptions
 from experiments.recipe import RecipeOptions
 from experiments.run_folder import (
@@ -103,7 +104,7 @@ class RunOptions:
 
 # The fields of the last class come first.
 @dataclasses.dataclass(frozen=True)
-class Config(RunOptions, ProcessOptions, DeviceOptions, RecipeOptions, DataOptions, ModelOptions):
+class Config(RunOptions, ProcessOptions, DeviceOptions, PrivacyOptions, RecipeOptions, DataOptions, ModelOptions):
     """Train a net on labeled images, with the explicit backward rules of jaxcnn.
 
     The run's folder receives its options, environment, metrics, checkpoints, curves and the weights of the best epoch.
@@ -190,6 +191,7 @@ def train_one(config: Config, placement: Placement, tuned: bool) -> int:
         expected = f"at most {len(chosen)}, the training images of {dataset.name} without those for validation"
         raise bad_value(UsageError, "--batch-size", expected, config.batch_size)
     net, table = build(config, dataset)
+    mechanism = private.mechanism(config, config.batch_size, len(chosen), placement.devices)
 
     steps = min(config.epochs * (len(chosen) // config.batch_size), config.max_steps or sys.maxsize)
     of_processes = f" of {processes.count()} processes" if processes.count() > 1 else ""
@@ -203,6 +205,8 @@ def train_one(config: Config, placement: Placement, tuned: bool) -> int:
         "seed": str(config.seed),
         "memory": "freed memory is kept (--allocator tuned)" if tuned else "the allocator's defaults",
     }
+    if mechanism is not None:
+        facts["privacy"] = mechanism.describe(steps)
     with contextlib.ExitStack() as stack:
         if processes.index():
             folder = Path() if config.resume is None else config.resume.absolute()
@@ -219,7 +223,7 @@ def train_one(config: Config, placement: Placement, tuned: bool) -> int:
         print(terminal.banner(facts), table, sep="\n\n", end="\n\n", flush=True)
         folder = Path(processes.text_from_first(str(folder)))
         run = Unwritten(folder) if processes.index() else Run(folder)
-        return fit(config, net, dataset, run, steps, record, placement)
+        return fit(config, net, dataset, run, steps, record, placement, mechanism)
 
 
 def check_resumable(config: Config, folder: Path) -> None:
@@ -246,6 +250,7 @@ def fit(
     steps: int,
     record: Mapping[str, Any],
     placement: Placement,
+    mechanism: Mechanism | None = None,
 ) -> int:
     """Compile, train, and save the results.
 
@@ -257,6 +262,7 @@ def fit(
         steps: Total number of steps.
         record: Initial contents of config.json. At the end, the outcome of the run is added.
         placement: Where to put the state and the batches.
+        mechanism: What ε depends on, or None if the training is not private.
 
     Returns:
         0, or 128 + the number of the signal that ended the run.
@@ -284,11 +290,18 @@ def fit(
 
     chosen, held_out = split(config, dataset, config.seed)
     first, images = processes.index() == 0, (dataset.train_images, dataset.train_labels)
-    part = placement.part(config.batch_size)
-    training = Batches(*images, chosen, config.batch_size, seed=config.seed, part=part)
-    optimizer = recipe.make_optimizer(config, steps, training.per_epoch, net)
+    training: Batches | private.PoissonBatches
+    if mechanism is None:
+        part = placement.part(config.batch_size)
+        training = Batches(*images, chosen, config.batch_size, seed=config.seed, part=part)
+    else:
+        training = private.PoissonBatches(*images, chosen, mechanism, placement.part(mechanism.capacity))
+    of_optimizer = config if mechanism is None else dataclasses.replace(config, clip_norm=0.0)
+    optimizer = recipe.make_optimizer(of_optimizer, steps, training.per_epoch, net)
     loss = recipe.make_loss(config.label_smoothing)
     state = jaxcnn.TrainState.create(net, optimizer, jax.random.key(config.seed), dataset.image_shape)
+    if mechanism is not None:
+        state = dataclasses.replace(state, key=private.secret_key())
     checkpoints_folder = run.folder / "checkpoints"
     options = training_options(config, record, steps)
     evaluation = Evaluation(net, config, dataset.train_images[chosen], placement)
@@ -318,16 +331,25 @@ def fit(
         run.add_environment(environment())
 
     state = placement.replicate(processes.from_first(state))
+    if isinstance(training, private.PoissonBatches):
+        training.draw_from(state.key)
     if config.check_grads:
-        gradients.check(net, loss, state.params, batch(first_step % steps), state.key)
-    step = compiled_step(config, net, loss, optimizer, state, batch(0), first_step, steps)
+        checked = loss if mechanism is None else private.masked(loss)
+        gradients.check(net, checked, state.params, batch(first_step % steps), state.key)
+    step = compiled_step(config, net, loss, optimizer, state, batch(0), first_step, steps, mechanism)
 
     events = event_files.EventFiles(run.folder, first_step) if config.tensorboard and first else None
 
     def log(records: Sequence[Mapping[str, Any]]) -> None:
+        if mechanism is not None and first:
+            records = mechanism.logged(records, training.per_epoch, steps)
         run.log(records)
         if events is not None:
             events.log(records)
+
+    def describe_epoch(row: Epoch) -> str:
+        spent = f"   ε {mechanism.epsilon(row.step):.2f}" if mechanism is not None and first else ""
+        return terminal.describe_epoch(row, config.epochs) + spent
 
     def save(state: "TrainState", step: int, history: History) -> None:
         if events is not None and history.epochs and history.epochs[-1].step == step:
@@ -355,7 +377,7 @@ def fit(
                 batch_size=config.batch_size,
                 progress=progress,
                 save=save,
-                describe=lambda row: terminal.describe_epoch(row, config.epochs),
+                describe=describe_epoch,
                 log=log,
                 save_every=config.save_every,
                 first_step=first_step,
@@ -367,6 +389,8 @@ def fit(
         if row is None:
             run.save(outcome.rows, evaluation.params(outcome.state), outcome.step, record)
         end: dict[str, Any] = {"end": outcome.end, "steps": outcome.step}
+        if mechanism is not None:
+            end["privacy"] = mechanism.as_json(outcome.step)
         tested: dict[str, float] | None = None
         if outcome.end == "finished":
             best_step = outcome.step if row is None else row.step
@@ -377,7 +401,8 @@ def fit(
         run.save_metrics(outcome.rows)
         run.plot(outcome.rows, f"{config.model} on {config.data}, seed {config.seed}")
         run.describe({**record, **end})
-        print(summarize(outcome.rows, wall, tested), f"results in {run.folder}", sep="\n", flush=True)
+        spent = [] if mechanism is None else [mechanism.describe(outcome.step)]
+        print(summarize(outcome.rows, wall, tested), *spent, f"results in {run.folder}", sep="\n", flush=True)
         if config.report and first and outcome.end != "interrupted":  # a process that is terminated has little time
             like = own_nets.evaluated_shapes(net, dataset.image_shape)
             report.write(run.folder, Trained(config.model, net, checkpoints.load(run.weights, like), dataset))
@@ -391,8 +416,10 @@ def fit(
         raise RunError(f"{explain(error)}; {hint}") from error
 
     if outcome.end == "diverged":
-        layers = watch.make_step(net, loss, optimizer, by_layer=True, dtype=config.dtype)
-        where = watch.locate(net, layers, outcome.state, batch, outcome.step, outcome.bad_step)
+        where = ""
+        if mechanism is None:
+            layers = watch.make_step(net, loss, optimizer, by_layer=True, dtype=config.dtype)
+            where = watch.locate(net, layers, outcome.state, batch, outcome.step, outcome.bad_step)
         rate = record["learning_rate"]
         hint = f"try a --learning-rate below {rate:g}; the weights after step {saved_step(run)} are saved"
         name = f"{outcome.bad_metric} of step {outcome.bad_step}"
@@ -437,16 +464,21 @@ def compiled_step(
     batch: Batch,
     first_step: int,
     steps: int,
+    mechanism: Mechanism | None = None,
 ) -> "Step":
     """Compile the steps, and return a function that measures norms by layer in every `config.norms_every`-th one."""
     from experiments import watch
 
-    every = config.norms_every
+    every = config.norms_every if mechanism is None else 0
     # Before the first step, so that compile time is reported separately from training time.
     print("compiling … ", end="", flush=True)
     began = time.perf_counter()
     make_step = functools.partial(watch.make_step, net, loss, optimizer, dtype=config.dtype)
-    plain = by_layer = compiled(make_step(by_layer=False), state, batch)
+    if mechanism is None:
+        step_without_norms = make_step(by_layer=False)
+    else:
+        step_without_norms = private.make_step(net, loss, optimizer, config.clip_norm, mechanism)
+    plain = by_layer = compiled(step_without_norms, state, batch)
     if every and first_step // every != steps // every:
         by_layer = compiled(make_step(by_layer=True), state, batch)
     print(f"{time.perf_counter() - began:.1f} s", flush=True)
@@ -509,6 +541,7 @@ def check(config: Config) -> None:
 
     data.check(config)
     recipe.check(config)
+    private.check(config, config, config.dtype)
     processes.check(config)
     devices.check(config, config.batch_size, config.processes)
     cli.check_choice("--dtype", config.dtype, DTYPES)
@@ -545,6 +578,8 @@ def build(config: Config, dataset: Dataset) -> "tuple[Serial, str]":
 
     classes = len(dataset.class_names)
     net = own_nets.build(config.model, classes, dataset.image_shape)
+    if config.private:
+        private.check_net(config.model, net)
     try:
         return net, str(net.summary(dataset.image_shape))
     except ValueError as error:
