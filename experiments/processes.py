@@ -92,15 +92,16 @@ def start(options: ProcessOptions) -> None:
 
     if "jax_enable_preemption_service" in jax.config.values:
         jax.config.update("jax_enable_preemption_service", False)  # the training loop handles SIGTERM
+    ends = time.monotonic() + START_TIMEOUT
     timeouts: dict[str, Any] = {
-        "initialization_timeout": START_TIMEOUT,
         "heartbeat_timeout_seconds": HEARTBEAT_TIMEOUT,
         "shutdown_timeout_seconds": END_TIMEOUT,
     }
     name = "a process of the cluster" if options.cluster else f"process {options.process} of {options.processes}"
     if options.process:
         assert options.coordinator is not None
-        _wait_for(*_address(options.coordinator))
+        _wait_for(*_address(options.coordinator), ends)
+    timeouts["initialization_timeout"] = max(1, round(ends - time.monotonic()))
     _report_aborts(f"{name}: not all processes have started within {START_TIMEOUT} s")
     try:
         if options.cluster:
@@ -115,17 +116,16 @@ def start(options: ProcessOptions) -> None:
         expected = "used in a cluster that jax detects (Slurm, Open MPI, a TPU pod, Kubernetes with its Python package)"
         raise bad_value(UsageError, "--cluster", expected, f"none ({error})", "use --coordinator") from error
     except RuntimeError as error:
+        flag = "--cluster" if options.cluster else f"--coordinator {options.coordinator}"
         got = " ".join(str(error).split())
-        expected = "an address at which process 0 can listen"
-        raise bad_value(RunError, f"--coordinator {options.coordinator}", expected, got) from error
+        raise bad_value(RunError, flag, "an address at which process 0 can listen", got) from error
     continue_with("")
     if index():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, open until the process ends
 
 
-def _wait_for(host: str, port: int) -> None:
+def _wait_for(host: str, port: int, ends: float) -> None:
     """Wait until something listens at an address, because the runtime's own message is long; raise RunError."""
-    ends = time.monotonic() + START_TIMEOUT
     while True:
         try:
             socket.create_connection((host, port), timeout=max(1, ends - time.monotonic())).close()
