@@ -10,7 +10,8 @@ random subset is used. The accountant counts exactly this: Poisson sampling trun
 
 (ε, δ) holds for the weights after any step, if one training image is added or removed. It does not hold for the
 training metrics, which have no noise, nor for validation images, which choose the best epoch. Noise and samples depend
-on a secret key, which is in the checkpoints and not in the weights file. Its generator is not cryptographic.
+on a secret key, which is in the checkpoints and not in the weights file. That file does not have the hash of the images
+either. The generator is not cryptographic.
 """
 
 import dataclasses
@@ -36,13 +37,13 @@ if TYPE_CHECKING:  # importing jax takes a second, and --help does not need it
     from jaxcnn.net import Loss
 
 DEVIATIONS = 5
-"""Room for images in a padded batch, in standard deviations of their number above its mean."""
+"""Size of a padded batch, in standard deviations of the number of images above its mean."""
 PADDING = -1
 """Label of the images that pad a batch; their loss is 0."""
 INTERVAL = 1e-3
 """Step at which the accountant rounds privacy losses, upward."""
 _NOISE, _SAMPLES = 3, 4
-"""Numbers folded into keys, which other numbers than dropout's are drawn from."""
+"""Numbers folded into keys, so that noise and samples differ from the draws of dropout."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,8 +170,13 @@ def mechanism(options: PrivacyOptions, size: int, count: int, devices: int) -> M
     return Mechanism(count, size, -(-capacity // devices) * devices, noise, delta)
 
 
+def public(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the contents of config.json for the weights file: without the hash, which shows what the images were."""
+    return {name: value for name, value in record.items() if name != "data_sha256"}
+
+
 def secret_key() -> "jax.Array":
-    """Return a key from the system's entropy: who knows the key of the noise can subtract it."""
+    """Return a key from the system's entropy, because whoever knows the key of the noise can subtract it."""
     import jax
     import jax.numpy as jnp
 

@@ -26,12 +26,12 @@ from experiments.errors import RunError, UsageError, bad_value
 START_TIMEOUT = 40
 """Seconds in which all processes must start."""
 HEARTBEAT_TIMEOUT = 20
-"""Seconds without a sign of life after which the runtime ends all other processes."""
+"""Seconds without a heartbeat of a process after which the runtime ends all others."""
 END_TIMEOUT = 24 * 3600
 """Seconds that a finished process waits for the others, such as the one that writes the report."""
 
 _LOST = re.compile(r"gloo|nccl|unavailable|deadline.exceeded|coordination|connection|peer", re.IGNORECASE)
-"""Errors of a collective whose other end is lost; their types and words depend on the library below."""
+"""Words in the errors of a collective whose peer is lost; their types differ between backends."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ def start(options: ProcessOptions) -> None:
         if options.cluster:
             jax.distributed.initialize(**timeouts)
         else:
-            # Explicit options are complete; without "deactivate" jax would look for a cluster all the same.
+            # Without "deactivate", jax would look for a cluster although all options are given.
             arguments = (options.coordinator, options.processes, options.process)
             jax.distributed.initialize(*arguments, cluster_detection_method="deactivate", **timeouts)
     except ValueError as error:

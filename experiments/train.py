@@ -302,6 +302,7 @@ def fit(
     state = jaxcnn.TrainState.create(net, optimizer, jax.random.key(config.seed), dataset.image_shape)
     if mechanism is not None:
         state = dataclasses.replace(state, key=private.secret_key())
+    in_weights = record if mechanism is None else private.public(record)
     checkpoints_folder = run.folder / "checkpoints"
     options = training_options(config, record, steps)
     evaluation = Evaluation(net, config, dataset.train_images[chosen], placement)
@@ -356,7 +357,7 @@ def fit(
             events.end_epoch(history.epochs[-1])
         row = best(history.epochs)
         if row is None or row.step == step:
-            run.save(history.epochs, evaluation.params(state), step, record)
+            run.save(history.epochs, evaluation.params(state), step, in_weights)
         else:
             run.save_metrics(history.epochs)
         if first:
@@ -387,7 +388,7 @@ def fit(
         wall = time.perf_counter() - began
         row = best(outcome.history.epochs)
         if row is None:
-            run.save(outcome.rows, evaluation.params(outcome.state), outcome.step, record)
+            run.save(outcome.rows, evaluation.params(outcome.state), outcome.step, in_weights)
         end: dict[str, Any] = {"end": outcome.end, "steps": outcome.step}
         if mechanism is not None:
             end["privacy"] = mechanism.as_json(outcome.step)
@@ -396,7 +397,7 @@ def fit(
             best_step = outcome.step if row is None else row.step
             params = best_params(run, best_step, outcome, checkpoints_folder, evaluation, placement)
             tested = evaluation.evaluate(params, dataset.test_images, dataset.test_labels)
-            run.save(outcome.rows, params, best_step, record)
+            run.save(outcome.rows, params, best_step, in_weights)
             end |= {"best_step": best_step} | {f"test_{name}": finite_or_none(x) for name, x in tested.items()}
         run.save_metrics(outcome.rows)
         run.plot(outcome.rows, f"{config.model} on {config.data}, seed {config.seed}")

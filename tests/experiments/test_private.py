@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import jaxcnn
-from experiments import private, train
+from experiments import checkpoints, private, train
 from experiments.private import PADDING, Mechanism, PrivacyOptions
 from tests.experiments.test_resume import interrupt, main, options, results, write_images  # noqa: F401, a fixture
 
@@ -153,6 +153,16 @@ def test_a_resumed_private_run_is_an_undisturbed_one(tmp_path, interrupt, monkey
     assert results(tmp_path / "cut") == results(tmp_path / "whole")
 
     config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    shared = json.loads(checkpoints.metadata(tmp_path / "whole" / "weights.safetensors")["config"])
+    assert {*config} - {*shared} == {
+        "data_sha256",
+        "end",
+        "steps",
+        "best_step",
+        "test_loss",
+        "test_accuracy",
+        "privacy",
+    }
     of = Mechanism(72, 8, 8 + 15, 0.7, 72**-1.1)
     assert config["privacy"] == of.as_json(9)
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
