@@ -22,7 +22,7 @@ BOUND = 0.3
 
 
 def batch(drawn: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return 24 examples, of which `drawn` are not padding."""
+    """Return 24 examples: `drawn` ones, then padding."""
     rng = np.random.default_rng(0)
     x, labels = rng.standard_normal((24, 50, 40, 1)).astype(np.float32), np.arange(24, dtype=np.int32) % 4
     x[drawn:], labels[drawn:] = 0, PADDING
