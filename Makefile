@@ -61,6 +61,9 @@ smoke: $(VENV)/all  ## run every experiment briefly
 	$(PY) -m experiments.train --model lenet5 --max-steps 3 --out runs/smoke/lenet5
 	$(PY) -m experiments.train --model tests.other_nets:Linen --data digits --max-steps 3 --optimizer adamw --ema 0.9 --augment crop mixup --out runs/smoke/linen
 	JAX_NUM_CPU_DEVICES=2 $(PY) -m experiments.train --model mlp --max-steps 2 --device cpu --devices 2 --seeds 2 --out runs/smoke/seeds
+	$(PY) -m experiments.train --model mlp --max-steps 3 --private --clip-norm 1 --out runs/smoke/private
+	two="$(PY) -m experiments.train --model mlp --max-steps 3 --out runs/smoke/two --coordinator localhost:12321 --processes 2" && \
+		{ $$two --process 1 & } && $$two --process 0 && wait $$!
 	$(PY) -m experiments.chaos --kills 1 --epochs 1 --batch-size 500 --save-every 4 --out runs/smoke/chaos
 	$(PY) -m experiments.runs runs/smoke --plot runs/smoke/runs.png
 	$(PY) -m experiments.predict docs/images --run runs/smoke/train

@@ -226,9 +226,18 @@ class Batches:
     remainder smaller than a batch is omitted, so that the step compiles once.
     """
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, chosen: np.ndarray, size: int, *, seed: int) -> None:
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        chosen: np.ndarray,
+        size: int,
+        *,
+        seed: int,
+        part: slice = slice(None),
+    ) -> None:
         self._images, self._labels, self._chosen = images, labels, chosen
-        self._size, self._seed = size, seed
+        self._size, self._seed, self._part = size, seed, part
         self._first, self._order = -1, chosen
 
     @property
@@ -237,12 +246,12 @@ class Batches:
         return len(self._chosen) // self._size
 
     def __call__(self, step: int) -> Batch:
-        """Return the batch of a step, counted from 0."""
+        """Return the batch of a step, counted from 0, or the `part` of it that this process reads."""
         first = step - step % self.per_epoch
         if first != self._first:
             self._first, self._order = first, self._chosen[self._permutation(first)]
         start = (step - first) * self._size
-        chosen = self._order[start : start + self._size]
+        chosen = self._order[start : start + self._size][self._part]
         return self._images[chosen], self._labels[chosen]
 
     def _permutation(self, first: int) -> np.ndarray:

@@ -12,12 +12,13 @@ EXTRAS: Mapping[str, str] = {
         ("filelock", "matplotlib", "orbax-checkpoint", "pillow", "pooch", "rich", "safetensors", "tyro"), "experiments"
     ),
     **dict.fromkeys(("equinox", "flax", "keras", "torch"), "bench"),
+    "dp-accounting": "private",
     "haiku": "zoo",
     "tensorboardX": "tensorboard",
     **dict.fromkeys(("flatbuffers", "onnx", "onnxruntime", "onnxscript"), "export"),
 }
 """The packages that scripts need beyond the library's own, and the extra of jaxcnn that installs each."""
-MODULES: Mapping[str, str] = {"orbax-checkpoint": "orbax.checkpoint", "pillow": "PIL"}
+MODULES: Mapping[str, str] = {"dp-accounting": "dp_accounting", "orbax-checkpoint": "orbax.checkpoint", "pillow": "PIL"}
 """The modules of packages that are imported by another name."""
 
 

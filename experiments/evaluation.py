@@ -26,7 +26,8 @@ class Evaluation:
         needed = not isinstance(net, own_nets.OwnNet) and own_nets.has_batch_norm(net)
         size = min(CALIBRATION_BATCH, len(training_images))
         count = min(CALIBRATION_IMAGES, len(training_images)) // size * size if needed else 0
-        self._images = [(x, None) for x, _ in batches(training_images[:count], np.empty(count), size)]
+        parts = batches(training_images[:count], np.empty(count), size)
+        self._images = [(placement.split((x,))[0], None) for x, _ in parts]
         self._last: tuple[TrainState, Any] | None = None
 
     def params(self, state: TrainState) -> Any:

@@ -181,6 +181,10 @@ def _numbers(story: Story) -> str:
         images = sum(row["seconds"] * row["images_per_second"] for row in epochs)
         rate = f"{images / seconds:,.0f} images/s" if seconds else ""
         cards.append(("training time", duration(seconds), rate))
+    if "privacy" in config:
+        spent = config["privacy"]
+        note = f"δ = {spent['delta']:.3g}, {spent['steps']:,} steps, noise multiplier {spent['noise_multiplier']:g}"
+        cards.append(("privacy", f"ε = {spent['epsilon']:.3f}", note))
     cards.append(("parameters", f"{_count(story.trained.params):,}", str(config["model"])))
     items = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(note)}</small></dd></div>"

@@ -321,6 +321,33 @@ class Run:
                 plot_curves(temporary, rows, title)
 
 
+class Unwritten(Run):
+    """The folder of a run that another process writes: nothing is written."""
+
+    def describe(self, config: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def add_environment(self, environment: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def log(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Do nothing."""
+
+    def rewind(self, history: History, step: int) -> None:
+        """Do nothing."""
+
+    def save(
+        self, rows: Sequence[Epoch], params: checkpoints.Params, step: int, config: Mapping[str, Any] | None = None
+    ) -> None:
+        """Do nothing."""
+
+    def save_metrics(self, rows: Sequence[Epoch]) -> None:
+        """Do nothing."""
+
+    def plot(self, rows: Sequence[Epoch], title: str) -> None:
+        """Do nothing."""
+
+
 def as_json(config: Mapping[str, Any]) -> str:
     """Return the text of config.json."""
     return json.dumps(config, indent=2, default=str, ensure_ascii=False) + "\n"

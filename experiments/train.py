@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 import os
 import platform
@@ -14,9 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
+import numpy as np
 from tyro.conf import FlagCreatePairsOff, arg
 
-from experiments import cli, data, devices, process, recipe, seeds, terminal
+from experiments import cli, data, devices, private, process, processes, recipe, seeds, terminal
 from experiments.data import Batch, Batches, DataOptions, Dataset, is_path, load, split
 from experiments.devices import DeviceOptions, Placement
 from experiments.errors import (
@@ -28,11 +30,14 @@ from experiments.errors import (
     check_packages,
     explain,
 )
+from experiments.private import Mechanism, PrivacyOptions
+from experiments.processes import ProcessOptions
 from experiments.recipe import RecipeOptions
 from experiments.run_folder import (
     Epoch,
     History,
     Run,
+    Unwritten,
     as_json,
     best,
     check_folder,
@@ -99,7 +104,7 @@ class RunOptions:
 
 # The fields of the last class come first.
 @dataclasses.dataclass(frozen=True)
-class Config(RunOptions, DeviceOptions, RecipeOptions, DataOptions, ModelOptions):
+class Config(RunOptions, ProcessOptions, DeviceOptions, PrivacyOptions, RecipeOptions, DataOptions, ModelOptions):
     """Train a net on labeled images, with the explicit backward rules of jaxcnn.
 
     The run's folder receives its options, environment, metrics, checkpoints, curves and the weights of the best epoch.
@@ -110,13 +115,14 @@ class Config(RunOptions, DeviceOptions, RecipeOptions, DataOptions, ModelOptions
 MAY_DIFFER = (
     *("resume", "out", "data_dir", "device", "devices", "save_every", "keep", "check_grads", "allocator"),
     *("keep_compiled", "report", "tensorboard"),
+    *(field.name for field in dataclasses.fields(ProcessOptions)),
 )
 """Options that change the results by rounding at most, so that --resume accepts other values than the run's."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (None: the process's own) and return the exit status."""
-    return cli.run(Config, train, argv, prog=PROG, defaults=defaults)
+    return processes.run(lambda: cli.run(Config, train, argv, prog=PROG, defaults=defaults))
 
 
 def defaults(config: Config) -> Config | None:
@@ -138,6 +144,7 @@ def saved_options(folder: Path) -> Config:
     options = {name: saved[name] for name in names}
     options["data_dir"] = None if options["data_dir"] is None else Path(options["data_dir"])
     options["augment"] = tuple(options["augment"])
+    options |= dataclasses.asdict(ProcessOptions())
     return Config(**{**options, "out": None, "resume": folder})
 
 
@@ -148,20 +155,22 @@ def train(config: Config) -> int:
         UsageError: An option is invalid, or differs from that of the run to resume.
         CheckpointError: The run to resume is damaged, or its data have changed.
         DataError: The images cannot be read.
-        RunError: The training failed.
+        RunError: The training failed, or the coordinator of several processes cannot be reached.
     """
     check(config)
     # Before the devices are looked for, because XLA's threads then start, and each might get an arena of its own.
     tuned = config.allocator == "tuned" and process.keep_freed_memory()
     if config.keep_compiled:
         process.keep_compiled_programs()
+    processes.start(config)
     placement = devices.choose(config)
+    devices.check(config, config.batch_size, processes.count())
     if config.seeds > 1:
         return seeds.train(config, lambda each: train_one(each, placement, tuned))
-    if config.resume is None:
-        check_folder(config.out)
-    else:
+    if config.resume is not None:
         check_resumable(config, config.resume)
+    elif processes.index() == 0:
+        check_folder(config.out)
     return train_one(config, placement, tuned)
 
 
@@ -182,9 +191,11 @@ def train_one(config: Config, placement: Placement, tuned: bool) -> int:
         expected = f"at most {len(chosen)}, the training images of {dataset.name} without those for validation"
         raise bad_value(UsageError, "--batch-size", expected, config.batch_size)
     net, table = build(config, dataset)
+    mechanism = private.mechanism(config, config.batch_size, len(chosen), placement.devices)
 
     steps = min(config.epochs * (len(chosen) // config.batch_size), config.max_steps or sys.maxsize)
-    split_over = f"; each batch is split over {config.devices}" if config.devices > 1 else ""
+    of_processes = f" of {processes.count()} processes" if processes.count() > 1 else ""
+    split_over = f"; each batch is split over {placement.devices}{of_processes}" if placement.devices > 1 else ""
     facts = {
         "versions": ", ".join(f"{name} {version}" for name, version in terminal.versions().items()),
         "device": terminal.describe_device() + split_over,
@@ -194,8 +205,13 @@ def train_one(config: Config, placement: Placement, tuned: bool) -> int:
         "seed": str(config.seed),
         "memory": "freed memory is kept (--allocator tuned)" if tuned else "the allocator's defaults",
     }
+    if mechanism is not None:
+        facts["privacy"] = mechanism.describe(steps)
     with contextlib.ExitStack() as stack:
-        if config.resume is None:
+        if processes.index():
+            folder = Path() if config.resume is None else config.resume.absolute()
+            record = describe(config, dataset)
+        elif config.resume is None:
             record = describe(config, dataset)
             files = {"config.json": as_json(record), "environment.json": as_json(environment())}
             folder = stack.enter_context(new_folder(config.out, seeds.folder_name(config.model), files=files))
@@ -205,7 +221,9 @@ def train_one(config: Config, placement: Placement, tuned: bool) -> int:
             original = dataclasses.replace(config, resume=None, out=folder)
             record = describe(original, dataset)
         print(terminal.banner(facts), table, sep="\n\n", end="\n\n", flush=True)
-        return fit(config, net, dataset, Run(folder), steps, record, placement)
+        folder = Path(processes.text_from_first(str(folder)))
+        run = Unwritten(folder) if processes.index() else Run(folder)
+        return fit(config, net, dataset, run, steps, record, placement, mechanism)
 
 
 def check_resumable(config: Config, folder: Path) -> None:
@@ -232,6 +250,7 @@ def fit(
     steps: int,
     record: Mapping[str, Any],
     placement: Placement,
+    mechanism: Mechanism | None = None,
 ) -> int:
     """Compile, train, and save the results.
 
@@ -243,6 +262,7 @@ def fit(
         steps: Total number of steps.
         record: Initial contents of config.json. At the end, the outcome of the run is added.
         placement: Where to put the state and the batches.
+        mechanism: What ε depends on, or None if the training is not private.
 
     Returns:
         0, or 128 + the number of the signal that ended the run.
@@ -269,19 +289,30 @@ def fit(
     from experiments.restore import Trained
 
     chosen, held_out = split(config, dataset, config.seed)
-    training = Batches(dataset.train_images, dataset.train_labels, chosen, config.batch_size, seed=config.seed)
-    optimizer = recipe.make_optimizer(config, steps, training.per_epoch, net)
+    first, images = processes.index() == 0, (dataset.train_images, dataset.train_labels)
+    training: Batches | private.PoissonBatches
+    if mechanism is None:
+        part = placement.part(config.batch_size)
+        training = Batches(*images, chosen, config.batch_size, seed=config.seed, part=part)
+    else:
+        training = private.PoissonBatches(*images, chosen, mechanism, placement.part(mechanism.capacity))
+    of_optimizer = config if mechanism is None else dataclasses.replace(config, clip_norm=0.0)
+    optimizer = recipe.make_optimizer(of_optimizer, steps, training.per_epoch, net)
     loss = recipe.make_loss(config.label_smoothing)
     state = jaxcnn.TrainState.create(net, optimizer, jax.random.key(config.seed), dataset.image_shape)
+    if mechanism is not None:
+        state = dataclasses.replace(state, key=private.secret_key())
+    in_weights = record if mechanism is None else private.public(record)
     checkpoints_folder = run.folder / "checkpoints"
     options = training_options(config, record, steps)
     evaluation = Evaluation(net, config, dataset.train_images[chosen], placement)
     classes = len(dataset.class_names)
 
     def batch(step: int) -> Batch:
-        plain = training(step)
-        changed = augmentation.augmented(config.augment, config.seed, step, plain, classes) if config.augment else plain
-        return placement.split(changed)
+        plain = placement.join(training(step))
+        if not config.augment:
+            return plain
+        return placement.join(augmentation.augmented(config.augment, config.seed, step, plain, classes))
 
     def validate(state: "TrainState") -> dict[str, float]:
         images, labels = dataset.train_images[held_out], dataset.train_labels[held_out]
@@ -290,37 +321,50 @@ def fit(
     first_step, history = 0, History()
     if config.resume is not None:
         check_data(run, dataset)
-        restored = training_state.restore_newest(checkpoints_folder, state, options)
+        restored = training_state.restore_newest(checkpoints_folder, state, options) if first else None
         if restored is not None:
             state, first_step, history = restored.state, restored.step, restored.history
+        first_step = int(processes.from_first(np.int64(first_step)))
+        history = History.from_json(json.loads(processes.text_from_first(json.dumps(history.as_json()))))
         print(f"resumed after step {first_step} of {steps}", flush=True)
         run.rewind(history, first_step)
         run.describe(record)
         run.add_environment(environment())
 
-    state = placement.replicate(state)
+    state = placement.replicate(processes.from_first(state))
+    if isinstance(training, private.PoissonBatches):
+        training.draw_from(state.key)
     if config.check_grads:
-        gradients.check(net, loss, state.params, batch(first_step % steps), state.key)
-    step = compiled_step(config, net, loss, optimizer, state, batch(0), first_step, steps)
+        checked = loss if mechanism is None else private.masked(loss)
+        gradients.check(net, checked, state.params, batch(first_step % steps), state.key)
+    step = compiled_step(config, net, loss, optimizer, state, batch(0), first_step, steps, mechanism)
 
-    events = event_files.EventFiles(run.folder, first_step) if config.tensorboard else None
+    events = event_files.EventFiles(run.folder, first_step) if config.tensorboard and first else None
 
     def log(records: Sequence[Mapping[str, Any]]) -> None:
+        if mechanism is not None and first:
+            records = mechanism.logged(records, training.per_epoch, steps)
         run.log(records)
         if events is not None:
             events.log(records)
+
+    def describe_epoch(row: Epoch) -> str:
+        spent = f"   ε {mechanism.epsilon(row.step):.2f}" if mechanism is not None and first else ""
+        return terminal.describe_epoch(row, config.epochs) + spent
 
     def save(state: "TrainState", step: int, history: History) -> None:
         if events is not None and history.epochs and history.epochs[-1].step == step:
             events.end_epoch(history.epochs[-1])
         row = best(history.epochs)
         if row is None or row.step == step:
-            run.save(history.epochs, evaluation.params(state), step, record)
+            run.save(history.epochs, evaluation.params(state), step, in_weights)
         else:
             run.save_metrics(history.epochs)
-        training_state.save(checkpoints_folder, state, step, history, options, config.keep)
+        if first:
+            training_state.save(checkpoints_folder, state, step, history, options, config.keep)
 
     resume_command = f"python -m experiments.train --resume {shlex.quote(str(relative(run.folder)))}"
+    processes.continue_with(resume_command)
     try:
         began = time.perf_counter()
         with terminal.progress(steps) as progress:
@@ -334,29 +378,33 @@ def fit(
                 batch_size=config.batch_size,
                 progress=progress,
                 save=save,
-                describe=lambda row: terminal.describe_epoch(row, config.epochs),
+                describe=describe_epoch,
                 log=log,
                 save_every=config.save_every,
                 first_step=first_step,
                 history=history,
+                agree=processes.largest if processes.count() > 1 else None,
             )
         wall = time.perf_counter() - began
         row = best(outcome.history.epochs)
         if row is None:
-            run.save(outcome.rows, evaluation.params(outcome.state), outcome.step, record)
+            run.save(outcome.rows, evaluation.params(outcome.state), outcome.step, in_weights)
         end: dict[str, Any] = {"end": outcome.end, "steps": outcome.step}
+        if mechanism is not None:
+            end["privacy"] = mechanism.as_json(outcome.step)
         tested: dict[str, float] | None = None
         if outcome.end == "finished":
             best_step = outcome.step if row is None else row.step
-            params = best_params(run, best_step, outcome, checkpoints_folder, evaluation)
+            params = best_params(run, best_step, outcome, checkpoints_folder, evaluation, placement)
             tested = evaluation.evaluate(params, dataset.test_images, dataset.test_labels)
-            run.save(outcome.rows, params, best_step, record)
+            run.save(outcome.rows, params, best_step, in_weights)
             end |= {"best_step": best_step} | {f"test_{name}": finite_or_none(x) for name, x in tested.items()}
         run.save_metrics(outcome.rows)
         run.plot(outcome.rows, f"{config.model} on {config.data}, seed {config.seed}")
         run.describe({**record, **end})
-        print(summarize(outcome.rows, wall, tested), f"results in {run.folder}", sep="\n", flush=True)
-        if config.report and outcome.end != "interrupted":  # a process that is terminated has little time
+        spent = [] if mechanism is None else [mechanism.describe(outcome.step)]
+        print(summarize(outcome.rows, wall, tested), *spent, f"results in {run.folder}", sep="\n", flush=True)
+        if config.report and first and outcome.end != "interrupted":  # a process that is terminated has little time
             like = own_nets.evaluated_shapes(net, dataset.image_shape)
             report.write(run.folder, Trained(config.model, net, checkpoints.load(run.weights, like), dataset))
     except KeyboardInterrupt:  # a second Ctrl-C, which does not wait for the current step
@@ -369,8 +417,10 @@ def fit(
         raise RunError(f"{explain(error)}; {hint}") from error
 
     if outcome.end == "diverged":
-        layers = watch.make_step(net, loss, optimizer, by_layer=True, dtype=config.dtype)
-        where = watch.locate(net, layers, outcome.state, batch, outcome.step, outcome.bad_step)
+        where = ""
+        if mechanism is None:
+            layers = watch.make_step(net, loss, optimizer, by_layer=True, dtype=config.dtype)
+            where = watch.locate(net, layers, outcome.state, batch, outcome.step, outcome.bad_step)
         rate = record["learning_rate"]
         hint = f"try a --learning-rate below {rate:g}; the weights after step {saved_step(run)} are saved"
         name = f"{outcome.bad_metric} of step {outcome.bad_step}"
@@ -415,16 +465,21 @@ def compiled_step(
     batch: Batch,
     first_step: int,
     steps: int,
+    mechanism: Mechanism | None = None,
 ) -> "Step":
     """Compile the steps, and return a function that measures norms by layer in every `config.norms_every`-th one."""
     from experiments import watch
 
-    every = config.norms_every
+    every = config.norms_every if mechanism is None else 0
     # Before the first step, so that compile time is reported separately from training time.
     print("compiling … ", end="", flush=True)
     began = time.perf_counter()
     make_step = functools.partial(watch.make_step, net, loss, optimizer, dtype=config.dtype)
-    plain = by_layer = compiled(make_step(by_layer=False), state, batch)
+    if mechanism is None:
+        step_without_norms = make_step(by_layer=False)
+    else:
+        step_without_norms = private.make_step(net, loss, optimizer, config.clip_norm, mechanism)
+    plain = by_layer = compiled(step_without_norms, state, batch)
     if every and first_step // every != steps // every:
         by_layer = compiled(make_step(by_layer=True), state, batch)
     print(f"{time.perf_counter() - began:.1f} s", flush=True)
@@ -438,18 +493,23 @@ def compiled_step(
     return step
 
 
-def best_params(run: Run, step: int, outcome: "Outcome", folder: Path, evaluation: "Evaluation") -> Any:
+def best_params(
+    run: Run, step: int, outcome: "Outcome", folder: Path, evaluation: "Evaluation", placement: Placement
+) -> Any:
     """Return the parameters to evaluate after `step`: of the end, the weights file, or a checkpoint."""
     from experiments import checkpoints, training_state
 
     params = evaluation.params(outcome.state)
     if step == outcome.step:
         return params
-    if saved_step(run) == step:
-        return checkpoints.load(run.weights, params)
-    path = folder / f"{step:08d}"
-    training_state.verify(path)
-    return evaluation.params(training_state.load(path, outcome.state))
+    first = processes.index() == 0  # reads the file; then all processes make the same calls
+    if processes.from_first(np.bool_(first and saved_step(run) == step)):
+        return processes.from_first(checkpoints.load(run.weights, params) if first else params)
+    path, state = folder / f"{step:08d}", outcome.state
+    if first:
+        training_state.verify(path)
+        state = training_state.load(path, state)
+    return evaluation.params(placement.replicate(processes.from_first(state)))
 
 
 def saved_step(run: Run) -> int | None:
@@ -482,7 +542,9 @@ def check(config: Config) -> None:
 
     data.check(config)
     recipe.check(config)
-    devices.check(config, config.batch_size)
+    private.check(config, config, config.dtype)
+    processes.check(config)
+    devices.check(config, config.batch_size, config.processes)
     cli.check_choice("--dtype", config.dtype, DTYPES)
     if own_nets.is_reference(config.model):
         own_nets.check_reference(config.model)
@@ -506,6 +568,8 @@ def check(config: Config) -> None:
         raise bad_value(UsageError, "--seed", f"from 0 to {2**32 - config.seeds}", config.seed)
     if config.seeds > 1 and config.resume is not None:
         raise bad_value(UsageError, "--seeds", "omitted with --resume, which continues one run", config.seeds)
+    if config.seeds > 1 and (config.processes > 1 or config.cluster):
+        raise bad_value(UsageError, "--seeds", "1 with several processes", config.seeds, "start one training per seed")
 
 
 def build(config: Config, dataset: Dataset) -> "tuple[Serial, str]":
@@ -515,6 +579,8 @@ def build(config: Config, dataset: Dataset) -> "tuple[Serial, str]":
 
     classes = len(dataset.class_names)
     net = own_nets.build(config.model, classes, dataset.image_shape)
+    if config.private:
+        private.check_net(config.model, net)
     try:
         return net, str(net.summary(dataset.image_shape))
     except ValueError as error:

@@ -77,6 +77,7 @@ def fit(
     save_every: int | None = None,
     first_step: int = 0,
     history: History | None = None,
+    agree: Callable[[int], int] | None = None,
 ) -> Outcome:
     """Train until `max_steps` steps are taken in all.
 
@@ -99,6 +100,8 @@ def fit(
         save_every: Steps between two calls of `save`; None means one for each epoch.
         first_step: Number of steps taken before.
         history: The metrics of these steps; it is not modified.
+        agree: With several processes, returns the largest of their numbers. It is called at each check, and a signal to
+            any process then ends the loop in all of them. None if there is one process.
 
     Returns:
         How the loop ended, with the newest good state.
@@ -107,11 +110,18 @@ def fit(
     saved = first_step if history else -1
     try:
         with _signals() as received:
+
+            def stopping() -> int:
+                """Return the signal that ends the loop, or 0; all processes end it after the same step."""
+                if agree is None:
+                    return received()
+                return 0 if monitor.waiting else agree(received())
+
             while True:
                 if monitor.step and (monitor.step % per_epoch == 0 or monitor.step == max_steps):
                     if monitor.history.steps or monitor.waiting:
                         monitor.check(state)
-                        if received():
+                        if stop := stopping():
                             break
                         row = monitor.end_epoch(-(-monitor.step // per_epoch), state, evaluate)
                         progress.line(describe(row))
@@ -125,7 +135,7 @@ def fit(
                     save(state, monitor.step, monitor.history)
                     saved = monitor.step
                     monitor.restart_clock()
-                if received():
+                if stop := stopping():
                     break
                 state, metrics = step(state, batches(monitor.step))
                 monitor.add(metrics, state)
@@ -133,7 +143,7 @@ def fit(
             if monitor.step != saved:
                 save(state, monitor.step, monitor.history)
             rows = monitor.rows(per_epoch)
-            return Outcome("interrupted", monitor.step, state, rows, monitor.history, signal=received())
+            return Outcome("interrupted", monitor.step, state, rows, monitor.history, signal=stop)
     except _Diverged as error:
         rows = monitor.history.epochs
         good = (monitor.good_step, monitor.good, rows, monitor.history)

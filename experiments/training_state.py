@@ -66,7 +66,7 @@ def save(folder: Path, state: Any, step: int, history: History, options: Mapping
     leaves = {name: np.asarray(leaf) for name, leaf in named_leaves(state).items()}
     try:
         staging.mkdir(parents=True)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with _checkpointer() as checkpointer:
             checkpointer.save((staging / STATE).absolute(), leaves)
         facts = {
             "step": step,
@@ -133,13 +133,21 @@ def load(path: Path, like: Any) -> Any:
     target = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in names.items()}
     as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with _checkpointer() as checkpointer:
             arguments = ocp.args.PyTreeRestore(item=target, restore_args=as_numpy)
             leaves = checkpointer.restore((path / STATE).absolute(), args=arguments)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise bad_value(CheckpointError, path, "an intact checkpoint", " ".join(str(error).split())) from error
     # A copy, because a step donates its state, and JAX may share the memory of a NumPy array.
     return jax.tree.unflatten(jax.tree.structure(like), [jnp.array(leaves[name], copy=True) for name in names])
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    """Return a checkpointer of this process only; by default Orbax waits for all processes."""
+    own = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(own, {own}, f"process{own}")
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

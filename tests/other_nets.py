@@ -15,6 +15,11 @@ def ours(classes):
     return jaxcnn.serial(jaxcnn.Flatten(), jaxcnn.Dense(classes))
 
 
+def normalized(classes):
+    layers = (jaxcnn.Conv(4, 3, stride=2), jaxcnn.BatchNorm(), jaxcnn.Relu(), jaxcnn.GlobalAvgPool())
+    return jaxcnn.serial(*layers, jaxcnn.Dense(classes))
+
+
 class Linen(nn.Module):
     classes: int
 
