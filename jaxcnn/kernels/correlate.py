@@ -25,6 +25,7 @@ from jaxcnn.kernels.lowering import (
     dot,
     gemm_pays,
     is_small,
+    one_loop_on_gpu,
     run_lowering,
     unrolling_pays,
     unsharded_image_dims,
@@ -42,7 +43,8 @@ def correlate(c: Correlation, x: Array, w: Array) -> Array:
     """Correlate ``x`` with ``w``; the result is ``(N, *out, O)``, in ``c.dtype``."""
     if x.size == 0 or w.size == 0:
         return jnp.zeros((x.shape[0], *c.window.out, w.shape[-1]), c.dtype)
-    run = functools.partial(run_lowering, CORRELATE, choose_correlate(c, x, w), c, dtype=c.dtype)
+    gpu = choose_correlate_on_gpu(c, x, w)
+    run = functools.partial(run_lowering, CORRELATE, choose_correlate(c, x, w), c, dtype=c.dtype, cuda=gpu, rocm=gpu)
     image_dims = unsharded_image_dims(c)
     return run_whole(run, (x, w), (image_dims, unsharded_kernel_dims(c)), image_dims)
 
@@ -67,6 +69,11 @@ def choose_correlate(c: Correlation, x: Array, w: Array) -> str:
     if _spare_channel_pays(c, inputs, outputs):
         return "spare_channel"
     return "all_threads" if all_threads_pay(c, x, outputs, c.window.out) else "xla"
+
+
+def choose_correlate_on_gpu(c: Correlation, x: Array, w: Array) -> str:
+    """Choose the lowering of `correlate` for CUDA and ROCm."""
+    return "unrolled" if one_loop_on_gpu(c, x.shape[-1], w.shape[-1]) else "xla"
 
 
 def run_chosen(c: Correlation, x: Array, w: Array) -> Array:

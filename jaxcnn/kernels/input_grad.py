@@ -28,6 +28,7 @@ from jaxcnn.kernels.lowering import (
     dot,
     gemm_pays,
     is_small,
+    one_loop_on_gpu,
     run_lowering,
     unrolling_pays,
     unsharded_image_dims,
@@ -91,6 +92,8 @@ def choose_input_grad_on_gpu(c: Correlation, y: Array, w: Array) -> str:
     With stride 1, "xla" lets the sum of a residual connection fuse into the convolution, but copies the kernel once
     more. For large kernels that costs more.
     """
+    if one_loop_on_gpu(c, w.shape[-2] * c.groups, w.shape[-1]):
+        return "unrolled"
     if not applies("xla_reverse", c):
         return "xla"
     strided = any(s > 1 for s in c.window.stride)

@@ -44,6 +44,9 @@ FASTEST = (lax.Precision.DEFAULT, "default", "bfloat16")
 #: Up to this many channels per group, a grouped product is unrolled.
 UNROLLED_CHANNELS = 15
 
+#: Up to this many taps, reading them all from the cache of a GPU takes about as long as reading the image from memory.
+GPU_TAPS = 27
+
 #: Up to this many multiplications per position, a product with one group is unrolled.
 UNROLLED_MULTIPLICATIONS = 640
 
@@ -63,14 +66,16 @@ def run_lowering(
 ) -> Array:
     """Run lowering ``cpu`` on CPU, those of ``accelerators`` ("tpu", "cuda", "rocm") there, and "xla" elsewhere.
 
-    On CPU, 16-bit floats accumulate in float32. Other platforms do so in hardware.
+    On CPU, 16-bit floats accumulate in float32. Other platforms do so in hardware, except in sums that are written out.
     """
     wide = wider(a.dtype, b.dtype, dtype)
     sums = accumulator(wide)
 
     elsewhere = Fixed(_run, (table["xla"], c, wide, dtype))
     others = {
-        platform: Fixed(_run, (table[name], c, wide, dtype)) for platform, name in accelerators.items() if name != "xla"
+        platform: Fixed(_run, (table[name], c, sums if name == "unrolled" else wide, dtype))
+        for platform, name in accelerators.items()
+        if name != "xla"
     }
     if cpu != "xla" or wide != sums:
         others["cpu"] = Fixed(_run, (table[cpu], c, sums, dtype))
@@ -123,6 +128,11 @@ def is_small(c: Correlation, batch: int, inputs: int, outputs: int) -> bool:
 
 def _multiplications(c: Correlation, batch: int, positions: tuple[int, ...], inputs: int, outputs: int) -> int:
     return batch * math.prod(positions) * c.window.entries * inputs * outputs
+
+
+def one_loop_on_gpu(c: Correlation, inputs: int, outputs: int) -> bool:
+    """Whether a depthwise product is computed as one loop on GPU: XLA fuses it with its neighbors, but not cuDNN's."""
+    return c.groups == inputs == outputs and c.window.entries <= GPU_TAPS
 
 
 def choose_grouped(c: Correlation, inputs: int, outputs: int) -> str:

@@ -415,6 +415,25 @@ def test_kernel_gradient_of_strided_1x1_on_gpu(side, stride, chosen):
         assert ("stablehlo.convolution" not in program) is (platform == "cuda" and chosen == "pointwise"), program
 
 
+@pytest.mark.parametrize(
+    ("size", "inputs", "outputs", "chosen"),
+    [(5, 6, 6, "unrolled"), (6, 6, 6, "xla"), (3, 6, 12, "xla"), (3, 12, 12, "xla")],  # 12 channels in 6 groups
+)
+def test_depthwise_products_are_one_loop_on_gpu(size, inputs, outputs, chosen):
+    """On GPU, depthwise products of up to 27 taps are sums that XLA fuses, in float32 for 16-bit arrays."""
+    c = Correlation(Window((8, 8), (size,) * 2, (1, 1), ((1, 1),) * 2, (1, 1)), 6, np.dtype(jnp.bfloat16))
+    x, y = (jnp.zeros((2, *shape, n), c.dtype) for shape, n in ((c.window.shape, inputs), (c.window.out, outputs)))
+    w = jnp.zeros((size, size, inputs // 6, outputs), c.dtype)
+    assert correlate.choose_correlate_on_gpu(c, x, w) == input_grad.choose_input_grad_on_gpu(c, y, w) == chosen
+    for product, a in ((correlate.correlate, x), (input_grad.input_grad, y)):
+        traced = jax.jit(functools.partial(product, c)).trace(a, w)
+        for platform in ("cuda", "rocm", "tpu"):
+            program = traced.lower(lowering_platforms=(platform,)).as_text()
+            one_loop = platform != "tpu" and chosen == "unrolled"
+            assert ("stablehlo.convolution" not in program) is one_loop, program
+            assert not one_loop or not re.search(r"(multiply|add) .*bf16", program), program
+
+
 @pytest.mark.parametrize("spoilt", [np.nan, np.inf])
 @pytest.mark.parametrize(
     ("product", "name"), [pair for pair in LOWERINGS if pair[1] in ("joined", "by_group", "unrolled")]

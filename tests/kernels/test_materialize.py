@@ -43,6 +43,14 @@ def test_winners_are_in_memory_on_gpu(op):
         assert found == (platform != "tpu" and residual.startswith("u8")), platform
 
 
+def test_statistics_are_in_memory_on_gpu():
+    """On GPU, a norm keeps m and r for its rule; otherwise XLA recomputes them in each fusion."""
+    traced = jax.jit(jax.grad(lambda x: jnp.sum(jaxcnn.layer_norm(x) ** 2))).trace(X)
+    for platform in ("cuda", "rocm", "tpu", "cpu"):
+        program = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert program.count("optimization_barrier") == (2 if platform in ("cuda", "rocm") else 0), platform
+
+
 def test_larger_residuals_are_left_to_xla():
     def calls(f):
         return len(re.findall(r" call\(", jax.jit(f).lower(X).compile().as_text()))
