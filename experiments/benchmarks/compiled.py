@@ -63,8 +63,8 @@ class Config:
     """Compile only rows whose name matches this regular expression, such as "max_pool.*both" or "training step"."""
     dtypes: tuple[str, ...] = DTYPES
     """Dtypes of inputs and parameters: float32, bfloat16."""
-    nets: tuple[str, ...] = ("lecture", "vgg", "mobile", "resnext")
-    """Nets whose training step is compiled: lecture, lenet5, vgg, mobile, resnext, or none."""
+    nets: tuple[str, ...] = ("lecture", "vgg", "mobile", "resnext", "resnet18", "unet")
+    """Nets whose training step is compiled: lecture, lenet5, vgg, mobile, resnext, resnet18, unet, or none."""
     chips: int = 1
     """Devices that share each batch."""
     batch_size: Annotated[int | None, arg(metavar="INT")] = None
@@ -154,13 +154,13 @@ def compare(config: Config) -> int:
 def check(config: Config) -> None:
     """Raise UsageError for an invalid option."""
     from experiments.benchmarks import results
-    from experiments.benchmarks.nets import NETS
+    from experiments.benchmarks.nets import LARGE, NETS
 
     cli.check_choice("--platform", config.platform, PLATFORMS)
     for dtype in config.dtypes:
         cli.check_choice("--dtypes", dtype, DTYPES)
     for net in config.nets:
-        cli.check_choice("--nets", net, [*NETS, "none"])
+        cli.check_choice("--nets", net, [*NETS, *LARGE, "none"])
     cli.check_count("--chips", config.chips)
     cli.check_count("--batch-size", config.batch_size)
     if not config.timeout > 0:
@@ -175,11 +175,14 @@ def check(config: Config) -> None:
 def chosen(config: Config) -> Iterator[tuple[tuple[str, str, str], dict[str, Job]]]:
     """Yield the row, product and dtype of every row whose name matches, and the job of each contender."""
     from experiments.benchmarks import rows
+    from experiments.benchmarks.nets import LARGE
 
     batch = QUICK * config.chips if config.quick else config.batch_size
     names: list[tuple[str, str, tuple[str, ...]]]
     names = [(row.name, product, (OURS, STOCK)) for row in rows.rows() for product in (FORWARD, BOTH)]
-    names += [(net, STEP, (OURS, STOCK, FLAX)) for net in config.nets if net != "none"]
+    for net in config.nets:
+        if net != "none":
+            names.append((net, STEP, (OURS, STOCK) if net in LARGE else (OURS, STOCK, FLAX)))
     for dtype in config.dtypes:
         for row, product, contenders in names:
             if re.search(config.only, f"{row}, {product}, {dtype}"):

@@ -314,10 +314,10 @@ def _step_program(job: Job) -> tuple[Any, list[Any], list[bool]]:
     import optax
 
     from experiments.benchmarks import contenders
-    from experiments.benchmarks.nets import NETS
+    from experiments.benchmarks.nets import LARGE, NETS
     from jaxcnn import TrainState, make_train_step, rules, softmax_cross_entropy_with_integer_labels
 
-    timed = NETS[job.row]()
+    timed = {**NETS, **LARGE}[job.row]()
     timed = dataclasses.replace(timed, batch=job.batch or timed.batch)
     if job.contender == FLAX:
         step, state = contenders.flax_training_step(timed)

@@ -34,7 +34,7 @@ def images(timed: Timed) -> tuple[np.ndarray, np.ndarray]:
     """Return a batch of noise, and labels."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((timed.batch, *timed.shape), np.float32)
-    return x, rng.integers(0, 10, timed.batch).astype(np.int32)
+    return x, rng.integers(0, 10, (timed.batch, *timed.labels)).astype(np.int32)
 
 
 def _pairs(value: Any) -> tuple[int, int]:

@@ -6,7 +6,21 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 
 from experiments import models
-from jaxcnn import Conv, Dense, Flatten, HiddenLayer, Layer, MaxPool, Relu, Serial, residual, serial
+from jaxcnn import (
+    BatchNorm,
+    Conv,
+    ConvTranspose,
+    Dense,
+    Flatten,
+    HiddenLayer,
+    Layer,
+    MaxPool,
+    Relu,
+    Serial,
+    branches,
+    residual,
+    serial,
+)
 from jaxcnn.layers import out_shape
 
 CLASSES = 10
@@ -21,6 +35,8 @@ class Timed:
     batch: int
     #: Examples per microbatch in jaxcnn's training step; None means the whole batch.
     microbatch: int | None = None
+    #: Shape of the labels of one example.
+    labels: tuple[int, ...] = ()
     #: Number of steps in one call, by `jax.lax.scan`; None means one step without a loop.
     scan: int | None = None
 
@@ -50,6 +66,27 @@ def resnext() -> Serial:
     return serial(*layers, Flatten(), Dense(CLASSES))
 
 
+def resnet18() -> Serial:
+    """Return ResNet-18 with batch norm, for images of 224×224 (He et al. 2015)."""
+    first = (Conv(64, 7, 2, padding="SAME", bias=False), BatchNorm(), Relu(), MaxPool(3, 2, padding="SAME"))
+    return serial(*first, *(layer for _, layer in models.resnet(1000).layers[3:]))
+
+
+def unet(depth: int = 3, features: int = 32) -> Serial:
+    """Return a U-Net that labels each pixel; convolutions keep the size (Ronneberger et al. 2015)."""
+
+    def convolutions(features: int) -> list[Layer]:
+        return [Conv(features, 3, padding="SAME"), Relu()] * 2
+
+    def level(depth: int, features: int) -> Serial:
+        if depth == 0:
+            return serial(*convolutions(features))
+        below = serial(MaxPool(2), level(depth - 1, 2 * features), ConvTranspose(features, 2, stride=2))
+        return serial(*convolutions(features), branches(serial(), below), *convolutions(features))
+
+    return serial(level(depth, features), Conv(CLASSES, 1))
+
+
 NETS: Mapping[str, Callable[[], Timed]] = {
     "lecture": lambda: Timed(models.lecture(CLASSES), (28, 28, 1), 128),
     "lenet5": lambda: Timed(models.lenet5(CLASSES), (28, 28, 1), 128),
@@ -57,6 +94,12 @@ NETS: Mapping[str, Callable[[], Timed]] = {
     "mobile": lambda: Timed(mobile(), (32, 32, 3), 64),
     "resnext": lambda: Timed(resnext(), (32, 32, 3), 64),
 }
+
+LARGE: Mapping[str, Callable[[], Timed]] = {
+    "resnet18": lambda: Timed(resnet18(), (224, 224, 3), 32),
+    "unet": lambda: Timed(unet(), (128, 128, 1), 16, labels=(128, 128)),
+}
+"""Nets that are only compiled, and not written in other libraries."""
 
 
 def parts(net: Serial, shape: tuple[int, ...]) -> Iterator[tuple[Layer, tuple[int, ...]]]:
