@@ -15,7 +15,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from experiments.data import Batch, Dataset, dataset_from_arrays, split_validation
+from experiments.data import split_validation
+from experiments.dataset import Batch, Dataset, make_dataset
 from experiments.errors import DataError, bad_value
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
@@ -68,7 +69,7 @@ def _dataset(
     path: Path, train: Batch, test: Batch, classes: tuple[str, ...], validation: np.ndarray | None = None
 ) -> Dataset:
     source = str(path.absolute())
-    return dataset_from_arrays(path.name, source, train, test, 255, classes, validation)
+    return make_dataset(path.name, source, train, test, 255, classes, validation)
 
 
 def _classes(folder: Path) -> tuple[str, ...]:

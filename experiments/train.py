@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 from tyro.conf import FlagCreatePairsOff, arg
 
 from experiments import cli, data, devices, process, recipe, seeds, terminal
-from experiments.data import Batch, Batches, DataOptions, Dataset, is_path, load, split
+from experiments.data import Batches, DataOptions, is_path, load, split
+from experiments.dataset import Batch, Dataset, scaled
 from experiments.devices import DeviceOptions, Placement
 from experiments.errors import (
     CheckpointError,
@@ -269,22 +270,22 @@ def fit(
     from experiments.restore import Trained
 
     chosen, held_out = split(config, dataset, config.seed)
-    training = Batches(dataset.train_images, dataset.train_labels, chosen, config.batch_size, seed=config.seed)
+    training = Batches(dataset.train_pixels, dataset.train_labels, chosen, config.batch_size, seed=config.seed)
     optimizer = recipe.make_optimizer(config, steps, training.per_epoch, net)
     loss = recipe.make_loss(config.label_smoothing)
     state = jaxcnn.TrainState.create(net, optimizer, jax.random.key(config.seed), dataset.image_shape)
     checkpoints_folder = run.folder / "checkpoints"
     options = training_options(config, record, steps)
-    evaluation = Evaluation(net, config, dataset.train_images[chosen], placement)
-    classes = len(dataset.class_names)
+    evaluation = Evaluation(net, config, dataset.train_pixels[chosen], dataset.largest, placement)
+    classes, largest = len(dataset.class_names), dataset.largest
 
     def batch(step: int) -> Batch:
-        plain = training(step)
-        changed = augmentation.augmented(config.augment, config.seed, step, plain, classes) if config.augment else plain
-        return placement.split(changed)
+        plain, names = training(step), config.augment
+        changed = augmentation.augmented(names, config.seed, step, plain, classes, largest) if names else plain
+        return jax.device_put(placement.split(changed))
 
     def validate(state: "TrainState") -> dict[str, float]:
-        images, labels = dataset.train_images[held_out], dataset.train_labels[held_out]
+        images, labels = dataset.train_pixels[held_out], dataset.train_labels[held_out]
         return evaluation.evaluate(evaluation.params(state), images, labels)
 
     first_step, history = 0, History()
@@ -300,8 +301,9 @@ def fit(
 
     state = placement.replicate(state)
     if config.check_grads:
-        gradients.check(net, loss, state.params, batch(first_step % steps), state.key)
-    step = compiled_step(config, net, loss, optimizer, state, batch(0), first_step, steps)
+        images, labels = batch(first_step % steps)
+        gradients.check(net, loss, state.params, (scaled(images, largest), labels), state.key)
+    step = compiled_step(config, net, loss, optimizer, state, batch(0), first_step, steps, largest)
 
     events = event_files.EventFiles(run.folder, first_step) if config.tensorboard else None
 
@@ -349,7 +351,7 @@ def fit(
         if outcome.end == "finished":
             best_step = outcome.step if row is None else row.step
             params = best_params(run, best_step, outcome, checkpoints_folder, evaluation)
-            tested = evaluation.evaluate(params, dataset.test_images, dataset.test_labels)
+            tested = evaluation.evaluate(params, dataset.test_pixels, dataset.test_labels)
             run.save(outcome.rows, params, best_step, record)
             end |= {"best_step": best_step} | {f"test_{name}": finite_or_none(x) for name, x in tested.items()}
         run.save_metrics(outcome.rows)
@@ -358,7 +360,9 @@ def fit(
         print(summarize(outcome.rows, wall, tested), f"results in {run.folder}", sep="\n", flush=True)
         if config.report and outcome.end != "interrupted":  # a process that is terminated has little time
             like = own_nets.evaluated_shapes(net, dataset.image_shape)
-            report.write(run.folder, Trained(config.model, net, checkpoints.load(run.weights, like), dataset))
+            report.write(
+                run.folder, Trained(config.model, net, checkpoints.load(run.weights, like), dataset.inputs, dataset)
+            )
     except KeyboardInterrupt:  # a second Ctrl-C, which does not wait for the current step
         print(f"{PROG}: interrupted; {run.saved_weights()}; to continue: {resume_command}", file=sys.stderr)
         return cli.INTERRUPTED
@@ -369,7 +373,7 @@ def fit(
         raise RunError(f"{explain(error)}; {hint}") from error
 
     if outcome.end == "diverged":
-        layers = watch.make_step(net, loss, optimizer, by_layer=True, dtype=config.dtype)
+        layers = watch.make_step(net, loss, optimizer, by_layer=True, dtype=config.dtype, largest=largest)
         where = watch.locate(net, layers, outcome.state, batch, outcome.step, outcome.bad_step)
         rate = record["learning_rate"]
         hint = f"try a --learning-rate below {rate:g}; the weights after step {saved_step(run)} are saved"
@@ -415,6 +419,7 @@ def compiled_step(
     batch: Batch,
     first_step: int,
     steps: int,
+    largest: int,
 ) -> "Step":
     """Compile the steps, and return a function that measures norms by layer in every `config.norms_every`-th one."""
     from experiments import watch
@@ -423,7 +428,7 @@ def compiled_step(
     # Before the first step, so that compile time is reported separately from training time.
     print("compiling … ", end="", flush=True)
     began = time.perf_counter()
-    make_step = functools.partial(watch.make_step, net, loss, optimizer, dtype=config.dtype)
+    make_step = functools.partial(watch.make_step, net, loss, optimizer, dtype=config.dtype, largest=largest)
     plain = by_layer = compiled(make_step(by_layer=False), state, batch)
     if every and first_step // every != steps // every:
         by_layer = compiled(make_step(by_layer=True), state, batch)
@@ -548,6 +553,7 @@ def describe(config: Config, dataset: Dataset) -> dict[str, Any]:
         "data_dir": None if config.data_dir is None else config.data_dir.absolute(),
         "data_source": dataset.source,
         "data_sha256": dataset.sha256,
+        "inputs": dataclasses.asdict(dataset.inputs),
         "versions": terminal.versions(),
     }
 

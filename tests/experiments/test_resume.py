@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from experiments import chaos, data, terminal, train, training_state
+from experiments import chaos, data, idx_files, terminal, train, training_state
 from experiments.run_folder import CLAIM
 
 ROOT = Path(train.__file__).parent.parent
@@ -30,8 +30,8 @@ def write_images(folder: Path, size: int = 8, seed: int = 0) -> Path:
     for name, count in (("train", 80), ("t10k", 20)):
         labels = np.arange(count, dtype=np.uint8) % 4
         images = rng.integers(0, 100, (count, size, size)).astype(np.uint8) + 40 * labels[:, None, None]
-        (folder / f"{name}-images-idx3-ubyte").write_bytes(data.idx_bytes(images.astype(np.uint8)))
-        (folder / f"{name}-labels-idx1-ubyte").write_bytes(data.idx_bytes(labels))
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(idx_files.idx_bytes(images.astype(np.uint8)))
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(idx_files.idx_bytes(labels))
     return folder
 
 
