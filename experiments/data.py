@@ -4,6 +4,7 @@
     load("fashion-mnist")           all 70,000: from a given folder, the system, the cache, or a checked download
     load("digits")                  scikit-learn's 8×8 digits
     load("idx", folder)             any images and labels in idx files with the file names of MNIST
+    load("cifar10")                 60,000 color images in 10 classes; cifar100 has 100, and cifar100-coarse 20
     load("my/images")               a folder of PNG and JPEG files by class, or an .npz file
 
 The contents of a named set are checked against its hash. Images stay uint8 in memory; the compiled step and evaluation
@@ -19,7 +20,7 @@ from typing import Annotated
 import numpy as np
 from tyro.conf import arg
 
-from experiments import cli, idx_files
+from experiments import cifar, cli, idx_files
 from experiments.dataset import Batch, Dataset, Pixels, make_dataset
 from experiments.errors import DataError, UsageError, bad_value
 
@@ -29,12 +30,14 @@ class DataOptions:
     """Options of the images."""
 
     data: str = "fashion-mnist-sample"
-    """Images: fashion-mnist-sample (10,000, embedded), fashion-mnist (60,000), digits (8×8), idx (your own, in idx
-    files), the path of a folder of PNG and JPEG files in one subfolder per class, or the path of an .npz file."""
+    """Images: fashion-mnist-sample (10,000, embedded), fashion-mnist (60,000), digits (8×8), cifar10, cifar100,
+    cifar100-coarse, idx (your own, in idx files), the path of a folder of PNG and JPEG files in one subfolder per
+    class, or the path of an .npz file."""
     size: Annotated[int | None, arg(metavar="INT")] = None
     """Height and width to which the images of a folder are resized; if omitted, all must have one size."""
     data_dir: Annotated[Path | None, arg(metavar="PATH")] = None
-    """Folder of idx files for --data idx or fashion-mnist; if omitted, the system's copy, the cache, or a download."""
+    """Folder of the files for --data idx, fashion-mnist or cifar, or the archive of cifar; if omitted, the system's
+    copy, the cache, or a download."""
     validation: float = 0.1
     """Share of the training images, by class, that choose the best epoch instead of training; 0 for none."""
 
@@ -58,7 +61,7 @@ def check(options: DataOptions) -> None:
     if not 0 <= options.validation < 1:
         raise bad_value(UsageError, "--validation", "from 0 up to, but not including, 1", options.validation)
     if options.data_dir is not None and options.data not in IN_FOLDERS:
-        expected = f"omitted unless --data is {' or '.join(IN_FOLDERS)}"
+        expected = f"omitted unless --data is one of {', '.join(IN_FOLDERS)}"
         raise bad_value(UsageError, "--data-dir", expected, options.data_dir)
     if options.data_dir is None and options.data == "idx":
         raise bad_value(UsageError, "--data-dir", "the folder of the idx files if --data is idx", "none")
@@ -193,6 +196,7 @@ SOURCES: Mapping[str, Callable[[Path | None], Dataset]] = {
     "fashion-mnist": idx_files.fashion_mnist,
     "digits": digits,
     "idx": idx_files.idx,
+    **cifar.SOURCES,
 }
-IN_FOLDERS = ("fashion-mnist", "idx")
+IN_FOLDERS = ("fashion-mnist", "idx", *cifar.SOURCES)
 """Sets that can be read from a folder that the user chooses."""

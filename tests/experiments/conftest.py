@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import files, idx_files, process, report
+from experiments import cifar, files, idx_files, process, report
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,6 +55,7 @@ def served(tmp_path, monkeypatch) -> Iterator[Path]:
     monkeypatch.setattr(idx_files, "SYSTEM_DIR", tmp_path / "no-system-copy")
     url = f"http://127.0.0.1:{server.server_port}/"
     monkeypatch.setattr(idx_files, "FASHION_MNIST_URL", url)
+    monkeypatch.setattr(cifar, "URL", url)
     yield folder
     server.shutdown()
     thread.join()

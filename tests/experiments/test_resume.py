@@ -257,7 +257,7 @@ def test_no_intact_checkpoint(tmp_path, images, interrupt, capsys):
         (("--augment", "flip"), "--augment: must be (), as in the run to resume, or omitted, got ('flip',)"),
         (("--seeds", 2), "--seeds: must be omitted with --resume, which continues one run, got 2"),
         (("--optimizer", "sgd"), "--optimizer: must be adam, as in the run to resume, or omitted, got sgd"),
-        (("--data", "digits"), "--data-dir: must be omitted unless --data is fashion-mnist or idx, got "),
+        (("--data", "digits"), "--data-dir: must be omitted unless --data is one of fashion-mnist, idx, cifar10"),
         (("--epochs", 3), "--epochs: must be 2, as in the run to resume, or omitted, got 3"),
         (("--learning-rate", "0.1"), "--learning-rate: must be 0.002, as in the run to resume, or omitted, got 0.1"),
         (("--learning-rate", "nan"), "--learning-rate: must be a finite number > 0, got nan"),

@@ -316,8 +316,8 @@ def test_rules_that_differ_from_autodiff_stop_the_run_before_it_begins(out, caps
         (
             ["--data", "fashion-minst"],
             2,
-            "--data: must be one of fashion-mnist-sample, fashion-mnist, digits, idx, got 'fashion-minst'; "
-            "did you mean fashion-mnist?",
+            "--data: must be one of fashion-mnist-sample, fashion-mnist, digits, idx, cifar10, cifar100, "
+            "cifar100-coarse, got 'fashion-minst'; did you mean fashion-mnist?",
         ),
         (
             ["--optimizer", "lions"],
@@ -391,7 +391,8 @@ def test_rules_that_differ_from_autodiff_stop_the_run_before_it_begins(out, caps
         (
             ["--data-dir", "x"],
             2,
-            "--data-dir: must be omitted unless --data is fashion-mnist or idx, got x",
+            "--data-dir: must be omitted unless --data is one of fashion-mnist, idx, cifar10, cifar100, "
+            "cifar100-coarse, got x",
         ),
         (["--data", "idx"], 2, "--data-dir: must be the folder of the idx files if --data is idx, got none"),
         (["--lr", "3"], 2, "unknown option --lr, 3; did you mean --learning-rate?"),
