@@ -11,6 +11,7 @@ The contents of a named set are checked against its hash. Images stay uint8 in m
 convert them to float32 in [0, 1].
 """
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,11 +19,11 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-from tyro.conf import arg
+from tyro.conf import FlagCreatePairsOff, arg
 
 from experiments import cifar, cli, idx_files
 from experiments.dataset import Batch, Dataset, Pixels, make_dataset
-from experiments.errors import DataError, UsageError, bad_value
+from experiments.errors import DataError, UsageError, bad_value, check_packages
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ class DataOptions:
     class, or the path of an .npz file."""
     size: Annotated[int | None, arg(metavar="INT")] = None
     """Height and width to which the images of a folder are resized; if omitted, all must have one size."""
+    stream: FlagCreatePairsOff[bool] = False
+    """Leave the images of a folder in their files, and read batches ahead of their steps; for images that do not fit
+    into memory. Needs the extra grain."""
     data_dir: Annotated[Path | None, arg(metavar="PATH")] = None
     """Folder of the files for --data idx, fashion-mnist or cifar, or the archive of cifar; if omitted, the system's
     copy, the cache, or a download."""
@@ -58,6 +62,10 @@ def check(options: DataOptions) -> None:
     cli.check_count("--size", options.size)
     if options.size is not None and not is_path(options.data):
         raise bad_value(UsageError, "--size", "omitted unless --data is a folder of images", options.size)
+    if options.stream:
+        if not is_path(options.data) or options.data.endswith(".npz"):
+            raise bad_value(UsageError, "--stream", "omitted unless --data is a folder of images", "it")
+        check_packages("grain")
     if not 0 <= options.validation < 1:
         raise bad_value(UsageError, "--validation", "from 0 up to, but not including, 1", options.validation)
     if options.data_dir is not None and options.data not in IN_FOLDERS:
@@ -67,12 +75,13 @@ def check(options: DataOptions) -> None:
         raise bad_value(UsageError, "--data-dir", "the folder of the idx files if --data is idx", "none")
 
 
-def load(name: str, folder: Path | None = None, size: int | None = None) -> Dataset:
+def load(name: str, folder: Path | None = None, size: int | None = None, stream: bool = False) -> Dataset:
     """Load an image set.
 
     Args:
         name: One of SOURCES, or the path of a folder of images or of an .npz file (see experiments.images).
         size: Height and width to which the images of a folder are resized; None means their own.
+        stream: Whether the images of a folder stay in their files.
         folder: For the sets in IN_FOLDERS, the only location that is searched; None means the default locations.
 
     Raises:
@@ -83,7 +92,7 @@ def load(name: str, folder: Path | None = None, size: int | None = None) -> Data
     if is_path(name):
         from experiments.images import load_path
 
-        return load_path(Path(name), size)
+        return load_path(Path(name), size, stream)
     return SOURCES[name](folder)
 
 
@@ -137,7 +146,7 @@ class Batches:
     def __init__(self, images: Pixels, labels: np.ndarray, chosen: np.ndarray, size: int, *, seed: int) -> None:
         self._images, self._labels, self._chosen = images, labels, chosen
         self._size, self._seed = size, seed
-        self._first, self._order = -1, chosen
+        self._order = functools.lru_cache(maxsize=2)(self._new_order)  # of threads that read ahead into a new epoch
 
     @property
     def per_epoch(self) -> int:
@@ -147,17 +156,24 @@ class Batches:
     def __call__(self, step: int) -> Batch:
         """Return the batch of a step, counted from 0."""
         first = step - step % self.per_epoch
-        if first != self._first:
-            self._first, self._order = first, self._chosen[self._permutation(first)]
         start = (step - first) * self._size
-        chosen = self._order[start : start + self._size]
+        chosen = self._order(first)[start : start + self._size]
         return np.asarray(self._images[chosen]), self._labels[chosen]
 
-    def _permutation(self, first: int) -> np.ndarray:
+    def _new_order(self, first: int) -> np.ndarray:
         import jax
 
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self._seed), _ORDER), first)
-        return np.asarray(jax.random.permutation(key, len(self._chosen)))
+        return self._chosen[np.asarray(jax.random.permutation(key, len(self._chosen)))]
+
+
+def training_batches(dataset: Dataset, chosen: np.ndarray, size: int, *, seed: int) -> Batches:
+    """Return the batches of the training images `chosen`, `size` images at a time."""
+    if isinstance(dataset.train_pixels, np.ndarray):
+        return Batches(dataset.train_pixels, dataset.train_labels, chosen, size, seed=seed)
+    from experiments.streaming import StreamedBatches
+
+    return StreamedBatches(dataset.train_pixels, dataset.train_labels, chosen, size, seed=seed)
 
 
 _ORDER = 1

@@ -10,8 +10,6 @@ import numpy as np
 
 Batch = tuple[Any, Any]
 """Images (B, H, W, C), uint8 or float32, and labels (B,) int32."""
-HASH_BATCH = 1000
-"""Images that are hashed at a time."""
 BORDER_IMAGES = 1000
 """Images whose borders are measured."""
 
@@ -118,14 +116,18 @@ def make_dataset(
     largest: int,
     class_names: tuple[str, ...],
     validation: np.ndarray | None = None,
+    sha256: str | None = None,
 ) -> Dataset:
-    """Build a Dataset of uint8 images (N, H, W) or (N, H, W, C), with pixels from 0 to `largest`, and labels (N,)."""
-    digest = hashlib.sha256()
-    for images, labels in (train, test):
-        for array in (images, labels):
+    """Build a Dataset of uint8 images (N, H, W) or (N, H, W, C), with pixels from 0 to `largest`, and labels (N,).
+
+    `sha256` is that of the data set if it is known; None means that it is computed.
+    """
+    if sha256 is None:
+        digest = hashlib.sha256()
+        for array in (*train, *test):
             digest.update(f"{array.shape}".encode())
-            for start in range(0, len(array), HASH_BATCH):
-                digest.update(np.ascontiguousarray(array[start : start + HASH_BATCH]))
+            digest.update(np.ascontiguousarray(array))
+        sha256 = digest.hexdigest()
 
     def with_channels(images: Any) -> Pixels:
         return images[..., None] if len(images.shape) == 3 else images
@@ -139,6 +141,6 @@ def make_dataset(
         test_labels=test[1].astype(np.int32),
         largest=largest,
         class_names=class_names,
-        sha256=digest.hexdigest(),
+        sha256=sha256,
         validation=validation,
     )

@@ -14,6 +14,7 @@ EXTRAS: Mapping[str, str] = {
     **dict.fromkeys(("equinox", "flax", "keras", "torch"), "bench"),
     "haiku": "zoo",
     "tensorboardX": "tensorboard",
+    "grain": "grain",
     **dict.fromkeys(("flatbuffers", "onnx", "onnxruntime", "onnxscript"), "export"),
 }
 """The packages that scripts need beyond the library's own, and the extra of jaxcnn that installs each."""

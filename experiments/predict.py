@@ -14,7 +14,7 @@ from experiments import cli
 from experiments.dataset import border
 from experiments.errors import DataError, UsageError, bad_value
 from experiments.files import replacing
-from experiments.images import SUFFIXES, decode
+from experiments.image_files import SUFFIXES, decode
 from experiments.report import probabilities
 from experiments.restore import TrainedNet, check_images, newest, read_config, restore, restore_net
 from experiments.run_folder import Run, new_folder

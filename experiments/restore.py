@@ -53,7 +53,8 @@ def restore(folder: Path) -> Trained:
     """Return the net of the run in `folder` and its data set; raise CheckpointError or DataError."""
     run = Run(folder)
     config = read_config(run)
-    dataset = load(config["data"], Path(config["data_dir"]) if config["data_dir"] else None, config.get("size"))
+    folder_of_data = Path(config["data_dir"]) if config["data_dir"] else None
+    dataset = load(config["data"], folder_of_data, config.get("size"), bool(config.get("stream")))
     if dataset.sha256 != config["data_sha256"]:
         name, expected = f"data of {run.folder}", f"the set with SHA-256 {config['data_sha256']}"
         raise bad_value(CheckpointError, name, expected, dataset.sha256)

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 from tyro.conf import FlagCreatePairsOff, arg
 
 from experiments import cli, data, devices, process, recipe, seeds, terminal
-from experiments.data import Batches, DataOptions, is_path, load, split
+from experiments.data import DataOptions, is_path, load, split, training_batches
 from experiments.dataset import Batch, Dataset, scaled
 from experiments.devices import DeviceOptions, Placement
 from experiments.errors import (
     CheckpointError,
+    DataError,
     RunError,
     UsageError,
     WriteError,
@@ -109,7 +110,7 @@ class Config(RunOptions, DeviceOptions, RecipeOptions, DataOptions, ModelOptions
 
 
 MAY_DIFFER = (
-    *("resume", "out", "data_dir", "device", "devices", "save_every", "keep", "check_grads", "allocator"),
+    *("resume", "out", "data_dir", "stream", "device", "devices", "save_every", "keep", "check_grads", "allocator"),
     *("keep_compiled", "report", "tensorboard"),
 )
 """Options that change the results by rounding at most, so that --resume accepts other values than the run's."""
@@ -177,7 +178,7 @@ def train_one(config: Config, placement: Placement, tuned: bool) -> int:
     Returns:
         0, or 128 + the number of the signal that ended the run.
     """
-    dataset = load(config.data, config.data_dir, config.size)
+    dataset = load(config.data, config.data_dir, config.size, config.stream)
     chosen, validation = split(config, dataset, config.seed)
     if config.batch_size > len(chosen):
         expected = f"at most {len(chosen)}, the training images of {dataset.name} without those for validation"
@@ -270,7 +271,7 @@ def fit(
     from experiments.restore import Trained
 
     chosen, held_out = split(config, dataset, config.seed)
-    training = Batches(dataset.train_pixels, dataset.train_labels, chosen, config.batch_size, seed=config.seed)
+    training = training_batches(dataset, chosen, config.batch_size, seed=config.seed)
     optimizer = recipe.make_optimizer(config, steps, training.per_epoch, net)
     loss = recipe.make_loss(config.label_smoothing)
     state = jaxcnn.TrainState.create(net, optimizer, jax.random.key(config.seed), dataset.image_shape)
@@ -368,7 +369,7 @@ def fit(
         return cli.INTERRUPTED
     except BrokenPipeError:
         raise
-    except (OSError, WriteError) as error:
+    except (OSError, WriteError, DataError) as error:
         hint = f"{run.saved_weights()}; to continue: {resume_command}"
         raise RunError(f"{explain(error)}; {hint}") from error
 
