@@ -3,6 +3,7 @@
 import csv
 import errno
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from experiments import chaos, data, idx_files, terminal, train, training_state
+from experiments import chaos, idx_files, terminal, train, training_state
 from experiments.run_folder import CLAIM
 
 ROOT = Path(train.__file__).parent.parent
@@ -66,17 +67,21 @@ def results(folder: Path) -> tuple:
 def interrupt(monkeypatch):
     """Return a function that makes Ctrl-C arrive at a given step, or at none."""
     at = []
+    original = train.compiled_step
 
-    def step_taken(original):
-        def batch(self, step):
-            if at and step == at[0]:
+    def compiled_step(config, net, loss, optimizer, state, batch, first_step, *more):
+        step = original(config, net, loss, optimizer, state, batch, first_step, *more)
+        numbers = itertools.count(first_step)
+
+        def taken(state, batch):
+            if next(numbers) in at:
                 at.clear()
                 os.kill(os.getpid(), signal.SIGINT)
-            return original(self, step)
+            return step(state, batch)
 
-        return batch
+        return taken
 
-    monkeypatch.setattr(data.Batches, "__call__", step_taken(data.Batches.__call__))
+    monkeypatch.setattr(train, "compiled_step", compiled_step)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield at.append
     signal.signal(signal.SIGINT, before)
