@@ -14,7 +14,8 @@ import numpy as np
 from tyro.conf import arg
 
 from experiments import cli, terminal
-from experiments.data import Dataset, batches, load, shuffled_batches
+from experiments.data import load, shuffled_batches
+from experiments.dataset import Dataset, batches
 from experiments.errors import RunError, UsageError, WriteError, bad_value
 from experiments.files import replacing
 from experiments.run_folder import check_folder, new_folder

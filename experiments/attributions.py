@@ -13,7 +13,7 @@ from tyro.conf import FlagCreatePairsOff, arg
 from experiments import cli
 from experiments.deltas import describe, softmax
 from experiments.files import replacing
-from experiments.restore import Trained, prepare
+from experiments.restore import Trained, TrainedNet, prepare
 from experiments.run_folder import new_folder
 
 if TYPE_CHECKING:
@@ -121,7 +121,9 @@ def methods(net: "Serial", shape: tuple[int, ...], seed: int) -> "dict[str, tupl
     }
 
 
-def maps(trained: Trained, x: np.ndarray, target: np.ndarray, seed: int, titles: Sequence[str] = ()) -> dict[str, Maps]:
+def maps(
+    trained: TrainedNet, x: np.ndarray, target: np.ndarray, seed: int, titles: Sequence[str] = ()
+) -> dict[str, Maps]:
     """Return the maps of each method by title, for images `x` and classes `target`.
 
     Args:

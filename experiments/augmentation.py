@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from experiments.dataset import scaled
+
 SHARE = 1 / 8
 """Padding of `crop`, as a share of the image's side; that of 4 pixels of 32 (He et al. 2015, §4.2)."""
 CUTOUT = 1 / 2
@@ -115,7 +117,7 @@ _KEY = 2
 """Number folded into the key of a run for augmentation; the order of the data and dropout use other keys."""
 
 
-def augmented(names: Sequence[str], seed: int, step: int, batch: Any, classes: int) -> Any:
+def augmented(names: Sequence[str], seed: int, step: int, batch: Any, classes: int, largest: int = 255) -> Any:
     """Return the batch of a step after the augmentations `names`.
 
     Args:
@@ -124,15 +126,19 @@ def augmented(names: Sequence[str], seed: int, step: int, batch: Any, classes: i
         step: The number of the step, from 0.
         batch: Images (N, H, W, C) and labels (N,).
         classes: Number of classes.
+        largest: The pixel of uint8 images that the net receives as 1.
 
     Returns:
-        Images, and labels (N,), or targets (N, classes) after mixup.
+        Floating-point images, and labels (N,), or targets (N, classes) after mixup.
     """
-    return _augmented(tuple(sorted(names)), classes, np.uint32(seed), np.uint32(step), *batch)
+    return _augmented(tuple(sorted(names)), classes, largest, np.uint32(seed), np.uint32(step), *batch)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _augmented(names: tuple[str, ...], classes: int, seed: Array, step: Array, images: Array, labels: Array) -> Any:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _augmented(
+    names: tuple[str, ...], classes: int, largest: int, seed: Array, step: Array, images: Array, labels: Array
+) -> Any:
+    images = scaled(images, largest)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _KEY), step)
     for n, (name, function) in enumerate(AUGMENTATIONS.items()):
         if name in names:

@@ -10,7 +10,7 @@ import numpy as np
 from tyro.conf import FlagCreatePairsOff, arg
 
 from experiments import cli
-from experiments.data import Dataset
+from experiments.dataset import Dataset
 from experiments.files import replacing
 from experiments.restore import Trained, prepare
 from experiments.run_folder import new_folder

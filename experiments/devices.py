@@ -105,8 +105,10 @@ class Placement:
         return tree if self._count == 1 else jax.device_put(tree, self._everywhere)
 
     def join(self, part: Any) -> Any:
-        """Return the batch whose `part` each process has."""
-        return part if self._count == 1 else self._put(part, self._split)
+        """Return the batch whose `part` each process has, on the devices."""
+        import jax
+
+        return jax.device_put(part) if self._count == 1 else self._put(part, self._split)
 
     def split(self, batch: Any) -> Any:
         """Return a batch, which every process has, with a part on every device.

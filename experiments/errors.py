@@ -15,6 +15,7 @@ EXTRAS: Mapping[str, str] = {
     "dp-accounting": "private",
     "haiku": "zoo",
     "tensorboardX": "tensorboard",
+    "grain": "grain",
     **dict.fromkeys(("flatbuffers", "onnx", "onnxruntime", "onnxscript"), "export"),
 }
 """The packages that scripts need beyond the library's own, and the extra of jaxcnn that installs each."""

@@ -1,12 +1,14 @@
 """The parameters that a training evaluates and saves: averaged over steps, with the statistics of batch norms."""
 
+import functools
 from typing import Any
 
+import jax
 import numpy as np
 
 import jaxcnn
 from experiments import own_nets
-from experiments.data import batches
+from experiments.dataset import Pixels, batches, scaled
 from experiments.devices import Placement
 from experiments.recipe import RecipeOptions, averaged_params
 from jaxcnn import Serial, TrainState
@@ -20,14 +22,25 @@ CALIBRATION_BATCH = 500
 class Evaluation:
     """Evaluates the states of a training."""
 
-    def __init__(self, net: Serial, options: RecipeOptions, training_images: np.ndarray, placement: Placement) -> None:
-        """Evaluate `net`; `training_images` (N, H, W, C) are those without augmentation."""
+    def __init__(
+        self, net: Serial, options: RecipeOptions, training_images: Pixels, largest: int, placement: Placement
+    ) -> None:
+        """Evaluate a net.
+
+        Args:
+            net: The net.
+            options: The options of the average.
+            training_images: Training images (N, H, W, C) without augmentation.
+            largest: The pixel that the net receives as 1.
+            placement: Where to put the batches.
+        """
         self._net, self._options, self._placement = net, options, placement
+        self._scaled = jax.jit(functools.partial(scaled, largest=largest))
         needed = not isinstance(net, own_nets.OwnNet) and own_nets.has_batch_norm(net)
         size = min(CALIBRATION_BATCH, len(training_images))
         count = min(CALIBRATION_IMAGES, len(training_images)) // size * size if needed else 0
         parts = batches(training_images[:count], np.empty(count), size)
-        self._images = [(placement.split((x,))[0], None) for x, _ in parts]
+        self._images = [(self._scaled(placement.split((x,))[0]), None) for x, _ in parts]
         self._last: tuple[TrainState, Any] | None = None
 
     def params(self, state: TrainState) -> Any:
@@ -39,8 +52,9 @@ class Evaluation:
             self._last = state, params
         return self._last[1]
 
-    def evaluate(self, params: Any, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    def evaluate(self, params: Any, images: Pixels, labels: np.ndarray) -> dict[str, float]:
         """Return the loss, without label smoothing, and the accuracy of parameters from `params`."""
         loss = jaxcnn.softmax_cross_entropy_with_integer_labels
-        parts = map(self._placement.split, batches(images, labels, EVALUATION_BATCH))
+        placed = map(self._placement.split, batches(images, labels, EVALUATION_BATCH))
+        parts = ((self._scaled(x), y) for x, y in placed)
         return jaxcnn.evaluate(self._net, loss, params, parts)

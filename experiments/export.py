@@ -17,7 +17,7 @@ from tyro.conf import Positional, arg
 from experiments import checkpoints, cli
 from experiments.errors import CheckpointError, RunError, UsageError, bad_value, check_installed
 from experiments.files import replacing
-from experiments.restore import Trained, read_config, restore
+from experiments.restore import TrainedNet, read_config, restore_net
 from experiments.run_folder import Run, as_json, check_run
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def export(config: Config) -> int:
         raise bad_value(UsageError, "--from-pytorch", "a file *.safetensors", config.from_pytorch, hint)
     check_run(config.run, config.run, CheckpointError)
     described = read_config(Run(config.run))
-    trained = restore(config.run)
+    trained = restore_net(config.run)
     if {"pytorch", "onnx"} & set(config.format) or config.from_pytorch is not None:
         from experiments.own_nets import check_layers
 
@@ -92,8 +92,8 @@ def export(config: Config) -> int:
         raise bad_value(RunError, "--out", "a folder that can be created", f"{error.strerror}: {out}") from error
     metadata = {
         "config": as_json(described),
-        "class_names": json.dumps(trained.dataset.class_names, ensure_ascii=False),
-        "image_shape": json.dumps(trained.dataset.image_shape),
+        "class_names": json.dumps(trained.inputs.class_names, ensure_ascii=False),
+        "image_shape": json.dumps(trained.inputs.image_shape),
     }
     for name in dict.fromkeys(config.format):
         for path in WRITERS[name](out, trained, metadata):
@@ -101,7 +101,7 @@ def export(config: Config) -> int:
     return 0
 
 
-def _safetensors(out: Path, trained: Trained, metadata: Mapping[str, str]) -> list[Path]:
+def _safetensors(out: Path, trained: TrainedNet, metadata: Mapping[str, str]) -> list[Path]:
     path = out / "net.safetensors"
     with replacing(path) as temporary:
         checkpoints.save(temporary, trained.params, metadata)
@@ -109,7 +109,7 @@ def _safetensors(out: Path, trained: Trained, metadata: Mapping[str, str]) -> li
     return [path]
 
 
-def _npz(out: Path, trained: Trained, metadata: Mapping[str, str]) -> list[Path]:
+def _npz(out: Path, trained: TrainedNet, metadata: Mapping[str, str]) -> list[Path]:
     path = out / "net.npz"
     arrays = checkpoints.flatten(trained.params)
     with replacing(path) as temporary:
@@ -120,19 +120,19 @@ def _npz(out: Path, trained: Trained, metadata: Mapping[str, str]) -> list[Path]
     return [path]
 
 
-def _check_equal(path: Path, written: Mapping[str, np.ndarray], trained: Trained) -> None:
+def _check_equal(path: Path, written: Mapping[str, np.ndarray], trained: TrainedNet) -> None:
     for name, array in checkpoints.flatten(trained.params).items():
         if not np.array_equal(written[name], array):
             raise bad_value(RunError, f"{path}: {name}", "the array that was written", "another one")
 
 
-def _stablehlo(out: Path, trained: Trained, metadata: Mapping[str, str]) -> list[Path]:
+def _stablehlo(out: Path, trained: TrainedNet, metadata: Mapping[str, str]) -> list[Path]:
     import jax
     import jax.export
 
     net, params = trained.net, jax.tree.map(np.asarray, trained.params)
     (n,) = jax.export.symbolic_shape("n")
-    images = jax.ShapeDtypeStruct((n, *trained.dataset.image_shape), np.float32)
+    images = jax.ShapeDtypeStruct((n, *trained.inputs.image_shape), np.float32)
     exported = jax.export.export(jax.jit(lambda x: net.apply(params, x)), platforms=PLATFORMS)(images)
     paths = [out / "net.jax_export", out / "net.mlirbc"]
     with replacing(paths[0]) as temporary, replacing(paths[1]) as program:
@@ -143,7 +143,7 @@ def _stablehlo(out: Path, trained: Trained, metadata: Mapping[str, str]) -> list
     return paths
 
 
-def _pytorch(out: Path, trained: Trained, metadata: Mapping[str, str]) -> list[Path]:
+def _pytorch(out: Path, trained: TrainedNet, metadata: Mapping[str, str]) -> list[Path]:
     from safetensors.numpy import save
 
     source = torch_source_of(trained)
@@ -156,7 +156,7 @@ def _pytorch(out: Path, trained: Trained, metadata: Mapping[str, str]) -> list[P
     return [module, weights]
 
 
-def _onnx(out: Path, trained: Trained, metadata: Mapping[str, str]) -> list[Path]:
+def _onnx(out: Path, trained: TrainedNet, metadata: Mapping[str, str]) -> list[Path]:
     import onnxruntime
     import torch
 
@@ -164,7 +164,7 @@ def _onnx(out: Path, trained: Trained, metadata: Mapping[str, str]) -> list[Path
     with tempfile.TemporaryDirectory() as folder:
         (module,) = [p for p in _pytorch(Path(folder), trained, metadata) if p.suffix == ".py"]
         net = load_source(module).load()
-    height, width, channels = trained.dataset.image_shape
+    height, width, channels = trained.inputs.image_shape
     example = torch.zeros(2, channels, height, width)
     batch = torch.export.Dim("n")
     with replacing(path) as temporary, warnings.catch_warnings():
@@ -186,7 +186,7 @@ def _onnx(out: Path, trained: Trained, metadata: Mapping[str, str]) -> list[Path
     return [path]
 
 
-WRITERS: Mapping[str, Callable[[Path, Trained, Mapping[str, str]], list[Path]]] = {
+WRITERS: Mapping[str, Callable[[Path, TrainedNet, Mapping[str, str]], list[Path]]] = {
     "safetensors": _safetensors,
     "npz": _npz,
     "stablehlo": _stablehlo,
@@ -196,15 +196,15 @@ WRITERS: Mapping[str, Callable[[Path, Trained, Mapping[str, str]], list[Path]]] 
 """The function that writes each format into a folder and returns the paths of its files."""
 
 
-def torch_source_of(trained: Trained) -> "Source":
+def torch_source_of(trained: TrainedNet) -> "Source":
     """Return the source of the net in PyTorch; raise UsageError if it has layers that PyTorch does not have."""
     from experiments.torch_source import convert
 
-    dataset = trained.dataset
-    return convert(trained.net, trained.params, dataset.image_shape, trained.model, dataset.class_names)
+    inputs = trained.inputs
+    return convert(trained.net, trained.params, inputs.image_shape, trained.model, inputs.class_names)
 
 
-def import_state_dict(path: Path, trained: Trained) -> Any:
+def import_state_dict(path: Path, trained: TrainedNet) -> Any:
     """Return the parameters in a state dict of the net; raise CheckpointError if it is one of another net."""
     return torch_source_of(trained).params(checkpoints.read(path), trained.params, path)
 
@@ -225,13 +225,12 @@ def run_torch(net: Any, x: np.ndarray) -> np.ndarray:
         return np.asarray(net(torch.tensor(np.moveaxis(x, -1, 1))))
 
 
-def compare(path: Path, trained: Trained, run: Callable[[np.ndarray], np.ndarray]) -> None:
+def compare(path: Path, trained: TrainedNet, run: Callable[[np.ndarray], np.ndarray]) -> None:
     """Raise RunError unless `run` computes the logits of the net, for batches of several sizes."""
     import jax
 
     for batch in BATCHES:
-        images = np.concatenate([trained.dataset.train_images] * -(-batch // len(trained.dataset.train_images)))
-        x = np.asarray(images[:batch], np.float32)
+        x = np.random.default_rng(batch).random((batch, *trained.inputs.image_shape), np.float32)
         expected = np.asarray(jax.jit(trained.net.apply)(trained.params, x))
         got = run(x)
         difference = float(np.abs(got - expected).max()) if got.shape == expected.shape else np.inf

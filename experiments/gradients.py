@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from experiments.checkpoints import Params, flatten
-from experiments.data import Batch
+from experiments.dataset import Batch
 from experiments.errors import RunError, bad_value
 from jaxcnn import Serial, rules
 from jaxcnn.net import Loss

@@ -4,7 +4,8 @@
     FOLDER/train/<class>/<image>, FOLDER/test/<class>/<image>, and FOLDER/val/<class>/<image> if there is one
     FILE.npz                                  uint8 images and int labels, named as in `ARRAYS`
 
-Sizes are checked before anything is decoded, so a small file cannot fill the memory. Nothing is unpickled.
+With `stream`, the images of a folder stay in their files until a batch needs them. Sizes are checked before anything is
+decoded, so a small file cannot fill the memory. Nothing is unpickled.
 """
 
 import math
@@ -15,27 +16,24 @@ from typing import IO, Any
 
 import numpy as np
 
-from experiments.data import Batch, Dataset, dataset_from_arrays, split_validation
+from experiments.data import split_validation
+from experiments.dataset import Dataset, make_dataset
 from experiments.errors import DataError, bad_value
+from experiments.image_files import MAX_BYTES, read, scan
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 OTHER_NAMES = ("x_train", "y_train", "x_test", "y_test")
 """Names of the arrays in the files that Keras distributes."""
-MAX_PIXELS = 1 << 24
-"""Largest number of pixels of one image file."""
-MAX_BYTES = 1 << 32
-"""Largest size of all images together, as bytes."""
 TEST_SHARE = 0.2
-SUFFIXES = (".png", ".jpg", ".jpeg")
-GRAY, COLOR = ("1", "L", "LA"), ("P", "RGB", "RGBA", "CMYK", "YCbCr")
 
 
-def load_path(path: Path, size: int | None = None) -> Dataset:
+def load_path(path: Path, size: int | None = None, stream: bool = False) -> Dataset:
     """Load the images of a folder or of an .npz file.
 
     Args:
         path: The folder or the file.
         size: Height and width to which the images of a folder are resized; None means that all have one size.
+        stream: Whether the images of a folder stay in their files.
 
     Raises:
         DataError: A file or folder is missing, damaged, too large, or not an image.
@@ -45,30 +43,33 @@ def load_path(path: Path, size: int | None = None) -> Dataset:
     if not path.is_dir():
         got = "a file" if path.exists() else "no such folder"
         raise bad_value(DataError, path, "a folder of images by class, or an .npz file", got)
+    validation = None
     if not (path / "train").is_dir():
         classes = _classes(path)
-        images, labels = _read(path, classes, size)
+        files, labels = _files(path, classes)
         training, test = split_validation(labels, TEST_SHARE, seed=0)
-        return _dataset(path, (images[training], labels[training]), (images[test], labels[test]), classes)
-    classes = _classes(path / "train")
-    names = ("train", "val", "test") if (path / "val").is_dir() else ("train", "test")
-    parts = {name: _read(path / name, classes, size) for name in names}
-    shapes = {name: images.shape[1:] for name, (images, _) in parts.items()}
-    for name, shape in shapes.items():
-        if shape != shapes["train"]:
-            raise bad_value(DataError, path / name, f"images of shape {shapes['train']}, as in train", shape)
-    if "val" not in parts:
-        return _dataset(path, parts["train"], parts["test"], classes)
-    images, labels = (np.concatenate([parts["train"][n], parts["val"][n]]) for n in (0, 1))
-    held_out = np.arange(len(parts["train"][1]), len(labels))
-    return _dataset(path, (images, labels), parts["test"], classes, held_out)
-
-
-def _dataset(
-    path: Path, train: Batch, test: Batch, classes: tuple[str, ...], validation: np.ndarray | None = None
-) -> Dataset:
+    else:
+        classes = _classes(path / "train")
+        names = ("train", "val", "test") if (path / "val").is_dir() else ("train", "test")
+        parts = [_files(path / name, classes) for name in names]
+        files, labels = [file for of_part, _ in parts for file in of_part], np.concatenate([y for _, y in parts])
+        ends = np.cumsum([len(y) for _, y in parts])
+        training, test = np.arange(ends[-2]), np.arange(ends[-2], ends[-1])
+        validation = np.arange(ends[0], ends[1]) if len(parts) == 3 else None
+    train, tested = (training, labels[training]), (test, labels[test])
+    images: Any
+    images, sha256 = scan(files, size, (train, tested)) if stream else (read(files, path, size), None)
     source = str(path.absolute())
-    return dataset_from_arrays(path.name, source, train, test, 255, classes, validation)
+    return make_dataset(
+        path.name,
+        source,
+        (images[training], labels[training]),
+        (images[test], labels[test]),
+        255,
+        classes,
+        validation,
+        sha256,
+    )
 
 
 def _classes(folder: Path) -> tuple[str, ...]:
@@ -79,8 +80,8 @@ def _classes(folder: Path) -> tuple[str, ...]:
     return names
 
 
-def _read(folder: Path, classes: tuple[str, ...], size: int | None) -> Batch:
-    """Return the images (N, H, W, C) uint8 and labels (N,) int32 of the classes, in the order of the file names."""
+def _files(folder: Path, classes: tuple[str, ...]) -> tuple[list[Path], np.ndarray]:
+    """Return the files and labels (N,) int32 of the classes, in the order of the file names."""
     if not folder.is_dir():
         raise bad_value(DataError, folder, "a folder of images by class", "no such folder")
     if extra := {p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")} - set(classes):
@@ -94,66 +95,7 @@ def _read(folder: Path, classes: tuple[str, ...], size: int | None) -> Batch:
             raise bad_value(DataError, folder / name, "a class with at least one image", "none")
         files += members
         labels += [label] * len(members)
-
-    images: list[np.ndarray] = []
-    shape: tuple[int, ...] | None = None
-    color = False
-    for path in files:
-        image, is_color = decode(path, size)
-        color = color or is_color
-        shape = image.shape[:2] if shape is None else shape
-        if image.shape[:2] != shape:
-            expected = f"an image of size {shape}, as {files[0]}"
-            raise bad_value(DataError, path, expected, image.shape[:2], "or choose --size")
-        if math.prod(shape) * 3 * len(files) > MAX_BYTES:
-            raise bad_value(
-                DataError, folder, f"at most {MAX_BYTES} bytes of images", "more", "choose a smaller --size"
-            )
-        images.append(image)
-    array = np.stack(images)
-    return array if color else array[..., :1], np.array(labels, np.int32)
-
-
-def decode(path: Path, size: int | None = None) -> tuple[np.ndarray, bool]:
-    """Return the image (H, W, 3) uint8 in a file, and whether it has colors. Transparent pixels are over white.
-
-    Args:
-        path: A PNG or JPEG file.
-        size: Height and width to which the image is resized; None means its own.
-
-    Raises:
-        DataError: The file is missing, damaged, too large, or not an image.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    expected = "a PNG or JPEG image"
-    if path.is_dir() or path.suffix.lower() not in SUFFIXES:
-        raise bad_value(DataError, path, f"{expected}, named *{' or *'.join(SUFFIXES)}", "another file or a folder")
-    try:
-        with path.open("rb") as file, Image.open(file, formats=("PNG", "JPEG")) as image:
-            if image.width * image.height > MAX_PIXELS:
-                got = f"{image.width} × {image.height}"
-                raise bad_value(DataError, path, f"an image of at most {MAX_PIXELS} pixels", got)
-            if image.mode not in (*GRAY, *COLOR):
-                raise bad_value(DataError, path, "an image with 8 bits per channel", f"mode {image.mode}")
-            upright = ImageOps.exif_transpose(image)
-            if upright.has_transparency_data:
-                layer = upright.convert("RGBA")
-                upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-            pixels = upright.convert("L" if image.mode in GRAY else "RGB")
-            if size is not None:
-                pixels = pixels.resize((size, size), Image.Resampling.BILINEAR)
-            return np.asarray(pixels.convert("RGB")), image.mode in COLOR
-    except DataError:
-        raise
-    except Image.DecompressionBombError:  # before Image.open returns, for more than twice Pillow's own limit
-        raise bad_value(DataError, path, f"an image of at most {MAX_PIXELS} pixels", "more") from None
-    except UnidentifiedImageError:
-        got = "an empty file" if path.stat().st_size == 0 else "something else"
-        raise bad_value(DataError, path, expected, got) from None
-    except (OSError, SyntaxError, ValueError, zlib.error) as error:  # Pillow raises all of them for damaged files
-        got = getattr(error, "strerror", None) or f"a damaged file ({error})"
-        raise bad_value(DataError, path, expected, got) from None
+    return files, np.array(labels, np.int32)
 
 
 def load_npz(path: Path) -> Dataset:
@@ -192,7 +134,7 @@ def load_npz(path: Path) -> Dataset:
     if test[1].max() >= count:
         raise bad_value(DataError, f"{path}: {names[3]}", f"labels from 0 to {count - 1}", test[1].max())
     train, test = ((images, labels.astype(np.int32)) for images, labels in (train, test))
-    return _dataset(path, train, test, tuple(map(str, range(count))))
+    return make_dataset(path.name, str(path.absolute()), train, test, 255, tuple(map(str, range(count))))
 
 
 def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:

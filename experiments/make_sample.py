@@ -3,7 +3,7 @@
     python -m experiments.make_sample            check the files; the exit status is 1 if they differ
     python -m experiments.make_sample --write    write the files
 
-The source is the idx.gz files in experiments.data.SYSTEM_DIR (Debian: dataset-fashion-mnist). The compressed bytes
+The source is the idx.gz files in experiments.idx_files.SYSTEM_DIR (Debian: dataset-fashion-mnist). The compressed bytes
 depend on the version of zlib, so the check compares the decompressed contents.
 """
 
@@ -12,8 +12,8 @@ import gzip
 import sys
 from pathlib import Path
 
-from experiments.data import FASHION_MNIST_FILES, SAMPLE_DIR, SYSTEM_DIR, IdxFile, Part, idx_bytes, read_idx
 from experiments.files import replacing
+from experiments.idx_files import FASHION_MNIST_FILES, SAMPLE_DIR, SYSTEM_DIR, IdxFile, Part, idx_bytes, read_idx
 
 SIZES: dict[Part, int] = {"train_images": 10_000, "train_labels": 10_000, "test_images": 2_000, "test_labels": 2_000}
 

@@ -11,11 +11,12 @@ import numpy as np
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from experiments import cli
+from experiments.dataset import border
 from experiments.errors import DataError, UsageError, bad_value
 from experiments.files import replacing
-from experiments.images import SUFFIXES, decode
+from experiments.image_files import SUFFIXES, decode
 from experiments.report import probabilities
-from experiments.restore import Trained, check_images, newest, read_config, restore
+from experiments.restore import TrainedNet, check_images, newest, read_config, restore, restore_net
 from experiments.run_folder import Run, new_folder
 
 if TYPE_CHECKING:
@@ -105,30 +106,23 @@ def predict_files(config: Config, folder: Path, paths: Sequence[Path]) -> None:
     from experiments.own_nets import check_layers
 
     images = [decode(path)[0] for path in paths]  # before the net is loaded: a wrong file is found sooner
-    trained = restore(folder)
+    trained = restore_net(folder)
     if config.explain:
         check_layers(trained.net, "--explain", "omitted unless the net is one of jaxcnn")
-    names, shape = trained.dataset.class_names, trained.dataset.image_shape
+    names, shape = trained.inputs.class_names, trained.inputs.image_shape
     if len(shape) != 3 or shape[2] not in (1, 3):
         raise bad_value(UsageError, "--run", "a net for gray or color images", f"one for images of shape {shape}")
     stretch = read_config(Run(folder)).get("size") is not None
-    usual = border(trained.dataset.train_images[:1000])
-    inverted = [inverts(config.invert, image, shape, usual) for image in images]
+    inverted = [inverts(config.invert, image, shape, trained.inputs.border) for image in images]
     x = np.stack([to_input(image, shape, stretch, flag) for image, flag in zip(images, inverted, strict=True)])
     predicted = probabilities(trained, x)
 
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"{trained.model} from {folder.absolute()}, trained on {trained.dataset.name}", markup=False)
+    console.print(f"{trained.model} from {folder.absolute()}, trained on {trained.inputs.name}", markup=False)
     for path, row, flag in zip(paths, predicted, inverted, strict=True):
         show(console, f"{path}{', inverted' if flag else ''}", row, names, config.top)
     if config.explain:
         explain(config.out, trained, paths, x, predicted)
-
-
-def border(images: np.ndarray) -> float:
-    """Return the median brightness of the outermost pixels of images (N, H, W, C)."""
-    edges = (images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1])
-    return float(np.median(np.concatenate([edge.mean(-1).ravel() for edge in edges])))
 
 
 def inverts(choice: str, image: np.ndarray, shape: tuple[int, ...], usual: float) -> bool:
@@ -191,7 +185,7 @@ def show(console: "Console", title: str, row: np.ndarray, names: Sequence[str], 
         console.print(Text.assemble(f"  {names[label]:<{wide}}  ", (f"{bar:<{BAR}}", style), f"  {row[label]:6.1%}"))
 
 
-def explain(out: Path | None, trained: Trained, paths: Sequence[Path], x: np.ndarray, predicted: np.ndarray) -> None:
+def explain(out: Path | None, trained: TrainedNet, paths: Sequence[Path], x: np.ndarray, predicted: np.ndarray) -> None:
     """Draw the evidence for the most probable class of each image, one PNG per image, and print the folder."""
     from experiments import attributions
 
@@ -199,7 +193,7 @@ def explain(out: Path | None, trained: Trained, paths: Sequence[Path], x: np.nda
         target = predicted.argmax(1)
         results = attributions.maps(trained, x, target, seed=0, titles=METHODS)
         for n, path in enumerate(paths):
-            name = trained.dataset.class_names[target[n]]
+            name = trained.inputs.class_names[target[n]]
             title = f"{path.name}: {name} {predicted[n, target[n]]:.1%}"
             draw(folder / f"{n + 1:0{len(str(len(paths)))}}-{path.stem}.png", title, x[n], results, n)
         print(f"\nheat maps of the evidence for (red) and against (blue) the first class in {folder}")
@@ -229,7 +223,7 @@ def predict_test_images(folder: Path, chosen: Sequence[int]) -> None:
     trained = restore(folder)
     check_images(chosen, trained.dataset)
     dataset, chosen = trained.dataset, list(chosen)
-    predicted = probabilities(trained, dataset.test_images[chosen])
+    predicted = probabilities(trained, dataset.test_pixels[chosen])
 
     names, correct = dataset.class_names, 0
     width = max(map(len, names))

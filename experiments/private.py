@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from tyro.conf import FlagCreatePairsOff, arg
 
-from experiments.data import Batch
+from experiments.dataset import Batch, Pixels, scaled
 from experiments.errors import UsageError, bad_value, check_installed
 from experiments.recipe import RecipeOptions
 
@@ -171,8 +171,12 @@ def mechanism(options: PrivacyOptions, size: int, count: int, devices: int) -> M
 
 
 def public(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the contents of config.json for the weights file: without the hash, which shows what the images were."""
-    return {name: value for name, value in record.items() if name != "data_sha256"}
+    """Return the contents of config.json for the weights file, without the two entries that depend on the images.
+
+    These are their hash, and the brightness of their border, which becomes neither dark nor light.
+    """
+    kept = {name: value for name, value in record.items() if name != "data_sha256"}
+    return {**kept, "inputs": {**record["inputs"], "border": 0.5}}
 
 
 def secret_key() -> "jax.Array":
@@ -186,7 +190,7 @@ def secret_key() -> "jax.Array":
 class PoissonBatches:
     """The padded samples of a private training, as a function of the step and of a key that is set before its start."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, chosen: np.ndarray, of: Mechanism, part: slice) -> None:
+    def __init__(self, images: Pixels, labels: np.ndarray, chosen: np.ndarray, of: Mechanism, part: slice) -> None:
         self._images, self._labels, self._chosen = images, labels, chosen
         self._mechanism, self._part = of, part
         self._key: list[int] = []
@@ -214,7 +218,7 @@ class PoissonBatches:
         padded = np.full(self._mechanism.capacity, PADDING, np.intp)
         padded[: len(sample)] = sample
         own = padded[self._part]
-        images, labels = self._images[own], self._labels[own]
+        images, labels = np.array(self._images[own]), self._labels[own]
         images[own == PADDING], labels[own == PADDING] = 0, PADDING
         return images, labels
 
@@ -252,7 +256,12 @@ def noisy_gradient(max_norm: float, of: Mechanism) -> Callable[..., Any]:
 
 
 def make_step(
-    net: "Serial", loss: "Loss", optimizer: "optax.GradientTransformation", max_norm: float, of: Mechanism
+    net: "Serial",
+    loss: "Loss",
+    optimizer: "optax.GradientTransformation",
+    max_norm: float,
+    of: Mechanism,
+    largest: int = 255,
 ) -> "Step":
     """Return a private training step, whose metrics are the "loss" and "accuracy" of the images that were drawn.
 
@@ -262,6 +271,7 @@ def make_step(
         optimizer: From optax.
         max_norm: The bound of each example's gradient.
         of: The mechanism.
+        largest: The pixel of uint8 images that the net receives as 1.
     """
     import jax
     import jax.numpy as jnp
@@ -272,10 +282,11 @@ def make_step(
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: "TrainState", batch: Any) -> Any:
-        state, metrics = take(state, batch)
-        drawn = jnp.sum(batch[1] != PADDING)
+        images, labels = batch
+        state, metrics = take(state, (scaled(images, largest), labels))
+        drawn = jnp.sum(labels != PADDING)
         # A sample without images is possible; its loss and accuracy count as 0.
-        loss = metrics["loss"] * len(batch[1]) / jnp.maximum(drawn, 1)
+        loss = metrics["loss"] * len(labels) / jnp.maximum(drawn, 1)
         return state, {"loss": loss, "accuracy": jnp.where(drawn, metrics["accuracy"], 0)}
 
     return step

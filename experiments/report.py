@@ -11,13 +11,14 @@ import numpy as np
 from tyro.conf import Positional
 
 from experiments import cli, data
+from experiments.dataset import Pixels, scaled
 from experiments.errors import CheckpointError
 from experiments.files import replacing
 from experiments.run_folder import Run, check_run
 from experiments.runs import read_rows
 
 if TYPE_CHECKING:
-    from experiments.restore import Trained
+    from experiments.restore import Trained, TrainedNet
 
 PROG = "python -m experiments.report"
 FILE = "report.html"
@@ -37,12 +38,20 @@ class Config:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Examples:
-    """The images that a report is about, their labels, and the probabilities (N, classes) that the net predicts."""
+    """The images that a report is about, their labels, and the probabilities (N, classes) that the net predicts.
+
+    `largest` is the pixel that the net receives as 1.
+    """
 
     what: str
-    images: np.ndarray
+    pixels: Pixels
+    largest: int
     labels: np.ndarray
     probabilities: np.ndarray
+
+    def images(self, chosen: Sequence[int]) -> np.ndarray:
+        """Return some of the images (N, H, W, C), as the net receives them."""
+        return np.asarray(scaled(np.asarray(self.pixels[list(chosen)]), self.largest))
 
     @property
     def predicted(self) -> np.ndarray:
@@ -114,8 +123,9 @@ def collect(folder: Path, trained: "Trained") -> Story:
     config = read_config(Run(folder))
     examples = None
     if chosen := _examples(config, trained):
-        what, images, labels = chosen
-        examples = Examples(what, images, labels, probabilities(trained, images))
+        what, pixels, labels = chosen
+        predicted = probabilities(trained, pixels)
+        examples = Examples(what, pixels, trained.inputs.largest, labels, predicted)
     return Story(
         folder,
         config,
@@ -127,16 +137,16 @@ def collect(folder: Path, trained: "Trained") -> Story:
     )
 
 
-def _examples(config: Mapping[str, Any], trained: "Trained") -> tuple[str, np.ndarray, np.ndarray] | None:
-    """Return a description of the images to look at, the images and the labels, or None."""
+def _examples(config: Mapping[str, Any], trained: "Trained") -> tuple[str, Pixels, np.ndarray] | None:
+    """Return a description of the images to look at, their pixels and labels, or None."""
     dataset = trained.dataset
     if config.get("end") == "finished":
-        return "test images", dataset.test_images, dataset.test_labels
+        return "test images", dataset.test_pixels, dataset.test_labels
     options = data.DataOptions(validation=config.get("validation", 0.0))
     _, held_out = data.split(options, dataset, config.get("seed", 0))
     if not len(held_out):
         return None
-    return "validation images", dataset.train_images[held_out], dataset.train_labels[held_out]
+    return "validation images", dataset.train_pixels[held_out], dataset.train_labels[held_out]
 
 
 def _environment(path: Path) -> dict[str, Any]:
@@ -165,18 +175,18 @@ def _numbers(value: Any) -> Any:
     return {key: _numbers(item) for key, item in value.items()} if isinstance(value, dict) else float(value)
 
 
-def probabilities(trained: "Trained", images: np.ndarray) -> np.ndarray:
-    """Return the predicted probabilities (N, classes) of images (N, H, W, C)."""
+def probabilities(trained: "TrainedNet", images: Pixels) -> np.ndarray:
+    """Return the predicted probabilities (N, classes) of images (N, H, W, C), uint8 or float32."""
     import jax
 
     @jax.jit
     def predict(params: Any, x: np.ndarray) -> jax.Array:
-        return jax.nn.softmax(trained.net.apply(params, x))
+        return jax.nn.softmax(trained.net.apply(params, scaled(x, trained.inputs.largest)))
 
     size = min(BATCH, len(images))
     results = []
     for first in range(0, len(images), size):
-        x = images[first : first + size]
+        x = np.asarray(images[first : first + size])
         padded = np.concatenate([x, np.zeros((size - len(x), *x.shape[1:]), x.dtype)])  # one shape, one compilation
         results.append(np.asarray(predict(trained.params, padded))[: len(x)])
     return np.concatenate(results)

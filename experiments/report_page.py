@@ -256,7 +256,7 @@ def _mistakes(story: Story) -> str:
     cards = []
     for n in wrong[:MISTAKES]:
         true, predicted = escape(names[examples.labels[n]]), escape(names[examples.predicted[n]])
-        pixels = figures.png(figures.image(examples.images[n]))
+        pixels = figures.png(figures.image(examples.images([n])[0]))
         share = _percent(float(examples.probabilities[n].max()), 1)
         cards.append(
             f'<figure><img src="{pixels}" alt="Image {n}: {true}, predicted {predicted}">'
@@ -324,7 +324,7 @@ def _rows(net: "Serial", story: Story, chosen: Sequence[int]) -> "list[tuple[int
     from experiments import deltas
 
     assert story.examples is not None
-    x, labels = story.examples.images[list(chosen)], story.examples.labels[list(chosen)]
+    x, labels = story.examples.images(chosen), story.examples.labels[list(chosen)]
     result = deltas.backprop(net, story.trained.params, x, labels)
     names = deltas.evaluated(net, result)
     if len(names) > MAX_LAYERS:
@@ -356,7 +356,7 @@ def _layers_of_image(net: "Serial", story: Story, n: int, rows: "Sequence[Row]")
         shape = "×".join(map(str, row.shape))
         lines.append(f'<tr><th>{escape(row.name)}<br><span class="soft">{shape}</span></th>{"".join(cells)}</tr>')
     return (
-        f'<div><div class="seen"><img src="{figures.png(figures.image(examples.images[n]))}" alt="Image {n}">'
+        f'<div><div class="seen"><img src="{figures.png(figures.image(examples.images([n])[0]))}" alt="Image {n}">'
         f'<p><strong class="{kind}">{escape(predicted)}</strong> {share}<br>true: {escape(true)} '
         f'<span class="soft">#{n}</span></p></div>'
         f'<table class="deltas"><thead><tr><th>layer</th><th>activation a</th><th>δ</th></tr></thead>'

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from experiments import train
-from experiments.data import SOURCES, Dataset, is_path, load
+from experiments.data import SOURCES, is_path, load
+from experiments.dataset import Dataset, Inputs
 from experiments.errors import CheckpointError, UsageError, bad_value
 from experiments.run_folder import Run
 
@@ -17,29 +18,48 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Trained:
-    """A net, its parameters, and the images it was trained on."""
+class TrainedNet:
+    """A net, its parameters, and the facts about its images."""
 
     model: str
     net: "Serial"
     params: "Params"
+    inputs: Inputs
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trained(TrainedNet):
+    """A net, its parameters, and the images it was trained on."""
+
     dataset: Dataset
 
 
-def restore(folder: Path) -> Trained:
-    """Return the net of the run in `folder`; raise CheckpointError or DataError."""
+def restore_net(folder: Path) -> TrainedNet:
+    """Return the net of the run in `folder`, without its data set; raise CheckpointError."""
     run = Run(folder)
     config = read_config(run)
-    dataset = load(config["data"], Path(config["data_dir"]) if config["data_dir"] else None, config.get("size"))
+    return _with_params(run, config["model"], read_inputs(run, config))
+
+
+def _with_params(run: Run, model: str, inputs: Inputs) -> TrainedNet:
+    from experiments import checkpoints, own_nets
+
+    net = own_nets.build(model, len(inputs.class_names), inputs.image_shape)
+    like = own_nets.evaluated_shapes(net, inputs.image_shape)
+    return TrainedNet(model, net, checkpoints.load(run.weights, like), inputs)
+
+
+def restore(folder: Path) -> Trained:
+    """Return the net of the run in `folder` and its data set; raise CheckpointError or DataError."""
+    run = Run(folder)
+    config = read_config(run)
+    folder_of_data = Path(config["data_dir"]) if config["data_dir"] else None
+    dataset = load(config["data"], folder_of_data, config.get("size"), bool(config.get("stream")))
     if dataset.sha256 != config["data_sha256"]:
         name, expected = f"data of {run.folder}", f"the set with SHA-256 {config['data_sha256']}"
         raise bad_value(CheckpointError, name, expected, dataset.sha256)
-
-    from experiments import checkpoints, own_nets
-
-    net = own_nets.build(config["model"], len(dataset.class_names), dataset.image_shape)
-    like = own_nets.evaluated_shapes(net, dataset.image_shape)
-    return Trained(config["model"], net, checkpoints.load(run.weights, like), dataset)
+    trained = _with_params(run, config["model"], dataset.inputs)
+    return Trained(trained.model, trained.net, trained.params, trained.inputs, dataset)
 
 
 class Options(Protocol):
@@ -170,3 +190,21 @@ def read_config(run: Run) -> dict[str, Any]:
         if config[key] not in names and not is_other(config[key]):
             raise bad_value(CheckpointError, f"{path}: {key}", f"one of {', '.join(names)}", repr(config[key]))
     return config
+
+
+def read_inputs(run: Run, config: Mapping[str, Any]) -> Inputs:
+    """Return the facts about the images of a run; raise CheckpointError if its config does not have them."""
+    name, got = f"{run.folder / 'config.json'}: inputs", config.get("inputs")
+    fields = [field.name for field in dataclasses.fields(Inputs)]
+    if not isinstance(got, Mapping) or set(got) != set(fields):
+        expected = f"the {', '.join(fields)} of the images, which a run of this version has"
+        raise bad_value(CheckpointError, name, expected, "none" if got is None else str(got))
+    names, shape = got["class_names"], got["image_shape"]
+    if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
+        raise bad_value(CheckpointError, f"{name}: class_names", "a list of names", str(names))
+    if not (isinstance(shape, list) and shape and all(type(size) is int and size > 0 for size in shape)):
+        raise bad_value(CheckpointError, f"{name}: image_shape", "a list of sizes", str(shape))
+    for key, value in (("largest", got["largest"]), ("border", got["border"])):
+        if type(value) not in (int, float):
+            raise bad_value(CheckpointError, f"{name}: {key}", "a number", str(value))
+    return Inputs(str(got["name"]), tuple(names), tuple(shape), got["largest"], got["border"])

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol, TextIO
 
-from experiments.data import Dataset
+from experiments.dataset import Dataset
 from experiments.run_folder import Epoch
 
 PACKAGES = ("jaxcnn", "jax", "jaxlib", "optax", "numpy")

@@ -19,10 +19,12 @@ import numpy as np
 from tyro.conf import FlagCreatePairsOff, arg
 
 from experiments import cli, data, devices, private, process, processes, recipe, seeds, terminal
-from experiments.data import Batch, Batches, DataOptions, Dataset, is_path, load, split
+from experiments.data import Batches, DataOptions, is_path, load, split, training_batches
+from experiments.dataset import Batch, Dataset, scaled
 from experiments.devices import DeviceOptions, Placement
 from experiments.errors import (
     CheckpointError,
+    DataError,
     RunError,
     UsageError,
     WriteError,
@@ -113,7 +115,7 @@ class Config(RunOptions, ProcessOptions, DeviceOptions, PrivacyOptions, RecipeOp
 
 
 MAY_DIFFER = (
-    *("resume", "out", "data_dir", "device", "devices", "save_every", "keep", "check_grads", "allocator"),
+    *("resume", "out", "data_dir", "stream", "device", "devices", "save_every", "keep", "check_grads", "allocator"),
     *("keep_compiled", "report", "tensorboard"),
     *(field.name for field in dataclasses.fields(ProcessOptions)),
 )
@@ -185,7 +187,7 @@ def train_one(config: Config, placement: Placement, tuned: bool) -> int:
     Returns:
         0, or 128 + the number of the signal that ended the run.
     """
-    dataset = load(config.data, config.data_dir, config.size)
+    dataset = load(config.data, config.data_dir, config.size, config.stream)
     chosen, validation = split(config, dataset, config.seed)
     if config.batch_size > len(chosen):
         expected = f"at most {len(chosen)}, the training images of {dataset.name} without those for validation"
@@ -289,12 +291,13 @@ def fit(
     from experiments.restore import Trained
 
     chosen, held_out = split(config, dataset, config.seed)
-    first, images = processes.index() == 0, (dataset.train_images, dataset.train_labels)
+    first, largest = processes.index() == 0, dataset.largest
     training: Batches | private.PoissonBatches
     if mechanism is None:
         part = placement.part(config.batch_size)
-        training = Batches(*images, chosen, config.batch_size, seed=config.seed, part=part)
+        training = training_batches(dataset, chosen, config.batch_size, seed=config.seed, part=part)
     else:
+        images = dataset.train_pixels, dataset.train_labels
         training = private.PoissonBatches(*images, chosen, mechanism, placement.part(mechanism.capacity))
     of_optimizer = config if mechanism is None else dataclasses.replace(config, clip_norm=0.0)
     optimizer = recipe.make_optimizer(of_optimizer, steps, training.per_epoch, net)
@@ -305,17 +308,17 @@ def fit(
     in_weights = record if mechanism is None else private.public(record)
     checkpoints_folder = run.folder / "checkpoints"
     options = training_options(config, record, steps)
-    evaluation = Evaluation(net, config, dataset.train_images[chosen], placement)
+    evaluation = Evaluation(net, config, dataset.train_pixels[chosen], dataset.largest, placement)
     classes = len(dataset.class_names)
 
     def batch(step: int) -> Batch:
-        plain = placement.join(training(step))
-        if not config.augment:
+        plain, names = placement.join(training(step)), config.augment
+        if not names:
             return plain
-        return placement.join(augmentation.augmented(config.augment, config.seed, step, plain, classes))
+        return placement.join(augmentation.augmented(names, config.seed, step, plain, classes, largest))
 
     def validate(state: "TrainState") -> dict[str, float]:
-        images, labels = dataset.train_images[held_out], dataset.train_labels[held_out]
+        images, labels = dataset.train_pixels[held_out], dataset.train_labels[held_out]
         return evaluation.evaluate(evaluation.params(state), images, labels)
 
     first_step, history = 0, History()
@@ -336,8 +339,9 @@ def fit(
         training.draw_from(state.key)
     if config.check_grads:
         checked = loss if mechanism is None else private.masked(loss)
-        gradients.check(net, checked, state.params, batch(first_step % steps), state.key)
-    step = compiled_step(config, net, loss, optimizer, state, batch(0), first_step, steps, mechanism)
+        examples, targets = batch(first_step % steps)
+        gradients.check(net, checked, state.params, (scaled(examples, largest), targets), state.key)
+    step = compiled_step(config, net, loss, optimizer, state, batch(0), first_step, steps, largest, mechanism)
 
     events = event_files.EventFiles(run.folder, first_step) if config.tensorboard and first else None
 
@@ -396,7 +400,7 @@ def fit(
         if outcome.end == "finished":
             best_step = outcome.step if row is None else row.step
             params = best_params(run, best_step, outcome, checkpoints_folder, evaluation, placement)
-            tested = evaluation.evaluate(params, dataset.test_images, dataset.test_labels)
+            tested = evaluation.evaluate(params, dataset.test_pixels, dataset.test_labels)
             run.save(outcome.rows, params, best_step, in_weights)
             end |= {"best_step": best_step} | {f"test_{name}": finite_or_none(x) for name, x in tested.items()}
         run.save_metrics(outcome.rows)
@@ -406,20 +410,22 @@ def fit(
         print(summarize(outcome.rows, wall, tested), *spent, f"results in {run.folder}", sep="\n", flush=True)
         if config.report and first and outcome.end != "interrupted":  # a process that is terminated has little time
             like = own_nets.evaluated_shapes(net, dataset.image_shape)
-            report.write(run.folder, Trained(config.model, net, checkpoints.load(run.weights, like), dataset))
+            report.write(
+                run.folder, Trained(config.model, net, checkpoints.load(run.weights, like), dataset.inputs, dataset)
+            )
     except KeyboardInterrupt:  # a second Ctrl-C, which does not wait for the current step
         print(f"{PROG}: interrupted; {run.saved_weights()}; to continue: {resume_command}", file=sys.stderr)
         return cli.INTERRUPTED
     except BrokenPipeError:
         raise
-    except (OSError, WriteError) as error:
+    except (OSError, WriteError, DataError) as error:
         hint = f"{run.saved_weights()}; to continue: {resume_command}"
         raise RunError(f"{explain(error)}; {hint}") from error
 
     if outcome.end == "diverged":
         where = ""
         if mechanism is None:
-            layers = watch.make_step(net, loss, optimizer, by_layer=True, dtype=config.dtype)
+            layers = watch.make_step(net, loss, optimizer, by_layer=True, dtype=config.dtype, largest=largest)
             where = watch.locate(net, layers, outcome.state, batch, outcome.step, outcome.bad_step)
         rate = record["learning_rate"]
         hint = f"try a --learning-rate below {rate:g}; the weights after step {saved_step(run)} are saved"
@@ -465,6 +471,7 @@ def compiled_step(
     batch: Batch,
     first_step: int,
     steps: int,
+    largest: int,
     mechanism: Mechanism | None = None,
 ) -> "Step":
     """Compile the steps, and return a function that measures norms by layer in every `config.norms_every`-th one."""
@@ -474,11 +481,11 @@ def compiled_step(
     # Before the first step, so that compile time is reported separately from training time.
     print("compiling … ", end="", flush=True)
     began = time.perf_counter()
-    make_step = functools.partial(watch.make_step, net, loss, optimizer, dtype=config.dtype)
+    make_step = functools.partial(watch.make_step, net, loss, optimizer, dtype=config.dtype, largest=largest)
     if mechanism is None:
         step_without_norms = make_step(by_layer=False)
     else:
-        step_without_norms = private.make_step(net, loss, optimizer, config.clip_norm, mechanism)
+        step_without_norms = private.make_step(net, loss, optimizer, config.clip_norm, mechanism, largest)
     plain = by_layer = compiled(step_without_norms, state, batch)
     if every and first_step // every != steps // every:
         by_layer = compiled(make_step(by_layer=True), state, batch)
@@ -614,6 +621,7 @@ def describe(config: Config, dataset: Dataset) -> dict[str, Any]:
         "data_dir": None if config.data_dir is None else config.data_dir.absolute(),
         "data_source": dataset.source,
         "data_sha256": dataset.sha256,
+        "inputs": dataclasses.asdict(dataset.inputs),
         "versions": terminal.versions(),
     }
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.checkpoints import Params
-from experiments.data import Batch
+from experiments.dataset import Batch
 from experiments.run_folder import Epoch, History
 from experiments.terminal import Progress
 from jaxcnn import TrainState
@@ -117,6 +117,7 @@ def fit(
                     return received()
                 return 0 if monitor.waiting else agree(received())
 
+            batch: Batch | None = None
             while True:
                 if monitor.step and (monitor.step % per_epoch == 0 or monitor.step == max_steps):
                     if monitor.history.steps or monitor.waiting:
@@ -137,7 +138,9 @@ def fit(
                     monitor.restart_clock()
                 if stop := stopping():
                     break
-                state, metrics = step(state, batches(monitor.step))
+                state, metrics = step(state, batches(monitor.step) if batch is None else batch)
+                # The step still runs, so the next batch is read and put on the device meanwhile.
+                batch = batches(monitor.step + 1) if monitor.step + 1 < max_steps else None
                 monitor.add(metrics, state)
             monitor.check(state)
             if monitor.step != saved:

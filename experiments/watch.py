@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 import jaxcnn
-from experiments.data import Batch
+from experiments.dataset import Batch, scaled
 from experiments.own_nets import trained
 from experiments.training_loop import Metrics, Step
 from jaxcnn import BackpropResult, Serial, TrainState
@@ -18,7 +18,13 @@ from jaxcnn.net import Loss
 
 
 def make_step(
-    net: Serial, loss: Loss, optimizer: optax.GradientTransformation, *, by_layer: bool, dtype: str = "float32"
+    net: Serial,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    *,
+    by_layer: bool,
+    dtype: str = "float32",
+    largest: int = 255,
 ) -> Step:
     """Return the step of `jaxcnn.make_train_step`, whose metrics also have norms.
 
@@ -31,6 +37,7 @@ def make_step(
         by_layer: Whether the metrics also have "gradient_norms" by parameter, and "delta_norms" and "activation_norms"
             by layer. This reads every activation and δ once more.
         dtype: Dtype of activations and δ.
+        largest: The pixel of uint8 images that the net receives as 1.
     """
     measure = functools.partial(norms_by_layer if by_layer else norms, net)
     compute_dtype = None if dtype == "float32" else dtype
@@ -38,10 +45,11 @@ def make_step(
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        state, metrics = take(state, batch)
+        images, targets = batch
+        state, metrics = take(state, (scaled(images, largest), targets))
         predicted = metrics.pop("predicted")
         if "accuracy" not in metrics:  # the targets are probabilities
-            metrics["accuracy"] = jnp.mean(predicted == batch[1].argmax(-1))
+            metrics["accuracy"] = jnp.mean(predicted == targets.argmax(-1))
         return state, metrics
 
     return step

@@ -11,7 +11,8 @@ import numpy as np
 from tyro.conf import arg
 
 from experiments import cli
-from experiments.data import SOURCES, Batch, Dataset, batches, load, shuffled_batches
+from experiments.data import SOURCES, load, shuffled_batches
+from experiments.dataset import Batch, Dataset, batches
 from experiments.errors import UsageError, bad_value
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.data import Dataset, load
+from experiments.data import load
+from experiments.dataset import Dataset
 from jaxcnn import Serial, TrainState
 
 Array = jax.Array

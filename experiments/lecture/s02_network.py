@@ -10,7 +10,8 @@ import numpy as np
 import optax
 
 import jaxcnn
-from experiments.data import batches, shuffled_batches
+from experiments.data import shuffled_batches
+from experiments.dataset import batches
 from experiments.lecture.drawing import BLUE, GRAY, figure, gray, parts, plain
 from experiments.lecture.numerical import boot, fashion, initial_state, normal
 from experiments.lecture.statement import Result, Statement, at_least, at_most, equal, main, relative

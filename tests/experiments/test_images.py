@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import images, predict, train
+from experiments import image_files, images, predict, train
 from experiments.data import split
 from experiments.errors import DataError
 
@@ -91,7 +91,7 @@ def test_transparent_pixels_are_over_white(tmp_path):
     pixels = np.zeros((2, 2, 4), np.uint8)
     pixels[0, 0] = (10, 20, 30, 255)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    image, is_color = images.decode(tmp_path / "a.png")
+    image, is_color = image_files.decode(tmp_path / "a.png")
     white = [255] * 3
     assert image.tolist() == [[[10, 20, 30], white], [white, white]]
     assert is_color
@@ -130,7 +130,8 @@ def damage(name: str):
         "bit-flipped": (flipped, r"must be a PNG or JPEG image, got a damaged file \("),
         "header larger than the file": (lambda path: path.write_bytes(png(6, 5)), r"image, got a damaged file \("),
         "bomb": (lambda path: path.write_bytes(png(5000, 5000)), "at most 16777216 pixels, got 5000 × 5000"),
-        "huge bomb": (lambda path: path.write_bytes(png(2**20, 2**20)), "at most 16777216 pixels, got more"),
+        "huge bomb": (lambda path: path.write_bytes(png(2**20, 2**20)), "pixels, got 1048576 × 1048576"),
+        "large bomb": (lambda path: path.write_bytes(png(10_000, 10_000)), "16777216 pixels, got 10000 × 10000"),
         "gif": (lambda path: Image.new("L", (6, 5)).save(path, "GIF"), "a PNG or JPEG image, got something else"),
         "16 bits": (sixteen, "must be an image with 8 bits per channel, got mode I;16"),
     }[name]
@@ -138,7 +139,18 @@ def damage(name: str):
 
 @pytest.mark.parametrize(
     "name",
-    ["text", "empty", "truncated", "bit-flipped", "header larger than the file", "bomb", "huge bomb", "gif", "16 bits"],
+    [
+        "text",
+        "empty",
+        "truncated",
+        "bit-flipped",
+        "header larger than the file",
+        "bomb",
+        "large bomb",
+        "huge bomb",
+        "gif",
+        "16 bits",
+    ],
 )
 def test_a_file_that_is_not_an_image(folder, name):
     action, expected = damage(name)
@@ -146,6 +158,9 @@ def test_a_file_that_is_not_an_image(folder, name):
     with pytest.raises(DataError, match=rf"cat/4\.png: must be .*{expected.removeprefix('must be ')}") as caught:
         images.load_path(folder)
     assert "\n" not in str(caught.value)
+    with pytest.raises(DataError) as in_files:
+        images.load_path(folder, stream=True)
+    assert str(in_files.value) == str(caught.value)
 
 
 def test_folders_that_are_not_image_sets(folder, tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from experiments import data, predict, train
+from experiments import checkpoints, data, export, predict, train
 from tests.experiments.test_images import png
 
 
@@ -125,6 +125,32 @@ def test_a_config_that_does_not_match_the_weights_or_the_data(broken, capsys, ke
     assert expected in line
 
 
+def test_using_a_net_needs_no_data_set(broken, tmp_path, capsys):
+    path, image = broken / "config.json", draw(tmp_path / "a.png")
+    config = json.loads(path.read_text())
+    assert (config["inputs"]["name"], config["inputs"]["image_shape"]) == ("fashion-mnist-sample", [28, 28, 1])
+    assert (config["inputs"]["largest"], config["inputs"]["border"]) == (255, 0)
+    assert json.loads(checkpoints.metadata(broken / "weights.safetensors")["config"])["inputs"] == config["inputs"]
+    gone = {**config, "data": "idx", "data_dir": str(tmp_path / "gone")}
+    path.write_text(json.dumps(gone))
+    assert main(image, "--run", broken) == 0
+    assert "trained on fashion-mnist-sample" in capsys.readouterr().out
+    assert export.main([str(broken)]) == 0
+    capsys.readouterr()
+    assert "gone: must be the folder of idx, got no such folder" in failing(capsys, "--run", broken)[1]
+    inputs = config["inputs"]
+    for value, expected in [
+        (None, "inputs: must be the name, class_names, image_shape, largest, border of the images, which a run of"),
+        ({"name": "x"}, "of this version has, got {'name': 'x'}"),
+        ({**inputs, "class_names": []}, "inputs: class_names: must be a list of names, got []"),
+        ({**inputs, "image_shape": [28, "28", 1]}, "inputs: image_shape: must be a list of sizes, got [28, '28', 1]"),
+        ({**inputs, "border": "dark"}, "inputs: border: must be a number, got dark"),
+        ({**inputs, "image_shape": [14, 14, 1]}, "dense1/weight: must be float32 (196, 300), got float32 (784, 300)"),
+    ]:
+        path.write_text(json.dumps({**gone, "inputs": value}))
+        assert expected in failing(capsys, image, "--run", broken)[1]
+
+
 def test_weights_cut_short(broken, capsys):
     path = broken / "weights.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
@@ -233,7 +259,7 @@ def test_files_that_cannot_be_predicted(tmp_path, monkeypatch, capsys):
         (["text.png"], 1, "text.png: must be a PNG or JPEG image, got something else"),
         (["note.txt"], 1, "note.txt: must be a PNG or JPEG image, named *.png or *.jpg or *.jpeg, got another file or"),
         (["good.png", "cut.png"], 1, "cut.png: must be a PNG or JPEG image, got a damaged file ("),
-        (["bomb.png"], 1, "bomb.png: must be an image of at most 16777216 pixels, got more"),
+        (["bomb.png"], 1, "bomb.png: must be an image of at most 16777216 pixels, got 1048576 × 1048576"),
         (["large.png"], 1, "large.png: must be an image of at most 16777216 pixels, got 5000 × 5000"),
         (["empty"], 1, "empty: must be a folder with at least one file *.png or *.jpg or *.jpeg, got none"),
         (["good.png"], 1, "config.json: must be the config of a run, got No such file or directory"),

@@ -263,7 +263,7 @@ def test_signed_colors_and_means_of_long_lines():
 
 def test_confusion_and_mistakes():
     p = np.array([[0.9, 0.1, 0], [0.2, 0.7, 0.1], [0.6, 0.4, 0], [0.8, 0.1, 0.1]])
-    examples = report.Examples("test images", np.zeros((4, 2, 2, 1)), np.array([0, 1, 1, 2]), p)
+    examples = report.Examples("test images", np.zeros((4, 2, 2, 1)), 255, np.array([0, 1, 1, 2]), p)
     assert examples.confusion().tolist() == [[1, 0, 0], [1, 1, 0], [1, 0, 0]]
     assert examples.mistakes().tolist() == [3, 2]
 

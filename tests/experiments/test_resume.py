@@ -3,6 +3,7 @@
 import csv
 import errno
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from experiments import chaos, data, terminal, train, training_state
+from experiments import chaos, idx_files, terminal, train, training_state
 from experiments.run_folder import CLAIM
 
 ROOT = Path(train.__file__).parent.parent
@@ -30,8 +31,8 @@ def write_images(folder: Path, size: int = 8, seed: int = 0) -> Path:
     for name, count in (("train", 80), ("t10k", 20)):
         labels = np.arange(count, dtype=np.uint8) % 4
         images = rng.integers(0, 100, (count, size, size)).astype(np.uint8) + 40 * labels[:, None, None]
-        (folder / f"{name}-images-idx3-ubyte").write_bytes(data.idx_bytes(images.astype(np.uint8)))
-        (folder / f"{name}-labels-idx1-ubyte").write_bytes(data.idx_bytes(labels))
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(idx_files.idx_bytes(images.astype(np.uint8)))
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(idx_files.idx_bytes(labels))
     return folder
 
 
@@ -66,17 +67,21 @@ def results(folder: Path) -> tuple:
 def interrupt(monkeypatch):
     """Return a function that makes Ctrl-C arrive at a given step, or at none."""
     at = []
+    original = train.compiled_step
 
-    def step_taken(original):
-        def batch(self, step):
-            if at and step == at[0]:
+    def compiled_step(config, net, loss, optimizer, state, batch, first_step, *more):
+        step = original(config, net, loss, optimizer, state, batch, first_step, *more)
+        numbers = itertools.count(first_step)
+
+        def taken(state, batch):
+            if next(numbers) in at:
                 at.clear()
                 os.kill(os.getpid(), signal.SIGINT)
-            return original(self, step)
+            return step(state, batch)
 
-        return batch
+        return taken
 
-    monkeypatch.setattr(data.Batches, "__call__", step_taken(data.Batches.__call__))
+    monkeypatch.setattr(train, "compiled_step", compiled_step)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield at.append
     signal.signal(signal.SIGINT, before)
@@ -257,7 +262,7 @@ def test_no_intact_checkpoint(tmp_path, images, interrupt, capsys):
         (("--augment", "flip"), "--augment: must be (), as in the run to resume, or omitted, got ('flip',)"),
         (("--seeds", 2), "--seeds: must be omitted with --resume, which continues one run, got 2"),
         (("--optimizer", "sgd"), "--optimizer: must be adam, as in the run to resume, or omitted, got sgd"),
-        (("--data", "digits"), "--data-dir: must be omitted unless --data is fashion-mnist or idx, got "),
+        (("--data", "digits"), "--data-dir: must be omitted unless --data is one of fashion-mnist, idx, cifar10"),
         (("--epochs", 3), "--epochs: must be 2, as in the run to resume, or omitted, got 3"),
         (("--learning-rate", "0.1"), "--learning-rate: must be 0.002, as in the run to resume, or omitted, got 0.1"),
         (("--learning-rate", "nan"), "--learning-rate: must be a finite number > 0, got nan"),

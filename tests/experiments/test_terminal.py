@@ -4,7 +4,8 @@ import math
 import numpy as np
 import pytest
 
-from experiments import data, terminal
+from experiments import terminal
+from experiments.dataset import make_dataset
 from experiments.run_folder import Epoch
 
 
@@ -26,7 +27,7 @@ def test_a_package_that_is_not_installed_is_marked(monkeypatch):
 
 def test_the_data_are_described_with_sizes_and_hash():
     images, labels = np.zeros((3, 4, 5), np.uint8), np.zeros(3, np.uint8)
-    dataset = data.dataset_from_arrays("name", "/place", (images, labels), (images[:2], labels[:2]), 255, ("a", "b"))
+    dataset = make_dataset("name", "/place", (images, labels), (images[:2], labels[:2]), 255, ("a", "b"))
     text = terminal.describe_data(dataset)
     assert text.startswith("name: 3 training and 2 test images 4×5×1, 2 classes, sha256 ")
     assert dataset.sha256[:12] in text

@@ -16,7 +16,19 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxcnn
-from experiments import augmentation, checkpoints, data, gradients, process, recipe, run_folder, terminal, train
+from experiments import (
+    augmentation,
+    checkpoints,
+    data,
+    dataset,
+    gradients,
+    idx_files,
+    process,
+    recipe,
+    run_folder,
+    terminal,
+    train,
+)
 from experiments.models import MODELS
 
 ROOT = Path(train.__file__).parent.parent
@@ -119,7 +131,7 @@ def test_it_learns_and_its_weights_give_the_accuracy_it_reports(out):
     net, sample = MODELS["mlp"](10), data.load("fashion-mnist-sample")
     like = jax.eval_shape(lambda: net.init(jax.random.key(0), sample.image_shape))
     params = checkpoints.load(out / "weights.safetensors", like)
-    again = jaxcnn.evaluate(net, LOSS, params, data.batches(sample.test_images, sample.test_labels, 500))
+    again = jaxcnn.evaluate(net, LOSS, params, dataset.batches(sample.test_images, sample.test_labels, 500))
     config = json.loads((out / "config.json").read_text())
     assert config["best_step"] == 562
     assert again["accuracy"] == pytest.approx(config["test_accuracy"], abs=1e-6)
@@ -155,7 +167,7 @@ def test_digits(out, capsys):
 
 
 @pytest.mark.slow("trains")
-@pytest.mark.skipif(not data._holds_all(data.SYSTEM_DIR), reason="no Fashion-MNIST on this system")
+@pytest.mark.skipif(not idx_files.holds_all(idx_files.SYSTEM_DIR), reason="no Fashion-MNIST on this system")
 def test_the_full_set(out, capsys):
     assert main("--data", "fashion-mnist", "--model", "mlp", "--max-steps", 2, "--out", out) == 0
     assert "fashion-mnist: 60,000 training and 10,000 test images" in capsys.readouterr().out
@@ -304,8 +316,8 @@ def test_rules_that_differ_from_autodiff_stop_the_run_before_it_begins(out, caps
         (
             ["--data", "fashion-minst"],
             2,
-            "--data: must be one of fashion-mnist-sample, fashion-mnist, digits, idx, got 'fashion-minst'; "
-            "did you mean fashion-mnist?",
+            "--data: must be one of fashion-mnist-sample, fashion-mnist, digits, idx, cifar10, cifar100, "
+            "cifar100-coarse, got 'fashion-minst'; did you mean fashion-mnist?",
         ),
         (
             ["--optimizer", "lions"],
@@ -379,7 +391,8 @@ def test_rules_that_differ_from_autodiff_stop_the_run_before_it_begins(out, caps
         (
             ["--data-dir", "x"],
             2,
-            "--data-dir: must be omitted unless --data is fashion-mnist or idx, got x",
+            "--data-dir: must be omitted unless --data is one of fashion-mnist, idx, cifar10, cifar100, "
+            "cifar100-coarse, got x",
         ),
         (["--data", "idx"], 2, "--data-dir: must be the folder of the idx files if --data is idx, got none"),
         (["--lr", "3"], 2, "unknown option --lr, 3; did you mean --learning-rate?"),
@@ -429,8 +442,8 @@ def test_an_output_folder_that_is_a_file(out, capsys, monkeypatch):
 def test_data_that_cannot_be_read(tmp_path, out, capsys):
     folder = tmp_path / "data"
     folder.mkdir()
-    for file in data.FASHION_MNIST_FILES.values():
-        (folder / f"{file.name}.gz").write_bytes((data.SAMPLE_DIR / f"{file.name}.gz").read_bytes()[:-100])
+    for file in idx_files.FASHION_MNIST_FILES.values():
+        (folder / f"{file.name}.gz").write_bytes((idx_files.SAMPLE_DIR / f"{file.name}.gz").read_bytes()[:-100])
     assert main("--data", "fashion-mnist", "--data-dir", folder, "--out", out) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "train-images-idx3-ubyte.gz: must be an idx file of images, got a truncated or corrupt gzip file" in line

@@ -234,6 +234,23 @@ def test_batches_are_requested_by_step():
     assert requested == list(range(8))
 
 
+def test_the_next_batch_is_requested_before_the_loop_waits_for_a_step():
+    events = []
+
+    def batches(step):
+        events.append(f"batch {step}")
+        return jnp.float32(1)
+
+    def step(state, batch):
+        events.append("step")
+        return one_step(state, batch)
+
+    run(step, batches=batches, count=1, log=lambda records: events.append("wait"))
+    assert events[:5] == ["batch 0", "step", "batch 1", "step", "batch 2"]
+    assert events[events.index("wait") - 1] == "batch 16"
+    assert events[-3:] == ["batch 19", "step", "wait"]
+
+
 @pytest.mark.parametrize("at", [1, 5, 16, 20, 25, 40, 59])
 @pytest.mark.usefixtures("default_signals")
 def test_an_interrupted_loop_continues_where_it_was(at):
