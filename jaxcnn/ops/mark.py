@@ -106,5 +106,9 @@ def marked_call(eqn: Any) -> Marked | None:
     if [(v.aval.shape, v.aval.dtype) for v in jaxpr.invars] != [kind for kind in call.types if kind is not None]:
         return None
     inner = jaxpr.eqns
-    whole = len(inner) == 1 and inner[0].primitive.name == "custom_vjp_call"
-    return call if whole and list(inner[0].invars) == list(jaxpr.invars) else None
+    if len(inner) != 1 or inner[0].primitive.name != "custom_vjp_call":
+        return None
+    count = len(inner[0].invars) - len(jaxpr.invars)  # of constants, such as the positions that an op gathers
+    constants, inputs = inner[0].invars[: max(count, 0)], inner[0].invars[max(count, 0) :]
+    whole = all(v in jaxpr.constvars for v in constants) and list(inputs) == list(jaxpr.invars)
+    return call if whole else None

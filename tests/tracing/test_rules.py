@@ -321,7 +321,7 @@ def test_net_of_layers_has_the_names_of_its_layers():
 
 def test_a_net_with_adaptive_pooling_and_two_outputs():
     """The layer returns a tuple, which its tap does not stack."""
-    net = jaxcnn.serial(jaxcnn.AdaptiveAvgPool(2), lambda x: (jaxcnn.relu(x), -x))
+    net = jaxcnn.serial(jaxcnn.AdaptiveAvgPool(3), lambda x: (jaxcnn.relu(x), -x))
     expected, found = net.apply({}, X), jaxcnn.explicit(net.apply, rules={"function1": rules.guided_relu})({}, X)
     assert isinstance(found, tuple)
     np.testing.assert_array_equal(found, expected)
