@@ -1,7 +1,7 @@
 """Attribution: which pixels an output depends on.
 
-`attribute` is the entry point. Each method has its own function. The composites are LRP's rules for a whole net, as
-mappings for ``rules=``. All of them are pure functions of arrays, with the net and the options static:
+`attribute` is the entry point. Each method has its own function. All of them are pure functions of arrays, with the net
+and the options static:
 
     heat = jax.jit(lambda params, x, target: attribute(net, params, x, target, rules=epsilon_plus()))
 
@@ -9,22 +9,20 @@ Throughout, x is ``(N, …)`` and the net's outputs y are ``(N, classes)``. ``ta
 ``[0, classes)``, or one per example. The map has the shape of x. Dropout is inactive. The value of a traced target is
 unknown during tracing; if it is out of range, the map of that example is NaN.
 
-Custom layers are exact under the methods that need only the gradient. `deep_lift` and `relevance` need more: they raise
-an error that names a layer that computes anything outside the ops that receive the rule.
+A net is traced like any other function, so the operations in custom layers are those of the trace. `deep_lift` and
+`relevance` need a rule at each step that depends on x: they raise an error that names a step without.
 """
 
-import copy
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.interpreters.partial_eval import dce_jaxpr
 from jax.typing import ArrayLike
 
 from jaxcnn.arguments import (
@@ -42,32 +40,19 @@ from jaxcnn.arguments import (
     static_float,
     static_int,
 )
-from jaxcnn.folding import fold_batch_norm
+from jaxcnn.composites import epsilon_alpha2_beta1 as epsilon_alpha2_beta1
+from jaxcnn.composites import epsilon_alpha2_beta1_flat as epsilon_alpha2_beta1_flat
+from jaxcnn.composites import epsilon_gamma_box as epsilon_gamma_box
+from jaxcnn.composites import epsilon_plus as epsilon_plus
+from jaxcnn.composites import epsilon_plus_flat as epsilon_plus_flat
+from jaxcnn.composites import excitation_backprop as excitation_backprop
 from jaxcnn.geometry import PerDim, Window, window
 from jaxcnn.kernels.dtypes import accumulator
-from jaxcnn.layers import Activation, BatchNorm, Dense, Dropout, Flatten, Layer, LpPool, Params, Relu
-from jaxcnn.net import Model, Residual, Serial, expect_model, is_custom, layers_of, located, ops_of
+from jaxcnn.net import Model, expect_model
 from jaxcnn.ops.mesh import automatic_inside
-from jaxcnn.ops.rule import Call, Rule, autodiff, rule_name
-from jaxcnn.propagation import for_relevance, for_rescale, reads
-from jaxcnn.rules.relevance import AlphaBeta, Epsilon, Flat, Gamma, ZBox, ZeroParams, ZPlus, pass_through, rescale
-from jaxcnn.selection import (
-    Checked,
-    First,
-    IfThere,
-    Rules,
-    Selection,
-    check_matches,
-    check_rules,
-    rule_for,
-    rule_of_sum,
-)
-from jaxcnn.taps import Collector, probe, tapped_name
-from jaxcnn.tracing import Operation, Program, Traced, Value, evaluate
-from jaxcnn.tracing.affine import Chain, channel_dims, run_chains
-from jaxcnn.tracing.replace import OfOps, with_rules
-from jaxcnn.tracing.replace import check_rules as check_function_rules
-from jaxcnn.tracing.trace import trace_call
+from jaxcnn.selection import Rules
+from jaxcnn.taps import Collector, probe
+from jaxcnn.traced_model import TracedModel, function_of, traced_model
 
 
 def attribute(
@@ -158,8 +143,8 @@ def gradient(net: Model, params: Any, x: ArrayLike, target: ArrayLike, *, rules:
     Source: Simonyan et al. 2013.
     """
     x = _check_batch(x)
-    model = _model(net, params, x)
-    return _delta_of_input(model, params, x, _targets(model, params, x, target), rules)
+    model = traced_model(net, params, x, rules)
+    return _delta_of_input(model, x, _check_targets(x, model.result_type(), target))
 
 
 @automatic_inside()
@@ -181,8 +166,8 @@ def gradient_times_input(
     Source: Shrikumar et al. 2016.
     """
     x = _check_batch(x)
-    model = _model(net, params, x)
-    return x * _delta_of_input(model, params, x, _targets(model, params, x, target), rules)
+    model = traced_model(net, params, x, rules)
+    return x * _delta_of_input(model, x, _check_targets(x, model.result_type(), target))
 
 
 @automatic_inside()
@@ -198,16 +183,16 @@ def relevance(net: Model, params: Any, x: ArrayLike, target: ArrayLike, *, rules
         x: ``(N, …)``.
         target: a class, or one per example.
         rules: `epsilon_plus`, `epsilon_alpha2_beta1`, `epsilon_gamma_box`, or your own mapping. Max pooling and ReLU
-            need no rule. A batch norm without a rule is first folded into an adjacent layer (`fold_batch_norm`);
-            without such a layer, it uses `Epsilon`.
+            need no rule. A batch norm without a rule is part of the convolution or dense layer before it; without such
+            a layer, it uses `Epsilon`.
 
     Returns:
         An array of x's shape.
 
     Raises:
-        ValueError: if another layer has no rule, because its gradient is not a relevance; if a rule does not fit its
-            layer; if a batch norm has no statistics; if a net has a custom ``apply``; or if a custom layer has a path
-            outside the ops that receive its rule. The message names the layer.
+        ValueError: if another op has no rule, because its gradient is not a relevance; if a rule does not fit its op;
+            if a batch norm has no statistics; or if another step depends on x and is neither y = a ∘ x + c nor moves
+            elements. The message names the layer.
         TypeError: if rules is None.
 
     Source: Bach et al. 2015.
@@ -215,23 +200,9 @@ def relevance(net: Model, params: Any, x: ArrayLike, target: ArrayLike, *, rules
     x = _check_batch(x)
     if rules is None:
         raise bad_type("attribute", "rules", "given for method 'relevance'", "None")
-    model = _model(net, params, x)
-    targets = _targets(model, params, x, target)
-    if isinstance(model, _Function):
-        return targets.nan_if_invalid(model.relevance(x, rules, targets.select))
-    if not isinstance(rules, Mapping):
-        rules = {Layer: rules}
-    check_rules(rules, [name for name, _ in model.walk()])
-    check_matches(rules, model)
-    _check_custom_relevance(model, params, x, rules)
-    names = {name for name, _ in model.walk()}
-    with_rule = {name for name, layer in model.walk() if rule_for(rules, name, layer) is not None}
-    folded_net, params = fold_batch_norm(model, params, leave=with_rule)
-    folded = names - {name for name, _ in folded_net.walk()}
-    rules = {key: rule for key, rule in rules.items() if key not in folded}
-    rules = Checked({**rules, IfThere(BatchNorm): rules.get(BatchNorm, Epsilon())})
-    _check_all_have_rules(folded_net, rules)
-    return _delta_of_input(folded_net, params, x, targets, rules, lambda y: y)
+    model = traced_model(net, params, x, rules)
+    targets = _check_targets(x, model.result_type(), target)
+    return targets.nan_if_invalid(model.relevance(x, targets.select))
 
 
 @automatic_inside()
@@ -263,14 +234,14 @@ def integrated_gradients(
     """
     x = _check_batch(x)
     x0 = _broadcast_baseline(x, "baseline", baseline)
-    model = _model(net, params, x)
-    targets = _targets(model, params, x, target)
+    model = traced_model(net, params, x, rules)
+    targets = _check_targets(x, model.result_type(), target)
     nodes, weights = np.polynomial.legendre.leggauss(static_int("attribute", "steps", steps, least=1))
     points = jnp.asarray((1 + nodes) / 2, x.dtype), jnp.asarray(weights / 2, x.dtype)
 
     def add(total: Array, point: tuple[Array, Array]) -> tuple[Array, None]:
         t, weight = point
-        return total + weight * _delta_of_input(model, params, x0 + t * (x - x0), targets, rules), None
+        return total + weight * _delta_of_input(model, x0 + t * (x - x0), targets), None
 
     total, _ = jax.lax.scan(add, jnp.zeros_like(x), points)
     return (x - x0) * total
@@ -310,14 +281,14 @@ def smooth_grad(
     fraction = static_float("attribute", "noise", noise)
     if not 0 <= fraction < float("inf"):
         raise bad_value("attribute", "noise", "a finite number >= 0", noise)
-    model = _model(net, params, x)
-    targets = _targets(model, params, x, target)
+    model = traced_model(net, params, x, rules)
+    targets = _check_targets(x, model.result_type(), target)
     dims = tuple(range(1, x.ndim))
     sigma = fraction * (x.max(dims, keepdims=True) - x.min(dims, keepdims=True))
 
     def add(total: Array, key: Array) -> tuple[Array, None]:
         xi = jax.random.normal(key, x.shape, x.dtype)
-        return total + _delta_of_input(model, params, x + sigma * xi, targets, rules), None
+        return total + _delta_of_input(model, x + sigma * xi, targets), None
 
     total, _ = jax.lax.scan(add, jnp.zeros_like(x), keys)
     return total / samples
@@ -353,11 +324,11 @@ def occlusion(
     x = _check_batch(x)
     win = _covering_windows(spatial_dims("attribute", x), window, stride)
     cover = jnp.asarray(static_float("attribute", "value", value), x.dtype)
-    model = _model(net, params, x)
-    targets = _targets(model, params, x, target)
+    model = traced_model(net, params, x)
+    targets = _check_targets(x, model.result_type(), target)
 
     def output(x: Array) -> Array:
-        return targets.select(_outputs(model, params, x, None)).sum(1)
+        return targets.select(model.outputs(x)).sum(1)
 
     uncovered = output(x)
 
@@ -391,8 +362,8 @@ def grad_cam(
         params: its parameters.
         x: ``(N, …)``.
         target: a class, or one per example.
-        layer: name of a layer whose output is images, such as "conv2" or "residual1/conv2"; usually the last one. For
-            a function, the name of an operation, as in `jaxcnn.operations`, or of a `tap`.
+        layer: name of a layer whose output is images, such as "conv2" or "residual1/conv2"; usually the last one; or
+            the name of an operation, as in `jaxcnn.operations`, or of a `tap`.
         relu: whether to drop negative evidence, as in the paper.
         rules: replacement backward rules for the layers after it.
 
@@ -400,25 +371,24 @@ def grad_cam(
         ``(N, *spatial)`` of that layer, to be scaled up to x's size.
 
     Raises:
-        ValueError: if the layer does not exist, its output is not images, or `Serial.apply` does not run it (a net with
-            a custom ``apply`` may call it in another way).
+        ValueError: if the layer does not exist, or its output is not images.
 
     Source: Selvaraju et al. 2017.
     """
     x = _check_batch(x)
     relu = static_bool("attribute", "relu", relu)
-    model = _model(net, params, x)
-    names = model.tap_names() if isinstance(model, _Function) else [name for name, _ in model.walk()]
+    model = traced_model(net, params, x, rules)
+    names = model.tap_names()
     if layer not in names:
-        near = nearest(str(layer), names)
-        expected = "the name of a layer" if isinstance(model, Serial) else "the name of an operation or tap"
-        raise bad_value("attribute", "layer", expected, f"{layer!r}; the nearest are {', '.join(near)}")
-    rules = rules if isinstance(model, _Function) else _with_names(model, rules)
+        near = ", ".join(nearest(str(layer), names))
+        raise bad_value(
+            "attribute", "layer", "the name of a layer, operation or tap", f"{layer!r}; the nearest are {near}"
+        )
 
     def tapped(probes: Mapping[str, Array]) -> tuple[Array, Collector]:
         collector = Collector(probes)
         with collector.collecting():
-            return _outputs(model, params, x, rules), collector
+            return model.outputs(x), collector
 
     types: dict[str, Any] = {}
 
@@ -429,9 +399,7 @@ def grad_cam(
 
     targets = _check_targets(x, jax.eval_shape(look), target)
     if layer not in types:
-        runs = "Serial.apply" if isinstance(model, Serial) else "the function"
-        expected = f"one that {runs} runs and whose output has a floating dtype"
-        raise bad_value("attribute", "layer", expected, repr(layer))
+        raise bad_value("attribute", "layer", "one whose output has a floating dtype", repr(layer))
     if types[layer].ndim < 3:
         got = f"{layer!r} with output {types[layer].shape}"
         raise bad_value("attribute", "layer", "one whose output is (N, *spatial, C)", got)
@@ -442,7 +410,7 @@ def grad_cam(
 
     y, pull, a = jax.vjp(output, probe(types[layer]), has_aux=True)
     (delta,) = pull(targets.select(jnp.ones_like(y)))
-    channel = model.channel(layer) if isinstance(model, _Function) else -1
+    channel = model.channel(layer)
     a, delta = jnp.moveaxis(a, channel, -1), jnp.moveaxis(delta, channel, -1)
     alpha = delta.mean(tuple(range(1, a.ndim - 1)), keepdims=True)
     heat = (a * alpha).sum(-1)
@@ -466,22 +434,16 @@ def deep_lift(net: Model, params: Any, x: ArrayLike, target: ArrayLike, *, refer
         An array of x's shape.
 
     Raises:
-        ValueError: if the rule does not fit an op, or if a custom layer is not linear outside the ops that receive its
-            rule. The message names the layer.
+        ValueError: if the rule does not fit an op, or if another step is not linear in x. The message names the layer.
 
     Source: Shrikumar et al. 2017.
     """
     x = _check_batch(x)
     x0 = _broadcast_baseline(x, "reference", reference)
-    model = _model(net, params, x)
-    targets = _targets(model, params, x, target)
     both = jnp.concatenate([x, x0])
-    if isinstance(model, _Function):
-        y, pull = model.rescaled(params, both)
-    else:
-        _check_custom_rescale(model, params, x)
-        rules = _with_names(model, rescale)
-        y, pull = jax.vjp(lambda both: _outputs(model, params, both, rules), both)
+    model = traced_model(net, params, both)
+    targets = _check_targets(x, jax.eval_shape(functools.partial(function_of(net), params), x), target)
+    y, pull = model.rescaled(both)
     delta = targets.select(jnp.ones_like(y[: x.shape[0]]))
     m = pull(jnp.concatenate([delta, delta]))[0][: x.shape[0]]
     return targets.nan_if_invalid((x - x0) * m)
@@ -504,264 +466,13 @@ METHODS: Mapping[str, Callable[..., Array]] = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Composites: LRP's rules for a whole net
-
-#: Layers of the form x·w + b, and the convolutions among them.
-_AFFINE = layers_of("affine", "hidden")
-_CONVOLUTIONS = tuple(layer for layer in _AFFINE if layer is not Dense)
-#: Layers whose exact rule propagates relevance: to the winner, through an active ReLU, or all of it.
-_NEED_NO_RULE = (*layers_of("max", "dropout"), Relu, Flatten)
-
-
-def epsilon_plus(*, epsilon: float = 1e-6, stabilizer: float = 1e-6, zero_params: ZeroParams = ()) -> dict[Any, Rule]:
-    """Return z⁺ for convolutions, and ε for dense layers, average pooling and sums; R passes activations unchanged.
-
-    This corresponds to zennit's EpsilonPlus. z⁺ applies to all kinds of convolutions. The sums are those of residual
-    nets. Max pooling keeps its exact rule, R to the winner.
-
-    Args:
-        epsilon: ε of dense layers.
-        stabilizer: ε of all other fractions.
-        zero_params: parameters that the rules of convolutions and dense layers treat as 0, as in `Epsilon`.
-
-    Returns:
-        A mapping for ``rules=``.
-
-    Source: Montavon et al. 2019; Kohlbrenner et al. 2020.
-    """
-    return _composite(ZPlus(stabilizer, zero_params), epsilon, stabilizer, zero_params)
-
-
-def epsilon_plus_flat(
-    net: Model, *, epsilon: float = 1e-6, stabilizer: float = 1e-6, zero_params: ZeroParams = ()
-) -> dict[Any, Rule]:
-    """Return `epsilon_plus` with the flat rule for the first layer, corresponding to zennit's EpsilonPlusFlat.
-
-    Args:
-        net: the net or function, in which the first convolution or dense layer gets the flat rule.
-        epsilon: ε of dense layers.
-        stabilizer: ε of all other fractions.
-        zero_params: parameters to treat as 0, as in `epsilon_plus`.
-
-    Returns:
-        A mapping for ``rules=``.
-
-    Source: Lapuschkin et al. 2019.
-    """
-    first = _for_first(net, _AFFINE, Flat(stabilizer, zero_params))
-    return {**first, **epsilon_plus(epsilon=epsilon, stabilizer=stabilizer, zero_params=zero_params)}
-
-
-def epsilon_alpha2_beta1(
-    *, epsilon: float = 1e-6, stabilizer: float = 1e-6, zero_params: ZeroParams = ()
-) -> dict[Any, Rule]:
-    """Return `epsilon_plus` with αβ (α = 2, β = 1) for convolutions, corresponding to zennit's EpsilonAlpha2Beta1.
-
-    Args:
-        epsilon: ε of dense layers.
-        stabilizer: ε of all other fractions.
-        zero_params: parameters to treat as 0, as in `epsilon_plus`.
-
-    Returns:
-        A mapping for ``rules=``.
-    """
-    return _composite(AlphaBeta(2.0, 1.0, stabilizer, zero_params), epsilon, stabilizer, zero_params)
-
-
-def epsilon_alpha2_beta1_flat(
-    net: Model, *, epsilon: float = 1e-6, stabilizer: float = 1e-6, zero_params: ZeroParams = ()
-) -> dict[Any, Rule]:
-    """Return `epsilon_alpha2_beta1` with the flat rule for the first layer.
-
-    This corresponds to zennit's EpsilonAlpha2Beta1Flat.
-
-    Args:
-        net: the net or function, in which the first convolution or dense layer gets the flat rule.
-        epsilon: ε of dense layers.
-        stabilizer: ε of all other fractions.
-        zero_params: parameters to treat as 0, as in `epsilon_plus`.
-
-    Returns:
-        A mapping for ``rules=``.
-    """
-    first = _for_first(net, _AFFINE, Flat(stabilizer, zero_params))
-    return {**first, **epsilon_alpha2_beta1(epsilon=epsilon, stabilizer=stabilizer, zero_params=zero_params)}
-
-
-def epsilon_gamma_box(
-    net: Model,
-    low: Any = None,
-    high: Any = None,
-    *,
-    epsilon: float = 1e-6,
-    gamma: float = 0.25,
-    stabilizer: float = 1e-6,
-    zero_params: ZeroParams = (),
-) -> dict[Any, Rule]:
-    """Return `epsilon_plus` with γ for convolutions and zᴮ for the first, corresponding to zennit's EpsilonGammaBox.
-
-    Args:
-        net: the net or function, in which the first convolution gets zᴮ.
-        low: the smallest value of a pixel after scaling of the net's inputs, a number or one per channel.
-        high: the largest value of a pixel.
-        epsilon: ε of dense layers.
-        gamma: γ of the convolutions.
-        stabilizer: ε of all other fractions.
-        zero_params: parameters to treat as 0, as in `epsilon_plus`.
-
-    Returns:
-        A mapping for ``rules=``.
-
-    Raises:
-        TypeError: if low or high is missing.
-    """
-    first = _for_first(net, _CONVOLUTIONS, ZBox(low, high, stabilizer, zero_params))
-    return {**first, **_composite(Gamma(gamma, stabilizer, zero_params), epsilon, stabilizer, zero_params)}
-
-
-def excitation_backprop(*, stabilizer: float = 1e-6, zero_params: ZeroParams = ()) -> dict[Any, Rule]:
-    """Return z⁺ for convolutions and dense layers, and ε for average pooling and sums; activations stay exact.
-
-    This corresponds to zennit's ExcitationBackprop.
-
-    Args:
-        stabilizer: ε of all fractions.
-        zero_params: parameters to treat as 0, as in `epsilon_plus`.
-
-    Returns:
-        A mapping for ``rules=``.
-
-    Source: Zhang et al. 2016.
-    """
-    return {
-        **_for_types(_AFFINE, ZPlus(stabilizer, zero_params)),
-        **_for_sums(stabilizer),
-        **_for_types((Activation,), _exact),
-        **_for_types((Dropout,), pass_through),
-    }
-
-
-def _composite(conv_rule: Rule, epsilon: float, stabilizer: float, zero_params: ZeroParams) -> dict[Any, Rule]:
-    return {
-        **_for_types(_CONVOLUTIONS, conv_rule),
-        **_for_types((Dense,), Epsilon(epsilon, zero_params)),
-        **_for_sums(stabilizer),
-        **_for_types((Activation, Dropout), pass_through),
-    }
-
-
-def _for_sums(stabilizer: float) -> dict[Any, Rule]:
-    return _for_types((*layers_of("sum"), LpPool, Residual), Epsilon(stabilizer))
-
-
-def _for_types(types: tuple[type, ...], rule: Rule) -> dict[Any, Rule]:
-    """Return the rule for each of these layer types, none of which a net has to contain."""
-    return dict.fromkeys(map(IfThere, types), rule)
-
-
-def _for_first(net: Model, types: tuple[type, ...], rule: Rule) -> dict[Any, Rule]:
-    """Return the rule under the name of the first layer of these types, if there is one.
-
-    The operations of a function are known once it is called; until then the key is a `First`.
-    """
-    expect_model("attribute", net)
-    if not isinstance(net, Serial):
-        return {First(types): rule}
-    return dict.fromkeys([name for name, layer in net.walk() if isinstance(layer, types)][:1], rule)
-
-
-def _exact(call: Call, delta: Any) -> tuple[Any, ...]:
-    """Return the exact δ, for composites that select it explicitly."""
-    return call.exact(delta)
-
-
-def _check_all_have_rules(net: Serial, rules: Mapping[Any, Rule]) -> None:
-    for name, layer in (("the net", net), *net.walk()):
-        if _ends_in_sum(layer):
-            rule, where = rule_of_sum(rules, layer), f"the sum of {name}"
-        elif isinstance(layer, Serial) or (isinstance(layer, _NEED_NO_RULE) and not is_custom(layer)):
-            continue
-        else:
-            rule, where = rule_for(rules, name, layer), name
-        if rule in (None, autodiff):
-            expected = "given for each layer whose gradient is not a relevance"
-            raise bad_value("attribute", "rules", expected, f"none for {where}, a {type(layer).__name__}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Shared parts
 
 
-def _delta_of_input(
-    net: "Serial | _Function",
-    params: Any,
-    x: Array,
-    targets: "_Targets",
-    rules: Rules | None,
-    start: Callable[[Array], Array] = jnp.ones_like,
-) -> Array:
-    """Return the net's δ of x, where δ of the outputs is ``start(y)`` at the target and 0 elsewhere."""
-    if isinstance(net, Serial):
-        rules = _with_names(net, rules)
-    y, pull = jax.vjp(lambda x: _outputs(net, params, x, rules), x)
-    return targets.nan_if_invalid(pull(targets.select(start(y)))[0])
-
-
-def _outputs(net: "Serial | _Function", params: Any, x: Array, rules: Rules | None) -> Array:
-    if isinstance(net, _Function):
-        return net.outputs(x, rules)
-    return net.apply(params, x) if rules is None else net.apply(params, x, rules=rules)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Named:
-    """A rule that puts the name of its layer in front of its error messages."""
-
-    rule: Rule
-    name: str
-
-    def __call__(self, call: Call, delta: Any) -> tuple[Any, ...]:
-        with located(self.name):
-            return self.rule(call, delta)
-
-    def __repr__(self) -> str:
-        return f"{rule_name(self.rule)} of {self.name}"
-
-
-def _with_names(net: Serial, rules: Rules | None) -> Rules | None:
-    """Wrap each rule so that its errors name the layer, which is unknown in the backward pass."""
-    if rules is None or rules is autodiff:
-        return rules
-    if not isinstance(rules, Mapping) and not callable(rules):
-        raise bad_type("attribute", "rules", "a rule or a mapping from layers to rules", repr(rules))
-    if isinstance(rules, Mapping):
-        check_rules(rules, [name for name, _ in net.walk()])
-        check_matches(rules, net)
-
-    def named(rule: Any, name: str) -> Any:
-        is_rule = callable(rule) and isinstance(rule, Hashable) and rule is not autodiff
-        return _Named(rule, name) if is_rule else rule
-
-    layers = {name: layer for name, layer in net.walk() if not isinstance(layer, Serial)}
-    by_name: dict[Any, Any] = {name: named(rule_for(rules, name, layer), name) for name, layer in layers.items()}
-    sums = {type(layer): layer for layer in (net, *(layer for _, layer in net.walk())) if _ends_in_sum(layer)}
-    # The first key that matches wins, so a subclass comes before its base class.
-    for_sums: dict[Any, Any] = {
-        kind: named(rule_of_sum(rules, sums[kind]), kind.__name__) for kind in sorted(sums, key=_depth)[::-1]
-    }
-    for_layers: dict[Any, Any] = {(lambda at, _, name=name: at == name): rule for name, rule in by_name.items()}
-    # None for a sum stays: without it, the key of a base class would match.
-    return Checked({key: rule for key, rule in for_layers.items() if rule is not None} | for_sums)
-
-
-def _ends_in_sum(layer: Layer) -> bool:
-    """Whether the layer is a net whose last operation is a sum, which takes a rule."""
-    return isinstance(layer, Serial) and bool(layer.sum_keys)
-
-
-def _depth(kind: type) -> int:
-    """Return the number of classes that a class inherits from."""
-    return len(kind.__mro__)
+def _delta_of_input(model: TracedModel, x: Array, targets: "_Targets") -> Array:
+    """Return δ of x, where δ of the outputs is 1 at the target and 0 elsewhere."""
+    y, pull = jax.vjp(model.outputs, x)
+    return targets.nan_if_invalid(pull(targets.select(jnp.ones_like(y)))[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -785,13 +496,6 @@ class _Targets:
             return heat
         valid = (self.target >= 0) & (self.target < self.classes)
         return jnp.where(jnp.expand_dims(valid, range(valid.ndim, heat.ndim)), heat, jnp.nan)
-
-
-def _targets(net: "Serial | _Function", params: Any, x: Array, target: Any) -> _Targets:
-    """Return the targets, checked before anything is computed."""
-    if isinstance(net, _Function):
-        return _check_targets(x, net.result_type(), target)
-    return _check_targets(x, jax.eval_shape(lambda: net.apply(params, x)), target)
 
 
 def _check_targets(x: Array, y: Any, target: Any) -> _Targets:
@@ -832,213 +536,6 @@ def _concrete(target: Any) -> np.ndarray:
     if not np.issubdtype(values.dtype, np.integer):
         raise bad_type("attribute", "target", "of an integer dtype", values.dtype)
     return values
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Functions
-
-
-def _model(net: Any, params: Any, x: Array) -> "Serial | _Function":
-    """Return a net as it is, and a function as it is traced for these parameters and this x."""
-    expect_model("attribute", net)
-    return net if isinstance(net, Serial) else _Function(net, trace_call("attribute", net, (params, x)))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Function:
-    """A function of parameters and x, traced for one call of `attribute`."""
-
-    fun: Callable[..., Any]
-    traced: Traced
-
-    @property
-    def x(self) -> Value:
-        """Return the input x, which is the last argument."""
-        return self.traced.program.inputs[-1]
-
-    def result_type(self) -> Any:
-        """Return the type of the function's result."""
-        return self.traced.result(
-            [jax.ShapeDtypeStruct(a.aval.shape, a.aval.dtype) for a in self.traced.program.outputs]
-        )
-
-    def outputs(self, x: Array, rules: Rules | None) -> Any:
-        """Return the function's result for another x."""
-        return self._evaluated(with_rules("attribute", self.traced.program, self._keyed(rules)), x)
-
-    def _evaluated(self, program: Program, x: Array) -> Any:
-        run = run_chains if any(isinstance(step.form, Chain) for step in program.operations()) else None
-        return self.traced.result(evaluate(program, (*self.traced.arrays[:-1], x), run))
-
-    def relevance(self, x: Array, rules: Any, select: Callable[[Array], Array]) -> Array:
-        """Return relevance, which starts as ``select(y)``."""
-        keyed = self._keyed(rules)
-        program = for_relevance(with_rules("attribute", self.traced.program, keyed), self.x, keyed)
-        y, pull = jax.vjp(functools.partial(self._evaluated, program), x)
-        return pull(select(y))[0]
-
-    def rescaled(self, params: Any, both: Array) -> tuple[Array, Any]:
-        """Return outputs and VJP of DeepLIFT for examples followed by references."""
-        doubled = _Function(self.fun, trace_call("attribute", self.fun, (params, both)))
-        program = for_rescale(doubled.traced.program, doubled.x)
-        return jax.vjp(functools.partial(doubled._evaluated, program), both)
-
-    def tap_names(self) -> list[str]:
-        """Return the names of all operations and taps."""
-        return list(self._tapped())
-
-    def channel(self, name: str) -> int:
-        """Return the dim of the channels in the value at a tap."""
-        value = self._tapped()[name]
-        return channel_dims(self.traced.program).get(value, len(value.shape) - 1)
-
-    def _tapped(self) -> dict[str, Value]:
-        program = self.traced.program
-        taps = {name: step.outputs[0] for step in program.steps if (name := _tap_name(step)) is not None}
-        return {step.name: step.output for step in program.operations() if step.tapped} | taps
-
-    def _keyed(self, rules: Any) -> Any:
-        """Return rules whose keys are those of `jaxcnn.explicit`, with the keys of composites as op names."""
-        if not isinstance(rules, Mapping):
-            check_function_rules("attribute", rules)
-            return rules
-        keyed: dict[Any, Any] = {}
-        for key, rule in rules.items():
-            if isinstance(key, First):
-                names = [step.name for step in self._dependent() if step.form.kind in ops_of(*key.kinds)]
-                keyed |= dict.fromkeys(names[:1], rule)
-            else:
-                keyed.setdefault(OfOps(ops_of(key.kind)) if isinstance(key, IfThere) else key, rule)
-        check_function_rules("attribute", keyed)
-        return keyed
-
-    def _dependent(self) -> list[Operation]:
-        """Return the operations that depend on x, in order."""
-        program = self.traced.program.without_checkpoints()
-        data = program.dependents([self.x])
-        return [step for step in program.steps if isinstance(step, Operation) and reads(step, data)]
-
-
-def _tap_name(step: Any) -> str | None:
-    return None if isinstance(step, Operation) else tapped_name(step.eqn)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Custom layers and nets
-
-
-def _check_custom_relevance(net: Serial, params: Params, x: Array, rules: Mapping[Any, Rule]) -> None:
-    """Raise ValueError for a layer through which relevance would pass by the gradient, entirely or in part."""
-    for name, layer in (("the net", net), *net.walk()):
-        if callable(join := getattr(layer, "join", None)):
-            raise bad_value("attribute", f"{name}: join", "'concatenate' or 'add' for relevance", repr(join))
-        if isinstance(layer, Serial) and is_custom(layer):
-            expected = "a net without a custom apply, because no rule divides the sums and products in it"
-            raise bad_value("attribute", name, expected, type(layer).__name__)
-
-    def check(name: str, layer: Layer, params: Params, x: Array) -> None:
-        if rule_for(rules, name, layer) in (None, autodiff):
-            return
-        back = _input_delta(lambda x, params: layer.apply(params, x, rule=_stop))
-        if _dependencies(back, x, params)[-1]:
-            expected = "a composition of ops that receive its rule"
-            got = f"{type(layer).__name__}, whose output depends on x in another way"
-            raise bad_value("attribute", f"apply of {name}", expected, got)
-
-    _check_custom_layers(net, params, x, check)
-
-
-def _check_custom_rescale(net: Serial, params: Params, x: Array) -> None:
-    """Raise ValueError for a layer whose slope, outside the ops that get `rescale`, is not constant."""
-    rules = _with_names(net, _constant)
-
-    def check(name: str, layer: Layer, params: Params, x: Array) -> None:
-        if isinstance(layer, Serial):
-            options: dict[str, Any] = {"rules": Selection(rules, f"{name}/") if name else rules}
-        else:
-            options = {"rule": _constant}
-        back = _input_delta(lambda x, params: layer.apply(params, x, **options))
-        if _dependencies(back, x, params)[0]:
-            expected = "linear outside of the ops that receive its rule"
-            got = f"{type(layer).__name__}, whose slope depends on x"
-            raise bad_value("attribute", f"apply of {name or 'the net'}", expected, got)
-
-    _check_custom_layers(net, params, x, check)
-
-
-def _check_custom_layers(
-    net: Serial, params: Params, x: Array, check: Callable[[str, Layer, Params, Array], None]
-) -> None:
-    """Run ``check(name, layer, params, x)`` for each custom layer and net, without computing anything."""
-    if any(map(is_custom, (net, *(layer for _, layer in net.walk())))):
-        jax.eval_shape(lambda: _with_check(net, check).apply(params, x))
-
-
-def _with_check(layer: Layer, check: Callable[..., None], name: str = "") -> Layer:
-    """Return the layer with `_CheckedLayer` around each custom layer."""
-    if is_custom(layer):
-        return _CheckedLayer(layer, check, name)
-    if not isinstance(layer, Serial):
-        return layer
-    path = f"{name}/" if name else ""
-    net = copy.copy(layer)  # of a subclass with any __init__
-    layers = tuple((inner, _with_check(each, check, f"{path}{inner}")) for inner, each in layer.layers)
-    object.__setattr__(net, "layers", layers)
-    return net
-
-
-@dataclasses.dataclass(frozen=True)
-class _CheckedLayer(Layer):
-    """A layer that is checked before it is applied."""
-
-    layer: Layer
-    check: Callable[..., None]
-    full_name: str
-
-    def apply(self, params: Params, x: Array, *, key: Array | None = None, rule: Rule | None = None) -> Array:
-        self.check(self.full_name, self.layer, params, x)
-        return self.layer.apply(params, x)
-
-
-def _input_delta(f: Callable[[Array, Params], Array]) -> Callable[..., Array]:
-    """Return δ of x as a function of x, of the parameters and of a factor of δ."""
-
-    def back(x: Array, params: Params, factor: Array) -> Array:
-        y, pull = jax.vjp(lambda x: f(x, params), x)
-        if not jnp.issubdtype(y.dtype, jnp.floating):
-            return x * factor  # there is no slope: depend on everything
-        return pull(factor.astype(y.dtype) * jnp.ones_like(y))[0]
-
-    return back
-
-
-def _dependencies(back: Callable[..., Array], x: Array, params: Params) -> tuple[bool, bool]:
-    """Whether δ of x, by `_input_delta`, depends on x, and whether it depends on δ of the output."""
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), (x, params))
-    jaxpr = jax.make_jaxpr(back)(*shapes, jax.ShapeDtypeStruct((), x.dtype)).jaxpr
-    _, used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    return used[0], used[-1]
-
-
-def _stop(call: Call, delta: Array) -> tuple[Any, ...]:
-    """Send nothing to x; other inputs get a value, which is detected if they depend on x."""
-    n = _data_inputs(call)
-    return (*(None,) * n, *(_broadcast_like(a, delta.sum()) for a in call.inputs[n:]))
-
-
-def _constant(call: Call, delta: Array) -> tuple[Any, ...]:
-    """Send a number that does not depend on x; other inputs get one that does, which is detected."""
-    n = _data_inputs(call)
-    return (*(_broadcast_like(a, delta.sum()) for a in call.inputs[:n]), *call.inputs[n:])
-
-
-def _data_inputs(call: Call) -> int:
-    """Return the number of leading inputs that are not parameters."""
-    return 2 if call.name == "add" else 1
-
-
-def _broadcast_like(a: Any, number: Array) -> Any:
-    return None if a is None else jnp.broadcast_to(number, a.shape)
 
 
 def _check_batch(x: Any) -> Array:

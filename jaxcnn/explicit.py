@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from jaxcnn.arguments import expect_function
 from jaxcnn.taps import collecting
 from jaxcnn.tracing.evaluate import evaluate
-from jaxcnn.tracing.replace import Rules, check_rules, with_rules
+from jaxcnn.tracing.replace import Rules, check_fits, check_rules, with_rules
 from jaxcnn.tracing.table import Operations, table_of
 from jaxcnn.tracing.trace import trace_call
 
@@ -64,7 +64,7 @@ def explicit(fun: F, *, rules: Rules | None = None) -> F:
     @functools.wraps(fun)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         traced = trace_call("explicit", fun, args, kwargs, inline=collecting())
-        program = with_rules("explicit", traced.program, rules)
+        program = check_fits(with_rules("explicit", traced.program, rules))
         return traced.result(evaluate(program, traced.arrays))
 
     return wrapped  # type: ignore[return-value]

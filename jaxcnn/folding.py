@@ -22,6 +22,7 @@ from jaxcnn.branches import Branches, is_branches
 from jaxcnn.geometry import PADDING_MODES
 from jaxcnn.layers import BatchNorm, ConvTranspose, DepthwiseConv, Layer, Params
 from jaxcnn.net import Serial, expect_net, in_a_row, is_custom, layers_of
+from jaxcnn.ops.normalization import scale_and_shift
 
 #: Layers into which the next batch norm can be folded, and the previous one.
 _ABSORBS_NEXT = layers_of("affine")
@@ -127,11 +128,8 @@ def _check_statistics(name: str, params: Params) -> None:
 
 
 def _scale_and_shift(norm: Any, params: Params) -> tuple[Array, Array]:
-    """Return a = γ/√(v + ε) and c = β − a·m."""
-    a = 1 / jnp.sqrt(params["var"] + norm.eps)
-    a = a if params.get("scale") is None else a * params["scale"]
-    c = -a * params["mean"]
-    return a, c if params.get("bias") is None else c + params["bias"]
+    """Return a and c of y = a·x + c."""
+    return scale_and_shift(norm.eps, params.get("scale"), params.get("bias"), params["mean"], params["var"])
 
 
 def _fold_next(layer: Any, params: Params, a: Array, c: Array) -> Params:

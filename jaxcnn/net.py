@@ -195,14 +195,15 @@ class Serial(Net):
         if isinstance(x, tuple) and isinstance(layer, OpLayer | Flatten) and not is_custom(layer):
             raise bad_type(path, "x", "one array", f"a tuple of {len(x)}")
         layer_key = None if key is None else jax.random.fold_in(key, i)
-        if isinstance(layer, Serial):
-            return tap(path, layer.apply(layer_params, x, key=layer_key, rules=selection.inside(name)))
-        try:
-            y = layer.apply(layer_params, x, key=layer_key, rule=selection.rule_for(name, layer))
-        except KeyError as error:
-            expected, got = f"a dict with the key {error.args[0]!r}", f"one with the keys {list(layer_params)}"
-            raise bad_value(path, "params", expected, got) from None
-        return tap(path, y)
+        with jax.named_scope(name):
+            if isinstance(layer, Serial):
+                return tap(path, layer.apply(layer_params, x, key=layer_key, rules=selection.inside(name)))
+            try:
+                y = layer.apply(layer_params, x, key=layer_key, rule=selection.rule_for(name, layer))
+            except KeyError as error:
+                expected, got = f"a dict with the key {error.args[0]!r}", f"one with the keys {list(layer_params)}"
+                raise bad_value(path, "params", expected, got) from None
+            return tap(path, y)
 
     def flops(self, shape: Shape, out: tuple[int, ...]) -> int:
         """Return the total FLOPs of all layers.

@@ -13,9 +13,8 @@ from jaxcnn.ops.kinds import kind_of
 from jaxcnn.ops.rule import Rule, autodiff
 from jaxcnn.rules.relevance import Epsilon, pass_through, rescale
 from jaxcnn.tracing.affine import Chain, chained, is_move, scales
-from jaxcnn.tracing.library import LibraryForm
 from jaxcnn.tracing.program import Atom, Equation, Operation, Program, Step, Value
-from jaxcnn.tracing.replace import Rules, check_fits, rule_of
+from jaxcnn.tracing.replace import Rules, check_operation, rule_of
 
 #: Kinds of ops whose exact rule propagates relevance.
 _NEED_NO_RULE = ("max", "dropout")
@@ -44,13 +43,13 @@ def for_relevance(program: Program, x: Value, rules: Rules | None) -> Program:
     for step in program.steps:
         if reads(step, data) and isinstance(step, Equation) and not (is_move(step, data) or scales(step, data)):
             raise _refused(step, "relevance")
-    program = chained(program, data, keeps=lambda operation: _own_rule(operation) is not None)
+    program = chained(program, data, keeps=lambda operation: operation.rule is not None)
     steps = []
     for step in program.steps:
         if isinstance(step, Operation) and reads(step, data):
             _check_weights(step, data)
             step = dataclasses.replace(step, rule=_relevance_rule(step, rules))
-            check_fits(step, _call)
+            check_operation(step, _call)
         steps.append(step)
     return dataclasses.replace(program, steps=tuple(steps))
 
@@ -76,7 +75,7 @@ def for_rescale(program: Program, x: Value) -> Program:
             if isinstance(step, Operation):
                 _check_weights(step, data)
                 step = dataclasses.replace(step, rule=rescale)
-                check_fits(step)
+                check_operation(step)
             elif not (is_move(step, data) or scales(step, data) or _is_linear(step, data)):
                 raise _refused(step, "DeepLIFT")
         steps.append(step)
@@ -117,26 +116,19 @@ def _check_weights(operation: Operation, data: set[Value]) -> None:
         raise bad_value("attribute", "net", expected, f"{operation.form.kind} at {operation.name}")
 
 
-def _own_rule(operation: Operation) -> Rule | None:
-    """Return the rule that ``rules=`` or the call of the op itself has for an operation."""
-    if operation.rule is None and isinstance(operation.form, LibraryForm):
-        rule: Rule | None = operation.form.marked.rule
-        return rule
-    return operation.rule
-
-
 def _relevance_rule(operation: Operation, rules: Rules | None) -> Rule | None:
-    form, rule = operation.form, _own_rule(operation)
-    by_key = rule_of(rules, operation) if isinstance(rules, Mapping) else None
+    form, rule = operation.form, operation.rule
+    if rule is None and isinstance(rules, Mapping):
+        rule = rule_of(rules, operation)
     if isinstance(form, Chain) and form.head is None:  # its first step may be a sum, with a rule for sums of branches
-        return (by_key or Epsilon()) if form.shifts else pass_through
-    rule = by_key if rule is None else rule
+        return (rule or Epsilon()) if form.shifts else pass_through
     if rule in (None, autodiff):
         if form.kind == "batch_norm":
             return Epsilon()
         if kind_of(form.kind) not in _NEED_NO_RULE and form.kind != "relu":
             expected = "given for each op whose gradient is not a relevance"
-            raise bad_value("attribute", "rules", expected, f"none for {operation.name}, a {form.kind}")
+            a = "an" if form.kind[0] in "aeiou" else "a"
+            raise bad_value("attribute", "rules", expected, f"none for {operation.name}, {a} {form.kind}")
     return rule
 
 

@@ -78,10 +78,12 @@ def as_equations() -> Iterator[None]:
 class _Recorder:
     """Writes taps into the jaxpr of the function that is traced."""
 
-    def observe(self, name: str, x: ArrayLike) -> Array:
+    def observe(self, name: str, x: Any) -> Any:
         """Return ``x`` with the name of the tap."""
         if not isinstance(name, str):
             raise bad_type("tap", "name", "a str", repr(name))
+        if isinstance(x, tuple):  # of a layer with several outputs
+            return x
         return checkpoint_name(jnp.asarray(x), f"{_PREFIX}{name}")
 
 

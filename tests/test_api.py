@@ -39,11 +39,12 @@ IMPORTS = {
     "lax": {"tracing"},
     "backprop": {"arguments", "explicit", "net", "taps"},
     "propagation": {"arguments", "ops", "rules", "tracing"},
-    "folding": {"arguments", "branches", "geometry", "layers", "net"},
+    "folding": {"arguments", "branches", "geometry", "layers", "net", "ops"},
+    "traced_model": {"arguments", "net", "ops", "propagation", "selection", "taps", "tracing"},
+    "composites": {"layers", "net", "ops", "rules", "selection"},
     # kernels: the dtype of sums
     "attribution": {
-        "arguments", "geometry", "kernels", "ops", "rules", "layers", "net", "backprop", "folding", "propagation",
-        "selection", "taps", "tracing",
+        "arguments", "composites", "geometry", "kernels", "net", "ops", "selection", "taps", "traced_model",
     },
     # kernels: per-example products, which no op has
     "per_example": {"arguments", "geometry", "kernels", "ops", "layers", "net", "taps", "tracing"},

@@ -551,8 +551,8 @@ REFUSED = [
     (ValueError, "attribute: target must be an int or 3 of them, one for each example, got shape (2,)",
      {"target": np.zeros(2, int)}),
     (ValueError, f"attribute: method must be one of {LISTED}, got 'saliency'", {"method": "saliency"}),
-    (ValueError, "attribute: layer must be the name of a layer, got 'hidden_layer3'; the nearest are hidden_layer2, "
-     "hidden_layer1, dense1", {"method": "grad_cam", "layer": "hidden_layer3"}),
+    (ValueError, "attribute: layer must be the name of a layer, operation or tap, got 'hidden_layer3'; the nearest are "
+     "hidden_layer2, hidden_layer1, dense1", {"method": "grad_cam", "layer": "hidden_layer3"}),
     (ValueError, "attribute: layer must be one whose output is (N, *spatial, C), got 'dense1' with output (3, 5)",
      {"method": "grad_cam", "layer": "dense1"}),
     (ValueError, "attribute: steps must be an int >= 1, got 0", {"method": "integrated_gradients", "steps": 0}),
@@ -606,26 +606,30 @@ def test_refused_arguments(error, message, options):
         attribute(net, params, x, **{"target": 2, **options})
 
 
-NO_STATISTICS = "params must be those of jaxcnn.calibrate, with mean and var, got bias, scale"
-NO_RULE = "attribute: rules must be given for each layer whose gradient is not a relevance, got none for"
+NO_STATISTICS = (
+    "batch_norm: mean and var must be given for rule {}, because statistics of the batch mix examples (see "
+    "jaxcnn.calibrate), got neither"
+)
+NO_RULE = "attribute: rules must be given for each op whose gradient is not a relevance, got none for"
+COMPOSED = "attribute: net must be a composition of ops with a rule for"
 AFFINE = "conv, depthwise_conv, conv_transpose, dense"
 UNFIT = [
     # message, layers before a Dense, rules, method
-    (f"fold_batch_norm: batch_norm1: {NO_STATISTICS}", (Conv(2, 3), BatchNorm(), Flatten()),
+    (f"batch_norm1: {NO_STATISTICS.format(Epsilon())}", (Conv(2, 3), BatchNorm(), Flatten()),
      attribution.epsilon_plus(), "relevance"),
-    (f"fold_batch_norm: residual1/norm: {NO_STATISTICS}", (residual(BatchNorm(name="norm")), Flatten()),
+    (f"residual1/norm: {NO_STATISTICS.format(Epsilon())}", (residual(BatchNorm(name="norm")), Flatten()),
      attribution.epsilon_plus(), "relevance"),
-    ("batch_norm1: batch_norm: mean and var must be given for rule rescale, because statistics of the batch mix "
-     "examples (see jaxcnn.calibrate), got neither", (Conv(2, 3), BatchNorm(), Flatten()), None, "deep_lift"),
-    (f"{NO_RULE} layer_norm1, a LayerNorm", (LayerNorm(), Flatten()), attribution.epsilon_plus(), "relevance"),
-    (f"{NO_RULE} inner/norm, a GroupNorm", (serial(GroupNorm(groups=1, name="norm"), name="inner"), Flatten()),
+    (f"batch_norm1: {NO_STATISTICS.format('rescale')}", (Conv(2, 3), BatchNorm(), Flatten()), None, "deep_lift"),
+    (f"{NO_RULE} layer_norm1, a layer_norm", (LayerNorm(), Flatten()), attribution.epsilon_plus(), "relevance"),
+    (f"{NO_RULE} inner/norm, a group_norm", (serial(GroupNorm(groups=1, name="norm"), name="inner"), Flatten()),
      attribution.epsilon_plus(), "relevance"),
-    (f"{NO_RULE} the sum of residual1, a Residual", (residual(Conv(3, 1)), Flatten()),
+    (f"{NO_RULE} residual1, an add", (residual(Conv(3, 1)), Flatten()),
      {Conv: ZPlus(), Dense: Epsilon()}, "relevance"),
-    (f"{NO_RULE} square1, a Square", (Square(), Flatten()), attribution.epsilon_plus(), "relevance"),
+    (f"{COMPOSED} relevance, got mul at square1, which depends on x", (Square(), Flatten()),
+     attribution.epsilon_plus(), "relevance"),
     ("conv2: conv: rule must be one that fits conv, got guided_relu, which fits relu, hidden_layer",
      (Conv(2, 3), Conv(2, 3), Flatten()), {"conv2": rules.guided_relu}, "gradient"),
-    (f"Residual: add: rule must be one that fits add, got ZPlus(stabilizer=1e-06), which fits {AFFINE}, hidden_layer; "
+    (f"residual1: add: rule must be one that fits add, got ZPlus(stabilizer=1e-06), which fits {AFFINE}, hidden_layer; "
      "Epsilon and Flat fit add", (residual(Relu()), Flatten()), {Residual: ZPlus(), Dense: Epsilon()}, "relevance"),
 ]  # fmt: skip
 
@@ -643,7 +647,7 @@ def test_a_net_that_is_a_residual_needs_a_rule_for_its_sum():
     net = residual(Dense(3, bias=False))
     params = net.init(jax.random.key(0), (3,))
     x = np.random.default_rng(0).standard_normal((2, 3)).astype(np.float32)
-    with pytest.raises(ValueError, match=f"^{re.escape(NO_RULE)} the sum of the net, a Residual$"):
+    with pytest.raises(ValueError, match=f"^{re.escape(NO_RULE)} add1, an add$"):
         attribute(net, params, x, 1, rules={Dense: Epsilon(1e-14)})
     heat = attribute(net, params, x, 1, rules={Dense: Epsilon(1e-14), jaxcnn.Residual: Epsilon(1e-14)})
     np.testing.assert_allclose(heat.sum(1), net.apply(params, x)[:, 1], rtol=1e-4)
@@ -655,19 +659,19 @@ def test_a_norm_passes_relevance_on(key):
     params = net.init(jax.random.key(0), (6,))
     x = np.random.default_rng(0).standard_normal((3, 6)).astype(np.float32)
     params = jaxcnn.calibrate(net, params, [(x, None)])
-    seen = []
-
-    def seeing(call, delta):
-        seen.append((delta, pass_through(call, delta)))
-        return seen[-1][1]
-
-    attribute(net, params, x, 2, rules={key: seeing, **attribution.epsilon_plus()})
-    ((delta, (of_x, *others)),) = seen
-    np.testing.assert_array_equal(of_x, delta)
-    assert others == [None] * len(others)
-    # Equal to the folded net, in which the name refers to no layer.
+    # R of the last two layers' input is R of the first layer's output.
+    z = serial(Dense(4), BatchNorm()).apply(params, x)
+    r = attribute(serial(Relu(), Dense(5)), {"dense1": params["dense2"]}, z, 2, rules=attribution.epsilon_plus())
+    dense = functools.partial(jaxcnn.dense, w=params["dense1"]["weight"], b=params["dense1"]["bias"], rule=Epsilon())
+    (expected,) = jax.vjp(dense, x)[1](r)
+    heat = attribute(net, params, x, 2, rules={key: pass_through, **attribution.epsilon_plus()})
+    np.testing.assert_allclose(heat, expected, rtol=1e-4, atol=1e-6)
+    # A batch norm without a rule is part of the layer before it.
+    folded, of_folded = jaxcnn.fold_batch_norm(net, params)
     named = attribute(net, params, x, 2, rules={"batch_norm1": None, **attribution.epsilon_plus()})
     np.testing.assert_array_equal(named, attribute(net, params, x, 2, rules=attribution.epsilon_plus()))
+    expected = attribute(folded, of_folded, x, 2, rules=attribution.epsilon_plus())
+    np.testing.assert_allclose(named, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_a_batch_norm_that_has_a_rule_is_not_folded():
@@ -675,18 +679,21 @@ def test_a_batch_norm_that_has_a_rule_is_not_folded():
     net = serial(Relu(), BatchNorm(), Relu(), Flatten(), Dense(5))
     params, x = drawn(net)
     params = jaxcnn.calibrate(net, params, [(x, None)])
-    seen = []
 
-    def seeing(call, delta):
-        seen.append(call.name)
-        return (delta, *(None,) * (len(call.inputs) - 1))
+    def seeing(ops):
+        def rule(call, delta):
+            ops.add(call.name)
+            return (delta, *(None,) * (len(call.inputs) - 1))
+
+        return rule
 
     others = {Dense: Epsilon(), Relu: pass_through}
     run = functools.partial(attribute, net, params, x, 2)
-    assert not np.allclose(run(rules={BatchNorm: seeing, **others}), run(rules=others))
-    by_name, by_type = (run(rules={key: seeing, **others}) for key in ("batch_norm1", BatchNorm))
+    seen = {"batch_norm1": set(), BatchNorm: set()}
+    by_name, by_type = (run(rules={key: seeing(ops), **others}) for key, ops in seen.items())
+    assert not np.allclose(by_type, run(rules=others))
     np.testing.assert_array_equal(by_name, by_type)
-    assert seen == ["batch_norm"] * 3
+    assert list(seen.values()) == [{"batch_norm"}] * 2
     np.testing.assert_array_equal(run(rules=others), run(rules={BatchNorm: Epsilon(), **others}))
 
 
@@ -803,6 +810,15 @@ ENDING = (("flatten1", Flatten()), ("dense1", Dense(5)))
 PROJECTED = jaxcnn.Serial((("conv1", Conv(2, 3)), ("block1", Projected(INNER)), *ENDING))
 RECTIFIED = jaxcnn.Serial((("conv1", Conv(2, 3)), ("block1", RectifiedProjected(INNER)), *ENDING))
 
+#: Nets with layers of others, all of whose steps DeepLIFT has rules for.
+SEEN_THROUGH = {
+    "a linear shortcut": PROJECTED,
+    "and a ReLU": RECTIFIED,
+    "a ReLU at the end": RectifiedEnd(ENDING),
+    "products without a rule": serial(Flatten(), Bottleneck(ruled=(False, False)), Relu(), Dense(5)),
+    "tanh between them": serial(Flatten(), Bottleneck(between=jnp.tanh), Dense(5)),
+}
+
 
 def in_plain_jax(params, x, *, rectified=False, shift=0.0):
     """Compute `PROJECTED` in stock JAX, with a shift after the block's convolution."""
@@ -832,12 +848,38 @@ def test_gradients_and_grad_cam_inside_a_net_with_its_own_apply(net):
     np.testing.assert_allclose(heat, (a * delta.mean((1, 2), keepdims=True)).sum(-1), **CLOSE)
 
 
-def test_deep_lift_through_a_linear_shortcut_sums_to_the_difference():
-    for net in (PROJECTED, serial(Flatten(), Bottleneck(ruled=(False, False)), Relu(), Dense(5))):
-        params, x = drawn(net)
-        rise = np.asarray(net.apply(params, x) - net.apply(params, 0 * x + 0.3))
-        heat = heatmap(net, method="deep_lift", reference=0.3)
-        np.testing.assert_allclose(heat.sum((1, 2, 3)), rise[range(3), TARGET], rtol=1e-9)
+@pytest.mark.parametrize("net", SEEN_THROUGH)
+def test_deep_lift_through_layers_of_others_sums_to_the_difference(net):
+    net = SEEN_THROUGH[net]
+    params, x = drawn(net)
+    rise = np.asarray(compiled(net.apply)(params, x) - compiled(net.apply)(params, 0 * x + 0.3))
+    heat = heatmap(net, method="deep_lift", reference=0.3)
+    np.testing.assert_allclose(heat.sum((1, 2, 3)), rise[range(3), TARGET], rtol=1e-9)
+
+
+@pytest.mark.parametrize("net", [PROJECTED, RECTIFIED], ids=["linear shortcut", "and a ReLU"])
+def test_composites_see_the_ops_in_a_net_with_its_own_apply(net):
+    """A composite has rules for its sum and for the convolution of its shortcut, as in any function."""
+    params, x = drawn(net)
+    plain = functools.partial(in_plain_jax, rectified=net is RECTIFIED)
+    composite = attribution.epsilon_plus()
+    expected = compiled(functools.partial(attribute, lambda p, x: plain(p, x)[0], rules=composite))(params, x, TARGET)
+    np.testing.assert_allclose(heatmap(net, rules=composite), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_relu_without_a_rule_at_the_end_of_a_net_with_its_own_apply():
+    params, x = drawn(RectifiedEnd(ENDING))
+    plain = serial(Flatten(), Dense(5), Relu())
+    expected = attribute(plain, params, x, TARGET, rules={Dense: Epsilon()})
+    np.testing.assert_array_equal(attribute(RectifiedEnd(ENDING), params, x, TARGET, rules=EVERY), expected)
+
+
+def test_grad_cam_of_a_layer_that_a_net_calls_itself():
+    """Without the tap of `apply_layer`, its op has the name of the net, its kind and a count."""
+    twice, plain = (jaxcnn.Serial((("block1", kind((("conv1", Conv(3, 1)),))), *ENDING)) for kind in (Twice, Residual))
+    params, x = drawn(plain)
+    run = functools.partial(attribute, method="grad_cam", layer="block1/conv1", relu=False)
+    np.testing.assert_allclose(run(twice, params, x, TARGET), run(plain, params, x, TARGET), **CLOSE)
 
 
 def test_relevance_through_a_layer_with_nested_parameters():
@@ -859,43 +901,30 @@ def replaced(layer, apply):
     return layer
 
 
-SLOPE = "must be linear outside of the ops that receive its rule, got"
-COMPOSITION = "must be a composition of ops that receive its rule, got"
-OTHER_WAY = "whose output depends on x in another way"
-IN_SEQUENCE = "must be a net without a custom apply, because no rule divides the sums and products in it, got"
 EVERY = {jaxcnn.Layer: Epsilon()}
 SQUARE = serial(Square(), Flatten(), Dense(5))
+INNER_SQUARE = serial(serial(Square(), name="inner"), Flatten(), Dense(5))
+UNRULED = serial(Flatten(), Bottleneck(ruled=(False, False)), Dense(5))
+TWISTED = type("Twisted", (Relu,), {"apply": Square.apply})(name="relu1")
+AT_RELU = "got mul at relu1, which depends on x"
 REFUSED_CUSTOM = [
-    (f"attribute: apply of block1 {SLOPE} RectifiedProjected, whose slope depends on x", RECTIFIED,
-     {"method": "deep_lift"}),
-    (f"attribute: apply of square1 {SLOPE} Square, whose slope depends on x", SQUARE, {"method": "deep_lift"}),
-    (f"attribute: apply of inner/square1 {SLOPE} Square, whose slope depends on x",
-     serial(serial(Square(), name="inner"), Flatten(), Dense(5)), {"method": "deep_lift"}),
-    (f"attribute: apply of bottleneck1 {SLOPE} Bottleneck, whose slope depends on x",
-     serial(Flatten(), Bottleneck(between=jnp.tanh), Dense(5)), {"method": "deep_lift"}),
-    (f"attribute: apply of the net {SLOPE} RectifiedEnd, whose slope depends on x", RectifiedEnd(ENDING),
-     {"method": "deep_lift"}),
-    (f"attribute: block1 {IN_SEQUENCE} Projected", PROJECTED, {"rules": attribution.epsilon_plus()}),
-    (f"attribute: block1 {IN_SEQUENCE} Projected", PROJECTED, {"rules": {"block1": Epsilon(), **EVERY}}),
-    (f"attribute: the net {IN_SEQUENCE} RectifiedEnd", RectifiedEnd(ENDING), {"rules": EVERY}),
-    (f"attribute: apply of square1 {COMPOSITION} Square, {OTHER_WAY}", SQUARE, {"rules": EVERY}),
-    (f"attribute: apply of bottleneck1 {COMPOSITION} Bottleneck, {OTHER_WAY}",
-     serial(Flatten(), Bottleneck(ruled=(False, False)), Dense(5)), {"rules": EVERY}),
-    (f"{NO_RULE} the sum of residual1, a Residual", serial(residual(Conv(3, 1)), Flatten(), Dense(5)),
-     {"rules": Epsilon()}),
-    (f"{NO_RULE} relu1, a Twisted",
-     serial(type("Twisted", (Relu,), {"apply": Square.apply})(name="relu1"), Flatten(), Dense(5)),
-     {"rules": {Dense: Epsilon()}}),
+    (f"{COMPOSED} DeepLIFT, got mul at square1, which depends on x", SQUARE, {"method": "deep_lift"}),
+    (f"{COMPOSED} DeepLIFT, got mul at inner/square1, which depends on x", INNER_SQUARE, {"method": "deep_lift"}),
+    (f"{COMPOSED} relevance, got mul at square1, which depends on x", SQUARE, {"rules": EVERY}),
+    # ops that receive no rule
+    (f"{NO_RULE} block1/conv2, a conv", PROJECTED, {"rules": {Conv: ZPlus(), Dense: Epsilon()}}),
+    (f"{NO_RULE} block1/conv1, a conv", PROJECTED, {"rules": {"block1": None, **attribution.epsilon_plus()}}),
+    (f"{NO_RULE} bottleneck1/dense1, a dense", UNRULED, {"rules": EVERY}),
+    (f"{NO_RULE} conv1, a conv", PROJECTED, {"rules": {"conv1": None, **attribution.epsilon_plus()}}),
+    (f"{NO_RULE} conv1, a conv", PROJECTED,
+     {"rules": {lambda name, layer: name == "conv1": None, **attribution.epsilon_plus()}}),
+    (f"{NO_RULE} residual1, an add", serial(residual(Conv(3, 1)), Flatten(), Dense(5)), {"rules": Epsilon()}),
+    (f"{NO_RULE} dense1, a dense", serial(Flatten(), Dense(5)), {"rules": rules.autodiff}),
+    (f"{COMPOSED} relevance, {AT_RELU}", serial(TWISTED, Flatten(), Dense(5)), {"rules": {Dense: Epsilon()}}),
     # an apply of an instance
-    (f"{NO_RULE} relu1, a Relu", serial(replaced(Relu(), Square.apply), Flatten(), Dense(5)),
-     {"rules": {Dense: Epsilon()}}),
-    (f"attribute: apply of relu1 {COMPOSITION} Relu, {OTHER_WAY}",
-     serial(replaced(Relu(), Square.apply), Flatten(), Dense(5)), {"rules": EVERY}),
-    (f"attribute: apply of relu1 {SLOPE} Relu, whose slope depends on x",
-     serial(replaced(Relu(), Square.apply), Flatten(), Dense(5)), {"method": "deep_lift"}),
-    ("attribute: layer must be one that Serial.apply runs and whose output has a floating dtype, got 'block1/conv1'",
-     jaxcnn.Serial((("block1", Twice((("conv1", Conv(3, 1)),))), *ENDING)),
-     {"method": "grad_cam", "layer": "block1/conv1"}),
+    (f"{COMPOSED} relevance, {AT_RELU}", serial(replaced(Relu(), Square.apply), Flatten(), Dense(5)), {"rules": EVERY}),
+    (f"{COMPOSED} DeepLIFT, {AT_RELU}", serial(replaced(Relu(), Square.apply), Flatten(), Dense(5)),
+     {"method": "deep_lift"}),
 ]  # fmt: skip
 
 

@@ -403,6 +403,19 @@ def test_a_chain_of_affine_steps_is_one_affine_op(fun):
     np.testing.assert_allclose(attribute(fun, P, x, TARGET, rules=composite), expected, **CLOSE)
 
 
+def test_a_batch_norm_over_another_dim_is_no_part_of_the_convolution():
+    """The channels of the convolution are the second dim; those of the batch norm are the last one."""
+    statistics = {"m": random(6, seed=6), "v": random(6, seed=7) ** 2}
+
+    def fun(p, x):
+        y = conv(jnp.moveaxis(x, -1, 1), jnp.transpose(p["w"], (3, 2, 0, 1)), "NCHW")
+        return jaxcnn.batch_norm(y, p["a"], p["c"], p["m"], p["v"]).mean((2, 3)) @ p["out"]
+
+    x, composite = images()[:, :6, :6], attribution.epsilon_plus()
+    expected = attribute(fun, P | statistics, x, 2, rules={jaxcnn.batch_norm: Epsilon(), **composite})
+    np.testing.assert_allclose(attribute(fun, P | statistics, x, 2, rules=composite), expected, **CLOSE)
+
+
 def test_other_affine_steps_have_the_epsilon_rule():
     """Without a convolution before it, y = a ∘ x + c divides R by the shares of a ∘ x and c; a scale passes R on."""
 
@@ -529,7 +542,7 @@ REFUSED = [
      scaled, {"method": "gradient", "rules": {jaxcnn.Relu: rules.guided_relu}}),
     ("conv1: conv: rule must be one that fits conv, got guided_relu", scaled,
      {"method": "gradient", "rules": {"conv1": rules.guided_relu}}),
-    ("attribute: layer must be the name of an operation or tap, got 'conv2'; the nearest are conv1, ", scaled,
+    ("attribute: layer must be the name of a layer, operation or tap, got 'conv2'; the nearest are conv1, ", scaled,
      {"method": "grad_cam", "layer": "conv2"}),
     ("attribute: layer must be one whose output is (N, *spatial, C), got 'dense1' with output (3, 5)", scaled,
      {"method": "grad_cam", "layer": "dense1"}),

@@ -466,7 +466,7 @@ def test_relevance_of_a_composite_is_conserved(name):
 
 def test_the_sum_of_branches_needs_a_rule():
     net, params, x = drawn("added")
-    message = "none for the sum of branches1, a Branches"
+    message = "none for branches1/add1, an add"
     with pytest.raises(ValueError, match=message):
         attributed(net, params, x, rules={Conv: Epsilon(), Dense: Epsilon()})
     by_kind, by_residual = (
@@ -533,24 +533,20 @@ def test_other_methods_are_those_of_any_function():
 REFUSED = {
     # name: (net, method, rules, message)
     "a function": (
-        serial(every_other_row, Flatten(), Dense(3)), "relevance", attribution.epsilon_plus(),
-        "rules must be given for each layer whose gradient is not a relevance, got none for every_other_row1,",
-    ),
-    "a function, one rule for all": (
-        serial(every_other_row, Flatten(), Dense(3)), "relevance", Epsilon(),
-        "apply of every_other_row1 must be a composition of ops that receive its rule, got Function",
+        serial(jnp.square, Flatten(), Dense(3)), "relevance", attribution.epsilon_plus(),
+        "net must be a composition of ops with a rule for relevance, got square at square1, which depends on x",
     ),
     "a function as join": (
         serial(branches(Conv(2, 1), Conv(2, 1), join=distance), Flatten(), Dense(3)), "relevance",
-        attribution.epsilon_plus(), "branches1: join must be 'concatenate' or 'add' for relevance, got <function dist",
+        attribution.epsilon_plus(), "net must be a composition of ops with a rule for relevance, got sub at branches1",
     ),
     "a function that is not linear": (
         serial(jnp.square, Flatten(), Dense(3)), "deep_lift", None,
-        "apply of square1 must be linear outside of the ops that receive its rule, got Function",
+        "net must be a composition of ops with a rule for DeepLIFT, got square at square1, which depends on x",
     ),
     "a join that is not linear": (
         serial(branches(Conv(2, 1), Conv(2, 1), join=distance), Flatten(), Dense(3)), "deep_lift", None,
-        "apply of branches1 must be linear outside of the ops that receive its rule, got Branches",
+        "net must be a composition of ops with a rule for DeepLIFT, got abs at branches1, which depends on x",
     ),
 }  # fmt: skip
 
@@ -570,6 +566,17 @@ def test_relevance_through_a_function_that_takes_the_rule():
     x = np.random.default_rng(0).standard_normal((4, *IMAGE))
     heat = attributed(net, params, x, rules=Epsilon(1e-14))
     np.testing.assert_allclose(heat.sum((1, 2, 3)), net.apply(params, x)[np.arange(4), TARGET], rtol=1e-7)
+
+
+@pytest.mark.parametrize("rules", [Epsilon(1e-14), attribution.epsilon_plus(epsilon=1e-14)], ids=["one", "composite"])
+def test_relevance_through_a_function_that_moves_elements(rules):
+    """It needs no rule: R of the rows that are not read is 0."""
+    net = serial(every_other_row, Flatten(), Dense(3, bias=False))
+    params = net.init(jax.random.key(0), IMAGE, jnp.float64)
+    x = np.random.default_rng(0).standard_normal((4, *IMAGE))
+    heat = attributed(net, params, x, rules=rules)
+    np.testing.assert_allclose(heat.sum((1, 2, 3)), net.apply(params, x)[np.arange(4), TARGET], rtol=1e-7)
+    assert not heat[:, 1::2].any()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

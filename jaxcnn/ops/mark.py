@@ -33,6 +33,8 @@ _PREFIX = "jaxcnn_op_"
 MAX_CALLS = 1 << 14
 _CALLS: dict[int, Marked] = {}
 _NUMBERS: dict[Marked, int] = {}
+#: The functions of the calls, so that equal calls are traced once.
+_FUNCTIONS: dict[int, Any] = {}
 _COUNT = itertools.count()
 _LOCK = threading.Lock()
 _LOCAL = threading.local()
@@ -61,15 +63,17 @@ def marking_ops() -> bool:
 def marked(core: Any, rule: Any, plain: Any, op: str, run: Callable[..., Any], static: Any, *inputs: Any) -> Any:
     """Return ``run(static, *inputs)``, as a call with a mark."""
     types = tuple(None if a is None else (a.shape, a.dtype) for a in inputs)
-    call = Marked(core, rule, plain, op, static, types)
-    number = _number_of(call)
+    number = _number_of(Marked(core, rule, plain, op, static, types))
+    jitted = _FUNCTIONS.get(number)
+    if jitted is None:
 
-    def function(*arrays: Any) -> Any:
-        given = iter(arrays)
-        return run(static, *(None if kind is None else next(given) for kind in types))
+        def function(*arrays: Any) -> Any:
+            given = iter(arrays)
+            return run(static, *(None if kind is None else next(given) for kind in types))
 
-    function.__name__ = f"{_PREFIX}{number}"
-    return jax.jit(function)(*(a for a in inputs if a is not None))
+        function.__name__ = f"{_PREFIX}{number}"
+        jitted = _FUNCTIONS[number] = jax.jit(function)
+    return jitted(*(a for a in inputs if a is not None))
 
 
 def _number_of(call: Marked) -> int:
@@ -79,7 +83,9 @@ def _number_of(call: Marked) -> int:
         _CALLS.pop(number, None)
         _CALLS[number] = call
         if len(_CALLS) > MAX_CALLS:
-            del _NUMBERS[_CALLS.pop(next(iter(_CALLS)))]
+            oldest = next(iter(_CALLS))
+            del _NUMBERS[_CALLS.pop(oldest)]
+            _FUNCTIONS.pop(oldest, None)
         return number
 
 
@@ -100,5 +106,9 @@ def marked_call(eqn: Any) -> Marked | None:
     if [(v.aval.shape, v.aval.dtype) for v in jaxpr.invars] != [kind for kind in call.types if kind is not None]:
         return None
     inner = jaxpr.eqns
-    whole = len(inner) == 1 and inner[0].primitive.name == "custom_vjp_call"
-    return call if whole and list(inner[0].invars) == list(jaxpr.invars) else None
+    if len(inner) != 1 or inner[0].primitive.name != "custom_vjp_call":
+        return None
+    count = len(inner[0].invars) - len(jaxpr.invars)  # of constants, such as the positions that an op gathers
+    constants, inputs = inner[0].invars[: max(count, 0)], inner[0].invars[max(count, 0) :]
+    whole = all(v in jaxpr.constvars for v in constants) and list(inputs) == list(jaxpr.invars)
+    return call if whole else None

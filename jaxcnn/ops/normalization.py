@@ -401,6 +401,14 @@ def _normalize_by_statistics_reference(
     return _scale_and_shift(norm, x_hat, scale, bias).astype(x.dtype)
 
 
+def scale_and_shift(eps: float, scale: Any, bias: Any, mean: Array, var: Array) -> tuple[Array, Array]:
+    """Return a = γ/√(v + ε) and c = β − a·m: with given statistics, batch norm is y = a·x + c."""
+    a = 1 / jnp.sqrt(var + eps)
+    a = a if scale is None else a * scale
+    c = -a * mean
+    return a, c if bias is None else c + bias
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks
 

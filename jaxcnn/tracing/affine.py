@@ -18,7 +18,7 @@ from jax import Array
 from jax.extend import core
 
 from jaxcnn.ops.kinds import kind_of
-from jaxcnn.ops.normalization import batch_norm
+from jaxcnn.ops.normalization import batch_norm, scale_and_shift
 from jaxcnn.ops.rule import Rule
 from jaxcnn.taps import collecting, tap
 from jaxcnn.tracing.convolution import ConvForm, TransposedForm
@@ -127,7 +127,9 @@ class Chain(Form):
             if step.primitive in _SAME:
                 continue
             if step.primitive == "batch_norm":
-                a_step, c_step = self._batch_norm(step, given)
+                form: Any = step.form  # type: ignore[union-attr]
+                norm = scale_and_shift(form.marked.static.eps, *form.prepare(None, *given)[1:])
+                a_step, c_step = (p.reshape(shape) for p in norm)
                 a, c = a * a_step, c * a_step + c_step
                 continue
             p: Any = self._reduced(given[0]) if given else None
@@ -140,13 +142,6 @@ class Chain(Form):
             else:
                 a, c = (a * p, c * p) if step.primitive == "mul" else (a / p, c / p)
         return a, c
-
-    def _batch_norm(self, step: Any, given: Sequence[Any]) -> tuple[Array, Array]:
-        """Return a and c of the library's batch norm."""
-        aval = step.inputs[0].aval
-        c, pull = jax.vjp(lambda x: step.form(None, x, *given), jnp.zeros(aval.shape, aval.dtype))
-        (a,) = pull(jnp.ones_like(c))
-        return self._reduced(a), self._reduced(c)
 
     def _reduced(self, p: Any) -> Any:
         """Return one number per channel of an array that is constant along all other dims."""
@@ -209,7 +204,7 @@ def run_chains(step: Step, inputs: Sequence[Any]) -> Sequence[Any]:
     return (tap(step.name, y) if step.tapped and collecting() else y,)
 
 
-def chained(program: Program, data: set[Value], keeps: Callable[[Operation], bool]) -> Program:
+def chained(program: Program, data: set[Value], keeps: Callable[[Any], bool]) -> Program:
     """Return the program with each chain of affine steps as one operation, whose form is a `Chain`.
 
     Args:
@@ -254,7 +249,7 @@ def _tail(
     data: set[Value],
     channel: int | None,
     varying: "_Varying",
-    keeps: Callable[[Operation], bool],
+    keeps: Callable[[Any], bool],
 ) -> list[tuple[Step, int]]:
     """Return the affine steps after a step, each of which is the only one that reads the one before."""
     tail = []
@@ -264,11 +259,11 @@ def _tail(
         same = isinstance(user, Equation) and user.primitive in _SAME and is_move(user, data)
         if not same and not scales(user, data):
             break
-        if isinstance(user, Operation) and user.primitive == "batch_norm" and (channel is None or keeps(user)):
-            break
         place = _place(user, data)
-        others = [a for i, a in enumerate(user.inputs) if i != place]
-        if channel is not None and user.primitive != "batch_norm" and any(varying(a) - {channel} for a in others):
+        if user.primitive == "batch_norm":  # of the library, whose channels are the last dim
+            if channel != len(value.shape) - 1 or keeps(user):
+                break
+        elif channel is not None and any(varying(a) - {channel} for i, a in enumerate(user.inputs) if i != place):
             break
         tail.append((user, place))
         (value,) = user.outputs

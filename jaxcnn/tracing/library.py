@@ -9,6 +9,7 @@ from typing import Any
 from jaxcnn.geometry import Correlation, Window
 from jaxcnn.ops import (
     activation,
+    adaptive,
     convolution,
     dropout,
     hidden,
@@ -23,7 +24,19 @@ from jaxcnn.ops.mark import Marked, marked_call
 from jaxcnn.ops.rule import Rule, apply_rule
 from jaxcnn.tracing.program import Equation, Form
 
-_MODULES = (activation, convolution, dropout, hidden, kronecker, linear, losses, normalization, pooling, signal)
+_MODULES = (
+    activation,
+    adaptive,
+    convolution,
+    dropout,
+    hidden,
+    kronecker,
+    linear,
+    losses,
+    normalization,
+    pooling,
+    signal,
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxcnn.tracing.activation import activations
 from jaxcnn.tracing.convolution import ConvForm, conv_form
 from jaxcnn.tracing.evaluate import call_form
-from jaxcnn.tracing.library import library_form
+from jaxcnn.tracing.library import LibraryForm, library_form
 from jaxcnn.tracing.linear import AddForm, DenseForm, dense_form
 from jaxcnn.tracing.names import named, tap_of
 from jaxcnn.tracing.pooling import PoolForm, counted, global_form, pool_form
@@ -75,7 +75,7 @@ def _recognized(program: Program, tapped: bool) -> Program:
 
 def _misfit(match: Match, output: Value) -> str | None:
     """Return why a form does not give the type that the function has, or None."""
-    if not match.form.replaces:
+    if not match.form.replaces or isinstance(match.form, LibraryForm):  # a call of the op itself has its type
         return None
     avals = [jax.ShapeDtypeStruct(a.aval.shape, a.aval.dtype) for a in match.inputs]
     try:

@@ -49,10 +49,10 @@ def with_rules(op: str, program: Program, rules: Rules | None) -> Program:
         rules: as in `jaxcnn.explicit`.
 
     Returns:
-        The program.
+        The program; `check_fits` has not seen it.
 
     Raises:
-        ValueError: if a key matches no operation, or a rule does not fit one that it is for.
+        ValueError: if a key matches no operation.
     """
     if rules is None:
         return program
@@ -61,10 +61,9 @@ def with_rules(op: str, program: Program, rules: Rules | None) -> Program:
         for key in rules:
             if not isinstance(key, OfOps) and not any(_matches(key, operation) for operation in operations):
                 raise bad_value(op, "a key of rules", "the name or op of an operation", _unknown(key, operations))
-    given = program.map(lambda operation: dataclasses.replace(operation, rule=rule_of(rules, operation)))
-    for operation in given.operations():
-        check_fits(operation)
-    return given
+    return program.map(
+        lambda operation: dataclasses.replace(operation, rule=rule_of(rules, operation) or operation.rule)
+    )
 
 
 def is_op(key: Any) -> bool:
@@ -101,8 +100,26 @@ def _listed(words: Iterable[str]) -> str:
     return ", ".join(words) or "none"
 
 
-def check_fits(operation: Operation, call: Callable[..., Any] = call_form) -> None:
-    """Apply a rule to types alone, so that its errors come before anything is computed, with the name in front.
+def check_fits(program: Program) -> Program:
+    """Return a program whose rules fit; their errors come before anything is computed, with the operation's name.
+
+    Args:
+        program: the program.
+
+    Returns:
+        The program.
+
+    Raises:
+        ValueError: if a rule does not fit.
+        TypeError: if an option of a rule has the wrong type.
+    """
+    for operation in program.operations():
+        check_operation(operation)
+    return program
+
+
+def check_operation(operation: Operation, call: Callable[..., Any] = call_form) -> None:
+    """Apply the rule of an operation to types alone.
 
     Args:
         operation: the operation.

@@ -319,6 +319,18 @@ def test_net_of_layers_has_the_names_of_its_layers():
     assert jaxcnn.operations(loss)(params, X).parameters == NET.summary((4, 4, 2)).parameters
 
 
+def test_a_net_with_adaptive_pooling_and_two_outputs():
+    """The layer returns a tuple, which its tap does not stack."""
+    net = jaxcnn.serial(jaxcnn.AdaptiveAvgPool(3), lambda x: (jaxcnn.relu(x), -x))
+    expected, found = net.apply({}, X), jaxcnn.explicit(net.apply, rules={"function1": rules.guided_relu})({}, X)
+    assert isinstance(found, tuple)
+    np.testing.assert_array_equal(found, expected)
+    rows = jaxcnn.operations(net.apply)({}, X).rows
+    assert [(row.name, row.op) for row in rows[:2]] == [
+        ("adaptive_avg_pool1", "adaptive_avg_pool"), ("function1", "relu")
+    ]  # fmt: skip
+
+
 def test_rules_of_a_net_of_layers():
     params = NET.init(jax.random.key(0), (4, 4, 2), jnp.float64)
 
