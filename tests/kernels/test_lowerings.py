@@ -143,7 +143,7 @@ def test_lowering(product, name):
     equals_definition()
 
 
-needs_library = pytest.mark.skipif(not library.is_enabled(), reason="needs `python -m jaxcnn.native build`")
+needs_library = pytest.mark.skipif(library.load() is None, reason="needs `python -m jaxcnn.native build`")
 
 
 @needs_library
@@ -176,8 +176,9 @@ def test_onednn(product):
 
 
 @needs_library
-def test_onednn_in_programs():
+def test_onednn_in_programs(monkeypatch):
     """It runs in a program for one CPU device, under `vmap` and in both orders of derivatives, but is not exported."""
+    monkeypatch.setenv(library.OPTION, "1")
     x, w, v = map(jnp.float32, numbers((4, 9, 8, 6), (3, 3, 6, 8), (3, 3, 6, 8)))
 
     def loss(x, w):
