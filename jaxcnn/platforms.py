@@ -38,12 +38,29 @@ class Implementation:
     x64: bool
     dtype_promotion: Any
     rank_promotion: Any
+    #: The function for programs that run in this process, on one CPU device.
+    native: Fixed | None = None
 
     def for_platforms(self, platforms: Sequence[str]) -> Callable[..., list[Array]]:
         """Return the function for some platforms; its result is a list."""
         others = dict(self.others)
         each = list(dict.fromkeys(others.get(platform, self.default) for platform in platforms))
         return functools.partial(self._run, each[0] if len(each) == 1 else self._anywhere)
+
+    def run_natively(self, *arrays: Array) -> list[Array]:
+        """Return the results of the native function as a list."""
+        assert self.native is not None
+        return self._run(self.native, *arrays)
+
+    def batched(self, dims: tuple[int | None, ...]) -> "Implementation":
+        """Return the functions under `jax.vmap` over ``dims`` of the arrays."""
+
+        def each(function: Fixed) -> Fixed:
+            return Fixed(_vmapped, (function, dims))
+
+        others = tuple((platform, each(function)) for platform, function in self.others)
+        native = None if self.native is None else each(self.native)
+        return dataclasses.replace(self, default=each(self.default), others=others, native=native)
 
     def anywhere(self, *arrays: Array) -> list[Array]:
         """Return the results of `jax.lax.platform_dependent` as a list."""
@@ -61,18 +78,24 @@ class Implementation:
             return jax.tree.leaves(function(*arrays))
 
 
-def platform_dependent(*arrays: Array, default: Fixed, **others: Fixed) -> Any:
+def _vmapped(function: Fixed, dims: tuple[int | None, ...], *arrays: Array) -> Any:
+    return jax.vmap(function, dims)(*arrays)
+
+
+def platform_dependent(*arrays: Array, default: Fixed, native: Fixed | None = None, **others: Fixed) -> Any:
     """Return the result of ``default``, or on the platforms in ``others`` that of their function.
 
     Args:
         *arrays: the arguments of these functions.
         default: a function that returns an array or a tuple of arrays.
+        native: a function that calls compiled code. It runs instead of the one for CPU in programs for one CPU device,
+            but not in exported ones.
         **others: functions with results of the same types, by platform: "cpu", "tpu", "cuda", "rocm".
 
     Returns:
         The result.
     """
-    if not others:
+    if not others and native is None:
         return default(*arrays)
     config: Any = jax.config
     implementation = Implementation(
@@ -82,6 +105,7 @@ def platform_dependent(*arrays: Array, default: Fixed, **others: Fixed) -> Any:
         config.jax_enable_x64,
         config.jax_numpy_dtype_promotion,
         config.jax_numpy_rank_promotion,
+        native,
     )
     results = PER_PLATFORM.bind(*arrays, implementation=implementation)
     return results[0] if len(results) == 1 else tuple(results)
@@ -113,11 +137,21 @@ def _abstract(*avals: Any, implementation: Implementation) -> list[Any]:
 
 def _lowered(ctx: Any, *arrays: Any, implementation: Implementation) -> Any:
     platforms = ctx.platforms or ctx.module_context.platforms
-    return mlir.lower_fun(implementation.for_platforms(platforms), multiple_results=True)(ctx, *arrays)
+    native = implementation.native is not None and tuple(platforms) == ("cpu",) and _runs_here(ctx.module_context)
+    function = implementation.run_natively if native else implementation.for_platforms(platforms)
+    return mlir.lower_fun(function, multiple_results=True)(ctx, *arrays)
+
+
+def _runs_here(module: Any) -> bool:
+    """Whether a program is lowered for one device of this process, not to be exported."""
+    return not module.lowering_parameters.for_export and getattr(module.axis_context, "num_devices", None) == 1
 
 
 def _batched(arrays: Sequence[Array], dims: Sequence[Any], *, implementation: Implementation) -> Any:
-    results = jax.vmap(implementation.anywhere, tuple(dims))(*arrays)
+    if implementation.native is None:
+        results = jax.vmap(implementation.anywhere, tuple(dims))(*arrays)
+    else:
+        results = PER_PLATFORM.bind(*arrays, implementation=implementation.batched(tuple(dims)))
     return results, [0] * len(results)
 
 

@@ -22,6 +22,8 @@ quickly()
 jax.config.update("jax_num_cpu_devices", 8)
 # On inputs this small PyTorch's threads would only compete with XLA's.
 torch.set_num_threads(1)
+# The tests check the kernels in JAX, whether or not the library of `jaxcnn.native` is built; its own tests turn it on.
+os.environ.setdefault("JAXCNN_NATIVE", "0")
 # The same examples every time, and no deadline, because the first compilation is slow.
 hypothesis.settings.register_profile("jaxcnn", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("jaxcnn")

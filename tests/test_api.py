@@ -21,7 +21,8 @@ IMPORTS = {
     "arguments": set(),
     "geometry": {"arguments"},
     "platforms": set(),
-    "kernels": {"geometry", "kernels", "platforms"},
+    "native": {"native"},
+    "kernels": {"geometry", "kernels", "native", "platforms"},
     "ops": {"arguments", "geometry", "kernels", "ops"},
     "rules": {"arguments", "geometry", "kernels", "ops", "rules"},  # kernels: for rules that route elements
     "caching": set(),

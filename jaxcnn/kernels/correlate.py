@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxcnn.geometry import Correlation
-from jaxcnn.kernels import unrolled, winograd
+from jaxcnn.kernels import onednn, unrolled, winograd
+from jaxcnn.kernels.dtypes import wider
 from jaxcnn.kernels.lowering import (
     Lowering,
     all_threads_pay,
@@ -43,8 +44,9 @@ def correlate(c: Correlation, x: Array, w: Array) -> Array:
     """Correlate ``x`` with ``w``; the result is ``(N, *out, O)``, in ``c.dtype``."""
     if x.size == 0 or w.size == 0:
         return jnp.zeros((x.shape[0], *c.window.out, w.shape[-1]), c.dtype)
-    gpu = choose_correlate_on_gpu(c, x, w)
-    run = functools.partial(run_lowering, CORRELATE, choose_correlate(c, x, w), c, dtype=c.dtype, cuda=gpu, rocm=gpu)
+    cpu, gpu = choose_correlate(c, x, w), choose_correlate_on_gpu(c, x, w)
+    native = onednn.choose_native("correlate", cpu, c, x.shape, w.shape[-1], wider(x.dtype, w.dtype, c.dtype))
+    run = functools.partial(run_lowering, CORRELATE, cpu, c, dtype=c.dtype, native=native, cuda=gpu, rocm=gpu)
     image_dims = unsharded_image_dims(c)
     return run_whole(run, (x, w), (image_dims, unsharded_kernel_dims(c)), image_dims)
 
@@ -136,4 +138,5 @@ CORRELATE: dict[str, Lowering] = {
     "unrolled": unrolled.correlate,
     "by_depth": _by_depth,
     "by_group": _by_group,
+    "onednn": onednn.correlate,
 }

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxcnn.geometry import Correlation, Window
-from jaxcnn.kernels import correlate, unrolled, winograd
+from jaxcnn.kernels import correlate, onednn, unrolled, winograd
 from jaxcnn.kernels.dtypes import wider
 from jaxcnn.kernels.lowering import (
     DIVIDED_BY_XLA,
@@ -52,10 +52,12 @@ PRODUCTS_BLOCK_BYTES = 1 << 23
 def input_grad(c: Correlation, y: Array, w: Array) -> Array:
     """Apply the adjoint of `correlate` in x; the result is ``(N, *shape, I)``, in the promoted dtype."""
     dtype = wider(y.dtype, w.dtype)
+    image = (y.shape[0], *c.window.shape, w.shape[-2] * c.groups)
     if y.size == 0 or w.size == 0:
-        return jnp.zeros((y.shape[0], *c.window.shape, w.shape[-2] * c.groups), dtype)
-    gpu = choose_input_grad_on_gpu(c, y, w)
-    run = functools.partial(run_lowering, INPUT_GRAD, choose_input_grad(c, y, w), c, dtype=dtype, cuda=gpu, rocm=gpu)
+        return jnp.zeros(image, dtype)
+    cpu, gpu = choose_input_grad(c, y, w), choose_input_grad_on_gpu(c, y, w)
+    native = onednn.choose_native("input_grad", cpu, c, image, w.shape[-1], dtype)
+    run = functools.partial(run_lowering, INPUT_GRAD, cpu, c, dtype=dtype, native=native, cuda=gpu, rocm=gpu)
     image_dims = unsharded_image_dims(c)
     return run_whole(run, (y, w), (image_dims, unsharded_kernel_dims(c)), image_dims)
 
@@ -315,4 +317,5 @@ INPUT_GRAD: dict[str, Lowering] = {
     "unrolled": unrolled.input_grad,
     "by_depth": _by_depth,
     "by_group": _by_group,
+    "onednn": onednn.input_grad,
 }

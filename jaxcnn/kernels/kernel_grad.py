@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxcnn.geometry import Correlation, Window
-from jaxcnn.kernels import unrolled, winograd
+from jaxcnn.kernels import onednn, unrolled, winograd
 from jaxcnn.kernels.dtypes import wider
 from jaxcnn.kernels.lowering import (
     MAX_SLICES,
@@ -69,10 +69,9 @@ def kernel_grad(c: Correlation, x: Array, y: Array) -> Array:
     if mesh is not None and (x.shape[0] == 1 or (c.groups > 1 and len(mesh.axis_names) > 1)):
         run = functools.partial(run_lowering, {"xla": _one_product}, "xla", c, dtype=dtype)
     else:
-        gpu = choose_kernel_grad_on_gpu(c)
-        run = functools.partial(
-            run_lowering, KERNEL_GRAD, choose_kernel_grad(c, x, y), c, dtype=dtype, cuda=gpu, rocm=gpu
-        )
+        cpu, gpu = choose_kernel_grad(c, x, y), choose_kernel_grad_on_gpu(c)
+        native = onednn.choose_native("kernel_grad", cpu, c, x.shape, y.shape[-1], dtype)
+        run = functools.partial(run_lowering, KERNEL_GRAD, cpu, c, dtype=dtype, native=native, cuda=gpu, rocm=gpu)
     return run_whole(run, (x, y), (unsharded_image_dims(c),) * 2, unsharded_kernel_dims(c))
 
 
@@ -299,4 +298,5 @@ KERNEL_GRAD: dict[str, Lowering] = {
     "by_depth": _by_depth,
     "by_group": _by_group,
     "joined": _joined,
+    "onednn": onednn.kernel_grad,
 }

@@ -62,11 +62,13 @@ def run_lowering(
     a: Array,
     b: Array,
     dtype: np.dtype,
+    native: str | None = None,
     **accelerators: str,
 ) -> Array:
     """Run lowering ``cpu`` on CPU, those of ``accelerators`` ("tpu", "cuda", "rocm") there, and "xla" elsewhere.
 
-    On CPU, 16-bit floats accumulate in float32. Other platforms do so in hardware, except in sums that are written out.
+    Programs for one CPU device run lowering ``native``, if there is one. On CPU, 16-bit floats accumulate in float32.
+    Other platforms do so in hardware, except in sums that are written out.
     """
     wide = wider(a.dtype, b.dtype, dtype)
     sums = accumulator(wide)
@@ -79,7 +81,8 @@ def run_lowering(
     }
     if cpu != "xla" or wide != sums:
         others["cpu"] = Fixed(_run, (table[cpu], c, sums, dtype))
-    return platform_dependent(a, b, default=elsewhere, **others)
+    compiled = None if native is None else Fixed(_run, (table[native], c, sums, dtype))
+    return platform_dependent(a, b, default=elsewhere, native=compiled, **others)
 
 
 def _run(lowering: Lowering, c: Correlation, wide: np.dtype, dtype: np.dtype, a: Array, b: Array) -> Array:

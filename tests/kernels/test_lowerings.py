@@ -3,6 +3,7 @@
 The definitions are the NumPy loops of `tests/oracles.py`.
 """
 
+import collections
 import dataclasses
 import functools
 import re
@@ -17,7 +18,18 @@ from jax import lax
 
 import jaxcnn
 from jaxcnn.geometry import Correlation, Window
-from jaxcnn.kernels import correlate, input_grad, kernel_grad, lowering, reductions, unrolled, windows, winograd
+from jaxcnn.kernels import (
+    correlate,
+    input_grad,
+    kernel_grad,
+    lowering,
+    onednn,
+    reductions,
+    unrolled,
+    windows,
+    winograd,
+)
+from jaxcnn.native import library
 from tests import oracles
 from tests.cases import CASES, compiled, covering, normal, optimized, ties, with_cotangents
 from tests.checks import drawn
@@ -32,7 +44,7 @@ PRODUCTS = {
         oracles.kernel_grad,
     ),
 }
-LOWERINGS = [(product, name) for product, (table, *_) in PRODUCTS.items() for name in table]
+LOWERINGS = [(product, name) for product, (table, *_) in PRODUCTS.items() for name in table if name != "onednn"]
 
 #: Geometries for which a lowering is intended; `lowering.applies` decides.
 MADE_FOR = {
@@ -66,10 +78,10 @@ def drawn_windows(draw, sizes=(2, 3, 1), strides=(2, 1, 3), pads=(1, 0, 2, 4), d
 
 
 @st.composite
-def drawn_correlations(draw, groups=(2, 3, 1), inputs=(2, 1), **of_window):
+def drawn_correlations(draw, groups=(2, 3, 1), inputs=(2, 1), outputs=(2, 3, 1), **of_window):
     """Draw the static arguments and the shapes of x, w and y; batches of 0 to 2."""
     win = draw(drawn_windows(**of_window))
-    g, i, o, n = (draw(st.sampled_from(choices)) for choices in (groups, inputs, (2, 3, 1), BATCHES))
+    g, i, o, n = (draw(st.sampled_from(choices)) for choices in (groups, inputs, outputs, BATCHES))
     c = Correlation(win, g, np.dtype(np.float64))
     return c, (n, *win.shape, g * i), (*win.size, i, g * o), (n, *win.out, g * o)
 
@@ -129,6 +141,72 @@ def test_lowering(product, name):
         assert_lowering(product, name, drawn)
 
     equals_definition()
+
+
+needs_library = pytest.mark.skipif(library.load() is None, reason="needs `python -m jaxcnn.native build`")
+
+
+@needs_library
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_onednn(product):
+    """oneDNN equals the definition in float32 wherever it has a kernel; batches of 1 to 5 leave pieces of two sizes."""
+    table, _, _, definition = PRODUCTS[product]
+    kernels = collections.Counter()
+    like_layers = drawn_correlations((1, 2), (16, 3, 1), (16, 24), sizes=(3, 5, 1), pads=(1, 0), dims=(2,))
+
+    @settings(max_examples=12)
+    @given(several(drawn_correlations(), 4), several(like_layers, 8), st.sampled_from((3, 5, 2, 1)))
+    def equals_definition(drawn, drawn_layers, batch):
+        calls, expected = [], []
+        for c, *shapes in drawn + drawn_layers:
+            c = dataclasses.replace(c, dtype=np.dtype(np.float32))
+            (_, *x), w, (_, *y) = shapes
+            a, b = operands(product, *numbers((batch, *x), w, (batch, *y)))
+            if kernel := onednn.implementation(product, c, (batch, *x), w[-1]):
+                kernels[kernel] += 1
+                calls.append((functools.partial(table["onednn"], c), a.astype(np.float32), b.astype(np.float32)))
+                expected.append(definition(c, a, b))
+        for y, of_definition in zip(results(calls) if calls else [], expected, strict=True):
+            assert y.shape == of_definition.shape
+            np.testing.assert_allclose(y, of_definition, rtol=1e-4, atol=1e-5)
+
+    equals_definition()
+    assert kernels.total() > 100
+    assert sum(n for kernel, n in kernels.items() if not any(slow in kernel for slow in onednn.SLOW)) > 4, kernels
+
+
+@needs_library
+def test_onednn_in_programs(monkeypatch):
+    """It runs in a program for one CPU device, under `vmap` and in both orders of derivatives, but is not exported."""
+    monkeypatch.setenv(library.OPTION, "1")
+    x, w, v = map(jnp.float32, numbers((4, 9, 8, 6), (3, 3, 6, 8), (3, 3, 6, 8)))
+
+    def loss(x, w):
+        return (jaxcnn.conv(x, w, stride=2, padding=1) ** 3).mean()
+
+    def reference(x, w):
+        y = lax.conv_general_dilated(x, w, (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return (y**3).mean()
+
+    def functions(loss):
+        grads = jax.grad(loss, (0, 1))
+        return {
+            "grad": lambda: grads(x, w),
+            "grad of grad": lambda: jax.grad(lambda w: (grads(x, w)[1] * v).sum())(w),
+            "vmap of w": lambda: jax.vmap(grads, (None, 0))(x, jnp.stack([w, v])),
+            "vmap of x": lambda: jax.vmap(grads, (1, None))(jnp.stack([x, 2 * x], 1), w),
+            "vmap twice": lambda: jax.vmap(jax.vmap(grads), (None, 0))(jnp.stack([x, -x]), jnp.stack([w, v])[None]),
+        }
+
+    ours, theirs = functions(loss), functions(reference)
+    for name, f in ours.items():
+        lowered = jax.jit(f).lower()
+        assert library.TARGET in lowered.as_text(), name
+        for result, expected in zip(*map(jax.tree.leaves, (lowered.compile()(), jax.jit(theirs[name])())), strict=True):
+            np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5, err_msg=name)
+    exported = jax.export.export(jax.jit(jax.grad(loss)))(x, w)
+    assert library.TARGET not in exported.mlir_module()
+    np.testing.assert_allclose(exported.call(x, w), ours["grad"]()[0], rtol=1e-4, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

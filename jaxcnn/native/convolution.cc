@@ -1,0 +1,326 @@
+// The three products of a convolution layer in oneDNN, as custom calls of XLA.
+//
+// Arrays are channels-last: images (N, *spatial, I), kernels (*size, I/groups, O), results (N, *out, O), float32.
+// oneDNN reads images and results in place, and chooses the layout of kernels, which are copied.
+//
+// Threads: each call divides the batch into one piece per thread of XLA's pool. oneDNN computes a piece on the thread
+// that calls it. A second pool (OpenMP) would compete with XLA's for the cores.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "oneapi/dnnl/dnnl.hpp"
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+using dnnl::memory;
+using Array = ffi::Buffer<ffi::F32>;
+using Ints = ffi::Span<const int64_t>;
+
+enum class Product : int64_t { correlate, input_grad, kernel_grad };
+
+dnnl::engine& engine() {
+  static auto* engine = new dnnl::engine(dnnl::engine::kind::cpu, 0);
+  return *engine;
+}
+
+dnnl::stream& stream() {
+  static thread_local dnnl::stream stream(engine());
+  return stream;
+}
+
+// Runs oneDNN on the calling thread only, and restores the thread's OpenMP setting.
+class OneThread {
+ public:
+  OneThread() : before_(omp_get_max_threads()) { omp_set_num_threads(1); }
+  ~OneThread() { omp_set_num_threads(before_); }
+
+ private:
+  int before_;
+};
+
+// Memory of a thread that later calls use again, because new pages cost more than most kernels.
+class Buffer {
+ public:
+  ~Buffer() { std::free(data_); }
+
+  float* of_size(size_t bytes) {
+    if (bytes > size_) {
+      std::free(data_);
+      size_ = (bytes + 4095) / 4096 * 4096;
+      data_ = std::aligned_alloc(4096, size_);
+      if (data_ == nullptr) size_ = 0;
+      if (data_ == nullptr) throw std::bad_alloc();
+    }
+    return static_cast<float*>(data_);
+  }
+
+ private:
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+// The static part of a call; shapes have the batch as their first element.
+struct Call {
+  Product product;
+  Ints image, kernel, result;
+  Ints stride, low, high, dilation;
+  int64_t groups;
+
+  int64_t batch() const { return image[0]; }
+
+  std::vector<int64_t> key(int64_t batch) const {
+    std::vector<int64_t> key{static_cast<int64_t>(product), batch, groups};
+    for (Ints part : {image, result}) key.insert(key.end(), part.begin() + 1, part.end());
+    for (Ints part : {kernel, stride, low, high, dilation}) key.insert(key.end(), part.begin(), part.end());
+    return key;
+  }
+};
+
+int64_t elements_per_example(Ints shape) {
+  int64_t elements = 1;
+  for (size_t i = 1; i < shape.size(); i++) elements *= shape[i];
+  return elements;
+}
+
+memory::desc image_desc(int64_t batch, Ints shape) {
+  using Tag = memory::format_tag;
+  constexpr Tag layouts[] = {Tag::nwc, Tag::nhwc, Tag::ndhwc};
+  memory::dims dims{batch, shape.back()};
+  dims.insert(dims.end(), shape.begin() + 1, shape.end() - 1);
+  return memory::desc(dims, memory::data_type::f32, layouts[shape.size() - 3]);
+}
+
+// Dims (groups,) O, I, *size, and their strides in an array (*size, I, groups · O).
+std::pair<memory::dims, memory::dims> kernel_dims(const Call& call) {
+  const size_t ndim = call.kernel.size() - 2;
+  const int64_t inputs = call.kernel[ndim], outputs = call.kernel[ndim + 1], groups = call.groups;
+  memory::dims dims{outputs / groups, inputs}, strides{1, outputs};
+  int64_t stride = inputs * outputs;
+  memory::dims spatial(ndim);
+  for (size_t dim = ndim; dim-- > 0; stride *= call.kernel[dim]) spatial[dim] = stride;
+  dims.insert(dims.end(), call.kernel.begin(), call.kernel.begin() + ndim);
+  strides.insert(strides.end(), spatial.begin(), spatial.end());
+  if (groups > 1) {
+    dims.insert(dims.begin(), groups);
+    strides.insert(strides.begin(), outputs / groups);
+  }
+  return {dims, strides};
+}
+
+// A product for one batch size, compiled by oneDNN.
+struct Plan {
+  memory::desc image, kernel, result, scratchpad;
+  memory::desc plain_kernel;  // in XLA's layout
+  dnnl::primitive product, reorder;
+  bool reorders = false;
+  std::string implementation;  // oneDNN's name, such as "jit:avx2"
+
+  Plan(const Call& call, int64_t batch) {
+    auto [dims, strides] = kernel_dims(call);
+    const auto f32 = memory::data_type::f32;
+    image = image_desc(batch, call.image);
+    result = image_desc(batch, call.result);
+    plain_kernel = memory::desc(dims, f32, strides);
+    const memory::desc any(dims, f32, memory::format_tag::any);
+    auto list = [](Ints values) { return memory::dims(values.begin(), values.end()); };
+    const auto stride = list(call.stride), low = list(call.low), high = list(call.high);
+    auto dilation = list(call.dilation);
+    for (auto& d : dilation) d -= 1;
+    dnnl::primitive_attr attr;
+    attr.set_scratchpad_mode(dnnl::scratchpad_mode::user);
+
+    const auto direct = dnnl::algorithm::convolution_direct;
+    const dnnl::convolution_forward::primitive_desc forward(
+        engine(), dnnl::prop_kind::forward_training, direct, image, any, result, stride, dilation, low, high, attr);
+    switch (call.product) {
+      case Product::correlate:
+        kernel = forward.weights_desc();
+        scratchpad = forward.scratchpad_desc();
+        implementation = forward.impl_info_str();
+        product = dnnl::convolution_forward(forward);
+        break;
+      case Product::input_grad: {
+        const dnnl::convolution_backward_data::primitive_desc desc(
+            engine(), direct, image, any, result, stride, dilation, low, high, forward, attr);
+        kernel = desc.weights_desc();
+        scratchpad = desc.scratchpad_desc();
+        implementation = desc.impl_info_str();
+        product = dnnl::convolution_backward_data(desc);
+        break;
+      }
+      case Product::kernel_grad: {
+        const dnnl::convolution_backward_weights::primitive_desc desc(
+            engine(), direct, image, any, result, stride, dilation, low, high, forward, attr);
+        kernel = desc.diff_weights_desc();
+        scratchpad = desc.scratchpad_desc();
+        implementation = desc.impl_info_str();
+        product = dnnl::convolution_backward_weights(desc);
+        break;
+      }
+    }
+    reorders = kernel != plain_kernel;
+    if (reorders) {
+      const bool back = call.product == Product::kernel_grad;
+      const auto &from = back ? kernel : plain_kernel, &to = back ? plain_kernel : kernel;
+      reorder = dnnl::reorder(dnnl::reorder::primitive_desc(engine(), from, engine(), to));
+    }
+  }
+
+  // Runs the product on channels-last arrays; `kernels` is in XLA's layout.
+  void run(Product which, float* images, float* kernels, float* results) const {
+    static thread_local Buffer scratch, reordered;
+    const bool weights = which == Product::kernel_grad, data = which == Product::input_grad;
+    float* own = reorders ? reordered.of_size(kernel.get_size()) : kernels;
+    const memory plain(plain_kernel, engine(), kernels), chosen(kernel, engine(), own);
+    if (reorders && !weights) reorder.execute(stream(), {{DNNL_ARG_FROM, plain}, {DNNL_ARG_TO, chosen}});
+    product.execute(stream(), {
+        {data ? DNNL_ARG_DIFF_SRC : DNNL_ARG_SRC, memory(image, engine(), images)},
+        {weights ? DNNL_ARG_DIFF_WEIGHTS : DNNL_ARG_WEIGHTS, chosen},
+        {data || weights ? DNNL_ARG_DIFF_DST : DNNL_ARG_DST, memory(result, engine(), results)},
+        {DNNL_ARG_SCRATCHPAD, memory(scratchpad, engine(), scratch.of_size(scratchpad.get_size()))},
+    });
+    if (reorders && weights) reorder.execute(stream(), {{DNNL_ARG_FROM, chosen}, {DNNL_ARG_TO, plain}});
+    stream().wait();
+  }
+};
+
+// The plan of a call, made once per process.
+const Plan& plan_of(const Call& call, int64_t batch) {
+  static std::mutex mutex;
+  static auto* plans = new std::map<std::vector<int64_t>, std::unique_ptr<const Plan>>;
+  const auto key = call.key(batch);
+  std::lock_guard<std::mutex> lock(mutex);
+  auto& plan = (*plans)[key];
+  if (!plan) plan = std::make_unique<const Plan>(call, batch);
+  return *plan;
+}
+
+// Pieces of work. Any thread takes the next piece until none is left. The caller takes pieces as well and then waits
+// for started ones only, so a pool whose threads are all callers makes progress.
+class Pieces : public std::enable_shared_from_this<Pieces> {
+ public:
+  Pieces(int64_t count, std::function<void(int64_t)> run) : count_(count), run_(std::move(run)) {}
+
+  void run_on(ffi::ThreadPool& pool) {
+    for (int64_t i = 1; i < count_; i++) pool.Schedule([self = shared_from_this()] { self->take(); });
+    take();
+    std::unique_lock<std::mutex> lock(mutex_);
+    all_done_.wait(lock, [this] { return done_ == count_; });
+    if (!error_.empty()) throw std::runtime_error(error_);
+  }
+
+ private:
+  void take() {
+    for (int64_t i; (i = next_.fetch_add(1)) < count_;) {
+      std::string error;
+      try {
+        OneThread one_thread;
+        run_(i);
+      } catch (const std::exception& e) {
+        error = e.what();
+      }
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (!error.empty()) error_ = error;
+      if (++done_ == count_) all_done_.notify_all();
+    }
+  }
+
+  const int64_t count_;
+  const std::function<void(int64_t)> run_;  // called for pieces below count_ only, so its captures outlive the calls
+  std::atomic<int64_t> next_{0};
+  int64_t done_ = 0;
+  std::string error_;
+  std::mutex mutex_;
+  std::condition_variable all_done_;
+};
+
+void compute(ffi::ThreadPool& pool, const Call& call, float* image, float* kernel, float* result) {
+  static thread_local Buffer parts;
+  const bool sums = call.product == Product::kernel_grad;
+  const int64_t batch = call.batch(), threads = std::max<int64_t>(pool.num_threads(), 1);
+  const int64_t size = (batch + threads - 1) / threads, pieces = (batch + size - 1) / size;
+  const int64_t image_elements = elements_per_example(call.image), result_elements = elements_per_example(call.result);
+  int64_t elements = 1;
+  for (int64_t n : call.kernel) elements *= n;
+
+  // The gradient of the kernel is the sum over all pieces; the first one is computed in place.
+  float* others = sums ? parts.of_size((pieces - 1) * elements * sizeof(float)) : nullptr;
+  auto work = [&](int64_t i) {
+    const int64_t start = i * size, count = std::min(size, batch - start);
+    float* part = sums && i > 0 ? others + (i - 1) * elements : kernel;
+    plan_of(call, count).run(call.product, image + start * image_elements, part, result + start * result_elements);
+  };
+  std::make_shared<Pieces>(pieces, work)->run_on(pool);
+  for (int64_t i = 0; sums && i < pieces - 1; i++) {
+    for (int64_t j = 0; j < elements; j++) kernel[j] += others[i * elements + j];
+  }
+}
+
+// Argument and result are the two factors and the product, in the order of jaxcnn/kernels.
+ffi::Error run(ffi::ThreadPool pool, Array a, Array b, ffi::Result<Array> c, int64_t product, Ints stride, Ints low,
+               Ints high, Ints dilation, int64_t groups) {
+  const auto which = static_cast<Product>(product);
+  Array *image = &a, *kernel = &b, *result = &*c;
+  if (which == Product::input_grad) image = &*c, result = &a;
+  if (which == Product::kernel_grad) kernel = &*c, result = &b;
+  const Call call{which, image->dimensions(), kernel->dimensions(), result->dimensions(), stride, low, high,
+                  dilation, groups};
+  try {
+    compute(pool, call, image->typed_data(), kernel->typed_data(), result->typed_data());
+  } catch (const std::exception& e) {
+    return ffi::Error::Internal(std::string("jaxcnn.native: ") + e.what());
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+// Writes oneDNN's name of the kernel for a product, or an empty string if it has none.
+extern "C" void jaxcnn_implementation(int64_t product, int64_t ndim, const int64_t* image, const int64_t* kernel,
+                                      const int64_t* result, const int64_t* stride, const int64_t* low,
+                                      const int64_t* high, const int64_t* dilation, int64_t groups, char* name,
+                                      int64_t size) {
+  const size_t dims = static_cast<size_t>(ndim), all = dims + 2;
+  const Call call{static_cast<Product>(product), Ints(image, all), Ints(kernel, all), Ints(result, all),
+                  Ints(stride, dims), Ints(low, dims), Ints(high, dims), Ints(dilation, dims), groups};
+  std::string found;
+  try {
+    OneThread one_thread;
+    found = plan_of(call, call.batch()).implementation;
+  } catch (const std::exception&) {
+  }
+  std::strncpy(name, found.c_str(), size - 1);
+  name[size - 1] = 0;
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcnn_convolution, run,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Ret<Array>()
+                                  .Attr<int64_t>("product")
+                                  .Attr<Ints>("stride")
+                                  .Attr<Ints>("low")
+                                  .Attr<Ints>("high")
+                                  .Attr<Ints>("dilation")
+                                  .Attr<int64_t>("groups"));
