@@ -7,7 +7,7 @@ PY     := $(VENV)/bin/python
 PYTHON_COMPILED ?= python3.12
 PYTEST := $(PY) -m pytest -n auto --dist worksteal --durations=20
 
-.PHONY: help train lecture test test-ci test-full fuzz test-all coverage mutants lint types docs build smoke bench compiled check clean
+.PHONY: help train lecture test test-ci test-full fuzz test-all coverage mutants native lint types docs build smoke bench compiled check clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-10s %s\n", $$1, $$2}'
@@ -38,6 +38,9 @@ mutants: $(VENV)/experiments,test $(VENV)/zennit  ## mutation testing of ops/ an
 
 fuzz: $(VENV)/experiments,test  ## compare 10,000 drawn geometries with PyTorch; ARGS="--count 1000 --seed 1"
 	$(PY) -m tools.fuzz $(ARGS)
+
+native: $(VENV)/onednn  ## compile the convolutions in oneDNN, which the tests then check as well; needs a C++ compiler
+	$(PY) -m jaxcnn.native build
 
 lint: $(VENV)/all  ## ruff check and ruff format --check
 	$(VENV)/bin/ruff check .
