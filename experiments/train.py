@@ -66,7 +66,7 @@ class ModelOptions:
     """Option of the net."""
 
     model: str = "lecture"
-    """Net: lecture, mlp, lenet5, small (74,000 parameters), resnet (ResNet-18), resnet-gn (with group norm), vgg,
+    """Net: lecture, mlp, lenet5, small (79,000 parameters), resnet (ResNet-18), resnet-gn (with group norm), vgg,
     mobile, or module:function, which returns a net of jaxcnn, Flax or Equinox, or a pair (init, apply)."""
 
 

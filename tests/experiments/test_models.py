@@ -19,7 +19,7 @@ SHAPES = {
 }
 
 
-PARAMETERS = {"small": 74_194, "resnet": 11_172_810, "resnet-gn": 11_172_810, "vgg": 1_736_906, "mobile": 40_282}
+PARAMETERS = {"small": 79_426, "resnet": 11_172_810, "resnet-gn": 11_172_810, "vgg": 1_736_906, "mobile": 40_282}
 
 
 def test_every_model_has_its_shapes_or_its_size_here():
@@ -60,10 +60,10 @@ def test_one_logit_for_each_class(name, classes):
     np.testing.assert_allclose(net.apply(params, images[1:2]), logits[1:2], rtol=1e-4, atol=1e-5)
 
 
-def test_only_the_lecture_net_drops_out():
+def test_the_nets_that_drop_out():
     images = jnp.ones((2, 28, 28, 1), jnp.float32)
     dropping = {name for name, make in MODELS.items() for _, layer in make(10).walk() if isinstance(layer, Dropout)}
-    assert dropping == {"lecture", "vgg"}
+    assert dropping == {"lecture", "small", "vgg"}
     for name in SHAPES:
         net = MODELS[name](10)
         params = net.init(jax.random.key(0), (28, 28, 1))
