@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxcnn.tracing.activation import activations
@@ -57,7 +58,9 @@ def _recognized(program: Program, tapped: bool) -> Program:
     program = dataclasses.replace(program, steps=tuple(map(_with_bodies, program.steps)))
     operations: dict[Any, Operation] = {}
     reasons: dict[Equation, str] = {}
-    for match in _chosen([match for step in program.steps for match in _matches(program, step, reasons)]):
+    matches = [match for step in program.steps for match in _matches(program, step, reasons)]
+    data = _data(program)
+    for match in _chosen([match for match in matches if any(a in data for a in match.inputs if isinstance(a, Value))]):
         output = match.root.outputs[0]
         body = program.part(match.inputs, output)
         reason = "its value depends on more than its inputs" if body is None else _misfit(match, output)
@@ -71,6 +74,12 @@ def _recognized(program: Program, tapped: bool) -> Program:
         operations[match.root] = operation
     steps = [operations.get(step, step) for step in program.steps]
     return dataclasses.replace(program, steps=tuple(_alive(steps, program.outputs)), reasons=reasons)
+
+
+def _data(program: Program) -> set[Value]:
+    """Return the values that depend on a floating input or constant array, unlike random numbers and their bounds."""
+    arrays = (v for v in program.constants if v.shape)
+    return program.dependents(v for v in (*program.inputs, *arrays) if jnp.issubdtype(v.dtype, np.inexact))
 
 
 def _misfit(match: Match, output: Value) -> str | None:

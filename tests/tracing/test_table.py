@@ -60,6 +60,16 @@ def deep(ws, x):
     return x.sum()
 
 
+def test_random_numbers_are_not_operations():
+    """`jax.random.uniform` takes a maximum with its lower bound, and `truncated_normal` clips, but neither reads data."""
+
+    def fun(x, key):
+        noise = jax.random.truncated_normal(key, -1.0, 1.0, x.shape)
+        return jnp.where(jax.random.bernoulli(key, 0.5, x.shape), jax.nn.relu(x + noise) / 0.5, 0)
+
+    assert [row.op for row in jaxcnn.operations(fun)(random(2, 3), jax.random.key(0)).rows] == ["add", "relu"]
+
+
 def test_equal_calls_are_lowered_once():
     """The program of a deep net of equal layers has a fixed number of functions."""
     x, w = random(2, 6, 6, 4), random(3, 3, 4, 4)
