@@ -61,7 +61,7 @@ def deep(ws, x):
 
 
 def test_random_numbers_are_not_operations():
-    """`jax.random.uniform` takes a maximum with its lower bound, and `truncated_normal` clips, but neither reads data."""
+    """`jax.random.uniform` takes a maximum with its lower bound, and `truncated_normal` clips, without reading data."""
 
     def fun(x, key):
         noise = jax.random.truncated_normal(key, -1.0, 1.0, x.shape)
