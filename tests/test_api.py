@@ -219,7 +219,7 @@ def private_names(tree: ast.Module) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and is_private(node.attr):
             root = ast.unparse(node.value).split(".")[0]
-            if root in aliases:
+            if root in aliases and ast.unparse(node) != "os._exit":  # which is documented
                 yield ast.unparse(node)
 
 

@@ -43,7 +43,7 @@ print("jaxcnn", {VERSION!r}, "jax", jax.__version__, "trains:", round(losses[0],
 
 def wheel_holds_the_package_only(wheel: Path) -> None:
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "jaxcnn").rglob("*") if path.suffix == ".py"}
-    package.add("jaxcnn/py.typed")
+    package |= {"jaxcnn/py.typed", "jaxcnn/native/convolution.cc"}
     info = f"jaxcnn-{VERSION}.dist-info"
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if not name.startswith(f"{info}/")}

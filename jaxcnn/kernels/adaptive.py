@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 
 from jaxcnn.kernels.dtypes import to_accumulator
+from jaxcnn.kernels.reductions import largest
 from jaxcnn.kernels.shapes import expand_rank
 
 
@@ -57,8 +58,9 @@ def max_and_index(size: tuple[int, ...], x: Array) -> tuple[Array, Array]:
     y, index = x, jnp.broadcast_to(index, x.shape)
     for axis in reversed(range(1, x.ndim - 1)):
         rows, inside = _rows(y, axis, size[axis - 1])
-        y = rows.max(axis + 1)  # positions outside the bin repeat its last element
-        wins = expand_rank(inside, rows) & ((rows == jnp.expand_dims(y, axis + 1)) | (rows != rows))
+        best = largest((axis + 1,), rows)  # positions outside the bin repeat its last element
+        wins = expand_rank(inside, rows) & ((rows == best) | (rows != rows))
+        y = jnp.squeeze(best, axis + 1)
         first = jnp.expand_dims(jnp.argmax(wins, axis + 1), axis + 1)
         index = jnp.squeeze(jnp.take_along_axis(_rows(index, axis, size[axis - 1])[0], first, axis + 1), axis + 1)
     return y, index

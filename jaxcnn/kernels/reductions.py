@@ -11,6 +11,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from jaxcnn.kernels.shapes import is_symbolic
@@ -37,6 +38,39 @@ def sum_by_halves(dims: tuple[int, ...], x: Array) -> Array:
             first, second = lax.split(x, (x.shape[dim] // 2,) * 2, axis=dim)
             x = first + second
     return x.sum(dims)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def largest(dims: tuple[int, ...], x: Array) -> Array:
+    """Return the largest element over ``dims``, which stay with size 1; it is NaN if any element is.
+
+    XLA:CPU calls a library for the maximum of a large array, which drops NaN (jaxlib 0.10.2 and 0.12.0).
+    """
+    whole = mesh_of((x,)) is not None or any(is_symbolic(x.shape[dim]) for dim in dims)
+    return platform_dependent(
+        x, default=Fixed(_max, (dims,)), cpu=Fixed(_max_or_nan if whole else max_by_halves, (dims,))
+    )
+
+
+def _max(dims: tuple[int, ...], x: Array) -> Array:
+    return x.max(dims, keepdims=True)
+
+
+def _max_or_nan(dims: tuple[int, ...], x: Array) -> Array:
+    return jnp.where((x != x).any(dims, keepdims=True), jnp.asarray(np.nan, x.dtype), _max(dims, x))
+
+
+def max_by_halves(dims: tuple[int, ...], x: Array) -> Array:
+    """Return the largest element over ``dims``, by elementwise maxima of the halves of each dim."""
+    for dim in dims:
+        rest = []
+        while x.shape[dim] > 1:
+            half, odd = divmod(x.shape[dim], 2)
+            first, second, *last = lax.split(x, (half, half, *(1,) * odd), axis=dim)
+            x = lax.max(first, second)
+            rest += last
+        x = functools.reduce(lax.max, rest, x)
+    return x
 
 
 def sum_of_eights(x: Array, axis: int) -> Array:

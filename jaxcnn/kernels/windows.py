@@ -26,6 +26,7 @@ from jax import Array, lax
 
 from jaxcnn.geometry import Window
 from jaxcnn.kernels.dtypes import accumulator, to_accumulator
+from jaxcnn.kernels.reductions import largest
 from jaxcnn.kernels.shapes import expand_rank
 from jaxcnn.kernels.split import run_whole
 from jaxcnn.platforms import Fixed, platform_dependent
@@ -169,7 +170,7 @@ def _max_of_tiles(win: Window, x: Array) -> tuple[Array, Array]:
     """Reduce non-overlapping windows twice: to the largest element, then to the smallest number among its equals."""
     tiles = _as_tiles(win, x)
     within = tuple(range(2, 2 * win.ndim + 1, 2))
-    y = tiles.max(within, keepdims=True)
+    y = largest(within, tiles)
     dtype = winner_dtype(win)
     number = np.arange(win.entries, dtype=dtype).reshape(*(n for k in win.size for n in (1, k)), 1)
     winner = jnp.where((tiles == y) | (tiles != tiles), number, jnp.asarray(nothing(win))).min(within)
@@ -185,8 +186,9 @@ def _max_long(win: Window, x: Array) -> tuple[Array, Array]:
         axis = dim + 1
         at = np.arange(win.out[dim])[:, None] * win.stride[dim] + np.arange(win.size[dim]) * win.dilation[dim]
         rows = jnp.take(y, at, axis=axis)  # (…, out, size, …)
-        y = rows.max(axis + 1)
-        wins = (rows == jnp.expand_dims(y, axis + 1)) | (rows != rows)
+        best = largest((axis + 1,), rows)
+        wins = (rows == best) | (rows != rows)
+        y = jnp.squeeze(best, axis + 1)
         inside = win.inside(dim).reshape(win.out[dim], win.size[dim], *(1,) * (rows.ndim - axis - 2))
         first = jnp.expand_dims(lax.argmax(wins & expand_rank(inside, wins), axis + 1, np.int32), axis + 1)
         behind = jnp.take_along_axis(jnp.take(winner, at, axis=axis), first, axis + 1)

@@ -272,3 +272,32 @@ def test_large_kernels_under_transformations():
     mesh = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
     specs = (jax.P("batch"), jax.P()), jax.P("batch")
     check(compiled(jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=specs[::-1]))((x, w), delta))
+
+
+#: Windows that do not overlap, and their sizes by dim.
+LARGE_POOLS = {
+    "global_max_pool": (jaxcnn.global_max_pool, (24, 18)),
+    "max_pool": (lambda x: jaxcnn.max_pool(x, (2, 3)), (2, 3)),
+    "max_pool, long": (lambda x: jaxcnn.max_pool(x, (12, 9)), (12, 9)),
+    "max_pool_with_indices": (lambda x: jaxcnn.max_pool_with_indices(x, (6, 6))[0], (6, 6)),
+    "adaptive_max_pool": (lambda x: jaxcnn.adaptive_max_pool(x, (3, 2)), (8, 9)),
+}
+
+
+@pytest.mark.parametrize("name", LARGE_POOLS)
+def test_maxima_of_large_arrays_keep_nan(name):
+    """XLA:CPU's library for the maximum of a large array drops NaN."""
+    pool, (height, width) = LARGE_POOLS[name]
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((4, 24, 18, 32)).astype(np.float32)
+    x[rng.random(x.shape) < 0.01] = np.nan
+    x[rng.random(x.shape) < 0.01] = np.inf
+    expected = x.reshape(4, 24 // height, height, 18 // width, width, 32).max((2, 4))
+    y, pull = jax.vjp(compiled(pool), x)
+    np.testing.assert_array_equal(np.reshape(y, expected.shape), expected)
+    assert np.isnan(expected).any()
+    (delta,) = pull(jnp.ones_like(y))
+    chosen = np.where(
+        delta.reshape(4, 24 // height, height, 18 // width, width, 32) != 0, expected[:, :, None, :, None], 0
+    )
+    np.testing.assert_array_equal(chosen.sum((2, 4)), expected)  # one element of each window, which is the largest
