@@ -176,6 +176,24 @@ def test_onednn(product):
 
 
 @needs_library
+@pytest.mark.parametrize("groups", [1, 2, 16])
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_nan_reaches_no_further_in_onednn(product, groups):
+    """oneDNN skips the padding, so NaN does not reach results that would have the product of NaN and padding."""
+    table, *_ = PRODUCTS[product]
+    c = Correlation(Window((9, 8), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1)), groups, np.dtype(np.float32))
+    for spoilt in (0, 1):
+        pair = list(numbers(*operands(product, (3, 9, 8, 16), (3, 3, 16 // groups, 32), (3, 9, 8, 32))))
+        pair[spoilt].flat[pair[spoilt].size // 3] = np.nan
+        a, b = (a.astype(np.float32) for a in pair)
+        result, stock = (np.asarray(compiled(functools.partial(table[name], c))(a, b)) for name in ("onednn", "xla"))
+        independent = np.isfinite(stock)
+        assert 0 < independent.sum() < independent.size
+        assert not np.isfinite(result).all()
+        np.testing.assert_allclose(result[independent], stock[independent], rtol=1e-4, atol=1e-4)
+
+
+@needs_library
 def test_onednn_in_programs(monkeypatch):
     """It runs in a program for one CPU device, under `vmap` and in both orders of derivatives, but is not exported."""
     monkeypatch.setenv(library.OPTION, "1")
