@@ -18,7 +18,7 @@ train: $(VENV)/experiments  ## train on the embedded images; ARGS="--data fashio
 lecture: $(VENV)/experiments  ## run every statement of the lecture and write one page with figures
 	$(PY) -m experiments.lecture $(ARGS)
 
-test: $(VENV)/experiments,test $(VENV)/zennit  ## run a covering sample of the tests, about 8 minutes on 2 cores
+test: $(VENV)/experiments,test $(VENV)/zennit  ## run a covering sample of the tests, about 6 minutes on 2 cores
 	$(PYTEST) --quick $(ARGS)
 
 test-ci: $(VENV)/experiments,test $(VENV)/zennit  ## run the slow tests and a larger sample, as CI does

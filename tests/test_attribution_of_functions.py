@@ -323,8 +323,9 @@ def test_deep_lift_sums_to_the_difference(net):
     fun, params, _ = NETS[net](True)
     rise = np.asarray(jax.jit(lambda x: fun(params, x) - fun(params, 0 * x + 0.3))(images()))
     heat = heatmap(net, method="deep_lift", reference=0.3)
-    # The difference cancels digits, and Keras computes batch norms in float32.
-    np.testing.assert_allclose(heat.sum((1, 2, 3)), rise[range(3), TARGET], rtol={"linen": 1e-8, "keras": 1e-5}[net])
+    # Keras computes batch norms in float32, and the difference of two outputs near 1 cancels digits.
+    rtol, atol = {"linen": (1e-8, 0), "keras": (1e-5, 5e-7)}[net]
+    np.testing.assert_allclose(heat.sum((1, 2, 3)), rise[range(3), TARGET], rtol=rtol, atol=atol)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
