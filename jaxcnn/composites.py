@@ -155,7 +155,7 @@ def _for_sums(stabilizer: float) -> dict[Any, Rule]:
 
 
 def _for_types(types: tuple[type, ...], rule: Rule) -> dict[Any, Rule]:
-    """Return the rule for each of these layer types, none of which a net has to contain."""
+    """Return the rule for each of these layer types; a net need not contain them."""
     return dict.fromkeys(map(IfThere, types), rule)
 
 

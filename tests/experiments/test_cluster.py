@@ -24,7 +24,7 @@ def pod() -> dict:
 
 
 def programs(folder: Path, **programs: str) -> dict[str, str]:
-    """Write shell scripts that stand in for programs; return the environment that finds them first."""
+    """Write shell scripts in place of programs; return the environment that finds them first."""
     for name, text in programs.items():
         (folder / name).write_text(f"#!/bin/bash\n{text}\n")
         (folder / name).chmod(0o755)
