@@ -17,7 +17,7 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from experiments.dataset import Dataset, make_dataset
+from experiments.dataset import Dataset, check_labels, make_dataset
 from experiments.downloads import cache_folder, download
 from experiments.errors import DataError, bad_value
 
@@ -112,10 +112,7 @@ def _parse(version: Version, path: Path, contents: Mapping[str, bytes]) -> tuple
     """Return images (N, 32, 32, 3) and labels (N,), uint8."""
     for name, content in contents.items():
         labels = np.frombuffer(content, np.uint8)[version.label :: version.record]
-        if labels.max() >= version.classes:
-            first = int(np.argmax(labels >= version.classes))
-            expected, got = f"labels from 0 to {version.classes - 1}", f"{labels[first]} for image {first}"
-            raise bad_value(DataError, path / name, expected, got)
+        check_labels(path / name, labels, version.classes)
     records = np.frombuffer(b"".join(contents.values()), np.uint8).reshape(-1, version.record)
     images = records[:, version.labels :].reshape(-1, CHANNELS, SIDE, SIDE)
     return np.ascontiguousarray(np.moveaxis(images, 1, -1)), records[:, version.label].copy()

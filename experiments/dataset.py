@@ -4,9 +4,12 @@ import functools
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+
+from experiments.errors import DataError, bad_value
 
 Batch = tuple[Any, Any]
 """Images (B, H, W, C), uint8 or float32, and labels (B,) int32."""
@@ -106,6 +109,13 @@ def batches(images: Pixels, labels: np.ndarray, size: int) -> Iterator[Batch]:
     """Yield all examples in order, `size` at a time; the last batch may be smaller."""
     for start in range(0, len(images), size):
         yield np.asarray(images[start : start + size]), labels[start : start + size]
+
+
+def check_labels(path: Path, labels: np.ndarray, classes: int) -> None:
+    """Raise DataError for a label (N,), uint8, in a file that is not the number of a class."""
+    if labels.max() >= classes:
+        first = int(np.argmax(labels >= classes))
+        raise bad_value(DataError, path, f"labels from 0 to {classes - 1}", f"{labels[first]} for image {first}")
 
 
 def make_dataset(

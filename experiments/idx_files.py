@@ -17,7 +17,7 @@ from typing import BinaryIO, Literal, cast
 
 import numpy as np
 
-from experiments.dataset import Dataset, make_dataset
+from experiments.dataset import Dataset, check_labels, make_dataset
 from experiments.downloads import cache_folder, download
 from experiments.errors import DataError, bad_value
 
@@ -156,9 +156,7 @@ def _check_labels(path: Path, labels: np.ndarray, images_path: Path, images: np.
     """Raise DataError if images (N, H, W) and labels (N,), uint8, do not match."""
     if len(labels) != len(images):
         raise bad_value(DataError, path, f"{len(images)} labels, one for each image in {images_path}", len(labels))
-    if labels.max() >= classes:
-        first = int(np.argmax(labels >= classes))
-        raise bad_value(DataError, path, f"labels from 0 to {classes - 1}", f"{labels[first]} for image {first}")
+    check_labels(path, labels, classes)
 
 
 def fashion_mnist_sample(folder: Path | None = None) -> Dataset:

@@ -218,7 +218,7 @@ class PoissonBatches:
         padded = np.full(self._mechanism.capacity, PADDING, np.intp)
         padded[: len(sample)] = sample
         own = padded[self._part]
-        images, labels = np.array(self._images[own]), self._labels[own]
+        images, labels = np.asarray(self._images[own]), self._labels[own]
         images[own == PADDING], labels[own == PADDING] = 0, PADDING
         return images, labels
 

@@ -30,7 +30,7 @@ from jaxcnn.kernels import (
     winograd,
 )
 from jaxcnn.native import library
-from tests import oracles
+from tests import compilation, oracles
 from tests.cases import CASES, compiled, covering, normal, optimized, ties, with_cotangents
 from tests.checks import drawn
 
@@ -194,11 +194,10 @@ def test_nan_reaches_no_further_in_onednn(product, groups):
 
 
 @needs_library
+@compilation.none_is_small()
 def test_onednn_in_programs(monkeypatch):
     """It runs in a program for one CPU device, under `vmap` and in both orders of derivatives, but is not exported."""
     monkeypatch.setenv(library.OPTION, "1")
-    monkeypatch.setattr(lowering, "SMALL", 0)
-    jax.clear_caches()  # of choices for the same geometry
     x, w, v = map(jnp.float32, numbers((4, 9, 8, 6), (3, 3, 6, 8), (3, 3, 6, 8)))
 
     def loss(x, w):
@@ -227,7 +226,6 @@ def test_onednn_in_programs(monkeypatch):
     exported = jax.export.export(jax.jit(jax.grad(loss)))(x, w)
     assert library.TARGET not in exported.mlir_module()
     np.testing.assert_allclose(exported.call(x, w), ours["grad"]()[0], rtol=1e-4, atol=1e-5)
-    jax.clear_caches()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
