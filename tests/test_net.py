@@ -44,8 +44,9 @@ from jaxcnn import (
     residual,
     serial,
 )
-from jaxcnn.layers import OpLayer
+from jaxcnn.layers import OpLayer, glorot_uniform, he_normal, he_normal_transposed
 from tests.compare_torch import net_in_torch, numbers, pulled, random_delta, tensors
+from tests.compilation import with_optimizations
 
 LECTURE = serial(
     Conv(32, 5), Relu(), MaxPool(2), Conv(64, 5), Relu(), MaxPool(2), Flatten(), Dropout(0.5), Dense(10)
@@ -154,6 +155,22 @@ def test_initial_weights_preserve_the_scale_of_activations():
     assert np.std(params["conv1"]["weight"]) == pytest.approx(np.sqrt(2 / (5 * 5 * 16)), rel=0.03)
     assert np.std(params["dense1"]["weight"]) == pytest.approx(np.sqrt(2 / (fan_in + fan_out)), rel=0.03)
     assert not any(np.any(layer["bias"]) for layer in params.values())
+
+
+@pytest.mark.parametrize(
+    ("default", "initializer"),
+    [(he_normal, "he_normal"), (he_normal_transposed, "he_normal"), (glorot_uniform, "glorot_uniform")],
+)
+def test_default_initializers_are_those_of_jax_bit_for_bit(default, initializer):
+    """They are compiled with other options than the rest; inside of another program they belong to it."""
+    axes = {"in_axis": -1, "out_axis": -2} if default is he_normal_transposed else {}
+    key, shape = jax.random.key(3), (2, 3, 2)
+    with with_optimizations():
+        expected = getattr(jax.nn.initializers, initializer)(**axes)(key, shape, "float32")
+        chex.assert_trees_all_equal(default(key, shape), expected, strict=True)
+        chex.assert_trees_all_equal(jax.jit(lambda: default(key, shape))(), expected, strict=True)
+        vmapped = jax.vmap(lambda key: default(key, shape))(key[None])
+    chex.assert_trees_all_equal(vmapped[0], expected, strict=True)
 
 
 def test_other_initializers():
