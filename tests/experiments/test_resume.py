@@ -1,15 +1,19 @@
 """A run that was interrupted, killed or damaged continues to the same results, or names the problem."""
 
+import contextlib
 import csv
 import errno
 import fcntl
+import functools
 import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import filelock
@@ -63,9 +67,9 @@ def results(folder: Path) -> tuple:
     return rows, weights, tested, (folder / "metrics.jsonl").read_text(), state["step"], state["leaves"]
 
 
-@pytest.fixture
-def interrupt(monkeypatch):
-    """Return a function that makes Ctrl-C arrive at a given step, or at none."""
+@contextlib.contextmanager
+def interrupting() -> Iterator[Callable[[int], None]]:
+    """Yield a function that makes Ctrl-C arrive at a given step."""
     at = []
     original = train.compiled_step
 
@@ -81,16 +85,44 @@ def interrupt(monkeypatch):
 
         return taken
 
-    monkeypatch.setattr(train, "compiled_step", compiled_step)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield at.append
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "compiled_step", compiled_step)
+        yield at.append
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def interrupt():
+    with interrupting() as at:
+        yield at
 
 
 def interrupted_run(images: Path, out: Path, interrupt, at: int = 25, *more: object) -> None:
     """Run until Ctrl-C; there are checkpoints after steps 18 (the first epoch) and at + 1."""
     interrupt(at)
     assert main(*options(images, "--out", out, *more)) == 130
+
+
+@pytest.fixture(scope="module")
+def copy_of_run(tmp_path_factory):
+    """Return a function that copies a run, finished or interrupted after a step; each is trained once for all tests."""
+    folder = tmp_path_factory.mktemp("runs")
+    images = write_images(folder / "images")
+
+    @functools.cache
+    def trained(at: int | None) -> Path:
+        if at is None:
+            assert main(*options(images, "--out", folder / "whole")) == 0
+            return folder / "whole"
+        with interrupting() as interrupt:
+            interrupted_run(images, folder / str(at), interrupt, at)
+        return folder / str(at)
+
+    def copy_to(out: Path, at: int | None = None) -> None:
+        shutil.copytree(trained(at), out)
+
+    return copy_to
 
 
 # ---- exact ----
@@ -201,9 +233,9 @@ DAMAGE = {
 @pytest.mark.slow("trains and resumes")
 @pytest.mark.parametrize("file", ["checkpoint.json", "state/manifest.ocdbt"])
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path, images, interrupt, capsys, damage, file):
-    assert main(*options(images, "--out", tmp_path / "whole")) == 0
-    interrupted_run(images, tmp_path / "cut", interrupt)
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path, copy_of_run, capsys, damage, file):
+    copy_of_run(tmp_path / "whole")
+    copy_of_run(tmp_path / "cut", 25)
     newest, before = training_state.list_checkpoints(tmp_path / "cut" / "checkpoints")
     action, expected = DAMAGE[damage]
     action(newest / file)
@@ -218,8 +250,8 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path, images, interr
     assert results(tmp_path / "cut") == results(tmp_path / "whole")
 
 
-def test_every_file_of_a_checkpoint_is_checked(tmp_path, images, interrupt):
-    interrupted_run(images, tmp_path / "cut", interrupt)
+def test_every_file_of_a_checkpoint_is_checked(tmp_path, copy_of_run):
+    copy_of_run(tmp_path / "cut", 25)
     newest = training_state.list_checkpoints(tmp_path / "cut" / "checkpoints")[0]
     files = [path for path in newest.rglob("*") if path.is_file()]
     assert len(files) > 4
@@ -238,8 +270,8 @@ def test_every_file_of_a_checkpoint_is_checked(tmp_path, images, interrupt):
         training_state.verify(newest)
 
 
-def test_no_intact_checkpoint(tmp_path, images, interrupt, capsys):
-    interrupted_run(images, tmp_path / "cut", interrupt)
+def test_no_intact_checkpoint(tmp_path, copy_of_run, capsys):
+    copy_of_run(tmp_path / "cut", 25)
     for path in training_state.list_checkpoints(tmp_path / "cut" / "checkpoints"):
         (path / "checkpoint.json").unlink()
     capsys.readouterr()
@@ -269,8 +301,8 @@ def test_no_intact_checkpoint(tmp_path, images, interrupt, capsys):
         (("--out", "x"), "--out: must be omitted with --resume, which continues in the run's folder, got x"),
     ],
 )
-def test_other_options_than_those_of_the_run(tmp_path, images, interrupt, capsys, argv, expected):
-    interrupted_run(images, tmp_path / "cut", interrupt, 2)
+def test_other_options_than_those_of_the_run(tmp_path, copy_of_run, capsys, argv, expected):
+    copy_of_run(tmp_path / "cut", 2)
     before = {path: path.read_bytes() for path in (tmp_path / "cut").rglob("*") if path.is_file()}
     capsys.readouterr()
     assert main("--resume", tmp_path / "cut", *argv) == 2
@@ -356,8 +388,8 @@ def test_what_cannot_be_resumed(tmp_path, images, capsys):
 
 
 @pytest.mark.slow("trains and resumes")
-def test_two_writers(tmp_path, images, interrupt, capsys):
-    interrupted_run(images, tmp_path / "cut", interrupt, 2)
+def test_two_writers(tmp_path, copy_of_run, capsys):
+    copy_of_run(tmp_path / "cut", 2)
     capsys.readouterr()
     with (tmp_path / "cut" / CLAIM).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -367,11 +399,11 @@ def test_two_writers(tmp_path, images, interrupt, capsys):
     assert main("--resume", tmp_path / "cut") == 0  # the lock ended with its owner, and its file was not removed
 
 
-def test_a_read_only_folder(tmp_path, images, interrupt, capsys, monkeypatch):
+def test_a_read_only_folder(tmp_path, copy_of_run, capsys, monkeypatch):
     def read_only(self, *args, **options):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    interrupted_run(images, tmp_path / "cut", interrupt, 2)
+    copy_of_run(tmp_path / "cut", 2)
     capsys.readouterr()
     monkeypatch.setattr(filelock.FileLock, "acquire", read_only)  # for root, everything is writable
     assert main("--resume", tmp_path / "cut") == 1
@@ -380,8 +412,8 @@ def test_a_read_only_folder(tmp_path, images, interrupt, capsys, monkeypatch):
 
 
 @pytest.mark.slow("trains and resumes")
-def test_a_full_disk_leaves_the_earlier_checkpoints(tmp_path, images, capsys, monkeypatch):
-    assert main(*options(images, "--out", tmp_path / "whole")) == 0
+def test_a_full_disk_leaves_the_earlier_checkpoints(tmp_path, images, copy_of_run, capsys, monkeypatch):
+    copy_of_run(tmp_path / "whole")
     sync, calls = training_state.sync, []
 
     def full(path):
