@@ -1,4 +1,4 @@
-// The three products of a convolution layer in oneDNN, as custom calls of XLA.
+// The three products of a convolution layer in oneDNN, as custom calls of XLA. `depthwise.h` has one that is slow there.
 //
 // Arrays are channels-last: images (N, *spatial, I), kernels (*size, I/groups, O), results (N, *out, O), float32.
 // oneDNN reads images and results in place, and chooses the layout of kernels, which are copied.
@@ -25,6 +25,7 @@
 #include <utility>
 #include <vector>
 
+#include "depthwise.h"
 #include "oneapi/dnnl/dnnl.hpp"
 #include "xla/ffi/api/ffi.h"
 
@@ -86,6 +87,12 @@ struct Call {
   int64_t groups;
 
   int64_t batch() const { return image[0]; }
+
+  // Whether `depthwise.h` computes it.
+  bool is_depthwise_kernel_grad() const {
+    return product == Product::kernel_grad && groups >= 8 && groups == image.back() && groups == result.back() &&
+           jaxcnn::depthwise_is_supported();
+  }
 
   std::vector<int64_t> key(int64_t batch) const {
     std::vector<int64_t> key{static_cast<int64_t>(product), batch, groups};
@@ -214,6 +221,22 @@ const Plan& plan_of(const Call& call, int64_t batch) {
   return *plan;
 }
 
+jaxcnn::Depthwise depthwise(const Call& call) {
+  jaxcnn::Depthwise depthwise;
+  const size_t ndim = call.stride.size();
+  for (size_t i = 0; i < ndim; i++) {
+    const size_t dim = depthwise.image.size() - ndim + i;
+    depthwise.image[dim] = call.image[i + 1];
+    depthwise.kernel[dim] = call.kernel[i];
+    depthwise.result[dim] = call.result[i + 1];
+    depthwise.stride[dim] = call.stride[i];
+    depthwise.low[dim] = call.low[i];
+    depthwise.dilation[dim] = call.dilation[i];
+  }
+  depthwise.channels = call.groups;
+  return depthwise;
+}
+
 // Pieces of work. Any thread takes the next piece until none is left. The caller takes pieces as well and then waits
 // for started ones only, so a pool whose threads are all callers makes progress.
 class Pieces : public std::enable_shared_from_this<Pieces> {
@@ -267,7 +290,12 @@ void compute(ffi::ThreadPool& pool, const Call& call, float* image, float* kerne
   auto work = [&](int64_t i) {
     const int64_t start = i * size, count = std::min(size, batch - start);
     float* part = sums && i > 0 ? others + (i - 1) * elements : kernel;
-    plan_of(call, count).run(call.product, image + start * image_elements, part, result + start * result_elements);
+    float *images = image + start * image_elements, *results = result + start * result_elements;
+    if (call.is_depthwise_kernel_grad()) {
+      jaxcnn::depthwise_kernel_grad(depthwise(call), count, images, results, part);
+    } else {
+      plan_of(call, count).run(call.product, images, part, results);
+    }
   };
   std::make_shared<Pieces>(pieces, work)->run_on(pool);
   for (int64_t i = 0; sums && i < pieces - 1; i++) {
@@ -305,7 +333,7 @@ extern "C" void jaxcnn_implementation(int64_t product, int64_t ndim, const int64
   std::string found;
   try {
     OneThread one_thread;
-    found = plan_of(call, call.batch()).implementation;
+    found = call.is_depthwise_kernel_grad() ? "depthwise:avx2" : plan_of(call, call.batch()).implementation;
   } catch (const std::exception&) {
   }
   std::strncpy(name, found.c_str(), size - 1);
