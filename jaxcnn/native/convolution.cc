@@ -7,6 +7,7 @@
 // that calls it. A second pool (OpenMP) would compete with XLA's for the cores.
 
 #include <omp.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <atomic>
@@ -78,6 +79,15 @@ class Buffer {
   void* data_ = nullptr;
   size_t size_ = 0;
 };
+
+// Asks Linux for pages of 2 MB. XLA maps a program's temporary memory anew in each call. The faults of its pages of 4 KB
+// take up to a fifth of a training step: 56 ms for 76 MB, and 22 ms with large pages.
+void use_large_pages(const void* data, size_t bytes) {
+  constexpr uintptr_t page = 1 << 21;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // may fail: only a hint
+}
 
 // The static part of a call; shapes have the batch as their first element.
 struct Call {
@@ -312,6 +322,7 @@ ffi::Error run(ffi::ThreadPool pool, Array a, Array b, ffi::Result<Array> c, int
   if (which == Product::kernel_grad) kernel = &*c, result = &b;
   const Call call{which, image->dimensions(), kernel->dimensions(), result->dimensions(), stride, low, high,
                   dilation, groups};
+  use_large_pages(c->untyped_data(), c->size_bytes());
   try {
     compute(pool, call, image->typed_data(), kernel->typed_data(), result->typed_data());
   } catch (const std::exception& e) {
