@@ -879,3 +879,22 @@ def test_sums_by_halves(shape, dims):
     (x,) = numbers(shape)
     for found in (reductions.sum_by_halves(dims, x), compiled(lambda x: reductions.sum_computed(dims, x))(x)):
         np.testing.assert_allclose(found, x.sum(dims), rtol=1e-12, atol=1e-13)
+
+
+def test_sums_of_products():
+    """xᵀ·y, its derivatives and its batches, for sizes at which the factors are exchanged, and next to them."""
+    x, y, v = numbers((5, 1024), (5, 33), (1024, 33))
+    pairs = [(x, y[:, :10]), (x, y[:, :32]), (x, y), (x[:, 1:], y[:, :10])]
+
+    def everything(x, y):
+        w, pull = jax.vjp(reductions.sum_of_products, x, y)
+        stacked = jax.vmap(reductions.sum_of_products, (None, 1))(x, jnp.stack([y, 2 * y], 1))
+        return w, pull(v[: w.shape[0], : w.shape[1]]), stacked
+
+    for (x, y), (w, (of_x, of_y), stacked) in zip(
+        pairs, compiled(lambda: [everything(*p) for p in pairs])(), strict=True
+    ):
+        u = v[: w.shape[0], : w.shape[1]]
+        expected = x.T @ y, y @ u.T, x @ u, np.stack([x.T @ y, 2 * x.T @ y])
+        for result, of_numpy in zip((w, of_x, of_y, stacked), expected, strict=True):
+            close(result, of_numpy)
