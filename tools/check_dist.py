@@ -42,8 +42,8 @@ print("jaxcnn", {VERSION!r}, "jax", jax.__version__, "trains:", round(losses[0],
 
 
 def wheel_holds_the_package_only(wheel: Path) -> None:
-    package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "jaxcnn").rglob("*") if path.suffix == ".py"}
-    package |= {"jaxcnn/py.typed", "jaxcnn/native/convolution.cc"}
+    sources = (path for path in (ROOT / "jaxcnn").rglob("*") if path.suffix in (".py", ".cc", ".h"))
+    package = {path.relative_to(ROOT).as_posix() for path in sources} | {"jaxcnn/py.typed"}
     info = f"jaxcnn-{VERSION}.dist-info"
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if not name.startswith(f"{info}/")}

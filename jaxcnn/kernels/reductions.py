@@ -1,4 +1,4 @@
-"""Reductions whose terms are computed on the fly.
+"""Reductions whose terms are computed on the fly, and sums of products over the batch.
 
 XLA:CPU calls a library for a reduction. The library is fast if the terms are an array or a product of two arrays, and
 slow if they are computed from more. Adding halves or eighths of an array is an ordinary loop instead, which runs on all
@@ -14,9 +14,33 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxcnn.kernels.shapes import is_symbolic
+from jaxcnn.kernels.shapes import is_symbolic, known_at_most
 from jaxcnn.kernels.split import mesh_of
 from jaxcnn.platforms import Fixed, platform_dependent
+
+#: `sum_of_products` exchanges its factors up to this many outputs, and from this many inputs on.
+FEW_OUTPUTS, MANY_INPUTS = 32, 1024
+
+
+@functools.partial(jax.jit, inline=True)
+def sum_of_products(x: Array, y: Array) -> Array:
+    """Return Σ_n x[n]ᵀ·y[n], the product xᵀ·y of ``(N, I)`` and ``(N, O)``."""
+    exchanged = known_at_most(y.shape[1], FEW_OUTPUTS) and not known_at_most(x.shape[1], MANY_INPUTS - 1)
+    if not exchanged or mesh_of((x, y)) is not None:
+        return _product(x, y)
+    return platform_dependent(x, y, default=Fixed(_product, ()), cpu=Fixed(_exchanged_product, ()))
+
+
+def _product(x: Array, y: Array) -> Array:
+    return x.T @ y
+
+
+def _exchanged_product(x: Array, y: Array) -> Array:
+    """Return (yᵀ·x)ᵀ; the barrier keeps XLA from computing xᵀ·y, for which jaxlib 0.10 copies x.
+
+    For 64 rows of 16384 and 10 elements that takes 0.7 ms instead of 4.2 on one core.
+    """
+    return lax.optimization_barrier(y.T @ x).T
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)

@@ -10,6 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxcnn.arguments import arrays, bad_value
+from jaxcnn.kernels.reductions import sum_of_products
 from jaxcnn.kernels.shapes import expand_rank
 from jaxcnn.ops.rule import Rule, apply_rule, custom_vjp
 
@@ -61,7 +62,7 @@ def _dense_bwd(static: None, saved: Any, delta: Array) -> Any:
     x, w, b = saved
     rows = delta.reshape(-1, delta.shape[-1])
     delta_x = delta @ w.T
-    grad_w = x.reshape(-1, x.shape[-1]).T @ rows
+    grad_w = sum_of_products(x.reshape(-1, x.shape[-1]), rows)
     grad_b = None if b is None else rows.sum(0)
     return delta_x, grad_w, grad_b
 

@@ -176,14 +176,37 @@ def test_onednn(product):
 
 
 @needs_library
-@pytest.mark.parametrize("groups", [1, 2, 16])
+def test_the_librarys_depthwise_kernel_grad():
+    """It equals the definition in 1 to 3 dims, for channels that leave a remainder, and taps that read padding only."""
+    cases = [
+        (Window((6, 7), (5, 3), (1, 1), ((2, 2), (1, 1)), (1, 1)), 32),
+        (Window((37,), (7,), (1,), ((3, 3),), (1,)), 8),
+        (Window((9, 8), (5, 3), (2, 1), ((6, 0), (0, 7)), (1, 2)), 43),
+        (Window((4, 5, 6), (3, 2, 4), (1, 2, 3), ((1, 1), (0, 0), (2, 4)), (1, 1, 2)), 16),
+    ]
+    calls, expected = [], []
+    for win, channels in cases:
+        c = Correlation(win, channels, np.dtype(np.float32))
+        x, y = numbers((5, *win.shape, channels), (5, *win.out, channels))
+        kernel = onednn.implementation("kernel_grad", c, x.shape, channels)
+        if not kernel.startswith("depthwise"):
+            pytest.skip(f"this CPU uses oneDNN's {kernel}")
+        calls.append((functools.partial(onednn.kernel_grad, c), x.astype(np.float32), y.astype(np.float32)))
+        expected.append(oracles.kernel_grad(c, x, y))
+    for w, of_definition in zip(results(calls), expected, strict=True):
+        assert w.shape == of_definition.shape
+        np.testing.assert_allclose(w, of_definition, rtol=1e-5, atol=1e-5)
+
+
+@needs_library
+@pytest.mark.parametrize(("groups", "outputs"), [(1, 32), (2, 32), (16, 32), (16, 16)])
 @pytest.mark.parametrize("product", PRODUCTS)
-def test_nan_reaches_no_further_in_onednn(product, groups):
+def test_nan_reaches_no_further_in_onednn(product, groups, outputs):
     """oneDNN skips the padding, so NaN does not reach results that would have the product of NaN and padding."""
     table, *_ = PRODUCTS[product]
     c = Correlation(Window((9, 8), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1)), groups, np.dtype(np.float32))
     for spoilt in (0, 1):
-        pair = list(numbers(*operands(product, (3, 9, 8, 16), (3, 3, 16 // groups, 32), (3, 9, 8, 32))))
+        pair = list(numbers(*operands(product, (3, 9, 8, 16), (3, 3, 16 // groups, outputs), (3, 9, 8, outputs))))
         pair[spoilt].flat[pair[spoilt].size // 3] = np.nan
         a, b = (a.astype(np.float32) for a in pair)
         result, stock = (np.asarray(compiled(functools.partial(table[name], c))(a, b)) for name in ("onednn", "xla"))
@@ -856,3 +879,22 @@ def test_sums_by_halves(shape, dims):
     (x,) = numbers(shape)
     for found in (reductions.sum_by_halves(dims, x), compiled(lambda x: reductions.sum_computed(dims, x))(x)):
         np.testing.assert_allclose(found, x.sum(dims), rtol=1e-12, atol=1e-13)
+
+
+def test_sums_of_products():
+    """xᵀ·y, its derivatives and its batches, for sizes at which the factors are exchanged, and next to them."""
+    x, y, v = numbers((5, 1024), (5, 33), (1024, 33))
+    pairs = [(x, y[:, :10]), (x, y[:, :32]), (x, y), (x[:, 1:], y[:, :10])]
+
+    def everything(x, y):
+        w, pull = jax.vjp(reductions.sum_of_products, x, y)
+        stacked = jax.vmap(reductions.sum_of_products, (None, 1))(x, jnp.stack([y, 2 * y], 1))
+        return w, pull(v[: w.shape[0], : w.shape[1]]), stacked
+
+    for (x, y), (w, (of_x, of_y), stacked) in zip(
+        pairs, compiled(lambda: [everything(*p) for p in pairs])(), strict=True
+    ):
+        u = v[: w.shape[0], : w.shape[1]]
+        expected = x.T @ y, y @ u.T, x @ u, np.stack([x.T @ y, 2 * x.T @ y])
+        for result, of_numpy in zip((w, of_x, of_y, stacked), expected, strict=True):
+            close(result, of_numpy)
