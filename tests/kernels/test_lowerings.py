@@ -500,16 +500,27 @@ def test_delta_on_gpu(stride, dilation, groups, batch, chosen):
         assert ("stablehlo.transpose" not in program) is (platform != "tpu" and chosen == "xla_reverse"), program
 
 
-@pytest.mark.parametrize(("side", "stride", "chosen"), [(8, 2, "pointwise"), (7, 2, "xla"), (8, 1, "xla")])
-def test_kernel_gradient_of_strided_1x1_on_gpu(side, stride, chosen):
-    """On GPU, the elements that a strided 1 × 1 kernel reads are copied, not all of the image without its remainder."""
-    c = Correlation(Window((side,) * 2, (1, 1), (stride,) * 2, ((0, 0),) * 2, (1, 1)), 1, np.dtype("f"))
+@pytest.mark.parametrize(
+    ("side", "size", "stride", "chosen"),
+    [
+        (8, 1, 2, "larger_kernel"),
+        (7, 1, 2, "xla"),
+        (8, 1, 1, "xla"),
+        (9, 2, 2, "larger_kernel"),
+        (8, 1, 4, "pointwise"),
+    ],
+)
+def test_kernel_gradient_of_a_remainder_on_gpu(side, size, stride, chosen):
+    """On GPU, the gradient of a larger kernel, or the elements that a 1 × 1 kernel reads, need no copy of the image."""
+    c = Correlation(Window((side,) * 2, (size,) * 2, (stride,) * 2, ((0, 0),) * 2, (1, 1)), 1, np.dtype("f"))
     assert kernel_grad.choose_kernel_grad_on_gpu(c) == chosen
     x, y = np.zeros((2, side, side, 3), "f"), np.zeros((2, *c.window.out, 4), "f")
     for platform in ("cuda", "tpu"):
         traced = jax.jit(functools.partial(kernel_grad.kernel_grad, c)).trace(x, y)
         program = traced.lower(lowering_platforms=(platform,)).as_text()
         assert ("stablehlo.convolution" not in program) is (platform == "cuda" and chosen == "pointwise"), program
+        of_image = re.search(rf"stablehlo.slice .*\(tensor<2x{side}x{side}x3x", program)
+        assert (of_image is None) is (chosen == "xla" or (platform, chosen) == ("cuda", "larger_kernel")), program
 
 
 @pytest.mark.parametrize(
