@@ -867,3 +867,20 @@ def test_sums_by_halves(shape, dims):
     (x,) = numbers(shape)
     for found in (reductions.sum_by_halves(dims, x), compiled(lambda x: reductions.sum_computed(dims, x))(x)):
         np.testing.assert_allclose(found, x.sum(dims), rtol=1e-12, atol=1e-13)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Elements at an index
+
+
+def test_elements_at_an_index():
+    """A gather and a masked sum agree, also for infinities and NaN elsewhere; on TPU there is no gather."""
+    rng = np.random.default_rng(0)
+    x, index = spoiled(rng, (5, 4, 6)), rng.integers(0, 6, (5, 4))
+    expected = np.take_along_axis(x, index[..., None], -1)
+    for form in (reductions.gathered, reductions.masked_sum):
+        np.testing.assert_array_equal(compiled(form)(x, index[..., None]), expected)
+    traced = jax.jit(reductions.element_at).trace(x, index)
+    for platform in ("cpu", "cuda", "tpu"):
+        program = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("stablehlo.gather" in program) is (platform != "tpu"), platform
