@@ -796,19 +796,20 @@ def test_sums_side_by_side(drawn):
 
 
 @pytest.mark.parametrize(
-    ("size", "stride", "maximum", "scatter", "total"),
+    ("size", "stride", "maximum", "scatter", "total", "adjoint"),
     [
         ((3, 3), 2, {"tpu": "phases", "gpu": "fold", "cpu": "compare"}, {"tpu": "phases", "cpu": "taps"},
-         {"cpu": "by_dim"}),
-        ((2, 2), 2, {"cpu": "compare"}, {"cpu": "tiles"}, {"tpu": "tiles", "cpu": "by_dim"}),
+         {"cpu": "by_dim"}, {"cpu": "by_dim"}),
+        ((2, 2), 2, {"cpu": "compare"}, {"cpu": "tiles"}, {"tpu": "tiles", "cpu": "by_dim"}, {"cpu": "tiles"}),
         ((4,), 4, {"tpu": "phases", "cpu": "compare"}, {"tpu": "phases", "cpu": "tiles"},
-         {"tpu": "whole", "cpu": "by_dim"}),
-        ((5, 5), 5, {"cpu": "tiles"}, {"cpu": "tiles"}, {"tpu": "tiles", "cpu": "by_dim"}),
-        ((9, 9), 2, {"gpu": "whole", "cpu": "long"}, {"cpu": "long"}, {"gpu": "whole", "cpu": "by_dim"}),
-        ((17, 17), 1, {"cpu": "long"}, {"cpu": "long"}, {"cpu": "by_dim"}),
+         {"tpu": "whole", "cpu": "by_dim"}, {"tpu": "whole", "cpu": "tiles"}),
+        ((5, 5), 5, {"cpu": "tiles"}, {"cpu": "tiles"}, {"tpu": "tiles", "cpu": "by_dim"}, {"cpu": "tiles"}),
+        ((9, 9), 2, {"gpu": "whole", "cpu": "long"}, {"cpu": "long"}, {"gpu": "whole", "cpu": "by_dim"},
+         {"gpu": "whole", "cpu": "by_dim"}),
+        ((17, 17), 1, {"cpu": "long"}, {"cpu": "long"}, {"cpu": "by_dim"}, {"cpu": "by_dim"}),
     ],
 )  # fmt: skip
-def test_choice_for_windows(size, stride, maximum, scatter, total):
+def test_choice_for_windows(size, stride, maximum, scatter, total, adjoint):
     """A platform that a row does not list uses the lowering of CPU."""
     dims = len(size)
     win = Window((18,) * dims, size, (stride,) * dims, ((0, 0),) * dims, (1,) * dims)
@@ -816,6 +817,7 @@ def test_choice_for_windows(size, stride, maximum, scatter, total):
         (windows.choose_max(win), maximum),
         (windows.choose_scatter(win), scatter),
         (windows.choose_sum(win), total),
+        (windows.choose_sum_adjoint(win), adjoint),
     )
     for chosen, by_platform in choices:
         cpu = by_platform["cpu"]
