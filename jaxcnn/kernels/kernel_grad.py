@@ -44,6 +44,9 @@ ROWS_BLOCK_BYTES = 5 << 18
 #: Target size in bytes of a batch block of "patches", counting each element of the image as often as it occurs.
 PATCHES_BLOCK_BYTES = 1 << 22
 
+#: On GPU, a kernel may have up to this many times its taps, if the image is then not copied.
+MAX_LARGER = 4
+
 #: Groups are joined up to this many channels: one float32 vector, and few enough for jaxlib 0.10 to use all threads.
 JOINED_CHANNELS = 16
 
@@ -103,12 +106,22 @@ def choose_kernel_grad(c: Correlation, x: Array, y: Array) -> str:
 def choose_kernel_grad_on_gpu(c: Correlation) -> str:
     """Choose the lowering of `kernel_grad` for CUDA and ROCm.
 
-    If a strided 1 × 1 kernel leaves a remainder, "xla" copies all of the image without it. "pointwise" copies only the
-    elements that the kernel reads.
+    If the windows leave a remainder of the image, "xla" copies the image without it.
     """
-    win = c.window
-    rest = any(span < n for span, n in zip(win.span, win.shape, strict=True))
-    return "pointwise" if rest and applies("pointwise", c) else "xla"
+    if without_remainder(c.window) == c.window:
+        return "xla"
+    if without_remainder(c.window).entries <= MAX_LARGER * c.window.entries:
+        return "larger_kernel"
+    return "pointwise" if applies("pointwise", c) else "xla"
+
+
+def without_remainder(win: Window) -> Window:
+    """Return windows with more taps, if necessary, and padding such that the last ends with the padded image."""
+    dims = list(zip(win.shape, win.span, win.dilation, win.padding, strict=True))
+    more = [max(-((span - lo - n) // d), 0) for n, span, d, (lo, _) in dims]
+    size = tuple(k + m for k, m in zip(win.size, more, strict=True))
+    pads = tuple((lo, span + m * d - lo - n) for (n, span, d, (lo, _)), m in zip(dims, more, strict=True))
+    return win if not any(more) else dataclasses.replace(win, size=size, padding=pads)
 
 
 def run_chosen(c: Correlation, x: Array, y: Array) -> Array:
@@ -134,6 +147,12 @@ def _xla(c: Correlation, x: Array, y: Array) -> Array:
         batch_group_count=c.groups,
         precision=c.precision,
     )
+
+
+def _larger_kernel(c: Correlation, x: Array, y: Array) -> Array:
+    """Run `_xla` for a kernel whose windows leave no remainder, and drop the taps that were added."""
+    w = _xla(dataclasses.replace(c, window=without_remainder(c.window)), x, y)
+    return lax.slice(w, (0,) * w.ndim, (*c.window.size, *w.shape[-2:]))
 
 
 def _transposed(c: Correlation, x: Array, y: Array) -> Array:
@@ -288,6 +307,7 @@ def _one_product(c: Correlation, x: Array, y: Array) -> Array:
 
 KERNEL_GRAD: dict[str, Lowering] = {
     "xla": _xla,
+    "larger_kernel": _larger_kernel,
     "transposed": _transposed,
     "winograd": winograd.kernel_grad,
     "pointwise": _pointwise,

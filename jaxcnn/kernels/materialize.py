@@ -2,7 +2,7 @@
 
 A mask or a winner that a forward pass saves for its rule has one byte per element. Recomputing it in the backward pass
 takes longer than reading that byte, and keeps its inputs in memory instead. On GPU this holds for winners, which have
-one byte per window, but not for masks, which have one byte per element.
+one byte per window, but not for masks, which have one byte per element: they are computed again from y.
 """
 
 import functools
@@ -32,6 +32,15 @@ def materialize_on_gpu(a: Array) -> Array:
     return platform_dependent(a, default=_UNCHANGED, cuda=_BARRIER, rocm=_BARRIER)
 
 
+@functools.partial(jax.jit, inline=True)
+def is_positive(y: Array) -> Array:
+    """Return ``y > 0``, the residual of ``y = max(x, 0)``.
+
+    On GPU, y is compared with −0. XLA would otherwise turn the comparison into x > 0, and keep x in memory with y.
+    """
+    return platform_dependent(y, default=_ABOVE_ZERO, cuda=_ABOVE_MINUS_ZERO, rocm=_ABOVE_MINUS_ZERO)
+
+
 def materialize_if_small(a: Array) -> Array:
     """Return `materialize` of ``a`` if it has one byte per element; materializing more may cost more than it saves."""
     return materialize(a) if a.dtype.itemsize == 1 else a
@@ -48,8 +57,19 @@ def _identity(a: Array) -> Array:
     return lax.optimization_barrier(a)  # JAX would drop a call that does nothing
 
 
+def above_zero(y: Array) -> Array:
+    """Return ``y > 0``."""
+    return y > 0
+
+
+def above_minus_zero(y: Array) -> Array:
+    """Return ``y > −0``, which is the same."""
+    return y > -0.0
+
+
 def _unchanged(a: Array) -> Array:
     return a
 
 
 _UNCHANGED, _CALL, _BARRIER = (Fixed(f, ()) for f in (_unchanged, _call_not_inlined, lax.optimization_barrier))
+_ABOVE_ZERO, _ABOVE_MINUS_ZERO = (Fixed(f, ()) for f in (above_zero, above_minus_zero))

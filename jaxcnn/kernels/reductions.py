@@ -97,6 +97,26 @@ def max_by_halves(dims: tuple[int, ...], x: Array) -> Array:
     return x
 
 
+@functools.partial(jax.jit, inline=True)
+def element_at(x: Array, index: Array) -> Array:
+    """Return the element of the last dim at ``index (…)``, with size 1 there; any number if it is out of range.
+
+    XLA:TPU reads the elements one after the other. It fuses a masked sum with the other sums over that dim.
+    """
+    return platform_dependent(x, index[..., None], default=Fixed(gathered, ()), tpu=Fixed(masked_sum, ()))
+
+
+def gathered(x: Array, index: Array) -> Array:
+    """Return the element of the last dim at ``index``, by a gather."""
+    return jnp.take_along_axis(x, index, -1, mode="clip")
+
+
+def masked_sum(x: Array, index: Array) -> Array:
+    """Return the element of the last dim at ``index``, as the sum of all elements with the others replaced by 0."""
+    is_element = lax.broadcasted_iota(index.dtype, x.shape, x.ndim - 1) == index
+    return jnp.where(is_element, x, 0).sum(-1, keepdims=True)
+
+
 def sum_of_eights(x: Array, axis: int) -> Array:
     """Reduce an axis to about an eighth by adding eight equal slices, and append the remainder.
 

@@ -87,17 +87,26 @@ def choose_scatter(win: Window) -> dict[str, str]:
 def choose_sum(win: Window) -> dict[str, str]:
     """Choose the lowering of `window_sum` per platform, a key of `SUM`."""
     # XLA:TPU takes 1.1 to 7 times as long for the strided slices of "by_dim". In 1-D, a reshape to tiles is slow.
-    if win.tiles:
-        tpu = "whole" if win.ndim == 1 and win.entries <= MAX_UNROLLED_TAPS else "tiles"
-        return choose_sum_adjoint(win) | {"tpu": tpu}
-    return choose_sum_adjoint(win)
+    tpu = ("whole" if _short_1d(win) else "tiles") if win.tiles else "by_dim"
+    return {"cpu": "by_dim", "tpu": tpu} | _sum_on_gpu(win)
 
 
 def choose_sum_adjoint(win: Window) -> dict[str, str]:
     """Choose the lowering of `window_sum_adjoint` per platform, a key of `SUM_ADJOINT`."""
+    if win.tiles:
+        return _everywhere("tiles") | {"tpu": "whole" if _short_1d(win) else "tiles"}
+    return {"cpu": "by_dim", "tpu": "by_dim"} | _sum_on_gpu(win)
+
+
+def _short_1d(win: Window) -> bool:
+    """Whether windows have one dim and few taps."""
+    return win.ndim == 1 and win.entries <= MAX_UNROLLED_TAPS
+
+
+def _sum_on_gpu(win: Window) -> dict[str, str]:
     # On GPU, "by_dim" writes the sums along one dim to memory, in float32 even for 16-bit images.
     gpu = "whole" if win.ndim > 1 and MAX_UNROLLED_TAPS < win.entries <= MAX_WHOLE_TAPS else "by_dim"
-    return {"cpu": "by_dim", "tpu": "by_dim", "cuda": gpu, "rocm": gpu}
+    return {"cuda": gpu, "rocm": gpu}
 
 
 def _everywhere(name: str) -> dict[str, str]:
@@ -364,9 +373,8 @@ def window_sum_adjoint(win: Window, y: Array) -> Array:
 
     With stride = size this is ⊗ 1, the lecture's *up*.
     """
-    if win.tiles:
-        return _untile(win, _tile(win, y))
-    return _run_chosen(SUM_ADJOINT, choose_sum_adjoint(win), win, to_accumulator(y)).astype(y.dtype)
+    wide = y if win.tiles else to_accumulator(y)  # windows that do not overlap add nothing
+    return _run_chosen(SUM_ADJOINT, choose_sum_adjoint(win), win, wide).astype(y.dtype)
 
 
 def _sum_by_dim(win: Window, x: Array) -> Array:
@@ -402,6 +410,11 @@ def _sum_adjoint_whole(win: Window, y: Array) -> Array:
     return run_whole(adjoint, (y,), (slice(1, -1),), slice(1, -1))
 
 
+def _sum_adjoint_to_tiles(win: Window, y: Array) -> Array:
+    """Repeat every ``y[o]`` over its own window."""
+    return _untile(win, _tile(win, y))
+
+
 def _sum_of_tiles(win: Window, x: Array) -> Array:
     """Sum windows that do not overlap."""
     return _as_tiles(win, x).sum(tuple(range(2, 2 * win.ndim + 1, 2)))
@@ -415,6 +428,7 @@ SUM: dict[str, Callable[[Window, Array], Array]] = {
 SUM_ADJOINT: dict[str, Callable[[Window, Array], Array]] = {
     "by_dim": _sum_adjoint_by_dim,
     "whole": _sum_adjoint_whole,
+    "tiles": _sum_adjoint_to_tiles,
 }
 
 

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from jaxcnn.arguments import arrays, bad_value, static_bool, static_float
 from jaxcnn.kernels.dtypes import accumulator, to_accumulator
-from jaxcnn.kernels.materialize import materialize, materialize_if_small
+from jaxcnn.kernels.materialize import is_positive, materialize, materialize_if_small
 from jaxcnn.ops.rule import Rule, apply_rule, custom_vjp
 
 
@@ -51,7 +51,7 @@ def relu_core(static: None, x: Array) -> Array:
 
 def _relu_fwd(static: None, x: Array) -> Any:  # the residual is the one bit that the rule needs
     y = relu_core(None, x)
-    return y, materialize(y > 0)
+    return y, materialize(is_positive(y))
 
 
 def _relu_bwd(static: None, positive: Array, delta: Array) -> Any:

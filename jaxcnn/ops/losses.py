@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from jaxcnn.arguments import arrays, bad_value, check_range, integers
 from jaxcnn.kernels.dtypes import to_accumulator
+from jaxcnn.kernels.reductions import element_at
 from jaxcnn.ops.rule import Rule, apply_rule, custom_vjp
 
 
@@ -221,7 +222,7 @@ def cross_entropy_of_labels_reference(static: None, logits: Array, labels: Array
     """
     wide = to_accumulator(logits)
     m = lax.stop_gradient(wide.max(-1, keepdims=True))
-    of_label = jnp.take_along_axis(wide, labels[..., None], -1, mode="clip") - m
+    of_label = element_at(wide, labels) - m
     loss = jnp.log(jnp.exp(wide - m).sum(-1, keepdims=True)) - of_label
     return jnp.where(_in_range(labels, wide), loss, jnp.nan)[..., 0].astype(logits.dtype)
 

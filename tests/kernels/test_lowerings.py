@@ -523,16 +523,27 @@ def test_delta_on_gpu(stride, dilation, groups, batch, chosen):
         assert ("stablehlo.transpose" not in program) is (platform != "tpu" and chosen == "xla_reverse"), program
 
 
-@pytest.mark.parametrize(("side", "stride", "chosen"), [(8, 2, "pointwise"), (7, 2, "xla"), (8, 1, "xla")])
-def test_kernel_gradient_of_strided_1x1_on_gpu(side, stride, chosen):
-    """On GPU, the elements that a strided 1 × 1 kernel reads are copied, not all of the image without its remainder."""
-    c = Correlation(Window((side,) * 2, (1, 1), (stride,) * 2, ((0, 0),) * 2, (1, 1)), 1, np.dtype("f"))
+@pytest.mark.parametrize(
+    ("side", "size", "stride", "chosen"),
+    [
+        (8, 1, 2, "larger_kernel"),
+        (7, 1, 2, "xla"),
+        (8, 1, 1, "xla"),
+        (9, 2, 2, "larger_kernel"),
+        (8, 1, 4, "pointwise"),
+    ],
+)
+def test_kernel_gradient_of_a_remainder_on_gpu(side, size, stride, chosen):
+    """On GPU, the gradient of a larger kernel, or the elements that a 1 × 1 kernel reads, need no copy of the image."""
+    c = Correlation(Window((side,) * 2, (size,) * 2, (stride,) * 2, ((0, 0),) * 2, (1, 1)), 1, np.dtype("f"))
     assert kernel_grad.choose_kernel_grad_on_gpu(c) == chosen
     x, y = np.zeros((2, side, side, 3), "f"), np.zeros((2, *c.window.out, 4), "f")
     for platform in ("cuda", "tpu"):
         traced = jax.jit(functools.partial(kernel_grad.kernel_grad, c)).trace(x, y)
         program = traced.lower(lowering_platforms=(platform,)).as_text()
         assert ("stablehlo.convolution" not in program) is (platform == "cuda" and chosen == "pointwise"), program
+        of_image = re.search(rf"stablehlo.slice .*\(tensor<2x{side}x{side}x3x", program)
+        assert (of_image is None) is (chosen == "xla" or (platform, chosen) == ("cuda", "larger_kernel")), program
 
 
 @pytest.mark.parametrize(
@@ -808,19 +819,20 @@ def test_sums_side_by_side(drawn):
 
 
 @pytest.mark.parametrize(
-    ("size", "stride", "maximum", "scatter", "total"),
+    ("size", "stride", "maximum", "scatter", "total", "adjoint"),
     [
         ((3, 3), 2, {"tpu": "phases", "gpu": "fold", "cpu": "compare"}, {"tpu": "phases", "cpu": "taps"},
-         {"cpu": "by_dim"}),
-        ((2, 2), 2, {"cpu": "compare"}, {"cpu": "tiles"}, {"tpu": "tiles", "cpu": "by_dim"}),
+         {"cpu": "by_dim"}, {"cpu": "by_dim"}),
+        ((2, 2), 2, {"cpu": "compare"}, {"cpu": "tiles"}, {"tpu": "tiles", "cpu": "by_dim"}, {"cpu": "tiles"}),
         ((4,), 4, {"tpu": "phases", "cpu": "compare"}, {"tpu": "phases", "cpu": "tiles"},
-         {"tpu": "whole", "cpu": "by_dim"}),
-        ((5, 5), 5, {"cpu": "tiles"}, {"cpu": "tiles"}, {"tpu": "tiles", "cpu": "by_dim"}),
-        ((9, 9), 2, {"gpu": "whole", "cpu": "long"}, {"cpu": "long"}, {"gpu": "whole", "cpu": "by_dim"}),
-        ((17, 17), 1, {"cpu": "long"}, {"cpu": "long"}, {"cpu": "by_dim"}),
+         {"tpu": "whole", "cpu": "by_dim"}, {"tpu": "whole", "cpu": "tiles"}),
+        ((5, 5), 5, {"cpu": "tiles"}, {"cpu": "tiles"}, {"tpu": "tiles", "cpu": "by_dim"}, {"cpu": "tiles"}),
+        ((9, 9), 2, {"gpu": "whole", "cpu": "long"}, {"cpu": "long"}, {"gpu": "whole", "cpu": "by_dim"},
+         {"gpu": "whole", "cpu": "by_dim"}),
+        ((17, 17), 1, {"cpu": "long"}, {"cpu": "long"}, {"cpu": "by_dim"}, {"cpu": "by_dim"}),
     ],
 )  # fmt: skip
-def test_choice_for_windows(size, stride, maximum, scatter, total):
+def test_choice_for_windows(size, stride, maximum, scatter, total, adjoint):
     """A platform that a row does not list uses the lowering of CPU."""
     dims = len(size)
     win = Window((18,) * dims, size, (stride,) * dims, ((0, 0),) * dims, (1,) * dims)
@@ -828,6 +840,7 @@ def test_choice_for_windows(size, stride, maximum, scatter, total):
         (windows.choose_max(win), maximum),
         (windows.choose_scatter(win), scatter),
         (windows.choose_sum(win), total),
+        (windows.choose_sum_adjoint(win), adjoint),
     )
     for chosen, by_platform in choices:
         cpu = by_platform["cpu"]
@@ -898,3 +911,20 @@ def test_sums_of_products():
         expected = x.T @ y, y @ u.T, x @ u, np.stack([x.T @ y, 2 * x.T @ y])
         for result, of_numpy in zip((w, of_x, of_y, stacked), expected, strict=True):
             close(result, of_numpy)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Elements at an index
+
+
+def test_elements_at_an_index():
+    """A gather and a masked sum agree, also for infinities and NaN elsewhere; on TPU there is no gather."""
+    rng = np.random.default_rng(0)
+    x, index = spoiled(rng, (5, 4, 6)), rng.integers(0, 6, (5, 4))
+    expected = np.take_along_axis(x, index[..., None], -1)
+    for form in (reductions.gathered, reductions.masked_sum):
+        np.testing.assert_array_equal(compiled(form)(x, index[..., None]), expected)
+    traced = jax.jit(reductions.element_at).trace(x, index)
+    for platform in ("cpu", "cuda", "tpu"):
+        program = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("stablehlo.gather" in program) is (platform != "tpu"), platform

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 import jaxcnn
-from jaxcnn.kernels.materialize import materialize, materialize_if_small, materialize_winner
+from jaxcnn.kernels.materialize import (
+    above_minus_zero,
+    above_zero,
+    materialize,
+    materialize_if_small,
+    materialize_winner,
+)
 from tests.cases import compiled
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
@@ -41,6 +47,17 @@ def test_winners_are_in_memory_on_gpu(op):
     for platform in ("cuda", "rocm", "tpu"):
         found = "optimization_barrier" in traced.lower(lowering_platforms=(platform,)).as_text()
         assert found == (platform != "tpu" and residual.startswith("u8")), platform
+
+
+def test_relu_does_not_keep_its_input_on_gpu():
+    """XLA simplifies ``max(x, 0) > 0`` to ``x > 0``, but not ``max(x, 0) > −0``, which is as true."""
+    x = jnp.array([-1, -0.0, 0, 1e-45, 2, jnp.inf, -jnp.inf, jnp.nan])
+    for is_above in (above_zero, above_minus_zero):
+        np.testing.assert_array_equal(compiled(lambda x, f=is_above: f(jnp.maximum(x, 0)))(x), np.asarray(x) > 0)
+    traced = jax.jit(jax.grad(lambda x: jnp.sum(jaxcnn.relu(x) ** 2))).trace(X)
+    for platform in ("cuda", "rocm", "tpu", "cpu"):
+        program = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("dense<-0.0" in program) is (platform in ("cuda", "rocm")), platform
 
 
 def test_statistics_are_in_memory_on_gpu():
