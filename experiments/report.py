@@ -14,13 +14,13 @@ from experiments import cli, data
 from experiments.dataset import Pixels, scaled
 from experiments.errors import CheckpointError
 from experiments.files import replacing
-from experiments.run_folder import Run, check_run
+from experiments.run_folder import REPORT, Run, check_run
 from experiments.runs import read_rows
 
 if TYPE_CHECKING:
     from experiments.restore import Trained, TrainedNet
 
-PROG = "python -m experiments.report"
+PROG = REPORT
 FILE = "report.html"
 BATCH = 500
 """Images per prediction call."""

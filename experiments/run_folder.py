@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -42,6 +43,8 @@ class Epoch:
     images_per_second: float
 
 
+TRAIN, REPORT = "python -m experiments.train", "python -m experiments.report"
+"""The commands that write into the folder of a run."""
 CLAIM = ".in-use"
 """The file that a run locks while it writes into its folder. The lock ends with the process, even after SIGKILL."""
 
@@ -288,8 +291,18 @@ class Run:
 
     def saved_weights(self) -> str:
         """Return a short description of the weights in the folder."""
-        step = checkpoints.metadata(self.weights).get("step")
+        step = self.saved_step()
         return "no weights were saved yet" if step is None else f"the weights after step {step} are in {self.weights}"
+
+    def saved_step(self) -> int | None:
+        """Return the step of the weights file, or None if there is none."""
+        step = checkpoints.metadata(self.weights).get("step")
+        return None if step is None else int(step)
+
+    @property
+    def resume_command(self) -> str:
+        """The command that continues the run."""
+        return f"{TRAIN} --resume {shlex.quote(str(_relative(self.folder)))}"
 
     @property
     def weights(self) -> Path:
@@ -346,6 +359,11 @@ class Unwritten(Run):
 
     def plot(self, rows: Sequence[Epoch], title: str) -> None:
         """Do nothing."""
+
+
+def _relative(folder: Path) -> Path:
+    """Return the shortest path of a folder that is valid in the current folder."""
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 def as_json(config: Mapping[str, Any]) -> str:

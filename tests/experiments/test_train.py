@@ -235,11 +235,11 @@ def test_after_ctrl_c_the_accuracy_is_that_of_the_best_finished_epoch():
         run_folder.Epoch(2, 20, 0.7, 0.7, 0.6, 0.75, 1.5, 426.0),
         run_folder.Epoch(3, 25, 0.7, 0.7, math.nan, math.nan, 1.5, 426.0),
     ]
-    text = train.summarize(rows, 10.0, None)
+    text = terminal.summarize(rows, 10.0, None)
     assert "\nvalidation accuracy 0.7500 after epoch 2, the best one\n" in text
     assert text.endswith("\ntest accuracy not measured, because the run has not finished")
     assert "trained 25 steps" in text
-    assert train.summarize(rows[:2], 10.0, {"accuracy": 0.7}).endswith("\ntest accuracy 0.7000")
+    assert terminal.summarize(rows[:2], 10.0, {"accuracy": 0.7}).endswith("\ntest accuracy 0.7000")
 
 
 def test_a_second_ctrl_c_reports_the_saved_weights(out, capsys, monkeypatch):
