@@ -14,8 +14,7 @@ from experiments import cli, data
 from experiments.dataset import Pixels, scaled
 from experiments.errors import CheckpointError
 from experiments.files import replacing
-from experiments.run_folder import REPORT, Run, check_run
-from experiments.runs import read_rows
+from experiments.run_folder import REPORT, Epoch, Run, check_run, curves_title, read_epochs
 
 if TYPE_CHECKING:
     from experiments.restore import Trained, TrainedNet
@@ -30,7 +29,10 @@ MISTAKES = 12
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Write report.html into the folder of a run, again or for the first time; training writes it at its end."""
+    """Write report.html and curves.png into the folder of a run, again or for the first time.
+
+    Training writes them at its end.
+    """
 
     run: Positional[Path]
     """Folder of the run."""
@@ -80,7 +82,7 @@ class Story:
     folder: Path
     config: dict[str, Any]
     environment: dict[str, Any]
-    epochs: list[dict[str, float]]
+    epochs: list[Epoch]
     steps: list[dict[str, Any]]
     trained: "Trained"
     examples: Examples | None
@@ -97,11 +99,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(config: Config) -> int:
-    """Write the report of a run and print its path; raise CheckpointError or DataError."""
-    from experiments.restore import restore
+    """Write the report and curves of a run, and print the path of the report; raise CheckpointError or DataError."""
+    from experiments.restore import read_config, restore
 
     check_run(config.run, config.run, CheckpointError)
-    print(write(config.run, restore(config.run)))
+    run, trained = Run(config.run), restore(config.run)
+    run.plot(read_epochs(run.folder / "metrics.csv"), curves_title(read_config(run)))
+    print(write(config.run, trained))
     return 0
 
 
@@ -130,7 +134,7 @@ def collect(folder: Path, trained: "Trained") -> Story:
         folder,
         config,
         _environment(folder / "environment.json"),
-        read_rows(folder / "metrics.csv"),
+        read_epochs(folder / "metrics.csv"),
         read_steps(folder / "metrics.jsonl"),
         trained,
         examples,

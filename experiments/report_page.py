@@ -10,6 +10,7 @@ import numpy as np
 
 from experiments import report_figures as figures
 from experiments.report import MISTAKES, Examples, Story
+from experiments.run_folder import Epoch, best
 
 if TYPE_CHECKING:
     from experiments.deltas import Row
@@ -118,18 +119,18 @@ def page(story: Story) -> str:
 def _verdict(story: Story) -> str:
     """Return a few sentences: how far the run went, how good the net is, and where it fails."""
     config, epochs = story.config, story.epochs
-    best = _best(story)
-    steps = int(config.get("steps", epochs[-1]["step"] if epochs else 0))
+    row = best(story.epochs)
+    steps = int(config.get("steps", epochs[-1].step if epochs else 0))
     done = f"{len(epochs)} of {config.get('epochs', len(epochs))} epochs" if epochs else "no epoch"
     parts = [f"The run {_ENDS.get(story.end, 'was killed')} after {steps:,} steps ({done})."]
-    if best is not None:
-        accuracy = _percent(best["validation_accuracy"])
-        parts.append(f"Epoch {best['epoch']:.0f} is the best, with a validation accuracy of {accuracy}.")
+    if row is not None:
+        accuracy = _percent(row.validation_accuracy)
+        parts.append(f"Epoch {row.epoch} is the best, with a validation accuracy of {accuracy}.")
     test = config.get("test_accuracy")
     if test is not None and story.examples is not None:
         count = len(story.examples.labels)
         error = math.sqrt(max(test * (1 - test), 0) / count)
-        weights = "its weights" if best is not None else "the last weights"
+        weights = "its weights" if row is not None else "the last weights"
         parts.append(
             f"With {weights}, <strong>{_percent(test)}</strong> of the {count:,} test images are classified correctly "
             f"(standard error {_percent(error)})."
@@ -148,12 +149,6 @@ _ENDS = {
 }
 
 
-def _best(story: Story) -> dict[str, float] | None:
-    """Return the epoch of the highest validation accuracy and then the lowest loss, or None."""
-    validated = [row for row in story.epochs if math.isfinite(row["validation_loss"])]
-    return max(validated, key=lambda row: (row["validation_accuracy"], -row["validation_loss"]), default=None)
-
-
 def _most_frequent(examples: Examples, names: Sequence[str]) -> str:
     counts = examples.confusion()
     wrong = counts - np.diag(np.diag(counts))
@@ -167,18 +162,18 @@ def _most_frequent(examples: Examples, names: Sequence[str]) -> str:
 
 
 def _numbers(story: Story) -> str:
-    config, epochs, best = story.config, story.epochs, _best(story)
+    config, epochs, row = story.config, story.epochs, best(story.epochs)
     cards: list[tuple[str, str, str]] = []
     if "test_accuracy" in config:
         cards.append(("test accuracy", _percent(config["test_accuracy"]), f"loss {_number(config.get('test_loss'))}"))
-    if best is not None:
-        note = f"epoch {best['epoch']:.0f} of {len(epochs)}, loss {_number(best['validation_loss'])}"
-        cards.append(("validation accuracy", _percent(best["validation_accuracy"]), note))
+    if row is not None:
+        note = f"epoch {row.epoch} of {len(epochs)}, loss {_number(row.validation_loss)}"
+        cards.append(("validation accuracy", _percent(row.validation_accuracy), note))
     if epochs:
         last = epochs[-1]
-        cards.append(("training accuracy", _percent(last["train_accuracy"]), f"loss {_number(last['train_loss'])}"))
-        seconds = sum(row["seconds"] for row in epochs)
-        images = sum(row["seconds"] * row["images_per_second"] for row in epochs)
+        cards.append(("training accuracy", _percent(last.train_accuracy), f"loss {_number(last.train_loss)}"))
+        seconds = sum(row.seconds for row in epochs)
+        images = sum(row.seconds * row.images_per_second for row in epochs)
         rate = f"{images / seconds:,.0f} images/s" if seconds else ""
         cards.append(("training time", duration(seconds), rate))
     if "privacy" in config:
@@ -196,15 +191,15 @@ def _numbers(story: Story) -> str:
 def _curves(story: Story) -> str:
     if not story.epochs and not story.steps:
         return "<p>No step was taken.</p>"
-    best = _best(story)
-    step = None if best is None else int(best["step"])
+    row = best(story.epochs)
+    step = None if row is None else row.step
     parts = []
     for quantity in ("loss", "accuracy"):
         chart = figures.curve(quantity, story.steps, story.epochs, step)
         alt = f"Chart of the {quantity} over the steps, of each batch, each epoch, and the validation images. "
         alt += " ".join(
-            f"Epoch {row['epoch']:.0f}: training {_number(row[f'train_{quantity}'])}, "
-            f"validation {_number(row[f'validation_{quantity}'])}."
+            f"Epoch {row.epoch}: training {_number(getattr(row, f'train_{quantity}'))}, "
+            f"validation {_number(getattr(row, f'validation_{quantity}'))}."
             for row in _ends(story.epochs)
         )
         parts.append(_svg(figures.svg(chart, quantity, alt), ""))
@@ -426,14 +421,13 @@ def _timings(story: Story) -> str:
     if not epochs:
         return "<p>No epoch was finished.</p>"
     alt = "Chart of the images per second. " + " ".join(
-        f"Epoch {row['epoch']:.0f}: {row['images_per_second']:,.0f}." for row in _ends(epochs)
+        f"Epoch {row.epoch}: {row.images_per_second:,.0f}." for row in _ends(epochs)
     )
     chart = _svg(figures.svg(figures.speed(epochs), "speed", alt), "Time of the training steps only.")
     columns = ("epoch", "step", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "seconds")
     head = "".join(f'<th class="n">{name.replace("_", " ")}</th>' for name in columns)
-    rows = "".join(
-        "<tr>" + "".join(f'<td class="n">{_number(row.get(name))}</td>' for name in columns) + "</tr>" for row in epochs
-    )
+    cells = [[f'<td class="n">{_number(getattr(row, name))}</td>' for name in columns] for row in epochs]
+    rows = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
     table = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
     if len(epochs) > 20:
         table = f"<details><summary>All {len(epochs)} epochs</summary>{table}</details>"
@@ -471,7 +465,7 @@ def _svg(svg: str, caption: str) -> str:
     return f"<figure>{svg}{below}</figure>"
 
 
-def _ends(rows: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+def _ends(rows: Sequence[Epoch]) -> list[Epoch]:
     """Return the first and the last row."""
     return [rows[0], rows[-1]] if len(rows) > 1 else list(rows)
 

@@ -85,6 +85,25 @@ def best(rows: Iterable[Epoch]) -> Epoch | None:
     return max(validated, key=lambda row: (row.validation_accuracy, -row.validation_loss), default=None)
 
 
+def read_epochs(path: Path) -> list[Epoch]:
+    """Return the rows of a metrics.csv, with NaN for empty cells; none if the file is missing or not a table."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [_epoch(row) for row in csv.DictReader(file)]
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+def _epoch(row: Mapping[str, str]) -> Epoch:
+    values = {field.name: float(row.get(field.name) or "nan") for field in dataclasses.fields(Epoch)}
+    return Epoch(int(values.pop("epoch")), int(values.pop("step")), **values)
+
+
+def curves_title(config: Mapping[str, Any]) -> str:
+    """Return the title of curves.png for the contents of a config.json."""
+    return f"{config['model']} on {Path(config['data']).name}, seed {config.get('seed', 0)}"
+
+
 def check_run(folder: Path, name: object, kind: type[ExperimentError]) -> None:
     """Raise an error of a kind, which says what `name` must be, unless `folder` is a folder."""
     if not folder.is_dir():
@@ -303,6 +322,11 @@ class Run:
     def resume_command(self) -> str:
         """The command that continues the run."""
         return f"{TRAIN} --resume {shlex.quote(str(_relative(self.folder)))}"
+
+    @property
+    def report_command(self) -> str:
+        """The command that writes report.html and curves.png again."""
+        return f"{REPORT} {shlex.quote(str(_relative(self.folder)))}"
 
     @property
     def weights(self) -> Path:

@@ -80,11 +80,12 @@ def describe_epoch(row: Epoch, epochs: int) -> str:
     )
 
 
-def summarize(rows: Sequence[Epoch], wall: float, tested: Mapping[str, float] | None) -> str:
+def summarize(rows: Sequence[Epoch], first_step: int, wall: float, tested: Mapping[str, float] | None) -> str:
     """Return a summary of the run in a few lines.
 
     Args:
         rows: The epochs of the run.
+        first_step: Number of steps that were taken before this process; 0 unless the run was resumed.
         wall: Seconds from the first step to the last evaluation, in this process.
         tested: The test loss and accuracy, or None if the run has not finished.
     """
@@ -92,8 +93,10 @@ def summarize(rows: Sequence[Epoch], wall: float, tested: Mapping[str, float] | 
         return "no epoch was finished"
     seconds = sum(row.seconds for row in rows)
     images = sum(row.seconds * row.images_per_second for row in rows)
+    since = f" since step {first_step:,}, where the run was resumed" if first_step else ""
     lines = [
-        f"trained {rows[-1].step:,} steps in {seconds:.1f} s, {images / seconds:,.0f} images/s; {wall:.1f} s in all"
+        f"trained {rows[-1].step:,} steps in {seconds:.1f} s, {images / seconds:,.0f} images/s; "
+        f"{wall:.1f} s with evaluations and checkpoints{since}"
     ]
     row = best(rows)
     if row is not None:

@@ -36,7 +36,7 @@ from experiments.errors import CheckpointError, DataError, RunError, WriteError,
 from experiments.evaluation import Evaluation
 from experiments.private import Mechanism, PoissonBatches
 from experiments.restore import Trained, read_config
-from experiments.run_folder import TRAIN, Epoch, History, Run, best, finite_or_none
+from experiments.run_folder import TRAIN, Epoch, History, Run, best, curves_title, finite_or_none
 from experiments.training_loop import Metrics, Outcome, Step
 from jaxcnn import Serial, TrainState
 
@@ -186,7 +186,6 @@ class Training:
             run.save(outcome.rows, params, best_step, self.in_weights)
             end |= {"best_step": best_step} | {f"test_{name}": finite_or_none(x) for name, x in tested.items()}
         run.save_metrics(outcome.rows)
-        run.plot(outcome.rows, f"{plan.config.model} on {plan.config.data}, seed {plan.config.seed}")
         run.describe({**plan.record, **end})
         return tested
 
@@ -204,8 +203,20 @@ class Training:
             state = training_state.load(path, state)
         return self.evaluation.params(self.plan.placement.replicate(processes.from_first(state)))
 
-    def write_report(self) -> None:
-        """Write report.html."""
+    def draw(self, outcome: Outcome) -> None:
+        """Write curves.png and report.html. If that fails, print the reason; the training has ended as it did."""
+        run, config = self.plan.run, self.plan.config
+        try:
+            run.plot(outcome.rows, curves_title(self.plan.record))
+            # A process that is terminated has little time.
+            if config.report and self.first and outcome.end != "interrupted":
+                self._write_report()
+        except Exception as error:
+            reason = explain(error) or f"{type(error).__name__}: {' '.join(str(error).split())}"
+            line = f"the report was not written ({reason}); to write it: {run.report_command}"
+            print(f"{TRAIN}: {line}", file=sys.stderr)
+
+    def _write_report(self) -> None:
         plan = self.plan
         like = own_nets.evaluated_shapes(plan.net, plan.dataset.image_shape)
         params = checkpoints.load(plan.run.weights, like)
@@ -272,9 +283,8 @@ def fit(plan: Plan) -> int:
         wall = time.perf_counter() - began
         tested = training.finish(outcome)
         spent = [] if plan.mechanism is None else [plan.mechanism.describe(outcome.step)]
-        print(terminal.summarize(outcome.rows, wall, tested), *spent, f"results in {run.folder}", sep="\n", flush=True)
-        if config.report and training.first and outcome.end != "interrupted":  # a terminated process has little time
-            training.write_report()
+        text = terminal.summarize(outcome.rows, first_step, wall, tested)
+        print(text, *spent, f"results in {run.folder}", sep="\n", flush=True)
     except KeyboardInterrupt:  # a second Ctrl-C, which does not wait for the current step
         print(f"{TRAIN}: interrupted; {run.saved_weights()}; to continue: {run.resume_command}", file=sys.stderr)
         return cli.INTERRUPTED
@@ -283,6 +293,7 @@ def fit(plan: Plan) -> int:
     except (OSError, WriteError, DataError) as error:
         hint = f"{run.saved_weights()}; to continue: {run.resume_command}"
         raise RunError(f"{explain(error)}; {hint}") from error
+    training.draw(outcome)
     return _status(training, outcome, tested)
 
 
