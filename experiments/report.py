@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,15 @@ import numpy as np
 from tyro.conf import Positional
 
 from experiments import cli, data
-from experiments.dataset import Pixels, scaled
+from experiments.dataset import Pixels, most_images, scaled
 from experiments.errors import CheckpointError
 from experiments.files import replacing
 from experiments.run_folder import REPORT, Epoch, Run, check_run, curves_title, read_epochs
 
 if TYPE_CHECKING:
+    import jax
+
+    from experiments.report_masks import MaskExamples
     from experiments.restore import Trained, TrainedNet
 
 PROG = REPORT
@@ -55,6 +59,22 @@ class Examples:
         """Return some of the images (N, H, W, C), as the net receives them."""
         return np.asarray(scaled(np.asarray(self.pixels[list(chosen)]), self.largest))
 
+    unit = "images"
+
+    @property
+    def counted(self) -> str:
+        """What the confusion matrix counts."""
+        return f"{len(self.labels):,} {self.what}"
+
+    def result(self, config: Mapping[str, Any]) -> str:
+        """Return the test results of a config.json in words."""
+        test, count = config["test_accuracy"], len(self.labels)
+        error = math.sqrt(max(test * (1 - test), 0) / count)
+        return (
+            f"<strong>{100 * test:.2f} %</strong> of the {count:,} {self.what} are classified correctly "
+            f"(standard error {100 * error:.2f} %)."
+        )
+
     @property
     def predicted(self) -> np.ndarray:
         """The predicted classes."""
@@ -85,7 +105,7 @@ class Story:
     epochs: list[Epoch]
     steps: list[dict[str, Any]]
     trained: "Trained"
-    examples: Examples | None
+    examples: "Examples | MaskExamples | None"
 
     @property
     def end(self) -> str:
@@ -122,14 +142,18 @@ def write(folder: Path, trained: "Trained") -> Path:
 
 def collect(folder: Path, trained: "Trained") -> Story:
     """Read the files of a run, and predict its test images, or its validation images if it has not finished."""
+    from experiments.report_masks import make_examples
     from experiments.restore import read_config
 
     config = read_config(Run(folder))
-    examples = None
+    examples: Examples | MaskExamples | None = None
     if chosen := _examples(config, trained):
         what, pixels, labels = chosen
-        predicted = probabilities(trained, pixels)
-        examples = Examples(what, pixels, trained.inputs.largest, labels, predicted)
+        if trained.inputs.task == "segmentation":
+            examples = make_examples(what, trained, pixels, labels)
+        else:
+            predicted = probabilities(trained, pixels)
+            examples = Examples(what, pixels, trained.inputs.largest, labels, predicted)
     return Story(
         folder,
         config,
@@ -183,11 +207,23 @@ def probabilities(trained: "TrainedNet", images: Pixels) -> np.ndarray:
     """Return the predicted probabilities (N, classes) of images (N, H, W, C), uint8 or float32."""
     import jax
 
+    return _in_batches(trained, images, jax.nn.softmax)
+
+
+def predicted_classes(trained: "TrainedNet", images: Pixels) -> np.ndarray:
+    """Return the predicted masks (N, H, W), uint8, of images (N, H, W, C), uint8 or float32."""
+    return _in_batches(trained, images, lambda logits: logits.argmax(-1).astype(np.uint8))
+
+
+def _in_batches(trained: "TrainedNet", images: Pixels, of: "Callable[[jax.Array], jax.Array]") -> np.ndarray:
+    """Return a function of the logits of images."""
+    import jax
+
     @jax.jit
     def predict(params: Any, x: np.ndarray) -> jax.Array:
-        return jax.nn.softmax(trained.net.apply(params, scaled(x, trained.inputs.largest)))
+        return of(trained.net.apply(params, scaled(x, trained.inputs.largest)))
 
-    size = min(BATCH, len(images))
+    size = min(most_images(images, BATCH), len(images))
     results = []
     for first in range(0, len(images), size):
         x = np.asarray(images[first : first + size])

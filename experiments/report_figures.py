@@ -99,16 +99,17 @@ def curve(
     quantity: str, steps: Sequence[Mapping[str, Any]], epochs: Sequence[Epoch], best_step: int | None
 ) -> "Figure":
     """Draw the loss or accuracy over the steps: of each batch, the mean of each epoch, and that of the validation."""
-    figure, axes = _chart("step", quantity)
+    figure, axes = _chart("step", quantity.replace("_", " "))
     lines = [step for step in steps if quantity in step]
     points = averaged([step["step"] for step in lines], [step[quantity] for step in lines])
     if lines:
         axes.plot(*points, color=FAINT, linewidth=1, label="batch")
     x = [row.step for row in epochs]
     marker = "o" if len(x) < 40 else ""
-    train = [getattr(row, f"train_{quantity}") for row in epochs]
+    train = [getattr(row, f"train_{quantity}", math.nan) for row in epochs]
     validation = [getattr(row, f"validation_{quantity}") for row in epochs]
-    axes.plot(x, train, "--", color=SOFT, marker=marker, markersize=3.5, label="epoch")
+    if any(map(math.isfinite, train)):
+        axes.plot(x, train, "--", color=SOFT, marker=marker, markersize=3.5, label="epoch")
     if any(map(math.isfinite, validation)):
         axes.plot(x, validation, color=ACCENT, marker=marker, markersize=4.5, label="validation (○ best)")
     if best_step is not None:
@@ -173,7 +174,8 @@ def confusion(counts: np.ndarray, names: Sequence[str]) -> "Figure":
         axes.set_yticks(range(classes), names)
         size = 9.5 if counts.max() < 1000 and classes <= 12 else 7
         for i, j in zip(*np.nonzero(counts), strict=True):
-            axes.text(j, i, str(counts[i, j]), ha="center", va="center", fontsize=size, color=TEXT)
+            text = str(counts[i, j]) if counts.max() < 100_000 else f"{share[i, j]:.1%}"
+            axes.text(j, i, text, ha="center", va="center", fontsize=size, color=TEXT)
     return figure
 
 

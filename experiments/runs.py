@@ -71,16 +71,16 @@ def find(folders: Sequence[Path]) -> list[Listed]:
 
 
 def table(runs: Sequence[Listed]) -> str:
-    """Return the table of runs as text."""
+    """Return the table of runs as text. The validation and test columns are accuracies, or mean IoUs of masks."""
     header = ("run", "model", "data", "optimizer", "rate", "batch", "seed", "steps", "validation", "test", "end")
     lines = [header]
     for run in runs:
         row = best(run.rows)
-        tested = run.config.get("test_accuracy")
+        tested = run.config.get("test_mean_iou", run.config.get("test_accuracy"))
         options = [run.config.get(name, "") for name in ("optimizer", "learning_rate", "batch_size", "seed")]
         steps = run.config.get("steps", run.rows[-1].step if run.rows else 0)
         data = Path(str(run.config["data"])).name
-        validated = None if row is None else row.validation_accuracy
+        validated = None if row is None else row.score
         accuracies = ["" if x is None else f"{x:.4f}" for x in (validated, tested)]
         lines.append((run.folder.name, run.config["model"], data, *map(str, options), str(steps), *accuracies, run.end))
     widths = [max(len(line[n]) for line in lines) for n in range(len(header))]

@@ -58,7 +58,8 @@ def describe_data(dataset: Dataset) -> str:
     """Return the name, sizes and hash of a data set in one line."""
     shape = "×".join(map(str, dataset.image_shape))
     return (
-        f"{dataset.name}: {len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images {shape}, "
+        f"{dataset.name}: {len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images {shape}"
+        f"{' with masks' if dataset.task == 'segmentation' else ''}, "
         f"{len(dataset.class_names)} classes, sha256 {dataset.sha256[:12]}, from {dataset.source}"
     )
 
@@ -72,6 +73,8 @@ def banner(facts: Mapping[str, str]) -> str:
 def describe_epoch(row: Epoch, epochs: int) -> str:
     """Return one epoch in one line."""
     validated = f"validation loss {row.validation_loss:.4f} accuracy {row.validation_accuracy:.4f}"
+    if not math.isnan(row.validation_mean_iou):
+        validated += f" mean IoU {row.validation_mean_iou:.4f}"
     validation = "not evaluated" if math.isnan(row.validation_loss) else validated
     return (
         f"epoch {row.epoch:>{len(str(epochs))}}/{epochs}   "
@@ -87,7 +90,7 @@ def summarize(rows: Sequence[Epoch], first_step: int, wall: float, tested: Mappi
         rows: The epochs of the run.
         first_step: Number of steps that were taken before this process; 0 unless the run was resumed.
         wall: Seconds from the first step to the last evaluation, in this process.
-        tested: The test loss and accuracy, or None if the run has not finished.
+        tested: The test metrics, or None if the run has not finished.
     """
     if not rows:
         return "no epoch was finished"
@@ -100,8 +103,9 @@ def summarize(rows: Sequence[Epoch], first_step: int, wall: float, tested: Mappi
     ]
     row = best(rows)
     if row is not None:
-        lines.append(f"validation accuracy {row.validation_accuracy:.4f} after epoch {row.epoch}, the best one")
+        lines.append(f"validation {row.score_name} {row.score:.4f} after epoch {row.epoch}, the best one")
     test = "not measured, because the run has not finished" if tested is None else f"{tested['accuracy']:.4f}"
+    test += f", mean IoU {tested['mean_iou']:.4f}" if tested is not None and "mean_iou" in tested else ""
     return "\n" + "\n".join([*lines, f"test accuracy {test}"])
 
 

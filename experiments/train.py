@@ -27,6 +27,7 @@ from experiments.run_folder import (
     locked,
     new_folder,
 )
+from experiments.tasks import task_of
 
 if TYPE_CHECKING:  # importing jax takes a second, and --help does not need it
     from jaxcnn import Serial
@@ -41,7 +42,8 @@ class ModelOptions:
 
     model: str = "lecture"
     """Net: lecture, mlp, lenet5, small (79,000 parameters), resnet (ResNet-18), resnet-gn (with group norm), vgg,
-    mobile, or module:function, which returns a net of jaxcnn, Flax or Equinox, or a pair (init, apply)."""
+    mobile, unet (for masks), or module:function, which returns a net of jaxcnn, Flax or Equinox, or a pair
+    (init, apply)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +83,7 @@ class RunOptions:
 # The fields of the last class come first.
 @dataclasses.dataclass(frozen=True)
 class Config(RunOptions, ProcessOptions, DeviceOptions, PrivacyOptions, RecipeOptions, DataOptions, ModelOptions):
-    """Train a net on labeled images, with the explicit backward rules of jaxcnn.
+    """Train a net on images with labels or masks, with the explicit backward rules of jaxcnn.
 
     The run's folder receives its options, environment, metrics, checkpoints, curves and the weights of the best epoch.
     Ctrl-C and SIGTERM save a checkpoint. A run that was interrupted or killed continues with --resume.
@@ -168,6 +170,7 @@ def train_one(config: Config, placement: Placement, tuned: bool) -> int:
     if config.batch_size > len(chosen):
         expected = f"at most {len(chosen)}, the training images of {dataset.name} without those for validation"
         raise bad_value(UsageError, "--batch-size", expected, config.batch_size)
+    task_of(dataset).check(config, config, dataset, validation)
     net, table = build(config, dataset)
     mechanism = private.mechanism(config, config.batch_size, len(chosen), placement.devices)
 
@@ -265,28 +268,40 @@ def check(config: Config) -> None:
 
 
 def build(config: Config, dataset: Dataset) -> "tuple[Serial, str]":
-    """Return the net and its table of layers; raise UsageError if the images are too small for it."""
+    """Return the net and its table of layers; raise UsageError if it is not one for these images and labels."""
     from experiments import own_nets
-    from experiments.models import MODELS
+    from experiments.models import MODELS, MULTIPLES
 
-    classes = len(dataset.class_names)
-    net = own_nets.build(config.model, classes, dataset.image_shape)
+    task, shape, classes = task_of(dataset), dataset.image_shape, len(dataset.class_names)
+    outputs = task.output_shape(shape, classes)
+    net = own_nets.build(config.model, classes, shape, outputs)
     if config.private:
         private.check_net(config.model, net)
+    multiple = MULTIPLES.get(config.model, 1)
+    if dataset.task == "segmentation" and any(side % multiple for side in shape[:2]):
+        expected = f"images with sides that are multiples of {multiple} for --model {config.model}"
+        raise bad_value(
+            UsageError, f"images of {dataset.name}", expected, "×".join(map(str, shape[:2])), "choose --size"
+        )
     try:
-        return net, str(net.summary(dataset.image_shape))
+        table = net.summary(shape)
+        result = table.rows[-1].output_shape
+        if result == outputs:
+            return net, str(table)
+        got = f"outputs (N, {', '.join(map(str, result))})"
     except ValueError as error:
-        possible = [name for name, make in MODELS.items() if _accepts(make(classes), dataset.image_shape)]
-        expected = f"a net for the images of {dataset.name} ({', '.join(possible) or 'none'})"
-        raise bad_value(UsageError, "--model", expected, f"{config.model} ({error})") from None
+        got = "an output for each pixel" if multiple > 1 else str(error)
+    possible = [name for name, make in MODELS.items() if _outputs(make(classes), shape) == outputs]
+    expected = f"a net for {task.images.format(dataset.name)} ({', '.join(possible) or 'none'})"
+    raise bad_value(UsageError, "--model", expected, f"{config.model} ({got})")
 
 
-def _accepts(net: "Serial", shape: tuple[int, ...]) -> bool:
+def _outputs(net: "Serial", shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Return the shape of a net's output for an image of a shape, or None if it does not take such images."""
     try:
-        net.summary(shape)
+        return net.summary(shape).rows[-1].output_shape
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def describe(config: Config, dataset: Dataset) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from experiments.evaluation import Evaluation
 from experiments.private import Mechanism, PoissonBatches
 from experiments.restore import Trained, read_config
 from experiments.run_folder import TRAIN, Epoch, History, Run, best, curves_title, finite_or_none
+from experiments.tasks import task_of
 from experiments.training_loop import Metrics, Outcome, Step
 from jaxcnn import Serial, TrainState
 
@@ -75,8 +76,11 @@ class Training:
         self.batches = _batches(plan, chosen)
         of_optimizer = config if mechanism is None else dataclasses.replace(config, clip_norm=0.0)
         self.optimizer = recipe.make_optimizer(of_optimizer, plan.steps, self.batches.per_epoch, plan.net)
-        self.loss = recipe.make_loss(config.label_smoothing)
-        self.evaluation = Evaluation(plan.net, config, dataset.train_pixels[chosen], dataset.largest, plan.placement)
+        task = task_of(dataset)
+        self.loss = task.loss(config.label_smoothing)
+        self.evaluation = Evaluation(
+            plan.net, task, config, dataset.train_pixels[chosen], dataset.largest, plan.placement
+        )
         self.checkpoints = plan.run.folder / "checkpoints"
         self.in_weights = plan.record if mechanism is None else private.public(plan.record)
         self._events: event_files.EventFiles | None = None
@@ -131,7 +135,7 @@ class Training:
         gradients.check(plan.net, loss, state.params, (scaled(images, plan.dataset.largest), targets), state.key)
 
     def validate(self, state: TrainState) -> dict[str, float]:
-        """Return the validation loss and accuracy."""
+        """Return the validation metrics."""
         dataset = self.plan.dataset
         images, labels = dataset.train_pixels[self.held_out], dataset.train_labels[self.held_out]
         return self.evaluation.evaluate(self.evaluation.params(state), images, labels)
@@ -170,7 +174,7 @@ class Training:
             training_state.save(self.checkpoints, state, step, history, self.plan.options, self.plan.config.keep)
 
     def finish(self, outcome: Outcome) -> dict[str, float] | None:
-        """Write the results, and return the test loss and accuracy, or None if the run has not finished."""
+        """Write the results, and return the test metrics, or None if the run has not finished."""
         plan, run, dataset = self.plan, self.plan.run, self.plan.dataset
         row = best(outcome.history.epochs)
         if row is None:
