@@ -65,6 +65,9 @@ smoke: $(VENV)/all  ## run every experiment briefly
 	$(PY) -m experiments.train --model mlp --max-steps 3 --out runs/smoke/mlp
 	$(PY) -m experiments.train --model lenet5 --max-steps 3 --out runs/smoke/lenet5
 	$(PY) -m experiments.train --model tests.other_nets:Linen --data digits --max-steps 3 --optimizer adamw --ema 0.9 --augment crop mixup --out runs/smoke/linen
+	$(PY) -m experiments.make_masks runs/smoke/items --count 40
+	$(PY) -m experiments.train --model unet --data runs/smoke/items --batch-size 4 --max-steps 3 --augment crop --out runs/smoke/unet
+	$(PY) -m experiments.predict runs/smoke/items/images/00000.png --run runs/smoke/unet --out runs/smoke/masks
 	JAX_NUM_CPU_DEVICES=2 $(PY) -m experiments.train --model mlp --max-steps 2 --device cpu --devices 2 --seeds 2 --out runs/smoke/seeds
 	$(PY) -m experiments.train --model mlp --max-steps 3 --private --clip-norm 1 --out runs/smoke/private
 	two="$(PY) -m experiments.train --model mlp --max-steps 3 --out runs/smoke/two --coordinator localhost:12321 --processes 2" && \

@@ -8,6 +8,8 @@
 Images are (N, H, W, C), uint8 or floating-point. A change keeps their shape and dtype; its values lie between the
 smallest and the largest value of the input, or are 0. The same key gives the same result. In a training, the key is a
 function of seed and step alone, so the draws of a resumed run are those of an undisturbed one.
+
+A mask is moved together with its image by `crop` and `flip`, and is IGNORED where zeros enter the image.
 """
 
 import functools
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from experiments.dataset import scaled
+from experiments.dataset import IGNORED, scaled
 
 SHARE = 1 / 8
 """Padding of `crop`, as a share of the image's side; that of 4 pixels of 32 (He et al. 2015, §4.2)."""
@@ -29,18 +31,19 @@ ALPHA = 0.2
 """Parameter of the Beta distribution of `mixup`."""
 
 
-@functools.partial(jax.jit, static_argnames="padding")
-def crop(key: Array, images: Array, padding: int | None = None) -> Array:
-    """Return images moved by up to `padding` pixels in each direction; zeros enter at the edges.
+@functools.partial(jax.jit, static_argnames=("padding", "fill"))
+def crop(key: Array, images: Array, padding: int | None = None, fill: int = 0) -> Array:
+    """Return images moved by up to `padding` pixels in each direction; `fill` enters at the edges.
 
     Args:
         key: From `jax.random.key`.
         images: (N, H, W, C).
         padding: Number of pixels; None means SHARE of the longer side, at least 1.
+        fill: The value of new pixels.
     """
     count, height, width, channels = images.shape
     margin = max(1, round(SHARE * max(height, width))) if padding is None else padding
-    padded = jnp.pad(images, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
+    padded = jnp.pad(images, ((0, 0), (margin, margin), (margin, margin), (0, 0)), constant_values=fill)
     offsets = jax.random.randint(key, (count, 2), 0, 2 * margin + 1)
 
     def cut(image: Array, offset: Array) -> Array:
@@ -124,12 +127,12 @@ def augmented(names: Sequence[str], seed: int, step: int, batch: Any, classes: i
         names: Names in AUGMENTATIONS.
         seed: The seed of the run.
         step: The number of the step, from 0.
-        batch: Images (N, H, W, C) and labels (N,).
+        batch: Images (N, H, W, C), and labels (N,) or masks (N, H, W). Masks have only crop and flip.
         classes: Number of classes.
         largest: The pixel of uint8 images that the net receives as 1.
 
     Returns:
-        Floating-point images, and labels (N,), or targets (N, classes) after mixup.
+        Floating-point images, and the labels or masks, or targets (N, classes) after mixup.
     """
     return _augmented(tuple(sorted(names)), classes, largest, np.uint32(seed), np.uint32(step), *batch)
 
@@ -146,5 +149,8 @@ def _augmented(
             if name == "mixup":
                 images, labels = mixup(each, images, labels, classes)
             else:
+                if labels.ndim == 3:  # the same key gives the same offsets
+                    options = {"fill": IGNORED} if name == "crop" else {}
+                    labels = function(each, labels[..., None], **options)[..., 0]
                 images = function(each, images)
     return images, labels

@@ -5,7 +5,7 @@
     load("digits")                  scikit-learn's 8×8 digits
     load("idx", folder)             any images and labels in idx files with the file names of MNIST
     load("cifar10")                 60,000 color images in 10 classes; cifar100 has 100, and cifar100-coarse 20
-    load("my/images")               a folder of PNG and JPEG files by class, or an .npz file
+    load("my/images")               a folder of PNG and JPEG files by class or with masks, or an .npz file
 
 The contents of a named set are checked against its hash. Images stay uint8 in memory; the compiled step and evaluation
 convert them to float32 in [0, 1].
@@ -33,7 +33,7 @@ class DataOptions:
     data: str = "fashion-mnist-sample"
     """Images: fashion-mnist-sample (10,000, embedded), fashion-mnist (60,000), digits (8×8), cifar10, cifar100,
     cifar100-coarse, idx (your own, in idx files), the path of a folder of PNG and JPEG files in one subfolder per
-    class, or the path of an .npz file."""
+    class, or in the subfolders images and masks, or the path of an .npz file."""
     size: Annotated[int | None, arg(metavar="INT")] = None
     """Height and width to which the images of a folder are resized; if omitted, all must have one size."""
     stream: FlagCreatePairsOff[bool] = False
@@ -132,7 +132,9 @@ def split_validation(labels: np.ndarray, fraction: float, seed: int) -> tuple[np
 def split(options: DataOptions, dataset: Dataset, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the indices of the images for training and for validation: the set's own, or those of --validation."""
     if dataset.validation is None or not options.validation:
-        return split_validation(dataset.train_labels, options.validation, seed)
+        # Images with masks have no classes by which to divide them.
+        labels = dataset.train_labels if dataset.train_labels.ndim == 1 else np.zeros(len(dataset.train_labels), int)
+        return split_validation(labels, options.validation, seed)
     return np.setdiff1d(np.arange(len(dataset.train_labels)), dataset.validation), dataset.validation
 
 

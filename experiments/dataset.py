@@ -12,7 +12,11 @@ import numpy as np
 from experiments.errors import DataError, bad_value
 
 Batch = tuple[Any, Any]
-"""Images (B, H, W, C), uint8 or float32, and labels (B,) int32."""
+"""Images (B, H, W, C), uint8 or float32, and labels (B,) int32 or masks (B, H, W) uint8."""
+IGNORED = 255
+"""Value of the pixels of a mask that are not labeled; they count in no loss and no metric."""
+MAX_PIXELS = 1 << 20
+"""Largest number of pixels in a batch of evaluation, unless one image has more."""
 BORDER_IMAGES = 1000
 """Images whose borders are measured."""
 
@@ -44,13 +48,16 @@ class Inputs:
     """The pixel that the net receives as 1."""
     border: float
     """Median brightness, in [0, 1], of the outermost pixels of the training images."""
+    task: str = "classification"
+    """The name of a task in `experiments.tasks`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """Labeled images, split into training and test.
 
-    The pixels (N, H, W, C) are uint8 from 0 to `largest`. The labels (N,) are int32 indices into `class_names`.
+    The pixels (N, H, W, C) are uint8 from 0 to `largest`. The labels (N,) are int32 indices into `class_names`, or they
+    are masks (N, H, W), uint8, of such indices and IGNORED.
     `source` describes the location of the files. `sha256` is the hash of shapes and pixels, so it does not depend on
     file format, compression or folder.
     """
@@ -72,6 +79,11 @@ class Dataset:
         """(H, W, C)."""
         return self.train_pixels.shape[1:]
 
+    @property
+    def task(self) -> str:
+        """The name of a task in `experiments.tasks`: "segmentation" if the labels are masks."""
+        return "segmentation" if self.train_labels.ndim == 3 else "classification"
+
     @functools.cached_property
     def train_images(self) -> np.ndarray:
         """All training images as float32 in [0, 1], in memory."""
@@ -86,7 +98,7 @@ class Dataset:
     def inputs(self) -> Inputs:
         """The facts that belong to a net that is trained on these images."""
         first = scaled(np.asarray(self.train_pixels[:BORDER_IMAGES]), self.largest)
-        return Inputs(self.name, self.class_names, self.image_shape, self.largest, border(first))
+        return Inputs(self.name, self.class_names, self.image_shape, self.largest, border(first), self.task)
 
 
 def scaled(images: Any, largest: int) -> Any:
@@ -103,6 +115,11 @@ def border(images: np.ndarray) -> float:
     """Return the median brightness of the outermost pixels of images (N, H, W, C)."""
     edges = (images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1])
     return float(np.median(np.concatenate([edge.mean(-1).ravel() for edge in edges])))
+
+
+def most_images(images: Pixels, count: int) -> int:
+    """Return the number of images in a batch of evaluation: `count`, or those that have MAX_PIXELS pixels."""
+    return max(1, min(count, MAX_PIXELS // (images.shape[1] * images.shape[2])))
 
 
 def batches(images: Pixels, labels: np.ndarray, size: int) -> Iterator[Batch]:
@@ -128,9 +145,9 @@ def make_dataset(
     validation: np.ndarray | None = None,
     sha256: str | None = None,
 ) -> Dataset:
-    """Build a Dataset of uint8 images (N, H, W) or (N, H, W, C), with pixels from 0 to `largest`, and labels (N,).
+    """Build a Dataset of uint8 images (N, H, W) or (N, H, W, C), with pixels from 0 to `largest`, and their labels.
 
-    `sha256` is that of the data set if it is known; None means that it is computed.
+    Labels are (N,), or masks (N, H, W) uint8. `sha256` is that of the data set; None means that it is computed.
     """
     if sha256 is None:
         digest = hashlib.sha256()
@@ -142,13 +159,16 @@ def make_dataset(
     def with_channels(images: Any) -> Pixels:
         return images[..., None] if len(images.shape) == 3 else images
 
+    def with_dtype(labels: np.ndarray) -> np.ndarray:
+        return labels if labels.ndim == 3 else labels.astype(np.int32)
+
     return Dataset(
         name=name,
         source=source,
         train_pixels=with_channels(train[0]),
-        train_labels=train[1].astype(np.int32),
+        train_labels=with_dtype(train[1]),
         test_pixels=with_channels(test[0]),
-        test_labels=test[1].astype(np.int32),
+        test_labels=with_dtype(test[1]),
         largest=largest,
         class_names=class_names,
         sha256=sha256,

@@ -8,9 +8,10 @@ import numpy as np
 
 import jaxcnn
 from experiments import own_nets
-from experiments.dataset import Pixels, batches, scaled
+from experiments.dataset import Pixels, batches, most_images, scaled
 from experiments.devices import Placement
 from experiments.recipe import RecipeOptions, averaged_params
+from experiments.tasks import Task
 from jaxcnn import Serial, TrainState
 
 EVALUATION_BATCH = 1000
@@ -23,21 +24,29 @@ class Evaluation:
     """Evaluates the states of a training."""
 
     def __init__(
-        self, net: Serial, options: RecipeOptions, training_images: Pixels, largest: int, placement: Placement
+        self,
+        net: Serial,
+        task: Task,
+        options: RecipeOptions,
+        training_images: Pixels,
+        largest: int,
+        placement: Placement,
     ) -> None:
         """Evaluate a net.
 
         Args:
             net: The net.
+            task: What the net predicts.
             options: The options of the average.
             training_images: Training images (N, H, W, C) without augmentation.
             largest: The pixel that the net receives as 1.
             placement: Where to put the batches.
         """
         self._net, self._options, self._placement = net, options, placement
+        self._evaluate = task.evaluator(net)
         self._scaled = jax.jit(functools.partial(scaled, largest=largest))
         needed = not isinstance(net, own_nets.OwnNet) and own_nets.has_batch_norm(net)
-        size = min(CALIBRATION_BATCH, len(training_images))
+        size = min(most_images(training_images, CALIBRATION_BATCH), len(training_images))
         count = min(CALIBRATION_IMAGES, len(training_images)) // size * size if needed else 0
         parts = batches(training_images[:count], np.empty(count), size)
         self._images = [(self._scaled(placement.split((x,))[0]), None) for x, _ in parts]
@@ -53,8 +62,6 @@ class Evaluation:
         return self._last[1]
 
     def evaluate(self, params: Any, images: Pixels, labels: np.ndarray) -> dict[str, float]:
-        """Return the loss, without label smoothing, and the accuracy of parameters from `params`."""
-        loss = jaxcnn.softmax_cross_entropy_with_integer_labels
-        placed = map(self._placement.split, batches(images, labels, EVALUATION_BATCH))
-        parts = ((self._scaled(x), y) for x, y in placed)
-        return jaxcnn.evaluate(self._net, loss, params, parts)
+        """Return the loss, without label smoothing, and the other metrics of parameters from `params`."""
+        placed = map(self._placement.split, batches(images, labels, most_images(images, EVALUATION_BATCH)))
+        return self._evaluate(params, ((self._scaled(x), y) for x, y in placed))

@@ -182,7 +182,7 @@ def _onnx(out: Path, trained: TrainedNet, metadata: Mapping[str, str]) -> list[P
         assert program is not None
         program.save(str(temporary), external_data=False)
         session = onnxruntime.InferenceSession(temporary.read_bytes(), providers=["CPUExecutionProvider"])
-        compare(path, trained, lambda x: session.run(None, {"images": np.moveaxis(x, -1, 1)})[0])
+        compare(path, trained, lambda x: channels_last(session.run(None, {"images": np.moveaxis(x, -1, 1)})[0]))
     return [path]
 
 
@@ -218,11 +218,16 @@ def load_source(path: Path) -> ModuleType:
 
 
 def run_torch(net: Any, x: np.ndarray) -> np.ndarray:
-    """Return the outputs of a net in PyTorch for images (N, H, W, C)."""
+    """Return the outputs of a net in PyTorch for images (N, H, W, C), channels-last as well."""
     import torch
 
     with torch.no_grad():
-        return np.asarray(net(torch.tensor(np.moveaxis(x, -1, 1))))
+        return channels_last(np.asarray(net(torch.tensor(np.moveaxis(x, -1, 1)))))
+
+
+def channels_last(logits: np.ndarray) -> np.ndarray:
+    """Return logits (N, classes) as they are, and those of pixels (N, classes, H, W) as (N, H, W, classes)."""
+    return logits if logits.ndim == 2 else np.moveaxis(logits, 1, -1)
 
 
 def compare(path: Path, trained: TrainedNet, run: Callable[[np.ndarray], np.ndarray]) -> None:

@@ -3,6 +3,7 @@
 The size of an image is checked before it is decoded, so a small file cannot fill the memory.
 """
 
+import contextlib
 import functools
 import hashlib
 import math
@@ -11,11 +12,14 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from experiments.errors import DataError, bad_value
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MAX_PIXELS = 1 << 24
 """Largest number of pixels of one image file."""
@@ -23,6 +27,8 @@ MAX_BYTES = 1 << 32
 """Largest size of all images together, as bytes, unless they are streamed."""
 SUFFIXES = (".png", ".jpg", ".jpeg")
 GRAY, COLOR = ("1", "L", "LA"), ("P", "RGB", "RGBA", "CMYK", "YCbCr")
+ORIENTATION = 0x0112
+"""The tag of EXIF that rotates an image; 5 to 8 exchange height and width."""
 CHUNK = 64
 """Files that are decoded ahead of the one that is used."""
 
@@ -157,27 +163,75 @@ def decode(path: Path, size: int | None = None) -> tuple[np.ndarray, bool]:
     Raises:
         DataError: The file is missing, damaged, too large, or not an image.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
-    expected = "a PNG or JPEG image"
-    if path.is_dir() or path.suffix.lower() not in SUFFIXES:
-        raise bad_value(DataError, path, f"{expected}, named *{' or *'.join(SUFFIXES)}", "another file or a folder")
+    with _opened(path) as image:
+        if image.mode not in (*GRAY, *COLOR):
+            raise bad_value(DataError, path, "an image with 8 bits per channel", f"mode {image.mode}")
+        upright = ImageOps.exif_transpose(image)
+        if upright.has_transparency_data:
+            layer = upright.convert("RGBA")
+            upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+        pixels = upright.convert("L" if image.mode in GRAY else "RGB")
+        if size is not None:
+            pixels = pixels.resize((size, size), Image.Resampling.BILINEAR)
+        return np.asarray(pixels.convert("RGB")), image.mode in COLOR
+
+
+def decode_mask(path: Path, size: int | None = None) -> np.ndarray:
+    """Return the values (H, W) uint8 of a PNG of one channel, or the indices of one with a palette.
+
+    Args:
+        path: The file.
+        size: Height and width to which the mask is resized, to the nearest pixel; None means its own.
+
+    Raises:
+        DataError: The file is missing, damaged, too large, or not a mask.
+    """
+    from PIL import Image, ImageOps
+
+    with _opened(path, "a PNG mask", (".png",), ("PNG",)) as image:
+        if image.mode not in ("1", "L", "P"):
+            expected = "a mask of one channel or with a palette, and 8 bits"
+            raise bad_value(DataError, path, expected, f"mode {image.mode}")
+        upright = ImageOps.exif_transpose(image)
+        if size is not None:
+            upright = upright.resize((size, size), Image.Resampling.NEAREST)
+        return np.asarray(upright).astype(np.uint8)
+
+
+def decode_masks(paths: Sequence[Path], size: int | None) -> np.ndarray:
+    """Return the masks (N, H, W) uint8 of files, which have one size unless they are resized."""
+    masks = list(_pool().map(functools.partial(decode_mask, size=size), paths))
+    return np.stack(masks)
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """Return the height and width of an upright image, from its header; raise DataError if it is not an image."""
+    with _opened(path) as image:
+        on_its_side = image.getexif().get(ORIENTATION, 1) >= 5
+        return (image.width, image.height) if on_its_side else (image.height, image.width)
+
+
+@contextlib.contextmanager
+def _opened(
+    path: Path,
+    expected: str = "a PNG or JPEG image",
+    suffixes: Sequence[str] = SUFFIXES,
+    formats: tuple[str, ...] = ("PNG", "JPEG"),
+) -> "Iterator[Image.Image]":
+    """Yield an image that is not decoded yet; raise DataError if it is not one, or if decoding it fails."""
+    from PIL import Image, UnidentifiedImageError
+
+    if path.is_dir() or path.suffix.lower() not in suffixes:
+        raise bad_value(DataError, path, f"{expected}, named *{' or *'.join(suffixes)}", "another file or a folder")
     Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit first prints a warning; the one below is smaller
     try:
-        with path.open("rb") as file, Image.open(file, formats=("PNG", "JPEG")) as image:
+        with path.open("rb") as file, Image.open(file, formats=formats) as image:
             if image.width * image.height > MAX_PIXELS:
                 got = f"{image.width} × {image.height}"
                 raise bad_value(DataError, path, f"an image of at most {MAX_PIXELS} pixels", got)
-            if image.mode not in (*GRAY, *COLOR):
-                raise bad_value(DataError, path, "an image with 8 bits per channel", f"mode {image.mode}")
-            upright = ImageOps.exif_transpose(image)
-            if upright.has_transparency_data:
-                layer = upright.convert("RGBA")
-                upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-            pixels = upright.convert("L" if image.mode in GRAY else "RGB")
-            if size is not None:
-                pixels = pixels.resize((size, size), Image.Resampling.BILINEAR)
-            return np.asarray(pixels.convert("RGB")), image.mode in COLOR
+            yield image
     except DataError:
         raise
     except UnidentifiedImageError:

@@ -2,7 +2,9 @@
 
     FOLDER/<class>/<image>                    a fifth of each class is the test set
     FOLDER/train/<class>/<image>, FOLDER/test/<class>/<image>, and FOLDER/val/<class>/<image> if there is one
-    FILE.npz                                  uint8 images and int labels, named as in `ARRAYS`
+    FILE.npz                                  uint8 images and int labels or masks, named as in `ARRAYS`
+
+Folders of images with masks are in `experiments.mask_files`.
 
 With `stream`, the images of a folder stay in their files until a batch needs them. Sizes are checked before anything is
 decoded, so a small file cannot fill the memory. Nothing is unpickled.
@@ -11,11 +13,13 @@ decoded, so a small file cannot fill the memory. Nothing is unpickled.
 import math
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
+from experiments import mask_files
 from experiments.data import split_validation
 from experiments.dataset import Dataset, make_dataset
 from experiments.errors import DataError, bad_value
@@ -42,7 +46,9 @@ def load_path(path: Path, size: int | None = None, stream: bool = False) -> Data
         return load_npz(path)
     if not path.is_dir():
         got = "a file" if path.exists() else "no such folder"
-        raise bad_value(DataError, path, "a folder of images by class, or an .npz file", got)
+        raise bad_value(DataError, path, "a folder of images by class or with masks, or an .npz file", got)
+    if mask_files.is_folder_with_masks(path):
+        return mask_files.load_folder(path, size, stream)
     validation = None
     if not (path / "train").is_dir():
         classes = _classes(path)
@@ -76,7 +82,8 @@ def _classes(folder: Path) -> tuple[str, ...]:
     names = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")))
     if len(names) < 2:
         got = f"only {names[0]}" if names else "none"
-        raise bad_value(DataError, folder, "a folder with at least two subfolders, one per class", got)
+        expected = "a folder with at least two subfolders, one per class, or images and masks"
+        raise bad_value(DataError, folder, expected, got)
     return names
 
 
@@ -99,7 +106,10 @@ def _files(folder: Path, classes: tuple[str, ...]) -> tuple[list[Path], np.ndarr
 
 
 def load_npz(path: Path) -> Dataset:
-    """Load an .npz file of uint8 images (N, H, W) or (N, H, W, C), and labels (N,) of any integer dtype."""
+    """Load an .npz file of uint8 images (N, H, W) or (N, H, W, C), and labels (N,) of any integer dtype.
+
+    Labels in the shape of the images, (N, H, W) or (N, H, W, 1), are masks.
+    """
     expected = "an .npz file"
     try:
         with zipfile.ZipFile(path) as archive:
@@ -120,12 +130,18 @@ def load_npz(path: Path) -> Dataset:
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape:
             got = f"{images.dtype} {images.shape}"
             raise bad_value(DataError, f"{path}: {name}", "uint8 images (N, H, W) or (N, H, W, C)", got)
-        if not np.issubdtype(labels.dtype, np.integer) or labels.shape != (len(images),) or labels.min() < 0:
-            got = f"{labels.dtype} {labels.shape}" + (f" from {labels.min()}" if labels.size else "")
-            raise bad_value(DataError, f"{path}: {label_name}", f"{len(images)} integers from 0", got)
+        masks = labels.shape in (images.shape[:3], (*images.shape[:3], 1))
+        if not np.issubdtype(labels.dtype, np.integer) or (labels.shape != (len(images),) and not masks):
+            got = f"{labels.dtype} {labels.shape}"
+            expected = f"{len(images)} integers, or masks of the size of the images"
+            raise bad_value(DataError, f"{path}: {label_name}", expected, got)
+        if labels.min() < 0:
+            raise bad_value(DataError, f"{path}: {label_name}", "numbers from 0", labels.min())
     if test[0].shape[1:] != train[0].shape[1:]:
         expected = f"images of shape {train[0].shape[1:]}, as {names[0]}"
         raise bad_value(DataError, f"{path}: {names[2]}", expected, test[0].shape[1:])
+    if train[1].ndim > 1 or test[1].ndim > 1:
+        return _with_masks(path, names, train, test)
     count = int(train[1].max()) + 1
     present = np.bincount(train[1].astype(np.int64), minlength=count) if count <= 1 << 16 else np.zeros(1)
     if count < 2 or not present.all():
@@ -135,6 +151,21 @@ def load_npz(path: Path) -> Dataset:
         raise bad_value(DataError, f"{path}: {names[3]}", f"labels from 0 to {count - 1}", test[1].max())
     train, test = ((images, labels.astype(np.int32)) for images, labels in (train, test))
     return make_dataset(path.name, str(path.absolute()), train, test, 255, tuple(map(str, range(count))))
+
+
+def _with_masks(path: Path, names: Sequence[str], *parts: tuple[np.ndarray, np.ndarray]) -> Dataset:
+    """Return the data set of the images and masks in an .npz file, whose arrays have these names."""
+    train_name, test_name = (f"{path}: {names[n]}" for n in (1, 3))
+    if parts[0][1].ndim == 1 or parts[1][1].ndim == 1:
+        got = f"{parts[0][1].shape} and {parts[1][1].shape}"
+        raise bad_value(DataError, f"{train_name} and {names[3]}", "both labels or both masks", got)
+    train, test = (
+        (images, mask_files.masks_of_arrays(name, masks))
+        for name, (images, masks) in zip((train_name, test_name), parts, strict=True)
+    )
+    classes = mask_files.check_classes(train_name, train[1])
+    mask_files.check_numbers(test_name, test[1], len(classes))
+    return make_dataset(path.name, str(path.absolute()), train, test, 255, classes)
 
 
 def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:

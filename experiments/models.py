@@ -7,6 +7,7 @@ from jaxcnn import (
     AvgPool,
     BatchNorm,
     Conv,
+    ConvTranspose,
     Dense,
     DepthwiseConv,
     Dropout,
@@ -133,6 +134,32 @@ def mobile(classes: int) -> Serial:
     return serial(*_mobile_stage(16, 3), *blocks, *_mobile_stage(160, 1), GlobalAvgPool(), Dense(classes))
 
 
+def unet(classes: int, *, depth: int = 3, width: int = 16, norm: Norm | None = group_norm) -> Serial:
+    """Return a U-Net, which predicts the class of each pixel; its convolutions keep the size (Ronneberger et al. 2015).
+
+    H×W×16 → H/2×W/2×32 → H/4×W/4×64 → H/8×W/8×128 and back, where each level also receives the H×W×16, … of its size.
+
+    Args:
+        classes: Number of classes.
+        depth: Number of poolings; the sides of images are multiples of 2^depth.
+        width: Number of channels of the first level, which doubles with each pooling.
+        norm: Makes each normalization; None for none.
+    """
+
+    def convolutions(channels: int) -> list[Layer]:
+        if norm is None:
+            return [Conv(channels, 3, padding="SAME"), Relu()] * 2
+        return [*_normalized(channels, norm), *_normalized(channels, norm)]
+
+    def level(depth: int, channels: int) -> Serial:
+        if depth == 0:
+            return serial(*convolutions(channels))
+        below = serial(MaxPool(2), level(depth - 1, 2 * channels), ConvTranspose(channels, 2, stride=2))
+        return serial(*convolutions(channels), branches(serial(), below), *convolutions(channels))
+
+    return serial(level(depth, width), Conv(classes, 1))
+
+
 def _normalized(channels: int, norm: Norm = BatchNorm, *, kernel: int = 3, stride: int = 1) -> list[Layer]:
     return [Conv(channels, kernel, stride=stride, padding="SAME", bias=False), norm(), Relu()]
 
@@ -162,7 +189,7 @@ def _inverted(inputs: int, outputs: int, stride: int) -> Serial:
     return residual(*layers) if inputs == outputs and stride == 1 else serial(*layers)
 
 
-MODELS: Mapping[str, Callable[[int], Serial]] = {
+CLASSIFIERS: Mapping[str, Callable[[int], Serial]] = {
     "lecture": lecture,
     "mlp": mlp,
     "lenet5": lenet5,
@@ -172,4 +199,8 @@ MODELS: Mapping[str, Callable[[int], Serial]] = {
     "vgg": vgg,
     "mobile": mobile,
 }
+"""The function that builds each net with one output per image from the number of classes, by name."""
+MODELS: Mapping[str, Callable[[int], Serial]] = {**CLASSIFIERS, "unet": unet}
 """The function that builds each net from the number of classes, by name."""
+MULTIPLES: Mapping[str, int] = {"unet": 8}
+"""The numbers of which the sides of a net's images are multiples, for nets that do not take other images."""

@@ -52,7 +52,7 @@ class Functions:
     init: Callable[[Array], Variables]
     """key → variables."""
     train: Callable[[Variables, Any, Array], tuple[Array, Variables]]
-    """variables, x, key → outputs (N, classes), and the new state: the variables without "params"."""
+    """variables, x, key → outputs (N, …, classes), and the new state: the variables without "params"."""
     predict: Callable[[Variables, Any], Array]
     """variables, x → outputs in evaluation."""
 
@@ -155,13 +155,14 @@ def check_reference(name: str) -> None:
     _import(name)
 
 
-def build(name: str, classes: int, shape: tuple[int, ...]) -> Serial:
+def build(name: str, classes: int, shape: tuple[int, ...], outputs: tuple[int, ...] | None = None) -> Serial:
     """Return the net of a name.
 
     Args:
         name: A name in MODELS, or "module:attribute".
         classes: Number of classes.
         shape: (H, W, C) of the images.
+        outputs: The shape of the output for one image, which a net that is imported must have; None means (classes,).
 
     Raises:
         UsageError: The name cannot be imported, or is not that of a net for these images and classes.
@@ -172,7 +173,7 @@ def build(name: str, classes: int, shape: tuple[int, ...]) -> Serial:
         return MODELS[name](classes)
     value = _import(name)
     make = value if _is_maker(value) else lambda **_: value
-    return _converted(f"--model {name}", make, classes, shape)
+    return _converted(f"--model {name}", make, classes, shape, (classes,) if outputs is None else outputs)
 
 
 def _import(name: str) -> Any:
@@ -240,7 +241,9 @@ def _arguments(flag: str, make: Callable[..., Any]) -> set[str]:
     return {p.name for p in parameters if p.name in ARGUMENTS}
 
 
-def _converted(flag: str, make: Callable[..., Any], classes: int, shape: tuple[int, ...]) -> Serial:
+def _converted(
+    flag: str, make: Callable[..., Any], classes: int, shape: tuple[int, ...], outputs: tuple[int, ...]
+) -> Serial:
     """Return the net that `make` returns, as an `OwnNet` unless it is a net of jaxcnn."""
     taken = _arguments(flag, make)
 
@@ -254,7 +257,7 @@ def _converted(flag: str, make: Callable[..., Any], classes: int, shape: tuple[i
 
     value = new_net(jax.random.key(0))
     if isinstance(value, Serial):
-        _check_outputs(flag, lambda: jax.eval_shape(functools.partial(_outputs_of, value, shape)), classes, shape)
+        _check_outputs(flag, lambda: jax.eval_shape(functools.partial(_outputs_of, value, shape)), outputs, shape)
         return value
     library = _library_of(value)
     with_state = isinstance(value, tuple) and len(value) == 2 and _library_of(value[0]) == "equinox"
@@ -268,10 +271,10 @@ def _converted(flag: str, make: Callable[..., Any], classes: int, shape: tuple[i
         functions = _pair(*value, shape)
     else:
         raise bad_value(UsageError, flag, f"a function that returns {KINDS}", type(value).__name__)
-    return _check_outputs(flag, lambda: _net_of(flag, functions, shape), classes, shape)
+    return _check_outputs(flag, lambda: _net_of(flag, functions, shape), outputs, shape)
 
 
-def _check_outputs(flag: str, trace: Callable[[], Any], classes: int, shape: tuple[int, ...]) -> Any:
+def _check_outputs(flag: str, trace: Callable[[], Any], outputs: tuple[int, ...], shape: tuple[int, ...]) -> Any:
     """Return the result of a function that traces a net; raise UsageError if its outputs are not logits."""
     sizes = "×".join(map(str, shape))
     try:
@@ -282,8 +285,8 @@ def _check_outputs(flag: str, trace: Callable[[], Any], classes: int, shape: tup
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise bad_value(UsageError, flag, f"a net for images (N, {', '.join(map(str, shape))})", text) from error
     out = traced.rows[-1].output_shape if isinstance(traced, OwnNet) else tuple(traced.shape[1:])
-    if out != (classes,):
-        expected = f"a net whose outputs are (N, {classes}) for images {sizes}"
+    if out != outputs:
+        expected = f"a net whose outputs are (N, {', '.join(map(str, outputs))}) for images {sizes}"
         raise bad_value(UsageError, flag, expected, f"(N{''.join(f', {size}' for size in out)})")
     return traced
 

@@ -1,7 +1,6 @@
 """Predict the classes of image files with a trained net: python -m experiments.predict --help."""
 
 import dataclasses
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from experiments import cli
+from experiments import cli, predict_masks
 from experiments.dataset import border
 from experiments.errors import DataError, UsageError, bad_value
 from experiments.files import replacing
 from experiments.image_files import SUFFIXES, decode
-from experiments.report import probabilities
+from experiments.report import predicted_classes, probabilities
 from experiments.restore import TrainedNet, check_images, newest, read_config, restore, restore_net
 from experiments.run_folder import Run, new_folder
 
@@ -39,6 +38,8 @@ MARGIN = 0.15
 class Config:
     """Print the most probable classes of image files. Without files, print the predictions for test images.
 
+    If the net was trained on masks, write the mask of each file, and print the shares of its pixels.
+
     The files are PNG or JPEG images of any size, gray or color. They are padded to the shape of the net's images in the
     color of their border, and resized. If the net was trained with --size, they are stretched instead, as in training.
     """
@@ -57,7 +58,7 @@ class Config:
     explain: FlagCreatePairsOff[bool] = False
     """Draw heat maps of the evidence for the most probable class of each file."""
     out: Annotated[Path | None, arg(metavar="PATH")] = None
-    """Folder of the heat maps, new or empty; if omitted, runs/<time>-explanations."""
+    """Folder of the heat maps or masks, new or empty; if omitted, runs/<time>-explanations or runs/<time>-masks."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,8 +74,8 @@ def predict(config: Config) -> int:
         raise bad_value(UsageError, "--images", "omitted with files", " ".join(map(str, config.images)))
     if config.explain and not config.files:
         raise bad_value(UsageError, "--explain", "given with image files", "no file")
-    if config.out is not None and not config.explain:
-        raise bad_value(UsageError, "--out", "omitted without --explain", config.out)
+    if config.out is not None and not config.files:
+        raise bad_value(UsageError, "--out", "omitted without image files", config.out)
     paths = find(config.files)
     folder = newest() if config.run is None else config.run
     if config.files:
@@ -107,6 +108,11 @@ def predict_files(config: Config, folder: Path, paths: Sequence[Path]) -> None:
 
     images = [decode(path)[0] for path in paths]  # before the net is loaded: a wrong file is found sooner
     trained = restore_net(folder)
+    masks = trained.inputs.task == "segmentation"
+    if config.out is not None and not config.explain and not masks:
+        raise bad_value(UsageError, "--out", "omitted without --explain", config.out)
+    if config.explain and masks:
+        raise bad_value(UsageError, "--explain", "omitted for a net that was trained on masks", "it")
     if config.explain:
         check_layers(trained.net, "--explain", "omitted unless the net is one of jaxcnn")
     names, shape = trained.inputs.class_names, trained.inputs.image_shape
@@ -115,10 +121,12 @@ def predict_files(config: Config, folder: Path, paths: Sequence[Path]) -> None:
     stretch = read_config(Run(folder)).get("size") is not None
     inverted = [inverts(config.invert, image, shape, trained.inputs.border) for image in images]
     x = np.stack([to_input(image, shape, stretch, flag) for image, flag in zip(images, inverted, strict=True)])
-    predicted = probabilities(trained, x)
-
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{trained.model} from {folder.absolute()}, trained on {trained.inputs.name}", markup=False)
+    if masks:
+        predict_masks.write(console, config.out, paths, images, predicted_classes(trained, x), names, stretch)
+        return
+    predicted = probabilities(trained, x)
     for path, row, flag in zip(paths, predicted, inverted, strict=True):
         show(console, f"{path}{', inverted' if flag else ''}", row, names, config.top)
     if config.explain:
@@ -159,8 +167,7 @@ def to_input(image: np.ndarray, shape: tuple[int, ...], stretch: bool, invert: b
         values = np.asarray(pixels).reshape(pixels.height, pixels.width, channels)
         edges = np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
         color = tuple(int(c) for c in np.median(edges, 0))
-        scale = max(pixels.width / width, pixels.height / height)
-        size = max(pixels.width, math.ceil(scale * width)), max(pixels.height, math.ceil(scale * height))
+        size = predict_masks.padded_size((pixels.height, pixels.width), shape)[::-1]
         padded = Image.new(pixels.mode, size, color if channels == 3 else color[0])
         padded.paste(pixels, ((size[0] - pixels.width) // 2, (size[1] - pixels.height) // 2))
         pixels = padded
@@ -223,6 +230,10 @@ def predict_test_images(folder: Path, chosen: Sequence[int]) -> None:
     trained = restore(folder)
     check_images(chosen, trained.dataset)
     dataset, chosen = trained.dataset, list(chosen)
+    if trained.inputs.task == "segmentation":
+        print(f"{trained.model} from {folder.absolute()}, test images of {dataset.name}")
+        predict_masks.print_test_images(trained, chosen, predicted_classes(trained, dataset.test_pixels[chosen]))
+        return
     predicted = probabilities(trained, dataset.test_pixels[chosen])
 
     names, correct = dataset.class_names, 0

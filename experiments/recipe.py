@@ -63,7 +63,7 @@ class RecipeOptions:
     clip_norm: float = 0.0
     """Largest norm of the gradient; a longer one is scaled down. 0 for none."""
     augment: tuple[str, ...] = ()
-    """Changes of the training images: crop (padded by an eighth), flip, cutout, mixup."""
+    """Changes of the training images: crop (padded by an eighth), flip, cutout, mixup. Masks have crop and flip."""
 
 
 def check(options: RecipeOptions) -> None:
@@ -231,7 +231,10 @@ def averaged_params(options: RecipeOptions, state: "TrainState") -> Any:
 
 
 def make_loss(smoothing: float) -> "Loss":
-    """Return the cross-entropy of logits and labels (N,), or targets (N, classes), smoothed by a share `smoothing`."""
+    """Return the cross-entropy of logits (…, classes) and labels (…), or targets (…, classes).
+
+    Targets are smoothed by a share `smoothing`.
+    """
     import jax
     import jax.numpy as jnp
     import optax
@@ -239,9 +242,10 @@ def make_loss(smoothing: float) -> "Loss":
     import jaxcnn
 
     def loss(logits: Any, targets: Any) -> jax.Array:
-        if jnp.ndim(targets) == 1 and not smoothing:
+        are_labels = jnp.issubdtype(targets.dtype, jnp.integer)
+        if are_labels and not smoothing:
             return jaxcnn.softmax_cross_entropy_with_integer_labels(logits, targets)
-        if jnp.ndim(targets) == 1:
+        if are_labels:
             targets = jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype)
         return jaxcnn.softmax_cross_entropy(logits, optax.smooth_labels(targets, smoothing))
 

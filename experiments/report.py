@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,16 +12,18 @@ import numpy as np
 from tyro.conf import Positional
 
 from experiments import cli, data
-from experiments.dataset import Pixels, scaled
+from experiments.dataset import Pixels, most_images, scaled
 from experiments.errors import CheckpointError
 from experiments.files import replacing
-from experiments.run_folder import Run, check_run
-from experiments.runs import read_rows
+from experiments.run_folder import REPORT, Epoch, Run, check_run, curves_title, read_epochs
 
 if TYPE_CHECKING:
+    import jax
+
+    from experiments.report_masks import MaskExamples
     from experiments.restore import Trained, TrainedNet
 
-PROG = "python -m experiments.report"
+PROG = REPORT
 FILE = "report.html"
 BATCH = 500
 """Images per prediction call."""
@@ -30,7 +33,10 @@ MISTAKES = 12
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Write report.html into the folder of a run, again or for the first time; training writes it at its end."""
+    """Write report.html and curves.png into the folder of a run, again or for the first time.
+
+    Training writes them at its end.
+    """
 
     run: Positional[Path]
     """Folder of the run."""
@@ -52,6 +58,22 @@ class Examples:
     def images(self, chosen: Sequence[int]) -> np.ndarray:
         """Return some of the images (N, H, W, C), as the net receives them."""
         return np.asarray(scaled(np.asarray(self.pixels[list(chosen)]), self.largest))
+
+    unit = "images"
+
+    @property
+    def counted(self) -> str:
+        """What the confusion matrix counts."""
+        return f"{len(self.labels):,} {self.what}"
+
+    def result(self, config: Mapping[str, Any]) -> str:
+        """Return the test results of a config.json in words."""
+        test, count = config["test_accuracy"], len(self.labels)
+        error = math.sqrt(max(test * (1 - test), 0) / count)
+        return (
+            f"<strong>{100 * test:.2f} %</strong> of the {count:,} {self.what} are classified correctly "
+            f"(standard error {100 * error:.2f} %)."
+        )
 
     @property
     def predicted(self) -> np.ndarray:
@@ -80,10 +102,10 @@ class Story:
     folder: Path
     config: dict[str, Any]
     environment: dict[str, Any]
-    epochs: list[dict[str, float]]
+    epochs: list[Epoch]
     steps: list[dict[str, Any]]
     trained: "Trained"
-    examples: Examples | None
+    examples: "Examples | MaskExamples | None"
 
     @property
     def end(self) -> str:
@@ -97,11 +119,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(config: Config) -> int:
-    """Write the report of a run and print its path; raise CheckpointError or DataError."""
-    from experiments.restore import restore
+    """Write the report and curves of a run, and print the path of the report; raise CheckpointError or DataError."""
+    from experiments.restore import read_config, restore
 
     check_run(config.run, config.run, CheckpointError)
-    print(write(config.run, restore(config.run)))
+    run, trained = Run(config.run), restore(config.run)
+    run.plot(read_epochs(run.folder / "metrics.csv"), curves_title(read_config(run)))
+    print(write(config.run, trained))
     return 0
 
 
@@ -118,19 +142,23 @@ def write(folder: Path, trained: "Trained") -> Path:
 
 def collect(folder: Path, trained: "Trained") -> Story:
     """Read the files of a run, and predict its test images, or its validation images if it has not finished."""
+    from experiments.report_masks import make_examples
     from experiments.restore import read_config
 
     config = read_config(Run(folder))
-    examples = None
+    examples: Examples | MaskExamples | None = None
     if chosen := _examples(config, trained):
         what, pixels, labels = chosen
-        predicted = probabilities(trained, pixels)
-        examples = Examples(what, pixels, trained.inputs.largest, labels, predicted)
+        if trained.inputs.task == "segmentation":
+            examples = make_examples(what, trained, pixels, labels)
+        else:
+            predicted = probabilities(trained, pixels)
+            examples = Examples(what, pixels, trained.inputs.largest, labels, predicted)
     return Story(
         folder,
         config,
         _environment(folder / "environment.json"),
-        read_rows(folder / "metrics.csv"),
+        read_epochs(folder / "metrics.csv"),
         read_steps(folder / "metrics.jsonl"),
         trained,
         examples,
@@ -179,11 +207,23 @@ def probabilities(trained: "TrainedNet", images: Pixels) -> np.ndarray:
     """Return the predicted probabilities (N, classes) of images (N, H, W, C), uint8 or float32."""
     import jax
 
+    return _in_batches(trained, images, jax.nn.softmax)
+
+
+def predicted_classes(trained: "TrainedNet", images: Pixels) -> np.ndarray:
+    """Return the predicted masks (N, H, W), uint8, of images (N, H, W, C), uint8 or float32."""
+    return _in_batches(trained, images, lambda logits: logits.argmax(-1).astype(np.uint8))
+
+
+def _in_batches(trained: "TrainedNet", images: Pixels, of: "Callable[[jax.Array], jax.Array]") -> np.ndarray:
+    """Return a function of the logits of images."""
+    import jax
+
     @jax.jit
     def predict(params: Any, x: np.ndarray) -> jax.Array:
-        return jax.nn.softmax(trained.net.apply(params, scaled(x, trained.inputs.largest)))
+        return of(trained.net.apply(params, scaled(x, trained.inputs.largest)))
 
-    size = min(BATCH, len(images))
+    size = min(most_images(images, BATCH), len(images))
     results = []
     for first in range(0, len(images), size):
         x = np.asarray(images[first : first + size])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments.lecture.drawing import SIGNED
+from experiments.run_folder import Epoch
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -95,23 +96,24 @@ def averaged(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.nda
 
 
 def curve(
-    quantity: str, steps: Sequence[Mapping[str, Any]], epochs: Sequence[Mapping[str, float]], best_step: int | None
+    quantity: str, steps: Sequence[Mapping[str, Any]], epochs: Sequence[Epoch], best_step: int | None
 ) -> "Figure":
     """Draw the loss or accuracy over the steps: of each batch, the mean of each epoch, and that of the validation."""
-    figure, axes = _chart("step", quantity)
+    figure, axes = _chart("step", quantity.replace("_", " "))
     lines = [step for step in steps if quantity in step]
     points = averaged([step["step"] for step in lines], [step[quantity] for step in lines])
     if lines:
         axes.plot(*points, color=FAINT, linewidth=1, label="batch")
-    x = [row["step"] for row in epochs]
+    x = [row.step for row in epochs]
     marker = "o" if len(x) < 40 else ""
-    train = [row[f"train_{quantity}"] for row in epochs]
-    validation = [row[f"validation_{quantity}"] for row in epochs]
-    axes.plot(x, train, "--", color=SOFT, marker=marker, markersize=3.5, label="epoch")
+    train = [getattr(row, f"train_{quantity}", math.nan) for row in epochs]
+    validation = [getattr(row, f"validation_{quantity}") for row in epochs]
+    if any(map(math.isfinite, train)):
+        axes.plot(x, train, "--", color=SOFT, marker=marker, markersize=3.5, label="epoch")
     if any(map(math.isfinite, validation)):
         axes.plot(x, validation, color=ACCENT, marker=marker, markersize=4.5, label="validation (○ best)")
     if best_step is not None:
-        chosen = next((row[f"validation_{quantity}"] for row in epochs if row["step"] == best_step), math.nan)
+        chosen = next((value for row, value in zip(epochs, validation, strict=True) if row.step == best_step), math.nan)
         if math.isfinite(chosen):
             axes.plot([best_step], [chosen], "o", color=ACCENT, markersize=11, fillstyle="none")
     # A few early batches must not hide the rest.
@@ -123,11 +125,11 @@ def curve(
     return figure
 
 
-def speed(epochs: Sequence[Mapping[str, float]]) -> "Figure":
+def speed(epochs: Sequence[Epoch]) -> "Figure":
     """Draw the images per second of each epoch."""
     figure, axes = _chart("epoch", "images per second", 2.4)
-    x = [row["epoch"] for row in epochs]
-    axes.bar(x, [row["images_per_second"] for row in epochs], color=ACCENT, width=0.7)
+    x = [row.epoch for row in epochs]
+    axes.bar(x, [row.images_per_second for row in epochs], color=ACCENT, width=0.7)
     return figure
 
 
@@ -172,7 +174,8 @@ def confusion(counts: np.ndarray, names: Sequence[str]) -> "Figure":
         axes.set_yticks(range(classes), names)
         size = 9.5 if counts.max() < 1000 and classes <= 12 else 7
         for i, j in zip(*np.nonzero(counts), strict=True):
-            axes.text(j, i, str(counts[i, j]), ha="center", va="center", fontsize=size, color=TEXT)
+            text = str(counts[i, j]) if counts.max() < 100_000 else f"{share[i, j]:.1%}"
+            axes.text(j, i, text, ha="center", va="center", fontsize=size, color=TEXT)
     return figure
 
 

@@ -10,6 +10,9 @@ import numpy as np
 
 from experiments import report_figures as figures
 from experiments.report import MISTAKES, Examples, Story
+from experiments.report_masks import MaskExamples, section
+from experiments.run_folder import Epoch, best
+from experiments.tasks import intersection_over_union
 
 if TYPE_CHECKING:
     from experiments.deltas import Row
@@ -52,6 +55,10 @@ img { image-rendering: pixelated; }
 .mistakes { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.2rem, 1fr)); gap: 1rem; }
 .mistakes img { width: 100%; border: 1px solid var(--line); }
 .mistakes figcaption { font-size: .85rem; line-height: 1.35; }
+.masks { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 18rem), 1fr)); gap: 1rem; }
+.masks img { width: 100%; border: 1px solid var(--line); }
+.key { white-space: nowrap; margin-right: .9rem; }
+.key span { display: inline-block; width: .9em; height: .9em; margin-right: .35em; border: 1px solid var(--line); }
 .mosaic { display: block; width: 100%; max-width: 44rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; width: 100%; overflow-wrap: normal; }
@@ -74,12 +81,13 @@ summary { cursor: pointer; color: var(--accent); }
 def page(story: Story) -> str:
     """Return the HTML of a run's report."""
     title = f"{story.config['model']} on {story.trained.dataset.name}"
+    masks = story.trained.inputs.task == "segmentation"
     sections = [
         ("curves", "Loss and accuracy", _curves(story)),
         ("confusion", "Confusion matrix", _confusion(story)),
-        ("mistakes", "Most confident mistakes", _mistakes(story)),
+        ("masks", "Masks", _masks(story)) if masks else ("mistakes", "Most confident mistakes", _mistakes(story)),
         ("filters", "First layer", _filters(story)),
-        ("deltas", "Activations and δ", _deltas(story)),
+        *([] if masks else [("deltas", "Activations and δ", _deltas(story))]),
         ("layers", "Layers", _layers(story)),
         ("norms", "Norms of δ and gradients", _norms(story)),
         ("timings", "Timings", _timings(story)),
@@ -118,22 +126,16 @@ def page(story: Story) -> str:
 def _verdict(story: Story) -> str:
     """Return a few sentences: how far the run went, how good the net is, and where it fails."""
     config, epochs = story.config, story.epochs
-    best = _best(story)
-    steps = int(config.get("steps", epochs[-1]["step"] if epochs else 0))
+    row = best(story.epochs)
+    steps = int(config.get("steps", epochs[-1].step if epochs else 0))
     done = f"{len(epochs)} of {config.get('epochs', len(epochs))} epochs" if epochs else "no epoch"
     parts = [f"The run {_ENDS.get(story.end, 'was killed')} after {steps:,} steps ({done})."]
-    if best is not None:
-        accuracy = _percent(best["validation_accuracy"])
-        parts.append(f"Epoch {best['epoch']:.0f} is the best, with a validation accuracy of {accuracy}.")
+    if row is not None:
+        parts.append(f"Epoch {row.epoch} is the best, with a validation {row.score_name} of {_percent(row.score)}.")
     test = config.get("test_accuracy")
     if test is not None and story.examples is not None:
-        count = len(story.examples.labels)
-        error = math.sqrt(max(test * (1 - test), 0) / count)
-        weights = "its weights" if best is not None else "the last weights"
-        parts.append(
-            f"With {weights}, <strong>{_percent(test)}</strong> of the {count:,} test images are classified correctly "
-            f"(standard error {_percent(error)})."
-        )
+        weights = "its weights" if row is not None else "the last weights"
+        parts.append(f"With {weights}, {story.examples.result(config)}")
     elif test is None:
         parts.append("The test set was not evaluated, because the run has not finished.")
     if story.examples is not None and (worst := _most_frequent(story.examples, story.trained.dataset.class_names)):
@@ -148,37 +150,34 @@ _ENDS = {
 }
 
 
-def _best(story: Story) -> dict[str, float] | None:
-    """Return the epoch of the highest validation accuracy and then the lowest loss, or None."""
-    validated = [row for row in story.epochs if math.isfinite(row["validation_loss"])]
-    return max(validated, key=lambda row: (row["validation_accuracy"], -row["validation_loss"]), default=None)
-
-
-def _most_frequent(examples: Examples, names: Sequence[str]) -> str:
+def _most_frequent(examples: Examples | MaskExamples, names: Sequence[str]) -> str:
     counts = examples.confusion()
     wrong = counts - np.diag(np.diag(counts))
     if not wrong.any():
         return ""
     true, predicted = np.unravel_index(wrong.argmax(), wrong.shape)
+    what = examples.what if examples.unit == "images" else f"pixels of {examples.what}"
     return (
-        f"The most frequent mistake: {wrong[true, predicted]} of {counts[true].sum()} {examples.what} of the class "
+        f"The most frequent mistake: {wrong[true, predicted]} of {counts[true].sum()} {what} of the class "
         f"{escape(names[true])} are taken for {escape(names[predicted])}."
     )
 
 
 def _numbers(story: Story) -> str:
-    config, epochs, best = story.config, story.epochs, _best(story)
+    config, epochs, row = story.config, story.epochs, best(story.epochs)
     cards: list[tuple[str, str, str]] = []
     if "test_accuracy" in config:
         cards.append(("test accuracy", _percent(config["test_accuracy"]), f"loss {_number(config.get('test_loss'))}"))
-    if best is not None:
-        note = f"epoch {best['epoch']:.0f} of {len(epochs)}, loss {_number(best['validation_loss'])}"
-        cards.append(("validation accuracy", _percent(best["validation_accuracy"]), note))
+    if "test_mean_iou" in config:
+        cards.append(("test mean IoU", _percent(config["test_mean_iou"]), "of the classes"))
+    if row is not None:
+        note = f"epoch {row.epoch} of {len(epochs)}, loss {_number(row.validation_loss)}"
+        cards.append((f"validation {row.score_name}", _percent(row.score), note))
     if epochs:
         last = epochs[-1]
-        cards.append(("training accuracy", _percent(last["train_accuracy"]), f"loss {_number(last['train_loss'])}"))
-        seconds = sum(row["seconds"] for row in epochs)
-        images = sum(row["seconds"] * row["images_per_second"] for row in epochs)
+        cards.append(("training accuracy", _percent(last.train_accuracy), f"loss {_number(last.train_loss)}"))
+        seconds = sum(row.seconds for row in epochs)
+        images = sum(row.seconds * row.images_per_second for row in epochs)
         rate = f"{images / seconds:,.0f} images/s" if seconds else ""
         cards.append(("training time", duration(seconds), rate))
     if "privacy" in config:
@@ -196,15 +195,16 @@ def _numbers(story: Story) -> str:
 def _curves(story: Story) -> str:
     if not story.epochs and not story.steps:
         return "<p>No step was taken.</p>"
-    best = _best(story)
-    step = None if best is None else int(best["step"])
+    row = best(story.epochs)
+    step = None if row is None else row.step
     parts = []
-    for quantity in ("loss", "accuracy"):
+    measured = ("mean_iou",) if row is not None and row.score_name == "mean IoU" else ()
+    for quantity in ("loss", "accuracy", *measured):
         chart = figures.curve(quantity, story.steps, story.epochs, step)
-        alt = f"Chart of the {quantity} over the steps, of each batch, each epoch, and the validation images. "
+        alt = f"Chart of the {quantity.replace('_', ' ')} over the steps, by batch, epoch, and validation. "
         alt += " ".join(
-            f"Epoch {row['epoch']:.0f}: training {_number(row[f'train_{quantity}'])}, "
-            f"validation {_number(row[f'validation_{quantity}'])}."
+            f"Epoch {row.epoch}: training {_number(getattr(row, f'train_{quantity}', None))}, "
+            f"validation {_number(getattr(row, f'validation_{quantity}'))}."
             for row in _ends(story.epochs)
         )
         parts.append(_svg(figures.svg(chart, quantity, alt), ""))
@@ -220,6 +220,7 @@ def _confusion(story: Story) -> str:
         return _NO_EXAMPLES
     names, counts = story.trained.dataset.class_names, story.examples.confusion()
     right, total, predicted = np.diag(counts), counts.sum(1), counts.sum(0)
+    unit, iou, either = story.examples.unit, intersection_over_union(counts), total + predicted
     rows = []
     for n in np.argsort(right / np.maximum(total, 1), kind="stable"):
         others = counts[n].copy()
@@ -228,16 +229,18 @@ def _confusion(story: Story) -> str:
         rows.append(
             f'<tr><td>{escape(names[n])}</td><td class="n">{total[n]}</td>'
             f'<td class="n">{_percent(right[n] / max(total[n], 1), 1)}</td>'
-            f'<td class="n">{_percent(right[n] / max(predicted[n], 1), 1)}</td><td>{other}</td></tr>'
+            f'<td class="n">{_percent(right[n] / max(predicted[n], 1), 1)}</td>'
+            + (f'<td class="n">{_percent(iou[n], 1) if either[n] else "–"}</td>' if unit == "pixels" else "")
+            + f"<td>{other}</td></tr>"
         )
     alt = f"Confusion matrix of the {len(names)} classes; the table next to it has the shares by class."
     chart = figures.svg(figures.confusion(counts, names), "confusion", alt)
-    caption = (
-        f"Rows: true classes of the {len(story.examples.labels):,} {story.examples.what}. Columns: predicted ones."
-    )
+    caption = f"Rows: true classes of the {story.examples.counted}. Columns: predicted ones."
     table = (
-        '<div class="scroll"><table><thead><tr><th>class</th><th class="n">images</th><th class="n">recall</th>'
-        '<th class="n">precision</th><th>most often taken for</th></tr></thead>'
+        '<div class="scroll"><table><thead><tr><th>class</th><th class="n">'
+        f'{unit}</th><th class="n">recall</th><th class="n">precision</th>'
+        + ('<th class="n">IoU</th>' if unit == "pixels" else "")
+        + "<th>most often taken for</th></tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
     return f'<div class="columns">{_svg(chart, caption)}{table}</div>'
@@ -247,7 +250,7 @@ _NO_EXAMPLES = "<p>Not measured: the run has not finished, and it has no validat
 
 
 def _mistakes(story: Story) -> str:
-    if story.examples is None:
+    if not isinstance(story.examples, Examples):
         return _NO_EXAMPLES
     examples, names = story.examples, story.trained.dataset.class_names
     wrong = examples.mistakes()
@@ -268,6 +271,12 @@ def _mistakes(story: Story) -> str:
         "class has the highest probability."
     )
     return f'<p>{intro}</p><div class="mistakes">{"".join(cards)}</div>'
+
+
+def _masks(story: Story) -> str:
+    if not isinstance(story.examples, MaskExamples):
+        return _NO_EXAMPLES
+    return section(story.examples, story.trained.dataset.class_names)
 
 
 def _filters(story: Story) -> str:
@@ -307,7 +316,7 @@ def _count(params: Any) -> int:
 
 def _deltas(story: Story) -> str:
     net, examples = story.trained.net, story.examples
-    if examples is None:
+    if not isinstance(examples, Examples):
         return _NO_EXAMPLES
     wrong = examples.mistakes()[:1]
     correct = np.flatnonzero(examples.predicted == examples.labels)[: 2 - len(wrong)]
@@ -323,7 +332,7 @@ def _deltas(story: Story) -> str:
 def _rows(net: "Serial", story: Story, chosen: Sequence[int]) -> "list[tuple[int, list[Row]]]":
     from experiments import deltas
 
-    assert story.examples is not None
+    assert isinstance(story.examples, Examples)
     x, labels = story.examples.images(chosen), story.examples.labels[list(chosen)]
     result = deltas.backprop(net, story.trained.params, x, labels)
     names = deltas.evaluated(net, result)
@@ -334,7 +343,7 @@ def _rows(net: "Serial", story: Story, chosen: Sequence[int]) -> "list[tuple[int
 
 def _layers_of_image(net: "Serial", story: Story, n: int, rows: "Sequence[Row]") -> str:
     examples, names = story.examples, story.trained.dataset.class_names
-    assert examples is not None
+    assert isinstance(examples, Examples)
     true, predicted = names[examples.labels[n]], names[examples.predicted[n]]
     kind = "good" if true == predicted else "bad"
     share = _percent(float(examples.probabilities[n].max()), 1)
@@ -426,14 +435,13 @@ def _timings(story: Story) -> str:
     if not epochs:
         return "<p>No epoch was finished.</p>"
     alt = "Chart of the images per second. " + " ".join(
-        f"Epoch {row['epoch']:.0f}: {row['images_per_second']:,.0f}." for row in _ends(epochs)
+        f"Epoch {row.epoch}: {row.images_per_second:,.0f}." for row in _ends(epochs)
     )
     chart = _svg(figures.svg(figures.speed(epochs), "speed", alt), "Time of the training steps only.")
     columns = ("epoch", "step", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "seconds")
     head = "".join(f'<th class="n">{name.replace("_", " ")}</th>' for name in columns)
-    rows = "".join(
-        "<tr>" + "".join(f'<td class="n">{_number(row.get(name))}</td>' for name in columns) + "</tr>" for row in epochs
-    )
+    cells = [[f'<td class="n">{_number(getattr(row, name))}</td>' for name in columns] for row in epochs]
+    rows = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
     table = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
     if len(epochs) > 20:
         table = f"<details><summary>All {len(epochs)} epochs</summary>{table}</details>"
@@ -471,7 +479,7 @@ def _svg(svg: str, caption: str) -> str:
     return f"<figure>{svg}{below}</figure>"
 
 
-def _ends(rows: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+def _ends(rows: Sequence[Epoch]) -> list[Epoch]:
     """Return the first and the last row."""
     return [rows[0], rows[-1]] if len(rows) > 1 else list(rows)
 

@@ -11,6 +11,7 @@ from experiments.data import SOURCES, is_path, load
 from experiments.dataset import Dataset, Inputs
 from experiments.errors import CheckpointError, UsageError, bad_value
 from experiments.run_folder import Run
+from experiments.tasks import TASKS, task_of
 
 if TYPE_CHECKING:
     from experiments.checkpoints import Params
@@ -44,7 +45,8 @@ def restore_net(folder: Path) -> TrainedNet:
 def _with_params(run: Run, model: str, inputs: Inputs) -> TrainedNet:
     from experiments import checkpoints, own_nets
 
-    net = own_nets.build(model, len(inputs.class_names), inputs.image_shape)
+    classes, shape = len(inputs.class_names), inputs.image_shape
+    net = own_nets.build(model, classes, shape, task_of(inputs).output_shape(shape, classes))
     like = own_nets.evaluated_shapes(net, inputs.image_shape)
     return TrainedNet(model, net, checkpoints.load(run.weights, like), inputs)
 
@@ -123,6 +125,8 @@ def prepare(options: Options, folder: Path) -> Trained:
     run = options.run if options.run is not None or training else newest_finished()
     if run is not None:
         trained = restore(run)
+        if trained.inputs.task != "classification":
+            raise bad_value(UsageError, "--run", "a run with one label per image", f"{run}, whose images have masks")
         check_images(options.images, trained.dataset)
         reason = "" if options.run is not None else ", the newest finished run; --fresh trains a new net"
         print(f"{trained.model} from {run}{reason}", flush=True)
@@ -196,6 +200,8 @@ def read_inputs(run: Run, config: Mapping[str, Any]) -> Inputs:
     """Return the facts about the images of a run; raise CheckpointError if its config does not have them."""
     name, got = f"{run.folder / 'config.json'}: inputs", config.get("inputs")
     fields = [field.name for field in dataclasses.fields(Inputs)]
+    if isinstance(got, Mapping):
+        got = {"task": "classification", **got}  # of a run before there were masks
     if not isinstance(got, Mapping) or set(got) != set(fields):
         expected = f"the {', '.join(fields)} of the images, which a run of this version has"
         raise bad_value(CheckpointError, name, expected, "none" if got is None else str(got))
@@ -207,4 +213,6 @@ def read_inputs(run: Run, config: Mapping[str, Any]) -> Inputs:
     for key, value in (("largest", got["largest"]), ("border", got["border"])):
         if type(value) not in (int, float):
             raise bad_value(CheckpointError, f"{name}: {key}", "a number", str(value))
-    return Inputs(str(got["name"]), tuple(names), tuple(shape), got["largest"], got["border"])
+    if got["task"] not in TASKS:
+        raise bad_value(CheckpointError, f"{name}: task", f"one of {', '.join(TASKS)}", repr(got["task"]))
+    return Inputs(str(got["name"]), tuple(names), tuple(shape), got["largest"], got["border"], got["task"])

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,7 +30,8 @@ class Epoch:
 
     Training loss and accuracy are means over the epoch's steps, with dropout active and changing parameters. Validation
     loss and accuracy are means over all validation examples at the end of the epoch, NaN if there was no validation.
-    `seconds` is the time of the training steps only.
+    `seconds` is the time of the training steps only. The mean IoU is that of masks; labels have none, and its column is
+    omitted.
     """
 
     epoch: int
@@ -40,8 +42,21 @@ class Epoch:
     validation_accuracy: float
     seconds: float
     images_per_second: float
+    validation_mean_iou: float = math.nan
+
+    @property
+    def score(self) -> float:
+        """The number by which the best epoch is chosen: the mean IoU of masks, the accuracy of labels."""
+        return self.validation_accuracy if math.isnan(self.validation_mean_iou) else self.validation_mean_iou
+
+    @property
+    def score_name(self) -> str:
+        """The name of `score`."""
+        return "accuracy" if math.isnan(self.validation_mean_iou) else "mean IoU"
 
 
+TRAIN, REPORT = "python -m experiments.train", "python -m experiments.report"
+"""The commands that write into the folder of a run."""
 CLAIM = ".in-use"
 """The file that a run locks while it writes into its folder. The lock ends with the process, even after SIGKILL."""
 
@@ -65,8 +80,7 @@ class History:
     def from_json(cls, value: Mapping[str, Any]) -> "History":
         """Return the history that `as_json` was called on."""
         rows: list[dict[str, Any]] = value["epochs"]
-        missing: dict[str, Any] = {"validation_loss": math.nan, "validation_accuracy": math.nan}
-        epochs = [Epoch(**{**row, **{key: x for key, x in missing.items() if row[key] is None}}) for row in rows]
+        epochs = [Epoch(**{**row, **{key: math.nan for key, x in row.items() if x is None}}) for row in rows]
         fields: dict[str, Any] = {**value, "epochs": epochs}
         return cls(**fields)
 
@@ -77,9 +91,28 @@ def finite_or_none(value: float) -> float | None:
 
 
 def best(rows: Iterable[Epoch]) -> Epoch | None:
-    """Return the first epoch of the highest validation accuracy and then the lowest loss; None if there is none."""
+    """Return the first epoch of the highest score and then the lowest validation loss; None if there is none."""
     validated = [row for row in rows if math.isfinite(row.validation_loss)]
-    return max(validated, key=lambda row: (row.validation_accuracy, -row.validation_loss), default=None)
+    return max(validated, key=lambda row: (row.score, -row.validation_loss), default=None)
+
+
+def read_epochs(path: Path) -> list[Epoch]:
+    """Return the rows of a metrics.csv, with NaN for empty cells; none if the file is missing or not a table."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [_epoch(row) for row in csv.DictReader(file)]
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+def _epoch(row: Mapping[str, str]) -> Epoch:
+    values = {field.name: float(row.get(field.name) or "nan") for field in dataclasses.fields(Epoch)}
+    return Epoch(int(values.pop("epoch")), int(values.pop("step")), **values)
+
+
+def curves_title(config: Mapping[str, Any]) -> str:
+    """Return the title of curves.png for the contents of a config.json."""
+    return f"{config['model']} on {Path(config['data']).name}, seed {config.get('seed', 0)}"
 
 
 def check_run(folder: Path, name: object, kind: type[ExperimentError]) -> None:
@@ -288,8 +321,23 @@ class Run:
 
     def saved_weights(self) -> str:
         """Return a short description of the weights in the folder."""
-        step = checkpoints.metadata(self.weights).get("step")
+        step = self.saved_step()
         return "no weights were saved yet" if step is None else f"the weights after step {step} are in {self.weights}"
+
+    def saved_step(self) -> int | None:
+        """Return the step of the weights file, or None if there is none."""
+        step = checkpoints.metadata(self.weights).get("step")
+        return None if step is None else int(step)
+
+    @property
+    def resume_command(self) -> str:
+        """The command that continues the run."""
+        return f"{TRAIN} --resume {shlex.quote(str(_relative(self.folder)))}"
+
+    @property
+    def report_command(self) -> str:
+        """The command that writes report.html and curves.png again."""
+        return f"{REPORT} {shlex.quote(str(_relative(self.folder)))}"
 
     @property
     def weights(self) -> Path:
@@ -308,9 +356,11 @@ class Run:
         """Write metrics.csv, and wait until metrics.jsonl is on the disk."""
         with replacing(self.folder / "metrics.csv") as temporary, temporary.open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(field.name for field in dataclasses.fields(Epoch))
+            names = [field.name for field in dataclasses.fields(Epoch)]
+            names = names if any(row.score_name == "mean IoU" for row in rows) else names[:-1]
+            writer.writerow(names)
             # An epoch that was not evaluated has empty cells, which every CSV reader treats as missing.
-            writer.writerows([_cell(value) for value in dataclasses.astuple(row)] for row in rows)
+            writer.writerows([_cell(getattr(row, name)) for name in names] for row in rows)
         if (path := self.folder / "metrics.jsonl").exists():
             sync(path)
 
@@ -346,6 +396,11 @@ class Unwritten(Run):
 
     def plot(self, rows: Sequence[Epoch], title: str) -> None:
         """Do nothing."""
+
+
+def _relative(folder: Path) -> Path:
+    """Return the shortest path of a folder that is valid in the current folder."""
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 def as_json(config: Mapping[str, Any]) -> str:

@@ -1,8 +1,6 @@
 """List the runs in a folder, and compare their curves: python -m experiments.runs --help."""
 
-import csv
 import dataclasses
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +12,7 @@ from experiments import cli
 from experiments.errors import CheckpointError, UsageError, bad_value
 from experiments.files import creating
 from experiments.restore import read_config
-from experiments.run_folder import Run, is_locked
+from experiments.run_folder import Epoch, Run, best, is_locked, read_epochs
 
 PROG = "python -m experiments.runs"
 
@@ -36,7 +34,7 @@ class Listed:
     folder: Path
     config: dict[str, Any]
     end: str
-    rows: list[dict[str, float]]
+    rows: list[Epoch]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,38 +66,25 @@ def find(folders: Sequence[Path]) -> list[Listed]:
         except CheckpointError:  # not a run
             continue
         end = "running" if is_locked(folder) else config.get("end", "killed")
-        found[folder.resolve()] = Listed(folder, config, end, read_rows(folder / "metrics.csv"))
+        found[folder.resolve()] = Listed(folder, config, end, read_epochs(folder / "metrics.csv"))
     return sorted(found.values(), key=lambda run: (run.folder / "config.json").stat().st_mtime, reverse=True)
 
 
-def read_rows(path: Path) -> list[dict[str, float]]:
-    """Return the rows of a metrics.csv, with NaN for empty cells; none if the file is missing or not a table."""
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = csv.DictReader(file)
-            return [{name: float(cell) if cell else math.nan for name, cell in row.items()} for row in rows]
-    except (OSError, ValueError, TypeError):
-        return []
-
-
 def table(runs: Sequence[Listed]) -> str:
-    """Return the table of runs as text."""
+    """Return the table of runs as text. The validation and test columns are accuracies, or mean IoUs of masks."""
     header = ("run", "model", "data", "optimizer", "rate", "batch", "seed", "steps", "validation", "test", "end")
     lines = [header]
     for run in runs:
-        best = max((row.get("validation_accuracy", math.nan) for row in run.rows), default=math.nan, key=_or_zero)
-        tested = run.config.get("test_accuracy")
+        row = best(run.rows)
+        tested = run.config.get("test_mean_iou", run.config.get("test_accuracy"))
         options = [run.config.get(name, "") for name in ("optimizer", "learning_rate", "batch_size", "seed")]
-        steps = run.config.get("steps", int(run.rows[-1].get("step", 0)) if run.rows else 0)
+        steps = run.config.get("steps", run.rows[-1].step if run.rows else 0)
         data = Path(str(run.config["data"])).name
-        accuracies = ["" if x is None or math.isnan(x) else f"{x:.4f}" for x in (best, tested)]
+        validated = None if row is None else row.score
+        accuracies = ["" if x is None else f"{x:.4f}" for x in (validated, tested)]
         lines.append((run.folder.name, run.config["model"], data, *map(str, options), str(steps), *accuracies, run.end))
     widths = [max(len(line[n]) for line in lines) for n in range(len(header))]
     return "\n".join("  ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
-
-
-def _or_zero(value: float) -> float:
-    return 0.0 if math.isnan(value) else value
 
 
 def draw(runs: Sequence[Listed], path: Path) -> None:
@@ -111,9 +96,9 @@ def draw(runs: Sequence[Listed], path: Path) -> None:
     FigureCanvasAgg(figure)
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for n, run in enumerate(runs):
-            steps = [row["step"] for row in run.rows]
+            steps = [row.step for row in run.rows]
             for part, style in (("train", "--"), ("validation", "-")):
-                values = [row.get(f"{part}_{quantity}", math.nan) for row in run.rows]
+                values = [getattr(row, f"{part}_{quantity}") for row in run.rows]
                 label = run.folder.name if part == "validation" else None
                 axes.plot(steps, values, style, color=f"C{n % 10}", marker="o", markersize=3, label=label)
         axes.set(xlabel="step", ylabel=f"{quantity}: training dashed, validation solid")

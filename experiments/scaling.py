@@ -122,9 +122,9 @@ def hops(chips: int) -> int:
 
 def build(name: str) -> "tuple[Serial, tuple[int, ...]]":
     """Return a net, and the shape of its images."""
-    from experiments.models import MODELS
+    from experiments.models import CLASSIFIERS
 
-    return (resnet50(1000), (224, 224, 3)) if name == "resnet50" else (MODELS[name](10), (28, 28, 1))
+    return (resnet50(1000), (224, 224, 3)) if name == "resnet50" else (CLASSIFIERS[name](10), (28, 28, 1))
 
 
 def resnet50(classes: int) -> "Serial":

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from experiments.run_folder import check_folder
 
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 
 def train(config: "Config", train_one: "Callable[[Config], int]") -> int:
-    """Train once per seed, each in its own folder, and print the mean and standard deviation of the test accuracies.
+    """Train once per seed, each in its own folder, and print the mean and standard deviation of the test accuracies,
+    or of the mean IoUs of masks.
 
     The folders are OUT/seed-<number>, or runs/<time>-<model>-seed-<number>.
 
@@ -31,14 +32,16 @@ def train(config: "Config", train_one: "Callable[[Config], int]") -> int:
     folders = [Path("runs") / f"{start}-seed-{n}" if config.out is None else config.out / f"seed-{n}" for n in numbers]
     for folder in folders:
         check_folder(folder)
-    accuracies = []
+    results: list[dict[str, Any]] = []
     for number, folder in zip(numbers, folders, strict=True):
         if status := train_one(dataclasses.replace(config, seed=number, seeds=1, out=folder)):
             return status
-        accuracies.append(json.loads((folder / "config.json").read_text("utf-8"))["test_accuracy"])
-    mean, deviation = statistics.fmean(accuracies), statistics.stdev(accuracies)
-    values = ", ".join(f"{accuracy:.4f}" for accuracy in accuracies)
-    print(f"test accuracy {mean:.4f} ± {deviation:.4f}, mean and standard deviation of {len(numbers)} seeds ({values})")
+        results.append(json.loads((folder / "config.json").read_text("utf-8")))
+    name, key = ("mean IoU", "test_mean_iou") if "test_mean_iou" in results[0] else ("accuracy", "test_accuracy")
+    scores = [result[key] for result in results]
+    mean, deviation = statistics.fmean(scores), statistics.stdev(scores)
+    values = ", ".join(f"{score:.4f}" for score in scores)
+    print(f"test {name} {mean:.4f} ± {deviation:.4f}, mean and standard deviation of {len(numbers)} seeds ({values})")
     return 0
 
 

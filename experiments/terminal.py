@@ -4,14 +4,15 @@ import importlib.metadata
 import math
 import os
 import platform
+import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 from experiments.dataset import Dataset
-from experiments.run_folder import Epoch
+from experiments.run_folder import Epoch, best
 
 PACKAGES = ("jaxcnn", "jax", "jaxlib", "optax", "numpy")
 PLAIN_INTERVAL = 10.0
@@ -38,11 +39,27 @@ def describe_device() -> str:
     return f"{devices[0].device_kind}{cores}" + (f", the first of {len(devices)}" if len(devices) > 1 else "")
 
 
+def environment() -> dict[str, Any]:
+    """Return the contents of environment.json: the exact command, the versions, and what results depend on."""
+    prefixes = ("JAX_", "XLA_", "JAXCNN_", "CUDA_VISIBLE", "OMP_")
+    return {
+        "command": shlex.join(sys.orig_argv),
+        "folder": os.getcwd(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": versions(),
+        "device": describe_device(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(prefixes)},
+    }
+
+
 def describe_data(dataset: Dataset) -> str:
     """Return the name, sizes and hash of a data set in one line."""
     shape = "×".join(map(str, dataset.image_shape))
     return (
-        f"{dataset.name}: {len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images {shape}, "
+        f"{dataset.name}: {len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images {shape}"
+        f"{' with masks' if dataset.task == 'segmentation' else ''}, "
         f"{len(dataset.class_names)} classes, sha256 {dataset.sha256[:12]}, from {dataset.source}"
     )
 
@@ -56,12 +73,40 @@ def banner(facts: Mapping[str, str]) -> str:
 def describe_epoch(row: Epoch, epochs: int) -> str:
     """Return one epoch in one line."""
     validated = f"validation loss {row.validation_loss:.4f} accuracy {row.validation_accuracy:.4f}"
+    if not math.isnan(row.validation_mean_iou):
+        validated += f" mean IoU {row.validation_mean_iou:.4f}"
     validation = "not evaluated" if math.isnan(row.validation_loss) else validated
     return (
         f"epoch {row.epoch:>{len(str(epochs))}}/{epochs}   "
         f"train loss {row.train_loss:.4f} accuracy {row.train_accuracy:.4f}   {validation}   "
         f"{row.seconds:.1f} s, {row.images_per_second:,.0f} images/s"
     )
+
+
+def summarize(rows: Sequence[Epoch], first_step: int, wall: float, tested: Mapping[str, float] | None) -> str:
+    """Return a summary of the run in a few lines.
+
+    Args:
+        rows: The epochs of the run.
+        first_step: Number of steps that were taken before this process; 0 unless the run was resumed.
+        wall: Seconds from the first step to the last evaluation, in this process.
+        tested: The test metrics, or None if the run has not finished.
+    """
+    if not rows:
+        return "no epoch was finished"
+    seconds = sum(row.seconds for row in rows)
+    images = sum(row.seconds * row.images_per_second for row in rows)
+    since = f" since step {first_step:,}, where the run was resumed" if first_step else ""
+    lines = [
+        f"trained {rows[-1].step:,} steps in {seconds:.1f} s, {images / seconds:,.0f} images/s; "
+        f"{wall:.1f} s with evaluations and checkpoints{since}"
+    ]
+    row = best(rows)
+    if row is not None:
+        lines.append(f"validation {row.score_name} {row.score:.4f} after epoch {row.epoch}, the best one")
+    test = "not measured, because the run has not finished" if tested is None else f"{tested['accuracy']:.4f}"
+    test += f", mean IoU {tested['mean_iou']:.4f}" if tested is not None and "mean_iou" in tested else ""
+    return "\n" + "\n".join([*lines, f"test accuracy {test}"])
 
 
 class Progress(Protocol):

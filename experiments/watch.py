@@ -50,6 +50,7 @@ def make_step(
         predicted = metrics.pop("predicted")
         if "accuracy" not in metrics:  # the targets are probabilities
             metrics["accuracy"] = jnp.mean(predicted == targets.argmax(-1))
+        metrics["accuracy"] = jnp.nan_to_num(metrics["accuracy"])  # NaN if no pixel of the batch is labeled
         return state, metrics
 
     return step

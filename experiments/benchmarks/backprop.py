@@ -40,13 +40,13 @@ def compare(config: Config) -> int:
     import jax
 
     from experiments.benchmarks import results, timing
-    from experiments.models import MODELS
+    from experiments.models import CLASSIFIERS
     from jaxcnn import backprop, softmax_cross_entropy_with_integer_labels
 
     results.check_out(config.out)
-    cli.check_choice("--model", config.model, MODELS)
+    cli.check_choice("--model", config.model, CLASSIFIERS)
     key = jax.random.key(0)
-    net = MODELS[config.model](10)
+    net = CLASSIFIERS[config.model](10)
     x = jax.random.normal(key, (config.batch_size, 28, 28, 1))
     labels = jax.random.randint(key, (config.batch_size,), 0, 10)
     params = net.init(key, x.shape[1:])

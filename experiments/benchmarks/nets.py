@@ -9,7 +9,6 @@ from experiments import models
 from jaxcnn import (
     BatchNorm,
     Conv,
-    ConvTranspose,
     Dense,
     Flatten,
     HiddenLayer,
@@ -17,7 +16,6 @@ from jaxcnn import (
     MaxPool,
     Relu,
     Serial,
-    branches,
     residual,
     serial,
 )
@@ -72,19 +70,9 @@ def resnet18() -> Serial:
     return serial(*first, *(layer for _, layer in models.resnet(1000).layers[3:]))
 
 
-def unet(depth: int = 3, features: int = 32) -> Serial:
-    """Return a U-Net that labels each pixel; convolutions keep the size (Ronneberger et al. 2015)."""
-
-    def convolutions(features: int) -> list[Layer]:
-        return [Conv(features, 3, padding="SAME"), Relu()] * 2
-
-    def level(depth: int, features: int) -> Serial:
-        if depth == 0:
-            return serial(*convolutions(features))
-        below = serial(MaxPool(2), level(depth - 1, 2 * features), ConvTranspose(features, 2, stride=2))
-        return serial(*convolutions(features), branches(serial(), below), *convolutions(features))
-
-    return serial(level(depth, features), Conv(CLASSES, 1))
+def unet() -> Serial:
+    """Return a U-Net without norms for images of 128×128 (Ronneberger et al. 2015)."""
+    return models.unet(CLASSES, width=32, norm=None)
 
 
 NETS: Mapping[str, Callable[[], Timed]] = {

@@ -18,8 +18,12 @@ BATCH = (
 @pytest.mark.parametrize("name", sorted({*MODELS} - {"resnet-gn", "vgg"}))  # their layers are in the others
 def test_the_rules_of_every_model_agree_with_autodiff(name):
     large = name in ("lecture", "mlp", "lenet5")
-    net = models.resnet(10, width=8) if name == "resnet" else MODELS[name](10)
+    net = {"resnet": models.resnet(10, width=8), "unet": models.unet(10, depth=2, width=8)}.get(name) or MODELS[name](
+        10
+    )
     batch = BATCH if large else (BATCH[0][:, ::3, ::3], BATCH[1])
+    if name == "unet":
+        batch = (BATCH[0][:, :8, :8], np.arange(4 * 8 * 8, dtype=np.int32).reshape(4, 8, 8) % 10)
     params = net.init(jax.random.key(0), batch[0].shape[1:])
     differences = gradients.compare(net, LOSS, params, batch, jax.random.key(1))
     assert set(differences) == set(gradients.flatten(params))

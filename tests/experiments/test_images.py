@@ -168,15 +168,26 @@ def test_folders_that_are_not_image_sets(folder, tmp_path):
         with pytest.raises(DataError, match=pattern):
             images.load_path(path)
 
-    expect(tmp_path / "none", "none: must be a folder of images by class, or an .npz file, got no such folder")
-    expect(folder / "cat" / "1.png", "1.png: must be a folder of images by class, or an .npz file, got a file")
-    expect(folder / "cat", "cat: must be a folder with at least two subfolders, one per class, got none")
+    kinds = "a folder of images by class or with masks, or an .npz file"
+    subfolders = "a folder with at least two subfolders, one per class, or images and masks"
+    expect(tmp_path / "none", f"none: must be {kinds}, got no such folder")
+    expect(
+        folder / "cat" / "1.png",
+        f"1.png: must be {kinds}, got a file",
+    )
+    expect(
+        folder / "cat",
+        f"cat: must be {subfolders}, got none",
+    )
     (folder / "cow").mkdir()
     expect(folder, "cow: must be a class with at least one image, got none")
     (folder / "cow" / "notes.txt").write_text("moo")
     expect(folder, r"notes.txt: must be a PNG or JPEG image, named \*.png or \*.jpg or \*.jpeg, got another file")
     write(tmp_path / "one" / "cat" / "1.png")
-    expect(tmp_path / "one", "one: must be a folder with at least two subfolders, one per class, got only cat")
+    expect(
+        tmp_path / "one",
+        f"one: must be {subfolders}, got only cat",
+    )
     for name in ("a", "b"):
         write(tmp_path / "parts" / "train" / name / "1.png")
     expect(tmp_path / "parts", "test: must be a folder of images by class, got no such folder")
@@ -206,8 +217,11 @@ def test_npz(tmp_path, save, names):
     ("changed", "expected"),
     [
         ({"train_images": np.zeros((12, 4, 4))}, r"train_images: must be uint8 images .*, got float64 \(12, 4, 4\)"),
-        ({"train_labels": np.zeros(11, int)}, r"train_labels: must be 12 integers from 0, got int64 \(11,\) from 0"),
-        ({"train_labels": np.arange(12) - 1}, r"train_labels: must be 12 integers from 0, got int64 \(12,\) from -1"),
+        (
+            {"train_labels": np.zeros(11, int)},
+            r"must be 12 integers, or masks of the size of the images, got int64 \(11,\)",
+        ),
+        ({"train_labels": np.arange(12) - 1}, "train_labels: must be numbers from 0, got -1"),
         ({"train_labels": np.zeros(12, int)}, "must be at least two classes, each with an image, got labels up to 0"),
         ({"train_labels": np.arange(12) % 2 * 2}, "at least two classes, each with an image, got labels up to 2, of 2"),
         ({"test_labels": np.arange(6)}, "test_labels: must be labels from 0 to 2, got 5"),
@@ -288,7 +302,11 @@ def test_options_of_folders(tmp_path, capsys, monkeypatch):
     for argv, status, expected in [
         (["--size", "8"], 2, "--size: must be omitted unless --data is a folder of images, got 8\n"),
         (["--data", "./x", "--size", "0"], 2, "--size: must be at least 1, got 0\n"),
-        (["--data", "./x"], 1, "x: must be a folder of images by class, or an .npz file, got no such folder\n"),
+        (
+            ["--data", "./x"],
+            1,
+            "a folder of images by class or with masks, or an .npz file, got no such folder\n",
+        ),
         (["--data", "x.npz"], 1, "x.npz: must be an .npz file, got no such file\n"),
     ]:
         assert train.main(argv) == status

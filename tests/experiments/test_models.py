@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.models import MODELS
+from experiments.models import CLASSIFIERS, MODELS
 from jaxcnn import Dropout
 
 SHAPES = {
@@ -20,10 +20,13 @@ SHAPES = {
 
 
 PARAMETERS = {"small": 79_426, "resnet": 11_172_810, "resnet-gn": 11_172_810, "vgg": 1_736_906, "mobile": 40_282}
+UNET = 482_602
 
 
 def test_every_model_has_its_shapes_or_its_size_here():
-    assert {*SHAPES, *PARAMETERS} == set(MODELS)
+    assert {*SHAPES, *PARAMETERS} == set(CLASSIFIERS)
+    assert {*CLASSIFIERS, "unet"} == set(MODELS)
+    assert MODELS["unet"](10).summary((32, 32, 1)).parameters == UNET
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

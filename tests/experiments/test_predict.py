@@ -73,6 +73,13 @@ def failing(capsys, *argv: object) -> tuple[int, str]:
     return status, line
 
 
+def test_a_folder_for_no_heat_maps(run, tmp_path, capsys):
+    draw(tmp_path / "a.png")
+    status, line = failing(capsys, tmp_path / "a.png", "--run", run, "--out", tmp_path / "x")
+    assert status == 2
+    assert line.endswith(f"--out: must be omitted without --explain, got {tmp_path / 'x'}")
+
+
 def test_no_run_at_all(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     status, line = failing(capsys)
@@ -267,7 +274,7 @@ def test_files_that_cannot_be_predicted(tmp_path, monkeypatch, capsys):
         (["good.png", "--top", "0"], 2, "--top: must be at least 1, got 0"),
         (["good.png", "--invert", "maybe"], 2, "--invert: must be one of auto, always, never, got 'maybe'"),
         (["--explain"], 2, "--explain: must be given with image files, got no file"),
-        (["good.png", "--out", "x"], 2, "--out: must be omitted without --explain, got x"),
+        (["--out", "x"], 2, "--out: must be omitted without image files, got x"),
     ]:
         assert main(*argv, "--run", "nowhere") == status
         captured = capsys.readouterr()

@@ -144,7 +144,9 @@ def test_again_and_for_a_run_that_has_not_finished(run, tmp_path, capsys):
     again = tmp_path / "copy"
     shutil.copytree(run.folder, again)
     (again / "report.html").unlink()
+    (again / "curves.png").unlink()
     assert report.main([str(again)]) == 0
+    assert (again / "curves.png").exists()
     assert capsys.readouterr().out.strip() == str(again / "report.html")
     # The report of the same files is the same, but for the name of the folder.
     assert (again / "report.html").read_text().replace("copy", "mlp") == run.text.replace("copy", "mlp")

@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from experiments import chaos, idx_files, terminal, train, training_state
-from experiments.run_folder import CLAIM
+from experiments import chaos, idx_files, terminal, train, training_run, training_state
+from experiments.run_folder import CLAIM, Epoch
 
 ROOT = Path(train.__file__).parent.parent
 PROG = "python -m experiments.train"
@@ -71,10 +71,10 @@ def results(folder: Path) -> tuple:
 def interrupting() -> Iterator[Callable[[int], None]]:
     """Yield a function that makes Ctrl-C arrive at a given step."""
     at = []
-    original = train.compiled_step
+    original = training_run.compiled_step
 
-    def compiled_step(config, net, loss, optimizer, state, batch, first_step, *more):
-        step = original(config, net, loss, optimizer, state, batch, first_step, *more)
+    def compiled_step(training, state, first_step):
+        step = original(training, state, first_step)
         numbers = itertools.count(first_step)
 
         def taken(state, batch):
@@ -87,7 +87,7 @@ def interrupting() -> Iterator[Callable[[int], None]]:
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "compiled_step", compiled_step)
+        patch.setattr(training_run, "compiled_step", compiled_step)
         yield at.append
     signal.signal(signal.SIGINT, before)
 
@@ -442,7 +442,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(tmp_path, images, copy_of_ru
 def test_the_newest_and_the_best_are_kept(tmp_path):
     history, state = training_state.History(), {"weight": np.zeros(1, np.float32)}
     for step, accuracy in enumerate([0.1, 0.9, 0.3, 0.4, 0.5], 1):
-        row = train.Epoch(step, step, 1.0, 0.5, 1.0, accuracy, 1.0, 1.0)
+        row = Epoch(step, step, 1.0, 0.5, 1.0, accuracy, 1.0, 1.0)
         history = training_state.History([*history.epochs, row])
         training_state.save(tmp_path, state, step, history, {}, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000002", "00000004", "00000005"]

@@ -25,6 +25,7 @@ from experiments import (
     idx_files,
     process,
     recipe,
+    report,
     run_folder,
     terminal,
     train,
@@ -235,11 +236,13 @@ def test_after_ctrl_c_the_accuracy_is_that_of_the_best_finished_epoch():
         run_folder.Epoch(2, 20, 0.7, 0.7, 0.6, 0.75, 1.5, 426.0),
         run_folder.Epoch(3, 25, 0.7, 0.7, math.nan, math.nan, 1.5, 426.0),
     ]
-    text = train.summarize(rows, 10.0, None)
+    text = terminal.summarize(rows, 0, 10.0, None)
     assert "\nvalidation accuracy 0.7500 after epoch 2, the best one\n" in text
     assert text.endswith("\ntest accuracy not measured, because the run has not finished")
-    assert "trained 25 steps" in text
-    assert train.summarize(rows[:2], 10.0, {"accuracy": 0.7}).endswith("\ntest accuracy 0.7000")
+    assert "trained 25 steps in 5.0 s, 384 images/s; 10.0 s with evaluations and checkpoints\n" in text
+    resumed = terminal.summarize(rows, 21, 1.5, None)
+    assert "in 5.0 s, 384 images/s; 1.5 s with evaluations and checkpoints since step 21, where the run was" in resumed
+    assert terminal.summarize(rows[:2], 0, 10.0, {"accuracy": 0.7}).endswith("\ntest accuracy 0.7000")
 
 
 def test_a_second_ctrl_c_reports_the_saved_weights(out, capsys, monkeypatch):
@@ -253,24 +256,24 @@ def test_a_second_ctrl_c_reports_the_saved_weights(out, capsys, monkeypatch):
     assert capsys.readouterr().err == f"{expected}experiments.train --resume {out}\n"
 
 
-@pytest.mark.parametrize("file", ["metrics.csv", "curves.png", "weights.safetensors"])
+@pytest.mark.parametrize("file", ["metrics.csv", "weights.safetensors"])
 def test_a_full_disk_names_the_file_and_the_saved_weights(out, capsys, monkeypatch, file):
-    """The disk fills up in the second epoch, or at the end when the curves are drawn."""
+    """The disk fills up in the second epoch."""
     replace = Path.replace
     written = []
 
     def full(self, target):
         written.append(target.name)
-        if target.name == file and written.count(file) == (1 if file == "curves.png" else 2):
+        if target.name == file and written.count(file) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", full)
     assert main("--model", "mlp", "--batch-size", 2500, "--epochs", 2, "--out", out) == 1
     step = 3 if file == "weights.safetensors" else 6
-    left = "no part of it was written" if file == "curves.png" else "the previous file is unchanged"
     assert capsys.readouterr().err == (
-        f"python -m experiments.train: {out / file}: must be writable, got No space left on device; {left}; "
+        f"python -m experiments.train: {out / file}: must be writable, got No space left on device; "
+        "the previous file is unchanged; "
         f"the weights after step {step} are in {out / 'weights.safetensors'}; "
         f"to continue: python -m experiments.train --resume {out}\n"
     )
@@ -280,6 +283,29 @@ def test_a_full_disk_names_the_file_and_the_saved_weights(out, capsys, monkeypat
     monkeypatch.undo()
     assert main("--resume", out) == 0  # there is space again
     assert [row["step"] for row in rows(out)] == ["3", "6"]
+
+
+@pytest.mark.parametrize("part", ["curves", "report"])
+def test_a_report_that_fails_does_not_change_how_the_training_ended(out, capsys, monkeypatch, part):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device", "x.png")
+
+    def wrong(*args):
+        raise KeyError("a programming error")
+
+    where, name, raises = {"curves": (run_folder, "plot_curves", full), "report": (report, "write", wrong)}[part]
+    monkeypatch.setattr(where, name, raises)
+    assert main("--model", "mlp", "--max-steps", 1, "--out", out) == 0
+    reason = {
+        "curves": f"{out}/curves.png: must be writable, got No space left on device; no part of it was written",
+        "report": "KeyError: 'a programming error'",
+    }[part]
+    captured = capsys.readouterr()
+    command = f"python -m experiments.report {out}"
+    line = f"python -m experiments.train: the report was not written ({reason}); to write it: {command}\n"
+    assert captured.err == line
+    assert captured.out.endswith(f"results in {out}\n")
+    assert json.loads((out / "config.json").read_text())["end"] == "finished"
 
 
 def test_the_banner_names_the_device_that_is_used():
@@ -310,7 +336,7 @@ def test_rules_that_differ_from_autodiff_stop_the_run_before_it_begins(out, caps
         (
             ["--model", "lectur"],
             2,
-            "--model: must be one of lecture, mlp, lenet5, small, resnet, resnet-gn, vgg, mobile, got 'lectur'; "
+            "--model: must be one of lecture, mlp, lenet5, small, resnet, resnet-gn, vgg, mobile, unet, got 'lectur'; "
             "did you mean lecture?",
         ),
         (
