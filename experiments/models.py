@@ -88,6 +88,28 @@ def small(classes: int) -> Serial:
     )
 
 
+def small_resnet(classes: int) -> Serial:
+    """Return a net of four normalized convolutions and two residual blocks, with dropout, for any image size.
+
+    28×28×24 ×2 → 14×14×64, block → 7×7×128, block → 128 → classes.
+    """
+    return serial(
+        *_normalized(24),
+        *_normalized(24),
+        MaxPool(2, padding="SAME"),
+        Dropout(0.1),
+        *_normalized(64),
+        _block(64, 64, 1, BatchNorm),
+        MaxPool(2, padding="SAME"),
+        Dropout(0.1),
+        *_normalized(128),
+        _block(128, 128, 1, BatchNorm),
+        Dropout(0.2),
+        GlobalAvgPool(),
+        Dense(classes),
+    )
+
+
 def resnet(classes: int, *, norm: Norm = BatchNorm, width: int = 64) -> Serial:
     """Return ResNet-18 for small images: a 3×3 convolution instead of the 7×7 one and the pooling of the first stage.
 
@@ -194,6 +216,7 @@ CLASSIFIERS: Mapping[str, Callable[[int], Serial]] = {
     "mlp": mlp,
     "lenet5": lenet5,
     "small": small,
+    "small-resnet": small_resnet,
     "resnet": resnet,
     "resnet-gn": functools.partial(resnet, norm=group_norm),
     "vgg": vgg,

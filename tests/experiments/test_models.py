@@ -19,7 +19,14 @@ SHAPES = {
 }
 
 
-PARAMETERS = {"small": 79_426, "resnet": 11_172_810, "resnet-gn": 11_172_810, "vgg": 1_736_906, "mobile": 40_282}
+PARAMETERS = {
+    "small": 79_426,
+    "small-resnet": 464_130,
+    "resnet": 11_172_810,
+    "resnet-gn": 11_172_810,
+    "vgg": 1_736_906,
+    "mobile": 40_282,
+}
 UNET = 482_602
 
 
@@ -35,7 +42,8 @@ def test_nets_for_images_of_any_size(name):
     rows = MODELS[name](10).summary((28, 28, 1)).rows
     assert sum(row.parameters for row in rows) == PARAMETERS[name]
     assert rows[-1].output_shape == (10,)
-    before = {"small": (7, 7, 96), "vgg": (4, 4, 256), "mobile": (7, 7, 160)}.get(name, (4, 4, 512))
+    others = {"small": (7, 7, 96), "small-resnet": (7, 7, 128), "vgg": (4, 4, 256), "mobile": (7, 7, 160)}
+    before = others.get(name, (4, 4, 512))
     pooled = next(n for n, row in enumerate(rows) if row.op == "GlobalAvgPool")
     assert rows[pooled - 1].output_shape == before
 
@@ -66,7 +74,7 @@ def test_one_logit_for_each_class(name, classes):
 def test_the_nets_that_drop_out():
     images = jnp.ones((2, 28, 28, 1), jnp.float32)
     dropping = {name for name, make in MODELS.items() for _, layer in make(10).walk() if isinstance(layer, Dropout)}
-    assert dropping == {"lecture", "small", "vgg"}
+    assert dropping == {"lecture", "small", "small-resnet", "vgg"}
     for name in SHAPES:
         net = MODELS[name](10)
         params = net.init(jax.random.key(0), (28, 28, 1))
