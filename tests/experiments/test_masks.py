@@ -258,7 +258,7 @@ def test_what_masks_do_not_have_is_refused_before_anything_is_computed(folder, t
         "--model: must be a net",
         "a folder with at least two subfolders, one per class, or images and masks",
     )
-    others = "mlp, small, resnet, resnet-gn, vgg, mobile"
+    others = "mlp, small, small-resnet, resnet, resnet-gn, vgg, mobile"
     for argv, expected in (
         ([*masks, "--model", "mlp"], f"{net} for the images and masks of set (unet), got mlp (outputs (N, 3))"),
         (
