@@ -200,19 +200,18 @@ def read_inputs(run: Run, config: Mapping[str, Any]) -> Inputs:
     """Return the facts about the images of a run; raise CheckpointError if its config does not have them."""
     name, got = f"{run.folder / 'config.json'}: inputs", config.get("inputs")
     fields = [field.name for field in dataclasses.fields(Inputs)]
-    if isinstance(got, Mapping):
-        got = {"task": "classification", **got}  # of a run before there were masks
-    if not isinstance(got, Mapping) or set(got) != set(fields):
+    facts = {"task": "classification", **got} if isinstance(got, Mapping) else {}  # a run before masks has no task
+    if set(facts) != set(fields):
         expected = f"the {', '.join(fields)} of the images, which a run of this version has"
         raise bad_value(CheckpointError, name, expected, "none" if got is None else str(got))
-    names, shape = got["class_names"], got["image_shape"]
+    names, shape = facts["class_names"], facts["image_shape"]
     if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
         raise bad_value(CheckpointError, f"{name}: class_names", "a list of names", str(names))
     if not (isinstance(shape, list) and shape and all(type(size) is int and size > 0 for size in shape)):
         raise bad_value(CheckpointError, f"{name}: image_shape", "a list of sizes", str(shape))
-    for key, value in (("largest", got["largest"]), ("border", got["border"])):
-        if type(value) not in (int, float):
-            raise bad_value(CheckpointError, f"{name}: {key}", "a number", str(value))
-    if got["task"] not in TASKS:
-        raise bad_value(CheckpointError, f"{name}: task", f"one of {', '.join(TASKS)}", repr(got["task"]))
-    return Inputs(str(got["name"]), tuple(names), tuple(shape), got["largest"], got["border"], got["task"])
+    for key in ("largest", "border"):
+        if type(facts[key]) not in (int, float):
+            raise bad_value(CheckpointError, f"{name}: {key}", "a number", str(facts[key]))
+    if facts["task"] not in TASKS:
+        raise bad_value(CheckpointError, f"{name}: task", f"one of {', '.join(TASKS)}", repr(facts["task"]))
+    return Inputs(**{**facts, "name": str(facts["name"]), "class_names": tuple(names), "image_shape": tuple(shape)})

@@ -41,9 +41,9 @@ class ModelOptions:
     """Option of the net."""
 
     model: str = "lecture"
-    """Net: lecture, mlp, lenet5, small (79,000 parameters), resnet (ResNet-18), resnet-gn (with group norm), vgg,
-    mobile, unet (for masks), or module:function, which returns a net of jaxcnn, Flax or Equinox, or a pair
-    (init, apply)."""
+    """Net: lecture, mlp, lenet5, small (79,000 parameters), small-resnet (464,000), resnet (ResNet-18), resnet-gn
+    (with group norm), vgg, mobile, unet (for masks), or module:function, which returns a net of jaxcnn, Flax or
+    Equinox, or a pair (init, apply)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -147,7 +147,7 @@ def test_using_a_net_needs_no_data_set(broken, tmp_path, capsys):
     assert "gone: must be the folder of idx, got no such folder" in failing(capsys, "--run", broken)[1]
     inputs = config["inputs"]
     for value, expected in [
-        (None, "inputs: must be the name, class_names, image_shape, largest, border of the images, which a run of"),
+        (None, "inputs: must be the name, class_names, image_shape, largest, border, task of the images, which a"),
         ({"name": "x"}, "of this version has, got {'name': 'x'}"),
         ({**inputs, "class_names": []}, "inputs: class_names: must be a list of names, got []"),
         ({**inputs, "image_shape": [28, "28", 1]}, "inputs: image_shape: must be a list of sizes, got [28, '28', 1]"),

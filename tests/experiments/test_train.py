@@ -336,8 +336,8 @@ def test_rules_that_differ_from_autodiff_stop_the_run_before_it_begins(out, caps
         (
             ["--model", "lectur"],
             2,
-            "--model: must be one of lecture, mlp, lenet5, small, resnet, resnet-gn, vgg, mobile, unet, got 'lectur'; "
-            "did you mean lecture?",
+            "--model: must be one of lecture, mlp, lenet5, small, small-resnet, resnet, resnet-gn, vgg, mobile, unet, "
+            "got 'lectur'; did you mean lecture?",
         ),
         (
             ["--data", "fashion-minst"],
