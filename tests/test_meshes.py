@@ -316,6 +316,7 @@ PER_EXAMPLE = {
 }
 
 
+@pytest.mark.slow("compiles several programs for eight devices")
 @pytest.mark.parametrize("patches", [2**20, 0], ids=["all patches", "large patches"])
 def test_per_example_functions_communicate_a_sum_only(patches, monkeypatch):
     """They test together whether ghost norms are precise, one bit for each layer. A clipped gradient is a sum."""

@@ -1003,6 +1003,7 @@ def narrow():
         yield
 
 
+@pytest.mark.slow("trains")
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("name", ASKING)
 def test_optimizers_take_the_steps_they_take_in_a_loop_of_optax(name):

@@ -75,6 +75,7 @@ def test_mixup_mixes_labels_as_images():
     assert ((targets > 0).sum(-1) == 2).any()
 
 
+@pytest.mark.slow("compiles each augmentation")
 def test_the_draws_of_a_step_depend_on_seed_and_step_alone():
     def draw(seed=3, step=7, names=("flip", "crop")):
         return np.asarray(augmentation.augmented(names, seed, step, (IMAGES, LABELS), 4)[0])

@@ -189,6 +189,7 @@ def test_bad_archives(tmp_path, monkeypatch):
     expect(rf"{re.escape(str(path))}: must be the archive .* with SHA-256 c4a38c50.*, got [0-9a-f]{{64}}$", path)
 
 
+@pytest.mark.slow("trains")
 def test_it_is_trained_on(tmp_path, capsys):
     folder = write(tmp_path / "set", "cifar10")
     argv = ["--data", "cifar10", "--data-dir", str(folder), "--model", "mlp", "--batch-size", "5", "--max-steps", "1"]

@@ -62,6 +62,7 @@ def test_a_platform_that_is_missing_leaves_the_configuration_unchanged():
     assert jax.config.values["jax_platforms"] == before
 
 
+@pytest.mark.slow("trains")
 def test_several_seeds_are_several_runs_and_a_summary(tmp_path, images, capsys):
     argv = ("--data", "idx", "--data-dir", images, "--model", "mlp", "--batch-size", 8, "--max-steps", 2, "--seeds", 2)
     assert train.main([str(arg) for arg in (*argv, "--seed", 3, "--out", tmp_path / "runs")]) == 0

@@ -294,6 +294,7 @@ def test_what_masks_do_not_have_is_refused_before_anything_is_computed(folder, t
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow("compiles a whole net for several sizes")
 def test_unet_keeps_the_size_of_any_image_of_its_multiples():
     multiple = models.MULTIPLES["unet"]
     for height, width in ((multiple, 3 * multiple), (2 * multiple, multiple)):

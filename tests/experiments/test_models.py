@@ -71,6 +71,7 @@ def test_one_logit_for_each_class(name, classes):
     np.testing.assert_allclose(net.apply(params, images[1:2]), logits[1:2], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow("runs all nets")
 def test_the_nets_that_drop_out():
     images = jnp.ones((2, 28, 28, 1), jnp.float32)
     dropping = {name for name, make in MODELS.items() for _, layer in make(10).walk() if isinstance(layer, Dropout)}

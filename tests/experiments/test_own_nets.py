@@ -76,6 +76,7 @@ def test_outputs_state_and_names_are_those_of_the_library(name, count):
     assert bool((net.apply(params, X, key=jax.random.key(4)) != again).any()) is dropping
 
 
+@pytest.mark.slow("compiles nets of other libraries")
 def test_a_step_trains_parameters_and_replaces_state():
     net, _ = net_of("Linen")
     options = recipe.RecipeOptions(optimizer="adamw", clip_norm=0.5, ema=0.5)

@@ -46,6 +46,7 @@ def test_labels_are_true_and_correct_predictions_are_counted(run, capsys):
     assert last == f"{correct} of 3 correct"
 
 
+@pytest.mark.slow("evaluates a data set")
 def test_the_count_over_all_test_images_is_the_accuracy_of_the_run(run, capsys):
     assert main("--run", run, "--images", *range(2000)) == 0
     correct = int(re.match(r"(\d+) of 2000 correct", capsys.readouterr().out.splitlines()[-1])[1])

@@ -102,6 +102,7 @@ def test_samples():
     assert not np.array_equal(batches(key=1)(7)[1], targets)
 
 
+@pytest.mark.slow("computes many accounts")
 def test_epsilon_is_the_accountants():
     """For a sample that is never truncated, ε is that of Poisson sampling; a truncated one has a larger ε."""
     event = dp_accounting.PoissonSampledDpEvent(1 / 3, dp_accounting.GaussianDpEvent(2.0))

@@ -256,6 +256,7 @@ def test_a_second_ctrl_c_reports_the_saved_weights(out, capsys, monkeypatch):
     assert capsys.readouterr().err == f"{expected}experiments.train --resume {out}\n"
 
 
+@pytest.mark.slow("trains")
 @pytest.mark.parametrize("file", ["metrics.csv", "weights.safetensors"])
 def test_a_full_disk_names_the_file_and_the_saved_weights(out, capsys, monkeypatch, file):
     """The disk fills up in the second epoch."""

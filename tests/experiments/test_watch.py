@@ -25,6 +25,7 @@ def test_the_norm_of_large_numbers_does_not_overflow():
 make_step = functools.partial(watch.make_step, NET, LOSS)
 
 
+@pytest.mark.slow("compiles two training steps")
 def test_a_step_measures_norms_and_stays_the_same():
     optimizer = optax.adam(0.01)
     state = jaxcnn.TrainState.create(NET, optimizer, jax.random.key(0), (2, 2, 1))
