@@ -287,6 +287,11 @@ class Program:
         return Program(self.inputs, constants, tuple(steps), tuple(map(read, self.outputs)))
 
 
+def _is_inlined_by_jax(inline: Any) -> bool:
+    """Whether JAX writes out a jitted function with this option `inline`: a bool, from jax 0.11 on a `jax.Inline`."""
+    return inline is True or getattr(inline, "name", "").startswith("JAX_")
+
+
 def module_path(name_stack: Any) -> str:
     """Return the scopes of a name stack, without those of transformations: "jvp(Net)/Conv_0" is "Net/Conv_0"."""
     return "/".join(scope.name for scope in name_stack.stack if type(scope).__name__ != "Transform").strip("/")
@@ -383,7 +388,7 @@ class _Writer:
         if any("Unspecified" not in type(s).__name__ for s in placed) or any(options):
             return None
         closed = params["jaxpr"]
-        if self.inline or params["inline"]:
+        if self.inline or _is_inlined_by_jax(params["inline"]):
             return closed
         return None if any(params["donated_invars"]) or costly(closed.jaxpr) else closed
 

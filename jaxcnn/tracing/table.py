@@ -97,7 +97,10 @@ def _rows(program: Program, outer: dict[Value, Any], counted: set[Any], times: i
 def _given(step: Equation, name: str, body: Program) -> Sequence[Any]:
     """Return the inputs of a step that its body gets unchanged, those that come first."""
     if step.primitive == "scan":
-        return step.inputs[: step.params["num_consts"]]
+        # What is carried has the same rank inside and outside; what is sliced or stacked has one dim more outside.
+        carried = sum(a.aval.ndim == v.aval.ndim for a, v in zip(body.outputs, step.outputs, strict=True))
+        unsliced = sum(v.aval.ndim == a.aval.ndim for v, a in zip(body.inputs, step.inputs, strict=True))
+        return step.inputs[: unsliced - carried]
     if step.primitive == "while":
         before, after = step.params["cond_nconsts"], step.params["body_nconsts"]
         return step.inputs[:before] if name == "cond_jaxpr" else step.inputs[before : before + after]

@@ -356,7 +356,7 @@ def test_activation(fun, op, computed):
     if not computed:  # with a rule, the exact one is that of the spelling
         given = jaxcnn.explicit(fun, rules={op + "1": lambda call, delta: call.exact(delta)})
         found, expected = (jax.grad(lambda x, f=f: f(x).sum())(x) for f in (given, fun))
-        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=5e-14)  # 42(1 − tanh²) of gelu at −7 cancels
 
 
 @pytest.mark.parametrize(
