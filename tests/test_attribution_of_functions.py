@@ -142,6 +142,7 @@ def keras(pool):
     """Return a function of parameters and x, its parameters, and the module."""
     os.environ.setdefault("KERAS_BACKEND", "jax")  # before the import
     keras = pytest.importorskip("keras")
+    keras.utils.set_random_seed(0)  # otherwise the kernels differ in each process
     layers, rng, made = keras.layers, np.random.default_rng(0), {}
 
     def layer(kind, name, *args, **options):
@@ -202,11 +203,11 @@ def heatmap(net, pool=True, target=TARGET, **options):
     return np.asarray(compiled(functools.partial(attribute, fun, **options))(params, images(), target))
 
 
-def near(net, ours, theirs):
+def near(net, ours, theirs, rounding=0.0):
     rtol = DIGITS[net]
     theirs = np.moveaxis(theirs.detach().numpy(), 1, -1)
     assert np.abs(theirs).max() > 0
-    np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=rtol * np.abs(theirs).max())
+    np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=rtol * np.abs(theirs).max() + rounding)
 
 
 @pytest.mark.parametrize("pool", [True, False])
@@ -306,7 +307,10 @@ def test_grad_cam_is_captums(net, layers, relu):
 @pytest.mark.parametrize("net", NETS)
 def test_occlusion_is_captums(net):
     theirs = by_captum(captum.attr.Occlusion, net, sliding_window_shapes=(3, 4, 4), strides=(3, 4, 4), baselines=0.25)
-    near(net, heatmap(net, method="occlusion", window=4, value=0.25), theirs)
+    # The map is a difference of two outputs, which have only the digits of float32 if Keras computes batch norms.
+    fun, params, _ = NETS[net](True)
+    rounding = {"linen": 0.0, "keras": 2 * np.finfo(np.float32).eps}[net] * np.abs(fun(params, images())).max()
+    near(net, heatmap(net, method="occlusion", window=4, value=0.25), theirs, rounding)
 
 
 @pytest.mark.parametrize("net", NETS)
