@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import re
-import signal
 from pathlib import Path
 
 import jax
@@ -33,6 +31,7 @@ from experiments import (
 )
 from experiments.dataset import IGNORED, make_dataset
 from experiments.errors import DataError
+from tests.experiments.test_resume import interrupting
 
 RNG = np.random.default_rng(0)
 TASK = tasks.TASKS["segmentation"]
@@ -324,18 +323,9 @@ def test_a_net_trains_resumes_predicts_and_is_reported(folder, tmp_path, capsys,
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main(*argv, "--out", whole) == 0
     assert re.search(r"validation loss \S+ accuracy \S+ mean IoU 0\.\d{4}", capsys.readouterr().out)
-    batch = data.Batches.__call__
-
-    def interrupting(self, step):
-        if step == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-        return batch(self, step)
-
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    with monkeypatch.context() as patch:
-        patch.setattr(data.Batches, "__call__", interrupting)
+    with interrupting() as at:
+        at(4)
         assert main(*argv, "--out", cut) == 130
-    signal.signal(signal.SIGINT, before)
     assert main("--resume", cut) == 0
     one, other = (load_file(run / "weights.safetensors") for run in (whole, cut))
     assert {path: a.tobytes() for path, a in one.items()} == {path: a.tobytes() for path, a in other.items()}

@@ -1,8 +1,6 @@
 """Nets of other libraries compute what their libraries compute, and train, resume and predict as ours do."""
 
 import json
-import os
-import signal
 
 import equinox as eqx
 import jax
@@ -14,9 +12,9 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import jaxcnn
-from experiments import attributions, checkpoints, data, deltas, export, own_nets, predict, recipe, train, watch
+from experiments import attributions, checkpoints, deltas, export, own_nets, predict, recipe, train, watch
 from tests import other_nets
-from tests.experiments.test_resume import write_images
+from tests.experiments.test_resume import interrupting, write_images
 
 LOSS = jaxcnn.softmax_cross_entropy_with_integer_labels
 SHAPE = (8, 8, 1)
@@ -106,23 +104,14 @@ def main(*argv: object) -> int:
 @pytest.mark.parametrize(
     ("name", "more"), [("Linen", ("--ema", 0.9)), ("Equinox", ("--augment", "mixup", "crop", "--optimizer", "lion"))]
 )
-def test_a_net_of_another_library_trains_resumes_and_predicts(tmp_path, monkeypatch, capsys, name, more):
+def test_a_net_of_another_library_trains_resumes_and_predicts(tmp_path, capsys, name, more):
     images = write_images(tmp_path / "images")
     argv = ("--data", "idx", "--data-dir", images, "--model", f"{MODULE}:{name}", "--batch-size", 8, "--epochs", 2)
     argv = (*argv, "--norms-every", 0, "--check-grads", *more)
     assert main(*argv, "--out", tmp_path / "whole") == 0
-    batch = data.Batches.__call__
-
-    def interrupting(self, step):
-        if step == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-        return batch(self, step)
-
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    with monkeypatch.context() as patch:
-        patch.setattr(data.Batches, "__call__", interrupting)
+    with interrupting() as at:
+        at(4)
         assert main(*argv, "--out", tmp_path / "cut") == 130
-    signal.signal(signal.SIGINT, before)
     assert main("--resume", tmp_path / "cut") == 0
     whole, cut = (load_file(tmp_path / folder / "weights.safetensors") for folder in ("whole", "cut"))
     assert {path: a.tobytes() for path, a in whole.items()} == {path: a.tobytes() for path, a in cut.items()}

@@ -86,10 +86,12 @@ def interrupting() -> Iterator[Callable[[int], None]]:
         return taken
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_run, "compiled_step", compiled_step)
-        yield at.append
-    signal.signal(signal.SIGINT, before)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training_run, "compiled_step", compiled_step)
+            yield at.append
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
