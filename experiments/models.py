@@ -226,4 +226,4 @@ CLASSIFIERS: Mapping[str, Callable[[int], Serial]] = {
 MODELS: Mapping[str, Callable[[int], Serial]] = {**CLASSIFIERS, "unet": unet}
 """The function that builds each net from the number of classes, by name."""
 MULTIPLES: Mapping[str, int] = {"unet": 8}
-"""The numbers of which the sides of a net's images are multiples, for nets that do not take other images."""
+"""The number that must divide both sides of the images of a net, by name."""

@@ -43,8 +43,8 @@ class Config:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Examples:
-    """The images that a report is about, their labels, and the probabilities (N, classes) that the net predicts.
+class Labeled:
+    """The images that a report is about, and their labels or masks.
 
     `largest` is the pixel that the net receives as 1.
     """
@@ -53,11 +53,17 @@ class Examples:
     pixels: Pixels
     largest: int
     labels: np.ndarray
-    probabilities: np.ndarray
 
     def images(self, chosen: Sequence[int]) -> np.ndarray:
         """Return some of the images (N, H, W, C), as the net receives them."""
         return np.asarray(scaled(np.asarray(self.pixels[list(chosen)]), self.largest))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Examples(Labeled):
+    """Images, their labels, and the probabilities (N, classes) that the net predicts."""
+
+    probabilities: np.ndarray
 
     unit = "images"
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments import report_figures as figures
-from experiments.dataset import Pixels, scaled
+from experiments.dataset import Pixels
 from experiments.mask_files import palette
+from experiments.report import Labeled, predicted_classes
 from experiments.tasks import confusion
 
 if TYPE_CHECKING:
@@ -21,16 +22,9 @@ FIRST, WORST = 4, 8
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class MaskExamples:
-    """The images that a report is about, their masks (N, H, W), and the masks that the net predicts.
+class MaskExamples(Labeled):
+    """Images, their masks (N, H, W), and the masks that the net predicts."""
 
-    `largest` is the pixel that the net receives as 1.
-    """
-
-    what: str
-    pixels: Pixels
-    largest: int
-    labels: np.ndarray
     predicted: np.ndarray
     classes: int
 
@@ -40,10 +34,6 @@ class MaskExamples:
     def counted(self) -> str:
         """What the confusion matrix counts."""
         return f"labeled pixels of the {len(self.labels):,} {self.what}"
-
-    def images(self, chosen: Sequence[int]) -> np.ndarray:
-        """Return some of the images (N, H, W, C), as the net receives them."""
-        return np.asarray(scaled(np.asarray(self.pixels[list(chosen)]), self.largest))
 
     def confusion(self) -> np.ndarray:
         """Return the number of pixels (true class, predicted class)."""
@@ -70,8 +60,6 @@ class MaskExamples:
 
 def make_examples(what: str, trained: "TrainedNet", pixels: Pixels, masks: np.ndarray) -> MaskExamples:
     """Predict the masks of images, and return both."""
-    from experiments.report import predicted_classes
-
     predicted = predicted_classes(trained, pixels)
     return MaskExamples(what, pixels, trained.inputs.largest, masks, predicted, len(trained.inputs.class_names))
 

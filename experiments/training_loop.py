@@ -88,7 +88,7 @@ def fit(
         step: The training step.
         state: The state after `first_step` steps.
         batches: Returns the batch of a step, counted from 0.
-        evaluate: Returns the validation metrics of a state; None if there are no validation images.
+        evaluate: Returns the validation metrics of a state; None without validation images.
         max_steps: Number of steps in all, including those before `first_step`.
         per_epoch: Number of steps in an epoch. The last epoch may have fewer.
         batch_size: Images per step.

@@ -161,7 +161,7 @@ class Training:
         return terminal.describe_epoch(row, self.plan.config.epochs) + spent
 
     def save(self, state: TrainState, step: int, history: History) -> None:
-        """Write the weights if they are the best ones or there are no best ones, the metrics, and a checkpoint."""
+        """Write the metrics, a checkpoint, and the weights unless an earlier epoch is better."""
         run = self.plan.run
         if self._events is not None and history.epochs and history.epochs[-1].step == step:
             self._events.end_epoch(history.epochs[-1])
