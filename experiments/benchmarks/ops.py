@@ -40,6 +40,10 @@ class Config:
 
     only: str = ""
     """Time only rows whose name contains this, such as "depthwise" or "δ_w"."""
+    drawn: int | None = None
+    """Time this number of convolutions and pools, drawn from `--seed`, instead of the table in `rows.py`."""
+    seed: int = 0
+    """Seed of the drawn rows."""
     rounds: int = 5
     """Number of rounds. In each round, every library has one turn."""
     device: str = "cpu"
@@ -49,7 +53,7 @@ class Config:
     quick: FlagCreatePairsOff[bool] = False
     """Trial run with two images and one round; the times are not meaningful."""
     out: Annotated[Path | None, arg(metavar="PATH")] = None
-    """JSON file for all numbers; a bar chart of the ratios is written next to it."""
+    """JSON file for all numbers; without `--drawn`, a bar chart of the ratios is written next to it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,20 +104,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compare(config: Config) -> int:
     """Compare, time and print all rows. Return 0, 1 if a result of jaxcnn is wrong, or 130 after Ctrl-C."""
     cli.check_count("--rounds", config.rounds)
+    cli.check_count("--drawn", config.drawn)
     cli.check_choice("--device", config.device, EQUAL)
     os.environ["JAX_PLATFORMS"] = "cuda" if config.device == "gpu" else "cpu"
 
     from experiments.benchmarks import results, timing
+    from experiments.benchmarks.drawn_rows import drawn_rows
     from experiments.benchmarks.rows import rows
 
     results.check_out(config.out)
-    chosen = [(row, names) for row in rows() if (names := products(row, config.only))]
+    table_rows = drawn_rows(config.seed, config.drawn) if config.drawn else rows()
+    chosen = [(row, names) for row in table_rows if (names := products(row, config.only))]
     if not chosen:
         raise bad_value(UsageError, "--only", "part of the name of a row", repr(config.only))
     if config.torch:
         require_torch(config.device)
     machine = timing.machine(("jax", "jaxlib"), others=("torch",))
-    title = f"each op, {config.rounds} rounds, {config.device}; minima, and ratios to jaxcnn's time"
+    which = f"{config.drawn} rows drawn from seed {config.seed}" if config.drawn else "each op"
+    title = f"{which}, {config.rounds} rounds, {config.device}; minima, and ratios to jaxcnn's time"
     results.heading(machine, title)
     table: list[Measured] = []
     with results.until_interrupted(lambda: table) as interrupted:
@@ -125,7 +133,8 @@ def compare(config: Config) -> int:
         print(text)
     if config.out is not None:
         results.write(config.out, machine, config, rows=[to_json(measured) for measured in table])
-        draw(config.out.with_suffix(".png"), table)
+        if not config.drawn:
+            draw(config.out.with_suffix(".png"), table)
     wrong = any(OURS in measured.note for measured in table)
     return 1 if wrong else interrupted[0] if interrupted else 0
 

@@ -16,6 +16,7 @@ from experiments.benchmarks import (
     compile,
     drawn,
     drawn_nets,
+    drawn_rows,
     growth,
     memory,
     ops,
@@ -357,6 +358,23 @@ def test_drawn_nets_are_the_same_for_a_seed_and_not_too_large():
         assert timed.batch <= 8 or timed.batch * timed.net.flops(timed.shape, (10,)) <= drawn_nets.MOST_FLOPS
     words = " ".join(map(drawn_nets.described, nets))
     assert all(kind in words for kind in ("pool 2", "1×1", "/2", "7×7", "5×5", "groups"))
+
+
+def test_drawn_rows_are_the_same_for_a_seed_and_not_too_large():
+    few, other = (list(drawn_rows.drawn_rows(seed, 60)) for seed in (0, 1))
+    names = [row.name for row in few]
+    assert names == [row.name for row in drawn_rows.drawn_rows(0, 60)]
+    assert len({*names, *(row.name for row in other)}) > 110
+    assert all(math.prod(row.shapes["x"]) <= drawn_rows.ELEMENTS[1] for row in few)
+    words = ("1×1", "3×3", "3×3×3", "stride", "padding", "dilation", "groups", "transpose", "max", "avg", "lp")
+    assert [word for word in words if word not in " ".join(names)] == []
+
+
+@pytest.mark.slow("compiles many ops")
+def test_drawn_rows_compute_the_same_in_all_libraries():
+    for row in drawn_rows.drawn_rows(2, 12):
+        for measured in ops.measure(row, ops.products(row)[:2], ops.Config(quick=True)):
+            assert "jaxcnn" not in measured.note, measured.note
 
 
 def test_a_result_compares_with_the_fastest_of_a_library():
