@@ -7,7 +7,7 @@ PY     := $(VENV)/bin/python
 PYTHON_COMPILED ?= python3.12
 PYTEST := $(PY) -m pytest -n auto --dist worksteal --durations=20
 
-.PHONY: help train lecture test test-ci test-full fuzz test-all coverage mutants native lint types docs build smoke bench compiled check clean
+.PHONY: help train lecture test test-ci test-full fuzz test-all coverage mutants native lint types docs build smoke smoke-runs smoke-benchmarks bench compiled check clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-10s %s\n", $$1, $$2}'
@@ -58,8 +58,10 @@ build: $(VENV)/all  ## build sdist and wheel in dist/, install the wheel in a ne
 	$(PY) -m tools.check_dist dist
 
 # Few optimizations, because each script compiles longer than it runs.
-smoke: export XLA_FLAGS += --xla_backend_optimization_level=1
-smoke: $(VENV)/all  ## run every experiment briefly
+smoke-%: export XLA_FLAGS += --xla_backend_optimization_level=1
+smoke: smoke-runs smoke-benchmarks  ## run every experiment briefly
+
+smoke-runs: $(VENV)/all
 	rm -rf runs/smoke
 	$(PY) -m experiments.train --max-steps 3 --check-grads --out runs/smoke/train
 	$(PY) -m experiments.train --model mlp --max-steps 3 --out runs/smoke/mlp
@@ -82,14 +84,17 @@ smoke: $(VENV)/all  ## run every experiment briefly
 	$(PY) -m experiments.alignment --rules exact sign-symmetric --seeds 1 --steps 3 --out runs/smoke/alignment
 	$(PY) -m experiments.scaling --net lecture
 	JAXCNN_TUTORIAL_STEPS=3 $(PY) -m experiments.tutorial
-	$(PY) -m experiments.benchmarks.step --contenders "flax nnx" torch --rounds 1 --batch-size 8 --out runs/smoke/step.json
-	$(PY) -m experiments.benchmarks.ops --quick --only kron_up --out runs/smoke/ops.json
-	$(PY) -m experiments.benchmarks.memory --nets lenet5 --batch-size 8 --out runs/smoke/memory.json
-	$(PY) -m experiments.benchmarks.compile --net lenet5 --libraries "flax nnx" --rounds 1 --out runs/smoke/compile.json
-	$(PY) -m experiments.benchmarks.growth --what channels --most 8 --rounds 1 --out runs/smoke/growth.json
-	$(PY) -m experiments.benchmarks.per_example --net lenet5 --libraries "flax nnx" --batch-size 4 --rounds 1 --out runs/smoke/per_example.json
-	$(PY) -m experiments.benchmarks.accuracy --data fashion-mnist-sample --libraries jaxcnn torch --max-steps 2 --out runs/smoke/accuracy.json
-	$(PY) -m experiments.zoo --nets linen --batch-size 1 --rounds 1 --modes training --out runs/smoke/zoo.json
+
+smoke-benchmarks: $(VENV)/all
+	mkdir -p runs/smoke-benchmarks
+	$(PY) -m experiments.benchmarks.step --contenders "flax nnx" torch --rounds 1 --batch-size 8 --out runs/smoke-benchmarks/step.json
+	$(PY) -m experiments.benchmarks.ops --quick --only kron_up --out runs/smoke-benchmarks/ops.json
+	$(PY) -m experiments.benchmarks.memory --nets lenet5 --batch-size 8 --out runs/smoke-benchmarks/memory.json
+	$(PY) -m experiments.benchmarks.compile --net lenet5 --libraries "flax nnx" --rounds 1 --out runs/smoke-benchmarks/compile.json
+	$(PY) -m experiments.benchmarks.growth --what channels --most 8 --rounds 1 --out runs/smoke-benchmarks/growth.json
+	$(PY) -m experiments.benchmarks.per_example --net lenet5 --libraries "flax nnx" --batch-size 4 --rounds 1 --out runs/smoke-benchmarks/per_example.json
+	$(PY) -m experiments.benchmarks.accuracy --data fashion-mnist-sample --libraries jaxcnn torch --max-steps 2 --out runs/smoke-benchmarks/accuracy.json
+	$(PY) -m experiments.zoo --nets linen --batch-size 1 --rounds 1 --modes training --out runs/smoke-benchmarks/zoo.json
 
 bench: $(VENV)/all  ## time training steps side by side with other libraries
 	$(PY) -m experiments.benchmarks.step $(ARGS)
