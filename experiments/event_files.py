@@ -30,7 +30,7 @@ class EventFiles:
         for quantity in ("loss", "accuracy"):
             for part in ("train", "validation"):
                 self._writer.add_scalar(f"{quantity}_by_epoch/{part}", getattr(row, f"{part}_{quantity}"), row.step)
-        if row.score_name == "mean IoU":
+        if row.of_masks:
             self._writer.add_scalar("mean_iou_by_epoch/validation", row.validation_mean_iou, row.step)
         self._writer.add_scalar("images_per_second", row.images_per_second, row.step)
         self._writer.flush()

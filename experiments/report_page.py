@@ -198,7 +198,7 @@ def _curves(story: Story) -> str:
     row = best(story.epochs)
     step = None if row is None else row.step
     parts = []
-    measured = ("mean_iou",) if row is not None and row.score_name == "mean IoU" else ()
+    measured = ("mean_iou",) if row is not None and row.of_masks else ()
     for quantity in ("loss", "accuracy", *measured):
         chart = figures.curve(quantity, story.steps, story.epochs, step)
         alt = f"Chart of the {quantity.replace('_', ' ')} over the steps, by batch, epoch, and validation. "

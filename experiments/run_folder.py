@@ -45,14 +45,19 @@ class Epoch:
     validation_mean_iou: float = math.nan
 
     @property
+    def of_masks(self) -> bool:
+        """Whether the validation examples have masks, and not labels."""
+        return not math.isnan(self.validation_mean_iou)
+
+    @property
     def score(self) -> float:
         """The number by which the best epoch is chosen: the mean IoU of masks, the accuracy of labels."""
-        return self.validation_accuracy if math.isnan(self.validation_mean_iou) else self.validation_mean_iou
+        return self.validation_mean_iou if self.of_masks else self.validation_accuracy
 
     @property
     def score_name(self) -> str:
         """The name of `score`."""
-        return "accuracy" if math.isnan(self.validation_mean_iou) else "mean IoU"
+        return "mean IoU" if self.of_masks else "accuracy"
 
 
 TRAIN, REPORT = "python -m experiments.train", "python -m experiments.report"
@@ -357,7 +362,7 @@ class Run:
         with replacing(self.folder / "metrics.csv") as temporary, temporary.open("w", newline="") as file:
             writer = csv.writer(file)
             names = [field.name for field in dataclasses.fields(Epoch)]
-            names = names if any(row.score_name == "mean IoU" for row in rows) else names[:-1]
+            names = names if any(row.of_masks for row in rows) else names[:-1]
             writer.writerow(names)
             # An epoch that was not evaluated has empty cells, which every CSV reader treats as missing.
             writer.writerows([_cell(getattr(row, name)) for name in names] for row in rows)

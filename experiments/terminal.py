@@ -73,7 +73,7 @@ def banner(facts: Mapping[str, str]) -> str:
 def describe_epoch(row: Epoch, epochs: int) -> str:
     """Return one epoch in one line."""
     validated = f"validation loss {row.validation_loss:.4f} accuracy {row.validation_accuracy:.4f}"
-    if not math.isnan(row.validation_mean_iou):
+    if row.of_masks:
         validated += f" mean IoU {row.validation_mean_iou:.4f}"
     validation = "not evaluated" if math.isnan(row.validation_loss) else validated
     return (
