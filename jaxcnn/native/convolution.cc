@@ -1,4 +1,5 @@
-// The three products of a convolution layer in oneDNN, as custom calls of XLA. `depthwise.h` has one that is slow there.
+// The three products of a convolution layer in oneDNN, as custom calls of XLA. `dense.h` and `depthwise.h` have kernels'
+// gradients, which are slower there.
 //
 // Arrays are channels-last: images (N, *spatial, I), kernels (*size, I/groups, O), results (N, *out, O), float32.
 // oneDNN reads images and results in place, and chooses the layout of kernels, which are copied.
@@ -26,6 +27,7 @@
 #include <utility>
 #include <vector>
 
+#include "dense.h"
 #include "depthwise.h"
 #include "oneapi/dnnl/dnnl.hpp"
 #include "xla/ffi/api/ffi.h"
@@ -101,7 +103,15 @@ struct Call {
   // Whether `depthwise.h` computes it.
   bool is_depthwise_kernel_grad() const {
     return product == Product::kernel_grad && groups >= 8 && groups == image.back() && groups == result.back() &&
-           jaxcnn::depthwise_is_supported();
+           jaxcnn::has_avx2();
+  }
+
+  // Whether `dense.h` computes it. For 1 × 1 kernels, oneDNN is faster.
+  bool is_dense_kernel_grad() const {
+    const bool is_spatial = std::any_of(kernel.begin(), kernel.end() - 2, [](int64_t size) { return size > 1; });
+    const bool is_dilated = std::any_of(dilation.begin(), dilation.end(), [](int64_t d) { return d > 1; });
+    return product == Product::kernel_grad && groups == 1 && stride.size() <= 2 && is_spatial && !is_dilated &&
+           jaxcnn::has_avx2();
   }
 
   std::vector<int64_t> key(int64_t batch) const {
@@ -247,6 +257,22 @@ jaxcnn::Depthwise depthwise(const Call& call) {
   return depthwise;
 }
 
+jaxcnn::Dense dense(const Call& call) {
+  jaxcnn::Dense dense;
+  const size_t ndim = call.stride.size();
+  for (size_t i = 0; i < ndim; i++) {
+    const size_t dim = dense.image.size() - ndim + i;
+    dense.image[dim] = call.image[i + 1];
+    dense.kernel[dim] = call.kernel[i];
+    dense.result[dim] = call.result[i + 1];
+    dense.stride[dim] = call.stride[i];
+    dense.low[dim] = call.low[i];
+  }
+  dense.inputs = call.image.back();
+  dense.outputs = call.result.back();
+  return dense;
+}
+
 // Pieces of work. Any thread takes the next piece until none is left. The caller takes pieces as well and then waits
 // for started ones only, so a pool whose threads are all callers makes progress.
 class Pieces : public std::enable_shared_from_this<Pieces> {
@@ -303,6 +329,8 @@ void compute(ffi::ThreadPool& pool, const Call& call, float* image, float* kerne
     float *images = image + start * image_elements, *results = result + start * result_elements;
     if (call.is_depthwise_kernel_grad()) {
       jaxcnn::depthwise_kernel_grad(depthwise(call), count, images, results, part);
+    } else if (call.is_dense_kernel_grad()) {
+      jaxcnn::dense_kernel_grad(dense(call), count, images, results, part);
     } else {
       plan_of(call, count).run(call.product, images, part, results);
     }
@@ -344,7 +372,13 @@ extern "C" void jaxcnn_implementation(int64_t product, int64_t ndim, const int64
   std::string found;
   try {
     OneThread one_thread;
-    found = call.is_depthwise_kernel_grad() ? "depthwise:avx2" : plan_of(call, call.batch()).implementation;
+    if (call.is_depthwise_kernel_grad()) {
+      found = "depthwise:avx2";
+    } else if (call.is_dense_kernel_grad()) {
+      found = "dense:avx2";
+    } else {
+      found = plan_of(call, call.batch()).implementation;
+    }
   } catch (const std::exception&) {
   }
   std::strncpy(name, found.c_str(), size - 1);

@@ -14,6 +14,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "vector.h"
+
 namespace jaxcnn {
 
 // Depth, height and width. Dims that an image lacks have size 1.
@@ -25,13 +27,10 @@ struct Depthwise {
   int64_t channels;
 };
 
-// Eight channels.
-typedef float Vector __attribute__((vector_size(32), aligned(4), may_alias));
-
 // sums[c] += Σ_{i < count} x[i · x_step + c] · y[i · y_step + c] for c < 8 · vectors, with the sums in registers.
 template <int vectors>
-__attribute__((target("avx2,fma"))) inline void add_products(const float* x, int64_t x_step, const float* y,
-                                                             int64_t y_step, int64_t count, float* sums) {
+JAXCNN_AVX2 inline void add_products(const float* x, int64_t x_step, const float* y, int64_t y_step, int64_t count,
+                                     float* sums) {
   Vector sum[vectors];
 #pragma GCC unroll 4
   for (int v = 0; v < vectors; v++) sum[v] = reinterpret_cast<Vector*>(sums)[v];
@@ -44,8 +43,6 @@ __attribute__((target("avx2,fma"))) inline void add_products(const float* x, int
 #pragma GCC unroll 4
   for (int v = 0; v < vectors; v++) reinterpret_cast<Vector*>(sums)[v] = sum[v];
 }
-
-inline bool depthwise_is_supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 // Computes w from `batch` channels-last images x and results y.
 inline void depthwise_kernel_grad(const Depthwise& d, int64_t batch, const float* x, const float* y, float* w) {

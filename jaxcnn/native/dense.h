@@ -1,0 +1,153 @@
+// The kernel's gradient of a convolution in one or two dims, without dilation or groups:
+//
+//   w[k, j, o] = Σ_{n, r, p} x[n, r·s + k − lo, p·s·I + j] · y[n, r, p, o]
+//
+// where j counts the channels of all taps of a row. They are adjacent in a channels-last row, so each k is a product of
+// matrices (J × windows) · (windows × O), whose first factor is read from the image without a copy. oneDNN's kernels for
+// AVX2 reach two thirds of the rate of the processor.
+
+#ifndef JAXCNN_NATIVE_DENSE_H_
+#define JAXCNN_NATIVE_DENSE_H_
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "vector.h"
+
+namespace jaxcnn {
+
+// Height and width. An image in one dim has height 1.
+using Sides = std::array<int64_t, 2>;
+
+struct Dense {
+  Sides image{1, 1}, kernel{1, 1}, result{1, 1}, stride{1, 1}, low{0, 0};
+  int64_t inputs, outputs;
+};
+
+// Windows of an image and elements of a result, in rows. x is the first element of the first window.
+struct Windows {
+  const float *x, *y;
+  int64_t rows, row, x_row, x_step, y_step;  // `row` windows in each of `rows` rows
+
+  int64_t y_row() const { return row * y_step; }
+};
+
+// sums[j · sums_row + o] += Σ_windows x[j] · y[o] for j < height and o < 8 · vectors, with the sums in registers.
+template <int height, int vectors>
+JAXCNN_AVX2 inline void add_tile(const Windows& windows, float* sums, int64_t sums_row) {
+  Vector sum[height][vectors];
+#pragma GCC unroll 16
+  for (int j = 0; j < height; j++) {
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; v++) sum[j][v] = reinterpret_cast<Vector*>(sums + j * sums_row)[v];
+  }
+  for (int64_t r = 0; r < windows.rows; r++) {
+    const float *x = windows.x + r * windows.x_row, *y = windows.y + r * windows.y_row();
+    for (int64_t p = 0; p < windows.row; p++, x += windows.x_step, y += windows.y_step) {
+      Vector values[vectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; v++) values[v] = reinterpret_cast<const Vector*>(y)[v];
+#pragma GCC unroll 16
+      for (int j = 0; j < height; j++) {
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++) sum[j][v] += x[j] * values[v];
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int j = 0; j < height; j++) {
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; v++) reinterpret_cast<Vector*>(sums + j * sums_row)[v] = sum[j][v];
+  }
+}
+
+// The same for j < count, in tiles of at most `height`.
+template <int height, int vectors>
+inline void add_tiles(Windows windows, float* sums, int64_t sums_row, int64_t count) {
+  for (; count >= height; count -= height, windows.x += height, sums += height * sums_row) {
+    add_tile<height, vectors>(windows, sums, sums_row);
+  }
+  if constexpr (height > 1) {
+    if (count > 0) add_tiles<height - 1, vectors>(windows, sums, sums_row, count);
+  }
+}
+
+// Copies a row with zeros on both sides.
+inline void pad_row(const float* row, int64_t low, int64_t elements, int64_t size, float* padded) {
+  low = std::min(low, size);
+  const int64_t count = std::min(elements, size - low);
+  std::fill_n(padded, low, 0.0f);
+  std::copy_n(row, count, padded + low);
+  std::fill(padded + low + count, padded + size, 0.0f);
+}
+
+// Copies `real` elements of each result of a row, followed by zeros.
+inline void pack(const float* y, int64_t step, int64_t row, int64_t real, int64_t lanes, float* packed) {
+  for (int64_t p = 0; p < row; p++, y += step, packed += lanes) {
+    std::copy_n(y, real, packed);
+    std::fill(packed + real, packed + lanes, 0.0f);
+  }
+}
+
+// Computes w from `batch` channels-last images x and results y.
+inline void dense_kernel_grad(const Dense& d, int64_t batch, const float* x, const float* y, float* w) {
+  constexpr int64_t tile = 16, about = 128;  // outputs of a tile; windows that are summed before sums are stored
+  const int64_t height = d.result[0], width = d.result[1], taps = d.kernel[1] * d.inputs;
+  const int64_t image_row = d.image[1] * d.inputs, step = d.stride[1] * d.inputs;
+  const int64_t reach = (width - 1) * step + taps, low = d.low[1] * d.inputs;
+  const bool pads = low > 0 || reach > image_row;
+  const int64_t x_row = pads ? reach : image_row;
+  const int64_t columns = std::min(width, 2 * about), rows = std::max<int64_t>(1, about / columns);
+  const int64_t outputs = (d.outputs + 7) / 8 * 8;  // the sums of a row; those after d.outputs are zero
+
+  static thread_local std::vector<float> padded, packed, wider;
+  float* sums = w;
+  if (outputs > d.outputs) {
+    wider.resize(d.kernel[0] * taps * outputs);
+    sums = wider.data();
+  }
+  if (pads) padded.resize(d.image[0] * reach);
+  std::fill_n(sums, d.kernel[0] * taps * outputs, 0.0f);
+  for (int64_t n = 0; n < batch; n++, x += d.image[0] * image_row, y += height * width * d.outputs) {
+    const float* image = x;
+    if (pads) {
+      for (int64_t i = 0; i < d.image[0]; i++) pad_row(x + i * image_row, low, image_row, reach, &padded[i * reach]);
+      image = padded.data();
+    }
+    for (int64_t top = 0; top < height; top += rows) {
+      const int64_t bottom = std::min(top + rows, height);
+      for (int64_t left = 0; left < width; left += columns) {
+        const int64_t row = std::min(columns, width - left);
+        for (int64_t o = 0; o < outputs; o += tile) {
+          const int64_t lanes = std::min(tile, outputs - o), real = std::min(tile, d.outputs - o);
+          packed.resize((bottom - top) * row * lanes);
+          for (int64_t r = top; r < bottom; r++) {
+            pack(y + (r * width + left) * d.outputs + o, d.outputs, row, real, lanes, &packed[(r - top) * row * lanes]);
+          }
+          for (int64_t k = 0; k < d.kernel[0]; k++) {
+            // The rows whose row of the image is not padding.
+            int64_t begin = top, end = bottom;
+            while (begin < end && begin * d.stride[0] + k < d.low[0]) begin++;
+            while (begin < end && (end - 1) * d.stride[0] + k - d.low[0] >= d.image[0]) end--;
+            const float* first = image + (begin * d.stride[0] + k - d.low[0]) * x_row + left * step;
+            const Windows windows{first, &packed[(begin - top) * row * lanes], end - begin, row,
+                                  d.stride[0] * x_row, step, lanes};
+            if (begin == end) continue;
+            float* part = sums + k * taps * outputs + o;
+            if (lanes > 8) add_tiles<6, 2>(windows, part, outputs, taps);
+            if (lanes == 8) add_tiles<12, 1>(windows, part, outputs, taps);
+          }
+        }
+      }
+    }
+  }
+  for (int64_t i = 0; sums != w && i < d.kernel[0] * taps; i++) {
+    std::copy_n(sums + i * outputs, d.outputs, w + i * d.outputs);
+  }
+}
+
+}  // namespace jaxcnn
+
+#endif  // JAXCNN_NATIVE_DENSE_H_
