@@ -474,6 +474,7 @@ def test_the_gradient_of_mixed_precision_is_near_that_of_float32():
         assert float(jnp.linalg.norm(a - b)) < 0.03 * largest
 
 
+@pytest.mark.slow("compiles whole nets, as the test above does")
 @pytest.mark.parametrize("microbatch", [None, 3])
 def test_mixed_precision_in_microbatches_and_per_example(microbatch):
     """Each part is one gradient in bfloat16; the parts are added in float32."""
@@ -787,6 +788,7 @@ def inputs_of_norms(net, params, x):
 OWN = serial(Conv(3, 3), BatchNorm(), projected(), Block(), residual(Conv(4, 1), BatchNorm()), Flatten(), Dense(2))
 
 
+@pytest.mark.slow("compiles whole nets; tests/test_branches.py has smaller ones")
 @pytest.mark.parametrize("keep_bytes", [2**32, 5000, 0])
 def test_norms_inside_custom_nets_are_calibrated(keep_bytes):
     """Statistics match those of each norm's input in the calibrated net, for any ``keep_bytes``."""

@@ -26,7 +26,8 @@ def run(images: Path, out: Path, *more: object) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("model", ["mlp", pytest.param("tests.other_nets:Linen", marks=pytest.mark.slow("trains"))])
+@pytest.mark.slow("trains")
+@pytest.mark.parametrize("model", ["mlp", "tests.other_nets:Linen"])
 def test_several_devices_compute_what_one_computes(tmp_path, images, model, capsys):
     """The batch norm of the Linen net has the statistics of the whole batch.
 

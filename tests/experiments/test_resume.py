@@ -252,6 +252,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path, copy_of_run, c
     assert results(tmp_path / "cut") == results(tmp_path / "whole")
 
 
+@pytest.mark.slow("resumes often")
 def test_every_file_of_a_checkpoint_is_checked(tmp_path, copy_of_run):
     copy_of_run(tmp_path / "cut", 25)
     newest = training_state.list_checkpoints(tmp_path / "cut" / "checkpoints")[0]

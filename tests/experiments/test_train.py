@@ -439,6 +439,7 @@ def test_a_wrong_command_line_is_an_error_before_anything_is_read_or_created(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow("builds every net")
 def test_a_net_that_does_not_fit_the_images(out, capsys):
     pytest.importorskip("sklearn")
     assert main("--data", "digits", "--out", out) == 2
