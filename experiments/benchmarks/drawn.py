@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import arg
 
 from experiments import cli
+from experiments.errors import UsageError, bad_value
 
 if TYPE_CHECKING:
     from experiments.benchmarks.timing import Times
@@ -32,6 +33,8 @@ class Config:
     """Seed of the nets."""
     nets: int = 40
     """Number of nets."""
+    only: tuple[int, ...] = ()
+    """Numbers of the nets to time, from 0; by default the first `--nets`."""
     fixed: bool = False
     """Time the five fixed nets of `drawn_nets.FIXED` instead of drawn ones."""
     contenders: tuple[str, ...] = (STOCK, "torch", "torch channels-last")
@@ -80,7 +83,10 @@ def compare(config: Config) -> int:
     for name in config.contenders:
         cli.check_choice("--contenders", name, [other for other in CONTENDERS if other != "jaxcnn"])
     results.check_out(config.out)
-    names = [*FIXED] if config.fixed else [f"drawn {config.seed} {number}" for number in range(config.nets)]
+    if config.only and min(config.only) < 0:
+        raise bad_value(UsageError, "--only", "at least 0", min(config.only))
+    numbers = config.only or range(config.nets)
+    names = [*FIXED] if config.fixed else [f"drawn {config.seed} {number}" for number in numbers]
     machine = timing.machine(("jax", "jaxlib", "optax"), others=("flax", "torch"))
     rows: list[Result] = []
     with results.until_interrupted(lambda: rows) as interrupted:

@@ -299,6 +299,8 @@ def test_a_wrong_result_of_ours_is_status_1(monkeypatch, capsys, still):
         (step, "--microbatch 0", "--microbatch: must be at least 1, got 0"),
         (growth, "--microbatch -1", "--microbatch: must be at least 1, got -1"),
         (drawn, "--nets 0", "--nets: must be at least 1, got 0"),
+        (drawn, "--only 3 -1", "--only: must be at least 0, got -1"),
+        (ops, "--drawn 0", "--drawn: must be at least 1, got 0"),
         (drawn, "--contenders flux", "--contenders: must be one of flax nnx, equinox"),
         (backprop, "--rounds 0", "--rounds: must be at least 1, got 0"),
         (zoo, "--nets MobileNet", "did you mean MobileNetV2?"),
