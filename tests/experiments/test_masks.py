@@ -317,6 +317,31 @@ def test_masks_have_the_size_of_their_images(shape, stretch):
 
 
 @pytest.mark.slow("trains")
+def test_several_devices_compute_what_one_computes_for_masks(tmp_path, folder, capsys):
+    """Every number of every step, and the metrics of the validation and test images; images have 0 to 64 labels."""
+    for n in (3, 4):
+        Image.fromarray(np.full((8, 8), IGNORED, np.uint8)).save(folder / "masks" / f"{n:02d}.png")
+    found = []
+    for name, more in (("one", ()), ("four", ("--devices", 4, "--device", "cpu"))):
+        options = ("--data", folder, "--model", MODEL, "--optimizer", "sgd", "--augment", "crop", "--validation", 0.25)
+        recipe = ("--batch-size", 4, "--epochs", 2, "--norms-every", 1, "--no-report")
+        assert main(*options, *recipe, "--out", tmp_path / name, *more) == 0
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        epochs = (tmp_path / name / "metrics.csv").read_text().splitlines()
+        columns = [column for column in epochs[0].split(",") if "second" not in column]
+        rows = [dict(zip(epochs[0].split(","), row.split(","), strict=True)) for row in epochs[1:]]
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        tested = {key: config[key] for key in ("test_loss", "test_accuracy", "test_mean_iou")}
+        numbers = [{column: float(row[column]) for column in columns} for row in rows]
+        found.append([*map(json.loads, lines), *numbers, tested])
+    assert "each batch is split over 4" in capsys.readouterr().out
+    assert len(found[0]) > 6
+    for one, four in zip(*found, strict=True):
+        assert jax.tree.structure(one) == jax.tree.structure(four)
+        np.testing.assert_allclose(*map(jax.tree.leaves, (one, four)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow("trains")
 def test_a_net_trains_resumes_predicts_and_is_reported(folder, tmp_path, capsys, monkeypatch):
     argv = ("--data", folder, "--model", MODEL, "--batch-size", 4, "--epochs", 20, "--learning-rate", 0.1)
     argv = (*argv, "--augment", "crop", "flip", "--norms-every", 0)
