@@ -99,7 +99,7 @@ def curve(
     quantity: str, steps: Sequence[Mapping[str, Any]], epochs: Sequence[Epoch], best_step: int | None
 ) -> "Figure":
     """Draw the loss or accuracy over the steps: of each batch, the mean of each epoch, and that of the validation."""
-    figure, axes = _chart("step", quantity.replace("_", " "))
+    figure, axes = _chart("step", quantity.replace("_", " ").replace("iou", "IoU"))
     lines = [step for step in steps if quantity in step]
     points = averaged([step["step"] for step in lines], [step[quantity] for step in lines])
     if lines:
@@ -145,13 +145,22 @@ def norms(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], ylabel: 
     for color, (name, (x, y)) in zip(colors, lines.items(), strict=False):
         points = averaged(x, y)
         marker = "o" if len(points[0]) < 20 else ""
-        label = name if name in shown else None
+        label = _end(name) if name in shown else None
         axes.plot(*points, color=color, linewidth=1.6, marker=marker, markersize=3, label=label)
     if any(value > 0 and math.isfinite(value) for _, y in lines.values() for value in y):
         axes.set_yscale("log")
     axes.yaxis.grid(True, which="major")
     _key(figure, axes, 2)
     return figure
+
+
+def _end(name: str, most: int = 20) -> str:
+    """Return the last parts of a layer's name that fit into a key of two columns."""
+    parts = name.split("/")
+    kept = len(parts)
+    while kept > 1 and len("/".join(parts[-kept:])) > most:
+        kept -= 1
+    return name if kept == len(parts) else "/".join(["…", *parts[-kept:]])
 
 
 def confusion(counts: np.ndarray, names: Sequence[str]) -> "Figure":
@@ -224,13 +233,14 @@ def filters(weight: np.ndarray, shape: tuple[int, ...]) -> tuple[list[np.ndarray
     """Return the first layer's weights as tiles and their description, or None if they cannot be drawn.
 
     Args:
-        weight: A kernel (kh, kw, inputs, outputs), or the matrix (inputs, outputs) of a dense layer.
+        weight: A kernel (kh, kw, inputs, outputs), or the matrix (inputs, outputs) of a dense layer. Its inputs must
+            be the channels of an image, or those of a group of them.
         shape: The shape (H, W, C) of an image.
     """
     if weight.ndim == 2 and weight.shape[0] == math.prod(shape):
         weight = weight.reshape(*shape, -1)
         what = "units, in the shape of an image"
-    elif weight.ndim == 4:
+    elif weight.ndim == 4 and shape[-1] % weight.shape[2] == 0:
         what = "kernels"
     else:
         return None

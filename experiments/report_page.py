@@ -280,7 +280,7 @@ def _masks(story: Story) -> str:
 
 
 def _filters(story: Story) -> str:
-    for weight in _weights(story.trained.params):
+    for weight in weights_in_order(story.trained.net, story.trained.params):
         drawn = figures.filters(weight, story.trained.dataset.image_shape)
         if drawn is not None:
             tiles, caption = drawn
@@ -293,25 +293,26 @@ def _filters(story: Story) -> str:
     return "<p>The first layer has no weights that can be drawn as images.</p>"
 
 
-def _weights(params: Any) -> list[np.ndarray]:
-    """Return the arrays of the parameters with at least two dims, in order."""
-    arrays = [np.asarray(a) for a in _leaves(params)]
-    return [a for a in arrays if a.ndim >= 2]
+def weights_in_order(net: "Serial", params: Any) -> list[np.ndarray]:
+    """Return the arrays with at least two dims, in the order in which the layers are executed.
 
+    Args:
+        net: The net.
+        params: Its parameters in any order; safetensors files have them in alphabetical order.
+    """
+    import jax
 
-def _leaves(params: Any) -> Iterable[Any]:
-    # Not jax.tree.leaves, which sorts dicts by name; the first layer comes first here.
-    if isinstance(params, Mapping):
-        for value in params.values():
-            yield from _leaves(value)
-    else:
-        import jax
-
-        yield from jax.tree.leaves(params)
+    groups: dict[str, list[np.ndarray]] = {}
+    for path, array in jax.tree_util.tree_leaves_with_path(params):
+        layer = jax.tree_util.keystr(path[:-1], simple=True, separator="/")
+        groups.setdefault(layer, []).append(np.asarray(array))
+    return [a for layer in _in_order(net, groups) for a in groups[layer] if a.ndim >= 2]
 
 
 def _count(params: Any) -> int:
-    return sum(math.prod(np.shape(a)) for a in _leaves(params))
+    import jax
+
+    return sum(math.prod(np.shape(a)) for a in jax.tree.leaves(params))
 
 
 def _deltas(story: Story) -> str:

@@ -10,12 +10,14 @@ import shutil
 import subprocess
 import types
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from experiments import report, report_figures, report_page, train
 from experiments.restore import restore
+from jaxcnn import Conv, Dense, Flatten, Relu, residual, serial
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 CHARTS = ("loss", "accuracy", "confusion", "delta-norms", "gradient-norms", "update-norms", "speed")
@@ -231,6 +233,21 @@ def test_in_chromium(run, tmp_path, width, scheme):
 # ---- figures ----
 
 
+def test_the_first_layer_is_that_of_the_net_and_not_of_the_alphabet():
+    net = serial(serial(Conv(5, 3), Relu()), Conv(2, 1), residual(Conv(2, 1)), Flatten(), Dense(3))
+    params = net.init(jax.random.key(0), (8, 8, 1))
+    by_name = {name: dict(sorted(params[name].items())) for name in sorted(params)}
+    assert next(iter(by_name)) == "conv1"
+    shapes = [a.shape for a in report_page.weights_in_order(net, by_name)]
+    assert shapes == [(3, 3, 1, 5), (1, 1, 5, 2), (1, 1, 2, 2), (72, 3)]
+
+
+def test_long_names_of_layers_keep_their_ends():
+    figure = report_figures.norms({"a/b": ([1], [1.0]), "serial1/" * 9 + "conv1": ([1], [2.0])}, "2-norm")
+    (key,) = figure.legends
+    assert [text.get_text() for text in key.get_texts()] == ["a/b", "…/serial1/conv1"]
+
+
 def test_first_layers():
     rng = np.random.default_rng(0)
     tiles, text = report_figures.filters(rng.standard_normal((3, 3, 1, 5)), (8, 8, 1))
@@ -246,6 +263,7 @@ def test_first_layers():
     assert (np.sign(red) == np.sign(weight[:, largest].reshape(8, 8)))[np.abs(red) > 10].all()
     assert report_figures.filters(weight, (9, 9, 1)) is None
     assert report_figures.filters(weight[0], (8, 8, 1)) is None
+    assert report_figures.filters(rng.standard_normal((1, 1, 16, 4)), (8, 8, 1)) is None
     board = report_figures.mosaic(color, 3)
     assert board.shape == (2 * 3 + 1, 3 * 3 + 2, 4)
     assert board[3, :, 3].tolist() == [0] * 11  # the gap
