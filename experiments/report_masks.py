@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 FIRST, WORST = 4, 8
 """Number of images to show: the first ones, and those with the lowest accuracy."""
+CHUNK = 64
+"""Number of images whose pixels are counted at once."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,8 +43,12 @@ class MaskExamples(Labeled):
 
     @functools.cached_property
     def _by_image(self) -> np.ndarray:
-        counts = [confusion(*pair, self.classes) for pair in zip(self.labels, self.predicted, strict=True)]
-        return np.array(counts, np.int64)
+        import jax
+
+        count = jax.jit(jax.vmap(functools.partial(confusion, classes=self.classes)))
+        starts = range(0, len(self.labels), CHUNK)
+        parts = [count(self.labels[i : i + CHUNK], self.predicted[i : i + CHUNK]) for i in starts]
+        return np.concatenate([np.asarray(part, np.int64) for part in parts])
 
     def accuracies(self) -> np.ndarray:
         """Return the accuracy of each image; 1 if none of its pixels is labeled."""
