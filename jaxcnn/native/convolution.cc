@@ -4,8 +4,9 @@
 // Arrays are channels-last: images (N, *spatial, I), kernels (*size, I/groups, O), results (N, *out, O), float32.
 // oneDNN reads images and results in place, and chooses the layout of kernels, which are copied.
 //
-// Threads: each call divides the batch into one piece per thread of XLA's pool. oneDNN computes a piece on the thread
-// that calls it. A second pool (OpenMP) would compete with XLA's for the cores.
+// Threads: each call divides the batch into one piece per thread of XLA's pool, and few images into parts of their first
+// spatial dim. oneDNN computes a piece on the thread that calls it. A second pool (OpenMP) would compete with XLA's for
+// the cores.
 
 #include <omp.h>
 #include <sys/mman.h>
@@ -21,6 +22,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
@@ -37,7 +39,8 @@ namespace {
 namespace ffi = xla::ffi;
 using dnnl::memory;
 using Array = ffi::Buffer<ffi::F32>;
-using Ints = ffi::Span<const int64_t>;
+using Span = ffi::Span<const int64_t>;
+using Ints = std::vector<int64_t>;
 
 enum class Product : int64_t { correlate, input_grad, kernel_grad };
 
@@ -98,8 +101,6 @@ struct Call {
   Ints stride, low, high, dilation;
   int64_t groups;
 
-  int64_t batch() const { return image[0]; }
-
   // Whether `depthwise.h` computes it.
   bool is_depthwise_kernel_grad() const {
     return product == Product::kernel_grad && groups >= 8 && groups == image.back() && groups == result.back() &&
@@ -114,24 +115,24 @@ struct Call {
            jaxcnn::has_avx2();
   }
 
-  std::vector<int64_t> key(int64_t batch) const {
-    std::vector<int64_t> key{static_cast<int64_t>(product), batch, groups};
-    for (Ints part : {image, result}) key.insert(key.end(), part.begin() + 1, part.end());
-    for (Ints part : {kernel, stride, low, high, dilation}) key.insert(key.end(), part.begin(), part.end());
+  Ints key() const {
+    Ints key{static_cast<int64_t>(product), groups};
+    for (const Ints* part : {&image, &kernel, &result, &stride, &low, &high, &dilation}) {
+      key.insert(key.end(), part->begin(), part->end());
+    }
     return key;
   }
 };
 
-int64_t elements_per_example(Ints shape) {
-  int64_t elements = 1;
-  for (size_t i = 1; i < shape.size(); i++) elements *= shape[i];
-  return elements;
+// The product of sizes from dim `first` on.
+int64_t elements(const Ints& shape, size_t first = 0) {
+  return std::accumulate(shape.begin() + first, shape.end(), int64_t{1}, std::multiplies<>());
 }
 
-memory::desc image_desc(int64_t batch, Ints shape) {
+memory::desc image_desc(const Ints& shape) {
   using Tag = memory::format_tag;
   constexpr Tag layouts[] = {Tag::nwc, Tag::nhwc, Tag::ndhwc};
-  memory::dims dims{batch, shape.back()};
+  memory::dims dims{shape[0], shape.back()};
   dims.insert(dims.end(), shape.begin() + 1, shape.end() - 1);
   return memory::desc(dims, memory::data_type::f32, layouts[shape.size() - 3]);
 }
@@ -153,7 +154,7 @@ std::pair<memory::dims, memory::dims> kernel_dims(const Call& call) {
   return {dims, strides};
 }
 
-// A product for one batch size, compiled by oneDNN.
+// A product, compiled by oneDNN.
 struct Plan {
   memory::desc image, kernel, result, scratchpad;
   memory::desc plain_kernel;  // in XLA's layout
@@ -161,16 +162,15 @@ struct Plan {
   bool reorders = false;
   std::string implementation;  // oneDNN's name, such as "jit:avx2"
 
-  Plan(const Call& call, int64_t batch) {
+  explicit Plan(const Call& call) {
     auto [dims, strides] = kernel_dims(call);
     const auto f32 = memory::data_type::f32;
-    image = image_desc(batch, call.image);
-    result = image_desc(batch, call.result);
+    image = image_desc(call.image);
+    result = image_desc(call.result);
     plain_kernel = memory::desc(dims, f32, strides);
     const memory::desc any(dims, f32, memory::format_tag::any);
-    auto list = [](Ints values) { return memory::dims(values.begin(), values.end()); };
-    const auto stride = list(call.stride), low = list(call.low), high = list(call.high);
-    auto dilation = list(call.dilation);
+    const Ints &stride = call.stride, &low = call.low, &high = call.high;
+    Ints dilation = call.dilation;
     for (auto& d : dilation) d -= 1;
     dnnl::primitive_attr attr;
     attr.set_scratchpad_mode(dnnl::scratchpad_mode::user);
@@ -231,14 +231,70 @@ struct Plan {
 };
 
 // The plan of a call, made once per process.
-const Plan& plan_of(const Call& call, int64_t batch) {
+const Plan& plan_of(const Call& call) {
   static std::mutex mutex;
-  static auto* plans = new std::map<std::vector<int64_t>, std::unique_ptr<const Plan>>;
-  const auto key = call.key(batch);
+  static auto* plans = new std::map<Ints, std::unique_ptr<const Plan>>;
+  const Ints key = call.key();
   std::lock_guard<std::mutex> lock(mutex);
   auto& plan = (*plans)[key];
-  if (!plan) plan = std::make_unique<const Plan>(call, batch);
+  if (!plan) plan = std::make_unique<const Plan>(call);
   return *plan;
+}
+
+// Some examples of a call, or some rows of one example: a call whose arrays begin at elements `image` and `result`.
+struct Part {
+  Call call;
+  int64_t image = 0, result = 0;
+  bool empty = false;  // whether no element of the image is in any of the windows
+};
+
+Part examples_of(const Call& call, int64_t first, int64_t count) {
+  Part part{call, first * elements(call.image, 1), first * elements(call.result, 1)};
+  part.call.image[0] = part.call.result[0] = count;
+  return part;
+}
+
+// The rows from `begin` to `end` of the first spatial dim: of the image for its gradient, otherwise of the result.
+Part rows_of(const Call& call, int64_t example, int64_t begin, int64_t end) {
+  Part part = examples_of(call, example, 1);
+  const int64_t stride = call.stride[0], low = call.low[0], images = call.image[1], results = call.result[1];
+  const int64_t span = (call.kernel[0] - 1) * call.dilation[0] + 1;
+  int64_t image = begin, image_end = end, result = begin, result_end = end;
+  if (call.product == Product::input_grad) {  // the windows that have one of the rows
+    result = std::max<int64_t>(0, begin + low - span + stride) / stride;
+    result_end = std::max(result, std::min(results, (end - 1 + low) / stride + 1));
+  } else {
+    image = std::clamp<int64_t>(begin * stride - low, 0, images);
+    image_end = std::clamp((end - 1) * stride - low + span, image, images);
+  }
+  part.image += image * elements(call.image, 2);
+  part.result += result * elements(call.result, 2);
+  part.call.image[1] = image_end - image;
+  part.call.result[1] = result_end - result;
+  part.call.low[0] = image + low - result * stride;
+  part.call.high[0] = (result_end - result - 1) * stride + span - part.call.low[0] - part.call.image[1];
+  part.empty = image == image_end || result == result_end;
+  return part;
+}
+
+// Divides a call into parts for a number of threads.
+std::vector<Part> divide(const Call& call, int64_t threads) {
+  const int64_t batch = call.image[0], span = (call.kernel[0] - 1) * call.dilation[0] + 1;
+  const int64_t rows = call.product == Product::input_grad ? call.image[1] : call.result[1];
+  const int64_t multiplications = elements(call.result, 1) * elements(call.kernel) / call.result.back();
+  constexpr int64_t least = 1 << 19;  // multiplications that take longer than the start of a thread
+  int64_t parts = std::min(threads / std::gcd(threads, batch), (2 * threads + batch - 1) / batch);
+  parts = std::min({parts, rows, multiplications / least});
+  std::vector<Part> result;
+  if (batch < 2 * threads && parts > 1 && call.stride[0] <= span) {
+    for (int64_t n = 0; n < batch; n++) {
+      for (int64_t i = 0; i < parts; i++) result.push_back(rows_of(call, n, rows * i / parts, rows * (i + 1) / parts));
+    }
+    return result;
+  }
+  const int64_t size = (batch + threads - 1) / threads;
+  for (int64_t n = 0; n < batch; n += size) result.push_back(examples_of(call, n, std::min(size, batch - n)));
+  return result;
 }
 
 jaxcnn::Depthwise depthwise(const Call& call) {
@@ -313,43 +369,45 @@ class Pieces : public std::enable_shared_from_this<Pieces> {
 };
 
 void compute(ffi::ThreadPool& pool, const Call& call, float* image, float* kernel, float* result) {
-  static thread_local Buffer parts;
+  static thread_local Buffer buffer;
   const bool sums = call.product == Product::kernel_grad;
-  const int64_t batch = call.batch(), threads = std::max<int64_t>(pool.num_threads(), 1);
-  const int64_t size = (batch + threads - 1) / threads, pieces = (batch + size - 1) / size;
-  const int64_t image_elements = elements_per_example(call.image), result_elements = elements_per_example(call.result);
-  int64_t elements = 1;
-  for (int64_t n : call.kernel) elements *= n;
+  const auto parts = divide(call, std::max<int64_t>(pool.num_threads(), 1));
+  const int64_t count = parts.size(), size = elements(call.kernel);
 
-  // The gradient of the kernel is the sum over all pieces; the first one is computed in place.
-  float* others = sums ? parts.of_size((pieces - 1) * elements * sizeof(float)) : nullptr;
+  // The gradient of the kernel is the sum over all parts; the first one is computed in place.
+  float* others = sums ? buffer.of_size((count - 1) * size * sizeof(float)) : nullptr;
   auto work = [&](int64_t i) {
-    const int64_t start = i * size, count = std::min(size, batch - start);
-    float* part = sums && i > 0 ? others + (i - 1) * elements : kernel;
-    float *images = image + start * image_elements, *results = result + start * result_elements;
-    if (call.is_depthwise_kernel_grad()) {
-      jaxcnn::depthwise_kernel_grad(depthwise(call), count, images, results, part);
-    } else if (call.is_dense_kernel_grad()) {
-      jaxcnn::dense_kernel_grad(dense(call), count, images, results, part);
+    const Call& part = parts[i].call;
+    float* kernels = sums && i > 0 ? others + (i - 1) * size : kernel;
+    float *images = image + parts[i].image, *results = result + parts[i].result;
+    if (parts[i].empty) {
+      if (part.product == Product::correlate) std::fill_n(results, elements(part.result), 0.0f);
+      if (part.product == Product::input_grad) std::fill_n(images, elements(part.image), 0.0f);
+      if (part.product == Product::kernel_grad) std::fill_n(kernels, size, 0.0f);
+    } else if (part.is_depthwise_kernel_grad()) {
+      jaxcnn::depthwise_kernel_grad(depthwise(part), part.image[0], images, results, kernels);
+    } else if (part.is_dense_kernel_grad()) {
+      jaxcnn::dense_kernel_grad(dense(part), part.image[0], images, results, kernels);
     } else {
-      plan_of(call, count).run(call.product, images, part, results);
+      plan_of(part).run(part.product, images, kernels, results);
     }
   };
-  std::make_shared<Pieces>(pieces, work)->run_on(pool);
-  for (int64_t i = 0; sums && i < pieces - 1; i++) {
-    for (int64_t j = 0; j < elements; j++) kernel[j] += others[i * elements + j];
+  std::make_shared<Pieces>(count, work)->run_on(pool);
+  for (int64_t i = 0; sums && i < count - 1; i++) {
+    for (int64_t j = 0; j < size; j++) kernel[j] += others[i * size + j];
   }
 }
 
 // Argument and result are the two factors and the product, in the order of jaxcnn/kernels.
-ffi::Error run(ffi::ThreadPool pool, Array a, Array b, ffi::Result<Array> c, int64_t product, Ints stride, Ints low,
-               Ints high, Ints dilation, int64_t groups) {
+ffi::Error run(ffi::ThreadPool pool, Array a, Array b, ffi::Result<Array> c, int64_t product, Span stride, Span low,
+               Span high, Span dilation, int64_t groups) {
   const auto which = static_cast<Product>(product);
   Array *image = &a, *kernel = &b, *result = &*c;
   if (which == Product::input_grad) image = &*c, result = &a;
   if (which == Product::kernel_grad) kernel = &*c, result = &b;
-  const Call call{which, image->dimensions(), kernel->dimensions(), result->dimensions(), stride, low, high,
-                  dilation, groups};
+  auto list = [](Span values) { return Ints(values.begin(), values.end()); };
+  const Call call{which, list(image->dimensions()), list(kernel->dimensions()), list(result->dimensions()),
+                  list(stride), list(low), list(high), list(dilation), groups};
   use_large_pages(c->untyped_data(), c->size_bytes());
   try {
     compute(pool, call, image->typed_data(), kernel->typed_data(), result->typed_data());
@@ -367,8 +425,9 @@ extern "C" void jaxcnn_implementation(int64_t product, int64_t ndim, const int64
                                       const int64_t* high, const int64_t* dilation, int64_t groups, char* name,
                                       int64_t size) {
   const size_t dims = static_cast<size_t>(ndim), all = dims + 2;
-  const Call call{static_cast<Product>(product), Ints(image, all), Ints(kernel, all), Ints(result, all),
-                  Ints(stride, dims), Ints(low, dims), Ints(high, dims), Ints(dilation, dims), groups};
+  auto list = [](const int64_t* values, size_t count) { return Ints(values, values + count); };
+  const Call call{static_cast<Product>(product), list(image, all), list(kernel, all), list(result, all),
+                  list(stride, dims), list(low, dims), list(high, dims), list(dilation, dims), groups};
   std::string found;
   try {
     OneThread one_thread;
@@ -377,7 +436,7 @@ extern "C" void jaxcnn_implementation(int64_t product, int64_t ndim, const int64
     } else if (call.is_dense_kernel_grad()) {
       found = "dense:avx2";
     } else {
-      found = plan_of(call, call.batch()).implementation;
+      found = plan_of(call).implementation;
     }
   } catch (const std::exception&) {
   }
@@ -392,8 +451,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcnn_convolution, run,
                                   .Arg<Array>()
                                   .Ret<Array>()
                                   .Attr<int64_t>("product")
-                                  .Attr<Ints>("stride")
-                                  .Attr<Ints>("low")
-                                  .Attr<Ints>("high")
-                                  .Attr<Ints>("dilation")
+                                  .Attr<Span>("stride")
+                                  .Attr<Span>("low")
+                                  .Attr<Span>("high")
+                                  .Attr<Span>("dilation")
                                   .Attr<int64_t>("groups"));

@@ -218,6 +218,29 @@ def test_the_librarys_own_kernel_grads(kind):
         np.testing.assert_allclose(w, of_definition, rtol=1e-5, atol=1e-5 * np.abs(of_definition).max())
 
 
+#: Few and large images, which are divided into parts of their first dim. In the last one, parts read padding only.
+DIVIDED = [
+    (window((41, 37), (3, 3), (1, 1), ((1, 1), (1, 1))), 1),
+    (window((40, 33), (5, 5), (3, 2), ((2, 1), (2, 2))), 2),
+    (window((900,), (7,), (3,), ((3, 0),), (2,)), 1),
+    (window((16, 15, 14), (3, 2, 3), (2, 1, 1), ((1, 1), (0, 0), (2, 0))), 1),
+    (window((7, 64), (6, 3), (1, 1), ((40, 30), (0, 0))), 8),
+]
+
+
+@needs_library
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_few_images_are_divided_in_onednn(product):
+    """Parts of an image give the result of the whole."""
+    table, *_ = PRODUCTS[product]
+    for (win, groups), batch in itertools.product(DIVIDED, (1, 3)):
+        c = Correlation(win, groups, np.dtype(np.float32))
+        shapes = (batch, *win.shape, 32), (*win.size, 32 // groups, 48), (batch, *win.out, 48)
+        pair = [a.astype(np.float32) for a in numbers(*operands(product, *shapes))]
+        found, expected = (np.asarray(compiled(functools.partial(table[name], c))(*pair)) for name in ("onednn", "xla"))
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max(), err_msg=str(win))
+
+
 @needs_library
 @pytest.mark.parametrize(("groups", "outputs"), [(1, 32), (2, 32), (16, 32), (16, 16)])
 @pytest.mark.parametrize("product", PRODUCTS)
