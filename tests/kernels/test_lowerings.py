@@ -218,6 +218,25 @@ def test_the_librarys_own_kernel_grads(kind):
         np.testing.assert_allclose(w, of_definition, rtol=1e-5, atol=1e-5 * np.abs(of_definition).max())
 
 
+@pytest.mark.parametrize(
+    ("product", "size", "stride", "groups", "inputs", "outputs", "narrow"),
+    [
+        ("input_grad", 3, 1, 1, 7, 32, True),
+        ("input_grad", 3, 1, 1, 8, 32, False),
+        ("input_grad", 3, 2, 1, 15, 32, True),
+        ("input_grad", 3, 2, 4, 8, 8, False),
+        ("correlate", 3, 1, 1, 1, 16, False),
+        ("correlate", 1, 2, 1, 64, 64, True),
+        ("correlate", 1, 1, 1, 2, 3, True),
+        ("correlate", 1, 1, 1, 2, 4, False),
+        ("kernel_grad", 1, 2, 1, 1, 1, False),
+    ],
+)
+def test_products_of_few_channels_are_not_computed_in_onednn(product, size, stride, groups, inputs, outputs, narrow):
+    win = window((9, 9), (size, size), (stride, stride), ((0, 0), (0, 0)))
+    assert onednn.is_narrow(product, Correlation(win, groups, np.dtype(np.float32)), inputs, outputs) == narrow
+
+
 #: Few and large images, which are divided into parts of their first dim. In the last one, parts read padding only.
 DIVIDED = [
     (window((41, 37), (3, 3), (1, 1), ((1, 1), (1, 1))), 1),
