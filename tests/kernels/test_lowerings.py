@@ -215,7 +215,8 @@ def test_the_librarys_own_kernel_grads(kind):
         expected.append(oracles.kernel_grad(c, x, y))
     for w, of_definition in zip(results(calls), expected, strict=True):
         assert w.shape == of_definition.shape
-        np.testing.assert_allclose(w, of_definition, rtol=1e-5, atol=1e-5 * np.abs(of_definition).max())
+        largest = np.abs(of_definition).max() if kind == "dense" else 1  # its sums have thousands of terms
+        np.testing.assert_allclose(w, of_definition, rtol=1e-5, atol=1e-5 * largest)
 
 
 @pytest.mark.parametrize(
