@@ -101,6 +101,16 @@ struct Call {
   Ints stride, low, high, dilation;
   int64_t groups;
 
+  Call(int64_t product, Span image, Span kernel, Span result, Span stride, Span low, Span high, Span dilation,
+       int64_t groups)
+      : product(static_cast<Product>(product)), image(list(image)), kernel(list(kernel)), result(list(result)),
+        stride(list(stride)), low(list(low)), high(list(high)), dilation(list(dilation)), groups(groups) {}
+
+  static Ints list(Span values) { return Ints(values.begin(), values.end()); }
+
+  // The elements from the first to the last tap of a window, in the first spatial dim.
+  int64_t span() const { return (kernel[0] - 1) * dilation[0] + 1; }
+
   // Whether `depthwise.h` computes it.
   bool is_depthwise_kernel_grad() const {
     return product == Product::kernel_grad && groups >= 8 && groups == image.back() && groups == result.back() &&
@@ -258,7 +268,7 @@ Part examples_of(const Call& call, int64_t first, int64_t count) {
 Part rows_of(const Call& call, int64_t example, int64_t begin, int64_t end) {
   Part part = examples_of(call, example, 1);
   const int64_t stride = call.stride[0], low = call.low[0], images = call.image[1], results = call.result[1];
-  const int64_t span = (call.kernel[0] - 1) * call.dilation[0] + 1;
+  const int64_t span = call.span();
   int64_t image = begin, image_end = end, result = begin, result_end = end;
   if (call.product == Product::input_grad) {  // the windows that have one of the rows
     result = std::max<int64_t>(0, begin + low - span + stride) / stride;
@@ -279,14 +289,14 @@ Part rows_of(const Call& call, int64_t example, int64_t begin, int64_t end) {
 
 // Divides a call into parts for a number of threads.
 std::vector<Part> divide(const Call& call, int64_t threads) {
-  const int64_t batch = call.image[0], span = (call.kernel[0] - 1) * call.dilation[0] + 1;
+  const int64_t batch = call.image[0];
   const int64_t rows = call.product == Product::input_grad ? call.image[1] : call.result[1];
   const int64_t multiplications = elements(call.result, 1) * elements(call.kernel) / call.result.back();
   constexpr int64_t least = 1 << 19;  // multiplications that take longer than the start of a thread
   int64_t parts = std::min(threads / std::gcd(threads, batch), (2 * threads + batch - 1) / batch);
   parts = std::min({parts, rows, multiplications / least});
   std::vector<Part> result;
-  if (batch < 2 * threads && parts > 1 && call.stride[0] <= span) {
+  if (batch < 2 * threads && parts > 1 && call.stride[0] <= call.span()) {
     for (int64_t n = 0; n < batch; n++) {
       for (int64_t i = 0; i < parts; i++) result.push_back(rows_of(call, n, rows * i / parts, rows * (i + 1) / parts));
     }
@@ -297,33 +307,28 @@ std::vector<Part> divide(const Call& call, int64_t threads) {
   return result;
 }
 
+// The last spatial dims of a `jaxcnn::Depthwise` or `jaxcnn::Dense` are those of the call.
+template <typename Geometry>
+Geometry geometry(const Call& call) {
+  Geometry geometry;
+  const size_t ndim = call.stride.size(), first = geometry.image.size() - ndim;
+  std::copy_n(call.image.begin() + 1, ndim, geometry.image.begin() + first);
+  std::copy_n(call.result.begin() + 1, ndim, geometry.result.begin() + first);
+  std::copy_n(call.kernel.begin(), ndim, geometry.kernel.begin() + first);
+  std::copy_n(call.stride.begin(), ndim, geometry.stride.begin() + first);
+  std::copy_n(call.low.begin(), ndim, geometry.low.begin() + first);
+  return geometry;
+}
+
 jaxcnn::Depthwise depthwise(const Call& call) {
-  jaxcnn::Depthwise depthwise;
-  const size_t ndim = call.stride.size();
-  for (size_t i = 0; i < ndim; i++) {
-    const size_t dim = depthwise.image.size() - ndim + i;
-    depthwise.image[dim] = call.image[i + 1];
-    depthwise.kernel[dim] = call.kernel[i];
-    depthwise.result[dim] = call.result[i + 1];
-    depthwise.stride[dim] = call.stride[i];
-    depthwise.low[dim] = call.low[i];
-    depthwise.dilation[dim] = call.dilation[i];
-  }
+  auto depthwise = geometry<jaxcnn::Depthwise>(call);
+  std::copy(call.dilation.rbegin(), call.dilation.rend(), depthwise.dilation.rbegin());
   depthwise.channels = call.groups;
   return depthwise;
 }
 
 jaxcnn::Dense dense(const Call& call) {
-  jaxcnn::Dense dense;
-  const size_t ndim = call.stride.size();
-  for (size_t i = 0; i < ndim; i++) {
-    const size_t dim = dense.image.size() - ndim + i;
-    dense.image[dim] = call.image[i + 1];
-    dense.kernel[dim] = call.kernel[i];
-    dense.result[dim] = call.result[i + 1];
-    dense.stride[dim] = call.stride[i];
-    dense.low[dim] = call.low[i];
-  }
+  auto dense = geometry<jaxcnn::Dense>(call);
   dense.inputs = call.image.back();
   dense.outputs = call.result.back();
   return dense;
@@ -405,9 +410,8 @@ ffi::Error run(ffi::ThreadPool pool, Array a, Array b, ffi::Result<Array> c, int
   Array *image = &a, *kernel = &b, *result = &*c;
   if (which == Product::input_grad) image = &*c, result = &a;
   if (which == Product::kernel_grad) kernel = &*c, result = &b;
-  auto list = [](Span values) { return Ints(values.begin(), values.end()); };
-  const Call call{which, list(image->dimensions()), list(kernel->dimensions()), list(result->dimensions()),
-                  list(stride), list(low), list(high), list(dilation), groups};
+  const Call call(product, image->dimensions(), kernel->dimensions(), result->dimensions(), stride, low, high, dilation,
+                  groups);
   use_large_pages(c->untyped_data(), c->size_bytes());
   try {
     compute(pool, call, image->typed_data(), kernel->typed_data(), result->typed_data());
@@ -425,9 +429,8 @@ extern "C" void jaxcnn_implementation(int64_t product, int64_t ndim, const int64
                                       const int64_t* high, const int64_t* dilation, int64_t groups, char* name,
                                       int64_t size) {
   const size_t dims = static_cast<size_t>(ndim), all = dims + 2;
-  auto list = [](const int64_t* values, size_t count) { return Ints(values, values + count); };
-  const Call call{static_cast<Product>(product), list(image, all), list(kernel, all), list(result, all),
-                  list(stride, dims), list(low, dims), list(high, dims), list(dilation, dims), groups};
+  const Call call(product, Span(image, all), Span(kernel, all), Span(result, all), Span(stride, dims), Span(low, dims),
+                  Span(high, dims), Span(dilation, dims), groups);
   std::string found;
   try {
     OneThread one_thread;

@@ -131,10 +131,10 @@ inline void dense_kernel_grad(const Dense& d, int64_t batch, const float* x, con
             int64_t begin = top, end = bottom;
             while (begin < end && begin * d.stride[0] + k < d.low[0]) begin++;
             while (begin < end && (end - 1) * d.stride[0] + k - d.low[0] >= d.image[0]) end--;
+            if (begin == end) continue;
             const float* first = image + (begin * d.stride[0] + k - d.low[0]) * x_row + left * step;
             const Windows windows{first, &packed[(begin - top) * row * lanes], end - begin, row,
                                   d.stride[0] * x_row, step, lanes};
-            if (begin == end) continue;
             float* part = sums + k * taps * outputs + o;
             if (lanes > 8) add_tiles<6, 2>(windows, part, outputs, taps);
             if (lanes == 8) add_tiles<12, 1>(windows, part, outputs, taps);
