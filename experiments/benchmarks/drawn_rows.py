@@ -13,7 +13,9 @@ MOST_FLOPS = 1e9
 ELEMENTS = (2**14, 2**22)
 CHANNELS, SIDES, BATCHES = (1, 512), (7, 224), (1, 2, 4, 8, 16, 32, 64, 128)
 KERNEL_SIZES = (2, 3, 3, 3, 4, 5, 5, 7, 9, 11)
-KINDS = ("dense", "dense", "strided", "1×1", "dilated", "depthwise", "groups", "transposed", "max", "avg", "lp")
+POOLS = ("max", "avg", "lp")
+KINDS = ("dense", "dense", "strided", "1×1", "dilated", "depthwise", "groups", "transposed", *POOLS)
+STRIDES = {"strided": (2, 2, 3), "transposed": (1, 2)}
 
 
 def drawn_rows(seed: int, count: int) -> Iterator[Row]:
@@ -41,11 +43,11 @@ def _draw(rng: random.Random, kind: str, dims: int) -> Row | None:
     """Draw one row; None if one image is too large, all images too small, or the kernel larger than the image."""
     sides = tuple(_between(rng, *SIDES) for _ in range(dims))
     size = 1 if kind == "1×1" else rng.choice([size for size in KERNEL_SIZES if dims < 3 or size <= 5])
-    stride = rng.choice((2, 2, 3)) if kind == "strided" else rng.choice((1, 2)) if kind == "transposed" else 1
+    stride = rng.choice(STRIDES[kind]) if kind in STRIDES else 1
     dilation = rng.choice((2, 3)) if kind == "dilated" else 1
     padding = rng.choice((0, size // 2)) * dilation
     channels, features, groups = _channels(rng, kind)
-    pools = kind in ("max", "avg", "lp")
+    pools = kind in POOLS
     if pools:
         stride, padding = rng.choice((size, size, 1, 2)), 0 if kind == "lp" else padding
     if min(sides) + 2 * padding < dilation * (size - 1) + 1:
@@ -80,7 +82,7 @@ def _draw(rng: random.Random, kind: str, dims: int) -> Row | None:
 def _channels(rng: random.Random, kind: str) -> tuple[int, int, int]:
     """Draw the channels of an input and a result, and the number of groups."""
     channels, features = _between(rng, *CHANNELS), _between(rng, *CHANNELS)
-    if kind in ("max", "avg", "lp"):
+    if kind in POOLS:
         return channels, channels, 1
     if kind == "depthwise":
         return channels, channels * rng.choice((1, 1, 2)), channels
