@@ -95,11 +95,16 @@ def averaged(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.nda
     return np.array(mean[0]), np.array(mean[1])
 
 
+def title(quantity: str) -> str:
+    """Return the name of a metric in words."""
+    return quantity.replace("_", " ").replace("iou", "IoU")
+
+
 def curve(
     quantity: str, steps: Sequence[Mapping[str, Any]], epochs: Sequence[Epoch], best_step: int | None
 ) -> "Figure":
     """Draw the loss or accuracy over the steps: of each batch, the mean of each epoch, and that of the validation."""
-    figure, axes = _chart("step", quantity.replace("_", " ").replace("iou", "IoU"))
+    figure, axes = _chart("step", title(quantity))
     lines = [step for step in steps if quantity in step]
     points = averaged([step["step"] for step in lines], [step[quantity] for step in lines])
     if lines:

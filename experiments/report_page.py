@@ -201,7 +201,7 @@ def _curves(story: Story) -> str:
     measured = ("mean_iou",) if row is not None and row.of_masks else ()
     for quantity in ("loss", "accuracy", *measured):
         chart = figures.curve(quantity, story.steps, story.epochs, step)
-        alt = f"Chart of the {quantity.replace('_', ' ')} over the steps, by batch, epoch, and validation. "
+        alt = f"Chart of the {figures.title(quantity)} over the steps, by batch, epoch, and validation. "
         alt += " ".join(
             f"Epoch {row.epoch}: training {_number(getattr(row, f'train_{quantity}', None))}, "
             f"validation {_number(getattr(row, f'validation_{quantity}'))}."
