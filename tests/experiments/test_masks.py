@@ -1,5 +1,6 @@
 """Images with masks: metrics against loops, joint augmentation, files, a training, and each bad input."""
 
+import dataclasses
 import json
 import math
 import re
@@ -330,12 +331,10 @@ def test_several_devices_compute_what_one_computes_for_masks(tmp_path, folder, c
         recipe = ("--batch-size", 4, "--epochs", 2, "--norms-every", 1, "--no-report")
         assert main(*options, *recipe, "--out", tmp_path / name, *more) == 0
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        epochs = (tmp_path / name / "metrics.csv").read_text().splitlines()
-        columns = [column for column in epochs[0].split(",") if "second" not in column]
-        rows = [dict(zip(epochs[0].split(","), row.split(","), strict=True)) for row in epochs[1:]]
+        rows = [dataclasses.asdict(row) for row in run_folder.read_epochs(tmp_path / name / "metrics.csv")]
         config = json.loads((tmp_path / name / "config.json").read_text())
         tested = {key: config[key] for key in ("test_loss", "test_accuracy", "test_mean_iou")}
-        numbers = [{column: float(row[column]) for column in columns} for row in rows]
+        numbers = [{column: value for column, value in row.items() if "second" not in column} for row in rows]
         found.append([*map(json.loads, lines), *numbers, tested])
     assert "each batch is split over 4" in capsys.readouterr().out
     assert len(found[0]) > 6
