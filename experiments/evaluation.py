@@ -10,6 +10,7 @@ import jaxcnn
 from experiments import own_nets
 from experiments.dataset import Pixels, batches, most_images, scaled
 from experiments.devices import Placement
+from experiments.flips import averaged_over_flips
 from experiments.recipe import RecipeOptions, averaged_params
 from experiments.tasks import Task
 from jaxcnn import Serial, TrainState
@@ -37,13 +38,13 @@ class Evaluation:
         Args:
             net: The net.
             task: What the net predicts.
-            options: The options of the average.
+            options: The options of the averages over steps and over mirror images.
             training_images: Training images (N, H, W, C) without augmentation.
             largest: The pixel that the net receives as 1.
             placement: Where to put the batches.
         """
         self._net, self._options, self._placement = net, options, placement
-        self._evaluate = task.evaluator(net)
+        self._evaluate = task.evaluator(averaged_over_flips(net, task) if options.flip_test else net)
         self._scaled = jax.jit(functools.partial(scaled, largest=largest))
         needed = not isinstance(net, own_nets.OwnNet) and own_nets.has_batch_norm(net)
         size = min(most_images(training_images, CALIBRATION_BATCH), len(training_images))

@@ -48,6 +48,8 @@ class Config:
     stablehlo: net.jax_export for jax.export.deserialize, and net.mlirbc, its StableHLO; any batch size.
     pytorch: net_pytorch.safetensors, a state dict, and net_pytorch.py, which builds the net and loads it.
     onnx: net.onnx, made by torch.onnx from the net in PyTorch; any batch size.
+
+    The outputs are those of the net for one image, also if the run averages over flips (--flip-test).
     """
 
     run: Positional[Path]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from tyro.conf import arg
+from tyro.conf import FlagCreatePairsOff, arg
 
 from experiments import cli
 from experiments.errors import UsageError, bad_value
@@ -64,6 +64,8 @@ class RecipeOptions:
     """Largest norm of the gradient; a longer one is scaled down. 0 for none."""
     augment: tuple[str, ...] = ()
     """Changes of the training images: crop (padded by an eighth), flip, cutout, mixup. Masks have crop and flip."""
+    flip_test: FlagCreatePairsOff[bool] = False
+    """In evaluation and prediction, average the probabilities of each image and its mirror image."""
 
 
 def check(options: RecipeOptions) -> None:
@@ -112,6 +114,7 @@ def describe(options: RecipeOptions) -> str:
     parts += [f"average with decay {options.ema:g}"] if options.ema else []
     parts += [f"gradients clipped at {options.clip_norm:g}"] if options.clip_norm else []
     parts += [", ".join(options.augment)] if options.augment else []
+    parts += ["averaged over flips in evaluation"] if options.flip_test else []
     return ", ".join(parts)
 
 

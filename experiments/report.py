@@ -225,9 +225,11 @@ def _in_batches(trained: "TrainedNet", images: Pixels, of: "Callable[[jax.Array]
     """Return a function of the logits of images."""
     import jax
 
+    net = trained.evaluated
+
     @jax.jit
     def predict(params: Any, x: np.ndarray) -> jax.Array:
-        return of(trained.net.apply(params, scaled(x, trained.inputs.largest)))
+        return of(net.apply(params, scaled(x, trained.inputs.largest)))
 
     size = min(most_images(images, BATCH), len(images))
     results = []

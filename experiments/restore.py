@@ -20,12 +20,20 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainedNet:
-    """A net, its parameters, and the facts about its images."""
+    """A net, its parameters, the facts about its images, and whether it is averaged over flips in predictions."""
 
     model: str
     net: "Serial"
     params: "Params"
     inputs: Inputs
+    flip_test: bool
+
+    @property
+    def evaluated(self) -> "Serial":
+        """The net whose outputs are predictions; its parameters are `params`."""
+        from experiments.flips import averaged_over_flips
+
+        return averaged_over_flips(self.net, task_of(self.inputs)) if self.flip_test else self.net
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,16 +47,16 @@ def restore_net(folder: Path) -> TrainedNet:
     """Return the net of the run in `folder`, without its data set; raise CheckpointError."""
     run = Run(folder)
     config = read_config(run)
-    return _with_params(run, config["model"], read_inputs(run, config))
+    return _with_params(run, config, read_inputs(run, config))
 
 
-def _with_params(run: Run, model: str, inputs: Inputs) -> TrainedNet:
+def _with_params(run: Run, config: Mapping[str, Any], inputs: Inputs) -> TrainedNet:
     from experiments import checkpoints, own_nets
 
-    classes, shape = len(inputs.class_names), inputs.image_shape
+    model, classes, shape = config["model"], len(inputs.class_names), inputs.image_shape
     net = own_nets.build(model, classes, shape, task_of(inputs).output_shape(shape, classes))
     like = own_nets.evaluated_shapes(net, inputs.image_shape)
-    return TrainedNet(model, net, checkpoints.load(run.weights, like), inputs)
+    return TrainedNet(model, net, checkpoints.load(run.weights, like), inputs, bool(config.get("flip_test")))
 
 
 def restore(folder: Path) -> Trained:
@@ -60,8 +68,8 @@ def restore(folder: Path) -> Trained:
     if dataset.sha256 != config["data_sha256"]:
         name, expected = f"data of {run.folder}", f"the set with SHA-256 {config['data_sha256']}"
         raise bad_value(CheckpointError, name, expected, dataset.sha256)
-    trained = _with_params(run, config["model"], dataset.inputs)
-    return Trained(trained.model, trained.net, trained.params, trained.inputs, dataset)
+    trained = _with_params(run, config, dataset.inputs)
+    return Trained(trained.model, trained.net, trained.params, trained.inputs, trained.flip_test, dataset)
 
 
 class Options(Protocol):

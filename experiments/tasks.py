@@ -10,6 +10,8 @@ from experiments.dataset import IGNORED, Batch, Dataset
 from experiments.errors import DataError, UsageError, bad_value
 
 if TYPE_CHECKING:  # importing jax takes a second, and --help does not need it
+    import jax
+
     from experiments.private import PrivacyOptions
     from experiments.recipe import RecipeOptions
     from jaxcnn import Serial
@@ -47,6 +49,10 @@ class Task:
         from experiments.recipe import make_loss
 
         return make_loss(smoothing)
+
+    def mirrored_back(self, outputs: "jax.Array") -> "jax.Array":
+        """Return the outputs for images, given those for the mirror images."""
+        return outputs
 
     def evaluator(self, net: "Serial") -> Evaluator:
         """Return a function that computes the mean loss, without smoothing, and the other metrics."""
@@ -94,6 +100,10 @@ class Segmentation(Task):
             return jnp.where(labeled, losses, 0) / jnp.where(share > 0, share, 1)
 
         return loss
+
+    def mirrored_back(self, outputs: "jax.Array") -> "jax.Array":
+        """Return the outputs (N, H, W, classes) for images, given those for the mirror images."""
+        return outputs[:, :, ::-1]
 
     def evaluator(self, net: "Serial") -> Evaluator:
         """Return a function that computes the mean loss, without smoothing, and the other metrics."""

@@ -224,7 +224,8 @@ class Training:
         plan = self.plan
         like = own_nets.evaluated_shapes(plan.net, plan.dataset.image_shape)
         params = checkpoints.load(plan.run.weights, like)
-        report.write(plan.run.folder, Trained(plan.config.model, plan.net, params, plan.dataset.inputs, plan.dataset))
+        model, flip_test, inputs = plan.config.model, plan.config.flip_test, plan.dataset.inputs
+        report.write(plan.run.folder, Trained(model, plan.net, params, inputs, flip_test, plan.dataset))
 
     def where(self, outcome: Outcome) -> str:
         """Return a description of the layer in which the first number was not finite, or ""."""
