@@ -15,6 +15,7 @@ import pytest
 
 from experiments import processes, train
 from experiments.errors import RunError
+from tests.experiments.test_masks import write as write_masks
 from tests.experiments.test_resume import write_images
 
 ROOT = Path(train.__file__).parent.parent
@@ -77,10 +78,10 @@ def main(argv: list[object]) -> int:
     return train.main([str(arg) for arg in argv])
 
 
-def assert_equal_runs(one: Path, other: Path) -> None:
+def assert_equal_runs(one: Path, other: Path, steps: int = 72) -> None:
     """Every metric of every step, and the test results, are equal up to rounding."""
     lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, other)]
-    assert [len(steps) for steps in lines] == [72, 72]
+    assert [len(each) for each in lines] == [steps, steps]
     for a, b in zip(*lines, strict=True):
         assert a["step"] == b["step"]
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
@@ -88,6 +89,7 @@ def assert_equal_runs(one: Path, other: Path) -> None:
     a, b = (json.loads((run / "config.json").read_text()) for run in (one, other))
     assert (a["end"], a["best_step"], a["test_accuracy"]) == (b["end"], b["best_step"], b["test_accuracy"])
     assert a["test_loss"] == pytest.approx(b["test_loss"], rel=1e-5)
+    assert a.get("test_mean_iou") == b.get("test_mean_iou")
 
 
 @pytest.mark.slow("starts processes that train")
@@ -130,6 +132,18 @@ def test_a_signal_to_one_process_ends_both_and_two_processes_continue(tmp_path):
     assert "each batch is split over 2 of 2 processes" in two.log(0)
     assert f"resumed after step {step} of 72" in two.log(0)
     assert_equal_runs(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow("starts processes that train")
+def test_two_processes_train_on_masks_as_one_does(tmp_path):
+    images = write_masks(tmp_path / "images", 40)
+    data = ["--data", images, "--model", "tests.other_nets:image_to_image", "--batch-size", 4, "--epochs", 2]
+    recipe = ["--optimizer", "sgd", "--learning-rate", 0.005, "--augment", "crop", "flip", "--flip-test", "--no-report"]
+    assert main([*data, *recipe, "--out", tmp_path / "one"]) == 0
+    with Two(tmp_path, *data, *recipe, "--out", tmp_path / "two") as two:
+        assert two.statuses() == [0, 0], (two.log(0), two.log(1))
+    assert_equal_runs(tmp_path / "one", tmp_path / "two", steps=14)
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["inputs"]["task"] == "segmentation"
 
 
 def test_a_coordinator_that_cannot_be_reached(monkeypatch):
