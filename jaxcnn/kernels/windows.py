@@ -26,6 +26,7 @@ from jax import Array, lax
 
 from jaxcnn.geometry import Window
 from jaxcnn.kernels.dtypes import accumulator, to_accumulator
+from jaxcnn.kernels.materialize import materialize
 from jaxcnn.kernels.reductions import largest
 from jaxcnn.kernels.shapes import expand_rank
 from jaxcnn.kernels.split import run_whole
@@ -37,8 +38,16 @@ MAX_UNROLLED_TAPS = 64
 #: Windows of up to this many taps are reduced by one `lax.reduce_window` on GPU, whose work grows with the taps.
 MAX_WHOLE_TAPS = 256
 
-#: As `MAX_UNROLLED_TAPS`, for the maximum over adjacent windows. With more taps XLA recomputes the winner per element.
+#: As `MAX_UNROLLED_TAPS`, for the maximum over adjacent windows on GPU and TPU. With more taps XLA recomputes the
+#: winner per element.
 MAX_UNROLLED_TILE = 16
+
+#: On CPU, windows of up to this many taps are compared at once, larger ones along one dim after the other.
+MAX_COMPARED_TAPS = 9
+
+#: On CPU, δ of overlapping windows of up to this many taps is added tap by tap. A scatter takes as long for any number,
+#: as long as for 15 to 25 taps on 2 cores.
+MAX_ADDED_TAPS = 24
 
 
 def winner_dtype(win: Window) -> np.dtype:
@@ -59,17 +68,25 @@ def nothing(win: Window) -> np.generic:
 def choose_max(win: Window) -> dict[str, str]:
     """Choose the lowering of `max_and_winner` per platform, a key of `MAX`."""
     if win.tiles and win.entries > MAX_UNROLLED_TILE:
-        return _everywhere("tiles")
+        return _everywhere("tiles") | {"cpu": _max_on_cpu(win)}
     if win.entries > MAX_UNROLLED_TAPS:
         # On GPU, "long" writes the maxima along each dim to memory, with their indices.
         gpu = "whole" if win.entries <= MAX_WHOLE_TAPS else "long"
-        return {"cpu": "long", "tpu": "long", "cuda": gpu, "rocm": gpu}
+        return {"cpu": _max_on_cpu(win), "tpu": "long", "cuda": gpu, "rocm": gpu}
     # XLA:TPU takes two to five times as long for strided slices, except for 2-D windows that do not overlap.
     tpu = "compare" if win.tiles and win.ndim == 2 else "phases"
     # On GPU, XLA writes the test for NaN of every element of x to memory, which it would do for "compare" only if
     # windows overlap. On TPU, "fold" takes 1.5 times as long as "compare".
     gpu = "compare" if win.tiles else "fold"
-    return {"cpu": "compare", "tpu": tpu, "cuda": gpu, "rocm": gpu}
+    return {"cpu": _max_on_cpu(win), "tpu": tpu, "cuda": gpu, "rocm": gpu}
+
+
+def _max_on_cpu(win: Window) -> str:
+    if win.entries <= MAX_COMPARED_TAPS:
+        return "compare"
+    if max(win.size) <= MAX_UNROLLED_TAPS:
+        return "by_dim"
+    return "tiles" if win.tiles else "long"
 
 
 def choose_scatter(win: Window) -> dict[str, str]:
@@ -81,7 +98,7 @@ def choose_scatter(win: Window) -> dict[str, str]:
     if win.entries > MAX_UNROLLED_TAPS:
         return _everywhere("long")
     # XLA:TPU does not fuse padding between elements, which "taps" uses.
-    return {"cpu": "taps", "tpu": "phases", "cuda": "taps", "rocm": "taps"}
+    return {"cpu": "taps" if win.entries <= MAX_ADDED_TAPS else "long", "tpu": "phases", "cuda": "taps", "rocm": "taps"}
 
 
 def choose_sum(win: Window) -> dict[str, str]:
@@ -186,6 +203,23 @@ def _max_of_tiles(win: Window, x: Array) -> tuple[Array, Array]:
     return y.reshape(winner.shape), winner
 
 
+def _max_by_dim(win: Window, x: Array) -> tuple[Array, Array]:
+    """Compare along one dim after the other, the last first: the best of each row, then the best row."""
+    y, number = _pad(win, x, -np.inf), 1  # number of elements in the dims after this one
+    winner = jnp.zeros(y.shape, winner_dtype(win))
+    for dim in reversed(range(win.ndim)):
+        y, winner = materialize(y), materialize(winner)  # not recomputed for each tap
+        entries, codes = (list(_dim_slices(win, dim, a)) for a in (y, winner))
+        y, winner = functools.reduce(jnp.maximum, entries), codes[-1] + winner.dtype.type(number * (win.size[dim] - 1))
+        inside = win.inside(dim).T.reshape(win.size[dim], -1, *(1,) * (y.ndim - dim - 2))
+        for k, (entry, code) in reversed(list(enumerate(zip(entries[:-1], codes[:-1], strict=True)))):
+            wins = (entry == y) | (entry != entry)
+            wins = wins if inside[k].all() else wins & expand_rank(inside[k], wins)
+            winner = jnp.where(wins, code + winner.dtype.type(number * k), winner)
+        number *= win.size[dim]
+    return y, winner
+
+
 def _max_long(win: Window, x: Array) -> tuple[Array, Array]:
     """Reduce one dim after the other, the last first: the best of each row, then the best row, is row-major order."""
     y = _pad(win, x, -np.inf)
@@ -238,6 +272,7 @@ MAX: dict[str, Callable[[Window, Array], tuple[Array, Array]]] = {
     "phases": _max_by_phases,
     "fold": _max_by_fold,
     "tiles": _max_of_tiles,
+    "by_dim": _max_by_dim,
     "long": _max_long,
     "whole": _max_whole,
 }
@@ -435,9 +470,7 @@ SUM_ADJOINT: dict[str, Callable[[Window, Array], Array]] = {
 def _sum_dim(win: Window, dim: int, x: Array) -> Array:
     k, s, d, out, axis = win.size[dim], win.stride[dim], win.dilation[dim], win.out[dim], dim + 1
     if k <= MAX_UNROLLED_TAPS:
-        starts, step = (i * d for i in range(k)), win.steps[dim]
-        slices = (lax.slice_in_dim(x, i, i + (out - 1) * step + 1, step, axis) for i in starts)
-        return functools.reduce(operator.add, slices)
+        return functools.reduce(operator.add, _dim_slices(win, dim, x))
     if out == 1 and d == 1:
         return lax.slice_in_dim(x, 0, k, axis=axis).sum(axis, keepdims=True)
     along = slice(axis, axis + 1)
@@ -450,8 +483,7 @@ def _sum_adjoint_dim(win: Window, dim: int, y: Array) -> Array:
     if out == 1 and d == 1:
         return pad_axis(jnp.repeat(y, k, axis), axis, 0, length - k)
     if k <= MAX_UNROLLED_TAPS:
-        rest = length - ((out - 1) * s + 1)
-        return functools.reduce(operator.add, (pad_axis(y, axis, i * d, rest - i * d, s - 1) for i in range(k)))
+        return functools.reduce(operator.add, (_at_dim(win, dim, i, y) for i in range(k)))
 
     def adjoint(y: Array) -> Array:
         reach = (k - 1) * d
@@ -536,6 +568,19 @@ def at_tap(win: Window, tap: tuple[int, ...], y: Array) -> Array:
         for start, n, s, out, (lo, hi) in zip(win.offset(tap), win.shape, win.stride, win.out, win.padding, strict=True)
     )
     return lax.pad(y, np.zeros((), y.dtype), [(0, 0, 0), *widths, (0, 0, 0)])
+
+
+def _dim_slices(win: Window, dim: int, x: Array) -> Iterator[Array]:
+    """Yield for every tap along one dim the elements that it reads, one per window."""
+    step, reach = win.steps[dim], (win.out[dim] - 1) * win.steps[dim] + 1
+    for start in range(0, win.size[dim] * win.dilation[dim], win.dilation[dim]):
+        yield lax.slice_in_dim(x, start, start + reach, step, dim + 1)
+
+
+def _at_dim(win: Window, dim: int, k: int, y: Array) -> Array:
+    """Apply the adjoint of the slice of tap ``k`` in `_dim_slices`."""
+    start, stride, length = k * win.dilation[dim], win.stride[dim], sum(win.padding[dim]) + win.shape[dim]
+    return pad_axis(y, dim + 1, start, length - start - ((win.out[dim] - 1) * stride + 1), stride - 1)
 
 
 def phase_taps(win: Window, dim: int) -> list[list[tuple[int, int]]]:
