@@ -3,7 +3,11 @@
 `tests/kernels/test_lowerings.py` tests its results.
 """
 
+import os
+import subprocess
+import sys
 from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +16,12 @@ from jaxcnn.geometry import Correlation, Window
 from jaxcnn.kernels import onednn
 from jaxcnn.native import __main__ as command
 from jaxcnn.native import library
+from tests import oracles
 
+ROOT = Path(__file__).parents[1]
 C = Correlation(Window((32, 32), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1)), 1, np.dtype(np.float32))
+
+needs_library = pytest.mark.skipif(library.load() is None, reason="needs `python -m jaxcnn.native build`")
 
 
 def chosen(cpu="xla", image=(8, 32, 32, 16), dtype=np.float32):
@@ -68,7 +76,7 @@ def test_a_library_that_cannot_be_loaded_is_reported(monkeypatch, tmp_path):
         assert library.load.__wrapped__() is None
 
 
-@pytest.mark.skipif(library.load() is None, reason="needs `python -m jaxcnn.native build`")
+@needs_library
 def test_when_it_is_chosen(monkeypatch):
     monkeypatch.setenv(library.OPTION, "1")
     assert chosen() == chosen(dtype=np.float16) == "onednn"
@@ -76,3 +84,54 @@ def test_when_it_is_chosen(monkeypatch):
     assert chosen("winograd") is None
     monkeypatch.setenv(library.OPTION, "0")
     assert chosen() is None
+
+
+def correlation(side, kernel, stride=1, padding=0, groups=1):
+    win = Window((side, side + 3), (kernel, kernel), (stride, stride), ((padding, padding),) * 2, (1, 1))
+    return Correlation(win, groups, np.dtype(np.float32))
+
+
+#: Numbers of channels around those of one vector and of two, for AVX2 and for AVX-512: inputs, outputs, correlation.
+KERNELS = [
+    *((3, outputs, correlation(11, 3, padding=1)) for outputs in (1, 7, 8, 9, 16, 17, 24, 31, 32, 33, 40, 48, 65)),
+    *((inputs, 16, correlation(9, 2, stride=2)) for inputs in (1, 5, 8, 13)),
+    *((channels, channels, correlation(10, 5, 1, 2, channels)) for channels in (8, 9, 16, 31, 33, 64, 72, 85)),
+]
+
+
+def factors(inputs, outputs, c):
+    rng = np.random.default_rng(inputs + 100 * outputs)
+    return (
+        rng.normal(size=(3, *shape, n)).astype(np.float32)
+        for shape, n in ((c.window.shape, inputs), (c.window.out, outputs))
+    )
+
+
+def kernel_grads():
+    """Return the name of the code of each kernel gradient, and the gradients."""
+    names = [onednn.implementation("kernel_grad", c, (3, *c.window.shape, i), o) for i, o, c in KERNELS]
+    return names, [np.asarray(onednn.kernel_grad(c, *factors(i, o, c))) for i, o, c in KERNELS]
+
+
+def write(path):
+    names, gradients = kernel_grads()
+    np.savez(path, *gradients, names=np.array(names))
+
+
+@needs_library
+@pytest.mark.slow("starts a process")
+def test_kernel_gradients_with_avx2_and_with_all_instructions(tmp_path):
+    """A processor with AVX-512 tests both, since `ONEDNN_MAX_CPU_ISA` excludes the newer instructions."""
+    path = tmp_path / "avx2.npz"
+    code = f"from tests import test_native; test_native.write({str(path)!r})"
+    variables = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", library.OPTION: "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=variables)
+    names, gradients = kernel_grads()
+    with np.load(path) as written:
+        assert {name.partition(":")[2] for name in written["names"]} == {"avx2"}
+        assert [name.partition(":")[0] for name in names] == [name.partition(":")[0] for name in written["names"]]
+        for n, (inputs, outputs, c) in enumerate(KERNELS):
+            x, y = (a.astype(np.float64) for a in factors(inputs, outputs, c))
+            expected = oracles.kernel_grad(c, x, y)
+            for gradient in (gradients[n], written[f"arr_{n}"]):
+                np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())

@@ -44,6 +44,12 @@ using Ints = std::vector<int64_t>;
 
 enum class Product : int64_t { correlate, input_grad, kernel_grad };
 
+// Whether the processor has these instructions, and ONEDNN_MAX_CPU_ISA does not exclude them.
+bool supports(dnnl::cpu_isa isa) {
+  const int wanted = static_cast<int>(isa);
+  return (static_cast<int>(dnnl::get_effective_cpu_isa()) & wanted) == wanted;
+}
+
 dnnl::engine& engine() {
   static auto* engine = new dnnl::engine(dnnl::engine::kind::cpu, 0);
   return *engine;
@@ -114,7 +120,7 @@ struct Call {
   // Whether `depthwise.h` computes it.
   bool is_depthwise_kernel_grad() const {
     return product == Product::kernel_grad && groups >= 8 && groups == image.back() && groups == result.back() &&
-           jaxcnn::has_avx2();
+           supports(dnnl::cpu_isa::avx2);
   }
 
   // Whether `dense.h` computes it. For 1 × 1 kernels, oneDNN is faster.
@@ -122,7 +128,7 @@ struct Call {
     const bool is_spatial = std::any_of(kernel.begin(), kernel.end() - 2, [](int64_t size) { return size > 1; });
     const bool is_dilated = std::any_of(dilation.begin(), dilation.end(), [](int64_t d) { return d > 1; });
     return product == Product::kernel_grad && groups == 1 && stride.size() <= 2 && is_spatial && !is_dilated &&
-           jaxcnn::has_avx2();
+           supports(dnnl::cpu_isa::avx2);
   }
 
   Ints key() const {
@@ -375,7 +381,7 @@ class Pieces : public std::enable_shared_from_this<Pieces> {
 
 void compute(ffi::ThreadPool& pool, const Call& call, float* image, float* kernel, float* result) {
   static thread_local Buffer buffer;
-  const bool sums = call.product == Product::kernel_grad;
+  const bool sums = call.product == Product::kernel_grad, wide = supports(dnnl::cpu_isa::avx512_core);
   const auto parts = divide(call, std::max<int64_t>(pool.num_threads(), 1));
   const int64_t count = parts.size(), size = elements(call.kernel);
 
@@ -390,9 +396,11 @@ void compute(ffi::ThreadPool& pool, const Call& call, float* image, float* kerne
       if (part.product == Product::input_grad) std::fill_n(images, elements(part.image), 0.0f);
       if (part.product == Product::kernel_grad) std::fill_n(kernels, size, 0.0f);
     } else if (part.is_depthwise_kernel_grad()) {
-      jaxcnn::depthwise_kernel_grad(depthwise(part), part.image[0], images, results, kernels);
+      auto run = wide ? jaxcnn::depthwise_kernel_grad<jaxcnn::Avx512> : jaxcnn::depthwise_kernel_grad<jaxcnn::Avx2>;
+      run(depthwise(part), part.image[0], images, results, kernels);
     } else if (part.is_dense_kernel_grad()) {
-      jaxcnn::dense_kernel_grad(dense(part), part.image[0], images, results, kernels);
+      auto run = wide ? jaxcnn::dense_kernel_grad<jaxcnn::Avx512> : jaxcnn::dense_kernel_grad<jaxcnn::Avx2>;
+      run(dense(part), part.image[0], images, results, kernels);
     } else {
       plan_of(part).run(part.product, images, kernels, results);
     }
@@ -434,10 +442,11 @@ extern "C" void jaxcnn_implementation(int64_t product, int64_t ndim, const int64
   std::string found;
   try {
     OneThread one_thread;
+    const std::string isa = supports(dnnl::cpu_isa::avx512_core) ? "avx512" : "avx2";
     if (call.is_depthwise_kernel_grad()) {
-      found = "depthwise:avx2";
+      found = "depthwise:" + isa;
     } else if (call.is_dense_kernel_grad()) {
-      found = "dense:avx2";
+      found = "dense:" + isa;
     } else {
       found = plan_of(call).implementation;
     }

@@ -27,25 +27,34 @@ struct Depthwise {
   int64_t channels;
 };
 
-// sums[c] += Σ_{i < count} x[i · x_step + c] · y[i · y_step + c] for c < 8 · vectors, with the sums in registers.
-template <int vectors>
-JAXCNN_AVX2 inline void add_products(const float* x, int64_t x_step, const float* y, int64_t y_step, int64_t count,
-                                     float* sums) {
-  Vector sum[vectors];
+// sums[c] += Σ_{i < count} x[i · x_step + c] · y[i · y_step + c] for c < lanes · vectors, with the sums in registers.
+template <typename Isa, int vectors>
+struct Products {
+  using Vector = typename Isa::Vector;
+
+  const float *x, *y;
+  int64_t x_step, y_step, count;
+  float* sums;
+
+  __attribute__((always_inline)) inline void operator()() const {
+    Vector sum[vectors];
 #pragma GCC unroll 4
-  for (int v = 0; v < vectors; v++) sum[v] = reinterpret_cast<Vector*>(sums)[v];
-  for (; count > 0; count--, x += x_step, y += y_step) {
+    for (int v = 0; v < vectors; v++) sum[v] = reinterpret_cast<Vector*>(sums)[v];
+    const float *xs = x, *ys = y;
+    for (int64_t i = 0; i < count; i++, xs += x_step, ys += y_step) {
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; v++) {
-      sum[v] += reinterpret_cast<const Vector*>(x)[v] * reinterpret_cast<const Vector*>(y)[v];
+      for (int v = 0; v < vectors; v++) {
+        sum[v] += reinterpret_cast<const Vector*>(xs)[v] * reinterpret_cast<const Vector*>(ys)[v];
+      }
     }
-  }
 #pragma GCC unroll 4
-  for (int v = 0; v < vectors; v++) reinterpret_cast<Vector*>(sums)[v] = sum[v];
-}
+    for (int v = 0; v < vectors; v++) reinterpret_cast<Vector*>(sums)[v] = sum[v];
+  }
+};
 
 // Computes w from `batch` channels-last images x and results y.
-inline void depthwise_kernel_grad(const Depthwise& d, int64_t batch, const float* x, const float* y, float* w) {
+template <typename Isa>
+void depthwise_kernel_grad(const Depthwise& d, int64_t batch, const float* x, const float* y, float* w) {
   const int64_t channels = d.channels, x_row = d.image[2] * channels, y_row = d.result[2] * channels;
   const int64_t rows = d.result[0] * d.result[1], tap_rows = d.kernel[0] * d.kernel[1];
   auto position = [&d](int dim, int64_t o, int64_t k) { return o * d.stride[dim] + k * d.dilation[dim] - d.low[dim]; };
@@ -69,8 +78,15 @@ inline void depthwise_kernel_grad(const Depthwise& d, int64_t batch, const float
       const int64_t step = d.stride[2] * channels;
       float* sums = w_row + k * channels;
       int64_t c = 0;
-      for (; c + 32 <= channels; c += 32) add_products<4>(xs + c, step, ys + c, channels, count, sums + c);
-      for (; c + 8 <= channels; c += 8) add_products<1>(xs + c, step, ys + c, channels, count, sums + c);
+      for (; c + 4 * Isa::lanes <= channels; c += 4 * Isa::lanes) {
+        Isa::run(Products<Isa, 4>{xs + c, ys + c, step, channels, count, sums + c});
+      }
+      for (; c + Isa::lanes <= channels; c += Isa::lanes) {
+        Isa::run(Products<Isa, 1>{xs + c, ys + c, step, channels, count, sums + c});
+      }
+      for (; c + Avx2::lanes <= channels; c += Avx2::lanes) {
+        Avx2::run(Products<Avx2, 1>{xs + c, ys + c, step, channels, count, sums + c});
+      }
       for (; c < channels; c++) {
         for (int64_t i = 0; i < count; i++) sums[c] += xs[i * step + c] * ys[i * channels + c];
       }
