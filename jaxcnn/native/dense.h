@@ -4,7 +4,7 @@
 //
 // where j counts the channels of all taps of a row. They are adjacent in a channels-last row, so each k is a product of
 // matrices (J × windows) · (windows × O), whose first factor is read from the image without a copy. oneDNN's kernels take
-// 1.3 to 1.7 times as long with AVX2, and 0.8 to 1.5 times with AVX-512.
+// 1.3 to 1.7 times as long with AVX2, and 0.7 to 1.7 times with AVX-512.
 
 #ifndef JAXCNN_NATIVE_DENSE_H_
 #define JAXCNN_NATIVE_DENSE_H_
