@@ -31,15 +31,22 @@ class DeviceOptions:
     """Number of devices, of each process, over which each batch is split."""
 
 
-def check(options: DeviceOptions, batch_size: int, process_count: int = 1) -> None:
-    """Raise UsageError for options that are invalid on any machine."""
+def check(options: DeviceOptions, sizes: Mapping[str, int], process_count: int = 1) -> None:
+    """Raise UsageError for options that are invalid on any machine.
+
+    Args:
+        options: The options.
+        sizes: Numbers of images that all devices divide among themselves, by flag.
+        process_count: Number of processes.
+    """
     if options.device is not None:
         cli.check_choice("--device", options.device, PLATFORMS)
     cli.check_count("--devices", options.devices)
-    if batch_size % (options.devices * process_count):
-        of_processes = f" of {process_count} processes" if process_count > 1 else ""
-        expected = f"a multiple of the {options.devices * process_count} devices{of_processes}"
-        raise bad_value(UsageError, "--batch-size", expected, batch_size)
+    for flag, size in sizes.items():
+        if size % (options.devices * process_count):
+            of_processes = f" of {process_count} processes" if process_count > 1 else ""
+            expected = f"a multiple of the {options.devices * process_count} devices{of_processes}"
+            raise bad_value(UsageError, flag, expected, size)
 
 
 def choose(options: DeviceOptions) -> "Placement":

@@ -72,6 +72,8 @@ def check(options: PrivacyOptions, training: RecipeOptions, dtype: str) -> None:
         raise bad_value(UsageError, "--noise-multiplier", "a finite number > 0", noise)
     if delta is not None and not 0 < delta < 1:
         raise bad_value(UsageError, "--delta", "between 0 and 1", delta)
+    if training.microbatch is not None:
+        raise bad_value(UsageError, "--microbatch", "omitted with --private", training.microbatch)
     if not training.clip_norm:
         raise bad_value(UsageError, "--clip-norm", "a finite number > 0 with --private", training.clip_norm)
     if "mixup" in training.augment:

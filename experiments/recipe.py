@@ -46,6 +46,8 @@ class RecipeOptions:
     """Passes over the training images."""
     batch_size: int = 32
     """Images per step."""
+    microbatch: Annotated[int | None, arg(metavar="INT")] = None
+    """Images that pass through the net at a time, if the batch does not fit into memory; if omitted, all of a step."""
     optimizer: str = "adam"
     """Optimizer: adam, adamw, lion, or sgd with momentum 0.9."""
     learning_rate: Annotated[float | None, arg(metavar="FLOAT")] = None
@@ -74,6 +76,10 @@ def check(options: RecipeOptions) -> None:
 
     cli.check_count("--epochs", options.epochs)
     cli.check_count("--batch-size", options.batch_size)
+    cli.check_count("--microbatch", options.microbatch)
+    if options.microbatch is not None and "mixup" in options.augment:
+        expected = "omitted with mixup, whose accuracy needs all outputs of a step"
+        raise bad_value(UsageError, "--microbatch", expected, options.microbatch)
     cli.check_choice("--optimizer", options.optimizer, OPTIMIZERS)
     cli.check_choice("--schedule", options.schedule, SCHEDULES)
     for name in options.augment:
@@ -97,6 +103,12 @@ def check(options: RecipeOptions) -> None:
         raise bad_value(UsageError, "--warmup", f"less than the {options.epochs} epochs", options.warmup)
 
 
+def sizes(options: RecipeOptions) -> dict[str, int]:
+    """Return the numbers of images that the devices divide among themselves, by flag."""
+    each = {"--batch-size": options.batch_size}
+    return each if options.microbatch is None else {**each, "--microbatch": min(options.microbatch, options.batch_size)}
+
+
 def filled_in(options: RecipeOptions) -> dict[str, float]:
     """Return the learning rate and the weight decay: those of the options, or the optimizer's defaults."""
     default = OPTIMIZERS[options.optimizer]
@@ -108,6 +120,7 @@ def describe(options: RecipeOptions) -> str:
     """Return the recipe in one line."""
     numbers = filled_in(options)
     parts = [f"{options.optimizer} at {numbers['learning_rate']:g}, {options.schedule}"]
+    parts += [f"{options.microbatch} images at a time"] if options.microbatch else []
     parts += [f"warm-up {options.warmup:g} epochs"] if options.warmup else []
     parts += [f"weight decay {numbers['weight_decay']:g}"] if numbers["weight_decay"] else []
     parts += [f"label smoothing {options.label_smoothing:g}"] if options.label_smoothing else []

@@ -142,7 +142,7 @@ def train(config: Config) -> int:
         process.keep_compiled_programs()
     processes.start(config)
     placement = devices.choose(config)
-    devices.check(config, config.batch_size, processes.count())
+    devices.check(config, recipe.sizes(config), processes.count())
     if config.seeds > 1:
         return seeds.train(config, lambda each: train_one(each, placement, tuned))
     if config.resume is not None:
@@ -239,7 +239,7 @@ def check(config: Config) -> None:
     recipe.check(config)
     private.check(config, config, config.dtype)
     processes.check(config)
-    devices.check(config, config.batch_size, config.processes)
+    devices.check(config, recipe.sizes(config), config.processes)
     cli.check_choice("--dtype", config.dtype, DTYPES)
     if own_nets.is_reference(config.model):
         own_nets.check_reference(config.model)

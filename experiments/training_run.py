@@ -331,14 +331,15 @@ def check_data(run: Run, dataset: Dataset) -> None:
 def compiled_step(training: Training, state: TrainState, first_step: int) -> Step:
     """Compile the steps, and return a function that measures norms by layer in every `config.norms_every`-th one."""
     plan, config, largest = training.plan, training.plan.config, training.plan.dataset.largest
-    every = config.norms_every if plan.mechanism is None else 0
+    # Norms by layer need the activations of the whole batch.
+    every = config.norms_every if plan.mechanism is None and config.microbatch is None else 0
     parts, batch = (plan.net, training.loss, training.optimizer), training.batch(0)
     # Before the first step, so that compile time is reported separately from training time.
     print("compiling … ", end="", flush=True)
     began = time.perf_counter()
     make_step = functools.partial(watch.make_step, *parts, dtype=config.dtype, largest=largest)
     if plan.mechanism is None:
-        step_without_norms = make_step(by_layer=False)
+        step_without_norms = make_step(by_layer=False, microbatch=config.microbatch)
     else:
         step_without_norms = private.make_step(*parts, config.clip_norm, plan.mechanism, largest)
     plain = by_layer = _compiled(step_without_norms, state, batch)

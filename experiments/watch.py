@@ -24,6 +24,7 @@ def make_step(
     *,
     by_layer: bool,
     dtype: str = "float32",
+    microbatch: int | None = None,
     largest: int = 255,
 ) -> Step:
     """Return the step of `jaxcnn.make_train_step`, whose metrics also have norms.
@@ -35,20 +36,23 @@ def make_step(
         loss: A loss per example.
         optimizer: From optax.
         by_layer: Whether the metrics also have "gradient_norms" by parameter, and "delta_norms" and "activation_norms"
-            by layer. This reads every activation and δ once more.
+            by layer. This reads every activation and δ once more, and is not possible with `microbatch`.
         dtype: Dtype of activations and δ.
+        microbatch: Number of examples that pass through the net at a time; None means all.
         largest: The pixel of uint8 images that the net receives as 1.
     """
     measure = functools.partial(norms_by_layer if by_layer else norms, net)
     compute_dtype = None if dtype == "float32" else dtype
-    take = jaxcnn.make_train_step(net, loss, optimizer, compute_dtype=compute_dtype, measure=measure)
+    take = jaxcnn.make_train_step(
+        net, loss, optimizer, microbatch=microbatch, compute_dtype=compute_dtype, measure=measure
+    )
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         images, targets = batch
         state, metrics = take(state, (scaled(images, largest), targets))
-        predicted = metrics.pop("predicted")
-        if "accuracy" not in metrics:  # the targets are probabilities
+        predicted = metrics.pop("predicted", None)
+        if "accuracy" not in metrics:  # the targets are probabilities, and the whole batch has passed at once
             metrics["accuracy"] = jnp.mean(predicted == targets.argmax(-1))
         metrics["accuracy"] = jnp.nan_to_num(metrics["accuracy"])  # NaN if no pixel of the batch is labeled
         return state, metrics
@@ -57,12 +61,13 @@ def make_step(
 
 
 def norms(net: Serial, result: BackpropResult, updates: Any) -> Metrics:
-    """Return "gradient_norm" and "update_norm", the 2-norms over all parameters, and the "predicted" classes."""
-    return {
-        "gradient_norm": norm(trained(net, result.gradients)),
-        "update_norm": norm(updates),
-        "predicted": result.activations[net.layers[-1][0]].argmax(-1),
-    }
+    """Return "gradient_norm" and "update_norm", the 2-norms over all parameters, and the "predicted" classes.
+
+    With microbatches there are no activations, and so no "predicted".
+    """
+    outputs = result.activations.get(net.layers[-1][0])
+    predicted = {} if outputs is None else {"predicted": outputs.argmax(-1)}
+    return {"gradient_norm": norm(trained(net, result.gradients)), "update_norm": norm(updates), **predicted}
 
 
 def norms_by_layer(net: Serial, result: BackpropResult, updates: Any) -> Metrics:

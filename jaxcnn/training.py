@@ -182,7 +182,8 @@ def make_train_step(
     statistics of a microbatch). On CPU this is often faster: 16 to 64 examples of a large net stay in cache.
 
     If ``measure`` is given, it is called with the `BackpropResult` of the step, which has every layer's activation and
-    δ, and with the updates of the parameters. Its result is added to the metrics.
+    δ, and with the updates of the parameters. The returned values are added to the metrics. With ``microbatch``, the
+    `BackpropResult` has the loss and the gradients of the batch, and neither activations nor δ.
 
     If ``compute_dtype`` is given, activations and δ have it (mixed precision), as in `Serial.apply` with ``dtype``.
     Parameters, their gradients and the optimizer's state keep their dtype. Sums, the statistics of norms and the loss
@@ -201,7 +202,7 @@ def make_train_step(
             ``microbatch``.
         compute_dtype: dtype of activations and δ, such as ``jnp.bfloat16``; None for that of parameters and inputs.
         measure: function of a `BackpropResult` and the updates that returns further metrics by name. It cannot be
-            combined with ``gradient`` or ``microbatch``.
+            combined with ``gradient``.
 
     Returns:
         The step, a function of a `TrainState` and a batch that returns the new state and the metrics. It raises the
@@ -211,8 +212,8 @@ def make_train_step(
     Raises:
         TypeError: if net, loss, optimizer, gradient, measure or microbatch has the wrong type, or compute_dtype is not
             a floating dtype.
-        ValueError: if microbatch is less than 1, if gradient is combined with rules or microbatch, if measure is
-            combined with gradient or microbatch, or if compute_dtype is float64 and ``jax_enable_x64`` is off.
+        ValueError: if microbatch is less than 1, if gradient is combined with rules, microbatch or measure, or if
+            compute_dtype is float64 and ``jax_enable_x64`` is off.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -278,8 +279,8 @@ def make_train_step(
             fail("make_train_step", "gradient must not be given together with rules or microbatch")
     if measure is not None:
         expect_function("make_train_step", "measure", measure)
-        if gradient is not None or microbatch is not None:
-            fail("make_train_step", "measure must not be given together with gradient or microbatch")
+        if gradient is not None:
+            fail("make_train_step", "measure must not be given together with gradient")
     if compute_dtype is not None:
         net = in_dtype(net, floating_dtype("make_train_step", "compute_dtype", compute_dtype))
     requested = _extra_arguments(optimizer)
@@ -303,11 +304,12 @@ def make_train_step(
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        if measure is not None:
+        if measure is not None and microbatch is None:
             result, counts = value_grad_and_deltas(mean_loss, has_aux=True)(state.params, batch, key)
             value, grad = result.loss, result.gradients
         elif gradient is None:
             (value, grad), counts = over_batch(functools.partial(loss_and_gradient, state.params), batch, key)
+            result = BackpropResult(value, grad, {}, {})
         else:
             value, counts = mean_loss(state.params, batch, key)
             grad = gradient(net, loss, state.params, *batch, key=key)

@@ -404,6 +404,22 @@ def test_a_step_measures_its_backward_pass():
         step(begun(), (x, labels))
 
 
+@pytest.mark.parametrize("microbatch", [3, 8])
+def test_a_step_in_microbatches_measures_its_gradient(microbatch):
+    def measure(result, updates):
+        assert result.activations == result.deltas == {}
+        return {"gradients": result.gradients, "updates": updates, "loss again": result.loss}
+
+    expected = jaxcnn.backprop(NET, labelled, begun().params, *batch(8))
+    step = make_train_step(NET, labelled, optax.sgd(0.1), microbatch=microbatch, measure=measure)
+    _, metrics = step(begun(), batch(8))
+    chex.assert_trees_all_close(numbers(metrics["gradients"]), numbers(expected.gradients), rtol=1e-4, atol=1e-7)
+    chex.assert_trees_all_close(
+        numbers(metrics["updates"]), jax.tree.map(lambda g: -0.1 * g, numbers(metrics["gradients"])), rtol=1e-6
+    )
+    assert float(metrics["loss again"]) == float(metrics["loss"]) == pytest.approx(float(expected.loss), rel=1e-5)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Mixed precision
 

@@ -45,6 +45,22 @@ def test_several_devices_compute_what_one_computes(tmp_path, images, model, caps
     assert tested[0]["test_loss"] == pytest.approx(tested[1]["test_loss"], rel=1e-5)
 
 
+@pytest.mark.slow("trains")
+@pytest.mark.parametrize("model", ["mlp", "tests.other_nets:pair"])
+def test_microbatches_compute_what_the_batch_computes(tmp_path, images, model, capsys):
+    """Norms by layer are not measured, because no activations of the whole batch exist."""
+    options = ("--model", model, "--optimizer", "sgd", "--augment", "flip", "--label-smoothing", 0.1)
+    whole = run(images, tmp_path / "whole", *options)
+    parts = run(images, tmp_path / "parts", *options, "--microbatch", 4, "--norms-every", 1)
+    two = run(images, tmp_path / "two", *options, "--microbatch", 2, "--devices", 2, "--device", "cpu")
+    assert "4 images at a time" in capsys.readouterr().out
+    for a, b, c in zip(whole, parts, two, strict=True):
+        assert set(a) == set(b) == set(c)
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-6), name
+            assert a[name] == pytest.approx(c[name], rel=1e-5, abs=1e-6), name
+
+
 def test_a_batch_is_split_if_the_devices_divide_it():
     placement = devices.choose(DeviceOptions(devices=4))
     x, labels = placement.split((np.ones((8, 2)), np.arange(8)))

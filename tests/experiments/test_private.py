@@ -187,6 +187,7 @@ def test_secret_keys_differ():
         (("--noise-multiplier", 1), "--noise-multiplier: must be omitted without --private, got 1.0"),
         (("--delta", 0.1), "--delta: must be omitted without --private, got 0.1"),
         (("--private",), "--clip-norm: must be a finite number > 0 with --private, got 0.0"),
+        ((*PRIVATE, "--microbatch", 8), "--microbatch: must be omitted with --private, got 8"),
         ((*PRIVATE, "--noise-multiplier", 0), "--noise-multiplier: must be a finite number > 0, got 0.0"),
         ((*PRIVATE, "--noise-multiplier", "nan"), "--noise-multiplier: must be a finite number > 0, got nan"),
         ((*PRIVATE, "--delta", 1), "--delta: must be between 0 and 1, got 1.0"),

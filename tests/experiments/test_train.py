@@ -381,6 +381,13 @@ def test_rules_that_differ_from_autodiff_stop_the_run_before_it_begins(out, caps
         ),
         (["--devices", "0"], 2, "--devices: must be at least 1, got 0"),
         (["--devices", "3"], 2, "--batch-size: must be a multiple of the 3 devices, got 32"),
+        (["--devices", "4", "--microbatch", "6"], 2, "--microbatch: must be a multiple of the 4 devices, got 6"),
+        (["--microbatch", "0"], 2, "--microbatch: must be at least 1, got 0"),
+        (
+            ["--microbatch", "8", "--augment", "mixup"],
+            2,
+            "--microbatch: must be omitted with mixup, whose accuracy needs all outputs of a step, got 8",
+        ),
         (
             ["--devices", "16"],
             2,
