@@ -93,6 +93,9 @@ class _Row:
     g: Callable[[Array, float], Array]
     residual: Callable[[Array, Array, float], Array]
     delta_x: Callable[[Array, Array, Array], Array] = _multiply
+    #: Whether x is not widened to float32 before g and the residual, which then compare and select in 16 bits: XLA:TPU
+    #: joins both in one kernel only if they do not convert x.
+    takes_16_bits: bool = False
 
 
 _INV_SQRT_2PI = 0.3989422804014327
@@ -182,10 +185,11 @@ def _squareplus(x: Array, c: float) -> Array:
 
 TABLE = {
     # name:        g(x)                                     residual from x and y,    δ_x from residual and δ
-    "leaky_relu": _Row(lambda x, c: jnp.where(x > 0, x, c * x),
-                       lambda x, y, c: x > 0, lambda positive, delta, c: jnp.where(positive, delta, c * delta)),
-    "relu6": _Row(lambda x, c: _clip(x, 0, 6), lambda x, y, c: _between(x, 0, 6), _mask),
-    "hard_tanh": _Row(lambda x, c: _clip(x, -1, 1), lambda x, y, c: _between(x, -1, 1), _mask),
+    "leaky_relu": _Row(lambda x, c: jnp.where(x > 0, x, _cast_like(x, c * _widen(x))),
+                       lambda x, y, c: x > 0, lambda positive, delta, c: jnp.where(positive, delta, c * delta),
+                       takes_16_bits=True),
+    "relu6": _Row(lambda x, c: _clip(x, 0, 6), lambda x, y, c: _between(x, 0, 6), _mask, takes_16_bits=True),
+    "hard_tanh": _Row(lambda x, c: _clip(x, -1, 1), lambda x, y, c: _between(x, -1, 1), _mask, takes_16_bits=True),
     "hard_sigmoid": _Row(lambda x, c: _clip(x + 3, 0, 6) / 6,
                          lambda x, y, c: _between(x, -3, 3), lambda inside, delta, c: jnp.where(inside, delta / 6, 0)),
     "sigmoid": _Row(lambda x, c: jax.nn.sigmoid(x), lambda x, y, c: y, lambda y, delta, c: delta * (y * (1 - y))),
@@ -221,7 +225,9 @@ def _activation(activation: Activation, x: Array) -> Array:
 
 def _activation_fwd(activation: Activation, x: Array) -> Any:
     y = _activation(activation, x)
-    residual = TABLE[activation.name].residual(_widen(x), _widen(y), activation.constant)
+    row = TABLE[activation.name]
+    seen, result = (x, y) if row.takes_16_bits else (_widen(x), _widen(y))
+    residual = row.residual(seen, result, activation.constant)
     return y, materialize_if_small(residual if residual.dtype == bool else _cast_like(x, residual))
 
 
@@ -234,7 +240,8 @@ _activation.defvjp(_activation_fwd, _activation_bwd)
 
 
 def _activation_reference(activation: Activation, x: Array) -> Array:
-    return _cast_like(x, TABLE[activation.name].g(_widen(x), activation.constant))
+    row = TABLE[activation.name]
+    return _cast_like(x, row.g(x if row.takes_16_bits else _widen(x), activation.constant))
 
 
 def _widen(x: Array) -> Array:
