@@ -18,10 +18,15 @@ TUNED: Mapping[str, int] = {
     "MALLOC_TOP_PAD_": 2**28,
     "MALLOC_ARENA_MAX": 1,  # only the main arena can exceed 64 MiB, and XLA's threads would use others
 }
-"""Environment variables with which glibc keeps freed memory, for processes to be started."""
+"""Environment variables with which glibc keeps freed memory."""
 
 # The constants of mallopt(3).
 _PARAMETERS = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_TOP_PAD_": -2, "MALLOC_MMAP_MAX_": -4, "MALLOC_ARENA_MAX": -8}
+
+
+def environment(allocator: str) -> dict[str, str]:
+    """Return the environment variables of one of `ALLOCATORS`, for processes to be started."""
+    return {name: str(number) for name, number in TUNED.items()} if allocator == "tuned" else {}
 
 
 def keep_freed_memory() -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
-from experiments import cli
+from experiments import cli, process
 from experiments.errors import UsageError, bad_value
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ class Config:
     """Time the five fixed nets of `drawn_nets.FIXED` instead of drawn ones."""
     contenders: tuple[str, ...] = (STOCK, "torch", "torch channels-last")
     """Libraries to compare jaxcnn with; "torch.compile" and "torch.compile channels-last" take a minute per net."""
+    allocator: str = "stock"
+    """stock: glibc's defaults. tuned: glibc keeps freed memory, in all libraries (docs/training.md)."""
     rounds: int = 4
     """Number of rounds. In each round, every library has one turn."""
     steps: int = 4
@@ -82,6 +84,7 @@ def compare(config: Config) -> int:
         cli.check_count(f"--{name}", getattr(config, name))
     for name in config.contenders:
         cli.check_choice("--contenders", name, [other for other in CONTENDERS if other != "jaxcnn"])
+    cli.check_choice("--allocator", config.allocator, process.ALLOCATORS)
     results.check_out(config.out)
     if config.only and min(config.only) < 0:
         raise bad_value(UsageError, "--only", "at least 0", min(config.only))
@@ -106,6 +109,7 @@ def timed(name: str, config: Config) -> Result:
 
     libraries = ["jaxcnn", *dict.fromkeys(config.contenders)]
     environment = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    environment |= process.environment(config.allocator)
     contenders: dict[str, Contender] = {}
     seconds: dict[str, list[float]] = {library: [] for library in libraries}
     ready = {}
@@ -127,7 +131,8 @@ def report(config: Config, machine: Mapping[str, Any], rows: Sequence[Result]) -
     from experiments.benchmarks import results
 
     which = "fixed nets" if config.fixed else f"nets drawn from seed {config.seed}"
-    title = f"{len(rows)} {which}, one training step, {config.rounds} turns of {config.steps} steps"
+    turns = f"{config.rounds} turns of {config.steps} steps, {config.allocator} allocator"
+    title = f"{len(rows)} {which}, one training step, {turns}"
     results.heading(machine, title)
     columns = {
         "of the best PyTorch": [row.against("torch") for row in rows],

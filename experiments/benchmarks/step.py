@@ -57,8 +57,7 @@ def compare(config: Config) -> int:
 
     platform = "cuda" if config.device == "gpu" else "cpu"
     environment = {"JAXCNN_BENCHMARK_DEVICE": config.device, "JAX_PLATFORMS": platform}
-    if config.allocator == "tuned":
-        environment |= {name: str(number) for name, number in process.TUNED.items()}
+    environment |= process.environment(config.allocator)
     machine = timing.machine(("jax", "jaxlib", "optax"), others=("flax", "equinox", "keras", "torch"))
     contenders: dict[str, Contender] = {}
     ready: dict[str, Ready] = {}

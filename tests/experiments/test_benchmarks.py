@@ -300,6 +300,7 @@ def test_a_wrong_result_of_ours_is_status_1(monkeypatch, capsys, still):
         (growth, "--microbatch -1", "--microbatch: must be at least 1, got -1"),
         (drawn, "--nets 0", "--nets: must be at least 1, got 0"),
         (drawn, "--only 3 -1", "--only: must be at least 0, got -1"),
+        (drawn, "--allocator mine", "--allocator: must be one of tuned, stock, got 'mine'"),
         (ops, "--drawn 0", "--drawn: must be at least 1, got 0"),
         (drawn, "--contenders flux", "--contenders: must be one of flax nnx, equinox"),
         (backprop, "--rounds 0", "--rounds: must be at least 1, got 0"),
