@@ -22,7 +22,7 @@ test: $(VENV)/experiments,test $(VENV)/zennit  ## run a covering sample of the t
 	$(PYTEST) --quick $(ARGS)
 
 test-ci: $(VENV)/experiments,test $(VENV)/zennit  ## run the slow tests and a larger sample, as CI does
-	$(PYTEST) --sample 620 $(ARGS)
+	$(PYTEST) --sample 340 $(ARGS)
 
 test-full: $(VENV)/experiments,test $(VENV)/zennit  ## run all tests and doctests
 	$(PYTEST) $(ARGS)

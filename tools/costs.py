@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).parents[1]
 COSTS = ROOT / "tests" / "costs.json"
 #: A test whose cases take less than this many seconds together is not sampled.
-CHEAP = 2.0
+CHEAP = 1.0
 #: Tests that run whole.
 WHOLE = ("tests/test_planted_errors.py::test_caught",)
 
