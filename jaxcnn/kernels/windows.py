@@ -142,6 +142,29 @@ def _run_chosen(table: dict[str, Callable[..., Any]], chosen: dict[str, str], wi
 # Maxima
 
 
+def window_max(win: Window, x: Array) -> Array:
+    """Return the largest element of every window, if its number is not needed."""
+    without_overlap = all(s >= k for s, k in zip(win.stride, win.size, strict=True))
+    if without_overlap and (win.padded or win.entries > MAX_COMPARED_TAPS):
+        # On CPU, `lax.reduce_window` is slow only where it reads elements more than once.
+        return platform_dependent(x, default=Fixed(_max_of_winner, (win,)), cpu=Fixed(_reduce_max, (win,)))
+    return _max_of_winner(win, x)
+
+
+def _max_of_winner(win: Window, x: Array) -> Array:
+    return max_and_winner(win, x)[0]
+
+
+def _reduce_max(win: Window, x: Array) -> Array:
+    def reduced(x: Array) -> Array:
+        return lax.reduce_window(
+            x, np.asarray(-np.inf, x.dtype), lax.max, (1, *win.size, 1), (1, *win.stride, 1),
+            ((0, 0), *win.padding, (0, 0)), window_dilation=(1, *win.dilation, 1),
+        )  # fmt: skip
+
+    return run_whole(reduced, (x,), (slice(1, -1),), slice(1, -1))
+
+
 def max_and_winner(win: Window, x: Array) -> tuple[Array, Array]:
     """Return the largest element of every window, and its winner.
 
@@ -422,7 +445,8 @@ def _sum_by_dim(win: Window, x: Array) -> Array:
 
 def _sum_adjoint_by_dim(win: Window, y: Array) -> Array:
     for dim in range(win.ndim):
-        y = _sum_adjoint_dim(win, dim, y)
+        # XLA:CPU would compute the sums along the earlier dims again for each tap.
+        y = _sum_adjoint_dim(win, dim, materialize(y) if dim else y)
     return unpad(win, y)
 
 

@@ -743,6 +743,20 @@ def test_largest(name, drawn):
     assert_winners(windows.MAX[name], drawn)
 
 
+@pytest.mark.slow("compiles many geometries")
+@over_examples
+@given(
+    several(
+        st.tuples(drawn_windows(pads=(1, 0, 2)).filter(some_is_real), st.sampled_from(BATCHES), DRAWS, st.integers(0))
+    )
+)
+def test_largest_without_its_number(drawn):
+    xs = [draw(np.random.default_rng(seed), (batch, *win.shape, 3)) for win, batch, draw, seed in drawn]
+    calls = [(functools.partial(windows.window_max, win), x) for (win, *_), x in zip(drawn, xs, strict=True)]
+    for (win, *_), x, y in zip(drawn, xs, results(calls), strict=True):
+        np.testing.assert_array_equal(y, oracles.max_and_winner(win, x)[0])
+
+
 @st.composite
 def side_by_side(draw):
     """Draw windows side by side with a remainder at the end."""
