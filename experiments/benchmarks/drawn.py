@@ -43,8 +43,8 @@ class Config:
     """stock: glibc's defaults. tuned: glibc keeps freed memory, in all libraries (docs/training.md)."""
     rounds: int = 4
     """Number of rounds. In each round, every library has one turn."""
-    steps: int = 4
-    """Timed steps per turn."""
+    steps: int = 16
+    """Timed steps per turn. The first ones of a turn are slower, those of small nets by a third."""
     out: Annotated[Path | None, arg(metavar="PATH")] = None
     """JSON file for all numbers; a bar chart of the ratios is written next to it."""
 
