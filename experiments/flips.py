@@ -1,6 +1,7 @@
 """A net whose outputs are averaged over an image and its mirror image, for evaluation and prediction."""
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -32,8 +33,6 @@ class _Averaged(Serial):
 
     def apply(self, params: Any, x: Any, **options: Any) -> Array:
         """Return log p(x)."""
-        outputs = (self.net.apply(params, x, **options), self._of_mirrored(params, x, options))
-        return jnp.logaddexp(*map(jax.nn.log_softmax, outputs)) - jnp.log(2).astype(outputs[0].dtype)
-
-    def _of_mirrored(self, params: Any, x: Any, options: Any) -> Array:
-        return self.task.mirrored_back(self.net.apply(params, x[:, :, ::-1], **options))
+        plain = self.net.apply(params, x, **options)
+        mirrored = self.task.mirrored_back(self.net.apply(params, x[:, :, ::-1], **options))
+        return jnp.logaddexp(jax.nn.log_softmax(plain), jax.nn.log_softmax(mirrored)) - math.log(2)
