@@ -156,11 +156,22 @@ def _max_of_winner(win: Window, x: Array) -> Array:
 
 
 def _reduce_max(win: Window, x: Array) -> Array:
+    return reduce_windows(win, x, -np.inf, lax.max)
+
+
+def reduce_windows(win: Window, x: Array, initial: float, operation: Callable[[Any, Any], Any]) -> Array:
+    """Reduce every window by one `lax.reduce_window`, as stock JAX does."""
+
     def reduced(x: Array) -> Array:
         return lax.reduce_window(
-            x, np.asarray(-np.inf, x.dtype), lax.max, (1, *win.size, 1), (1, *win.stride, 1),
-            ((0, 0), *win.padding, (0, 0)), window_dilation=(1, *win.dilation, 1),
-        )  # fmt: skip
+            x,
+            np.asarray(initial, x.dtype),
+            operation,
+            (1, *win.size, 1),
+            (1, *win.stride, 1),
+            ((0, 0), *win.padding, (0, 0)),
+            window_dilation=(1, *win.dilation, 1),
+        )
 
     return run_whole(reduced, (x,), (slice(1, -1),), slice(1, -1))
 
@@ -185,15 +196,28 @@ def _max_by_phases(win: Window, x: Array) -> tuple[Array, Array]:
 
 def _compared(win: Window, entries: Sequence[Array]) -> tuple[Array, Array]:
     """Return the largest of the entries, one per tap, and the number of the first entry that equals it."""
+    numbers = [np.asarray(number, winner_dtype(win)) for number in range(win.entries)]
+    return _first_of_largest(entries, numbers, [_inside(win, tap)[..., None] for tap in win.taps()])
+
+
+def _first_of_largest(
+    entries: Sequence[Array], numbers: Sequence[Any], inside: Sequence[np.ndarray]
+) -> tuple[Array, Array]:
+    """Return the largest of the entries, and the number of the first entry that equals it or is NaN.
+
+    Args:
+        entries: Arrays of one shape.
+        numbers: The number of each entry, or an array of numbers.
+        inside: For each entry a mask of the elements that are not padding, which does not win.
+    """
     y = functools.reduce(jnp.maximum, entries)
-    dtype = winner_dtype(win)
-    # From the last tap to the first, so that the first of equals remains. The last needs no test: some element won.
-    winner = jnp.full(y.shape, win.entries - 1, dtype)
-    for number, (tap, entry) in reversed(list(enumerate(zip(win.taps(), entries, strict=True)))):
+    # From the last entry to the first, so that the first of equals remains. The last needs no test: some element won.
+    winner = jnp.broadcast_to(numbers[-1], y.shape)
+    for entry, number, real in reversed(list(zip(entries[:-1], numbers[:-1], inside[:-1], strict=True))):
         wins = (entry == y) | (entry != entry)
-        if not (real := _inside(win, tap)).all():
-            wins &= expand_rank(real[..., None], wins)
-        winner = jnp.where(wins, dtype.type(number), winner)
+        if not real.all():
+            wins &= expand_rank(real, wins)
+        winner = jnp.where(wins, number, winner)
     return y, winner
 
 
@@ -232,13 +256,9 @@ def _max_by_dim(win: Window, x: Array) -> tuple[Array, Array]:
     winner = jnp.zeros(y.shape, winner_dtype(win))
     for dim in reversed(range(win.ndim)):
         y, winner = materialize(y), materialize(winner)  # not recomputed for each tap
-        entries, codes = (list(_dim_slices(win, dim, a)) for a in (y, winner))
-        y, winner = functools.reduce(jnp.maximum, entries), codes[-1] + winner.dtype.type(number * (win.size[dim] - 1))
+        numbers = [code + code.dtype.type(number * k) for k, code in enumerate(_dim_slices(win, dim, winner))]
         inside = win.inside(dim).T.reshape(win.size[dim], -1, *(1,) * (y.ndim - dim - 2))
-        for k, (entry, code) in reversed(list(enumerate(zip(entries[:-1], codes[:-1], strict=True)))):
-            wins = (entry == y) | (entry != entry)
-            wins = wins if inside[k].all() else wins & expand_rank(inside[k], wins)
-            winner = jnp.where(wins, code + winner.dtype.type(number * k), winner)
+        y, winner = _first_of_largest(list(_dim_slices(win, dim, y)), numbers, list(inside))
         number *= win.size[dim]
     return y, winner
 

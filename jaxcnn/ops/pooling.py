@@ -13,7 +13,6 @@ The residual of max pooling is the number of the element that won, one byte per 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -37,7 +36,6 @@ from jaxcnn.kernels import windows as kernels
 from jaxcnn.kernels.dtypes import to_accumulator
 from jaxcnn.kernels.materialize import materialize_winner
 from jaxcnn.kernels.shapes import expand_rank
-from jaxcnn.kernels.split import run_whole
 from jaxcnn.ops.adjoint import adjoint_pair
 from jaxcnn.ops.rule import Rule, apply_rule, custom_vjp
 
@@ -114,22 +112,7 @@ max_pool_core.defvjp(_max_pool_fwd, _max_pool_bwd)
 
 def max_pool_reference(win: Window, x: Array) -> Array:
     """`max_pool` in stock JAX."""
-    return _reduce_windows(win, x, -np.inf, lax.max)
-
-
-def _reduce_windows(win: Window, x: Array, initial: float, operation: Callable[[Any, Any], Any]) -> Array:
-    def reduced(x: Array) -> Array:
-        return lax.reduce_window(
-            x,
-            np.asarray(initial, x.dtype),
-            operation,
-            (1, *win.size, 1),
-            (1, *win.stride, 1),
-            ((0, 0), *win.padding, (0, 0)),
-            window_dilation=(1, *win.dilation, 1),
-        )
-
-    return run_whole(reduced, (x,), (slice(1, -1),), slice(1, -1))
+    return kernels.reduce_windows(win, x, -np.inf, lax.max)
 
 
 @custom_vjp
@@ -370,7 +353,7 @@ avg_pool_core.defvjp(_avg_pool_fwd, _avg_pool_bwd)
 
 def avg_pool_reference(average: Average, x: Array) -> Array:
     """`avg_pool` in stock JAX."""
-    total = _reduce_windows(average.window, to_accumulator(x), 0, lax.add)
+    total = kernels.reduce_windows(average.window, to_accumulator(x), 0, lax.add)
     return average.divide_by_count(total).astype(x.dtype)
 
 
