@@ -76,6 +76,40 @@ def test_a_library_that_cannot_be_loaded_is_reported(monkeypatch, tmp_path):
         assert library.load.__wrapped__() is None
 
 
+def test_a_library_of_other_sources_is_not_loaded_and_the_next_build_deletes_it(monkeypatch, tmp_path):
+    path = tmp_path / library.library_path().name
+    old, of_other_jaxlib = tmp_path / f"convolution-0-{library.SUFFIX}", tmp_path / "convolution-0-jaxlib-0.9.so"
+    monkeypatch.setattr(library, "library_path", lambda: path)
+    of_other_jaxlib.touch()
+    assert library.load.__wrapped__() is None  # no warning: each version of jaxlib may have its own
+    old.touch()
+    message = rf"^jaxcnn\.native: {old.name} belongs to another version of jaxcnn .*python -m jaxcnn\.native build$"
+    with pytest.warns(UserWarning, match=message):
+        assert library.load.__wrapped__() is None
+
+    def compile_it(arguments, **_):
+        Path(arguments[arguments.index("-o") + 1]).touch()
+        return subprocess.CompletedProcess(arguments, 0)
+
+    monkeypatch.setattr(command, "_folder_of", lambda package, name: tmp_path)
+    monkeypatch.setattr(command.shutil, "which", lambda name: name)
+    monkeypatch.setattr(command.subprocess, "run", compile_it)
+    assert command.build() is None
+    assert sorted(tmp_path.iterdir()) == sorted([path, of_other_jaxlib])
+
+
+def test_the_name_of_the_library_changes_with_its_sources(monkeypatch, tmp_path):
+    folder = Path(library.__file__).parent
+    for source in (*folder.glob("*.cc"), *folder.glob("*.h")):
+        (tmp_path / source.name).write_bytes(source.read_bytes())
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
+    name = library.library_path.__wrapped__().name
+    assert name == library.library_path().name
+    with open(tmp_path / "dense.h", "a") as file:
+        file.write("\n")
+    assert library.library_path.__wrapped__().name != name
+
+
 @needs_library
 def test_when_it_is_chosen(monkeypatch):
     monkeypatch.setenv(library.OPTION, "1")

@@ -54,6 +54,8 @@ def build() -> str | None:
             print(result.stderr, file=sys.stderr)
             return f"{Path(compiler).name} failed"
         partial.replace(path)
+        for other in library.of_other_sources():
+            other.unlink()
     finally:
         partial.unlink(missing_ok=True)
     return None

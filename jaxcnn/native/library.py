@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import hashlib
 import os
 import warnings
 from collections.abc import Sequence
@@ -20,9 +21,23 @@ OPTION = "JAXCNN_NATIVE"
 PRODUCTS = ("correlate", "input_grad", "kernel_grad")
 
 
+#: End of the name of a library for this version of jaxlib.
+SUFFIX = f"jaxlib-{jaxlib.version.__version__}.so"
+
+
+@functools.cache
 def library_path() -> Path:
-    """Return the path of the library, which is compiled for one version of jaxlib."""
-    return Path(__file__).with_name(f"convolution-jaxlib-{jaxlib.version.__version__}.so")
+    """Return the path of the library, which is compiled from these sources for one version of jaxlib."""
+    here = Path(__file__).parent
+    sources = sorted(path for path in here.iterdir() if path.suffix in (".cc", ".h"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    return here / f"convolution-{digest[:8]}-{SUFFIX}"
+
+
+def of_other_sources() -> list[Path]:
+    """Return the libraries for this version of jaxlib that were compiled from other sources."""
+    path = library_path()
+    return [other for other in path.parent.glob(f"convolution-*{SUFFIX}") if other != path]
 
 
 def is_enabled() -> bool:
@@ -32,9 +47,18 @@ def is_enabled() -> bool:
 
 @functools.cache
 def load() -> ctypes.CDLL | None:
-    """Load the library and register its custom call; None without a library."""
+    """Load the library and register its custom call; None without a library.
+
+    Warns if there is only one that was compiled from other sources.
+    """
     path = library_path()
     if not path.exists():
+        if others := [other.name for other in of_other_sources()]:
+            warnings.warn(
+                f"jaxcnn.native: {', '.join(others)} belongs to another version of jaxcnn and is not used; to replace "
+                "it: python -m jaxcnn.native build",
+                stacklevel=2,
+            )
         return None
     try:
         library = ctypes.CDLL(str(path))
