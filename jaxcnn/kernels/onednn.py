@@ -89,3 +89,8 @@ def input_grad(c: Correlation, y: Array, w: Array) -> Array:
 def kernel_grad(c: Correlation, x: Array, y: Array) -> Array:
     """Apply the adjoint of `correlate` in w to float32 arrays."""
     return _call("kernel_grad", c, (*c.window.size, x.shape[-1] // c.groups, y.shape[-1]), x, y)
+
+
+def kernel_grad_each(c: Correlation, x: Array, y: Array) -> Array:
+    """Return the `kernel_grad` of each example, ``(N, *size, I/groups, O)``."""
+    return _call("kernel_grad", c, (x.shape[0], *c.window.size, x.shape[-1] // c.groups, y.shape[-1]), x, y)

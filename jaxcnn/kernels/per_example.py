@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxcnn.geometry import Correlation
+from jaxcnn.kernels import onednn
 from jaxcnn.kernels.dtypes import accumulator, to_accumulator, wider
 from jaxcnn.kernels.kernel_grad import KERNEL_GRAD, kernel_grad
 from jaxcnn.kernels.lowering import pad_to_span
@@ -47,9 +48,17 @@ def kernel_grad_each(c: Correlation, x: Array, y: Array) -> Array:
     """Return per-example weight gradients, ``(N, *size, I/groups, O)``, in the accumulation dtype of x and y.
 
     This is one product of all patches per example. Where the patches of a batch would be too large for CPU, it is a
-    product for one example after the other there: its patches stay in cache.
+    product for one example after the other there: its patches stay in cache. `jaxcnn.native` copies no patches.
     """
     x, y = _to_common_accumulator(x, y)
+    native = onednn.choose_native("kernel_grad", "patches", c, x.shape, y.shape[-1], x.dtype)
+    if native is None or mesh_of((x, y)) is not None:
+        return _each_in_jax(c, x, y)
+    in_jax = Fixed(_each_in_jax, (c,))
+    return platform_dependent(x, y, default=in_jax, native=Fixed(onednn.kernel_grad_each, (c,)))
+
+
+def _each_in_jax(c: Correlation, x: Array, y: Array) -> Array:
     patches_bytes = math.prod(c.window.out) * c.window.entries * x.shape[-1] * x.dtype.itemsize
     n = x.shape[0]
     fits = c.groups > 1 or is_symbolic(n) or n * patches_bytes <= BATCH_PATCH_BYTES

@@ -15,6 +15,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -91,12 +92,52 @@ class Buffer {
   size_t size_ = 0;
 };
 
-// Asks Linux for pages of 2 MB. XLA maps a program's temporary memory anew in each call. The faults of its pages of 4 KB
-// take up to a fifth of a training step: 56 ms for 76 MB, and 22 ms with large pages.
+struct Mapping {
+  uintptr_t begin = 0, end = 0;
+};
+
+// The mapping without a file that has this address; an empty one if there is none, and for the heap.
+Mapping mapping_of(uintptr_t address) {
+  Mapping found;
+  std::FILE* file = std::fopen("/proc/self/maps", "r");
+  char line[512], path[2];
+  while (file != nullptr && std::fgets(line, sizeof line, file) != nullptr) {
+    unsigned long begin, end, inode;
+    const int fields = std::sscanf(line, "%lx-%lx %*s %*s %*s %lu %1s", &begin, &end, &inode, path);
+    if (fields < 3 || address >= end) continue;
+    if (fields == 3 && inode == 0 && begin <= address) found = {begin, end};
+    break;
+  }
+  if (file != nullptr) std::fclose(file);
+  return found;
+}
+
+// Asks Linux for pages of 2 MB for the temporary memory of a program, of which a result is a part. XLA maps it anew in
+// each call, if it has more than 32 MB, and the faults of its pages of 4 KB take up to a third of a training step.
+//
+// The mapping is usually the same in each call. It is looked up again after some calls only, because a wrong one does no
+// harm: this is a hint, which the system may ignore.
 void use_large_pages(const void* data, size_t bytes) {
   constexpr uintptr_t page = 1 << 21;
+  constexpr int calls = 64;
+  constexpr size_t most = 4096;
+  struct Known {
+    Mapping mapping;
+    int calls = 0;
+  };
+  static std::mutex mutex;
+  static auto* all = new std::unordered_map<uintptr_t, Known>;
   const uintptr_t address = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
+  Mapping mapping;
+  {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (all->size() > most) all->clear();
+    Known& known = (*all)[address / page];
+    if (known.calls-- <= 0) known = {mapping_of(address), calls};
+    mapping = known.mapping;
+  }
+  const uintptr_t begin = (std::min(mapping.begin ? mapping.begin : address, address) + page - 1) / page * page;
+  const uintptr_t end = std::max(mapping.end, address + bytes) / page * page;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // may fail: only a hint
 }
 
@@ -293,6 +334,14 @@ Part rows_of(const Call& call, int64_t example, int64_t begin, int64_t end) {
   return part;
 }
 
+// Divides a call into parts of `size` examples.
+std::vector<Part> examples(const Call& call, int64_t size) {
+  const int64_t batch = call.image[0];
+  std::vector<Part> result;
+  for (int64_t n = 0; n < batch; n += size) result.push_back(examples_of(call, n, std::min(size, batch - n)));
+  return result;
+}
+
 // Divides a call into parts for a number of threads.
 std::vector<Part> divide(const Call& call, int64_t threads) {
   const int64_t batch = call.image[0];
@@ -301,16 +350,14 @@ std::vector<Part> divide(const Call& call, int64_t threads) {
   constexpr int64_t least = 1 << 19;  // multiplications that take longer than the start of a thread
   int64_t parts = std::min(threads / std::gcd(threads, batch), (2 * threads + batch - 1) / batch);
   parts = std::min({parts, rows, multiplications / least});
-  std::vector<Part> result;
   if (batch < 2 * threads && parts > 1 && call.stride[0] <= call.span()) {
+    std::vector<Part> result;
     for (int64_t n = 0; n < batch; n++) {
       for (int64_t i = 0; i < parts; i++) result.push_back(rows_of(call, n, rows * i / parts, rows * (i + 1) / parts));
     }
     return result;
   }
-  const int64_t size = (batch + threads - 1) / threads;
-  for (int64_t n = 0; n < batch; n += size) result.push_back(examples_of(call, n, std::min(size, batch - n)));
-  return result;
+  return examples(call, (batch + threads - 1) / threads);
 }
 
 // The last spatial dims of a `jaxcnn::Depthwise` or `jaxcnn::Dense` are those of the call.
@@ -379,17 +426,18 @@ class Pieces : public std::enable_shared_from_this<Pieces> {
   std::condition_variable all_done_;
 };
 
-void compute(ffi::ThreadPool& pool, const Call& call, float* image, float* kernel, float* result) {
+// If `each`, `kernel` has the gradient of each example, one after the other.
+void compute(ffi::ThreadPool& pool, const Call& call, bool each, float* image, float* kernel, float* result) {
   static thread_local Buffer buffer;
-  const bool sums = call.product == Product::kernel_grad, wide = supports(dnnl::cpu_isa::avx512_core);
-  const auto parts = divide(call, std::max<int64_t>(pool.num_threads(), 1));
+  const bool sums = call.product == Product::kernel_grad && !each, wide = supports(dnnl::cpu_isa::avx512_core);
+  const auto parts = each ? examples(call, 1) : divide(call, std::max<int64_t>(pool.num_threads(), 1));
   const int64_t count = parts.size(), size = elements(call.kernel);
 
   // The gradient of the kernel is the sum over all parts; the first one is computed in place.
   float* others = sums ? buffer.of_size((count - 1) * size * sizeof(float)) : nullptr;
   auto work = [&](int64_t i) {
     const Call& part = parts[i].call;
-    float* kernels = sums && i > 0 ? others + (i - 1) * size : kernel;
+    float* kernels = each ? kernel + i * size : sums && i > 0 ? others + (i - 1) * size : kernel;
     float *images = image + parts[i].image, *results = result + parts[i].result;
     if (parts[i].empty) {
       if (part.product == Product::correlate) std::fill_n(results, elements(part.result), 0.0f);
@@ -411,18 +459,20 @@ void compute(ffi::ThreadPool& pool, const Call& call, float* image, float* kerne
   }
 }
 
-// Argument and result are the two factors and the product, in the order of jaxcnn/kernels.
+// Argument and result are the two factors and the product, in the order of jaxcnn/kernels. A gradient of the kernel with
+// one more dim has the gradient of each example.
 ffi::Error run(ffi::ThreadPool pool, Array a, Array b, ffi::Result<Array> c, int64_t product, Span stride, Span low,
                Span high, Span dilation, int64_t groups) {
   const auto which = static_cast<Product>(product);
   Array *image = &a, *kernel = &b, *result = &*c;
   if (which == Product::input_grad) image = &*c, result = &a;
   if (which == Product::kernel_grad) kernel = &*c, result = &b;
-  const Call call(product, image->dimensions(), kernel->dimensions(), result->dimensions(), stride, low, high, dilation,
-                  groups);
+  const bool each = which == Product::kernel_grad && kernel->dimensions().size() > image->dimensions().size();
+  const Span shape(kernel->dimensions().begin() + each, kernel->dimensions().size() - each);
+  const Call call(product, image->dimensions(), shape, result->dimensions(), stride, low, high, dilation, groups);
   use_large_pages(c->untyped_data(), c->size_bytes());
   try {
-    compute(pool, call, image->typed_data(), kernel->typed_data(), result->typed_data());
+    compute(pool, call, each, image->typed_data(), kernel->typed_data(), result->typed_data());
   } catch (const std::exception& e) {
     return ffi::Error::Internal(std::string("jaxcnn.native: ") + e.what());
   }

@@ -25,6 +25,7 @@ from jaxcnn.kernels import (
     kernel_grad,
     lowering,
     onednn,
+    per_example,
     reductions,
     unrolled,
     windows,
@@ -312,6 +313,38 @@ def test_onednn_in_programs(monkeypatch):
     exported = jax.export.export(jax.jit(jax.grad(loss)))(x, w)
     assert library.TARGET not in exported.mlir_module()
     np.testing.assert_allclose(exported.call(x, w), ours["grad"]()[0], rtol=1e-4, atol=1e-5)
+
+
+#: Kernels' gradients of each example: those in `OWN`, and some of oneDNN's.
+OF_EACH = {
+    **OWN,
+    "jit": [
+        (window((9, 8), (1, 1), (1, 1), ((0, 0), (0, 0))), 16, 32, 1),
+        (window((9, 8), (3, 2), (2, 1), ((1, 0), (1, 1)), (1, 2)), 32, 48, 2),
+        (window((5, 6, 4), (2, 1, 3), (1, 1, 1), ((0, 0), (0, 0), (1, 1))), 16, 16, 1),
+    ],
+}
+
+
+@needs_library
+@pytest.mark.parametrize("kind", OF_EACH)
+def test_kernel_grads_of_each_example_in_onednn(kind, monkeypatch):
+    """They equal the definition, and a program for one CPU device calls the library once, outside of any loop."""
+    monkeypatch.setenv(library.OPTION, "1")
+    for win, inputs, outputs, groups in OF_EACH[kind]:
+        c = Correlation(win, groups, np.dtype(np.float32))
+        x, y = (a.astype(np.float32) for a in numbers((5, *win.shape, inputs), (5, *win.out, outputs)))
+        with compilation.none_is_small():
+            lowered = jax.jit(functools.partial(per_example.kernel_grad_each, c)).lower(x, y)
+        assert lowered.as_text().count(f"@{library.TARGET}(") == 1
+        assert "while" not in lowered.as_text()
+        found = lowered.compile()(x, y)
+        for n, of_example in enumerate(found):
+            expected = oracles.kernel_grad(c, x[n : n + 1].astype(np.float64), y[n : n + 1].astype(np.float64))
+            np.testing.assert_allclose(of_example, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+        with compilation.none_is_small():
+            squares = jax.jit(functools.partial(per_example.kernel_grad_squares, c))(x, y)
+        np.testing.assert_allclose(squares, np.sum(np.square(found).reshape(5, -1), 1), rtol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
