@@ -1,6 +1,7 @@
 """Compare nets of other libraries with their explicit form: python -m experiments.zoo --help."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -83,14 +84,21 @@ def compare(config: Config) -> int:
         return check(config, names, machine)
     results.heading(machine, f"jax.value_and_grad, batch {config.batch_size}, {config.rounds} rounds")
     rows: list[dict[str, Any]] = []
-    with results.until_interrupted(lambda: rows) as interrupted:
+    failed = []
+    with results.until_stopped(lambda: rows) as stopped:
         for name in names:
             for mode in config.modes:
-                row = measure(name, mode, config)
-                print(line(row), flush=True)
-                rows.append(row)
+                try:
+                    rows.append(measure(name, mode, config))
+                except RunError as error:
+                    failed.append(f"{name}, {mode}")
+                    print(error, flush=True)
+                else:
+                    print(line(rows[-1]), flush=True)
     report(config, machine, rows)
-    return interrupted[0] if interrupted else 0
+    if failed:
+        print(f"without a result: {'; '.join(failed)}")
+    return stopped[0] if stopped else int(bool(failed))
 
 
 def check_config(config: Config) -> list[str]:
@@ -202,15 +210,17 @@ def check(config: Config, names: Sequence[str], machine: Mapping[str, Any]) -> i
     """Compare the results of each net with those of stock JAX, each dtype in its own process."""
     from experiments.benchmarks import results
 
-    rows, wrong = [], []
-    for name in names:
-        for mode in config.modes:
-            for dtype in EQUAL:
-                process = Process("check", name, dtype, mode, str(config.batch_size))
-                try:
-                    row = {"net": name, "mode": mode, "dtype": dtype, **process.answer()}
-                finally:
-                    process.stop()
+    rows: list[dict[str, Any]] = []
+    wrong = []
+    with results.until_stopped(lambda: rows) as stopped:
+        for name, mode, dtype in itertools.product(names, config.modes, EQUAL):
+            process = Process("check", name, dtype, mode, str(config.batch_size))
+            try:
+                row = {"net": name, "mode": mode, "dtype": dtype, **process.answer()}
+            except RunError as error:
+                wrong.append(f"{name}, {mode}, {dtype}")
+                print(error, flush=True)
+            else:
                 rows.append(row)
                 number = row["largest"] if dtype == "float64" else row["median"]
                 right = max(number, row["loss"]) <= EQUAL[dtype]
@@ -222,10 +232,12 @@ def check(config: Config, names: Sequence[str], machine: Mapping[str, Any]) -> i
                 )
                 if not right:
                     wrong.append(f"{name}, {mode}, {dtype}")
-    print(f"{len(rows)} comparisons, {len(wrong)} differ: {'; '.join(wrong) or 'none'}")
+            finally:
+                process.stop()
+    print(f"{len(rows)} comparisons, {len(wrong)} differ or failed: {'; '.join(wrong) or 'none'}")
     if config.out is not None:
         results.write(config.out, machine, config, rows=rows)
-    return 1 if wrong else 0
+    return stopped[0] if stopped else int(bool(wrong))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

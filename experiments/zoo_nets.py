@@ -67,7 +67,7 @@ def haiku_net(name: str, dtype: str) -> Net:
     import haiku as hk
 
     def forward(x: Any, training: bool) -> Any:
-        return getattr(hk.nets, name)(CLASSES)(x, is_training=training)
+        return getattr(hk.nets, name)(num_classes=CLASSES)(x, is_training=training)
 
     net: Any = hk.without_apply_rng(hk.transform_with_state(forward))
     shape = (64, 64, 3)

@@ -89,7 +89,7 @@ def compare(config: Config) -> int:
     title = f"{config.data}, lecture, batch {config.batch_size}: seconds of training until {config.target:.0%}"
     results.heading(machine, title)
     by_seed: dict[int, dict[str, Trained]] = {}
-    with results.until_interrupted(lambda: by_seed) as interrupted:
+    with results.until_stopped(lambda: by_seed) as stopped:
         for seed in config.seeds:
             by_seed[seed] = dict(train_all(config, data, seed))
             print(f"seed {seed}")
@@ -106,7 +106,7 @@ def compare(config: Config) -> int:
     if config.out is not None:
         seeds = {seed: {name: to_json(t) for name, t in trainings.items()} for seed, trainings in by_seed.items()}
         results.write(config.out, machine, config, seeds=seeds)
-    return interrupted[0] if interrupted else 0
+    return stopped[0] if stopped else 0
 
 
 def check(config: Config) -> None:

@@ -56,7 +56,7 @@ def compare(config: Config) -> int:
     environment = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     machine = timing.machine(("jax", "jaxlib"), others=("flax", "equinox"))
-    with results.until_interrupted(lambda: all(seconds.values())) as interrupted:
+    with results.until_stopped(lambda: all(seconds.values())) as stopped:
         for name in timing.in_rounds(names, config.rounds):
             contender = Contender(name, config.net, environment, batch=config.batch_size)
             try:
@@ -67,7 +67,7 @@ def compare(config: Config) -> int:
     times = {name: timing.Times(tuple(s)) for name, s in seconds.items()}
     title = f"{config.net}: trace, lower and compile a training step, {config.rounds} new processes each"
     results.report(config.out, machine, config, title, times, "jaxcnn", "jaxcnn")
-    return interrupted[0] if interrupted else 0
+    return stopped[0] if stopped else 0
 
 
 if __name__ == "__main__":

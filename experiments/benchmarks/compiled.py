@@ -134,7 +134,7 @@ def compare(config: Config) -> int:
     rows: list[Compared] = []
     compiler = Compiler(config.platform, config.timeout)
     try:
-        with results.until_interrupted(lambda: rows) as interrupted:
+        with results.until_stopped(lambda: rows) as stopped:
             for (row, product, dtype), contenders in jobs:
                 programs = {name: compiler.compile(job) for name, job in contenders.items()}
                 rows.append(Compared(row, product, dtype, programs, PLATFORMS[config.platform].measure))
@@ -148,7 +148,7 @@ def compare(config: Config) -> int:
         results.write(config.out, machine, config, rows=[to_json(row) for row in rows])
         draw(config.out.with_suffix(".png"), config.platform, rows)
     failed = any(isinstance(row.programs[OURS], str) for row in rows)
-    return interrupted[0] if interrupted else int(failed)
+    return stopped[0] if stopped else int(failed)
 
 
 def check(config: Config) -> None:

@@ -92,13 +92,13 @@ def compare(config: Config) -> int:
     names = [*FIXED] if config.fixed else [f"drawn {config.seed} {number}" for number in numbers]
     machine = timing.machine(("jax", "jaxlib", "optax"), others=("flax", "torch"))
     rows: list[Result] = []
-    with results.until_interrupted(lambda: rows) as interrupted:
+    with results.until_stopped(lambda: rows) as stopped:
         for name in names:
             rows.append(timed(name, config))
             print(f"{rows[-1].net}: " + ", ".join(f"{n} {t.minimum * 1e3:.1f} ms" for n, t in rows[-1].times.items()),
                   flush=True)  # fmt: skip
     report(config, machine, rows)
-    return interrupted[0] if interrupted else 0
+    return stopped[0] if stopped else 0
 
 
 def timed(name: str, config: Config) -> Result:

@@ -72,7 +72,7 @@ def measure(config: Config) -> int:
     )
     times: dict[str, Any] = {}
     panels: dict[str, dict[str, dict[int, float]]] = {}
-    with results.until_interrupted(lambda: panels) as interrupted:
+    with results.until_stopped(lambda: panels) as stopped:
         for what in config.what:
             times[what] = {
                 size: timing.in_turns(steps(what, size, config.microbatch), config.rounds, most=0.5)
@@ -88,7 +88,7 @@ def measure(config: Config) -> int:
     if config.out is not None:
         results.write(config.out, machine, config, seconds=times)
         results.lines(config.out.with_suffix(".png"), "one training step", panels, "seconds per image")
-    return interrupted[0] if interrupted else 0
+    return stopped[0] if stopped else 0
 
 
 def table(curves: Mapping[str, Mapping[int, float]]) -> Iterator[list[str]]:

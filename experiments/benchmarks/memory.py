@@ -61,7 +61,7 @@ def compare(config: Config) -> int:
         machine, "one training step: XLA's temporary memory, and residuals between forward and backward pass"
     )
     by_net: dict[str, dict[str, Bytes]] = {}
-    with results.until_interrupted(lambda: by_net) as interrupted:
+    with results.until_stopped(lambda: by_net) as stopped:
         for name in config.nets:
             timed = NETS[name]()
             timed = dataclasses.replace(timed, batch=config.batch_size or timed.batch)
@@ -80,7 +80,7 @@ def compare(config: Config) -> int:
         }
         label = "jaxcnn's bytes / the other library's bytes"
         results.bars(config.out.with_suffix(".png"), "memory of a training step", label, ratios)
-    return interrupted[0] if interrupted else 0
+    return stopped[0] if stopped else 0
 
 
 def rows(by_net: Mapping[str, Mapping[str, Bytes]]) -> list[list[str]]:

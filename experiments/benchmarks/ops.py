@@ -124,7 +124,7 @@ def compare(config: Config) -> int:
     title = f"{which}, {config.rounds} rounds, {config.device}; minima, and ratios to jaxcnn's time"
     results.heading(machine, title)
     table: list[Measured] = []
-    with results.until_interrupted(lambda: table) as interrupted:
+    with results.until_stopped(lambda: table) as stopped:
         for row, names in chosen:
             for measured in measure(row, names, config):
                 print(line(measured), flush=True)
@@ -136,7 +136,7 @@ def compare(config: Config) -> int:
         if not config.drawn:
             draw(config.out.with_suffix(".png"), table)
     wrong = any(OURS in measured.note for measured in table)
-    return 1 if wrong else interrupted[0] if interrupted else 0
+    return 1 if wrong else stopped[0] if stopped else 0
 
 
 def products(row: "Row", only: str = "") -> list[str]:

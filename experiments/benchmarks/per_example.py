@@ -75,7 +75,7 @@ def compare(config: Config) -> int:
     results.heading(machine, f"{config.net}, batch {config.batch_size}, {config.rounds} rounds; results are equal")
     times: dict[str, Any] = {}
     ratios = {}
-    with results.until_interrupted(lambda: times) as interrupted:
+    with results.until_stopped(lambda: times) as stopped:
         for what in WHAT:
             print(f"\n{what}")
             times[what] = timing.in_turns({name: call for (name, w), call in calls.items() if w == what}, config.rounds)
@@ -88,7 +88,7 @@ def compare(config: Config) -> int:
         title = f"{config.net}, batch {config.batch_size}: vmap(grad)"
         if ratios:
             results.bars(config.out.with_suffix(".png"), title, label, ratios)
-    return interrupted[0] if interrupted else 0
+    return stopped[0] if stopped else 0
 
 
 def check(config: Config) -> None:

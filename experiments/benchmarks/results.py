@@ -4,13 +4,15 @@ import contextlib
 import dataclasses
 import json
 import math
+import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks.timing import Times
 from experiments.cli import INTERRUPTED
-from experiments.errors import UsageError, bad_value
+from experiments.errors import UsageError, bad_value, explain
 from experiments.files import creating
 
 OURS, THEIRS = "#c0392b", "#95a5a6"
@@ -28,15 +30,14 @@ def check_out(out: Path | None) -> None:
 
 
 @contextlib.contextmanager
-def until_interrupted(has_results: Callable[[], Any]) -> Iterator[list[int]]:
-    """Let Ctrl-C end the block early, so that the measurements so far are reported and written.
+def until_stopped(has_results: Callable[[], Any]) -> Iterator[list[int]]:
+    """Let Ctrl-C or an error end the block early, so that the measurements so far are reported and written.
 
     Args:
-        has_results: Called after Ctrl-C; returns whether there are results to report. If not, the interrupt is raised
-            again.
+        has_results: Called then; returns whether there are results to report. If not, the exception is raised again.
 
     Yields:
-        A list to which Ctrl-C adds the script's exit status.
+        A list to which the script's exit status is added if the block ends early.
     """
     status: list[int] = []
     try:
@@ -46,6 +47,12 @@ def until_interrupted(has_results: Callable[[], Any]) -> Iterator[list[int]]:
             raise
         status.append(INTERRUPTED)
         print("interrupted; the results so far:", flush=True)
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) or not has_results():
+            raise
+        status.append(1)
+        print(explain(error) or "".join(traceback.format_exception(error)), file=sys.stderr)
+        print("stopped by an error; the results so far:", flush=True)
 
 
 def heading(machine: Mapping[str, Any], title: str) -> None:

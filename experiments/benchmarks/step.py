@@ -73,7 +73,7 @@ def compare(config: Config) -> int:
                 scan=config.scan,
             )
             ready[name] = contenders[name].ready()
-        with results.until_interrupted(lambda: all(seconds.values())) as interrupted:
+        with results.until_stopped(lambda: all(seconds.values())) as stopped:
             for name in timing.in_rounds(names, config.rounds):
                 seconds[name] += contenders[name].turn(config.steps)
     finally:
@@ -81,7 +81,7 @@ def compare(config: Config) -> int:
             contender.stop()
     times = {name: timing.Times(tuple(s)) for name, s in seconds.items()}
     report(config, machine, times, ready)
-    return interrupted[0] if interrupted else 0
+    return stopped[0] if stopped else 0
 
 
 def check(config: Config) -> list[str]:

@@ -30,6 +30,7 @@ from experiments.benchmarks import (
 from experiments.benchmarks.contenders import equinox_net, flax_net, load_equinox, load_flax, load_torch, torch_net
 from experiments.benchmarks.nets import NETS, Timed
 from experiments.benchmarks.timing import Times
+from experiments.errors import RunError
 from jaxcnn import Conv, Dense, Dropout, Flatten, MaxPool, Relu, serial
 
 SMALL = Timed(
@@ -118,6 +119,26 @@ def test_ctrl_c_reports_the_results_so_far(tmp_path, monkeypatch, capsys):
     assert ops.main(["--no-torch", "--out", str(tmp_path / "b.json")]) == 130  # nothing was measured
     assert capsys.readouterr().err.endswith("ops: interrupted\n")
     assert not (tmp_path / "b.json").exists()
+
+
+@pytest.mark.usefixtures("still")
+@pytest.mark.parametrize(
+    ("error", "text"), [(RunError("lost"), "lost\n"), (ValueError("wrong"), "ValueError: wrong\n")]
+)
+def test_an_error_reports_the_results_so_far(tmp_path, monkeypatch, capsys, error, text):
+    def measure(row, wanted, config):
+        if seen:
+            raise error
+        seen.append(row.name)
+        yield measured(1.0, 2.0, name=row.name)
+
+    seen = []
+    monkeypatch.setattr(ops, "measure", measure)
+    assert ops.main(["--no-torch", "--out", str(tmp_path / "a.json")]) == 1
+    out, err = capsys.readouterr()
+    assert "stopped by an error; the results so far:" in out
+    assert text in err
+    assert [row["row"] for row in json.loads((tmp_path / "a.json").read_text())["rows"]] == seen
 
 
 def test_turns(monkeypatch):
@@ -559,6 +580,22 @@ def test_report_of_the_zoo(capsys):
 
 
 @pytest.mark.slow("compiles a whole net twice")
+def test_a_net_of_the_zoo_that_fails_does_not_end_the_others(monkeypatch, capsys):
+    def measure(name, mode, config):
+        if name == "linen":
+            raise RunError("linen stock JAX training: its process ended with status 1")
+        times = {form: timing.Times((0.1, 0.1)) for form in (zoo.STOCK, zoo.OURS)}
+        return {"net": name, "mode": mode, "seconds": times, "built": dict.fromkeys(times, zoo.Built(1, 1, 1, 1, 1))}
+
+    monkeypatch.setattr(zoo, "measure", measure)
+    monkeypatch.setattr(timing, "machine", lambda *_, **__: {})
+    assert zoo.main(["--nets", "linen", "nnx", "--modes", "training"]) == 1
+    out = capsys.readouterr().out
+    assert "linen stock JAX training: its process ended with status 1\n" in out
+    assert "training: geometric mean 1.00, least 1.00 (nnx)\n" in out
+    assert out.endswith("without a result: linen, training\n")
+
+
 def test_a_net_of_the_zoo_equals_stock_jax():
     pytest.importorskip("haiku")
     with jax.enable_x64(True):
