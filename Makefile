@@ -7,7 +7,7 @@ PY     := $(VENV)/bin/python
 PYTHON_COMPILED ?= python3.12
 PYTEST := $(PY) -m pytest -n auto --dist worksteal --durations=20
 
-.PHONY: help train lecture test test-ci test-full fuzz test-all coverage mutants native lint types docs build smoke smoke-runs smoke-benchmarks bench compiled check clean
+.PHONY: help train lecture test test-full fuzz test-all coverage mutants native lint types docs build smoke smoke-runs smoke-benchmarks bench compiled check clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-10s %s\n", $$1, $$2}'
@@ -21,10 +21,7 @@ lecture: $(VENV)/experiments  ## run every statement of the lecture and write on
 test: $(VENV)/experiments,test $(VENV)/zennit  ## run a covering sample of the tests, about 6 minutes on 2 cores
 	$(PYTEST) --quick $(ARGS)
 
-test-ci: $(VENV)/experiments,test $(VENV)/zennit  ## run the slow tests and a larger sample, as CI does
-	$(PYTEST) --sample 340 $(ARGS)
-
-test-full: $(VENV)/experiments,test $(VENV)/zennit  ## run all tests and doctests
+test-full: $(VENV)/experiments,test $(VENV)/zennit  ## run all tests and doctests, as CI does
 	$(PYTEST) $(ARGS)
 
 test-all:  ## run all tests on each installed Python, in .venv-3.11, .venv-3.12, …
@@ -102,7 +99,7 @@ bench: $(VENV)/all  ## time training steps side by side with other libraries
 compiled: .venv-compiled/ready  ## compile every op for a TPU or GPU, without one; ARGS="--platform cuda-h100 --only pool"
 	.venv-compiled/bin/python -m experiments.benchmarks.compiled $(ARGS)
 
-check: lint types test-ci docs build smoke  ## run everything that CI runs
+check: lint types test-full docs build smoke  ## run everything that CI runs
 
 clean:  ## delete environments, runs, builds and caches
 	rm -rf $(VENV) .venv-3.* .venv-compiled runs dist .pytest_cache .mypy_cache .ruff_cache

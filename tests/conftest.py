@@ -6,6 +6,7 @@ import itertools
 import os
 import shutil
 import sys
+import time
 import types
 
 import hypothesis
@@ -39,6 +40,10 @@ if importlib.util.find_spec("torchvision") is None:
 KEPT = 2 * 2**30  # bytes; the cache also holds programs of older versions of the library
 #: Tests that are in the sample, and tests that are not.
 COUNTS = pytest.StashKey[tuple[int, int]]()
+#: Names of the tests with which a run with a time limit begins, and the time at which the process began.
+FIRST = pytest.StashKey[set[str]]()
+BEGAN = pytest.StashKey[float]()
+LATE = "the time of --seconds is over"
 #: Memory that one process of the suite needs.
 PROCESS_BYTES = 3 * 2**30
 
@@ -46,8 +51,8 @@ PROCESS_BYTES = 3 * 2**30
 def pytest_addoption(parser):
     group = parser.getgroup("jaxcnn")
     group.addoption("--quick", action="store_true", help="run a covering sample of the tests, as `make test` does")
-    group.addoption("--sample", type=float, metavar="SECONDS",
-                    help="run a covering sample that takes this long, and the slow tests: `make test-ci`")  # fmt: skip
+    group.addoption("--seconds", type=float, metavar="SECONDS",
+                    help="begin with the covering sample and the slow tests; skip others after this time")  # fmt: skip
     group.addoption("--seed", type=int, default=0, help="draw another sample with another number (default: 0)")
     group.addoption("--clear-every", type=int, default=250, metavar="N",
                     help="clear JAX's caches after N tests; with 1, each test traces all that it uses")  # fmt: skip
@@ -63,10 +68,13 @@ def pytest_collection_modifyitems(config, items):
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 10, 10)
-    if not config.option.quick and config.option.sample is None:
+    if config.option.seconds is not None:
+        first = sampling.sample(items, config.option.seed, slow=True)
+        items[:] = sampling.sample_first(items, first, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
+        config.stash[FIRST] = {item.nodeid for item in first}
+    if not config.option.quick:
         return
-    budget, slow = (sampling.BUDGET, False) if config.option.quick else (config.option.sample, True)
-    chosen = sampling.sample(items, config.option.seed, budget, slow=slow)
+    chosen = sampling.sample(items, config.option.seed)
     names = {item.nodeid for item in chosen}
     left_out = [item for item in items if item.nodeid not in names]
     config.stash[COUNTS] = len(chosen), len(left_out)
@@ -74,6 +82,14 @@ def pytest_collection_modifyitems(config, items):
         config.workeroutput["sample"] = config.stash[COUNTS]
     config.hook.pytest_deselected(items=left_out)
     items[:] = chosen
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Skip a test that is not in the sample if the time is over."""
+    limit, stash = item.config.option.seconds, item.config.stash
+    if limit is not None and item.nodeid not in stash[FIRST] and time.monotonic() - stash[BEGAN] > limit:
+        pytest.skip(LATE)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -101,6 +117,14 @@ def pytest_terminal_summary(terminalreporter, config):
             f"{chosen} of {chosen + left_out} tests ran, a covering sample with seed {config.option.seed}; "
             "`make test-full` runs all"
         )
+    if config.option.seconds is not None:
+        late = sum(LATE in str(report.longrepr) for report in terminalreporter.stats.get("skipped", ()))
+        terminalreporter.section("time")
+        terminalreporter.write_line(
+            f"{late} tests that are not in the sample were skipped after {config.option.seconds:g} s"
+            if late
+            else f"all tests ran in {config.option.seconds:g} s"
+        )
 
 
 def pytest_configure(config):
@@ -108,6 +132,7 @@ def pytest_configure(config):
 
     A second run takes a third of the time, even on another Python version with the same jaxlib.
     """
+    config.stash[BEGAN] = time.monotonic()
     if not hasattr(config, "cache"):  # -p no:cacheprovider
         return
     folder = config.cache.mkdir("compiled")

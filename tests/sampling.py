@@ -1,4 +1,4 @@
-"""The quick run and CI's: a covering sample of the tests, drawn from a fixed seed.
+"""The quick run: a covering sample of the tests, drawn from a fixed seed.
 
 `costs.json` lists the parametrized tests that take long in total, with the seconds of one case. Of their cases a
 sample has
@@ -10,7 +10,7 @@ sample has
 3. then others at random, until the budget is spent.
 
 All other tests run whole. The quick run excludes those marked ``slow`` and those that use a fixture of
-`SLOW_FIXTURES`; CI does not, and has a larger budget.
+`SLOW_FIXTURES`. A run with a time limit begins with the sample and these (`sample_first`).
 """
 
 import heapq
@@ -154,3 +154,24 @@ def sample(
             kept.add(i)
             budget -= cost[i]
     return [items[i] for i in sorted(kept)]
+
+
+def sample_first(items: Sequence[Any], first: Sequence[Any], processes: int) -> list[Any]:
+    """Sort the tests so that each process of pytest-xdist begins with its share of the tests in ``first``.
+
+    The processes receive consecutive parts of equal length. Modules of ``first`` are dealt to them in turn.
+    """
+    names = {item.nodeid for item in first}
+    turn: dict[str, int] = {}
+    parts: list[list[Any]] = [[] for _ in range(processes)]
+    for item in items:
+        if item.nodeid in names:
+            module = item.nodeid.partition("::")[0]
+            parts[turn.setdefault(module, len(turn)) % processes].append(item)
+    rest = [item for item in items if item.nodeid not in names]
+    for i, part in enumerate(parts):
+        size = (len(items) - sum(map(len, parts[:i]))) // (processes - i)
+        number = max(0, size - len(part))
+        part += rest[:number]
+        del rest[:number]
+    return [*itertools.chain(*parts), *rest]

@@ -1,14 +1,16 @@
 """A sample covers what it promises, is the same for the same seed, and keeps to its budget."""
 
 import ast
+import contextlib
 import itertools
+import time
 import types
 from pathlib import Path
 
 import pytest
 
 from jaxcnn.ops.kinds import kind_of
-from tests import sampling
+from tests import conftest, sampling
 from tests.cases import CASES, OPS, shows
 
 ROOT = Path(__file__).parents[1]
@@ -97,6 +99,34 @@ def test_the_order_is_that_of_the_suite_and_rows_stay_together():
     a, b, c = CASES[:3]
     mixed = [item("rows", case=a), item("rows", case=b), ONE, item("rows", case=c), item("rows", case=a)]
     assert [one.callspec.params["case"] for one in of("rows", sampling.by_row(mixed))] == [a, a, b, c]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_each_process_begins_with_its_share_of_the_sample(processes):
+    first = sample(budget=0.0, slow=True)
+    found = sampling.sample_first(ALL, first, processes)
+    assert sorted(found, key=id) == sorted(ALL, key=id)
+    begin, modules = 0, []
+    for left in range(processes, 0, -1):  # as pytest-xdist deals them
+        part = found[begin : begin + (len(found) - begin) // left]
+        begin += len(part)
+        in_sample = [one in first for one in part]
+        assert in_sample == sorted(in_sample, reverse=True)
+        assert any(in_sample)
+        assert not all(in_sample)
+        modules.append({one.nodeid.partition("::")[0] for one in part if one in first})
+    assert len(set.union(*modules)) == sum(map(len, modules))  # none has two processes
+
+
+@pytest.mark.parametrize(
+    ("limit", "name", "skipped"), [(None, "b", False), (1e6, "b", False), (0, "b", True), (0, "a", False)]
+)
+def test_after_the_time_limit_only_tests_of_the_sample_run(limit, name, skipped):
+    option = types.SimpleNamespace(seconds=limit)
+    config = types.SimpleNamespace(option=option, stash={conftest.FIRST: {"a"}, conftest.BEGAN: time.monotonic() - 1})
+    test = types.SimpleNamespace(nodeid=name, config=config)
+    with pytest.raises(pytest.skip.Exception) if skipped else contextlib.nullcontext():
+        conftest.pytest_runtest_setup(test)
 
 
 def test_the_sampled_tests_exist_and_have_parameters():
