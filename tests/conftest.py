@@ -123,7 +123,7 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(
             f"{late} tests that are not in the sample were skipped after {config.option.seconds:g} s"
             if late
-            else f"all tests ran in {config.option.seconds:g} s"
+            else f"all tests ran within {config.option.seconds:g} s"
         )
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxcnn.native import library
+
 
 @dataclasses.dataclass(frozen=True)
 class Times:
@@ -94,7 +96,7 @@ def in_turns(
 
 
 def machine(packages: tuple[str, ...], others: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return versions of packages, the hardware, its load, and its current GEMM and copy rates.
+    """Return versions of packages, the hardware, its load, its current GEMM and copy rates, and the use of oneDNN.
 
     Args:
         packages: Packages that are installed.
@@ -111,6 +113,7 @@ def machine(packages: tuple[str, ...], others: tuple[str, ...] = ()) -> dict[str
         "device": jax.devices()[0].device_kind,
         "gemm_gflops": round(2 * 2048**3 / rates["gemm"].minimum / 1e9, 1),
         "copy_gb_per_s": round(2 * block.nbytes / rates["copy"].minimum / 1e9, 1),
+        "onednn": "in use" if library.is_enabled() else "not in use",
         "allocator": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},
         "python": platform.python_version(),
         **{package: importlib.metadata.version(package) for package in packages},
