@@ -92,13 +92,14 @@ class Buffer {
   size_t size_ = 0;
 };
 
-struct Mapping {
-  uintptr_t begin = 0, end = 0;
+// Addresses from begin to end.
+struct Range {
+  uintptr_t begin, end;
 };
 
 // The mapping without a file that has this address; an empty one if there is none, and for the heap.
-Mapping mapping_of(uintptr_t address) {
-  Mapping found;
+Range mapping_of(uintptr_t address) {
+  Range found{address, address};
   std::FILE* file = std::fopen("/proc/self/maps", "r");
   char line[512], path[2];
   while (file != nullptr && std::fgets(line, sizeof line, file) != nullptr) {
@@ -112,32 +113,41 @@ Mapping mapping_of(uintptr_t address) {
   return found;
 }
 
-// Asks Linux for pages of 2 MB for the temporary memory of a program, of which a result is a part. XLA maps it anew in
-// each call, if it has more than 32 MB, and the faults of its pages of 4 KB take up to a third of a training step.
+// The temporary memory of a program, of which `result` is a part, if it is a mapping of its own; otherwise `result`.
 //
-// The mapping is usually the same in each call. It is looked up again after some calls only, because a wrong one does no
-// harm: this is a hint, which the system may ignore.
-void use_large_pages(const void* data, size_t bytes) {
-  constexpr uintptr_t page = 1 << 21;
-  constexpr int calls = 64;
+// The mapping of an address is usually the same in each call, and looking it up takes longer than a small convolution.
+// It is looked up again after 64 calls, after 128 more, and so on. An old one does no harm.
+Range temporary_memory(Range result) {
+  constexpr uintptr_t least = 1 << 25;  // glibc keeps what is smaller
   constexpr size_t most = 4096;
   struct Known {
-    Mapping mapping;
-    int calls = 0;
+    uintptr_t end;
+    int64_t calls, next;
   };
   static std::mutex mutex;
-  static auto* all = new std::unordered_map<uintptr_t, Known>;
-  const uintptr_t address = reinterpret_cast<uintptr_t>(data);
-  Mapping mapping;
-  {
-    std::lock_guard<std::mutex> lock(mutex);
-    if (all->size() > most) all->clear();
-    Known& known = (*all)[address / page];
-    if (known.calls-- <= 0) known = {mapping_of(address), calls};
-    mapping = known.mapping;
+  static auto* all = new std::map<uintptr_t, Known>;  // by the first address
+  std::lock_guard<std::mutex> lock(mutex);
+  auto known = all->upper_bound(result.begin);
+  if (known != all->begin()) --known;
+  const bool is_known = known != all->end() && known->first <= result.begin && result.begin < known->second.end;
+  if (!is_known || ++known->second.calls == known->second.next) {
+    const int64_t next = is_known ? 2 * known->second.next : 64;
+    if (all->size() >= most) all->clear();
+    Range mapping = mapping_of(result.begin);
+    if (mapping.begin == mapping.end) mapping = result;
+    known = all->insert_or_assign(mapping.begin, Known{mapping.end, 0, next}).first;
   }
-  const uintptr_t begin = (std::min(mapping.begin ? mapping.begin : address, address) + page - 1) / page * page;
-  const uintptr_t end = std::max(mapping.end, address + bytes) / page * page;
+  const Range mapping{known->first, known->second.end};
+  return mapping.end - mapping.begin < least ? result : mapping;
+}
+
+// Asks Linux for pages of 2 MB for a result and the temporary memory around it. If it has more than 32 MB, XLA maps it
+// anew in each call, and the faults of its pages of 4 KB take up to a third of a training step.
+void use_large_pages(const void* data, size_t bytes) {
+  constexpr uintptr_t page = 1 << 21;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(data);
+  const Range memory = temporary_memory({address, address + bytes});
+  const uintptr_t begin = (memory.begin + page - 1) / page * page, end = memory.end / page * page;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // may fail: only a hint
 }
 
