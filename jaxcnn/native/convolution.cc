@@ -132,6 +132,7 @@ Range temporary_memory(Range result) {
   const bool is_known = known != all->end() && known->first <= result.begin && result.begin < known->second.end;
   if (!is_known || ++known->second.calls == known->second.next) {
     const int64_t next = is_known ? 2 * known->second.next : 64;
+    if (is_known) all->erase(known);  // the mapping may begin earlier now
     if (all->size() >= most) all->clear();
     Range mapping = mapping_of(result.begin);
     if (mapping.begin == mapping.end) mapping = result;
