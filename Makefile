@@ -83,6 +83,7 @@ smoke-runs: $(VENV)/all
 	JAXCNN_TUTORIAL_STEPS=3 $(PY) -m experiments.tutorial
 
 smoke-benchmarks: $(VENV)/all
+	rm -rf runs/smoke-benchmarks
 	mkdir -p runs/smoke-benchmarks
 	$(PY) -m experiments.benchmarks.step --contenders "flax nnx" torch --rounds 1 --batch-size 8 --out runs/smoke-benchmarks/step.json
 	$(PY) -m experiments.benchmarks.ops --quick --only kron_up --out runs/smoke-benchmarks/ops.json
