@@ -102,16 +102,23 @@ def test_results_of_another_run_are_not_overwritten(tmp_path, capsys):
     assert json.loads((tmp_path / "a-2.json").read_text())["machine"] == {}
 
 
-@pytest.mark.usefixtures("still")
-def test_ctrl_c_reports_the_results_so_far(tmp_path, monkeypatch, capsys):
+def stop_after(number, error, monkeypatch):
+    """Let `ops` raise an error after this number of rows; return the list of their names."""
+
     def measure(row, wanted, config):
-        if len(seen) == 2:
-            raise KeyboardInterrupt
+        if len(seen) == number:
+            raise error
         seen.append(row.name)
         yield measured(1.0, 2.0, name=row.name)
 
     seen = []
     monkeypatch.setattr(ops, "measure", measure)
+    return seen
+
+
+@pytest.mark.usefixtures("still")
+def test_ctrl_c_reports_the_results_so_far(tmp_path, monkeypatch, capsys):
+    seen = stop_after(2, KeyboardInterrupt, monkeypatch)
     assert ops.main(["--no-torch", "--out", str(tmp_path / "a.json")]) == 130
     assert "interrupted; the results so far:" in capsys.readouterr().out
     assert [row["row"] for row in json.loads((tmp_path / "a.json").read_text())["rows"]] == seen
@@ -126,14 +133,7 @@ def test_ctrl_c_reports_the_results_so_far(tmp_path, monkeypatch, capsys):
     ("error", "text"), [(RunError("lost"), "lost\n"), (ValueError("wrong"), "ValueError: wrong\n")]
 )
 def test_an_error_reports_the_results_so_far(tmp_path, monkeypatch, capsys, error, text):
-    def measure(row, wanted, config):
-        if seen:
-            raise error
-        seen.append(row.name)
-        yield measured(1.0, 2.0, name=row.name)
-
-    seen = []
-    monkeypatch.setattr(ops, "measure", measure)
+    seen = stop_after(1, error, monkeypatch)
     assert ops.main(["--no-torch", "--out", str(tmp_path / "a.json")]) == 1
     out, err = capsys.readouterr()
     assert "stopped by an error; the results so far:" in out
@@ -579,7 +579,6 @@ def test_report_of_the_zoo(capsys):
     assert "later than 1.3 times stock JAX: linen, training (1.50)" in text
 
 
-@pytest.mark.slow("compiles a whole net twice")
 def test_a_net_of_the_zoo_that_fails_does_not_end_the_others(monkeypatch, capsys):
     def measure(name, mode, config):
         if name == "linen":
@@ -596,6 +595,7 @@ def test_a_net_of_the_zoo_that_fails_does_not_end_the_others(monkeypatch, capsys
     assert out.endswith("without a result: linen, training\n")
 
 
+@pytest.mark.slow("compiles a whole net twice")
 def test_a_net_of_the_zoo_equals_stock_jax():
     pytest.importorskip("haiku")
     with jax.enable_x64(True):
