@@ -63,7 +63,7 @@ def make_step(
 def norms(net: Serial, result: BackpropResult, updates: Any) -> Metrics:
     """Return "gradient_norm" and "update_norm", the 2-norms over all parameters, and the "predicted" classes.
 
-    "predicted" is omitted with microbatches, of which no activations are kept.
+    With microbatches, activations are not kept and "predicted" is omitted.
     """
     outputs = result.activations.get(net.layers[-1][0])
     predicted = {} if outputs is None else {"predicted": outputs.argmax(-1)}

@@ -86,15 +86,14 @@ def compare(config: Config) -> int:
     rows: list[dict[str, Any]] = []
     failed = []
     with results.until_stopped(lambda: rows) as stopped:
-        for name in names:
-            for mode in config.modes:
-                try:
-                    rows.append(measure(name, mode, config))
-                except RunError as error:
-                    failed.append(f"{name}, {mode}")
-                    print(error, flush=True)
-                else:
-                    print(line(rows[-1]), flush=True)
+        for name, mode in itertools.product(names, config.modes):
+            try:
+                rows.append(measure(name, mode, config))
+            except RunError as error:
+                failed.append(f"{name}, {mode}")
+                print(error, flush=True)
+            else:
+                print(line(rows[-1]), flush=True)
     report(config, machine, rows)
     if failed:
         print(f"without a result: {'; '.join(failed)}")

@@ -49,8 +49,12 @@ def is_narrow(product: str, c: Correlation, inputs: int, outputs: int) -> bool:
 
 def implementation(product: str, c: Correlation, image: tuple[int, ...], outputs: int) -> str:
     """Return oneDNN's name of its kernel for a product; "" if it cannot compute it."""
-    kernel = (*c.window.size, image[-1] // c.groups, outputs)
+    kernel = _kernel_shape(c, image[-1], outputs)
     return library.implementation(product, image, kernel, (image[0], *c.window.out, outputs), *_geometry(c), c.groups)
+
+
+def _kernel_shape(c: Correlation, inputs: int, outputs: int) -> tuple[int, ...]:
+    return (*c.window.size, inputs // c.groups, outputs)
 
 
 def _geometry(c: Correlation) -> tuple[tuple[int, ...], ...]:
@@ -88,9 +92,9 @@ def input_grad(c: Correlation, y: Array, w: Array) -> Array:
 
 def kernel_grad(c: Correlation, x: Array, y: Array) -> Array:
     """Apply the adjoint of `correlate` in w to float32 arrays."""
-    return _call("kernel_grad", c, (*c.window.size, x.shape[-1] // c.groups, y.shape[-1]), x, y)
+    return _call("kernel_grad", c, _kernel_shape(c, x.shape[-1], y.shape[-1]), x, y)
 
 
 def kernel_grad_each(c: Correlation, x: Array, y: Array) -> Array:
     """Return the `kernel_grad` of each example, ``(N, *size, I/groups, O)``."""
-    return _call("kernel_grad", c, (x.shape[0], *c.window.size, x.shape[-1] // c.groups, y.shape[-1]), x, y)
+    return _call("kernel_grad", c, (x.shape[0], *_kernel_shape(c, x.shape[-1], y.shape[-1])), x, y)

@@ -20,7 +20,6 @@ OPTION = "JAXCNN_NATIVE"
 #: The products, in the order of the enum in convolution.cc.
 PRODUCTS = ("correlate", "input_grad", "kernel_grad")
 
-
 #: End of the name of a library for this version of jaxlib.
 SUFFIX = f"jaxlib-{jaxlib.version.__version__}.so"
 
