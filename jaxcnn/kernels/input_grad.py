@@ -39,7 +39,7 @@ from jaxcnn.kernels.lowering import (
 from jaxcnn.kernels.parallel import on_all_threads
 from jaxcnn.kernels.shapes import known_at_most, largest_divisor
 from jaxcnn.kernels.split import run_whole
-from jaxcnn.kernels.windows import at_tap, interleaved, pad_axis, phase_taps
+from jaxcnn.kernels.windows import at_tap, interleaved, pad_axis, phase_taps, untile
 
 #: A kernel is large, on GPU, if the image has up to this many times its elements.
 LARGE_KERNEL = 5
@@ -161,10 +161,9 @@ def _xla_reverse(c: Correlation, y: Array, w: Array) -> Array:
 def _full(c: Correlation, y: Array, w: Array, inputs: int, *, swapped: bool = False) -> Array:
     """Correlate δ, dilated by the stride, in full with the flipped kernel ``w``."""
     win = c.window
-    starts, ends, pads = zip(*(_reaching_outputs(win, dim) for dim in range(win.ndim)), strict=True)
-    if any(end <= start for start, end in zip(starts, ends, strict=True)):  # every window is in the padding
+    y, pads = _reaching(win, y)
+    if 0 in y.shape:
         return jnp.zeros((y.shape[0], *win.shape, inputs), y.dtype)
-    y = lax.slice(y, (0, *starts, 0), (y.shape[0], *ends, y.shape[-1]))
     accepted = padding_that_xla_accepts(win, pads)
     x = convolve(
         c, y, w,
@@ -195,6 +194,14 @@ def padding_that_xla_accepts(win: Window, pads: tuple[tuple[int, int], ...]) -> 
 def _all_threads(c: Correlation, y: Array, w: Array) -> Array:
     """Run `_xla` on all threads (see `kernels.parallel`)."""
     return on_all_threads(_xla(c, y, w), y, w)
+
+
+def _reaching(win: Window, y: Array) -> tuple[Array, tuple[tuple[int, int], ...]]:
+    """Return δ of the windows that reach the image, none if all are in the padding, and the padding of δ."""
+    starts, ends, pads = zip(*(_reaching_outputs(win, dim) for dim in range(win.ndim)), strict=True)
+    starts = tuple(map(min, starts, win.out))
+    ends = tuple(map(max, starts, ends))
+    return lax.slice(y, (0, *starts, 0), (y.shape[0], *ends, y.shape[-1])), pads
 
 
 def _reaching_outputs(win: Window, dim: int) -> tuple[int, int, tuple[int, int]]:
@@ -228,6 +235,9 @@ def _products(c: Correlation, y: Array, w: Array) -> Array:
 
     def one_block(y: Array) -> Array:
         products = dot(y, w, y.ndim - 1, w.ndim - 1, c)  # (N, *out, *size, I)
+        if win.tiles:
+            pairs = [axis for dim in range(1, win.ndim + 1) for axis in (dim, win.ndim + dim)]
+            return untile(win, products.transpose(0, *pairs, products.ndim - 1))
         for dim in range(win.ndim):
             products = _scatter_dim(win, dim, products)
         return products
@@ -287,6 +297,18 @@ def _phase(c: Correlation, y: Array, w: Array, taps: Sequence[Sequence[tuple[int
     return correlate.run_chosen(undilated, y, flipped)
 
 
+def _unrolled(c: Correlation, y: Array, w: Array) -> Array:
+    """Sum δ times the taps. With stride 1, this is the program of a forward pass, and XLA compiles equal ones once."""
+    win = c.window
+    if any(s > 1 for s in win.stride):
+        return unrolled.input_grad(c, y, w)
+    y, pads = _reaching(win, y)
+    if 0 in y.shape:
+        return jnp.zeros((y.shape[0], *win.shape, w.shape[-2] * c.groups), y.dtype)
+    full = Window(y.shape[1:-1], win.size, win.stride, pads, win.dilation)
+    return unrolled.correlate(dataclasses.replace(c, window=full, dtype=y.dtype), y, flip(w, c.groups))
+
+
 def _by_depth(c: Correlation, y: Array, w: Array) -> Array:
     """Apply the adjoint of the 3-D correlation slice by slice, each added at its depth."""
     flat, win = without_depth(c), c.window
@@ -314,7 +336,7 @@ INPUT_GRAD: dict[str, Lowering] = {
     "pointwise": _pointwise,
     "products": _products,
     "phases": _phases,
-    "unrolled": unrolled.input_grad,
+    "unrolled": _unrolled,
     "by_depth": _by_depth,
     "by_group": _by_group,
     "onednn": onednn.input_grad,

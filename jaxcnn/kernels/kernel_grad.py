@@ -35,7 +35,7 @@ from jaxcnn.kernels.lowering import (
 from jaxcnn.kernels.materialize import materialize
 from jaxcnn.kernels.shapes import known_at_most, largest_divisor
 from jaxcnn.kernels.split import mesh_of, run_whole
-from jaxcnn.kernels.windows import tap_slices
+from jaxcnn.kernels.windows import as_tiles, tap_slices
 
 #: Target size in bytes of a batch block of "rows" (the image patches of one kernel row, and δ): most of a core's L2
 #: cache.
@@ -53,9 +53,9 @@ JOINED_CHANNELS = 16
 #: Up to this many sums over all positions, the product of an image with one channel is unrolled.
 UNROLLED_SUMS = 160
 
-#: Up to this many products per tap, the taps of a depthwise kernel are processed in a loop. For 8 images of 8 × 8 × 192
-#: that takes 0.2 ms more per step, and 0.2 instead of 0.7 s to compile.
-FEW_PRODUCTS = 1 << 17
+#: The gradient of a depthwise kernel has one term per position if a block has at least this many, and if its partial
+#: sums, one per tap and image, have up to this many times the elements of δ.
+LEAST_POSITIONS, PARTIAL_SUMS = 4, 16
 
 #: Up to this many multiplications, XLA's own form is as fast as the others (0.8 and 1.2 ms for 8 images of
 #: 16 × 16 × 32), which take two to five times as long to compile.
@@ -84,8 +84,7 @@ def choose_kernel_grad(c: Correlation, x: Array, y: Array) -> str:
     if is_small(c, x.shape[0], inputs, outputs):
         return "xla"
     if c.groups == inputs > 1:
-        few = known_at_most(x.shape[0] * math.prod(c.window.out) * outputs, FEW_PRODUCTS)
-        return "by_tap" if few and c.window.entries > 1 else "unrolled"
+        return "by_position" if _positions_pay(c.window) else "unrolled"
     if c.groups > 1:
         return "joined" if joined_groups(c, inputs, outputs) >= 4 else "by_group"  # two do not pay
     if applies("pointwise", c):
@@ -101,6 +100,13 @@ def choose_kernel_grad(c: Correlation, x: Array, y: Array) -> str:
     few_outputs = c.window.ndim == 2 and outputs <= 16  # too few for a GEMM
     short = known_at_most(x.shape[0] * math.prod(c.window.out) * c.window.entries * inputs * outputs, SHORT)
     return "transposed" if few_outputs or short or c.window.ndim == 1 else "rows"
+
+
+def _positions_pay(win: Window) -> bool:
+    """Whether one term per position, not per tap, pays for a depthwise kernel."""
+    positions, block = math.prod(win.out), math.prod(unrolled.position_block(win))
+    fit = win.entries <= PARTIAL_SUMS * positions
+    return fit and win.entries > 1 and block >= min(positions, LEAST_POSITIONS)
 
 
 def choose_kernel_grad_on_gpu(c: Correlation) -> str:
@@ -224,7 +230,9 @@ def _patches(c: Correlation, x: Array, y: Array) -> Array:
     block = largest_divisor(x.shape[0], PATCHES_BLOCK_BYTES // max(entries * x.dtype.itemsize, 1))
 
     def one_block(x: Array, y: Array) -> Array:
-        if win.entries > MAX_SLICES:
+        if win.tiles:
+            patches = _patches_of_tiles(win, x)
+        elif win.entries > MAX_SLICES:
             patches = _patches_by_dim(win, x)
         else:
             patches = jnp.concatenate(list(tap_slices(win, x, 0)), -1)
@@ -232,6 +240,13 @@ def _patches(c: Correlation, x: Array, y: Array) -> Array:
 
     w = _sum_of_blocks(one_block, block, x, y, (y.shape[-1], win.entries * channels))
     return w.T.reshape(*win.size, channels, y.shape[-1])
+
+
+def _patches_of_tiles(win: Window, x: Array) -> Array:
+    """Return the patches of windows that tile the image, ``(N, *out, entries · C)``: one transpose."""
+    tiles = as_tiles(win, x)
+    dims = (0, *range(1, 2 * win.ndim, 2), *range(2, 2 * win.ndim + 1, 2), 2 * win.ndim + 1)
+    return lax.collapse(tiles.transpose(dims), win.ndim + 1)
 
 
 def _patches_by_dim(win: Window, x: Array) -> Array:
@@ -314,7 +329,7 @@ KERNEL_GRAD: dict[str, Lowering] = {
     "rows": _rows,
     "patches": _patches,
     "unrolled": unrolled.kernel_grad,
-    "by_tap": unrolled.kernel_grad_by_tap,
+    "by_position": unrolled.kernel_grad_by_position,
     "by_depth": _by_depth,
     "by_group": _by_group,
     "joined": _joined,

@@ -18,11 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxcnn.geometry import Correlation
+from jaxcnn.geometry import Correlation, Window
 from jaxcnn.kernels.materialize import materialize
 from jaxcnn.kernels.reductions import sum_of_eights
-from jaxcnn.kernels.shapes import expand_rank, is_symbolic, known_at_most
-from jaxcnn.kernels.split import mesh_of
+from jaxcnn.kernels.shapes import expand_rank, is_symbolic, known_at_most, largest_divisor
 from jaxcnn.kernels.windows import at_tap, interleaved, padded, phase_taps, unpad
 
 #: Start of a tap's slice of the padded input; traced inside a loop.
@@ -34,13 +33,10 @@ CHAINS = 4
 #: Maximum number of terms of one loop. From about 110, XLA stores intermediates and takes ten times as long.
 TERMS = 80
 
-#: Number of terms above which taps are processed in a loop, and of terms per iteration ("chunk"): compile time grows
-#: with the number of terms that are written out. For `kernel_grad`, whose terms are reductions and compile more slowly,
-#: these are "sums" and "block".
-LOOPED = {"terms": 64, "chunk": 16, "sums": 16, "block": 8}
-
-#: Up to this many terms, padding each one separately pays; XLA then tests every element of each for padding.
-PADDED_TERMS = 9
+#: Numbers of taps and of terms above which taps are processed in a loop, and of terms per iteration ("chunk"): compile
+#: time grows with the number of terms that are written out. For `kernel_grad`, whose terms are reductions and compile
+#: more slowly, these are "sums" and "block"; for its form with one term per position, "positions".
+LOOPED = {"taps": 32, "terms": 64, "chunk": 16, "sums": 16, "block": 8, "positions": 32}
 
 
 def correlate(c: Correlation, x: Array, w: Array) -> Array:
@@ -50,14 +46,14 @@ def correlate(c: Correlation, x: Array, w: Array) -> Array:
     depthwise = inputs == 1  # vectors then run over all groups
     if depthwise and outputs > 1:
         x = jnp.repeat(x, outputs, -1)
-    looped = win.entries * inputs > LOOPED["terms"]
-    canvas = padded(win, x if depthwise and not looped else materialize(x))
-    w = w.reshape(win.entries, inputs, groups, outputs)
+    canvas = padded(win, x if depthwise and _written_out(win.entries, inputs) else materialize(x))
+    ones = (1,) * (win.ndim + 1)
+    w = w.reshape(win.entries, *((*ones, groups * outputs) if depthwise else (inputs, groups, outputs)))
 
     def terms(start: Start, w: Array) -> Iterator[Array]:
         entries = _tap_elements(canvas, start, win.out, win.stride)
         if depthwise:
-            yield entries * expand_rank(w.reshape(-1), entries)
+            yield entries * w
             return
         entries = entries.reshape(*entries.shape[:-1], groups, inputs)
         for i in range(inputs):
@@ -74,11 +70,9 @@ def input_grad(c: Correlation, y: Array, w: Array) -> Array:
     inputs, outputs = w.shape[-2], w.shape[-1] // groups
     # (*size, O, groups, I)
     swapped = materialize(jnp.moveaxis(w.reshape(*w.shape[:-1], groups, outputs), (-1, -3), (-3, -1)))
-    if math.prod(win.stride) > 1 and all(e <= s for e, s in zip(win.extent, win.stride, strict=True)):
+    if all(e <= s for e, s in zip(win.extent, win.stride, strict=True)):
         return _input_grad_disjoint(c, y, swapped)
-    few_terms = inputs == outputs == 1 and win.stride == (1,) * win.ndim and win.entries <= PADDED_TERMS
-    # No padded copy of δ; and with large strides, most remainders have no tap.
-    if few_terms or math.prod(win.stride) > 2 * win.entries:
+    if math.prod(win.stride) > 2 * win.entries:  # most remainders have no tap
         y = y.reshape(*y.shape[:-1], groups, outputs)
 
         def term(tap: tuple[int, ...]) -> Array:
@@ -181,21 +175,47 @@ def kernel_grad(c: Correlation, x: Array, y: Array) -> Array:
     return lax.slice(w, (0,) * w.ndim, (*win.size, *w.shape[-2:]))
 
 
-def kernel_grad_by_tap(c: Correlation, x: Array, y: Array) -> Array:
-    """Apply the adjoint in w with one tap per iteration of a loop, which compiles in a third of the time."""
-    win, groups, inputs = c.window, c.groups, x.shape[-1] // c.groups
-    canvas, y = materialize(padded(win, x)), y.reshape(*y.shape[:-1], groups, y.shape[-1] // groups)
-    # A split batch is summed after the loop, so that devices communicate once.
-    inside = range(win.ndim + 1) if mesh_of((x, y)) is None else range(1, win.ndim + 1)
+def kernel_grad_by_position(c: Correlation, x: Array, y: Array) -> Array:
+    """Apply the adjoint in w of a depthwise correlation with one term per position: δ[o] times all that its taps read.
 
-    def grad_of_tap(start: Array) -> Array:
-        entries = _tap_elements(canvas, start, win.out, win.stride)
-        entries = entries.reshape(*entries.shape[:-1], groups, inputs)
-        return jnp.stack([(entries[..., i : i + 1] * y).sum(inside) for i in range(inputs)])
+    The positions of a block are written out, the blocks are processed in a loop. The sum over the batch comes last, so
+    that devices communicate once.
+    """
+    win, block = c.window, position_block(c.window)
+    if y.shape[-1] > x.shape[-1]:
+        x = jnp.repeat(x, y.shape[-1] // x.shape[-1], -1)
+    canvas, y = materialize(padded(win, x)), materialize(y)
+    reach = [e + (b - 1) * s for e, b, s in zip(win.extent, block, win.steps, strict=True)]
+    ones = (1,) * win.ndim
 
-    starts = np.array([win.offset(tap) for tap in win.taps()], np.int32)
-    w = lax.map(grad_of_tap, starts)
-    return w.sum(range(2, w.ndim - 2)).reshape(*win.size, inputs, -1)
+    def sum_of_block(start: Start) -> Array:
+        entries = _tap_elements(canvas, start * np.array(win.stride, np.int32), reach, ones)
+        deltas = _tap_elements(y, start, block, ones)
+        terms = []
+        for position in np.ndindex(*block):
+            of_taps = _tap_elements(entries, np.multiply(position, win.steps), win.size, win.dilation)
+            terms.append(of_taps * _tap_elements(deltas, np.array(position), ones, ones))
+        return _sum_in_chains(terms)
+
+    blocks = [n // b for n, b in zip(win.out, block, strict=True)]
+    starts = np.array(list(np.ndindex(*blocks)), np.int32) * np.array(block, np.int32)
+    if len(starts) == 1:
+        w = sum_of_block(starts[0])
+    else:
+        first = _tap_elements(y, starts[0], ones, ones)
+        zero = jnp.broadcast_to(jnp.zeros_like(first), (y.shape[0], *win.size, y.shape[-1]))  # sharded as δ
+        w = lax.scan(lambda total, start: (total + sum_of_block(start), None), zero, starts)[0]
+    return materialize(w).sum(0).reshape(*win.size, 1, -1)
+
+
+def position_block(win: Window) -> tuple[int, ...]:
+    """Return the size of the blocks of `kernel_grad_by_position`: a part of a row, or whole rows."""
+    block: list[int] = []
+    most = LOOPED["positions"]
+    for n in reversed(win.out):
+        block.insert(0, largest_divisor(n, most))
+        most = most // n if block[0] == n else 1
+    return tuple(block)
 
 
 def _blocks(size: Sequence[int], most: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -229,23 +249,29 @@ def _sum_over_taps(
     over chunks of equal length, so the program does not grow with the kernel.
     """
 
-    def written_out(starts: Iterable[Start], weights: Iterable[Array]) -> list[Array]:
+    def terms_of(starts: Iterable[Start], weights: Iterable[Array]) -> list[Array]:
         return [term for start, w in zip(starts, weights, strict=True) for term in terms(start, w)]
 
     length = max(LOOPED["chunk"] // each, 1)
-    few = len(starts) * each <= LOOPED["terms"] or len(starts) <= length
+    few = _written_out(len(starts), each) or len(starts) <= length
     # At least one is written out: the loop's carry then has the right sharding.
     first = len(starts) if few else (len(starts) - 1) % length + 1
-    total = _sum(written_out(starts[:first], (weights[tap] for tap in taps[:first].tolist())))
+    of_first = (lax.index_in_dim(weights, tap, keepdims=False) for tap in taps[:first].tolist())
+    total = _sum(terms_of(starts[:first], of_first))
     if few:
         return total
 
     def add(total: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
-        return total + _sum_in_chains(written_out(*chunk)), None
+        return total + _sum_in_chains(terms_of(*chunk)), None
 
     rest = jnp.take(weights, taps[first:], axis=0, mode="clip")
     chunks: Any = starts[first:].reshape(-1, length, starts.shape[1]), rest.reshape(-1, length, *rest.shape[1:])
     return lax.scan(add, total, chunks)[0]
+
+
+def _written_out(taps: int, each: int) -> bool:
+    """Whether the terms of all taps, ``each`` per tap, are written out."""
+    return taps <= LOOPED["taps"] and taps * each <= LOOPED["terms"]
 
 
 def _sum(terms: Iterable[Array]) -> Array:

@@ -241,7 +241,7 @@ def _max_by_fold(win: Window, x: Array) -> tuple[Array, Array]:
 
 def _max_of_tiles(win: Window, x: Array) -> tuple[Array, Array]:
     """Reduce non-overlapping windows twice: to the largest element, then to the smallest number among its equals."""
-    tiles = _as_tiles(win, x)
+    tiles = as_tiles(win, x)
     within = tuple(range(2, 2 * win.ndim + 1, 2))
     y = largest(within, tiles)
     dtype = winner_dtype(win)
@@ -371,7 +371,7 @@ def _scatter_to_tiles(win: Window, y: Array, winner: Array) -> Array:
     """Scatter to windows that do not overlap: up(y), masked to the elements whose number is the winner."""
     number = np.arange(win.entries, dtype=winner.dtype).reshape(*(n for k in win.size for n in (1, k)), 1)
     winner = _tile(win, winner)
-    return _untile(win, jnp.where(winner == expand_rank(number, winner), _tile(win, y), 0))
+    return untile(win, jnp.where(winner == expand_rank(number, winner), _tile(win, y), 0))
 
 
 def _gather_winners_long(win: Window, x: Array, winner: Array) -> Array:
@@ -491,12 +491,12 @@ def _sum_adjoint_whole(win: Window, y: Array) -> Array:
 
 def _sum_adjoint_to_tiles(win: Window, y: Array) -> Array:
     """Repeat every ``y[o]`` over its own window."""
-    return _untile(win, _tile(win, y))
+    return untile(win, _tile(win, y))
 
 
 def _sum_of_tiles(win: Window, x: Array) -> Array:
     """Sum windows that do not overlap."""
-    return _as_tiles(win, x).sum(tuple(range(2, 2 * win.ndim + 1, 2)))
+    return as_tiles(win, x).sum(tuple(range(2, 2 * win.ndim + 1, 2)))
 
 
 SUM: dict[str, Callable[[Window, Array], Array]] = {
@@ -675,14 +675,14 @@ def _tile(win: Window, y: Array) -> Array:
     return lax.broadcast_in_dim(y, (y.shape[0], *pairs, y.shape[-1]), dims_of_y)
 
 
-def _as_tiles(win: Window, x: Array) -> Array:
+def as_tiles(win: Window, x: Array) -> Array:
     """Reshape an image to ``(N, out₁, size₁, out₂, size₂, …, C)``, without elements beyond the last windows."""
     covered = [o * k for o, k in zip(win.out, win.size, strict=True)]
     x = lax.slice(x, (0,) * x.ndim, (x.shape[0], *covered, x.shape[-1]))
     return x.reshape(x.shape[0], *(n for pair in zip(win.out, win.size, strict=True) for n in pair), x.shape[-1])
 
 
-def _untile(win: Window, tiles: Array) -> Array:
+def untile(win: Window, tiles: Array) -> Array:
     """Reshape tiles to an image; elements beyond the last windows are zero."""
     covered = [o * k for o, k in zip(win.out, win.size, strict=True)]
     x = tiles.reshape(tiles.shape[0], *covered, tiles.shape[-1])

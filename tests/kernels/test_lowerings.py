@@ -57,6 +57,7 @@ MADE_FOR = {
     "phases": {"groups": (1,)},
     "xla_reverse": {"groups": (1,)},
     "unrolled": {"inputs": (2, 1, 3)},
+    "by_position": {"inputs": (1,)},
     "by_depth": {"dims": (3,), "groups": (1,)},
     "winograd": {"sizes": (3, 5), "strides": (1,), "groups": (1,)},
 }
@@ -536,8 +537,18 @@ def test_sums_in_loops_and_chains(monkeypatch, product, terms, chains):
 @given(drawn=several(drawn_correlations(sizes=(5, 3, 2)), 6))
 def test_taps_in_loops(monkeypatch, product, length, drawn):
     """Taps run in blocks of one, in blocks with a remainder, and in one block, as `LOOPED` does for large kernels."""
-    monkeypatch.setattr(unrolled, "LOOPED", {"terms": 0, "chunk": length, "sums": 0, "block": length})
+    looped = {"taps": 0, "terms": 0, "chunk": length, "sums": 0, "block": length}
+    monkeypatch.setattr(unrolled, "LOOPED", unrolled.LOOPED | looped)
     assert_lowering(product, "unrolled", drawn)
+
+
+@pytest.mark.parametrize("length", [1, 2, 4, 7])
+@settings(as_large, max_examples=1)
+@given(drawn=several(drawn_correlations(inputs=(1,)), 6))
+def test_positions_in_loops(monkeypatch, length, drawn):
+    """Positions run one by one, in parts of rows, and in several rows, as for large images."""
+    monkeypatch.setitem(unrolled.LOOPED, "positions", length)
+    assert_lowering("kernel_grad", "by_position", drawn)
 
 
 @pytest.mark.parametrize(
@@ -554,8 +565,9 @@ def test_taps_in_loops(monkeypatch, product, length, drawn):
         *(("correlate", 8, 64, 64, groups, 2, "by_group") for groups in (4, 2)),
         ("input_grad", 8, 64, 64, 8, 2, "unrolled"),
         ("input_grad", 8, 64, 64, 4, 2, "by_group"),
-        ("kernel_grad", 81, 64, 64, 64, 2, "unrolled"),
-        ("kernel_grad", 8, 64, 64, 64, 2, "by_tap"),  # compiles faster
+        ("kernel_grad", 79, 64, 64, 64, 2, "unrolled"),  # rows of a prime number of positions
+        *(("kernel_grad", side, 64, 64, 64, 2, "by_position") for side in (8, 58)),
+        ("kernel_grad", 3, 64, 64, 64, 2, "by_position"),
         ("correlate", 2, 512, 512, 1, 2, "patches"),  # a kernel that is larger than the image
         ("input_grad", 2, 512, 512, 1, 2, "products"),
         *((product, 2, 64, 64, 1, 2, "xla") for product in ("correlate", "input_grad")),  # too few multiplications
