@@ -50,7 +50,7 @@ def relu_core(static: None, x: Array) -> Array:
 
 
 def _relu_fwd(static: None, x: Array) -> Any:  # the residual is the one bit that the rule needs
-    y = relu_core(None, x)
+    y = materialize(relu_core(None, x))  # otherwise XLA:CPU computes x again for the bit
     return y, materialize(is_positive(y))
 
 
@@ -188,8 +188,8 @@ TABLE = {
     "leaky_relu": _Row(lambda x, c: jnp.where(x > 0, x, _cast_like(x, c * _widen(x))),
                        lambda x, y, c: x > 0, lambda positive, delta, c: jnp.where(positive, delta, c * delta),
                        takes_16_bits=True),
-    "relu6": _Row(lambda x, c: _clip(x, 0, 6), lambda x, y, c: _between(x, 0, 6), _mask, takes_16_bits=True),
-    "hard_tanh": _Row(lambda x, c: _clip(x, -1, 1), lambda x, y, c: _between(x, -1, 1), _mask, takes_16_bits=True),
+    "relu6": _Row(lambda x, c: _clip(x, 0, 6), lambda x, y, c: _between(y, 0, 6), _mask, takes_16_bits=True),
+    "hard_tanh": _Row(lambda x, c: _clip(x, -1, 1), lambda x, y, c: _between(y, -1, 1), _mask, takes_16_bits=True),
     "hard_sigmoid": _Row(lambda x, c: _clip(x + 3, 0, 6) / 6,
                          lambda x, y, c: _between(x, -3, 3), lambda inside, delta, c: jnp.where(inside, delta / 6, 0)),
     "sigmoid": _Row(lambda x, c: jax.nn.sigmoid(x), lambda x, y, c: y, lambda y, delta, c: delta * (y * (1 - y))),
@@ -226,6 +226,8 @@ def _activation(activation: Activation, x: Array) -> Array:
 def _activation_fwd(activation: Activation, x: Array) -> Any:
     y = _activation(activation, x)
     row = TABLE[activation.name]
+    if row.delta_x is _mask:
+        y = materialize(y)  # as in `relu`
     seen, result = (x, y) if row.takes_16_bits else (_widen(x), _widen(y))
     residual = row.residual(seen, result, activation.constant)
     return y, materialize_if_small(residual if residual.dtype == bool else _cast_like(x, residual))
