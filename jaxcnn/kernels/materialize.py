@@ -11,25 +11,25 @@ import jax
 from jax import Array, lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
-from jaxcnn.platforms import Fixed, platform_dependent
+from jaxcnn.platforms import UNCHANGED, Fixed, platform_dependent
 
 
 @functools.partial(jax.jit, inline=True)
 def materialize(a: Array) -> Array:
     """Return ``a``, materialized at this point on XLA:CPU; a no-op on other platforms."""
-    return platform_dependent(a, default=_UNCHANGED, cpu=_CALL)
+    return platform_dependent(a, default=UNCHANGED, cpu=_CALL)
 
 
 @functools.partial(jax.jit, inline=True)
 def materialize_winner(a: Array) -> Array:
     """Return ``a``, materialized at this point on XLA:CPU and XLA:GPU; a no-op on other platforms."""
-    return platform_dependent(a, default=_UNCHANGED, cpu=_CALL, cuda=_BARRIER, rocm=_BARRIER)
+    return platform_dependent(a, default=UNCHANGED, cpu=_CALL, cuda=_BARRIER, rocm=_BARRIER)
 
 
 @functools.partial(jax.jit, inline=True)
 def materialize_on_gpu(a: Array) -> Array:
     """Return ``a``, materialized at this point on XLA:GPU; a no-op on other platforms."""
-    return platform_dependent(a, default=_UNCHANGED, cuda=_BARRIER, rocm=_BARRIER)
+    return platform_dependent(a, default=UNCHANGED, cuda=_BARRIER, rocm=_BARRIER)
 
 
 @functools.partial(jax.jit, inline=True)
@@ -67,9 +67,5 @@ def above_minus_zero(y: Array) -> Array:
     return y > -0.0
 
 
-def _unchanged(a: Array) -> Array:
-    return a
-
-
-_UNCHANGED, _CALL, _BARRIER = (Fixed(f, ()) for f in (_unchanged, _call_not_inlined, lax.optimization_barrier))
+_CALL, _BARRIER = Fixed(_call_not_inlined, ()), Fixed(lax.optimization_barrier, ())
 _ABOVE_ZERO, _ABOVE_MINUS_ZERO = (Fixed(f, ()) for f in (above_zero, above_minus_zero))

@@ -53,11 +53,11 @@ def correlate(c: Correlation, x: Array, w: Array) -> Array:
     def terms(start: Start, w: Array) -> Iterator[Array]:
         entries = _tap_elements(canvas, start, win.out, win.stride)
         if depthwise:
-            yield entries * w
+            yield lax.mul(entries, w)
             return
         entries = entries.reshape(*entries.shape[:-1], groups, inputs)
         for i in range(inputs):
-            yield entries[..., i : i + 1] * expand_rank(w[i], entries)
+            yield lax.mul(entries[..., i : i + 1], expand_rank(w[i], entries))
 
     starts = np.array([win.offset(tap) for tap in win.taps()], np.int32)
     y = materialize(_sum_over_taps(terms, starts, w, np.arange(win.entries), inputs))
@@ -93,7 +93,7 @@ def input_grad(c: Correlation, y: Array, w: Array) -> Array:
     def terms(start: Start, swapped: Array) -> Iterator[Array]:
         entries = _tap_elements(y, start, length, ones)
         for j in range(outputs):
-            yield entries[..., j : j + 1] * expand_rank(swapped[j], entries)
+            yield lax.mul(entries[..., j : j + 1], expand_rank(swapped[j], entries))
 
     weights = swapped.reshape(win.entries, *swapped.shape[win.ndim :])
     phases = []
@@ -194,7 +194,7 @@ def kernel_grad_by_position(c: Correlation, x: Array, y: Array) -> Array:
         terms = []
         for position in np.ndindex(*block):
             of_taps = _tap_elements(entries, np.multiply(position, win.steps), win.size, win.dilation)
-            terms.append(of_taps * _tap_elements(deltas, np.array(position), ones, ones))
+            terms.append(lax.mul(of_taps, _tap_elements(deltas, np.array(position), ones, ones)))
         return _sum_in_chains(terms)
 
     blocks = [n // b for n, b in zip(win.out, block, strict=True)]
