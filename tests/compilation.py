@@ -1,6 +1,7 @@
 """Compiler options of the tests: fast compilation, because it takes most of their time."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -55,5 +56,22 @@ def none_is_small() -> Iterator[None]:
 
     jax.clear_caches()
     with mock.patch.object(lowering, "SMALL", 0):
+        yield
+    jax.clear_caches()
+
+
+@contextlib.contextmanager
+def lowered_for(platform: str) -> Iterator[None]:
+    """Compute functions that have a lowering per platform with that of ``platform``, on the device that is there."""
+    from jaxcnn.platforms import Implementation  # not above, because `quickly` runs before XLA starts
+
+    def chosen(self: Implementation, *arrays: Any) -> Any:
+        return dict(self.others).get(platform, self.default)(*arrays)
+
+    def for_platforms(self: Implementation, platforms: Any) -> Any:
+        return functools.partial(self._run, functools.partial(chosen, self))
+
+    jax.clear_caches()
+    with mock.patch.multiple(Implementation, _anywhere=chosen, for_platforms=for_platforms):
         yield
     jax.clear_caches()

@@ -14,7 +14,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxcnn.arguments import arrays, bad_value, static_bool, static_float
-from jaxcnn.kernels.dtypes import accumulator, to_accumulator
+from jaxcnn.kernels.dtypes import accumulator, to_accumulator, widened_on_tpu
 from jaxcnn.kernels.materialize import is_positive, materialize, materialize_if_small
 from jaxcnn.ops.rule import Rule, apply_rule, custom_vjp
 
@@ -235,10 +235,16 @@ def _activation_fwd(activation: Activation, x: Array) -> Any:
 
 def _activation_bwd(activation: Activation, residual: Array, delta: Array) -> Any:
     """δ_x = δ ∘ g'(x)."""
-    return (TABLE[activation.name].delta_x(residual, delta, _constant_like(activation.constant, delta)),)
+    if TABLE[activation.name].takes_16_bits:
+        return (_delta_x(activation, residual, delta),)
+    return (widened_on_tpu(_delta_x, activation, residual, delta),)
 
 
 _activation.defvjp(_activation_fwd, _activation_bwd)
+
+
+def _delta_x(activation: Activation, residual: Array, delta: Array) -> Array:
+    return TABLE[activation.name].delta_x(residual, delta, _constant_like(activation.constant, delta))
 
 
 def _activation_reference(activation: Activation, x: Array) -> Array:
