@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 
 from jaxcnn.arguments import arrays, bad_value, static_bool, static_float
 from jaxcnn.kernels.dtypes import accumulator, to_accumulator, widened_on_tpu
+from jaxcnn.kernels.elementwise import erfc, over_sqrt, over_square
 from jaxcnn.kernels.materialize import is_positive, materialize, materialize_if_small
 from jaxcnn.ops.rule import Rule, apply_rule, custom_vjp
 
@@ -112,7 +113,7 @@ def _gelu_slope(x: Array, y: Array, c: float) -> Array:
 
 def _normal(x: Array) -> Array:
     """Φ(x), by erfc, which stays accurate where Φ is small."""
-    return 0.5 * jax.lax.erfc(-x * _INV_SQRT_2)
+    return 0.5 * erfc(-x * _INV_SQRT_2)
 
 
 def _clip(x: Array, low: float, high: float) -> Array:
@@ -163,7 +164,7 @@ def _mish(x: Array, c: float) -> Array:
 def _mish_slope(x: Array, y: Array, c: float) -> Array:
     """g'(x) = t + x·(1 − t²)·sigmoid(x), with t = n/d and (1 − t²)·sigmoid(x) = 4e(1 + e)w/d²."""
     e, w, n, d = _mish_parts(x)
-    return (n * d + 4 * x * e * (1 + e) * w) / (d * d)
+    return over_square(n * d + 4 * x * e * (1 + e) * w, d)
 
 
 def _mish_parts(x: Array) -> tuple[Array, Array, Array, Array]:
@@ -206,7 +207,7 @@ TABLE = {
     "gelu_tanh": _Row(_gelu_tanh, _gelu_tanh_slope),
     "mish": _Row(_mish, _mish_slope),
     "softsign": _Row(lambda x, c: x / (1 + jnp.abs(x)), lambda x, y, c: 1 / jnp.square(1 + jnp.abs(x))),
-    "squareplus": _Row(_squareplus, lambda x, y, c: y / jnp.sqrt(x * x + c)),
+    "squareplus": _Row(_squareplus, lambda x, y, c: over_sqrt(y, x * x + c)),
     "log_sigmoid": _Row(lambda x, c: -jnp.logaddexp(-x, 0), lambda x, y, c: jax.nn.sigmoid(-x)),
     "silu": _Row(lambda x, c: x * jax.nn.sigmoid(x), _silu_slope),
     "softplus": _Row(lambda x, c: jnp.logaddexp(x, 0), lambda x, y, c: jax.nn.sigmoid(x)),

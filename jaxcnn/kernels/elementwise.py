@@ -1,0 +1,74 @@
+"""Elementwise functions that have another form on TPU.
+
+A TPU divides by computing a reciprocal, and two divisions by the same array share it. In bfloat16, some activations
+take longer to compute than to read and write.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxcnn.platforms import Fixed, platform_dependent
+
+
+@functools.partial(jax.jit, inline=True)
+def erfc(z: Array) -> Array:
+    """Return 1 − erf(z), with a small relative error wherever it is representable."""
+    if z.dtype != jnp.float32:
+        return lax.erfc(z)
+    return platform_dependent(z, default=Fixed(lax.erfc, ()), tpu=Fixed(erfc_of_one_polynomial, ()))
+
+
+#: Minimax polynomial of exp(z²)·erfc(z)/t for t from 0.17 to 1, in ascending order; its relative error is 4·10⁻⁸.
+_COEFFICIENTS = (
+    0.282087386, 0.282358527, 0.243224815, 0.202211484, -0.0255093556, 0.27645579, -0.485798329, 0.283901006,
+    -0.0589313582,
+)  # fmt: skip
+
+
+def erfc_of_one_polynomial(z: Array) -> Array:
+    """Return t·P(t)·exp(−z²) with t = 1/(1 + |z|/2), and 2 minus that where z < 0; z is in float32.
+
+    `lax.erfc` computes three polynomials and selects one. XLA:TPU then computes y and δ of gelu in two kernels.
+    """
+    t = 1 / (1 + jnp.where(z < 0, -z, z) / 2)
+    p = jnp.zeros_like(z)
+    for coefficient in reversed(_COEFFICIENTS):
+        p = p * t + coefficient
+    e = t * p * jnp.exp(-(z * z))
+    return jnp.where(z < 0, 2 - e, e)
+
+
+@functools.partial(jax.jit, inline=True)
+def over_square(a: Array, d: Array) -> Array:
+    """Return ``a/d²``."""
+    return platform_dependent(a, d, default=Fixed(over_product, ()), tpu=Fixed(times_square_of_reciprocal, ()))
+
+
+def over_product(a: Array, d: Array) -> Array:
+    """Return ``a/(d·d)``."""
+    return a / (d * d)
+
+
+def times_square_of_reciprocal(a: Array, d: Array) -> Array:
+    """Return ``a·(1/d)²``."""
+    reciprocal = 1 / d
+    return a * (reciprocal * reciprocal)
+
+
+@functools.partial(jax.jit, inline=True)
+def over_sqrt(a: Array, t: Array) -> Array:
+    """Return ``a/√t``."""
+    return platform_dependent(a, t, default=Fixed(over_root, ()), tpu=Fixed(times_reciprocal_root, ()))
+
+
+def over_root(a: Array, t: Array) -> Array:
+    """Return ``a/√t``, by a division."""
+    return a / jnp.sqrt(t)
+
+
+def times_reciprocal_root(a: Array, t: Array) -> Array:
+    """Return ``a·t^(−1/2)``."""
+    return a * lax.rsqrt(t)
