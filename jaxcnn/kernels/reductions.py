@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jaxcnn.kernels.dtypes import to_accumulator
 from jaxcnn.kernels.shapes import is_symbolic, known_at_most
 from jaxcnn.kernels.split import mesh_of
 from jaxcnn.platforms import Fixed, platform_dependent
@@ -115,6 +116,28 @@ def masked_sum(x: Array, index: Array) -> Array:
     """Return the element of the last dim at ``index``, as the sum of all elements with the others replaced by 0."""
     is_element = lax.broadcasted_iota(index.dtype, x.shape, x.ndim - 1) == index
     return jnp.where(is_element, x, 0).sum(-1, keepdims=True)
+
+
+@functools.partial(jax.jit, inline=True)
+def softmax(logits: Array, log_p: Array) -> Array:
+    """Return p, the softmax over the last dim, given log p, which has the dtype of sums.
+
+    For 16-bit logits, p is computed from log p on GPU. XLA:GPU otherwise computes the sum of exponentials, which three
+    results need, in a kernel of its own.
+    """
+    wide = to_accumulator(logits)
+    if wide.dtype == logits.dtype:
+        return jax.nn.softmax(wide)
+    other = Fixed(_exponential, ())
+    return platform_dependent(wide, log_p, default=Fixed(_softmax, ()), cuda=other, rocm=other)
+
+
+def _softmax(logits: Array, log_p: Array) -> Array:
+    return jax.nn.softmax(logits)
+
+
+def _exponential(logits: Array, log_p: Array) -> Array:
+    return jnp.exp(log_p)
 
 
 def sum_of_eights(x: Array, axis: int) -> Array:

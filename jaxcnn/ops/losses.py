@@ -12,7 +12,8 @@ from jax.typing import ArrayLike
 
 from jaxcnn.arguments import arrays, bad_value, check_range, integers
 from jaxcnn.kernels.dtypes import to_accumulator
-from jaxcnn.kernels.reductions import element_at
+from jaxcnn.kernels.elementwise import weighted
+from jaxcnn.kernels.reductions import element_at, softmax
 from jaxcnn.ops.rule import Rule, apply_rule, custom_vjp
 
 
@@ -55,7 +56,7 @@ def _squared_error_fwd(static: None, y: Array, target: Array) -> Any:
 
 def _squared_error_bwd(static: None, difference: Array, delta: Array) -> Any:
     """δ_y = 2δ(y − target), δ_target = −δ_y."""
-    delta_y = _weighted(2 * delta, difference)
+    delta_y = weighted(2 * delta, difference)
     return delta_y, -delta_y
 
 
@@ -111,15 +112,16 @@ def _softmax_cross_entropy(static: None, logits: Array, targets: Array) -> Array
 
 
 def _softmax_cross_entropy_fwd(static: None, logits: Array, targets: Array) -> Any:
-    return softmax_cross_entropy_reference(None, logits, targets), (_softmax(logits), _log_softmax(logits), targets)
+    log_p = _log_softmax(logits)
+    return softmax_cross_entropy_reference(None, logits, targets), (softmax(logits, log_p), log_p, targets)
 
 
 def _softmax_cross_entropy_bwd(static: None, saved: Any, delta: Array) -> Any:
     """δ_logits = δ(p·Σ targets − targets); δ_targets = −δ·log p."""
     p, log_p, targets = saved
     dtype, delta, targets = targets.dtype, to_accumulator(delta)[..., None], to_accumulator(targets)
-    delta_logits = _weighted(delta, p * targets.sum(-1, keepdims=True) - targets)
-    return delta_logits.astype(dtype), _weighted(-delta, log_p).astype(dtype)
+    delta_logits = weighted(delta, p * targets.sum(-1, keepdims=True) - targets)
+    return delta_logits.astype(dtype), weighted(delta, log_p, negative=True).astype(dtype)
 
 
 _softmax_cross_entropy.defvjp(_softmax_cross_entropy_fwd, _softmax_cross_entropy_bwd)
@@ -127,27 +129,12 @@ _softmax_cross_entropy.defvjp(_softmax_cross_entropy_fwd, _softmax_cross_entropy
 
 def softmax_cross_entropy_reference(static: None, logits: Array, targets: Array) -> Array:
     """Cross entropy in stock JAX."""
-    return -_weighted(to_accumulator(targets), _log_softmax(logits)).sum(-1).astype(logits.dtype)
-
-
-def _softmax(logits: Array) -> Array:
-    """Return p, in float32 for 16-bit logits."""
-    return jax.nn.softmax(to_accumulator(logits))
+    return -weighted(to_accumulator(targets), _log_softmax(logits)).sum(-1).astype(logits.dtype)
 
 
 def _log_softmax(logits: Array) -> Array:
     """Return log p, in float32 for 16-bit logits."""
     return jax.nn.log_softmax(to_accumulator(logits))
-
-
-def _weighted(weight: Array, value: Array) -> Array:
-    """Return ``weight·value``, which is 0 where the weight is 0, even if the value is infinite or NaN.
-
-    A loss that is masked out has no gradient, and a target of 0 contributes nothing where log p = −∞. The value is
-    replaced, not the product, so that a finite value is also the derivative with respect to a weight of 0.
-    """
-    is_finite = jnp.abs(value) < jnp.inf  # XLA:GPU fuses this with the softmax, but not `isfinite`
-    return weight * jnp.where((weight == 0) & ~is_finite, 0, value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,7 +187,7 @@ def _cross_entropy_of_labels(static: None, logits: Array, labels: Array) -> Arra
 
 
 def _cross_entropy_of_labels_fwd(static: None, logits: Array, labels: Array) -> Any:
-    return cross_entropy_of_labels_reference(None, logits, labels), (_softmax(logits), labels)
+    return cross_entropy_of_labels_reference(None, logits, labels), (jax.nn.softmax(to_accumulator(logits)), labels)
 
 
 def _cross_entropy_of_labels_bwd(static: None, saved: Any, delta: Array) -> Any:
@@ -208,7 +195,7 @@ def _cross_entropy_of_labels_bwd(static: None, saved: Any, delta: Array) -> Any:
     p, labels = saved
     onehot = lax.broadcasted_iota(labels.dtype, p.shape, p.ndim - 1) == labels[..., None]
     slope = jnp.where(_in_range(labels, p), jnp.where(onehot, p - 1, p), jnp.nan)
-    return _weighted(to_accumulator(delta)[..., None], slope).astype(delta.dtype), None
+    return weighted(to_accumulator(delta)[..., None], slope).astype(delta.dtype), None
 
 
 _cross_entropy_of_labels.defvjp(_cross_entropy_of_labels_fwd, _cross_entropy_of_labels_bwd)

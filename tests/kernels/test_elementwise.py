@@ -43,3 +43,20 @@ def test_quotients(default, other):
     a = np.array([0, 1, -3, 1e-10, INF, NAN, 2, 0], np.float32)
     b = np.array([1, 3, 0.7, 1e10, 2, 1, INF, INF], np.float32)
     np.testing.assert_allclose(compiled(other)(a, b), compiled(default)(a, b), rtol=1e-6)
+
+
+@pytest.mark.parametrize("negative", [False, True])
+def test_weighted(negative):
+    """The products of every pair of numbers, special ones among them, and their derivatives, are the same."""
+    numbers = np.array([0, -0.0, 1, -2.5, 1e38, -1e38, 1e-30, 3.4e38, INF, -INF, NAN], np.float32)
+    weight, value = np.repeat(numbers, len(numbers)), np.tile(numbers, len(numbers))
+
+    def products(form):
+        y, pull = jax.vjp(lambda w, v: form(negative, w, v), weight, value)
+        return y, *pull(jnp.ones_like(y))
+
+    expected = compiled(lambda: products(elementwise.weighted_by_comparison))()
+    found = compiled(lambda: products(elementwise.weighted_by_exponent))()
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(found[0][weight == 0], 0)

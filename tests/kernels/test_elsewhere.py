@@ -1,4 +1,4 @@
-"""Activations of the case table with the lowerings for TPU, computed on CPU."""
+"""Activations and losses of the case table with the lowerings for TPU and GPU, computed on CPU."""
 
 import dataclasses
 
@@ -8,10 +8,12 @@ from jaxcnn.ops.kinds import KINDS
 from tests import checks, compilation
 from tests.cases import CASES
 
-rows = pytest.mark.parametrize("case", [case for case in CASES if case.op in KINDS["activation"]], ids=str)
+rows = pytest.mark.parametrize(
+    "case", [case for case in CASES if case.op in (*KINDS["activation"], *KINDS["loss"])], ids=str
+)
 
 
-@pytest.fixture(scope="module", autouse=True, params=["tpu"])
+@pytest.fixture(scope="module", autouse=True, params=["tpu", "cuda"])
 def platform(request):
     with compilation.lowered_for(request.param):
         yield
