@@ -16,7 +16,7 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -96,7 +96,9 @@ def choose_scatter(win: Window) -> dict[str, str]:
         tpu = "phases" if win.ndim == 1 and win.entries <= MAX_UNROLLED_TILE else "tiles"
         return _everywhere("tiles") | {"tpu": tpu}
     if win.entries > MAX_UNROLLED_TAPS:
-        return _everywhere("long")
+        # XLA:GPU computes divisions in a kernel of their own, and writes the quotients to memory.
+        gpu = "multiplied" if win.entries <= MAX_WHOLE_TAPS else "long"
+        return {"cpu": "long", "tpu": "long", "cuda": gpu, "rocm": gpu}
     # XLA:TPU does not fuse padding between elements, which "taps" uses.
     return {"cpu": "taps" if win.entries <= MAX_ADDED_TAPS else "long", "tpu": "phases", "cuda": "taps", "rocm": "taps"}
 
@@ -289,8 +291,10 @@ def _max_whole(win: Window, x: Array) -> tuple[Array, Array]:
     position = jnp.zeros(x.shape, np.int32)
     for dim, n in enumerate(win.shape):
         position = position * n + lax.broadcasted_iota(np.int32, x.shape, dim + 1)
+    # XLA:GPU writes the positions of all windows to memory.
+    dtype: Any = np.uint16 if math.prod(win.shape) < 2**16 else np.int32
     padding = ((0, 0), *win.padding, (0, 0))
-    initial = np.asarray(-np.inf, x.dtype), np.asarray(np.iinfo(np.int32).max, np.int32)
+    initial = np.asarray(-np.inf, x.dtype), np.asarray(np.iinfo(dtype).max, dtype)
 
     def largest(one: Sequence[Array], other: Sequence[Array]) -> tuple[Array, Array]:
         (a, at), (b, bt) = one, other
@@ -299,9 +303,10 @@ def _max_whole(win: Window, x: Array) -> tuple[Array, Array]:
         return jnp.where(wins, b, a), jnp.where(wins, bt, at)
 
     y, position = lax.reduce_window(
-        (x, position), initial, largest, (1, *win.size, 1), (1, *win.stride, 1), padding,
+        (x, position.astype(dtype)), initial, largest, (1, *win.size, 1), (1, *win.stride, 1), padding,
         window_dilation=(1, *win.dilation, 1),
     )  # fmt: skip
+    position = position.astype(np.int32)
     winner = jnp.zeros(y.shape, np.int32)
     for dim in range(win.ndim):
         at = position // math.prod(win.shape[dim + 1 :]) % win.shape[dim]
@@ -382,20 +387,45 @@ def _scatter_to_winners_long(win: Window, y: Array, winner: Array) -> Array:
     return scatter_to_indices(win.shape, y, jnp.where(winner == nothing(win), -1, flat_index(win, winner)))
 
 
+def _scatter_by_multiplied(win: Window, y: Array, winner: Array) -> Array:
+    """Scatter as `_scatter_to_winners_long`, with winners divided by multiplication."""
+    index = _flat_index_multiplied(win, winner)
+    return scatter_to_indices(win.shape, y, jnp.where(winner == nothing(win), -1, index))
+
+
 SCATTER: dict[str, Callable[[Window, Array, Array], Array]] = {
     "taps": _scatter_by_taps,
     "phases": _scatter_by_phases,
     "tiles": _scatter_to_tiles,
     "long": _scatter_to_winners_long,
+    "multiplied": _scatter_by_multiplied,
 }
 
 
 def flat_index(win: Window, winner: Array) -> Array:
     """Return every winner's int32 index into the flattened spatial dims of the image."""
-    index = jnp.zeros(winner.shape, jnp.int32)
     number = winner.astype(jnp.int32)
-    for dim in range(win.ndim):
-        tap = number // math.prod(win.size[dim + 1 :]) % win.size[dim]
+    return _index_of_taps(win, (number // math.prod(win.size[dim + 1 :]) % k for dim, k in enumerate(win.size)))
+
+
+def _flat_index_multiplied(win: Window, winner: Array) -> Array:
+    """Return `flat_index` of windows of up to `MAX_WHOLE_TAPS` elements.
+
+    With m = ⌈2¹⁶/k⌉, n·m/2¹⁶ exceeds n/k by less than n/2¹⁶. This is less than 1/k if n·k < 2¹⁶, so that both have the
+    same integer part.
+    """
+    number, taps = winner.astype(jnp.int32), []
+    for k in reversed(win.size[1:]):
+        quotient = (number * -(-(2**16) // k)) >> 16
+        taps.append(number - quotient * k)
+        number = quotient
+    return _index_of_taps(win, (number, *reversed(taps)))
+
+
+def _index_of_taps(win: Window, taps: Iterable[Array]) -> Array:
+    """Return every window's index into the flattened spatial dims of the image, given its tap along each dim."""
+    index = jnp.zeros((), jnp.int32)
+    for dim, tap in enumerate(taps):
         start = np.arange(win.out[dim], dtype=np.int32) * win.stride[dim] - win.padding[dim][0]
         at = expand_rank(start.reshape(-1, *(1,) * (win.ndim - dim)), tap) + tap * win.dilation[dim]
         index = index * win.shape[dim] + at

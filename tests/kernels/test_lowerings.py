@@ -878,11 +878,22 @@ def assert_scattered(name, drawn):
 
 
 @pytest.mark.slow("compiles many geometries")
-@pytest.mark.parametrize("name", ["taps", "phases", "long"])
+@pytest.mark.parametrize("name", ["taps", "phases", "long", "multiplied"])
 @over_examples
 @given(several(st.tuples(drawn_windows(pads=(1, 0, 2)).filter(some_is_real), st.sampled_from(BATCHES), st.integers(0))))
 def test_scatter(name, drawn):
     assert_scattered(name, drawn)
+
+
+@pytest.mark.parametrize("size", [(9, 9), (15, 17), (16, 16), (2, 127), (127, 2), (255,), (5, 7, 7), (1, 255)])
+def test_scatter_to_every_element(size):
+    """Numbers divided by multiplication are those divided, up to the largest window for which they are used."""
+    win = Window(size, size, (1,) * len(size), tuple((n - 1, n - 1) for n in size), (1,) * len(size))
+    assert win.entries <= windows.MAX_WHOLE_TAPS
+    y = np.arange(1, np.prod(win.out) + 1, dtype=np.float64).reshape(1, *win.out, 1)
+    winner = (np.arange(y.size) % win.entries).reshape(y.shape).astype(windows.winner_dtype(win))
+    found = compiled(functools.partial(windows.SCATTER["multiplied"], win))(y, winner)
+    np.testing.assert_array_equal(found, compiled(functools.partial(windows.SCATTER["long"], win))(y, winner))
 
 
 @pytest.mark.slow("compiles many geometries")
@@ -952,7 +963,7 @@ def test_sums_side_by_side(drawn):
          {"tpu": "tiles", "cpu": "by_dim"}, {"cpu": "tiles"}),
         ((5, 5), 2, {"tpu": "phases", "gpu": "fold", "cpu": "by_dim"}, {"tpu": "phases", "gpu": "taps", "cpu": "long"},
          {"cpu": "by_dim"}, {"cpu": "by_dim"}),
-        ((9, 9), 2, {"tpu": "long", "gpu": "whole", "cpu": "by_dim"}, {"cpu": "long"},
+        ((9, 9), 2, {"tpu": "long", "gpu": "whole", "cpu": "by_dim"}, {"gpu": "multiplied", "cpu": "long"},
          {"gpu": "whole", "cpu": "by_dim"}, {"gpu": "whole", "cpu": "by_dim"}),
         ((17, 17), 1, {"tpu": "long", "gpu": "long", "cpu": "by_dim"}, {"cpu": "long"},
          {"cpu": "by_dim"}, {"cpu": "by_dim"}),
