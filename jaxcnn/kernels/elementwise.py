@@ -8,9 +8,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
-from jaxcnn.platforms import Fixed, platform_dependent
+from jaxcnn.platforms import UNCHANGED, Fixed, platform_dependent
 
 
 @functools.partial(jax.jit, inline=True)
@@ -72,6 +73,16 @@ def over_root(a: Array, t: Array) -> Array:
 def times_reciprocal_root(a: Array, t: Array) -> Array:
     """Return ``a·t^(−1/2)``."""
     return a * lax.rsqrt(t)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def divided_and_multiplied(n: int, a: Array) -> Array:
+    """Return ``a/n·n``, and on GPU ``a``: XLA:GPU repeats a computation for each of its uses only if it is short."""
+    return platform_dependent(a, default=Fixed(_over_and_times, (n,)), cuda=UNCHANGED, rocm=UNCHANGED)
+
+
+def _over_and_times(n: int, a: Array) -> Array:
+    return a / np.asarray(n, a.dtype) * n
 
 
 @functools.partial(jax.jit, static_argnames="negative", inline=True)

@@ -8,6 +8,7 @@ one byte per window, but not for masks, which have one byte per element: they ar
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
@@ -30,6 +31,15 @@ def materialize_winner(a: Array) -> Array:
 def materialize_on_gpu(a: Array) -> Array:
     """Return ``a``, materialized at this point on XLA:GPU; a no-op on other platforms."""
     return platform_dependent(a, default=UNCHANGED, cuda=_BARRIER, rocm=_BARRIER)
+
+
+@functools.partial(jax.jit, inline=True)
+def materialize_next_bits(y: Array) -> Array:
+    """Return y, in float32, with the first 16 bits of its significand on XLA:GPU; a no-op on other platforms.
+
+    If y is also an output in bfloat16, XLA:GPU keeps one more byte per element.
+    """
+    return platform_dependent(y, default=UNCHANGED, cuda=_IN_THREE_BYTES, rocm=_IN_THREE_BYTES)
 
 
 @functools.partial(jax.jit, inline=True)
@@ -57,6 +67,19 @@ def _identity(a: Array) -> Array:
     return lax.optimization_barrier(a)  # JAX would drop a call that does nothing
 
 
+def in_three_bytes(y: Array) -> Array:
+    """Return y from its bfloat16 and the next 8 bits, both materialized; the relative error is at most 2⁻¹⁵."""
+    rounded = y.astype(jnp.bfloat16)
+    rest = (lax.bitcast_convert_type(y, jnp.int32) - _bits(rounded) + 128) >> 8
+    rounded, byte = lax.optimization_barrier((rounded, jnp.minimum(rest, 127).astype(jnp.int8)))
+    return lax.bitcast_convert_type(_bits(rounded) + (byte.astype(jnp.int32) << 8), jnp.float32)
+
+
+def _bits(a: Array) -> Array:
+    """Return the bits of a bfloat16 as the upper half of an int32, which are those of the equal float32."""
+    return lax.bitcast_convert_type(a, jnp.uint16).astype(jnp.int32) << 16
+
+
 def above_zero(y: Array) -> Array:
     """Return ``y > 0``."""
     return y > 0
@@ -68,4 +91,5 @@ def above_minus_zero(y: Array) -> Array:
 
 
 _CALL, _BARRIER = Fixed(_call_not_inlined, ()), Fixed(lax.optimization_barrier, ())
+_IN_THREE_BYTES = Fixed(in_three_bytes, ())
 _ABOVE_ZERO, _ABOVE_MINUS_ZERO = (Fixed(f, ()) for f in (above_zero, above_minus_zero))

@@ -34,7 +34,8 @@ from jaxcnn.arguments import (
 from jaxcnn.geometry import Padding, PerDim, Window, not_too_many, pad_widths, window
 from jaxcnn.kernels import windows as kernels
 from jaxcnn.kernels.dtypes import to_accumulator
-from jaxcnn.kernels.materialize import materialize_winner
+from jaxcnn.kernels.elementwise import divided_and_multiplied
+from jaxcnn.kernels.materialize import materialize_next_bits, materialize_winner
 from jaxcnn.kernels.shapes import expand_rank
 from jaxcnn.ops.adjoint import adjoint_pair
 from jaxcnn.ops.rule import Rule, apply_rule, custom_vjp
@@ -422,6 +423,17 @@ class Norm:
         """Scale the sums over windows that `ceil_mode` cut off to those of full windows."""
         return self.average.divide_by_count(total) * self.average.window.entries
 
+    def rescale_shares(self, shares: Array, dtype: np.dtype) -> Array:
+        """Scale shares of δ in the same way, for inputs of a dtype."""
+        entries = self.average.window.entries
+        if self.keeps_next_bits(dtype) and (self.average.count() == entries).all():
+            return divided_and_multiplied(entries, shares)
+        return self.rescale_partial(shares)
+
+    def keeps_next_bits(self, dtype: np.dtype) -> bool:
+        """Whether y is kept in three bytes on GPU. Without overlap, XLA computes y again instead of keeping it."""
+        return dtype == jnp.bfloat16 and not self.average.window.tiles
+
     def root(self, total: Array) -> Array:
         """Return ``total^(1/p)``."""
         return total if self.p == 1 else jnp.sqrt(total) if self.p == 2 else total ** (1 / self.p)
@@ -444,18 +456,22 @@ def _lp_pool(norm: Norm, x: Array) -> Array:
 def _lp_pool_fwd(norm: Norm, x: Array) -> Any:
     # Save y unrounded: y^(1−p) of a 16-bit y would have p − 1 times its rounding error.
     y = _lp_pool(norm, to_accumulator(x))
-    return y.astype(x.dtype), (x, y)
+    return y.astype(x.dtype), (x, _with_next_bits(y) if norm.keeps_next_bits(x.dtype) else y)
 
 
 def _lp_pool_bwd(norm: Norm, saved: Any, delta: Array) -> Any:
     """δ_x = x^(p−1) ∘ up(δ·y^(1−p)), and 0 where y = 0."""
-    x, y, delta = (to_accumulator(a) for a in (*saved, delta))
+    dtype, (x, y, delta) = delta.dtype, (to_accumulator(a) for a in (*saved, delta))
     shares = jnp.where(y == 0, 0, delta / _power(jnp.where(y == 0, 1, y), norm.p - 1))
-    delta_x = _power(x, norm.p - 1) * window_sum_adjoint(norm.average.window, norm.rescale_partial(shares))
-    return (delta_x.astype(saved[0].dtype),)
+    delta_x = _power(x, norm.p - 1) * window_sum_adjoint(norm.average.window, norm.rescale_shares(shares, dtype))
+    return (delta_x.astype(dtype),)
 
 
 _lp_pool.defvjp(_lp_pool_fwd, _lp_pool_bwd)
+
+
+# y in fewer bits has the derivative of y.
+_with_next_bits, _ = adjoint_pair(materialize_next_bits, lambda delta: delta, static=0)
 
 
 def _lp_pool_reference(norm: Norm, x: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Activations and losses of the case table with the lowerings for TPU and GPU, computed on CPU."""
+"""Activations, losses and `lp_pool` of the case table with the lowerings for TPU and GPU, computed on CPU."""
 
 import dataclasses
 
@@ -8,9 +8,8 @@ from jaxcnn.ops.kinds import KINDS
 from tests import checks, compilation
 from tests.cases import CASES
 
-rows = pytest.mark.parametrize(
-    "case", [case for case in CASES if case.op in (*KINDS["activation"], *KINDS["loss"])], ids=str
-)
+OPS = (*KINDS["activation"], *KINDS["loss"], "lp_pool")
+rows = pytest.mark.parametrize("case", [case for case in CASES if case.op in OPS], ids=str)
 
 
 @pytest.fixture(scope="module", autouse=True, params=["tpu", "cuda"])

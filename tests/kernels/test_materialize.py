@@ -11,11 +11,13 @@ import jaxcnn
 from jaxcnn.kernels.materialize import (
     above_minus_zero,
     above_zero,
+    in_three_bytes,
     materialize,
     materialize_if_small,
     materialize_winner,
 )
 from tests.cases import compiled
+from tests.compilation import lowered_for
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
 W = jnp.asarray(np.random.default_rng(1).normal(size=(3, 3, 3, 3)), jnp.float32)
@@ -84,3 +86,30 @@ def test_materialize_changes_nothing(dtype):
     for found in (materialize(a), compiled(materialize)(a), jax.vmap(materialize)(a), materialize_if_small(a), *winner):
         assert found.dtype == a.dtype
         np.testing.assert_array_equal(found, a)
+
+
+def test_three_bytes():
+    """The first bits of the significand remain, and 0, infinities and NaN."""
+    y = np.random.default_rng(0).lognormal(0, 20, 20000).astype(np.float32)
+    y = np.concatenate([y, -y, np.nextafter(np.float32(1), 2) * np.float32(2) ** np.arange(-99, 99, dtype=np.float32)])
+    found = compiled(in_three_bytes)(y)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, y, rtol=2**-15)
+    special = np.array([0, -0.0, np.inf, -np.inf, np.nan, -np.nan], np.float32)
+    np.testing.assert_array_equal(compiled(in_three_bytes)(special), special)
+
+
+def test_second_derivative_of_y_in_three_bytes():
+    """Gradients of gradients pass through the bits that are kept."""
+    x = X.astype(jnp.bfloat16)
+
+    def twice(x):
+        def once(x):
+            return jnp.sum(jaxcnn.lp_pool(x, 3, stride=1).astype(jnp.float32) ** 3)
+
+        return jax.grad(lambda x: jnp.sum(jax.grad(once)(x).astype(jnp.float32) ** 2))(x)
+
+    expected = jax.jit(twice)(x).astype(np.float32)
+    with lowered_for("cuda"):
+        found = jax.jit(lambda x: twice(x))(x).astype(np.float32)
+    np.testing.assert_allclose(found, expected, rtol=0.02, atol=0.02 * np.abs(expected).max())
