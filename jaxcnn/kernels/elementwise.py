@@ -85,37 +85,37 @@ def _over_and_times(n: int, a: Array) -> Array:
     return a / np.asarray(n, a.dtype) * n
 
 
-@functools.partial(jax.jit, static_argnames="negative", inline=True)
-def weighted(weight: Array, value: Array, negative: bool = False) -> Array:
-    """Return ``weight·value``, or minus that, which is 0 where the weight is 0, even if the value is infinite or NaN.
+@functools.partial(jax.jit, static_argnames=("dtype", "negative"), inline=True)
+def weighted(weight: Array, value: Array, dtype: np.dtype, negative: bool = False) -> Array:
+    """Return ``weight·value``, or minus that, in a dtype; 0 where the weight is 0, even if the value is ±∞ or NaN.
 
     A loss that is masked out has no gradient, and a target of 0 contributes nothing where log p = −∞. The value is
     replaced, not the product, so that a finite value is also the derivative with respect to a weight of 0.
     """
     if value.dtype != jnp.float32:
-        return weighted_by_comparison(negative, weight, value)
-    other = Fixed(weighted_by_exponent, (negative,))
-    default = Fixed(weighted_by_comparison, (negative,))
+        return weighted_by_comparison(dtype, negative, weight, value)
+    other = Fixed(weighted_by_exponent, (dtype, negative))
+    default = Fixed(weighted_by_comparison, (dtype, negative))
     return platform_dependent(weight, value, default=default, tpu=other, cuda=other, rocm=other)
 
 
-def weighted_by_comparison(negative: bool, weight: Array, value: Array) -> Array:
+def weighted_by_comparison(dtype: np.dtype, negative: bool, weight: Array, value: Array) -> Array:
     """Return `weighted`, with the infinities and NaN found by a comparison."""
     weight = -weight if negative else weight
-    return weight * jnp.where((weight == 0) & ~(jnp.abs(value) < jnp.inf), 0, value)
+    return (weight * jnp.where((weight == 0) & ~(jnp.abs(value) < jnp.inf), 0, value)).astype(dtype)
 
 
 #: Bits of the exponent of a float32. All of them are 1 in ±∞ and NaN, but not in any number.
 _EXPONENT = 0x7F800000
 
 
-def weighted_by_exponent(negative: bool, weight: Array, value: Array) -> Array:
+def weighted_by_exponent(dtype: np.dtype, negative: bool, weight: Array, value: Array) -> Array:
     """Return `weighted`, with the infinities and NaN found by one comparison with a number per weight.
 
-    XLA:TPU needs half as many instructions. If the weight were negated and not the product, its kernels would be
+    XLA:TPU needs half as many instructions. If the weight were negated and not the result, its kernels would be
     others, and slower. XLA:GPU may write the result of the other comparison to memory, to read it in two kernels.
     """
     exponent = lax.bitcast_convert_type(value, jnp.int32) & _EXPONENT
     replaced = jnp.where(weight == 0, jnp.int32(_EXPONENT), jnp.int32(-1))
-    product = weight * jnp.where(exponent == replaced, 0, value)
+    product = (weight * jnp.where(exponent == replaced, 0, value)).astype(dtype)
     return -product if negative else product

@@ -56,7 +56,7 @@ def _squared_error_fwd(static: None, y: Array, target: Array) -> Any:
 
 def _squared_error_bwd(static: None, difference: Array, delta: Array) -> Any:
     """δ_y = 2δ(y − target), δ_target = −δ_y."""
-    delta_y = weighted(2 * delta, difference)
+    delta_y = weighted(2 * delta, difference, delta.dtype)
     return delta_y, -delta_y
 
 
@@ -120,8 +120,8 @@ def _softmax_cross_entropy_bwd(static: None, saved: Any, delta: Array) -> Any:
     """δ_logits = δ(p·Σ targets − targets); δ_targets = −δ·log p."""
     p, log_p, targets = saved
     dtype, delta, targets = targets.dtype, to_accumulator(delta)[..., None], to_accumulator(targets)
-    delta_logits = weighted(delta, p * targets.sum(-1, keepdims=True) - targets)
-    return delta_logits.astype(dtype), weighted(delta, log_p, negative=True).astype(dtype)
+    delta_logits = weighted(delta, p * targets.sum(-1, keepdims=True) - targets, dtype)
+    return delta_logits, weighted(delta, log_p, dtype, negative=True)
 
 
 _softmax_cross_entropy.defvjp(_softmax_cross_entropy_fwd, _softmax_cross_entropy_bwd)
@@ -129,7 +129,8 @@ _softmax_cross_entropy.defvjp(_softmax_cross_entropy_fwd, _softmax_cross_entropy
 
 def softmax_cross_entropy_reference(static: None, logits: Array, targets: Array) -> Array:
     """Cross entropy in stock JAX."""
-    return -weighted(to_accumulator(targets), _log_softmax(logits)).sum(-1).astype(logits.dtype)
+    log_p = _log_softmax(logits)
+    return -weighted(to_accumulator(targets), log_p, log_p.dtype).sum(-1).astype(logits.dtype)
 
 
 def _log_softmax(logits: Array) -> Array:
@@ -195,7 +196,7 @@ def _cross_entropy_of_labels_bwd(static: None, saved: Any, delta: Array) -> Any:
     p, labels = saved
     onehot = lax.broadcasted_iota(labels.dtype, p.shape, p.ndim - 1) == labels[..., None]
     slope = jnp.where(_in_range(labels, p), jnp.where(onehot, p - 1, p), jnp.nan)
-    return weighted(to_accumulator(delta)[..., None], slope).astype(delta.dtype), None
+    return weighted(to_accumulator(delta)[..., None], slope, delta.dtype), None
 
 
 _cross_entropy_of_labels.defvjp(_cross_entropy_of_labels_fwd, _cross_entropy_of_labels_bwd)

@@ -52,7 +52,7 @@ def test_weighted(negative):
     weight, value = np.repeat(numbers, len(numbers)), np.tile(numbers, len(numbers))
 
     def products(form):
-        y, pull = jax.vjp(lambda w, v: form(negative, w, v), weight, value)
+        y, pull = jax.vjp(lambda w, v: form(np.dtype(np.float32), negative, w, v), weight, value)
         return y, *pull(jnp.ones_like(y))
 
     expected = compiled(lambda: products(elementwise.weighted_by_comparison))()
