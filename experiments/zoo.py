@@ -29,6 +29,9 @@ PAUSE = 0.3
 """Seconds before each turn, in which the threads of the other process stop spinning."""
 EQUAL = {"float64": 1e-10, "float32": 1e-5}
 """Relative distance up to which results are equal: the largest of all parameters, and their median."""
+ZERO = 1e-6
+"""Distances are relative to the norm of a parameter's gradient, or to this part of the norm of all gradients if that is
+larger: the gradient of a bias before batch norm is 0, and all that is computed of it are rounding errors."""
 ROUNDING = 2.0
 """Gradients in float32 that differ by more are equal up to rounding if the distance of the explicit form's gradients
 from those in float64 is at most this many times that of stock JAX's (medians)."""
@@ -404,7 +407,8 @@ def differences(name: str, dtype: str, training: bool, batch_size: int) -> dict[
     (values, gradients), (found_values, found_gradients) = expected, found
     leaves, _ = jax.tree.flatten_with_path(gradients)
     pairs = zip(leaves, jax.tree.leaves(found_gradients), strict=True)
-    distances = {jax.tree_util.keystr(path): distance(b, a) for (path, a), b in pairs}
+    least = ZERO * norm_of_all(gradients)
+    distances = {jax.tree_util.keystr(path): distance(b, a, least) for (path, a), b in pairs}
     worst = max(distances, key=lambda path: distances[path])
     of_values = map(distance, jax.tree.leaves(found_values), jax.tree.leaves(values))
     return {
@@ -438,17 +442,29 @@ def rounding(name: str, training: bool, batch_size: int) -> dict[str, float]:
     exact = gradients(loss, jax.tree.map(widen, arguments))
     forms = {STOCK: loss, OURS: jaxcnn.explicit(loss)}
     found = {form: gradients(function, arguments) for form, function in forms.items()}
-    return {form: statistics.median(map(distance, of_form, exact)) for form, of_form in found.items()}
+    least = ZERO * norm_of_all(exact)
+    return {
+        form: statistics.median(distance(a, b, least) for a, b in zip(of_form, exact, strict=True))
+        for form, of_form in found.items()
+    }
 
 
-def distance(result: Any, expected: Any) -> float:
-    """Return the relative L2 distance of two arrays; inf if it is not a number."""
+def norm_of_all(gradients: Any) -> float:
+    """Return the L2 norm of all arrays of a tree."""
+    import jax
+    import numpy as np
+
+    return math.hypot(*(float(np.linalg.norm(np.asarray(a, np.float64))) for a in jax.tree.leaves(gradients)))
+
+
+def distance(result: Any, expected: Any, least: float = 0.0) -> float:
+    """Return the L2 distance of two arrays relative to the expected one's norm, at least `least`; inf for NaN."""
     import numpy as np
 
     if not np.issubdtype(np.asarray(expected).dtype, np.floating):
         return 0.0 if np.array_equal(np.asarray(result), np.asarray(expected)) else math.inf
     a, b = np.asarray(result, np.float64), np.asarray(expected, np.float64)
-    d, size = float(np.linalg.norm(a - b)), float(np.linalg.norm(b))
+    d, size = float(np.linalg.norm(a - b)), max(float(np.linalg.norm(b)), least)
     return (d / size if size else d) if math.isfinite(d) else math.inf
 
 

@@ -595,6 +595,55 @@ def test_a_net_of_the_zoo_that_fails_does_not_end_the_others(monkeypatch, capsys
     assert out.endswith("without a result: linen, training\n")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "loss", "median", "largest", "rounding", "right"),
+    [
+        ("float64", 1e-15, 1e-14, 1e-11, None, True),
+        ("float64", 1e-15, 1e-14, 1e-9, None, False),  # the largest of all parameters counts
+        ("float32", 1e-7, 1e-6, 1e-2, None, True),
+        ("float32", 1e-4, 1e-6, 1e-6, None, False),
+        ("float32", 1e-7, 1e-3, 1e-2, {zoo.STOCK: 1e-3, zoo.OURS: 1.9e-3}, True),
+        ("float32", 1e-7, 1e-3, 1e-2, {zoo.STOCK: 1e-3, zoo.OURS: 2.1e-3}, False),
+        ("float32", 1e-4, 1e-3, 1e-2, {zoo.STOCK: 1e-3, zoo.OURS: 1e-3}, False),
+    ],
+)
+def test_verdict_on_a_net_of_the_zoo(dtype, loss, median, largest, rounding, right):
+    row = {"dtype": dtype, "loss": loss, "median": median, "largest": largest, "parameter": "['w']"}
+    assert zoo.verdict(row if rounding is None else row | {"rounding": rounding})[1] is right
+
+
+def test_distances_of_gradients_that_are_zero():
+    assert zoo.distance(np.array([1.1, 0]), np.array([1.0, 0])) == pytest.approx(0.1)
+    assert zoo.distance(np.array([3e-17]), np.array([1e-17])) == pytest.approx(2)
+    least = zoo.ZERO * zoo.norm_of_all({"a": np.array([3.0]), "b": [np.array([[4.0]]), np.array([1e-17])]})
+    assert least == pytest.approx(5e-6)
+    assert zoo.distance(np.array([3e-17]), np.array([1e-17]), least) == pytest.approx(4e-12)
+    assert zoo.distance(np.array([np.nan]), np.array([1.0]), least) == np.inf
+
+
+def test_float32_is_compared_with_float64_where_it_differs(monkeypatch):
+    medians = {"linen": 1e-6, "nnx": 1e-3}
+    kinds = []
+
+    class Process:
+        def __init__(self, what, name, kind, mode, batch_size):
+            kinds.append((name, kind))
+            self.name, self.kind = name, kind
+
+        def answer(self):
+            return {"rounding": {}} if self.kind == "rounding" else {"median": medians[self.name]}
+
+        def stop(self):
+            kinds.append("stopped")
+
+    monkeypatch.setattr(zoo, "Process", Process)
+    assert zoo.compared("linen", "training", "float32", zoo.Config()) == {"median": 1e-6}
+    assert zoo.compared("nnx", "training", "float32", zoo.Config()) == {"median": 1e-3, "rounding": {}}
+    assert kinds == [
+        ("linen", "float32"), "stopped", ("nnx", "float32"), "stopped", ("nnx", "rounding"), "stopped",
+    ]  # fmt: skip
+
+
 @pytest.mark.slow("compiles a whole net twice")
 def test_a_net_of_the_zoo_equals_stock_jax():
     pytest.importorskip("haiku")
