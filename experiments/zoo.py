@@ -31,7 +31,8 @@ EQUAL = {"float64": 1e-10, "float32": 1e-5}
 """Relative distance up to which results are equal: the largest of all parameters, and their median."""
 ZERO = 1e-6
 """Distances are relative to the norm of a parameter's gradient, or to this part of the norm of all gradients if that is
-larger: the gradient of a bias before batch norm is 0, and all that is computed of it are rounding errors."""
+larger: the gradient of a bias before batch norm is 0, and all that is computed of it are rounding errors. The same
+holds for the new state, such as means of channels whose mean is 0."""
 ROUNDING = 2.0
 """Gradients in float32 that differ by more are equal up to rounding if the distance of the explicit form's gradients
 from those in float64 is at most this many times that of stock JAX's (medians)."""
@@ -410,9 +411,10 @@ def differences(name: str, dtype: str, training: bool, batch_size: int) -> dict[
     least = ZERO * norm_of_all(gradients)
     distances = {jax.tree_util.keystr(path): distance(b, a, least) for (path, a), b in pairs}
     worst = max(distances, key=lambda path: distances[path])
-    of_values = map(distance, jax.tree.leaves(found_values), jax.tree.leaves(values))
+    least_value = ZERO * norm_of_all(values)
+    of_values = zip(jax.tree.leaves(found_values), jax.tree.leaves(values), strict=True)
     return {
-        "loss": max(of_values),
+        "loss": max(distance(a, b, least_value) for a, b in of_values),
         "median": statistics.median(distances.values()),
         "largest": distances[worst],
         "parameter": worst,
