@@ -33,9 +33,10 @@ ZERO = 1e-6
 """Distances are relative to the norm of a parameter's gradient, or to this part of the norm of all gradients if that is
 larger: the gradient of a bias before batch norm is 0, and all that is computed of it are rounding errors. The same
 holds for the new state, such as means of channels whose mean is 0."""
-ROUNDING = 2.0
-"""Gradients in float32 that differ by more are equal up to rounding if the distance of the explicit form's gradients
-from those in float64 is at most this many times that of stock JAX's (medians)."""
+ROUNDING, BATCHES = 2.0, 5
+"""Results in float32 that differ by more are equal up to rounding if those of the explicit form are at most this many
+times as far from float64 as those of stock JAX. The smallest distances of some batches are compared, because rounding
+moves an activation to the other side of its edge in some batches only."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +249,7 @@ def compared(name: str, mode: str, dtype: str, config: Config) -> dict[str, Any]
             row |= process.answer()
         finally:
             process.stop()
-        if dtype == "float32" and "rounding" not in row and row["median"] > EQUAL[dtype]:
+        if dtype == "float32" and "rounding" not in row and max(row["median"], row["loss"]) > EQUAL[dtype]:
             kinds.append("rounding")
     return row
 
@@ -261,14 +262,16 @@ def verdict(row: Mapping[str, Any]) -> tuple[str, bool]:
         f"loss {row['loss']:.1e}, gradients median {row['median']:.1e}, largest {row['largest']:.1e} "
         f"({row['parameter']})"
     )
-    right = number <= bar
+    right = max(number, row["loss"]) <= bar
     if "rounding" in row:
         stock, ours = row["rounding"][STOCK], row["rounding"][OURS]
-        text += f"; from float64: {STOCK} {stock:.1e}, {OURS} {ours:.1e}"
-        right = ours <= ROUNDING * stock
+        text += "; from float64: " + ", ".join(
+            f"{what} {stock[what]:.1e} in {STOCK}, {ours[what]:.1e} in {OURS}" for what in stock
+        )
+        right = all(ours[what] <= max(bar, ROUNDING * stock[what]) for what in stock)
     elif row["dtype"] == "float32" and row["largest"] >= 1e-3:
         text += "; a ReLU or maximum is on its edge"
-    return text, right and row["loss"] <= bar
+    return text, right
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -407,22 +410,18 @@ def differences(name: str, dtype: str, training: bool, batch_size: int) -> dict[
     expected, found = (jax.jit(jax.value_and_grad(form, has_aux=True))(*arguments) for form in forms)
     (values, gradients), (found_values, found_gradients) = expected, found
     leaves, _ = jax.tree.flatten_with_path(gradients)
-    pairs = zip(leaves, jax.tree.leaves(found_gradients), strict=True)
-    least = ZERO * norm_of_all(gradients)
-    distances = {jax.tree_util.keystr(path): distance(b, a, least) for (path, a), b in pairs}
-    worst = max(distances, key=lambda path: distances[path])
-    least_value = ZERO * norm_of_all(values)
-    of_values = zip(jax.tree.leaves(found_values), jax.tree.leaves(values), strict=True)
+    of_gradients = distances(found_gradients, gradients)
+    worst = max(range(len(leaves)), key=lambda i: of_gradients[i])
     return {
-        "loss": max(distance(a, b, least_value) for a, b in of_values),
-        "median": statistics.median(distances.values()),
-        "largest": distances[worst],
-        "parameter": worst,
+        "loss": max(distances(found_values, values)),
+        "median": statistics.median(of_gradients),
+        "largest": of_gradients[worst],
+        "parameter": jax.tree_util.keystr(leaves[worst][0]),
     }
 
 
-def rounding(name: str, training: bool, batch_size: int) -> dict[str, float]:
-    """Return the median distance of each form's float32 gradients from those of stock JAX in float64."""
+def rounding(name: str, training: bool, batch_size: int) -> dict[str, dict[str, float]]:
+    """Return how far each form's float32 results are from stock JAX's in float64: the least of some batches."""
     import functools
 
     import jax
@@ -432,23 +431,34 @@ def rounding(name: str, training: bool, batch_size: int) -> dict[str, float]:
     from experiments.zoo_nets import NETS
 
     net = NETS[name]("float32")
-    arguments = (net.params, net.state, *net.batch(batch_size, "float32"))
     loss = functools.partial(net.loss, training)
+    forms = {STOCK: loss, OURS: jaxcnn.explicit(loss)}
+    compiled = {form: jax.jit(jax.value_and_grad(function, has_aux=True)) for form, function in forms.items()}
+    batches = [net.batch(batch_size, "float32", seed) for seed in range(BATCHES)]
+    found = {form: [run(net.params, net.state, *batch) for batch in batches] for form, run in compiled.items()}
 
     def widen(a: Any) -> Any:
         return np.asarray(a, np.float64) if np.asarray(a).dtype == np.float32 else a
 
-    def gradients(function: Any, arguments: Any) -> list[Any]:
-        return jax.tree.leaves(jax.jit(jax.value_and_grad(function, has_aux=True))(*arguments)[1])
-
-    exact = gradients(loss, jax.tree.map(widen, arguments))
-    forms = {STOCK: loss, OURS: jaxcnn.explicit(loss)}
-    found = {form: gradients(function, arguments) for form, function in forms.items()}
-    least = ZERO * norm_of_all(exact)
+    # After the nets in float32, because Keras has one setting for all nets.
+    run = jax.jit(jax.value_and_grad(functools.partial(NETS[name]("float64").loss, training), has_aux=True))
+    exact = [run(*jax.tree.map(widen, (net.params, net.state, *batch))) for batch in batches]
     return {
-        form: statistics.median(distance(a, b, least) for a, b in zip(of_form, exact, strict=True))
+        form: {
+            "values": min(max(distances(a, b)) for (a, _), (b, _) in zip(of_form, exact, strict=True)),
+            "gradients": min(statistics.median(distances(a, b)) for (_, a), (_, b) in zip(of_form, exact, strict=True)),
+        }
         for form, of_form in found.items()
     }
+
+
+def distances(results: Any, expected: Any) -> list[float]:
+    """Return the distance of each array of a tree."""
+    import jax
+
+    least = ZERO * norm_of_all(expected)
+    leaves = zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True)
+    return [distance(a, b, least) for a, b in leaves]
 
 
 def norm_of_all(gradients: Any) -> float:

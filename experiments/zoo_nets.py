@@ -23,9 +23,9 @@ class Net:
     #: Shape of one image.
     shape: tuple[int, ...]
 
-    def batch(self, size: int, dtype: Any) -> tuple[Any, Any]:
+    def batch(self, size: int, dtype: Any, seed: int = 0) -> tuple[Any, Any]:
         """Return random images and labels."""
-        generator = np.random.default_rng(0)
+        generator = np.random.default_rng(seed)
         x = generator.standard_normal((size, *self.shape)).astype(dtype)
         return jax.device_put(x), jax.device_put(generator.integers(0, 10, size))
 
@@ -46,6 +46,7 @@ def keras_net(name: str, dtype: str, side: int = 64) -> Net:
     from keras.src.backend.common import dtypes
 
     keras.config.set_floatx(dtype)
+    keras.config.set_dtype_policy(dtype)
     # Keras on JAX computes batch norm in float32 where arrays are float64, which hides differences.
     dtypes.BIT64_TO_BIT32_DTYPE["float64"] = "float64"
     keras.utils.set_random_seed(0)

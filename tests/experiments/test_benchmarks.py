@@ -602,14 +602,18 @@ def test_a_net_of_the_zoo_that_fails_does_not_end_the_others(monkeypatch, capsys
         ("float64", 1e-15, 1e-14, 1e-9, None, False),  # the largest of all parameters counts
         ("float32", 1e-7, 1e-6, 1e-2, None, True),
         ("float32", 1e-4, 1e-6, 1e-6, None, False),
-        ("float32", 1e-7, 1e-3, 1e-2, {zoo.STOCK: 1e-3, zoo.OURS: 1.9e-3}, True),
-        ("float32", 1e-7, 1e-3, 1e-2, {zoo.STOCK: 1e-3, zoo.OURS: 2.1e-3}, False),
-        ("float32", 1e-4, 1e-3, 1e-2, {zoo.STOCK: 1e-3, zoo.OURS: 1e-3}, False),
+        ("float32", 1e-7, 1e-3, 1e-2, ((1e-6, 1e-3), (1e-6, 1.9e-3)), True),
+        ("float32", 1e-7, 1e-3, 1e-2, ((1e-6, 1e-3), (1e-6, 2.1e-3)), False),
+        ("float32", 1e-4, 1e-3, 1e-2, ((1e-5, 1e-3), (2.1e-5, 1e-3)), False),
+        ("float32", 1e-7, 1e-3, 1e-2, ((1e-7, 1e-7), (9e-6, 9e-6)), True),  # a batch without an edge
     ],
 )
 def test_verdict_on_a_net_of_the_zoo(dtype, loss, median, largest, rounding, right):
     row = {"dtype": dtype, "loss": loss, "median": median, "largest": largest, "parameter": "['w']"}
-    assert zoo.verdict(row if rounding is None else row | {"rounding": rounding})[1] is right
+    if rounding is not None:
+        forms = zip((zoo.STOCK, zoo.OURS), rounding, strict=True)
+        row["rounding"] = {form: dict(zip(("values", "gradients"), of_form, strict=True)) for form, of_form in forms}
+    assert zoo.verdict(row)[1] is right
 
 
 def test_distances_of_gradients_that_are_zero():
@@ -631,14 +635,14 @@ def test_float32_is_compared_with_float64_where_it_differs(monkeypatch):
             self.name, self.kind = name, kind
 
         def answer(self):
-            return {"rounding": {}} if self.kind == "rounding" else {"median": medians[self.name]}
+            return {"rounding": {}} if self.kind == "rounding" else {"median": medians[self.name], "loss": 0.0}
 
         def stop(self):
             kinds.append("stopped")
 
     monkeypatch.setattr(zoo, "Process", Process)
-    assert zoo.compared("linen", "training", "float32", zoo.Config()) == {"median": 1e-6}
-    assert zoo.compared("nnx", "training", "float32", zoo.Config()) == {"median": 1e-3, "rounding": {}}
+    assert zoo.compared("linen", "training", "float32", zoo.Config()) == {"median": 1e-6, "loss": 0.0}
+    assert zoo.compared("nnx", "training", "float32", zoo.Config()) == {"median": 1e-3, "loss": 0.0, "rounding": {}}
     assert kinds == [
         ("linen", "float32"), "stopped", ("nnx", "float32"), "stopped", ("nnx", "rounding"), "stopped",
     ]  # fmt: skip
