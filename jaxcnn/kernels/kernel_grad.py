@@ -162,9 +162,14 @@ def _larger_kernel(c: Correlation, x: Array, y: Array) -> Array:
 
 
 def _transposed(c: Correlation, x: Array, y: Array) -> Array:
-    """Run `_xla` with explicit transposes: XLA:CPU inserts them itself, but neither in a loop nor in a branch."""
+    """Run `_xla` with explicit transposes: XLA:CPU inserts them itself, but neither in a loop nor in a branch.
+
+    XLA exchanges x and δ if δ has more positions, unless x is padded before. It then takes up to 40 times as long: for
+    64 images of 20 × 20 × 4 and 3 × 3 kernels with padding 2 and 15 outputs, 8.8 ms instead of 1.6 on one core.
+    """
     win = c.window
-    x, pads = _with_valid_pads(win, x)
+    larger = math.prod(win.out) > math.prod(win.shape)
+    x, pads = (pad_to_span(win, x), [(0, 0)] * win.ndim) if larger else _with_valid_pads(win, x)
     images, kernels = jnp.swapaxes(x, 0, -1), jnp.moveaxis(y, 0, -2)
     w = convolve(c, images, kernels, stride=win.dilation, padding=pads, w_dilation=win.stride, groups=1)
     return jnp.moveaxis(w, 0, -2)

@@ -598,6 +598,16 @@ def test_strided_patches_are_copied_whole(side, stride, chosen):
     assert kernel_grad.choose_kernel_grad(c, *(jax.ShapeDtypeStruct(shape, c.dtype) for shape in (x, y))) == chosen
 
 
+@pytest.mark.parametrize(("name", "exchanged"), [("xla", True), ("transposed", False)])
+def test_image_and_delta_are_not_exchanged(name, exchanged):
+    """XLA:CPU takes long if δ has more positions than the image and the padding is left to the convolution."""
+    win = window((9, 9), (3, 3), (1, 1), ((2, 2), (2, 2)))
+    x, y = np.zeros((2, *win.shape, 4), "f"), np.zeros((2, *win.out, 5), "f")
+    run = functools.partial(kernel_grad.KERNEL_GRAD[name], Correlation(win, 1, np.dtype("f")))
+    program = jax.jit(run).lower(x, y).compile().as_text()
+    assert ("rhs_reversal" in program) is exchanged, program
+
+
 @pytest.mark.parametrize(
     ("stride", "dilation", "inputs", "chosen"),
     [(2, 1, 64, "phases"), (2, 1, 128, "xla"), (2, 2, 128, "phases"), (1, 2, 64, "xla"), (2, 1, 4, "products")],
