@@ -28,7 +28,7 @@ from jaxcnn.geometry import Window
 from jaxcnn.kernels.dtypes import accumulator, to_accumulator
 from jaxcnn.kernels.materialize import materialize
 from jaxcnn.kernels.reductions import largest
-from jaxcnn.kernels.shapes import expand_rank
+from jaxcnn.kernels.shapes import expand_rank, known_at_most
 from jaxcnn.kernels.split import run_whole
 from jaxcnn.platforms import Fixed, platform_dependent
 
@@ -48,6 +48,9 @@ MAX_COMPARED_TAPS = 9
 #: On CPU, δ of overlapping windows of up to this many taps is added tap by tap. A scatter takes as long for any number,
 #: as long as for 15 to 25 taps on 2 cores.
 MAX_ADDED_TAPS = 24
+
+#: On CPU, padded images of up to this many channels are summed row by row.
+MAX_ROW_CHANNELS = 3
 
 
 def winner_dtype(win: Window) -> np.dtype:
@@ -103,11 +106,18 @@ def choose_scatter(win: Window) -> dict[str, str]:
     return {"cpu": "taps" if win.entries <= MAX_ADDED_TAPS else "long", "tpu": "phases", "cuda": "taps", "rocm": "taps"}
 
 
-def choose_sum(win: Window) -> dict[str, str]:
+def choose_sum(win: Window, channels: int) -> dict[str, str]:
     """Choose the lowering of `window_sum` per platform, a key of `SUM`."""
     # XLA:TPU takes 1.1 to 7 times as long for the strided slices of "by_dim". In 1-D, a reshape to tiles is slow.
     tpu = ("whole" if _short_1d(win) else "tiles") if win.tiles else "by_dim"
-    return {"cpu": "by_dim", "tpu": tpu} | _sum_on_gpu(win)
+    return {"cpu": _sum_on_cpu(win, channels), "tpu": tpu} | _sum_on_gpu(win)
+
+
+def _sum_on_cpu(win: Window, channels: int) -> str:
+    # With more channels, "by_row" takes up to 1.8 times as long for images that do not fit in cache.
+    disjoint = all(s >= k for k, s in zip(win.size, win.stride, strict=True))
+    few = known_at_most(channels, MAX_ROW_CHANNELS)
+    return "by_row" if win.ndim == 2 and win.padded and disjoint and few else "by_dim"
 
 
 def choose_sum_adjoint(win: Window) -> dict[str, str]:
@@ -473,7 +483,7 @@ def window_sum(win: Window, x: Array) -> Array:
     """Sum every window, ``y[o] = Σ_k x[o·stride + k·dilation]``; 16-bit floats are summed in float32."""
     if 0 in win.out:  # no window fits, if the image is empty
         return jnp.zeros((x.shape[0], *win.out, x.shape[-1]), x.dtype)
-    return _run_chosen(SUM, choose_sum(win), win, to_accumulator(x)).astype(x.dtype)
+    return _run_chosen(SUM, choose_sum(win, x.shape[-1]), win, to_accumulator(x)).astype(x.dtype)
 
 
 def window_sum_adjoint(win: Window, y: Array) -> Array:
@@ -489,6 +499,19 @@ def _sum_by_dim(win: Window, x: Array) -> Array:
     """Sum along one dim after the other."""
     x = _pad(win, x, 0)
     for dim in range(win.ndim):
+        x = _sum_dim(win, dim, x)
+    return x
+
+
+def _sum_by_row(win: Window, x: Array) -> Array:
+    """Sum along the first dim with the other dims and the channels as one, then along the other dims.
+
+    For padded 2-D images of few channels, XLA:CPU takes 1.1 to 1.7 times as long for "by_dim".
+    """
+    x = _pad(win, x, 0)
+    rows = _sum_dim(win, 0, lax.collapse(x, 2))
+    x = rows.reshape(*rows.shape[:2], *x.shape[2:])
+    for dim in range(1, win.ndim):
         x = _sum_dim(win, dim, x)
     return x
 
@@ -531,6 +554,7 @@ def _sum_of_tiles(win: Window, x: Array) -> Array:
 
 SUM: dict[str, Callable[[Window, Array], Array]] = {
     "by_dim": _sum_by_dim,
+    "by_row": _sum_by_row,
     "whole": _sum_whole,
     "tiles": _sum_of_tiles,
 }

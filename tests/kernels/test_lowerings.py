@@ -947,7 +947,7 @@ def assert_sums(name, drawn):
 
 
 @pytest.mark.slow("compiles many geometries")
-@pytest.mark.parametrize("name", ["by_dim", "whole"])
+@pytest.mark.parametrize("name", ["by_dim", "by_row", "whole"])
 @over_examples
 @given(several(st.tuples(drawn_windows().filter(some_is_real), st.sampled_from(BATCHES))))
 def test_lowerings_of_window_sum(name, drawn):
@@ -986,13 +986,25 @@ def test_choice_for_windows(size, stride, maximum, scatter, total, adjoint):
     choices = (
         (windows.choose_max(win), maximum),
         (windows.choose_scatter(win), scatter),
-        (windows.choose_sum(win), total),
+        (windows.choose_sum(win, 3), total),
         (windows.choose_sum_adjoint(win), adjoint),
     )
     for chosen, by_platform in choices:
         cpu = by_platform["cpu"]
         gpu = by_platform.get("gpu", cpu)
         assert chosen == {"cpu": cpu, "tpu": by_platform.get("tpu", cpu), "cuda": gpu, "rocm": gpu}
+
+
+@pytest.mark.parametrize(
+    ("dims", "stride", "padding", "channels", "cpu"),
+    [
+        (2, 3, 1, 3, "by_row"), (2, 4, 1, 1, "by_row"), (2, 3, 1, 4, "by_dim"), (2, 2, 1, 1, "by_dim"),
+        (2, 3, 0, 1, "by_dim"), (3, 3, 1, 1, "by_dim"),
+    ],
+)  # fmt: skip
+def test_padded_windows_are_summed_by_row_on_cpu(dims, stride, padding, channels, cpu):
+    win = Window((18,) * dims, (3,) * dims, (stride,) * dims, ((padding, padding),) * dims, (1,) * dims)
+    assert windows.choose_sum(win, channels)["cpu"] == cpu
 
 
 def test_programs_for_windows_by_platform():
