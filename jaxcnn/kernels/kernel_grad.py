@@ -27,6 +27,7 @@ from jaxcnn.kernels.lowering import (
     is_small,
     pad_to_span,
     run_lowering,
+    unrolled_sums_pay,
     unsharded_image_dims,
     unsharded_kernel_dims,
     winograd_pays,
@@ -49,9 +50,6 @@ MAX_LARGER = 4
 
 #: Groups are joined up to this many channels: one float32 vector, and few enough for jaxlib 0.10 to use all threads.
 JOINED_CHANNELS = 16
-
-#: Up to this many sums over all positions, the product of an image with one channel is unrolled.
-UNROLLED_SUMS = 160
 
 #: The gradient of a depthwise kernel has one term per position if a block has at least this many, and if its partial
 #: sums, one per tap and image, have up to this many times the elements of δ.
@@ -89,15 +87,15 @@ def choose_kernel_grad(c: Correlation, x: Array, y: Array) -> str:
         return "joined" if joined_groups(c, inputs, outputs) >= 4 else "by_group"  # two do not pay
     if applies("pointwise", c):
         return "pointwise"
-    if inputs == 1 and c.window.entries * outputs <= UNROLLED_SUMS:
+    if unrolled_sums_pay(c, inputs, outputs):
         return "unrolled"
     if applies("by_depth", c):
         return "by_depth"
     if winograd_pays(c, x, inputs, outputs, one_block=False):
         return "winograd"
-    if c.window.ndim > 1 and any(s > 1 for s in c.window.stride):
-        return "patches"
     few_outputs = c.window.ndim == 2 and outputs <= 16  # too few for a GEMM
+    if c.window.ndim > 1 and any(s > 1 for s in c.window.stride) and not (inputs == 1 and few_outputs):
+        return "patches"
     short = known_at_most(x.shape[0] * math.prod(c.window.out) * c.window.entries * inputs * outputs, SHORT)
     return "transposed" if few_outputs or short or c.window.ndim == 1 else "rows"
 

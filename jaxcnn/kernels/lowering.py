@@ -50,6 +50,10 @@ GPU_TAPS = 27
 #: Up to this many multiplications per position, a product with one group is unrolled.
 UNROLLED_MULTIPLICATIONS = 640
 
+#: Up to this many sums over all positions, and this many outputs, the kernel's gradient is unrolled for images with one
+#: channel. For more outputs than one vector has elements, XLA:CPU takes up to three times as long as its own form.
+UNROLLED_SUMS, UNROLLED_OUTPUTS = 160, 8
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Dispatch
@@ -148,6 +152,11 @@ def unrolling_pays(c: Correlation, inputs: int, outputs: int) -> bool:
     """Whether to unroll for one group, in `correlate` and `input_grad`: few channels, and terms that fit one loop."""
     terms = c.window.entries * inputs
     return terms <= unrolled.TERMS and terms * outputs <= UNROLLED_MULTIPLICATIONS
+
+
+def unrolled_sums_pay(c: Correlation, inputs: int, outputs: int) -> bool:
+    """Whether to unroll `kernel_grad` for one group: one input channel and few sums."""
+    return inputs == 1 and outputs <= UNROLLED_OUTPUTS and c.window.entries * outputs <= UNROLLED_SUMS
 
 
 def gemm_pays(c: Correlation, batch: int, sizes: Sequence[int], inputs: int, outputs: int) -> bool:

@@ -1,5 +1,7 @@
 """The three products in oneDNN, on CPUs for which `jaxcnn.native` is built."""
 
+import math
+
 import jax
 import numpy as np
 from jax import Array
@@ -14,6 +16,9 @@ from jaxcnn.native import library
 #: 10 ms instead of 4.4 for 64 images of 16 × 16 × 64 in 16 groups.
 SLOW = ("ref", "gemm:")
 
+#: Up to this many multiplications, XLA computes gradients of kernels with one output.
+SHORT = 3 << 20
+
 
 def choose_native(
     product: str, cpu: str, c: Correlation, image: tuple[int, ...], outputs: int, dtype: np.dtype
@@ -26,22 +31,27 @@ def choose_native(
         return None
     if any(map(is_symbolic, image)) or is_small(c, image[0], image[-1], outputs):
         return None
-    if is_narrow(product, c, image[-1], outputs):
+    if is_narrow(product, c, image[0], image[-1], outputs):
         return None
     name = implementation(product, c, image, outputs)
     return "onednn" if name and not any(slow in name for slow in SLOW) else None
 
 
-def is_narrow(product: str, c: Correlation, inputs: int, outputs: int) -> bool:
+def is_narrow(product: str, c: Correlation, batch: int, inputs: int, outputs: int) -> bool:
     """Return whether a product has too few channels for oneDNN's vectors, or a stride between single elements.
 
     For example, XLA takes a third to a half of oneDNN's time for the gradient of images with 3 channels, and two
-    thirds for 1 × 1 kernels with stride 2.
+    thirds for 1 × 1 kernels with stride 2. For the gradient of kernels with one output, it takes two thirds, but for
+    long sums over large arrays ten times as long.
     """
     is_single = all(k == 1 for k in c.window.size)
     has_stride = any(s > 1 for s in c.window.stride)
-    if product == "kernel_grad" or c.groups > 1:
+    if c.groups > 1:
         return False
+    if product == "kernel_grad":  # in up to two dims the library's own code, in vectors of outputs
+        few = inputs > 1 and outputs == 1 and not has_stride
+        short = batch * math.prod(c.window.out) * c.window.entries * inputs * outputs <= SHORT
+        return few and short and not is_single and c.window.ndim <= 2
     if is_single and (has_stride or inputs * outputs < 8):
         return True
     return product == "input_grad" and inputs < (16 if has_stride else 8)

@@ -233,11 +233,22 @@ def test_the_librarys_own_kernel_grads(kind):
         ("correlate", 1, 1, 1, 2, 3, True),
         ("correlate", 1, 1, 1, 2, 4, False),
         ("kernel_grad", 1, 2, 1, 1, 1, False),
+        ("kernel_grad", 3, 1, 1, 1, 1, False),
+        ("kernel_grad", 3, 1, 1, 16, 1, True),
+        ("kernel_grad", 3, 1, 1, 16, 2, False),
+        ("kernel_grad", 3, 2, 1, 16, 1, False),
+        ("kernel_grad", 3, 1, 16, 16, 16, False),
     ],
 )
 def test_products_of_few_channels_are_not_computed_in_onednn(product, size, stride, groups, inputs, outputs, narrow):
     win = window((9, 9), (size, size), (stride, stride), ((0, 0), (0, 0)))
-    assert onednn.is_narrow(product, Correlation(win, groups, np.dtype(np.float32)), inputs, outputs) == narrow
+    assert onednn.is_narrow(product, Correlation(win, groups, np.dtype(np.float32)), 2, inputs, outputs) == narrow
+
+
+@pytest.mark.parametrize(("batch", "narrow"), [(32, True), (64, False)])
+def test_long_sums_of_few_channels_are_computed_in_onednn(batch, narrow):
+    c = Correlation(window((28, 28), (3, 3), (1, 1), ((1, 1), (1, 1))), 1, np.dtype(np.float32))
+    assert onednn.is_narrow("kernel_grad", c, batch, 8, 1) == narrow
 
 
 #: Few and large images, which are divided into parts of their first dim. In the last one, parts read padding only.
@@ -560,6 +571,8 @@ def test_positions_in_loops(monkeypatch, length, drawn):
         ("input_grad", 28, 16, 3, 1, 2, "unrolled"),
         ("input_grad", 28, 3, 16, 1, 2, "products"),
         ("kernel_grad", 56, 1, 6, 1, 2, "unrolled"),
+        ("kernel_grad", 56, 1, 9, 1, 2, "transposed"),
+        ("kernel_grad", 28, 1, 9, 1, 3, "by_depth"),
         ("kernel_grad", 28, 3, 6, 1, 2, "transposed"),
         *(("correlate", 8, 64, 64, groups, 2, "unrolled") for groups in (64, 32, 8)),
         *(("correlate", 8, 64, 64, groups, 2, "by_group") for groups in (4, 2)),
@@ -584,16 +597,18 @@ def test_few_channels_are_unrolled_and_depth_slices_are_summed(product, side, in
 
 
 @pytest.mark.parametrize(
-    ("side", "stride", "chosen"),
+    ("side", "stride", "inputs", "outputs", "chosen"),
     [
-        (81, (1, 1), "rows"), (81, (2, 1), "patches"), (81, (1, 2), "patches"), (81, (2,), "transposed"),
-        (9, (1, 1), "transposed"),  # a short sum: XLA's form compiles faster
+        (81, (1, 1), 64, 64, "rows"), (81, (2, 1), 64, 64, "patches"), (81, (1, 2), 64, 64, "patches"),
+        (81, (2,), 64, 64, "transposed"),
+        (9, (1, 1), 64, 64, "transposed"),  # a short sum: XLA's form compiles faster
+        (81, (2, 2), 1, 16, "transposed"), (81, (2, 2), 1, 17, "patches"), (81, (2, 2), 2, 16, "patches"),
     ],
 )  # fmt: skip
-def test_strided_patches_are_copied_whole(side, stride, chosen):
+def test_strided_patches_are_copied_whole(side, stride, inputs, outputs, chosen):
     dims = len(stride)
     win = Window((side,) * dims, (3,) * dims, stride, ((0, 0),) * dims, (1,) * dims)
-    x, y = ((2, *size, 64) for size in (win.shape, win.out))
+    x, y = (2, *win.shape, inputs), (2, *win.out, outputs)
     c = Correlation(win, 1, np.dtype("f"))
     assert kernel_grad.choose_kernel_grad(c, *(jax.ShapeDtypeStruct(shape, c.dtype) for shape in (x, y))) == chosen
 
