@@ -76,12 +76,23 @@ def haiku_net(name: str, dtype: str) -> Net:
     net: Any = hk.without_apply_rng(hk.transform_with_state(forward))
     shape = (64, 64, 3)
     params, state = jax.jit(net.init, static_argnums=2)(jax.random.key(0), jnp.ones((1, *shape), dtype), True)
+    params = _without_zeros(params)
 
     def loss(training: bool, params: Any, state: Any, x: Any, labels: Any) -> tuple[Any, Any]:
         logits, state = net.apply(params, state, x, training)
         return cross_entropy(logits, labels), state
 
     return Net(loss, params, state, shape)
+
+
+def _without_zeros(params: Any) -> Any:
+    """Return parameters with random numbers instead of zeros, which would make the gradients of earlier layers 0."""
+    generator = np.random.default_rng(1)
+
+    def replaced(a: Any) -> Any:
+        return a if a.any() else jnp.asarray(generator.normal(0, 0.1, a.shape), a.dtype)
+
+    return jax.tree.map(replaced, params)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
