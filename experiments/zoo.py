@@ -33,7 +33,7 @@ ZERO = 1e-6
 """Distances are relative to the norm of a parameter's gradient, or to this part of the norm of all gradients if that is
 larger: the gradient of a bias before batch norm is 0, and all that is computed of it are rounding errors. The same
 holds for the new state, such as means of channels whose mean is 0."""
-ROUNDING, BATCHES = 2.0, 5
+ROUNDING, BATCHES = 2.0, 20
 """Results in float32 that differ by more are equal up to rounding if those of the explicit form are at most this many
 times as far from float64 as those of stock JAX. The smallest distances of some batches are compared, because rounding
 moves an activation to the other side of its edge in some batches only."""
