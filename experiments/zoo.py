@@ -241,16 +241,17 @@ def check(config: Config, names: Sequence[str], machine: Mapping[str, Any]) -> i
 
 def compared(name: str, mode: str, dtype: str, config: Config) -> dict[str, Any]:
     """Return the distances of one net, and if its float32 gradients differ, those from its float64 gradients."""
-    kinds = [dtype]
-    row: dict[str, Any] = {}
-    while kinds:
-        process = Process("check", name, kinds.pop(), mode, str(config.batch_size))
+
+    def answer(kind: str) -> dict[str, Any]:
+        process = Process("check", name, kind, mode, str(config.batch_size))
         try:
-            row |= process.answer()
+            return process.answer()
         finally:
             process.stop()
-        if dtype == "float32" and "rounding" not in row and max(row["median"], row["loss"]) > EQUAL[dtype]:
-            kinds.append("rounding")
+
+    row = answer(dtype)
+    if dtype == "float32" and max(row["median"], row["loss"]) > EQUAL[dtype]:
+        row |= answer("rounding")
     return row
 
 
@@ -266,9 +267,9 @@ def verdict(row: Mapping[str, Any]) -> tuple[str, bool]:
     if "rounding" in row:
         stock, ours = row["rounding"][STOCK], row["rounding"][OURS]
         text += "; from float64: " + ", ".join(
-            f"{what} {stock[what]:.1e} in {STOCK}, {ours[what]:.1e} in {OURS}" for what in stock
+            f"{part} {stock[part]:.1e} in {STOCK}, {ours[part]:.1e} in {OURS}" for part in stock
         )
-        right = all(ours[what] <= max(bar, ROUNDING * stock[what]) for what in stock)
+        right = all(ours[part] <= max(bar, ROUNDING * stock[part]) for part in stock)
     elif row["dtype"] == "float32" and row["largest"] >= 1e-3:
         text += "; a ReLU or maximum is on its edge"
     return text, right

@@ -25,9 +25,9 @@ from jaxcnn.kernels.lowering import (
     depth_slices,
     dot,
     is_small,
+    multiplications,
     pad_to_span,
     run_lowering,
-    unrolled_sums_pay,
     unsharded_image_dims,
     unsharded_kernel_dims,
     winograd_pays,
@@ -50,6 +50,10 @@ MAX_LARGER = 4
 
 #: Groups are joined up to this many channels: one float32 vector, and few enough for jaxlib 0.10 to use all threads.
 JOINED_CHANNELS = 16
+
+#: Up to this many sums over all positions, and this many outputs, the kernel's gradient is unrolled for images with one
+#: channel. For more outputs than one vector has elements, XLA:CPU takes up to three times as long as its own form.
+UNROLLED_SUMS, UNROLLED_OUTPUTS = 160, 8
 
 #: The gradient of a depthwise kernel has one term per position if a block has at least this many, and if its partial
 #: sums, one per tap and image, have up to this many times the elements of δ.
@@ -87,7 +91,7 @@ def choose_kernel_grad(c: Correlation, x: Array, y: Array) -> str:
         return "joined" if joined_groups(c, inputs, outputs) >= 4 else "by_group"  # two do not pay
     if applies("pointwise", c):
         return "pointwise"
-    if unrolled_sums_pay(c, inputs, outputs):
+    if inputs == 1 and outputs <= UNROLLED_OUTPUTS and c.window.entries * outputs <= UNROLLED_SUMS:
         return "unrolled"
     if applies("by_depth", c):
         return "by_depth"
@@ -96,7 +100,7 @@ def choose_kernel_grad(c: Correlation, x: Array, y: Array) -> str:
     few_outputs = c.window.ndim == 2 and outputs <= 16  # too few for a GEMM
     if c.window.ndim > 1 and any(s > 1 for s in c.window.stride) and not (inputs == 1 and few_outputs):
         return "patches"
-    short = known_at_most(x.shape[0] * math.prod(c.window.out) * c.window.entries * inputs * outputs, SHORT)
+    short = known_at_most(multiplications(c, x.shape[0], c.window.out, inputs, outputs), SHORT)
     return "transposed" if few_outputs or short or c.window.ndim == 1 else "rows"
 
 

@@ -50,10 +50,6 @@ GPU_TAPS = 27
 #: Up to this many multiplications per position, a product with one group is unrolled.
 UNROLLED_MULTIPLICATIONS = 640
 
-#: Up to this many sums over all positions, and this many outputs, the kernel's gradient is unrolled for images with one
-#: channel. For more outputs than one vector has elements, XLA:CPU takes up to three times as long as its own form.
-UNROLLED_SUMS, UNROLLED_OUTPUTS = 160, 8
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Dispatch
@@ -130,10 +126,11 @@ def is_small(c: Correlation, batch: int, inputs: int, outputs: int) -> bool:
 
     Grouped convolutions are excluded: XLA:CPU joins the groups, so a NaN or infinity in one reaches all of them.
     """
-    return c.groups == 1 and known_at_most(_multiplications(c, batch, c.window.out, inputs, outputs), SMALL)
+    return c.groups == 1 and known_at_most(multiplications(c, batch, c.window.out, inputs, outputs), SMALL)
 
 
-def _multiplications(c: Correlation, batch: int, positions: tuple[int, ...], inputs: int, outputs: int) -> int:
+def multiplications(c: Correlation, batch: int, positions: tuple[int, ...], inputs: int, outputs: int) -> int:
+    """Return the number of multiplications of a product with one group."""
     return batch * math.prod(positions) * c.window.entries * inputs * outputs
 
 
@@ -154,11 +151,6 @@ def unrolling_pays(c: Correlation, inputs: int, outputs: int) -> bool:
     return terms <= unrolled.TERMS and terms * outputs <= UNROLLED_MULTIPLICATIONS
 
 
-def unrolled_sums_pay(c: Correlation, inputs: int, outputs: int) -> bool:
-    """Whether to unroll `kernel_grad` for one group: one input channel and few sums."""
-    return inputs == 1 and outputs <= UNROLLED_OUTPUTS and c.window.entries * outputs <= UNROLLED_SUMS
-
-
 def gemm_pays(c: Correlation, batch: int, sizes: Sequence[int], inputs: int, outputs: int) -> bool:
     """Whether the kernel is larger than the images (of ``sizes``) that XLA's convolution would read.
 
@@ -167,7 +159,7 @@ def gemm_pays(c: Correlation, batch: int, sizes: Sequence[int], inputs: int, out
     """
     win = c.window
     larger = all(extent > n for extent, n in zip(win.extent, sizes, strict=True))
-    work = _multiplications(c, batch, win.out, inputs, outputs)
+    work = multiplications(c, batch, win.out, inputs, outputs)
     return larger and win.entries <= MAX_SLICES and not known_at_most(work, GEMM_MULTIPLICATIONS)
 
 
@@ -187,7 +179,7 @@ def winograd_pays(c: Correlation, a: Array, inputs: int, outputs: int, *, one_bl
             return False
     elif c.window.size != (5, 5):
         return False
-    direct = _multiplications(c, a.shape[0], c.window.out, inputs, outputs)
+    direct = multiplications(c, a.shape[0], c.window.out, inputs, outputs)
     return direct >= 2 * winograd.cost(c, a.shape[0], inputs, outputs)
 
 
@@ -215,7 +207,7 @@ def all_threads_pay(c: Correlation, a: Array, outputs: int, positions: tuple[int
         return False
     if max(inputs, outputs) <= 16 or inputs * outputs > DIVIDED_BY_XLA:
         return False
-    return not known_at_most(_multiplications(c, batch, positions, inputs, outputs), (1 << 24) - 1)
+    return not known_at_most(multiplications(c, batch, positions, inputs, outputs), (1 << 24) - 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

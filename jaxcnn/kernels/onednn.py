@@ -1,14 +1,12 @@
 """The three products in oneDNN, on CPUs for which `jaxcnn.native` is built."""
 
-import math
-
 import jax
 import numpy as np
 from jax import Array
 
 from jaxcnn.geometry import Correlation
 from jaxcnn.kernels.dtypes import accumulator
-from jaxcnn.kernels.lowering import is_small
+from jaxcnn.kernels.lowering import is_small, multiplications
 from jaxcnn.kernels.shapes import is_symbolic
 from jaxcnn.native import library
 
@@ -50,7 +48,7 @@ def is_narrow(product: str, c: Correlation, batch: int, inputs: int, outputs: in
         return False
     if product == "kernel_grad":  # in up to two dims the library's own code, in vectors of outputs
         few = inputs > 1 and outputs == 1 and not has_stride
-        short = batch * math.prod(c.window.out) * c.window.entries * inputs * outputs <= SHORT
+        short = multiplications(c, batch, c.window.out, inputs, outputs) <= SHORT
         return few and short and not is_single and c.window.ndim <= 2
     if is_single and (has_stride or inputs * outputs < 8):
         return True

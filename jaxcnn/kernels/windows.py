@@ -394,12 +394,14 @@ def _gather_winners_long(win: Window, x: Array, winner: Array) -> Array:
 
 
 def _scatter_to_winners_long(win: Window, y: Array, winner: Array) -> Array:
-    return scatter_to_indices(win.shape, y, jnp.where(winner == nothing(win), -1, flat_index(win, winner)))
+    return _scatter_to_index(win, y, winner, flat_index(win, winner))
 
 
 def _scatter_by_multiplied(win: Window, y: Array, winner: Array) -> Array:
-    """Scatter as `_scatter_to_winners_long`, with winners divided by multiplication."""
-    index = _flat_index_multiplied(win, winner)
+    return _scatter_to_index(win, y, winner, _flat_index_multiplied(win, winner))
+
+
+def _scatter_to_index(win: Window, y: Array, winner: Array, index: Array) -> Array:
     return scatter_to_indices(win.shape, y, jnp.where(winner == nothing(win), -1, index))
 
 
