@@ -314,6 +314,7 @@ struct Part {
   Call call;
   int64_t image = 0, result = 0;
   bool empty = false;  // whether no element of the image is in any of the windows
+  int64_t first_output = 0, last_output = call.result.back();  // of `dense.h`
 };
 
 Part examples_of(const Call& call, int64_t first, int64_t count) {
@@ -369,6 +370,19 @@ std::vector<Part> divide(const Call& call, int64_t threads) {
     return result;
   }
   return examples(call, (batch + threads - 1) / threads);
+}
+
+// Divides the gradient of a kernel that is larger than the images and results: no thread then needs sums of its own.
+std::vector<Part> divide_outputs(const Call& call, int64_t threads, int64_t tile) {
+  const int64_t outputs = call.result.back(), tiles = (outputs + tile - 1) / tile, parts = std::min(threads, tiles);
+  std::vector<Part> result;
+  for (int64_t i = 0; i < parts; i++) {
+    Part part{call};
+    part.first_output = tiles * i / parts * tile;
+    part.last_output = std::min(outputs, tiles * (i + 1) / parts * tile);
+    result.push_back(part);
+  }
+  return result;
 }
 
 // The last spatial dims of a `jaxcnn::Depthwise` or `jaxcnn::Dense` are those of the call.
@@ -440,9 +454,14 @@ class Pieces : public std::enable_shared_from_this<Pieces> {
 // If `each`, `kernel` has the gradient of each example, one after the other.
 void compute(ffi::ThreadPool& pool, const Call& call, bool each, float* image, float* kernel, float* result) {
   static thread_local Buffer buffer;
-  const bool sums = call.product == Product::kernel_grad && !each, wide = supports(dnnl::cpu_isa::avx512_core);
-  const auto parts = each ? examples(call, 1) : divide(call, std::max<int64_t>(pool.num_threads(), 1));
-  const int64_t count = parts.size(), size = elements(call.kernel);
+  const bool wide = supports(dnnl::cpu_isa::avx512_core);
+  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1), size = elements(call.kernel);
+  const int64_t tile = wide ? jaxcnn::outputs_of_tile<jaxcnn::Avx512> : jaxcnn::outputs_of_tile<jaxcnn::Avx2>;
+  const bool by_output = !each && call.is_dense_kernel_grad() && call.result.back() > tile &&
+                         size > elements(call.image) + elements(call.result);
+  const bool sums = call.product == Product::kernel_grad && !each && !by_output;
+  const auto parts = each ? examples(call, 1) : by_output ? divide_outputs(call, threads, tile) : divide(call, threads);
+  const int64_t count = parts.size();
 
   // The gradient of the kernel is the sum over all parts; the first one is computed in place.
   float* others = sums ? buffer.of_size((count - 1) * size * sizeof(float)) : nullptr;
@@ -459,7 +478,7 @@ void compute(ffi::ThreadPool& pool, const Call& call, bool each, float* image, f
       run(depthwise(part), part.image[0], images, results, kernels);
     } else if (part.is_dense_kernel_grad()) {
       auto run = wide ? jaxcnn::dense_kernel_grad<jaxcnn::Avx512> : jaxcnn::dense_kernel_grad<jaxcnn::Avx2>;
-      run(dense(part), part.image[0], images, results, kernels);
+      run(dense(part), part.image[0], parts[i].first_output, parts[i].last_output, images, results, kernels);
     } else {
       plan_of(part).run(part.product, images, kernels, results);
     }

@@ -26,10 +26,11 @@ struct Dense {
   int64_t inputs, outputs;
 };
 
-// Windows of an image and elements of a result, in rows. x is the first element of the first window.
+// Windows of images and elements of their results, in rows. x is the first element of the first window.
 struct Windows {
   const float *x, *y;
-  int64_t rows, row, x_row, x_step, y_step;  // `row` windows in each of `rows` rows
+  int64_t images, rows, row;  // `row` windows in each of `rows` rows
+  int64_t x_image, x_row, x_step, y_image, y_step;
 
   int64_t y_row() const { return row * y_step; }
 };
@@ -50,8 +51,10 @@ struct Tile {
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; v++) sum[j][v] = reinterpret_cast<Vector*>(sums + j * sums_row)[v];
     }
-    for (int64_t r = 0; r < windows.rows; r++) {
-      const float *x = windows.x + r * windows.x_row, *y = windows.y + r * windows.y_row();
+    for (int64_t i = 0; i < windows.images * windows.rows; i++) {
+      const int64_t n = i / windows.rows, r = i % windows.rows;
+      const float* x = windows.x + n * windows.x_image + r * windows.x_row;
+      const float* y = windows.y + n * windows.y_image + r * windows.y_row();
       for (int64_t p = 0; p < windows.row; p++, x += windows.x_step, y += windows.y_step) {
         Vector values[vectors];
 #pragma GCC unroll 2
@@ -99,41 +102,57 @@ inline void pack(const float* y, int64_t step, int64_t row, int64_t real, int64_
   }
 }
 
-// Computes w from `batch` channels-last images x and results y.
+// Outputs that are computed together.
 template <typename Isa>
-void dense_kernel_grad(const Dense& d, int64_t batch, const float* x, const float* y, float* w) {
-  constexpr int64_t tile = 2 * Isa::lanes, about = 128;  // outputs of a tile; windows that are summed before sums are stored
+constexpr int64_t outputs_of_tile = 2 * Isa::lanes;
+
+// Computes outputs [first, last) of w from `batch` channels-last images x and results y; `first` is a multiple of
+// `outputs_of_tile`. If an image has few windows, the windows of several images are summed before sums are stored.
+template <typename Isa>
+void dense_kernel_grad(const Dense& d, int64_t batch, int64_t first, int64_t last, const float* x, const float* y,
+                       float* w) {
+  constexpr int64_t tile = outputs_of_tile<Isa>, about = 128;  // windows that are summed before sums are stored
   const int64_t height = d.result[0], width = d.result[1], taps = d.kernel[1] * d.inputs;
   const int64_t image_row = d.image[1] * d.inputs, step = d.stride[1] * d.inputs;
   const int64_t reach = (width - 1) * step + taps, low = d.low[1] * d.inputs;
   const bool pads = low > 0 || reach > image_row;
-  const int64_t x_row = pads ? reach : image_row;
+  const int64_t x_row = pads ? reach : image_row, x_image = d.image[0] * x_row;
   const int64_t columns = std::min(width, 2 * about), rows = std::max<int64_t>(1, about / columns);
-  const int64_t outputs = (d.outputs + Isa::lanes - 1) / Isa::lanes * Isa::lanes;  // the sums of a row; those after d.outputs are zero
+  const int64_t images = std::max<int64_t>(1, about / (height * width));
+  const int64_t all = last - first, outputs = (all + Isa::lanes - 1) / Isa::lanes * Isa::lanes;  // in whole vectors
 
   static thread_local std::vector<float> padded, packed, wider;
-  float* sums = w;
-  if (outputs > d.outputs) {
+  float* sums = w + first;
+  int64_t sums_row = d.outputs;
+  if (outputs > all) {
     wider.resize(d.kernel[0] * taps * outputs);
     sums = wider.data();
+    sums_row = outputs;
   }
-  if (pads) padded.resize(d.image[0] * reach);
-  std::fill_n(sums, d.kernel[0] * taps * outputs, 0.0f);
-  for (int64_t n = 0; n < batch; n++, x += d.image[0] * image_row, y += height * width * d.outputs) {
-    const float* image = x;
+  if (pads) padded.resize(std::min(images, batch) * x_image);
+  for (int64_t i = 0; i < d.kernel[0] * taps; i++) std::fill_n(sums + i * sums_row, outputs, 0.0f);
+  for (int64_t n = 0; n < batch; n += images) {
+    const int64_t count = std::min(images, batch - n), y_all = height * width * d.outputs;
+    const float *image = x + n * d.image[0] * image_row, *result = y + n * y_all;
     if (pads) {
-      for (int64_t i = 0; i < d.image[0]; i++) pad_row(x + i * image_row, low, image_row, reach, &padded[i * reach]);
+      for (int64_t i = 0; i < count * d.image[0]; i++) {
+        pad_row(image + i * image_row, low, image_row, reach, &padded[i * reach]);
+      }
       image = padded.data();
     }
     for (int64_t top = 0; top < height; top += rows) {
       const int64_t bottom = std::min(top + rows, height);
       for (int64_t left = 0; left < width; left += columns) {
         const int64_t row = std::min(columns, width - left);
-        for (int64_t o = 0; o < outputs; o += tile) {
-          const int64_t lanes = std::min(tile, outputs - o), real = std::min(tile, d.outputs - o);
-          packed.resize((bottom - top) * row * lanes);
-          for (int64_t r = top; r < bottom; r++) {
-            pack(y + (r * width + left) * d.outputs + o, d.outputs, row, real, lanes, &packed[(r - top) * row * lanes]);
+        for (int64_t o = first; o < last; o += tile) {
+          const int64_t lanes = std::min(tile, first + outputs - o), real = std::min(tile, last - o);
+          const int64_t packed_row = row * lanes, packed_image = (bottom - top) * packed_row;
+          packed.resize(count * packed_image);
+          for (int64_t i = 0; i < count; i++) {
+            for (int64_t r = top; r < bottom; r++) {
+              const float* from = result + i * y_all + (r * width + left) * d.outputs + o;
+              pack(from, d.outputs, row, real, lanes, &packed[i * packed_image + (r - top) * packed_row]);
+            }
           }
           for (int64_t k = 0; k < d.kernel[0]; k++) {
             // The rows whose row of the image is not padding.
@@ -141,19 +160,20 @@ void dense_kernel_grad(const Dense& d, int64_t batch, const float* x, const floa
             while (begin < end && begin * d.stride[0] + k < d.low[0]) begin++;
             while (begin < end && (end - 1) * d.stride[0] + k - d.low[0] >= d.image[0]) end--;
             if (begin == end) continue;
-            const float* first = image + (begin * d.stride[0] + k - d.low[0]) * x_row + left * step;
-            const Windows windows{first, &packed[(begin - top) * row * lanes], end - begin, row,
-                                  d.stride[0] * x_row, step, lanes};
-            float* part = sums + k * taps * outputs + o;
-            if (lanes == tile) add_tiles<Isa, Isa::rows_of_two, 2>(windows, part, outputs, taps);
-            if (lanes < tile) add_tiles<Isa, Isa::rows_of_one, 1>(windows, part, outputs, taps);
+            const Windows windows{
+                image + (begin * d.stride[0] + k - d.low[0]) * x_row + left * step,
+                &packed[(begin - top) * packed_row],
+                count, end - begin, row, x_image, d.stride[0] * x_row, step, packed_image, lanes};
+            float* part = sums + k * taps * sums_row + (o - first);
+            if (lanes == tile) add_tiles<Isa, Isa::rows_of_two, 2>(windows, part, sums_row, taps);
+            if (lanes < tile) add_tiles<Isa, Isa::rows_of_one, 1>(windows, part, sums_row, taps);
           }
         }
       }
     }
   }
-  for (int64_t i = 0; sums != w && i < d.kernel[0] * taps; i++) {
-    std::copy_n(sums + i * outputs, d.outputs, w + i * d.outputs);
+  for (int64_t i = 0; outputs > all && i < d.kernel[0] * taps; i++) {
+    std::copy_n(sums + i * outputs, all, w + i * d.outputs + first);
   }
 }
 
