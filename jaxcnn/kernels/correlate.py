@@ -16,6 +16,7 @@ from jaxcnn.geometry import Correlation
 from jaxcnn.kernels import onednn, unrolled, winograd
 from jaxcnn.kernels.dtypes import wider
 from jaxcnn.kernels.lowering import (
+    UNROLLED_MATRIX,
     Lowering,
     all_threads_pay,
     applies,
@@ -58,7 +59,7 @@ def choose_correlate(c: Correlation, x: Array, w: Array) -> str:
         return "xla"
     if c.groups > 1:
         return choose_grouped(c, inputs, outputs)
-    if applies("pointwise", c):
+    if applies("pointwise", c) and inputs * outputs > UNROLLED_MATRIX:
         return "pointwise"
     if unrolling_pays(c, inputs, outputs):
         return "unrolled"

@@ -19,6 +19,7 @@ from jaxcnn.kernels.dtypes import wider
 from jaxcnn.kernels.lowering import (
     DIVIDED_BY_XLA,
     MAX_SLICES,
+    UNROLLED_MATRIX,
     Lowering,
     all_threads_pay,
     applies,
@@ -69,7 +70,7 @@ def choose_input_grad(c: Correlation, y: Array, w: Array) -> str:
         return "xla"
     if c.groups > 1:
         return choose_grouped(c, inputs, outputs)
-    if applies("pointwise", c):
+    if applies("pointwise", c) and inputs * outputs > UNROLLED_MATRIX:
         return "pointwise"
     if unrolling_pays(c, outputs, inputs):
         return "unrolled"
@@ -77,8 +78,12 @@ def choose_input_grad(c: Correlation, y: Array, w: Array) -> str:
         return "products"
     if applies("by_depth", c) and not _partly_overlapping(c.window):
         return "by_depth"
+    if 4 <= inputs <= 6 and all(s == 1 for s in c.window.stride) and all_threads_pay(c, y, inputs, c.window.shape):
+        return "all_threads"
     if _products_pay(c.window, inputs):
         return "products"
+    if applies("by_depth", c):
+        return "by_depth"
     if _phases_pay(c.window, inputs, outputs):
         return "phases"
     if winograd_pays(c, y, *w.shape[-2:], one_block=True):
@@ -118,7 +123,7 @@ def _products_pay(win: Window, inputs: int) -> bool:
     if win.ndim == 3 or all(k <= s for k, s in zip(win.size, win.stride, strict=True)):
         return True
     if any(s > 1 for s in win.stride):
-        return win.entries * inputs <= 160
+        return inputs <= 3 or win.entries * inputs <= 160
     cut = any(_reaching_outputs(win, dim)[:2] != (0, out) for dim, out in enumerate(win.out))
     return inputs <= 6 or (cut and win.entries <= 3)
 

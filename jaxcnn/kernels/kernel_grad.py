@@ -55,6 +55,9 @@ JOINED_CHANNELS = 16
 #: channel. For more outputs than one vector has elements, XLA:CPU takes up to three times as long as its own form.
 UNROLLED_SUMS, UNROLLED_OUTPUTS = 160, 8
 
+#: Up to this many outputs per input, a depthwise kernel has lowerings of its own; they repeat the image for each.
+MAX_MULTIPLIER = 4
+
 #: The gradient of a depthwise kernel has one term per position if a block has at least this many, and if its partial
 #: sums, one per tap and image, have up to this many times the elements of δ.
 LEAST_POSITIONS, PARTIAL_SUMS = 4, 16
@@ -85,7 +88,7 @@ def choose_kernel_grad(c: Correlation, x: Array, y: Array) -> str:
     inputs, outputs = x.shape[-1], y.shape[-1]
     if is_small(c, x.shape[0], inputs, outputs):
         return "xla"
-    if c.groups == inputs > 1:
+    if c.groups == inputs > 1 and outputs <= MAX_MULTIPLIER * inputs:
         return "by_position" if _positions_pay(c.window) else "unrolled"
     if c.groups > 1:
         return "joined" if joined_groups(c, inputs, outputs) >= 4 else "by_group"  # two do not pay

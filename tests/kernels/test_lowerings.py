@@ -198,6 +198,16 @@ OWN = {
         (window((5, 4), (3, 3), (1, 2), ((4, 0), (5, 6))), 2, 9, 1),
         (window((700,), (3,), (2,), ((1, 0),)), 6, 5, 1),
         (window((9, 600), (1, 5), (3, 1), ((0, 0), (2, 2))), 1, 33, 1),
+        # The kernel is larger than the images and results, so threads compute some of the outputs each.
+        (window((2, 2), (3, 3), (1, 1), ((1, 1), (1, 1))), 24, 70, 1),
+        (window((4, 3), (4, 2), (1, 2), ((2, 1), (0, 1))), 20, 96, 1),
+    ],
+    # x and δ change places.
+    "few outputs": [
+        (window((6, 7), (5, 3), (1, 1), ((2, 1), (0, 2))), 24, 1, 1),
+        (window((9, 8), (3, 3), (1, 1), ((0, 0), (2, 2)), (2, 1)), 33, 3, 1),
+        (window((30,), (4,), (1,), ((3, 0),)), 16, 2, 1),
+        (window((5, 6, 4), (2, 3, 2), (1, 1, 1), ((1, 0), (1, 1), (0, 0))), 17, 2, 1),
     ],
 }
 
@@ -211,44 +221,89 @@ def test_the_librarys_own_kernel_grads(kind):
         c = Correlation(win, groups, np.dtype(np.float32))
         x, y = numbers((5, *win.shape, inputs), (5, *win.out, outputs))
         kernel = onednn.implementation("kernel_grad", c, x.shape, outputs)
-        if not kernel.startswith(kind):
+        assert onednn.exchange_pays(c, inputs, outputs) == (kind == "few outputs")
+        if kind != "few outputs" and not kernel.startswith(kind):
             pytest.skip(f"this CPU uses oneDNN's {kernel}")
         calls.append((functools.partial(onednn.kernel_grad, c), x.astype(np.float32), y.astype(np.float32)))
         expected.append(oracles.kernel_grad(c, x, y))
     for w, of_definition in zip(results(calls), expected, strict=True):
         assert w.shape == of_definition.shape
-        largest = np.abs(of_definition).max() if kind == "dense" else 1  # its sums have thousands of terms
+        largest = 1 if kind == "depthwise" else np.abs(of_definition).max()  # other sums have thousands of terms
         np.testing.assert_allclose(w, of_definition, rtol=1e-5, atol=1e-5 * largest)
 
 
 @pytest.mark.parametrize(
-    ("product", "size", "stride", "groups", "inputs", "outputs", "narrow"),
+    ("changes", "inputs", "outputs", "pays"),
     [
-        ("input_grad", 3, 1, 1, 7, 32, True),
-        ("input_grad", 3, 1, 1, 8, 32, False),
-        ("input_grad", 3, 2, 1, 15, 32, True),
-        ("input_grad", 3, 2, 4, 8, 8, False),
-        ("correlate", 3, 1, 1, 1, 16, False),
-        ("correlate", 1, 2, 1, 64, 64, True),
-        ("correlate", 1, 1, 1, 2, 3, True),
-        ("correlate", 1, 1, 1, 2, 4, False),
-        ("kernel_grad", 1, 2, 1, 1, 1, False),
-        ("kernel_grad", 3, 1, 1, 1, 1, False),
-        ("kernel_grad", 3, 1, 1, 16, 1, True),
-        ("kernel_grad", 3, 1, 1, 16, 2, False),
-        ("kernel_grad", 3, 2, 1, 16, 1, False),
-        ("kernel_grad", 3, 1, 16, 16, 16, False),
+        ({}, 32, 1, True),
+        ({}, 32, 8, False),
+        ({}, 16, 16, False),
+        ({}, 2, 1, False),
+        ({"stride": (2, 2)}, 32, 1, False),
+        ({"padding": ((3, 0), (0, 0))}, 32, 1, False),
     ],
 )
-def test_products_of_few_channels_are_not_computed_in_onednn(product, size, stride, groups, inputs, outputs, narrow):
-    win = window((9, 9), (size, size), (stride, stride), ((0, 0), (0, 0)))
-    assert onednn.is_narrow(product, Correlation(win, groups, np.dtype(np.float32)), 2, inputs, outputs) == narrow
+def test_when_x_and_delta_change_places(changes, inputs, outputs, pays):
+    win = dataclasses.replace(window((9, 9), (3, 3), (1, 1), ((1, 1), (1, 1))), **changes)
+    assert onednn.exchange_pays(Correlation(win, 1, np.dtype(np.float32)), inputs, outputs) == pays
 
 
-@pytest.mark.parametrize(("batch", "narrow"), [(32, True), (64, False)])
-def test_long_sums_of_few_channels_are_computed_in_onednn(batch, narrow):
-    c = Correlation(window((28, 28), (3, 3), (1, 1), ((1, 1), (1, 1))), 1, np.dtype(np.float32))
-    assert onednn.is_narrow("kernel_grad", c, batch, 8, 1) == narrow
+@pytest.mark.parametrize(
+    ("product", "size", "stride", "dilation", "groups", "inputs", "outputs", "narrow"),
+    [
+        ("input_grad", 3, 1, 1, 1, 1, 2, True),
+        ("input_grad", 3, 1, 1, 1, 2, 8, False),
+        ("input_grad", 3, 1, 1, 1, 3, 16, True),
+        ("input_grad", 3, 1, 1, 1, 8, 64, False),
+        ("input_grad", 1, 1, 1, 1, 4, 34, False),
+        ("input_grad", 3, 2, 1, 1, 5, 1, True),
+        ("input_grad", 3, 2, 1, 1, 15, 32, True),
+        ("input_grad", 3, 2, 1, 1, 7, 1, False),
+        ("input_grad", 3, 2, 1, 4, 8, 8, False),
+        ("correlate", 3, 1, 1, 1, 1, 16, False),
+        ("correlate", 3, 1, 2, 1, 1, 16, True),
+        ("correlate", 1, 2, 1, 1, 64, 64, True),
+        ("correlate", 1, 1, 1, 1, 2, 3, True),
+        ("correlate", 1, 1, 1, 1, 2, 4, False),
+        ("correlate", 1, 1, 1, 1, 8, 128, True),
+        ("correlate", 3, 1, 1, 7, 7, 7, True),
+        ("correlate", 3, 1, 1, 16, 16, 16, False),
+        ("kernel_grad", 1, 2, 1, 1, 1, 1, False),
+        ("kernel_grad", 3, 1, 1, 1, 16, 1, False),
+        ("kernel_grad", 3, 1, 2, 1, 1, 16, True),
+        ("kernel_grad", 3, 1, 1, 7, 7, 7, True),
+        ("kernel_grad", 3, 1, 1, 8, 8, 8, False),
+    ],
+)
+def test_products_of_few_channels_are_not_computed_in_onednn(
+    product, size, stride, dilation, groups, inputs, outputs, narrow
+):
+    win = window((9, 9), (size, size), (stride, stride), ((0, 0), (0, 0)), (dilation, dilation))
+    assert onednn.is_narrow(product, Correlation(win, groups, np.dtype(np.float32)), inputs, outputs) == narrow
+
+
+@pytest.mark.parametrize(
+    ("name", "product", "size", "groups", "outputs", "fast"),
+    [
+        ("", "correlate", 3, 1, 8, False),
+        ("ref:any", "correlate", 3, 1, 8, False),
+        ("x64:gemm:jit", "kernel_grad", 3, 1, 4, True),
+        ("x64:gemm:jit", "kernel_grad", 3, 1, 3, False),
+        ("x64:gemm:jit", "kernel_grad", 3, 2, 8, False),
+        ("jit:avx512_core", "correlate", 3, 1, 8, True),
+        ("jit:avx512_core", "correlate", 3, 8, 16, False),
+        ("jit:avx512_core", "correlate", 3, 8, 64, True),
+        ("jit:avx512_core", "correlate", 9, 8, 16, True),
+        ("jit:avx512_core", "input_grad", 3, 8, 16, False),
+        ("jit:avx512_core", "input_grad", 5, 8, 32, True),
+        ("jit:avx512_core", "input_grad", 3, 1, 16, True),
+        ("jit:avx512_core", "kernel_grad", 3, 8, 16, True),
+        ("brgconv:avx512_core", "correlate", 3, 8, 16, True),
+    ],
+)
+def test_kernels_of_onednn_that_are_slower_than_xla(name, product, size, groups, outputs, fast):
+    c = Correlation(window((9, 9), (size, size), (1, 1), ((0, 0), (0, 0))), groups, np.dtype(np.float32))
+    assert onednn.is_fast(name, product, c, 8, outputs) == fast
 
 
 #: Few and large images, which are divided into parts of their first dim. In the last one, parts read padding only.
