@@ -60,10 +60,10 @@ def is_narrow(product: str, c: Correlation, inputs: int, outputs: int) -> bool:
     """
     win = c.window
     has_stride, is_dilated = any(s > 1 for s in win.stride), any(d > 1 for d in win.dilation)
-    if c.groups > 1:
-        return inputs == outputs == c.groups < (8 if product == "kernel_grad" else VECTOR)
     if product == "kernel_grad":  # in up to two dims without dilation the library's own code, in vectors of outputs
-        return inputs == 1 and is_dilated
+        return c.groups == 1 and (inputs * outputs <= 2 or (inputs == 1 and is_dilated))
+    if c.groups > 1:
+        return inputs == outputs == c.groups < VECTOR
     if win.entries == 1 and (has_stride or inputs * outputs < 8 or outputs >= 16 * inputs):
         return True
     if product == "correlate":
