@@ -123,7 +123,7 @@ def _products_pay(win: Window, inputs: int) -> bool:
     if win.ndim == 3 or all(k <= s for k, s in zip(win.size, win.stride, strict=True)):
         return True
     if any(s > 1 for s in win.stride):
-        return inputs <= 3 or win.entries * inputs <= 160
+        return inputs <= 3 or win.entries * inputs <= 160 or (inputs <= 8 and win.entries > MAX_SLICES)
     cut = any(_reaching_outputs(win, dim)[:2] != (0, out) for dim, out in enumerate(win.out))
     return inputs <= 6 or (cut and win.entries <= 3)
 

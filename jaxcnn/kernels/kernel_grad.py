@@ -95,7 +95,8 @@ def choose_kernel_grad(c: Correlation, x: Array, y: Array) -> str:
     if applies("pointwise", c):
         return "pointwise"
     if inputs == 1 and outputs <= UNROLLED_OUTPUTS and c.window.entries * outputs <= UNROLLED_SUMS:
-        return "unrolled"
+        in_loop = c.window.entries > unrolled.LOOPED["sums"]
+        return "by_position" if outputs == 1 and in_loop and _positions_pay(c.window) else "unrolled"
     if applies("by_depth", c):
         return "by_depth"
     if winograd_pays(c, x, inputs, outputs, one_block=False):

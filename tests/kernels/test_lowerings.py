@@ -1070,7 +1070,7 @@ def test_choice_for_windows(size, stride, maximum, scatter, total, adjoint):
     [
         (2, 3, 1, 3, "by_row"), (2, 4, 1, 1, "by_row"), (2, 3, 1, 4, "by_dim"), (2, 2, 1, 1, "by_dim"),
         (2, 3, 0, 1, "by_dim"), (3, 3, 1, 1, "by_dim"), (2, 3, 1, 64, "whole"), (2, 3, 1, 63, "by_dim"),
-        (3, 3, 1, 64, "by_dim"),        (2, 3, 0, 64, "by_dim"), (2, 2, 1, 64, "by_dim"), (1, 3, 1, 1, "by_dim"),
+        (3, 3, 1, 64, "by_dim"), (2, 3, 0, 64, "by_dim"), (2, 2, 1, 64, "by_dim"), (1, 3, 1, 1, "by_dim"),
         (1, 3, 1, 64, "whole"),
     ],
 )  # fmt: skip
