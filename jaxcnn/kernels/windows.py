@@ -495,26 +495,26 @@ def window_sum(win: Window, x: Array) -> Array:
     return _run_chosen(SUM, choose_sum(win, x.shape[-1]), win, to_accumulator(x)).astype(x.dtype)
 
 
-def window_sum_of(function: Fixed, win: Window, x: Array) -> Array:
-    """Sum an elementwise function of x over every window, in the dtype of x."""
+def window_sum_of(function: Callable[[Array, Any], Array], argument: Any, win: Window, x: Array) -> Array:
+    """Sum ``function(x, argument)``, which is elementwise, over every window, in the dtype of x."""
     if win.padded or 0 in win.out:
-        return window_sum(win, function(x))
-    at_once = Fixed(_sum_of_all, (function, win))
+        return window_sum(win, function(x, argument))
+    at_once = Fixed(_sum_of_all, (function, argument, win))
     if max(win.size) > MAX_UNROLLED_TAPS or any(s < k for k, s in zip(win.size, win.stride, strict=True)):
         return at_once(x)
-    return platform_dependent(x, default=at_once, cpu=Fixed(_sum_of_by_dim, (function, win)))
+    return platform_dependent(x, default=at_once, cpu=Fixed(_sum_of_by_dim, (function, argument, win)))
 
 
-def _sum_of_all(function: Fixed, win: Window, x: Array) -> Array:
+def _sum_of_all(function: Callable[[Array, Any], Array], argument: Any, win: Window, x: Array) -> Array:
     """Apply the function to the whole image, except for elements that no window reads."""
     read = lax.slice(x, (0,) * x.ndim, (x.shape[0], *win.span, x.shape[-1]))
-    return window_sum(dataclasses.replace(win, shape=win.span), function(read))
+    return window_sum(dataclasses.replace(win, shape=win.span), function(read, argument))
 
 
-def _sum_of_by_dim(function: Fixed, win: Window, x: Array) -> Array:
+def _sum_of_by_dim(function: Callable[[Array, Any], Array], argument: Any, win: Window, x: Array) -> Array:
     """Apply the function to slices: XLA:CPU would store it, once more than three slices read it."""
     last = win.ndim - 1
-    x = functools.reduce(operator.add, map(function, _dim_slices(win, last, x)))
+    x = functools.reduce(operator.add, (function(entries, argument) for entries in _dim_slices(win, last, x)))
     for dim in range(last):
         x = _sum_dim(win, dim, x)
     return x

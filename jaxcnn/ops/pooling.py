@@ -39,7 +39,6 @@ from jaxcnn.kernels.materialize import materialize_next_bits, materialize_winner
 from jaxcnn.kernels.shapes import expand_rank
 from jaxcnn.ops.adjoint import adjoint_pair
 from jaxcnn.ops.rule import Rule, apply_rule, custom_vjp
-from jaxcnn.platforms import Fixed
 
 # Pairs of adjoint functions; the rule of each is the other.
 gather_winners, scatter_to_winners = adjoint_pair(kernels.gather_winners, kernels.scatter_to_winners)
@@ -440,14 +439,14 @@ class Norm:
         return total if self.p == 1 else jnp.sqrt(total) if self.p == 2 else total ** (1 / self.p)
 
 
-def _power(exponent: float, x: Array) -> Array:
+def _power(x: Array, exponent: float) -> Array:
     """Return ``x^exponent``, by multiplication if the exponent is an integer."""
     return x ** (int(exponent) if exponent.is_integer() else exponent)
 
 
 @custom_vjp
 def _lp_pool(norm: Norm, x: Array) -> Array:
-    total = kernels.window_sum_of(Fixed(_power, (norm.p,)), norm.average.window, to_accumulator(x))
+    total = kernels.window_sum_of(_power, norm.p, norm.average.window, to_accumulator(x))
     return norm.root(norm.rescale_partial(total)).astype(x.dtype)
 
 
@@ -460,8 +459,8 @@ def _lp_pool_fwd(norm: Norm, x: Array) -> Any:
 def _lp_pool_bwd(norm: Norm, saved: Any, delta: Array) -> Any:
     """δ_x = x^(p−1) ∘ up(δ·y^(1−p)), and 0 where y = 0."""
     dtype, (x, y, delta) = delta.dtype, (to_accumulator(a) for a in (*saved, delta))
-    shares = jnp.where(y == 0, 0, delta / _power(norm.p - 1, jnp.where(y == 0, 1, y)))
-    delta_x = _power(norm.p - 1, x) * window_sum_adjoint(norm.average.window, norm.rescale_shares(shares, dtype))
+    shares = jnp.where(y == 0, 0, delta / _power(jnp.where(y == 0, 1, y), norm.p - 1))
+    delta_x = _power(x, norm.p - 1) * window_sum_adjoint(norm.average.window, norm.rescale_shares(shares, dtype))
     return (delta_x.astype(dtype),)
 
 
@@ -475,7 +474,7 @@ _with_next_bits, _ = adjoint_pair(materialize_next_bits, lambda delta: delta, st
 def _lp_pool_reference(norm: Norm, x: Array) -> Array:
     """`lp_pool` in stock JAX."""
     wide = to_accumulator(x)
-    mean = avg_pool_reference(norm.average, _power(norm.p, wide))
+    mean = avg_pool_reference(norm.average, _power(wide, norm.p))
     return norm.root(mean * norm.average.window.entries).astype(x.dtype)
 
 
