@@ -85,6 +85,11 @@ class Window:
         """Whether windows are adjacent: no overlap, no gaps, no padding. A remainder may be left over."""
         return self.stride == self.size and not self.padded and all(d == 1 for d in self.dilation)
 
+    @property
+    def without_overlap(self) -> bool:
+        """Whether the stride is at least the size along all dims: windows without dilation then share no elements."""
+        return all(k <= s for k, s in zip(self.size, self.stride, strict=True))
+
     def taps(self) -> Iterator[tuple[int, ...]]:
         """Iterate over the taps of a window in row-major order, as index tuples."""
         return itertools.product(*map(range, self.size))

@@ -120,7 +120,7 @@ def _products_pay(win: Window, inputs: int) -> bool:
     """
     if not _products_fit(win, inputs):
         return False
-    if win.ndim == 3 or all(k <= s for k, s in zip(win.size, win.stride, strict=True)):
+    if win.ndim == 3 or win.without_overlap:
         return True
     if any(s > 1 for s in win.stride):
         return inputs <= 3 or win.entries * inputs <= 160 or (inputs <= 8 and win.entries > MAX_SLICES)

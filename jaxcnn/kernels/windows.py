@@ -118,7 +118,7 @@ def choose_sum(win: Window, channels: int) -> dict[str, str]:
 
 
 def _sum_on_cpu(win: Window, channels: int) -> str:
-    if not win.padded or any(s < k for k, s in zip(win.size, win.stride, strict=True)):
+    if not win.padded or not win.without_overlap:
         return "by_dim"
     # With more channels, "by_row" takes up to 1.8 times as long for images that do not fit in cache.
     if win.ndim == 2 and known_at_most(channels, MAX_ROW_CHANNELS):
@@ -163,8 +163,7 @@ def _run_chosen(table: dict[str, Callable[..., Any]], chosen: dict[str, str], wi
 
 def window_max(win: Window, x: Array) -> Array:
     """Return the largest element of every window, if its number is not needed."""
-    without_overlap = all(s >= k for s, k in zip(win.stride, win.size, strict=True))
-    if win.ndim == 1 or (without_overlap and (win.padded or win.entries > MAX_COMPARED_TAPS)):
+    if win.ndim == 1 or (win.without_overlap and (win.padded or win.entries > MAX_COMPARED_TAPS)):
         # On CPU, `lax.reduce_window` is slow only where it reads elements often.
         return platform_dependent(x, default=Fixed(_max_of_winner, (win,)), cpu=Fixed(_reduce_max, (win,)))
     return _max_of_winner(win, x)
@@ -500,7 +499,7 @@ def window_sum_of(function: Callable[[Array, Any], Array], argument: Any, win: W
     if win.padded or 0 in win.out:
         return window_sum(win, function(x, argument))
     at_once = Fixed(_sum_of_all, (function, argument, win))
-    if max(win.size) > MAX_UNROLLED_TAPS or any(s < k for k, s in zip(win.size, win.stride, strict=True)):
+    if max(win.size) > MAX_UNROLLED_TAPS or not win.without_overlap:
         return at_once(x)
     return platform_dependent(x, default=at_once, cpu=Fixed(_sum_of_by_dim, (function, argument, win)))
 
