@@ -47,7 +47,7 @@ UNROLLED_CHANNELS = 15
 #: Up to this many taps, reading them all from the cache of a GPU takes about as long as reading the image from memory.
 GPU_TAPS = 27
 
-#: Up to this many elements, a 1 × 1 kernel is unrolled: a GEMM takes up to five times as long.
+#: Up to this many elements, a 1 × 1 kernel is unrolled: a GEMM takes up to six times as long.
 UNROLLED_MATRIX = 64
 
 #: Up to this many multiplications per position, a product with one group is unrolled.

@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxcnn.geometry import Correlation
+from jaxcnn.kernels import unrolled
 from jaxcnn.kernels.dtypes import accumulator
 from jaxcnn.kernels.lowering import is_small
 from jaxcnn.kernels.shapes import is_symbolic
@@ -17,9 +18,6 @@ from jaxcnn.native import library
 #: Parts of the names of slow kernels of grouped products: loops without vectors, and a GEMM for each image and group,
 #: which takes 10 ms instead of 4.4 for 64 images of 16 × 16 × 64 in 16 groups.
 SLOW = ("ref", "gemm:")
-
-#: Up to this many terms, sums of grouped products are written out in XLA.
-TERMS = 64
 
 #: Number of float32 elements of a vector of AVX-512.
 VECTOR = 16
@@ -48,7 +46,7 @@ def is_fast(name: str, product: str, c: Correlation, inputs: int, outputs: int) 
     if name.startswith("jit:") and product != "kernel_grad":
         # Vectors of a few channels per group are mostly empty. 103 groups of 1 → 2: 3.8 ms, and 1.5 ms in XLA.
         each, summed = (inputs, outputs) if product == "input_grad" else (outputs, inputs)
-        return each // c.groups > 4 or c.window.entries * summed // c.groups > TERMS
+        return each // c.groups > 4 or c.window.entries * summed // c.groups > unrolled.LOOPED["terms"]
     return bool(name) and not any(slow in name for slow in SLOW)
 
 
@@ -67,7 +65,7 @@ def is_narrow(product: str, c: Correlation, inputs: int, outputs: int) -> bool:
     if win.entries == 1 and (has_stride or inputs * outputs < 8 or outputs >= 16 * inputs):
         return True
     if product == "correlate":
-        few_in_3d = win.ndim == 3 and outputs <= 4 and win.entries * inputs <= TERMS
+        few_in_3d = win.ndim == 3 and outputs <= 4 and win.entries * inputs <= unrolled.LOOPED["terms"]
         return few_in_3d or (inputs == 1 and is_dilated)
     if has_stride:
         return inputs < 6 or (inputs < 16 and outputs > 2 * inputs)
@@ -120,27 +118,27 @@ def input_grad(c: Correlation, y: Array, w: Array) -> Array:
 
 def kernel_grad(c: Correlation, x: Array, y: Array) -> Array:
     """Apply the adjoint of `correlate` in w to float32 arrays."""
-    shape = _kernel_shape(c, x.shape[-1], y.shape[-1])
-    return _kernel_grad(c, shape, x, y)
+    return _kernel_grad(c, (), x, y)
 
 
 def kernel_grad_each(c: Correlation, x: Array, y: Array) -> Array:
     """Return the `kernel_grad` of each example, ``(N, *size, I/groups, O)``."""
-    return _kernel_grad(c, (x.shape[0], *_kernel_shape(c, x.shape[-1], y.shape[-1])), x, y)
+    return _kernel_grad(c, x.shape[:1], x, y)
 
 
-def _kernel_grad(c: Correlation, shape: tuple[int, ...], x: Array, y: Array) -> Array:
-    """Return an array of this shape, from x and δ or, if that pays, from δ as the image and x as its δ."""
-    if not exchange_pays(c, x.shape[-1], y.shape[-1]):
-        return _call("kernel_grad", c, shape, x, y)
-    w = _call("kernel_grad", exchanged(c), (*shape[:-2], shape[-1], shape[-2]), y, x)
-    return jnp.swapaxes(lax.rev(w, range(w.ndim - 2 - c.window.ndim, w.ndim - 2)), -1, -2)
+def _kernel_grad(c: Correlation, batch: tuple[int, ...], x: Array, y: Array) -> Array:
+    """Return the gradients ``(*batch, *size, I/groups, O)``, with x and δ swapped if that pays."""
+    inputs, outputs = x.shape[-1], y.shape[-1]
+    if not exchange_pays(c, inputs, outputs):
+        return _call("kernel_grad", c, (*batch, *_kernel_shape(c, inputs, outputs)), x, y)
+    w = _call("kernel_grad", exchanged(c), (*batch, *_kernel_shape(c, outputs, inputs)), y, x)
+    return jnp.swapaxes(lax.rev(w, range(len(batch), w.ndim - 2)), -1, -2)
 
 
 def exchange_pays(c: Correlation, inputs: int, outputs: int) -> bool:
-    """Whether x and δ change places in `kernel_grad`: vectors run over outputs, of which there are too few.
+    """Return whether swapping x and δ in `kernel_grad` pays: few outputs leave most of a vector unused.
 
-    95 inputs and 1 output, 5 × 5, 16 images of 80 × 21, one core: 7.6 and 1.7 ms.
+    30 inputs and 1 output, 7 × 7, 16 images of 61 × 9, two cores: 0.92 and 0.12 ms.
     """
     win = c.window
     if c.groups > 1 or any(s > 1 for s in win.stride) or outputs >= VECTOR:

@@ -202,7 +202,7 @@ OWN = {
         (window((2, 2), (3, 3), (1, 1), ((1, 1), (1, 1))), 24, 70, 1),
         (window((4, 3), (4, 2), (1, 2), ((2, 1), (0, 1))), 20, 96, 1),
     ],
-    # x and δ change places.
+    # x and δ are swapped.
     "few outputs": [
         (window((6, 7), (5, 3), (1, 1), ((2, 1), (0, 2))), 24, 1, 1),
         (window((9, 8), (3, 3), (1, 1), ((0, 0), (2, 2)), (2, 1)), 33, 3, 1),
@@ -243,7 +243,7 @@ def test_the_librarys_own_kernel_grads(kind):
         ({"padding": ((3, 0), (0, 0))}, 32, 1, False),
     ],
 )
-def test_when_x_and_delta_change_places(changes, inputs, outputs, pays):
+def test_when_x_and_delta_are_swapped(changes, inputs, outputs, pays):
     win = dataclasses.replace(window((9, 9), (3, 3), (1, 1), ((1, 1), (1, 1))), **changes)
     assert onednn.exchange_pays(Correlation(win, 1, np.dtype(np.float32)), inputs, outputs) == pays
 
