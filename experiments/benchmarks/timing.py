@@ -15,6 +15,9 @@ import jax.numpy as jnp
 
 from jaxcnn.native import library
 
+#: Seconds of a call that is timed only once.
+LONG = 10.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Times:
@@ -59,9 +62,7 @@ def interleaved(contenders: Mapping[str, Callable[[], Any]], rounds: int, warmup
             jax.block_until_ready(contenders[name]())
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for name in in_rounds(names, rounds):
-        start = time.perf_counter()
-        jax.block_until_ready(contenders[name]())
-        seconds[name].append(time.perf_counter() - start)
+        seconds[name].append(_seconds(contenders[name]))
     return {name: Times(tuple(s)) for name, s in seconds.items()}
 
 
@@ -71,7 +72,7 @@ def in_turns(
     """Return seconds per call; in each turn, a contender runs several calls.
 
     A turn begins with a pause, in which threads of other libraries stop spinning, and a call that is not timed. Each
-    round begins with a different contender.
+    round begins with a different contender. A contender whose call took `LONG` seconds gets no other turn.
 
     Args:
         contenders: Functions that return arrays.
@@ -83,16 +84,24 @@ def in_turns(
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for name in in_rounds(names, rounds):
+        if seconds[name] and max(seconds[name]) > LONG:
+            continue
         call = contenders[name]
         time.sleep(pause)
-        jax.block_until_ready(call())
-        spent: list[float] = []
-        while len(spent) < calls and (not spent or sum(spent) < most):
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            spent.append(time.perf_counter() - start)
+        spent = [_seconds(call)]
+        if spent[0] <= LONG:
+            spent = [_seconds(call)]
+            while len(spent) < calls and sum(spent) < most:
+                spent.append(_seconds(call))
         seconds[name] += spent
     return {name: Times(tuple(s)) for name, s in seconds.items()}
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    """Return the seconds until the arrays of a call are computed."""
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
 
 
 def machine(packages: tuple[str, ...], others: tuple[str, ...] = ()) -> dict[str, Any]:

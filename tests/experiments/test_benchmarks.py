@@ -150,8 +150,29 @@ def test_turns(monkeypatch):
     assert {name: len(t.seconds) for name, t in times.items()} == {"a": 4, "b": 4}
 
 
+def test_a_long_call_is_timed_once(monkeypatch):
+    monkeypatch.setattr(timing, "LONG", -1.0)
+    times = timing.in_turns({"a": lambda: None, "b": lambda: None}, 3, pause=0)
+    assert {name: len(t.seconds) for name, t in times.items()} == {"a": 1, "b": 1}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # ops
+
+
+@pytest.mark.parametrize(("stock", "rounds"), [(1.04, [2, 6]), (1.06, [2])])
+def test_a_row_near_the_bar_gets_more_rounds(monkeypatch, stock, rounds):
+    seen = []
+
+    def in_turns(contenders, rounds, **_):
+        seen.append(rounds)
+        return {name: Times((stock if name == ops.STOCK else 1.0,) * rounds) for name in contenders}
+
+    monkeypatch.setattr(timing, "in_turns", in_turns)
+    row = next(drawn_rows.drawn_rows(1, 1))
+    (one,) = ops.measure(row, ["forward"], ops.Config(torch=False, rounds=2))
+    assert seen == rounds
+    assert len(one.times[ops.STOCK].seconds) == sum(rounds)
 
 
 def measured(ours, stock, *, torch=None, note="", name="row"):
