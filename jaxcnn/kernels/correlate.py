@@ -34,6 +34,7 @@ from jaxcnn.kernels.lowering import (
     unsharded_kernel_dims,
     winograd_pays,
     without_depth,
+    xla_is_pointwise,
 )
 from jaxcnn.kernels.parallel import ONE_THREAD, on_all_threads
 from jaxcnn.kernels.split import run_whole
@@ -60,7 +61,7 @@ def choose_correlate(c: Correlation, x: Array, w: Array) -> str:
     if c.groups > 1:
         return choose_grouped(c, inputs, outputs)
     if applies("pointwise", c) and inputs * outputs > UNROLLED_MATRIX:
-        return "pointwise"
+        return "xla" if xla_is_pointwise(c) else "pointwise"
     if unrolling_pays(c, inputs, outputs):
         return "unrolled"
     if gemm_pays(c, x.shape[0], c.window.shape, inputs, outputs):

@@ -36,6 +36,7 @@ from jaxcnn.kernels.lowering import (
     unsharded_kernel_dims,
     winograd_pays,
     without_depth,
+    xla_is_pointwise,
 )
 from jaxcnn.kernels.parallel import on_all_threads
 from jaxcnn.kernels.shapes import known_at_most, largest_divisor
@@ -47,6 +48,9 @@ LARGE_KERNEL = 5
 
 #: Target size in bytes of a batch block's products ("products"): larger than any cache, but few page faults.
 PRODUCTS_BLOCK_BYTES = 1 << 23
+
+#: Up to this many outputs, 1 × 1 kernels are unrolled. Each element is then one sum over all of them.
+UNROLLED_SUM = 16
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
@@ -70,8 +74,8 @@ def choose_input_grad(c: Correlation, y: Array, w: Array) -> str:
         return "xla"
     if c.groups > 1:
         return choose_grouped(c, inputs, outputs)
-    if applies("pointwise", c) and inputs * outputs > UNROLLED_MATRIX:
-        return "pointwise"
+    if applies("pointwise", c) and (inputs * outputs > UNROLLED_MATRIX or outputs > UNROLLED_SUM):
+        return "xla" if xla_is_pointwise(c) else "pointwise"
     if unrolling_pays(c, outputs, inputs):
         return "unrolled"
     if gemm_pays(c, y.shape[0], c.window.out, inputs, outputs) and _products_fit(c.window, inputs):
@@ -80,7 +84,7 @@ def choose_input_grad(c: Correlation, y: Array, w: Array) -> str:
         return "by_depth"
     if 4 <= inputs <= 6 and all(s == 1 for s in c.window.stride) and all_threads_pay(c, y, inputs, c.window.shape):
         return "all_threads"
-    if _products_pay(c.window, inputs):
+    if _products_pay(c.window, inputs, outputs):
         return "products"
     if applies("by_depth", c):
         return "by_depth"
@@ -113,9 +117,10 @@ def run_chosen(c: Correlation, y: Array, w: Array) -> Array:
     return INPUT_GRAD[choose_input_grad(c, y, w)](c, y, w)
 
 
-def _products_pay(win: Window, inputs: int) -> bool:
+def _products_pay(win: Window, inputs: int, outputs: int) -> bool:
     """Whether "products" pays: each δ yields few products, or XLA's convolution is slow (3-D, or strided δ).
 
+    With a stride and many outputs, a GEMM takes half of the time of "phases", which has few columns per convolution.
     It also pays for small kernels if δ of windows in the padding would have to be sliced off first, which is a copy.
     """
     if not _products_fit(win, inputs):
@@ -123,7 +128,7 @@ def _products_pay(win: Window, inputs: int) -> bool:
     if win.ndim == 3 or win.without_overlap:
         return True
     if any(s > 1 for s in win.stride):
-        return inputs <= 3 or win.entries * inputs <= 160 or (inputs <= 8 and win.entries > MAX_SLICES)
+        return inputs <= 3 or win.entries * inputs <= 160 or (inputs <= 64 and outputs >= max(40, 3 * inputs))
     cut = any(_reaching_outputs(win, dim)[:2] != (0, out) for dim, out in enumerate(win.out))
     return inputs <= 6 or (cut and win.entries <= 3)
 

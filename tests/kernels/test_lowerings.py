@@ -255,16 +255,20 @@ def test_when_x_and_delta_are_swapped(changes, inputs, outputs, pays):
         ("input_grad", 3, 1, 1, 1, 2, 8, False),
         ("input_grad", 3, 1, 1, 1, 3, 16, True),
         ("input_grad", 3, 1, 1, 1, 8, 64, False),
-        ("input_grad", 1, 1, 1, 1, 4, 34, False),
-        ("input_grad", 3, 2, 1, 1, 5, 1, True),
-        ("input_grad", 3, 2, 1, 1, 15, 32, True),
-        ("input_grad", 3, 2, 1, 1, 7, 1, False),
+        ("input_grad", 1, 1, 1, 1, 5, 34, False),
+        ("input_grad", 2, 1, 1, 1, 65, 2, True),
+        ("input_grad", 2, 1, 1, 1, 64, 2, False),
+        ("input_grad", 3, 1, 1, 1, 65, 1, False),
+        ("input_grad", 3, 2, 1, 1, 8, 100, False),
+        ("input_grad", 3, 2, 1, 1, 8, 101, True),
+        ("input_grad", 3, 2, 1, 1, 15, 512, False),
+        ("input_grad", 3, 2, 1, 1, 1, 100, True),
         ("input_grad", 3, 2, 1, 4, 8, 8, False),
         ("correlate", 3, 1, 1, 1, 1, 16, False),
         ("correlate", 3, 1, 2, 1, 1, 16, True),
         ("correlate", 1, 2, 1, 1, 64, 64, True),
-        ("correlate", 1, 1, 1, 1, 2, 3, True),
-        ("correlate", 1, 1, 1, 1, 2, 4, False),
+        ("correlate", 1, 1, 1, 1, 4, 4, True),
+        ("correlate", 1, 1, 1, 1, 4, 5, False),
         ("correlate", 1, 1, 1, 1, 8, 128, True),
         ("correlate", 3, 1, 1, 7, 7, 7, True),
         ("correlate", 3, 1, 1, 16, 16, 16, False),
@@ -279,7 +283,66 @@ def test_products_of_few_channels_are_not_computed_in_onednn(
     product, size, stride, dilation, groups, inputs, outputs, narrow
 ):
     win = window((9, 9), (size, size), (stride, stride), ((0, 0), (0, 0)), (dilation, dilation))
-    assert onednn.is_narrow(product, Correlation(win, groups, np.dtype(np.float32)), inputs, outputs) == narrow
+    c = Correlation(win, groups, np.dtype(np.float32))
+    assert onednn.is_narrow(product, c, 4096, inputs, outputs) == narrow
+
+
+def test_a_few_multiplications_in_onednn():
+    """A gradient with a stride takes as long as its call, and 1 × 1 kernels with many outputs store few numbers."""
+    strided = Correlation(window((9, 9), (3, 3), (2, 2), ((0, 0), (0, 0))), 1, np.dtype(np.float32))
+    assert [onednn.is_narrow("input_grad", strided, batch, 16, 16) for batch in (28, 29)] == [True, False]
+    pointwise = Correlation(window((8, 8), (1, 1), (1, 1), ((0, 0), (0, 0))), 1, np.dtype(np.float32))
+    assert [onednn.is_narrow("correlate", pointwise, batch, 2, 256) for batch in (32, 33)] == [False, True]
+    assert onednn.is_narrow("input_grad", pointwise, 32, 2, 256)
+
+
+def test_pointwise_kernels_in_3d_are_not_computed_in_onednn():
+    c = Correlation(window((9, 9, 9), (1, 1, 1), (1, 1, 1), ((0, 0),) * 3), 1, np.dtype(np.float32))
+    assert [onednn.is_narrow(product, c, 8, 64, 64) for product in PRODUCTS] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("product", "kernels", "chosen"),
+    [
+        ("input_grad", {"correlate": "jit:avx512_core", "input_grad": "jit:avx2"}, None),
+        ("input_grad", {"correlate": "jit:avx512_core", "input_grad": "jit:avx512_core"}, "onednn"),
+        ("input_grad", {"correlate": "jit:avx2", "input_grad": "jit:avx2"}, "onednn"),
+        ("correlate", {"correlate": "jit:avx512_core", "input_grad": "jit:avx2"}, "onednn"),
+    ],
+)
+def test_vectors_of_half_the_length_in_onednn(monkeypatch, product, kernels, chosen):
+    monkeypatch.setattr(onednn.library, "is_enabled", lambda: True)
+    monkeypatch.setattr(onednn, "implementation", lambda product, *_: kernels[product])
+    c = Correlation(window((30, 30), (3, 3), (3, 3), ((0, 0), (0, 0))), 1, np.dtype(np.float32))
+    assert onednn.choose_native(product, "xla", c, (64, 30, 30, 32), 64, np.dtype(np.float32)) == chosen
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "batch", "outputs", "few"),
+    [
+        ((7, 4), (3, 3), 2, 80, True),
+        ((7, 4), (3, 3), 2, 79, False),
+        ((9, 3), (3, 3), 64, 8, True),
+        ((3, 9), (3, 3), 64, 8, False),
+        ((9, 1), (3, 1), 64, 8, False),
+        ((1, 1), (1, 1), 1, 512, False),
+    ],
+)
+def test_few_positions_are_one_gemm(monkeypatch, shape, size, batch, outputs, few):
+    c = Correlation(window(shape, size, (1, 1), ((0, 0), (0, 0))), 1, np.dtype(np.float32))
+    assert lowering.has_few_positions(c, batch, outputs) == few
+    assert not lowering.has_few_positions(dataclasses.replace(c, groups=2), batch, outputs)
+    monkeypatch.setattr(onednn.library, "is_enabled", lambda: True)
+    monkeypatch.setattr(onednn, "implementation", lambda *_: "jit:avx512_core")
+    image = (batch, *shape, 1 << 12)
+    native = onednn.choose_native("correlate", "xla", c, image, outputs, np.dtype(np.float32))
+    assert native == (None if few else "onednn")
+    arrays = operands("correlate", image, (*size, image[-1], outputs), (batch, *c.window.out, outputs))
+    x, w = (jax.ShapeDtypeStruct(a, np.float32) for a in arrays)
+    y = jax.ShapeDtypeStruct((batch, *c.window.out, outputs), np.float32)
+    if few:
+        assert correlate.choose_correlate(c, x, w) == kernel_grad.choose_kernel_grad(c, x, y) == "patches"
+        assert input_grad.choose_input_grad(c, y, w) == "products"
 
 
 @pytest.mark.parametrize(
@@ -289,6 +352,7 @@ def test_products_of_few_channels_are_not_computed_in_onednn(
         ("ref:any", "correlate", 3, 1, 8, False),
         ("x64:gemm:jit", "kernel_grad", 3, 1, 4, True),
         ("x64:gemm:jit", "kernel_grad", 3, 1, 3, False),
+        ("x64:gemm:jit", "correlate", 3, 1, 4, False),
         ("x64:gemm:jit", "kernel_grad", 3, 2, 8, False),
         ("jit:avx512_core", "correlate", 3, 1, 8, True),
         ("jit:avx512_core", "correlate", 3, 8, 16, False),
@@ -1057,7 +1121,7 @@ def test_choice_for_windows(size, stride, maximum, scatter, total, adjoint):
         (windows.choose_max(win), maximum),
         (windows.choose_scatter(win), scatter),
         (windows.choose_sum(win, 3), total),
-        (windows.choose_sum_adjoint(win), adjoint),
+        (windows.choose_sum_adjoint(win, 3), adjoint),
     )
     for chosen, by_platform in choices:
         cpu = by_platform["cpu"]
@@ -1071,7 +1135,7 @@ def test_choice_for_windows(size, stride, maximum, scatter, total, adjoint):
         (2, 3, 1, 3, "by_row"), (2, 4, 1, 1, "by_row"), (2, 3, 1, 4, "by_dim"), (2, 2, 1, 1, "by_dim"),
         (2, 3, 0, 1, "by_dim"), (3, 3, 1, 1, "by_dim"), (2, 3, 1, 64, "whole"), (2, 3, 1, 63, "by_dim"),
         (3, 3, 1, 64, "by_dim"), (2, 3, 0, 64, "by_dim"), (2, 2, 1, 64, "by_dim"), (1, 3, 1, 1, "by_dim"),
-        (1, 3, 1, 64, "whole"),
+        (1, 3, 1, 4, "whole"), (1, 1, 1, 4, "whole"), (1, 1, 1, 3, "by_dim"), (1, 1, 0, 64, "by_dim"),
     ],
 )  # fmt: skip
 def test_how_padded_windows_are_summed_on_cpu(dims, stride, padding, channels, cpu):
