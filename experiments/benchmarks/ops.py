@@ -28,7 +28,7 @@ EQUAL = {"cpu": 1e-4, "gpu": 1e-2}
 BAR = 0.95
 """Ratio below which a row is reported."""
 NEAR, MORE = 1.05, 4
-"""Ratio below which a row gets this many times as many rounds: the minima of a few short calls vary by more than that."""
+"""Ratio below which a row gets this many times as many rounds, because minima of a few short calls vary more."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -259,6 +259,10 @@ def test_when_x_and_delta_are_swapped(changes, inputs, outputs, pays):
         ("input_grad", 2, 1, 1, 1, 65, 2, True),
         ("input_grad", 2, 1, 1, 1, 64, 2, False),
         ("input_grad", 3, 1, 1, 1, 65, 1, False),
+        ("input_grad", 3, 1, 1, 1, 129, 4, False),
+        ("input_grad", 3, 1, 1, 1, 129, 5, True),
+        ("input_grad", 3, 1, 1, 1, 128, 5, False),
+        ("input_grad", 3, 1, 1, 1, 129, 10, False),
         ("input_grad", 3, 2, 1, 1, 8, 100, False),
         ("input_grad", 3, 2, 1, 1, 8, 101, True),
         ("input_grad", 3, 2, 1, 1, 15, 512, False),
@@ -294,6 +298,11 @@ def test_a_few_multiplications_in_onednn():
     pointwise = Correlation(window((8, 8), (1, 1), (1, 1), ((0, 0), (0, 0))), 1, np.dtype(np.float32))
     assert [onednn.is_narrow("correlate", pointwise, batch, 2, 256) for batch in (32, 33)] == [False, True]
     assert onednn.is_narrow("input_grad", pointwise, 32, 2, 256)
+
+
+def test_kernel_grads_in_3d_are_computed_in_onednn():
+    dilated = dataclasses.replace(window((9, 9, 9), (2, 2, 2), (1, 1, 1), ((0, 0),) * 3), dilation=(2, 2, 2))
+    assert not onednn.is_narrow("kernel_grad", Correlation(dilated, 1, np.dtype(np.float32)), 8, 1, 1)
 
 
 def test_pointwise_kernels_in_3d_are_not_computed_in_onednn():
@@ -706,6 +715,8 @@ def test_positions_in_loops(monkeypatch, length, drawn):
         ("kernel_grad", 8, 64, 64, 32, 2, "joined"),
         ("kernel_grad", 8, 64, 64, 8, 2, "by_group"),
         *((product, 8, 64, 64, 1, 3, "by_depth") for product in PRODUCTS),
+        ("kernel_grad", 60, 1, 2, 1, 3, "unrolled"),
+        ("kernel_grad", 60, 3, 1, 1, 3, "by_depth"),
     ],
 )
 def test_few_channels_are_unrolled_and_depth_slices_are_summed(product, side, inputs, outputs, groups, dims, chosen):
