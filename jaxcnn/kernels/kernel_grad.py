@@ -106,7 +106,7 @@ def choose_kernel_grad(c: Correlation, x: Array, y: Array) -> str:
     if inputs == 1 and outputs <= UNROLLED_OUTPUTS and c.window.entries * outputs <= most:
         in_loop = c.window.entries > unrolled.LOOPED["sums"]
         return "by_position" if outputs == 1 and in_loop and _positions_pay(c.window) else "unrolled"
-    if has_few_positions(c, x.shape[0], outputs):
+    if has_few_positions(c, x.shape[0], inputs, outputs):
         return "patches"
     if applies("by_depth", c):
         return "unrolled" if c.window.entries * inputs * outputs <= UNROLLED_SUMS_IN_3D else "by_depth"

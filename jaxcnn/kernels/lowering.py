@@ -38,6 +38,9 @@ SMALL = 1 << 17
 #: Up to this many multiplications, `gemm_pays` prefers XLA's convolution.
 GEMM_MULTIPLICATIONS = 1 << 21
 
+#: The same if there are few positions.
+FEW_POSITIONS_MULTIPLICATIONS = 1 << 24
+
 #: Precisions that request speed at the cost of accuracy; the strings are values of ``jax_default_matmul_precision``.
 FASTEST = (lax.Precision.DEFAULT, "default", "bfloat16")
 
@@ -168,19 +171,21 @@ def gemm_pays(c: Correlation, batch: int, sizes: Sequence[int], inputs: int, out
     win = c.window
     larger = all(extent > n for extent, n in zip(win.extent, sizes, strict=True))
     work = multiplications(c, batch, win.out, inputs, outputs)
-    pays = larger or has_few_positions(c, batch, outputs)
+    pays = larger or has_few_positions(c, batch, inputs, outputs)
     return pays and win.entries <= MAX_SLICES and not known_at_most(work, GEMM_MULTIPLICATIONS)
 
 
-def has_few_positions(c: Correlation, batch: int, outputs: int) -> bool:
+def has_few_positions(c: Correlation, batch: int, inputs: int, outputs: int) -> bool:
     """Whether there are few positions for the outputs, or only one along the last dim, the columns.
 
     Convolutions divide columns into blocks, and read the whole kernel for each. 2 images of 13 × 10 × 136, 7 × 7
     kernels and 492 outputs: 2.8 ms in oneDNN, 1.5 as one GEMM; 52 × 7 × 311, 3 × 3 kernels with dilation 3 and 124
-    outputs: 0.59 and 0.32 ms.
+    outputs: 0.59 and 0.32 ms. The GEMM takes longer to compile, which does not pay for few multiplications.
     """
     win = c.window
     if c.groups > 1 or win.entries == 1:
+        return False
+    if known_at_most(multiplications(c, batch, win.out, inputs, outputs), FEW_POSITIONS_MULTIPLICATIONS):
         return False
     return win.out[-1] == 1 < win.size[-1] or known_at_most(4 * batch * math.prod(win.out), outputs)
 

@@ -23,7 +23,7 @@ SLOW = ("ref", "gemm:")
 VECTOR = 16
 
 #: Up to this many multiplications, XLA computes the gradient of an image with a stride faster, and oneDNN 1 × 1 kernels
-#: with many outputs.
+#: with many outputs. For groups, oneDNN is then used because it compiles faster.
 FEW_MULTIPLICATIONS = 1 << 20
 
 #: The sum of one GEMM's products takes as long as this many multiplications per product.
@@ -41,11 +41,11 @@ def choose_native(
         return None
     if any(map(is_symbolic, image)) or is_small(c, image[0], image[-1], outputs):
         return None
-    if is_narrow(product, c, image[0], image[-1], outputs) or has_few_positions(c, image[0], outputs):
+    if is_narrow(product, c, image[0], image[-1], outputs) or has_few_positions(c, image[0], image[-1], outputs):
         return None
     if product == "input_grad" and c.groups == 1 and has_half_vectors(c, image, outputs):
         return None
-    return "onednn" if is_fast(implementation(product, c, image, outputs), product, c, image[-1], outputs) else None
+    return "onednn" if is_fast(implementation(product, c, image, outputs), product, c, image, outputs) else None
 
 
 def has_half_vectors(c: Correlation, image: tuple[int, ...], outputs: int) -> bool:
@@ -57,15 +57,18 @@ def has_half_vectors(c: Correlation, image: tuple[int, ...], outputs: int) -> bo
     return ["avx512" in name for name in names] == [True, False]
 
 
-def is_fast(name: str, product: str, c: Correlation, inputs: int, outputs: int) -> bool:
+def is_fast(name: str, product: str, c: Correlation, image: tuple[int, ...], outputs: int) -> bool:
     """Return whether oneDNN's kernel of this name is faster than sums in XLA."""
     if c.groups == 1:
         may_be_gemm = outputs >= 4 and product != "correlate"
         return bool(name) and "ref" not in name and (may_be_gemm or "gemm:" not in name)
     if name.startswith("jit:") and product != "kernel_grad":
-        # Vectors of a few channels per group are mostly empty. 103 groups of 1 → 2: 3.8 ms, and 1.5 ms in XLA.
+        # Vectors of a few channels per group are mostly empty. 103 groups of 1 → 2: 3.8 ms, and 1.5 ms in XLA. For few
+        # multiplications that does not pay for its compile time.
+        inputs = image[-1]
         each, summed = (inputs, outputs) if product == "input_grad" else (outputs, inputs)
-        return each // c.groups > 4 or c.window.entries * summed // c.groups > unrolled.LOOPED["terms"]
+        many = each // c.groups > 3 or c.window.entries * summed // c.groups > unrolled.LOOPED["terms"]
+        return many or _has_few_multiplications(c, image[0], inputs, outputs)
     return bool(name) and not any(slow in name for slow in SLOW)
 
 
@@ -81,16 +84,17 @@ def is_narrow(product: str, c: Correlation, batch: int, inputs: int, outputs: in
     has_stride, is_dilated = any(s > 1 for s in win.stride), any(d > 1 for d in win.dilation)
     if product == "kernel_grad":  # in up to two dims without dilation the library's own code, in vectors of outputs
         return c.groups == 1 and win.ndim < 3 and (inputs * outputs <= 2 or (inputs == 1 and is_dilated))
+    few = _has_few_multiplications(c, batch, inputs, outputs)
     if c.groups > 1:
-        return inputs == outputs == c.groups < VECTOR
-    few = multiplications(c, batch, win.out, inputs, outputs) <= FEW_MULTIPLICATIONS
+        return inputs == outputs == c.groups <= VECTOR // 2 and not few
     if win.entries == 1 and (has_stride or win.ndim == 3 or inputs * outputs <= VECTOR):
         return True
     if win.entries == 1 and outputs >= VECTOR * inputs and not (few and product == "correlate"):
         return True
     if product == "correlate":
         few_in_3d = win.ndim == 3 and outputs <= 4 and win.entries * inputs <= unrolled.LOOPED["terms"]
-        return few_in_3d or (inputs == 1 and is_dilated)
+        one_column = win.out[-1] == 1 < win.size[-1] and outputs < 4
+        return few_in_3d or one_column or (inputs == 1 and is_dilated)
     if has_stride:  # each δ yields one product per tap and input, if XLA multiplies it by the whole kernel
         empty = -inputs % VECTOR
         return few or outputs * empty > SUM_OF_PRODUCTS * inputs
@@ -98,6 +102,10 @@ def is_narrow(product: str, c: Correlation, batch: int, inputs: int, outputs: in
     short = win.entries * outputs <= 8 and inputs > 4 * VECTOR
     narrow = win.shape[-1] < VECTOR and 4 < outputs < 10 and inputs > 8 * VECTOR
     return inputs == 1 or (inputs < 8 and outputs > more * inputs) or (win.entries > 1 and (short or narrow))
+
+
+def _has_few_multiplications(c: Correlation, batch: int, inputs: int, outputs: int) -> bool:
+    return multiplications(c, batch, c.window.out, inputs, outputs) <= FEW_MULTIPLICATIONS * c.groups
 
 
 def implementation(product: str, c: Correlation, image: tuple[int, ...], outputs: int) -> str:

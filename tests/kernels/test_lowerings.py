@@ -274,7 +274,8 @@ def test_when_x_and_delta_are_swapped(changes, inputs, outputs, pays):
         ("correlate", 1, 1, 1, 1, 4, 4, True),
         ("correlate", 1, 1, 1, 1, 4, 5, False),
         ("correlate", 1, 1, 1, 1, 8, 128, True),
-        ("correlate", 3, 1, 1, 7, 7, 7, True),
+        ("correlate", 3, 1, 1, 8, 8, 8, True),
+        ("correlate", 3, 1, 1, 9, 9, 9, False),
         ("correlate", 3, 1, 1, 16, 16, 16, False),
         ("kernel_grad", 3, 1, 1, 1, 2, 1, True),
         ("kernel_grad", 3, 1, 1, 1, 3, 1, False),
@@ -298,6 +299,8 @@ def test_a_few_multiplications_in_onednn():
     pointwise = Correlation(window((8, 8), (1, 1), (1, 1), ((0, 0), (0, 0))), 1, np.dtype(np.float32))
     assert [onednn.is_narrow("correlate", pointwise, batch, 2, 256) for batch in (32, 33)] == [False, True]
     assert onednn.is_narrow("input_grad", pointwise, 32, 2, 256)
+    depthwise = Correlation(window((10, 10), (3, 3), (1, 1), ((0, 0), (0, 0))), 8, np.dtype(np.float32))
+    assert [onednn.is_narrow("correlate", depthwise, batch, 8, 8) for batch in (227, 228)] == [False, True]
 
 
 def test_kernel_grads_in_3d_are_computed_in_onednn():
@@ -339,8 +342,9 @@ def test_vectors_of_half_the_length_in_onednn(monkeypatch, product, kernels, cho
 )
 def test_few_positions_are_one_gemm(monkeypatch, shape, size, batch, outputs, few):
     c = Correlation(window(shape, size, (1, 1), ((0, 0), (0, 0))), 1, np.dtype(np.float32))
-    assert lowering.has_few_positions(c, batch, outputs) == few
-    assert not lowering.has_few_positions(dataclasses.replace(c, groups=2), batch, outputs)
+    assert lowering.has_few_positions(c, batch, 1 << 12, outputs) == few
+    assert not lowering.has_few_positions(c, batch, 16, outputs)
+    assert not lowering.has_few_positions(dataclasses.replace(c, groups=2), batch, 1 << 12, outputs)
     monkeypatch.setattr(onednn.library, "is_enabled", lambda: True)
     monkeypatch.setattr(onednn, "implementation", lambda *_: "jit:avx512_core")
     image = (batch, *shape, 1 << 12)
@@ -365,7 +369,8 @@ def test_few_positions_are_one_gemm(monkeypatch, shape, size, batch, outputs, fe
         ("x64:gemm:jit", "kernel_grad", 3, 2, 8, False),
         ("jit:avx512_core", "correlate", 3, 1, 8, True),
         ("jit:avx512_core", "correlate", 3, 8, 16, False),
-        ("jit:avx512_core", "correlate", 3, 8, 64, True),
+        ("jit:avx512_core", "correlate", 3, 8, 24, False),
+        ("jit:avx512_core", "correlate", 3, 8, 32, True),
         ("jit:avx512_core", "correlate", 9, 8, 16, True),
         ("jit:avx512_core", "input_grad", 3, 8, 16, False),
         ("jit:avx512_core", "input_grad", 5, 8, 32, True),
@@ -376,7 +381,8 @@ def test_few_positions_are_one_gemm(monkeypatch, shape, size, batch, outputs, fe
 )
 def test_kernels_of_onednn_that_are_slower_than_xla(name, product, size, groups, outputs, fast):
     c = Correlation(window((9, 9), (size, size), (1, 1), ((0, 0), (0, 0))), groups, np.dtype(np.float32))
-    assert onednn.is_fast(name, product, c, 8, outputs) == fast
+    assert onednn.is_fast(name, product, c, (4096, 9, 9, 8), outputs) == fast
+    assert onednn.is_fast(name, product, c, (1, 9, 9, 8), outputs) == (fast or (groups == 8 and "jit:a" in name))
 
 
 #: Few and large images, which are divided into parts of their first dim. In the last one, parts read padding only.
