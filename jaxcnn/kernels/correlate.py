@@ -16,12 +16,12 @@ from jaxcnn.geometry import Correlation
 from jaxcnn.kernels import onednn, unrolled, winograd
 from jaxcnn.kernels.dtypes import wider
 from jaxcnn.kernels.lowering import (
-    UNROLLED_MATRIX,
     Lowering,
     all_threads_pay,
     applies,
     by_group,
     choose_grouped,
+    choose_pointwise,
     convolve,
     depth_slices,
     dot,
@@ -34,7 +34,6 @@ from jaxcnn.kernels.lowering import (
     unsharded_kernel_dims,
     winograd_pays,
     without_depth,
-    xla_is_pointwise,
 )
 from jaxcnn.kernels.parallel import ONE_THREAD, on_all_threads
 from jaxcnn.kernels.split import run_whole
@@ -60,8 +59,8 @@ def choose_correlate(c: Correlation, x: Array, w: Array) -> str:
         return "xla"
     if c.groups > 1:
         return choose_grouped(c, inputs, outputs)
-    if applies("pointwise", c) and inputs * outputs > UNROLLED_MATRIX:
-        return "xla" if xla_is_pointwise(c) else "pointwise"
+    if applies("pointwise", c) and (chosen := choose_pointwise(c, inputs, outputs)):
+        return chosen
     if unrolling_pays(c, inputs, outputs):
         return "unrolled"
     if gemm_pays(c, x.shape[0], c.window.shape, inputs, outputs):

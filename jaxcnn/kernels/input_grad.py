@@ -19,12 +19,12 @@ from jaxcnn.kernels.dtypes import wider
 from jaxcnn.kernels.lowering import (
     DIVIDED_BY_XLA,
     MAX_SLICES,
-    UNROLLED_MATRIX,
     Lowering,
     all_threads_pay,
     applies,
     by_group,
     choose_grouped,
+    choose_pointwise,
     convolve,
     dot,
     gemm_pays,
@@ -36,7 +36,6 @@ from jaxcnn.kernels.lowering import (
     unsharded_kernel_dims,
     winograd_pays,
     without_depth,
-    xla_is_pointwise,
 )
 from jaxcnn.kernels.parallel import on_all_threads
 from jaxcnn.kernels.shapes import known_at_most, largest_divisor
@@ -74,8 +73,10 @@ def choose_input_grad(c: Correlation, y: Array, w: Array) -> str:
         return "xla"
     if c.groups > 1:
         return choose_grouped(c, inputs, outputs)
-    if applies("pointwise", c) and (inputs * outputs > UNROLLED_MATRIX or outputs > UNROLLED_SUM):
-        return "xla" if xla_is_pointwise(c) else "pointwise"
+    if applies("pointwise", c) and (chosen := choose_pointwise(c, inputs, outputs)):
+        return chosen
+    if applies("pointwise", c) and outputs > UNROLLED_SUM:
+        return "pointwise"
     if unrolling_pays(c, outputs, inputs):
         return "unrolled"
     if gemm_pays(c, y.shape[0], c.window.out, inputs, outputs) and _products_fit(c.window, inputs):

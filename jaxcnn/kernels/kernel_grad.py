@@ -70,6 +70,9 @@ MAX_MULTIPLIER = 4
 #: sums, one per tap and image, have up to this many times the elements of δ.
 LEAST_POSITIONS, PARTIAL_SUMS = 4, 16
 
+#: The same for one channel, which the positions of a block replace as the elements of a vector.
+LEAST_OF_ONE_CHANNEL = 16
+
 #: Up to this many multiplications, XLA's own form is as fast as the others (0.8 and 1.2 ms for 8 images of
 #: 16 × 16 × 32), which take two to five times as long to compile.
 SHORT = 1 << 25
@@ -105,7 +108,8 @@ def choose_kernel_grad(c: Correlation, x: Array, y: Array) -> str:
     most = UNROLLED_SUMS if outputs > 1 else UNROLLED_TAPS
     if inputs == 1 and outputs <= UNROLLED_OUTPUTS and c.window.entries * outputs <= most:
         in_loop = c.window.entries > unrolled.LOOPED["sums"]
-        return "by_position" if outputs == 1 and in_loop and _positions_pay(c.window) else "unrolled"
+        in_blocks = _positions_pay(c.window) and math.prod(unrolled.position_block(c.window)) >= LEAST_OF_ONE_CHANNEL
+        return "by_position" if outputs == 1 and in_loop and in_blocks else "unrolled"
     if has_few_positions(c, x.shape[0], inputs, outputs):
         return "patches"
     if applies("by_depth", c):
