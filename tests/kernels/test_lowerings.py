@@ -1051,6 +1051,13 @@ def test_scatter(name, drawn):
     assert_scattered(name, drawn)
 
 
+@pytest.mark.parametrize(("size", "stride"), [((9, 9), 2), ((5, 14), 1), ((3, 5, 6), 2), ((70,), 3)])
+def test_scatter_in_parts(size, stride):
+    """Windows of more than 64 taps, whose terms are added in parts."""
+    shape, pads = tuple(k + 5 for k in size), ((1, 2),) * len(size)
+    assert_scattered("phases", [(Window(shape, size, (stride,) * len(size), pads, (1,) * len(size)), 2, 0)])
+
+
 @pytest.mark.parametrize("size", [(9, 9), (15, 17), (16, 16), (2, 127), (127, 2), (255,), (5, 7, 7), (1, 255)])
 def test_scatter_to_every_element(size):
     """Numbers divided by multiplication are those divided, up to the largest window for which they are used."""
@@ -1129,9 +1136,10 @@ def test_sums_side_by_side(drawn):
          {"tpu": "tiles", "cpu": "by_dim"}, {"cpu": "tiles"}),
         ((5, 5), 2, {"tpu": "phases", "gpu": "fold", "cpu": "by_dim"}, {"tpu": "phases", "gpu": "taps", "cpu": "long"},
          {"cpu": "by_dim"}, {"cpu": "by_dim"}),
-        ((9, 9), 2, {"tpu": "long", "gpu": "whole", "cpu": "by_dim"}, {"gpu": "multiplied", "cpu": "long"},
+        ((9, 9), 2, {"tpu": "by_dim", "gpu": "whole", "cpu": "by_dim"},
+         {"tpu": "phases", "gpu": "multiplied", "cpu": "long"},
          {"gpu": "whole", "cpu": "by_dim"}, {"gpu": "whole", "cpu": "by_dim"}),
-        ((17, 17), 1, {"tpu": "long", "gpu": "long", "cpu": "by_dim"}, {"cpu": "long"},
+        ((17, 17), 1, {"tpu": "by_dim", "gpu": "long", "cpu": "by_dim"}, {"cpu": "long"},
          {"cpu": "by_dim"}, {"cpu": "by_dim"}),
     ],
 )  # fmt: skip
