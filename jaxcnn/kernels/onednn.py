@@ -94,7 +94,7 @@ def is_narrow(product: str, c: Correlation, batch: int, inputs: int, outputs: in
     if product == "correlate":
         few_in_3d = win.ndim == 3 and outputs <= 4 and win.entries * inputs <= unrolled.LOOPED["terms"]
         one_column = win.out[-1] == 1 < win.size[-1] and outputs < 4
-        return few_in_3d or one_column or (inputs == 1 and is_dilated)
+        return few_in_3d or one_column or (inputs == 1 and is_dilated) or win.entries == outputs == 1
     if has_stride:  # each δ yields one product per tap and input, if XLA multiplies it by the whole kernel
         empty = -inputs % VECTOR
         return few or outputs * empty > SUM_OF_PRODUCTS * inputs

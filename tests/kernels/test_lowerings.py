@@ -279,6 +279,8 @@ def test_when_x_and_delta_are_swapped(monkeypatch, changes, inputs, outputs, pay
         ("correlate", 1, 1, 1, 1, 4, 4, True),
         ("correlate", 1, 1, 1, 1, 4, 5, False),
         ("correlate", 1, 1, 1, 1, 8, 128, True),
+        ("correlate", 1, 1, 1, 1, 64, 1, True),
+        ("correlate", 1, 1, 1, 1, 64, 2, False),
         ("correlate", 3, 1, 1, 8, 8, 8, True),
         ("correlate", 3, 1, 1, 9, 9, 9, False),
         ("correlate", 3, 1, 1, 16, 16, 16, False),
