@@ -180,6 +180,11 @@ def gemm_pays(c: Correlation, batch: int, sizes: Sequence[int], inputs: int, out
     return pays and win.entries <= MAX_SLICES and not known_at_most(work, GEMM_MULTIPLICATIONS)
 
 
+def has_one_column(win: Window) -> bool:
+    """Whether windows with several columns have one position along the last dim."""
+    return win.out[-1] == 1 < win.size[-1]
+
+
 def has_few_positions(c: Correlation, batch: int, inputs: int, outputs: int) -> bool:
     """Whether there are few positions for the outputs, or only one along the last dim, the columns.
 
@@ -192,7 +197,7 @@ def has_few_positions(c: Correlation, batch: int, inputs: int, outputs: int) -> 
         return False
     if known_at_most(multiplications(c, batch, win.out, inputs, outputs), FEW_POSITIONS_MULTIPLICATIONS):
         return False
-    return win.out[-1] == 1 < win.size[-1] or known_at_most(4 * batch * math.prod(win.out), outputs)
+    return has_one_column(win) or known_at_most(4 * batch * math.prod(win.out), outputs)
 
 
 def winograd_pays(c: Correlation, a: Array, inputs: int, outputs: int, *, one_block: bool) -> bool:

@@ -11,7 +11,7 @@ from jax import Array, lax
 from jaxcnn.geometry import Correlation
 from jaxcnn.kernels import unrolled
 from jaxcnn.kernels.dtypes import accumulator
-from jaxcnn.kernels.lowering import has_few_positions, is_small, multiplications
+from jaxcnn.kernels.lowering import has_few_positions, has_one_column, is_small, multiplications
 from jaxcnn.kernels.shapes import is_symbolic
 from jaxcnn.native import library
 
@@ -93,7 +93,7 @@ def is_narrow(product: str, c: Correlation, batch: int, inputs: int, outputs: in
         return True
     if product == "correlate":
         few_in_3d = win.ndim == 3 and outputs <= 4 and win.entries * inputs <= unrolled.LOOPED["terms"]
-        one_column = win.out[-1] == 1 < win.size[-1] and outputs < 4
+        one_column = has_one_column(win) and outputs < 4
         return few_in_3d or one_column or (inputs == 1 and is_dilated) or win.entries == outputs == 1
     if has_stride:  # each δ yields one product per tap and input, if XLA multiplies it by the whole kernel
         empty = -inputs % VECTOR
