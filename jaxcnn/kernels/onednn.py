@@ -41,7 +41,7 @@ def choose_native(
         return None
     if any(map(is_symbolic, image)) or is_small(c, image[0], image[-1], outputs):
         return None
-    if is_narrow(product, c, image[0], image[-1], outputs) or has_few_positions(c, image[0], image[-1], outputs):
+    if is_narrow(product, c, image, outputs) or has_few_positions(c, image[0], image[-1], outputs):
         return None
     if product == "input_grad" and c.groups == 1 and has_half_vectors(c, image, outputs):
         return None
@@ -68,11 +68,11 @@ def is_fast(name: str, product: str, c: Correlation, image: tuple[int, ...], out
         inputs = image[-1]
         each, summed = (inputs, outputs) if product == "input_grad" else (outputs, inputs)
         many = each // c.groups > 3 or c.window.entries * summed // c.groups > unrolled.LOOPED["terms"]
-        return many or _has_few_multiplications(c, image[0], inputs, outputs)
+        return many or _has_few_multiplications(c, image, outputs)
     return bool(name) and not any(slow in name for slow in SLOW)
 
 
-def is_narrow(product: str, c: Correlation, batch: int, inputs: int, outputs: int) -> bool:
+def is_narrow(product: str, c: Correlation, image: tuple[int, ...], outputs: int) -> bool:
     """Return whether a product has too few channels for oneDNN's vectors, or a stride between single elements.
 
     For example, XLA takes a third to two thirds of oneDNN's time for the gradient of images with 3 channels, and two
@@ -80,11 +80,11 @@ def is_narrow(product: str, c: Correlation, batch: int, inputs: int, outputs: in
     152 channels, 2 × 2 kernels and 2 outputs, sums of 8 products, it takes 0.58 ms, and oneDNN 0.69. For 16 images of
     131 × 11 × 161, 4 × 4 kernels and 6 outputs it takes 1.9 ms, and oneDNN 2.4.
     """
-    win = c.window
+    win, inputs = c.window, image[-1]
     has_stride, is_dilated = any(s > 1 for s in win.stride), any(d > 1 for d in win.dilation)
     if product == "kernel_grad":  # in up to two dims without dilation the library's own code, in vectors of outputs
         return c.groups == 1 and win.ndim < 3 and (inputs * outputs <= 2 or (inputs == 1 and is_dilated))
-    few = _has_few_multiplications(c, batch, inputs, outputs)
+    few = _has_few_multiplications(c, image, outputs)
     if c.groups > 1:
         return inputs == outputs == c.groups <= VECTOR // 2 and not few
     if win.entries == 1 and (has_stride or win.ndim == 3 or inputs * outputs <= VECTOR):
@@ -104,8 +104,8 @@ def is_narrow(product: str, c: Correlation, batch: int, inputs: int, outputs: in
     return inputs == 1 or (inputs < 8 and outputs > more * inputs) or (win.entries > 1 and (short or narrow))
 
 
-def _has_few_multiplications(c: Correlation, batch: int, inputs: int, outputs: int) -> bool:
-    return multiplications(c, batch, c.window.out, inputs, outputs) <= FEW_MULTIPLICATIONS * c.groups
+def _has_few_multiplications(c: Correlation, image: tuple[int, ...], outputs: int) -> bool:
+    return multiplications(c, image[0], c.window.out, image[-1], outputs) <= FEW_MULTIPLICATIONS * c.groups
 
 
 def implementation(product: str, c: Correlation, image: tuple[int, ...], outputs: int) -> str:

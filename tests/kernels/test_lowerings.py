@@ -296,28 +296,28 @@ def test_products_of_few_channels_are_not_computed_in_onednn(
 ):
     win = window((9, 9), (size, size), (stride, stride), ((0, 0), (0, 0)), (dilation, dilation))
     c = Correlation(win, groups, np.dtype(np.float32))
-    assert onednn.is_narrow(product, c, 4096, inputs, outputs) == narrow
+    assert onednn.is_narrow(product, c, (4096, *win.shape, inputs), outputs) == narrow
 
 
 def test_a_few_multiplications_in_onednn():
     """A gradient with a stride takes as long as its call, and 1 × 1 kernels with many outputs store few numbers."""
     strided = Correlation(window((9, 9), (3, 3), (2, 2), ((0, 0), (0, 0))), 1, np.dtype(np.float32))
-    assert [onednn.is_narrow("input_grad", strided, batch, 16, 16) for batch in (28, 29)] == [True, False]
+    assert [onednn.is_narrow("input_grad", strided, (batch, 9, 9, 16), 16) for batch in (28, 29)] == [True, False]
     pointwise = Correlation(window((8, 8), (1, 1), (1, 1), ((0, 0), (0, 0))), 1, np.dtype(np.float32))
-    assert [onednn.is_narrow("correlate", pointwise, batch, 2, 256) for batch in (32, 33)] == [False, True]
-    assert onednn.is_narrow("input_grad", pointwise, 32, 2, 256)
+    assert [onednn.is_narrow("correlate", pointwise, (batch, 8, 8, 2), 256) for batch in (32, 33)] == [False, True]
+    assert onednn.is_narrow("input_grad", pointwise, (32, 8, 8, 2), 256)
     depthwise = Correlation(window((10, 10), (3, 3), (1, 1), ((0, 0), (0, 0))), 8, np.dtype(np.float32))
-    assert [onednn.is_narrow("correlate", depthwise, batch, 8, 8) for batch in (227, 228)] == [False, True]
+    assert [onednn.is_narrow("correlate", depthwise, (batch, 10, 10, 8), 8) for batch in (227, 228)] == [False, True]
 
 
 def test_kernel_grads_in_3d_are_computed_in_onednn():
     dilated = dataclasses.replace(window((9, 9, 9), (2, 2, 2), (1, 1, 1), ((0, 0),) * 3), dilation=(2, 2, 2))
-    assert not onednn.is_narrow("kernel_grad", Correlation(dilated, 1, np.dtype(np.float32)), 8, 1, 1)
+    assert not onednn.is_narrow("kernel_grad", Correlation(dilated, 1, np.dtype(np.float32)), (8, 9, 9, 9, 1), 1)
 
 
 def test_pointwise_kernels_in_3d_are_not_computed_in_onednn():
     c = Correlation(window((9, 9, 9), (1, 1, 1), (1, 1, 1), ((0, 0),) * 3), 1, np.dtype(np.float32))
-    assert [onednn.is_narrow(product, c, 8, 64, 64) for product in PRODUCTS] == [True, True, False]
+    assert [onednn.is_narrow(product, c, (8, 9, 9, 9, 64), 64) for product in PRODUCTS] == [True, True, False]
 
 
 @pytest.mark.parametrize(
