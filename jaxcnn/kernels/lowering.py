@@ -120,7 +120,6 @@ def applies(lowering: str, c: Correlation) -> bool:
         "transposed": c.groups == 1,
         "products": c.groups == 1,
         "phases": c.groups == 1,
-        "xla_reverse": c.groups == 1,
         "winograd": winograd.applies(c),
         "by_depth": c.window.ndim == 3,
     }
