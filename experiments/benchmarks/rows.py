@@ -230,6 +230,9 @@ def pools() -> Iterator[Row]:
         yield pool(kind, "1-D 4, 64×1024×32", (64, 1024, 32), 4)
     yield pool("max", "3-D 2×2×2, 8×16×16×16×32", (8, 16, 16, 16, 32), 2)
     yield pool("max", "2×2 dilation 2, 32×32×32×64", (32, 32, 32, 64), 2, 2, 0, 2)
+    for kind in ("max", "avg"):
+        yield pool(kind, "3×3 stride 2 padded, 16×112×112×64", (16, 112, 112, 64), 3, 2, 1)
+        yield pool(kind, "3×3 stride 1 padded, 16×56×56×64", (16, 56, 56, 64), 3, 1, 1)
     yield pool("avg", "11×11 stride 1, 8×32×32×64", (8, 32, 32, 64), 11, 1)
     yield pool("max", "11×11 stride 1, 8×32×32×64", (8, 32, 32, 64), 11, 1)
     shape = {"x": (64, 8, 8, 512)}

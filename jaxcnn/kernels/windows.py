@@ -50,8 +50,9 @@ MAX_COMPARED_TAPS = 9
 #: as long as for 15 to 25 taps on 2 cores.
 MAX_ADDED_TAPS = 24
 
-#: Number of terms that are added at once for windows of more than `MAX_UNROLLED_TAPS` taps. XLA:TPU would otherwise
-#: write the shifted images of all taps to memory, and take 2.4 times as long for 11 × 11.
+#: Number of terms that are added at once for windows of more than `MAX_UNROLLED_TAPS` taps, if padded of more than
+#: `MAX_UNROLLED_TILE`. XLA:TPU would otherwise write the shifted images of all taps to memory, and take 2.4 times as
+#: long for 11 × 11.
 ADDED_AT_ONCE = 8
 
 #: On CPU, padded images of up to this many channels are summed row by row.
@@ -63,6 +64,14 @@ LEAST_WHOLE_CHANNELS = 64
 #: On CPU, `lax.reduce_window` adds δ of overlapping 2 × 2 windows of up to this many channels: 0.17 ms for 16 images of
 #: 110 × 37 × 16, and 0.32 along one dim after the other. With 64 channels it takes longer, with 3 × 3 windows 3 times.
 MAX_WHOLE_ADJOINT_CHANNELS = 16
+
+#: On TPU, images of up to this many elements fit in the chip's vector memory with what is computed from them. For
+#: larger ones, a lowering that reads and writes the image several times takes up to 24 times as long as XLA's own
+#: reduction, for example `avg_pool` with 3 × 3 windows and stride 2 for 16 images of 112 × 112 × 64.
+MAX_ON_CHIP = 1 << 22
+
+#: The same for sums of windows that do not overlap, by a reshape to tiles.
+MAX_TILES_ON_CHIP = 1 << 21
 
 
 def winner_dtype(win: Window) -> np.dtype:
@@ -80,8 +89,8 @@ def nothing(win: Window) -> np.generic:
 # Choice of lowering
 
 
-def choose_max(win: Window) -> dict[str, str]:
-    """Choose the lowering of `max_and_winner` per platform, a key of `MAX`."""
+def choose_max(win: Window, elements: int) -> dict[str, str]:
+    """Choose the lowering of `max_and_winner` per platform, a key of `MAX`, for images of so many elements together."""
     if win.tiles and win.entries > MAX_UNROLLED_TILE:
         return _everywhere("tiles") | {"cpu": _max_on_cpu(win)}
     if win.entries > MAX_UNROLLED_TAPS:
@@ -90,12 +99,19 @@ def choose_max(win: Window) -> dict[str, str]:
         # On TPU, "long" takes 5 to 30 times as long.
         tpu = "by_dim" if max(win.size) <= MAX_UNROLLED_TAPS else "long"
         return {"cpu": _max_on_cpu(win), "tpu": tpu, "cuda": gpu, "rocm": gpu}
-    # XLA:TPU takes two to five times as long for strided slices, except for 2-D windows that do not overlap.
-    tpu = "compare" if win.tiles and win.ndim == 2 else "phases"
+    tpu = _max_on_tpu(win, elements)
     # On GPU, XLA writes the test for NaN of every element of x to memory, which it would do for "compare" only if
     # windows overlap. On TPU, "fold" takes 1.5 times as long as "compare".
     gpu = "compare" if win.tiles else "fold"
     return {"cpu": _max_on_cpu(win), "tpu": tpu, "cuda": gpu, "rocm": gpu}
+
+
+def _max_on_tpu(win: Window, elements: int) -> str:
+    """Choose for windows of up to `MAX_UNROLLED_TAPS` taps."""
+    if win.padded and _is_dense(win):
+        return "by_dim"
+    # XLA:TPU takes two to five times as long for strided slices, except for 2-D windows that do not overlap.
+    return "compare" if win.tiles and win.ndim == 2 and known_at_most(elements, MAX_ON_CHIP) else "phases"
 
 
 def _max_on_cpu(win: Window) -> str:
@@ -112,18 +128,22 @@ def choose_scatter(win: Window) -> dict[str, str]:
         # In 1-D, XLA:TPU is slower for a reshape to tiles.
         tpu = "phases" if win.ndim == 1 and win.entries <= MAX_UNROLLED_TILE else "tiles"
         return _everywhere("tiles") | {"tpu": tpu}
+    # XLA:TPU does not fuse padding between elements, which "taps" uses.
+    tpu = "slices" if win.padded else "phases"
     if win.entries > MAX_UNROLLED_TAPS:
         # XLA:GPU computes divisions in a kernel of their own, and writes the quotients to memory.
-        gpu, tpu = ("multiplied", "phases") if win.entries <= MAX_WHOLE_TAPS else ("long", "long")
+        gpu, tpu = ("multiplied", tpu) if win.entries <= MAX_WHOLE_TAPS else ("long", "long")
         return {"cpu": "long", "tpu": tpu, "cuda": gpu, "rocm": gpu}
-    # XLA:TPU does not fuse padding between elements, which "taps" uses.
-    return {"cpu": "taps" if win.entries <= MAX_ADDED_TAPS else "long", "tpu": "phases", "cuda": "taps", "rocm": "taps"}
+    return {"cpu": "taps" if win.entries <= MAX_ADDED_TAPS else "long", "tpu": tpu, "cuda": "taps", "rocm": "taps"}
 
 
-def choose_sum(win: Window, channels: int) -> dict[str, str]:
-    """Choose the lowering of `window_sum` per platform, a key of `SUM`."""
-    # XLA:TPU takes 1.1 to 7 times as long for the strided slices of "by_dim". In 1-D, a reshape to tiles is slow.
-    tpu = ("whole" if _short_1d(win) else "tiles") if win.tiles else "by_dim"
+def choose_sum(win: Window, channels: int, elements: int) -> dict[str, str]:
+    """Choose the lowering of `window_sum` per platform, a key of `SUM`, for images of so many elements together."""
+    if win.tiles:
+        tpu = "tiles" if _tiles_pay_on_tpu(win, elements, MAX_TILES_ON_CHIP) else "reduce_window"
+    else:
+        # With strides, "by_dim" copies the image.
+        tpu = "by_dim" if _is_dense(win) or known_at_most(elements, MAX_ON_CHIP) else "reduce_window"
     return {"cpu": _sum_on_cpu(win, channels), "tpu": tpu} | _sum_on_gpu(win)
 
 
@@ -139,17 +159,25 @@ def _sum_on_cpu(win: Window, channels: int) -> str:
     return "by_dim" if win.ndim == 3 or known_at_most(channels, LEAST_WHOLE_CHANNELS - 1) else "whole"
 
 
-def choose_sum_adjoint(win: Window, channels: int) -> dict[str, str]:
-    """Choose the lowering of `window_sum_adjoint` per platform, a key of `SUM_ADJOINT`."""
+def choose_sum_adjoint(win: Window, channels: int, elements: int) -> dict[str, str]:
+    """Choose the lowering of `window_sum_adjoint` per platform, a key of `SUM_ADJOINT`; `elements` as for the sum."""
     if win.tiles:
-        return _everywhere("tiles") | {"tpu": "whole" if _short_1d(win) else "tiles"}
+        tpu = "tiles" if _tiles_pay_on_tpu(win, elements, MAX_ON_CHIP) else "reduce_window"
+        return _everywhere("tiles") | {"tpu": tpu}
     few = win.size == (2, 2) and win.stride == (1, 1) and known_at_most(channels, MAX_WHOLE_ADJOINT_CHANNELS)
-    return {"cpu": "whole" if few else "by_dim", "tpu": "by_dim"} | _sum_on_gpu(win)
+    # XLA:TPU does not fuse padding between elements.
+    tpu = "by_dim" if _is_dense(win) else "reduce_window"
+    return {"cpu": "whole" if few else "by_dim", "tpu": tpu} | _sum_on_gpu(win)
 
 
-def _short_1d(win: Window) -> bool:
-    """Whether windows have one dim and few taps."""
-    return win.ndim == 1 and win.entries <= MAX_UNROLLED_TAPS
+def _is_dense(win: Window) -> bool:
+    return all(s == 1 for s in win.stride)
+
+
+def _tiles_pay_on_tpu(win: Window, elements: int, most: int) -> bool:
+    """Whether a reshape to tiles pays on TPU, for images of up to ``most`` elements. It is slow in 1-D."""
+    short_1d = win.ndim == 1 and win.entries <= MAX_UNROLLED_TAPS
+    return not short_1d and known_at_most(elements, most)
 
 
 def _sum_on_gpu(win: Window) -> dict[str, str]:
@@ -212,7 +240,7 @@ def max_and_winner(win: Window, x: Array) -> tuple[Array, Array]:
 
     Ties go to the first in row-major order, NaN wins over numbers, and padding never wins.
     """
-    return _run_chosen(MAX, choose_max(win), win, x)
+    return _run_chosen(MAX, choose_max(win, x.size), win, x)
 
 
 def _max_by_comparison(win: Window, x: Array) -> tuple[Array, Array]:
@@ -404,6 +432,41 @@ def _scatter_by_phases(win: Window, y: Array, winner: Array) -> Array:
     return interleaved(win, phases).astype(y.dtype)
 
 
+def _scatter_by_slices(win: Window, y: Array, winner: Array) -> Array:
+    """Run `_scatter_by_phases` with the values and the winners padded once, not every term.
+
+    Each term reads a slice of both. For padded windows, XLA:TPU would otherwise write every term to memory.
+    """
+    length = [-(-n // s) for n, s in zip(win.shape, win.stride, strict=True)]
+    taps_of_phases = [phase_taps(win, dim) for dim in range(win.ndim)]
+    before, after = zip(*map(_reach, taps_of_phases, length, win.out), strict=True)
+    pads = [(0, 0, 0), *((lo, hi, 0) for lo, hi in zip(before, after, strict=True)), (0, 0, 0)]
+    # XLA:TPU would otherwise convert winners once per tap.
+    values, codes = (lax.pad(a, np.zeros((), a.dtype), pads) for a in (to_accumulator(y), winner.astype(np.int32)))
+    in_parts = win.entries > MAX_UNROLLED_TILE
+    if in_parts or math.prod(win.stride) > 1:
+        values, codes = lax.optimization_barrier((values, codes))
+    phases = []
+    for pairs in itertools.product(*taps_of_phases):
+        x = jnp.zeros((y.shape[0], *length, y.shape[-1]), values.dtype)
+        for term, taps in enumerate(itertools.product(*pairs), 1):
+            numbers, shifts = zip(*taps, strict=True)
+            starts = tuple(map(operator.add, before, shifts))
+            limits = tuple(map(operator.add, starts, length))
+            value, code = (lax.slice(a, (0, *starts, 0), (a.shape[0], *limits, a.shape[-1])) for a in (values, codes))
+            x += jnp.where(code == np.int32(np.ravel_multi_index(numbers, win.size)), value, 0)
+            if in_parts and term % ADDED_AT_ONCE == 0:
+                x, values, codes = lax.optimization_barrier((x, values, codes))
+        phases.append(x)
+    return interleaved(win, phases).astype(y.dtype)
+
+
+def _reach(phases: Sequence[Sequence[tuple[int, int]]], length: int, out: int) -> tuple[int, int]:
+    """Return how many windows before the first and after the last the taps of some `phase_taps` read."""
+    shifts = [shift for taps in phases for _, shift in taps]
+    return max(-min(shifts), 0), max(max(shifts) + length - out, 0)
+
+
 def _scatter_to_tiles(win: Window, y: Array, winner: Array) -> Array:
     """Scatter to windows that do not overlap: up(y), masked to the elements whose number is the winner."""
     number = np.arange(win.entries, dtype=winner.dtype).reshape(*(n for k in win.size for n in (1, k)), 1)
@@ -430,6 +493,7 @@ def _scatter_to_index(win: Window, y: Array, winner: Array, index: Array) -> Arr
 SCATTER: dict[str, Callable[[Window, Array, Array], Array]] = {
     "taps": _scatter_by_taps,
     "phases": _scatter_by_phases,
+    "slices": _scatter_by_slices,
     "tiles": _scatter_to_tiles,
     "long": _scatter_to_winners_long,
     "multiplied": _scatter_by_multiplied,
@@ -507,7 +571,7 @@ def window_sum(win: Window, x: Array) -> Array:
     """Sum every window, ``y[o] = Σ_k x[o·stride + k·dilation]``; 16-bit floats are summed in float32."""
     if 0 in win.out:  # no window fits, if the image is empty
         return jnp.zeros((x.shape[0], *win.out, x.shape[-1]), x.dtype)
-    return _run_chosen(SUM, choose_sum(win, x.shape[-1]), win, to_accumulator(x)).astype(x.dtype)
+    return _run_chosen(SUM, choose_sum(win, x.shape[-1], x.size), win, to_accumulator(x)).astype(x.dtype)
 
 
 def window_sum_of(function: Callable[[Array, Any], Array], argument: Any, win: Window, x: Array) -> Array:
@@ -541,7 +605,8 @@ def window_sum_adjoint(win: Window, y: Array) -> Array:
     With stride = size this is ⊗ 1, the lecture's *up*.
     """
     wide = y if win.tiles else to_accumulator(y)  # windows that do not overlap add nothing
-    return _run_chosen(SUM_ADJOINT, choose_sum_adjoint(win, y.shape[-1]), win, wide).astype(y.dtype)
+    elements = y.shape[0] * math.prod(win.shape) * y.shape[-1]
+    return _run_chosen(SUM_ADJOINT, choose_sum_adjoint(win, y.shape[-1], elements), win, wide).astype(y.dtype)
 
 
 def _sum_by_dim(win: Window, x: Array) -> Array:
@@ -572,8 +637,26 @@ def _sum_adjoint_by_dim(win: Window, y: Array) -> Array:
     return unpad(win, y)
 
 
+def _sum_by_reduce_window(win: Window, x: Array) -> Array:
+    """Sum as stock JAX does."""
+    return reduce_windows(win, x, 0, lax.add)
+
+
+def _sum_adjoint_by_reduce_window(win: Window, y: Array) -> Array:
+    """Sum windows of stride 1 over δ with zeros between and around its elements, as stock JAX does."""
+
+    def adjoint(y: Array) -> Array:
+        pads = [(0, 0, 0)]
+        for n, out, e, s, (lo, _) in zip(win.shape, win.out, win.extent, win.stride, win.padding, strict=True):
+            pads.append((e - 1 - lo, n + lo - 1 - (out - 1) * s, s - 1))
+        spaced = lax.pad(y, np.zeros((), y.dtype), [*pads, (0, 0, 0)])
+        return _reduce_whole(win, spaced, (1,) * win.ndim)
+
+    return run_whole(adjoint, (y,), (slice(1, -1),), slice(1, -1))
+
+
 def _sum_whole(win: Window, x: Array) -> Array:
-    """Sum by one `lax.reduce_window`."""
+    """Sum windows of the image, padded before, by one `lax.reduce_window`."""
     return run_whole(lambda x: _reduce_whole(win, _pad(win, x, 0), win.stride), (x,), (slice(1, -1),), slice(1, -1))
 
 
@@ -605,11 +688,13 @@ SUM: dict[str, Callable[[Window, Array], Array]] = {
     "by_dim": _sum_by_dim,
     "by_row": _sum_by_row,
     "whole": _sum_whole,
+    "reduce_window": _sum_by_reduce_window,
     "tiles": _sum_of_tiles,
 }
 SUM_ADJOINT: dict[str, Callable[[Window, Array], Array]] = {
     "by_dim": _sum_adjoint_by_dim,
     "whole": _sum_adjoint_whole,
+    "reduce_window": _sum_adjoint_by_reduce_window,
     "tiles": _sum_adjoint_to_tiles,
 }
 
