@@ -209,7 +209,7 @@ def header(measure: str) -> str:
 
 def line(row: Compared) -> str:
     """Return one row as text."""
-    ours = row.programs[OURS]
+    ours, stock = row.programs[OURS], row.programs[STOCK]
     notes = [f"failed: {reason}" for reason in row.failed]
     cells = ""
     if isinstance(ours, Compiled):
@@ -218,6 +218,8 @@ def line(row: Compared) -> str:
         for column, width in zip(columns, (12, 12, 10), strict=True):
             number = getattr(ours, column) / units[column]
             cells += f"{number:{width}.{0 if column == 'kernels' else 2}f}{decimals(row.ratio(column)):>7}"
+        if isinstance(stock, Compiled) and ours.program == stock.program:
+            notes.append("same program")
         if (flax := row.ratio(contender=FLAX)) is not None:
             notes.append(f"{flax:.2f} of {FLAX}")
         for what in ("calls", "collectives"):
@@ -257,6 +259,10 @@ def summary(rows: Sequence[Compared]) -> list[str]:
                     cells.append(f"{product}, {dtype} {geometric_mean(ratios):.2f} ({max(ratios):.2f})")
         texts += [f"  {group}: {'; '.join(cells)}"] if cells else []
     compared = [(ratio, row) for row in rows if (ratio := row.ratio()) is not None]
+    bytes_of_stock = [stock for row in rows if isinstance(stock := row.programs[STOCK], Compiled) and stock.moved]
+    if bytes_of_stock:
+        bound = geometric_mean(stock.least / stock.moved for stock in bytes_of_stock)
+        texts.append(f"  bytes of all arguments and results / bytes moved by stock JAX: {bound:.2f}")
     slower = sorted((pair for pair in compared if pair[0] > BAR), key=lambda pair: -pair[0])
     texts.append(f"{len(slower)} of {len(compared)} rows above {BAR}:")
     texts += [f"  {ratio:.2f}  {row.name}" for ratio, row in slower]

@@ -53,6 +53,8 @@ class Instruction:
     arrays: tuple[Array, ...]
     operands: tuple[str, ...]
     attributes: str
+    literal: str = ""
+    """Value of a constant."""
 
     @property
     def target(self) -> str:
@@ -127,7 +129,8 @@ def count(text: str, bundles: Mapping[str, int] | None = None, bytes_per_cycle: 
 def executed(text: str) -> Iterator[Step]:
     """Yield the operations that the program executes, excluding free ones.
 
-    Bodies of loops count as often as XLA knows that they run, or once. All branches of a conditional count.
+    Bodies of loops count as often as they run, if the program says how often that is, or once. All branches of a
+    conditional count.
     """
     computations, entry = parse(text)
 
@@ -135,8 +138,7 @@ def executed(text: str) -> Iterator[Step]:
         instructions = computations[name]
         for instruction in instructions.values():
             if instruction.op == "while":
-                trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.attributes)
-                yield from walk(_called(instruction, "body")[0], times * int(trips[1] if trips else 1))
+                yield from walk(_called(instruction, "body")[0], times * _trips(instruction, computations))
             elif instruction.op == "call":
                 yield from walk(_called(instruction, "to_apply")[0], times)
             elif instruction.op == "conditional":
@@ -147,6 +149,18 @@ def executed(text: str) -> Iterator[Step]:
                 yield Step(instruction, times, _moved(instruction, instructions))
 
     yield from walk(entry, 1)
+
+
+def _trips(loop: Instruction, computations: Mapping[str, Mapping[str, Instruction]]) -> int:
+    """Return how often a loop runs: what XLA knows, or the constant that its condition compares a counter with."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
+        return int(known[1])
+    condition = computations[_called(loop, "condition")[0]]
+    for test in condition.values():
+        if test.op == "compare" and "direction=LT" in test.attributes:
+            limits = (condition[name].literal for name in test.operands if name in condition)
+            return next((int(limit) for limit in limits if limit.isdigit()), 1)
+    return 1
 
 
 def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
@@ -163,7 +177,8 @@ def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
             name, shape, op, rest = match.groups()
             inside = _closing(rest)
             operands = tuple(_NAME.findall(rest[:inside]))
-            current[name] = Instruction(name, op, tuple(arrays(shape)), operands, rest[inside:])
+            literal = rest[: inside - 1] if op == "constant" else ""
+            current[name] = Instruction(name, op, tuple(arrays(shape)), operands, rest[inside:], literal)
     return computations, entry
 
 
