@@ -175,7 +175,12 @@ def _is_dense(win: Window) -> bool:
 
 
 def _tiles_pay_on_tpu(win: Window, elements: int, most: int) -> bool:
-    """Whether a reshape to tiles pays on TPU, for images of up to ``most`` elements. It is slow in 1-D."""
+    """Whether a reshape to tiles pays on TPU: for whole images, and for images of up to ``most`` elements.
+
+    It is slow in 1-D.
+    """
+    if math.prod(win.out) == 1:
+        return True
     short_1d = win.ndim == 1 and win.entries <= MAX_UNROLLED_TAPS
     return not short_1d and known_at_most(elements, most)
 

@@ -1188,6 +1188,7 @@ def test_how_padded_windows_are_summed_on_cpu(dims, stride, padding, channels, c
         (2, 2, 0, 1 << 22, ("compare", "tiles", "reduce_window", "tiles")),
         (2, 2, 0, 1 << 23, ("phases", "tiles", "reduce_window", "reduce_window")),
         (9, 1, 4, 1 << 23, ("by_dim", "slices", "by_dim", "by_dim")),
+        (18, 18, 0, 1 << 23, ("tiles", "tiles", "tiles", "tiles")),
     ],
 )
 def test_choice_for_images_in_and_out_of_the_memory_of_a_tpu(size, stride, padding, elements, tpu):
