@@ -54,7 +54,7 @@ class Instruction:
     operands: tuple[str, ...]
     attributes: str
     literal: str = ""
-    """Value of a constant."""
+    """Value of a constant, or number of a parameter."""
 
     @property
     def target(self) -> str:
@@ -146,7 +146,7 @@ def executed(text: str) -> Iterator[Step]:
                     for branch in _called(instruction, key):
                         yield from walk(branch, times)
             elif not instruction.free:
-                yield Step(instruction, times, _moved(instruction, instructions))
+                yield Step(instruction, times, _moved(instruction, instructions, computations))
 
     yield from walk(entry, 1)
 
@@ -177,7 +177,7 @@ def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
             name, shape, op, rest = match.groups()
             inside = _closing(rest)
             operands = tuple(_NAME.findall(rest[:inside]))
-            literal = rest[: inside - 1] if op == "constant" else ""
+            literal = rest[: inside - 1] if op in ("constant", "parameter") else ""
             current[name] = Instruction(name, op, tuple(arrays(shape)), operands, rest[inside:], literal)
     return computations, entry
 
@@ -197,8 +197,13 @@ def arrays(shape: str) -> Iterator[Array]:
         yield Array(BYTES[dtype] * math.prod(minor_first), len(sizes), "S(1)" in attributes)
 
 
-def _moved(instruction: Instruction, others: Mapping[str, Instruction]) -> int:
-    sources = [others[name] for name in dict.fromkeys(instruction.operands) if name in others]
+def _moved(
+    instruction: Instruction,
+    others: Mapping[str, Instruction],
+    computations: Mapping[str, Mapping[str, Instruction]],
+) -> int:
+    operands = dict.fromkeys(instruction.operands)
+    sources = {name: others[name] for name in operands if name in others}
     if instruction.asynchronous:
         # The result is a tuple of source, destination and flags, for copies in another order. Only the destination's
         # bytes move, even if the source is larger.
@@ -206,10 +211,53 @@ def _moved(instruction: Instruction, others: Mapping[str, Instruction]) -> int:
         if not results:
             return 0
         to = results[0] if instruction.op == "copy-start" else results[-1]
-        in_memory = [not to.on_chip, any(not array.on_chip for source in sources for array in source.arrays)]
+        in_memory = [not to.on_chip, any(not array.on_chip for source in sources.values() for array in source.arrays)]
         return to.size * sum(in_memory)
-    read = [array for source in sources if source.op != "tuple" for array in source.arrays]
-    return sum(array.size for array in (*read, *instruction.arrays) if array.rank and not array.on_chip)
+    read, written = _slices(instruction, computations)
+    moved = 0
+    for name, source in sources.items():
+        if source.op != "tuple":
+            moved += _in_memory(source.arrays, [read[i] for i, n in enumerate(instruction.operands) if n == name])
+    return moved + _in_memory(instruction.arrays, [written])
+
+
+def _in_memory(arrays: Sequence[Array], parts: Sequence[int | None]) -> int:
+    """Return the bytes of the arrays in the device's memory, or of the only array's parts, if these are known."""
+    bytes_of_parts = None if None in parts else sum(n for n in parts if n is not None)
+    sizes = (array.size for array in arrays if array.rank and not array.on_chip)
+    return sum(sizes if bytes_of_parts is None else (min(size, bytes_of_parts) for size in sizes))
+
+
+def _slices(
+    instruction: Instruction, computations: Mapping[str, Mapping[str, Instruction]]
+) -> tuple[list[int | None], int | None]:
+    """Return the bytes that an instruction reads from each operand and writes, None for whole arrays.
+
+    A dynamic slice reads its result's bytes. A dynamic update slice reads and writes those of the update: the array is
+    updated in place.
+    """
+    body: Mapping[str, Instruction] = {instruction.name: instruction}
+    names: Sequence[str] = instruction.operands
+    if instruction.op == "fusion":
+        body = computations.get(next(iter(_called(instruction, "calls")), ""), {})
+        by_number = {inside.literal: name for name, inside in body.items() if inside.op == "parameter"}
+        names = [by_number.get(str(i), "") for i in range(len(instruction.operands))]
+
+    def part(user: Instruction, name: str) -> int | None:
+        if name != user.operands[0] or name in user.operands[1:]:
+            return None
+        if user.op == "dynamic-slice":
+            return user.arrays[0].size
+        return 0 if user.op == "dynamic-update-slice" else None
+
+    read: list[int | None] = []
+    for name in names:
+        parts = [part(user, name) for user in body.values() if name in user.operands]
+        read.append(None if not parts or None in parts else sum(n for n in parts if n is not None))
+    last = list(body.values())[-1] if body else instruction
+    if last.op != "dynamic-update-slice" or last.operands[1] not in body:
+        return read, None
+    return read, body[last.operands[1]].arrays[0].size
 
 
 def _called(instruction: Instruction, key: str) -> list[str]:

@@ -118,6 +118,40 @@ def test_counts_of_a_gpu_program():
     assert counts.cycles is None
 
 
+SLICES = """HloModule jit_run, is_scheduled=true
+
+%read (p: f32[64,32], q: s32[]) -> f32[4,32] {
+  %p = f32[64,32]{1,0} parameter(0)
+  %q = s32[] parameter(1)
+  ROOT %part = f32[4,32]{1,0} dynamic-slice(%p, %q, %q), dynamic_slice_sizes={4,32}
+}
+
+%write (b: f32[4,32], a: f32[64,32], r: s32[]) -> f32[64,32] {
+  %a = f32[64,32]{1,0} parameter(1)
+  %b = f32[4,32]{1,0} parameter(0)
+  %r = s32[] parameter(2)
+  ROOT %updated = f32[64,32]{1,0} dynamic-update-slice(%a, %b, %r, %r)
+}
+
+ENTRY %main.1 (x: f32[64,32], i: s32[]) -> f32[64,32] {
+  %x = f32[64,32]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %taken = f32[4,32]{1,0} fusion(%x, %i), kind=kLoop, calls=%read
+  %other = f32[8,32]{1,0} dynamic-slice(%x, %i, %i), dynamic_slice_sizes={8,32}
+  %sum = f32[4,32]{1,0} fusion(%taken, %other), kind=kLoop, calls=%fused
+  ROOT %result = f32[64,32]{1,0} fusion(%sum, %x, %i), kind=kLoop, calls=%write
+}
+"""
+
+
+def test_dynamic_slices_move_their_parts():
+    row = 32 * 4
+    taken, other, total, result = (step.moved for step in hlo.executed(SLICES))
+    assert (taken, other) == (2 * 4 * row, 2 * 8 * row)
+    assert total == (4 + 8 + 4) * row
+    assert result == 2 * 4 * row  # the array is updated in place
+
+
 def test_bundles_of_nested_loops():
     assert hlo.executed_bundles(BUNDLES.splitlines()) == 2 + 9 * (3 + 4 * 2)
     assert hlo.dumped_instruction("1795-copy.2-01-final_bundles.txt") == "copy.2"
