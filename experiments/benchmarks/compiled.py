@@ -259,10 +259,12 @@ def summary(rows: Sequence[Compared]) -> list[str]:
                     cells.append(f"{product}, {dtype} {geometric_mean(ratios):.2f} ({max(ratios):.2f})")
         texts += [f"  {group}: {'; '.join(cells)}"] if cells else []
     compared = [(ratio, row) for row in rows if (ratio := row.ratio()) is not None]
-    bytes_of_stock = [stock for row in rows if isinstance(stock := row.programs[STOCK], Compiled) and stock.moved]
-    if bytes_of_stock:
-        bound = geometric_mean(stock.least / stock.moved for stock in bytes_of_stock)
-        texts.append(f"  bytes of all arguments and results / bytes moved by stock JAX: {bound:.2f}")
+    of_ops = (row.programs[STOCK] for row in rows if row.product != STEP)
+    stock_of_ops = [program for program in of_ops if isinstance(program, Compiled)]
+    bounds = [program.least / program.moved for program in stock_of_ops if program.moved]
+    if bounds:
+        bound = geometric_mean(bounds)
+        texts.append(f"  ops, bytes of all arguments and results / bytes moved by stock JAX: {bound:.2f}")
     slower = sorted((pair for pair in compared if pair[0] > BAR), key=lambda pair: -pair[0])
     texts.append(f"{len(slower)} of {len(compared)} rows above {BAR}:")
     texts += [f"  {ratio:.2f}  {row.name}" for ratio, row in slower]

@@ -290,7 +290,7 @@ def test_a_failure_is_one_row(fake, capsys, tmp_path):
     assert rows["silu"].split("float32")[1].split()[:6] == ["10.00", "2.00", "0.00", "2.00", "0.00", "–"]
     assert rows["silu"].endswith("jaxcnn 2 Forward; stock JAX 1 Forward; slower")
     assert "same program" in rows["tanh"]
-    assert "bytes of all arguments and results / bytes moved by stock JAX: 0.20" in text
+    assert "ops, bytes of all arguments and results / bytes moved by stock JAX: 0.20" in text
     assert "2 of 2 rows above 1.05:" in text
     numbers = json.loads(out.read_text())["rows"]
     assert [row["ratios"]["cycles"] for row in numbers] == [None, None, None, 2.0, 2.0]
