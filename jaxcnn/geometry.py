@@ -81,6 +81,11 @@ class Window:
         return any(pair != (0, 0) for pair in self.padding)
 
     @property
+    def strided(self) -> bool:
+        """Whether the stride is more than 1 along any dim."""
+        return any(s > 1 for s in self.stride)
+
+    @property
     def tiles(self) -> bool:
         """Whether windows are adjacent: no overlap, no gaps, no padding. A remainder may be left over."""
         return self.stride == self.size and not self.padded and all(d == 1 for d in self.dilation)

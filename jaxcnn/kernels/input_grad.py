@@ -40,7 +40,7 @@ from jaxcnn.kernels.lowering import (
 from jaxcnn.kernels.parallel import on_all_threads
 from jaxcnn.kernels.shapes import known_at_most, largest_divisor
 from jaxcnn.kernels.split import run_whole
-from jaxcnn.kernels.windows import at_tap, interleaved, pad_axis, phase_taps, untile
+from jaxcnn.kernels.windows import at_tap, interleaved, pad_axis, phase_shape, phase_taps, untile
 
 #: A kernel is large, on GPU, if the image has up to this many times its elements.
 LARGE_KERNEL = 5
@@ -85,7 +85,7 @@ def choose_input_grad(c: Correlation, y: Array, w: Array) -> str:
         return "products"
     if applies("by_depth", c) and not _partly_overlapping(c.window):
         return "by_depth"
-    if 4 <= inputs <= 6 and all(s == 1 for s in c.window.stride) and all_threads_pay(c, y, inputs, c.window.shape):
+    if 4 <= inputs <= 6 and not c.window.strided and all_threads_pay(c, y, inputs, c.window.shape):
         return "all_threads"
     if _products_pay(c.window, inputs, outputs):
         return "products"
@@ -109,9 +109,8 @@ def choose_input_grad_on_gpu(c: Correlation, y: Array, w: Array) -> str:
     inputs = w.shape[-2] * c.groups
     if one_loop_on_gpu(c, inputs, w.shape[-1]):
         return "unrolled"
-    strided = any(s > 1 for s in c.window.stride)
     large = known_at_most(y.shape[0] * math.prod(c.window.shape) * inputs, LARGE_KERNEL * w.size)
-    return "xla_reverse" if strided or large else "xla"
+    return "xla_reverse" if c.window.strided or large else "xla"
 
 
 def run_chosen(c: Correlation, y: Array, w: Array) -> Array:
@@ -129,7 +128,7 @@ def _products_pay(win: Window, inputs: int, outputs: int) -> bool:
         return False
     if win.ndim == 3 or win.without_overlap:
         return True
-    if any(s > 1 for s in win.stride):
+    if win.strided:
         return inputs <= 3 or win.entries * inputs <= 160 or (inputs <= 64 and outputs >= max(40, 3 * inputs))
     cut = any(_reaching_outputs(win, dim)[:2] != (0, out) for dim, out in enumerate(win.out))
     return inputs <= 6 or (cut and win.entries <= 3)
@@ -142,14 +141,12 @@ def _products_fit(win: Window, inputs: int) -> bool:
 
 def _mostly_padding(win: Window) -> bool:
     """Whether XLA's convolution would multiply as many zeros around δ as elements of δ; "products" multiplies none."""
-    dense = all(s == 1 for s in win.stride)
-    return win.ndim == 2 and dense and math.prod(win.shape) >= 2 * math.prod(win.out)
+    return win.ndim == 2 and not win.strided and math.prod(win.shape) >= 2 * math.prod(win.out)
 
 
 def _phases_pay(win: Window, inputs: int, outputs: int) -> bool:
     """Whether there are zeros between the elements of δ, which cost XLA 10 to 80 % of the time."""
-    strided = win.ndim == 2 and any(s > 1 for s in win.stride)
-    return strided and (inputs * outputs <= DIVIDED_BY_XLA or any(d > 1 for d in win.dilation))
+    return win.ndim == 2 and win.strided and (inputs * outputs <= DIVIDED_BY_XLA or any(d > 1 for d in win.dilation))
 
 
 def _partly_overlapping(win: Window) -> bool:
@@ -297,7 +294,7 @@ def _phases(c: Correlation, y: Array, w: Array) -> Array:
 def _phase(c: Correlation, y: Array, w: Array, taps: Sequence[Sequence[tuple[int, int]]]) -> Array:
     """Compute the positions with one remainder by the stride; ``taps`` are, per dim, pairs of a tap and its shift."""
     win = c.window
-    length = [-(-n // s) for n, s in zip(win.shape, win.stride, strict=True)]
+    length = phase_shape(win)
     # The shift of δ decreases with the tap, so the kernel is flipped.
     bounds = [(pairs[-1][1], pairs[0][1] + n) if pairs else (0, 0) for pairs, n in zip(taps, length, strict=True)]
     starts = [max(low, 0) for low, _ in bounds]
@@ -319,7 +316,7 @@ def _phase(c: Correlation, y: Array, w: Array, taps: Sequence[Sequence[tuple[int
 def _unrolled(c: Correlation, y: Array, w: Array) -> Array:
     """Sum δ times the taps. With stride 1, this is the program of a forward pass, and XLA compiles equal ones once."""
     win = c.window
-    if any(s > 1 for s in win.stride):
+    if win.strided:
         return unrolled.input_grad(c, y, w)
     y, pads = _reaching(win, y)
     if 0 in y.shape:

@@ -117,7 +117,7 @@ def choose_kernel_grad(c: Correlation, x: Array, y: Array) -> str:
     if winograd_pays(c, x, inputs, outputs, one_block=False):
         return "winograd"
     few_outputs = c.window.ndim == 2 and outputs <= 16  # too few for a GEMM
-    if c.window.ndim > 1 and any(s > 1 for s in c.window.stride) and not (inputs == 1 and few_outputs):
+    if c.window.ndim > 1 and c.window.strided and not (inputs == 1 and few_outputs):
         return "patches"
     short = known_at_most(multiplications(c, x.shape[0], c.window.out, inputs, outputs), SHORT)
     return "transposed" if few_outputs or short or c.window.ndim == 1 else "rows"

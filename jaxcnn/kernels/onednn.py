@@ -81,13 +81,13 @@ def is_narrow(product: str, c: Correlation, image: tuple[int, ...], outputs: int
     131 × 11 × 161, 4 × 4 kernels and 6 outputs it takes 1.9 ms, and oneDNN 2.4.
     """
     win, inputs = c.window, image[-1]
-    has_stride, is_dilated = any(s > 1 for s in win.stride), any(d > 1 for d in win.dilation)
+    is_dilated = any(d > 1 for d in win.dilation)
     if product == "kernel_grad":  # in up to two dims without dilation the library's own code, in vectors of outputs
         return c.groups == 1 and win.ndim < 3 and (inputs * outputs <= 2 or (inputs == 1 and is_dilated))
     few = _has_few_multiplications(c, image, outputs)
     if c.groups > 1:
         return inputs == outputs == c.groups <= VECTOR // 2 and not few
-    if win.entries == 1 and (has_stride or win.ndim == 3 or inputs * outputs <= VECTOR):
+    if win.entries == 1 and (win.strided or win.ndim == 3 or inputs * outputs <= VECTOR):
         return True
     if win.entries == 1 and outputs >= VECTOR * inputs and not (few and product == "correlate"):
         return True
@@ -95,7 +95,7 @@ def is_narrow(product: str, c: Correlation, image: tuple[int, ...], outputs: int
         few_in_3d = win.ndim == 3 and outputs <= 4 and win.entries * inputs <= unrolled.LOOPED["terms"]
         one_column = has_one_column(win) and outputs < 4
         return few_in_3d or one_column or (inputs == 1 and is_dilated) or win.entries == outputs == 1
-    if has_stride:  # each δ yields one product per tap and input, if XLA multiplies it by the whole kernel
+    if win.strided:  # each δ yields one product per tap and input, if XLA multiplies it by the whole kernel
         empty = -inputs % VECTOR
         return few or outputs * empty > SUM_OF_PRODUCTS * inputs
     more = VECTOR if win.entries == 1 or win.ndim == 3 else 4
@@ -177,7 +177,7 @@ def exchange_pays(c: Correlation, image: tuple[int, ...], outputs: int) -> bool:
     no fast kernel for the swapped product.
     """
     win, inputs = c.window, image[-1]
-    if c.groups > 1 or any(s > 1 for s in win.stride) or outputs >= VECTOR:
+    if c.groups > 1 or win.strided or outputs >= VECTOR:
         return False
     if any(max(pair) >= e for pair, e in zip(win.padding, win.extent, strict=True)):
         return False

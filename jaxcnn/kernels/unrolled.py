@@ -22,7 +22,7 @@ from jaxcnn.geometry import Correlation, Window
 from jaxcnn.kernels.materialize import materialize
 from jaxcnn.kernels.reductions import sum_of_eights
 from jaxcnn.kernels.shapes import expand_rank, is_symbolic, known_at_most, largest_divisor
-from jaxcnn.kernels.windows import at_tap, interleaved, padded, phase_taps, unpad
+from jaxcnn.kernels.windows import at_tap, interleaved, padded, phase_padding, phase_shape, phase_taps, unpad
 
 #: Start of a tap's slice of the padded input; traced inside a loop.
 Start = np.ndarray | Array
@@ -81,11 +81,8 @@ def input_grad(c: Correlation, y: Array, w: Array) -> Array:
 
         return unpad(win, _sum(map(term, win.taps())))
     taps_of_phases = [phase_taps(win, dim) for dim in range(win.ndim)]
-    length = [-(-n // s) for n, s in zip(win.shape, win.stride, strict=True)]
-    shifts = [[shift for phase in phases for _, shift in phase] for phases in taps_of_phases]
-    before = [max(-min(along, default=0), 0) for along in shifts]
-    after = [max(max(along, default=0) + n - out, 0) for along, n, out in zip(shifts, length, win.out, strict=True)]
-    pads = [(0, 0, 0), *((lo, hi, 0) for lo, hi in zip(before, after, strict=True)), (0, 0, 0)]
+    length, padding = phase_shape(win), phase_padding(win)
+    pads = [(0, 0, 0), *((lo, hi, 0) for lo, hi in padding), (0, 0, 0)]
     y = lax.pad(materialize(y), np.zeros((), y.dtype), pads)
     y = y.reshape(*y.shape[:-1], groups, outputs)
     ones = (1,) * win.ndim
@@ -100,7 +97,9 @@ def input_grad(c: Correlation, y: Array, w: Array) -> Array:
     for pairs_per_dim in itertools.product(*taps_of_phases):
         taps = list(itertools.product(*pairs_per_dim))  # per tap, one pair (k, shift) for each dim
         if taps:
-            starts = np.array([[shift + lo for (_, shift), lo in zip(tap, before, strict=True)] for tap in taps])
+            starts = np.array(
+                [[shift + before for (_, shift), (before, _) in zip(tap, padding, strict=True)] for tap in taps]
+            )
             numbers = np.ravel_multi_index(tuple(np.array([[k for k, _ in tap] for tap in taps]).T), win.size)
             phase = _sum_over_taps(terms, starts.astype(np.int32), weights, numbers, outputs)
             phase = lax.collapse(phase, win.ndim + 1)

@@ -1053,11 +1053,12 @@ def test_scatter(name, drawn):
     assert_scattered(name, drawn)
 
 
+@pytest.mark.parametrize("name", ["phases", "slices"])
 @pytest.mark.parametrize(("size", "stride"), [((9, 9), 2), ((5, 14), 1), ((3, 5, 6), 2), ((70,), 3)])
-def test_scatter_in_parts(size, stride):
+def test_scatter_in_parts(name, size, stride):
     """Windows of more than 64 taps, whose terms are added in parts."""
     shape, pads = tuple(k + 5 for k in size), ((1, 2),) * len(size)
-    assert_scattered("phases", [(Window(shape, size, (stride,) * len(size), pads, (1,) * len(size)), 2, 0)])
+    assert_scattered(name, [(Window(shape, size, (stride,) * len(size), pads, (1,) * len(size)), 2, 0)])
 
 
 @pytest.mark.parametrize("size", [(9, 9), (15, 17), (16, 16), (2, 127), (127, 2), (255,), (5, 7, 7), (1, 255)])
