@@ -104,6 +104,18 @@ class Compared:
         """The contenders without a program, with the reason."""
         return [f"{name}: {reason}" for name, reason in self.programs.items() if isinstance(reason, str)]
 
+    @property
+    def same_program(self) -> bool:
+        """Whether jaxcnn's program is that of stock JAX."""
+        ours, stock = self.programs[OURS], self.programs[STOCK]
+        return isinstance(ours, Compiled) and isinstance(stock, Compiled) and ours.program == stock.program
+
+    @property
+    def bound(self) -> float | None:
+        """Bytes of all arguments and results divided by the bytes that stock JAX moves; None without them."""
+        stock = self.programs[STOCK]
+        return stock.least / stock.moved if isinstance(stock, Compiled) and stock.moved else None
+
     def ratio(self, measure: str | None = None, contender: str = STOCK) -> float | None:
         """Return jaxcnn's number divided by another contender's; None if one of them is 0 or missing."""
         ours, theirs = (self.programs.get(name) for name in (OURS, contender))
@@ -209,7 +221,7 @@ def header(measure: str) -> str:
 
 def line(row: Compared) -> str:
     """Return one row as text."""
-    ours, stock = row.programs[OURS], row.programs[STOCK]
+    ours = row.programs[OURS]
     notes = [f"failed: {reason}" for reason in row.failed]
     cells = ""
     if isinstance(ours, Compiled):
@@ -218,8 +230,7 @@ def line(row: Compared) -> str:
         for column, width in zip(columns, (12, 12, 10), strict=True):
             number = getattr(ours, column) / units[column]
             cells += f"{number:{width}.{0 if column == 'kernels' else 2}f}{decimals(row.ratio(column)):>7}"
-        if isinstance(stock, Compiled) and ours.program == stock.program:
-            notes.append("same program")
+        notes += ["same program"] if row.same_program else []
         if (flax := row.ratio(contender=FLAX)) is not None:
             notes.append(f"{flax:.2f} of {FLAX}")
         for what in ("calls", "collectives"):
@@ -259,12 +270,9 @@ def summary(rows: Sequence[Compared]) -> list[str]:
                     cells.append(f"{product}, {dtype} {geometric_mean(ratios):.2f} ({max(ratios):.2f})")
         texts += [f"  {group}: {'; '.join(cells)}"] if cells else []
     compared = [(ratio, row) for row in rows if (ratio := row.ratio()) is not None]
-    of_ops = (row.programs[STOCK] for row in rows if row.product != STEP)
-    stock_of_ops = [program for program in of_ops if isinstance(program, Compiled)]
-    bounds = [program.least / program.moved for program in stock_of_ops if program.moved]
-    if bounds:
-        bound = geometric_mean(bounds)
-        texts.append(f"  ops, bytes of all arguments and results / bytes moved by stock JAX: {bound:.2f}")
+    if bounds := [bound for row in rows if row.product != STEP and (bound := row.bound) is not None]:
+        mean = geometric_mean(bounds)
+        texts.append(f"  ops, bytes of all arguments and results / bytes moved by stock JAX: {mean:.2f}")
     slower = sorted((pair for pair in compared if pair[0] > BAR), key=lambda pair: -pair[0])
     texts.append(f"{len(slower)} of {len(compared)} rows above {BAR}:")
     texts += [f"  {ratio:.2f}  {row.name}" for ratio, row in slower]

@@ -202,8 +202,7 @@ def _moved(
     others: Mapping[str, Instruction],
     computations: Mapping[str, Mapping[str, Instruction]],
 ) -> int:
-    operands = dict.fromkeys(instruction.operands)
-    sources = {name: others[name] for name in operands if name in others}
+    sources = {name: others[name] for name in instruction.operands if name in others}
     if instruction.asynchronous:
         # The result is a tuple of source, destination and flags, for copies in another order. Only the destination's
         # bytes move, even if the source is larger.
@@ -214,18 +213,24 @@ def _moved(
         in_memory = [not to.on_chip, any(not array.on_chip for source in sources.values() for array in source.arrays)]
         return to.size * sum(in_memory)
     read, written = _slices(instruction, computations)
-    moved = 0
+    moved = _in_memory(instruction.arrays, written)
     for name, source in sources.items():
         if source.op != "tuple":
-            moved += _in_memory(source.arrays, [read[i] for i, n in enumerate(instruction.operands) if n == name])
-    return moved + _in_memory(instruction.arrays, [written])
+            part = _total([read[i] for i, operand in enumerate(instruction.operands) if operand == name])
+            moved += _in_memory(source.arrays, part)
+    return moved
 
 
-def _in_memory(arrays: Sequence[Array], parts: Sequence[int | None]) -> int:
-    """Return the bytes of the arrays in the device's memory, or of the only array's parts, if these are known."""
-    bytes_of_parts = None if None in parts else sum(n for n in parts if n is not None)
+def _in_memory(arrays: Sequence[Array], part: int | None) -> int:
+    """Return the bytes of the arrays that are in the device's memory, or of the part of the only one that moves."""
     sizes = (array.size for array in arrays if array.rank and not array.on_chip)
-    return sum(sizes if bytes_of_parts is None else (min(size, bytes_of_parts) for size in sizes))
+    return sum(size if part is None else min(size, part) for size in sizes)
+
+
+def _total(parts: Sequence[int | None]) -> int | None:
+    """Return the sum of the parts, or None if there are none or one is not known."""
+    known = [part for part in parts if part is not None]
+    return sum(known) if known and len(known) == len(parts) else None
 
 
 def _slices(
@@ -250,10 +255,7 @@ def _slices(
             return user.arrays[0].size
         return 0 if user.op == "dynamic-update-slice" else None
 
-    read: list[int | None] = []
-    for name in names:
-        parts = [part(user, name) for user in body.values() if name in user.operands]
-        read.append(None if not parts or None in parts else sum(n for n in parts if n is not None))
+    read = [_total([part(user, name) for user in body.values() if name in user.operands]) for name in names]
     last = list(body.values())[-1] if body else instruction
     if last.op != "dynamic-update-slice" or last.operands[1] not in body:
         return read, None

@@ -271,16 +271,8 @@ def fake(monkeypatch):
 @pytest.mark.slow("waits for a timeout")
 def test_a_failure_is_one_row(fake, capsys, tmp_path):
     out = tmp_path / "table.json"
-    argv = [
-        "--only",
-        "^(relu6|elu|gelu|silu|tanh) .*forward",
-        "--dtypes",
-        "float32",
-        "--timeout",
-        "5",
-        "--out",
-        str(out),
-    ]
+    only = "^(relu6|elu|gelu|silu|tanh) .*forward"
+    argv = ["--only", only, "--dtypes", "float32", "--timeout", "5", "--out", str(out)]
     assert compiled.main(argv) == 1
     text = capsys.readouterr().out
     rows = {line.split()[0]: line for line in text.splitlines() if "forward, float32" in line and line[0] != " "}
