@@ -6,8 +6,10 @@ the traced function has one equation, whose body is traced for the platform that
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -26,6 +28,28 @@ class Fixed:
     def __call__(self, *arrays: Array) -> Any:
         """Return the function's result."""
         return self.function(*self.leading, *arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What is known of the program that is being lowered."""
+
+    #: Number of devices among which XLA divides arrays. `jax.shard_map` has divided them already.
+    devices: int = 1
+    #: Whether the layout of an array can be prescribed. XLA would gather some sharded arrays, and programs for
+    #: `jax.export` must not prescribe one.
+    accepts_layouts: bool = False
+
+
+#: What is known of a program before it is lowered.
+UNKNOWN = Program()
+
+_PROGRAM = ContextVar("program", default=UNKNOWN)
+
+
+def program() -> Program:
+    """Return what is known of the program that is being lowered, or `UNKNOWN`."""
+    return _PROGRAM.get()
 
 
 def _unchanged(a: Array) -> Array:
@@ -149,7 +173,21 @@ def _lowered(ctx: Any, *arrays: Any, implementation: Implementation) -> Any:
     platforms = ctx.platforms or ctx.module_context.platforms
     native = implementation.native is not None and tuple(platforms) == ("cpu",) and _runs_here(ctx.module_context)
     function = implementation.run_natively if native else implementation.for_platforms(platforms)
-    return mlir.lower_fun(function, multiple_results=True)(ctx, *arrays)
+    token = _PROGRAM.set(_program(ctx.module_context))
+    try:
+        return mlir.lower_fun(function, multiple_results=True)(ctx, *arrays)
+    finally:
+        _PROGRAM.reset(token)
+
+
+def _program(module: Any) -> Program:
+    context = module.axis_context
+    mesh = getattr(context, "mesh", None)  # inside `jax.shard_map`
+    if mesh is None:
+        devices = getattr(context, "num_devices", 1)
+    else:
+        devices = math.prod(size for axis, size in mesh.shape.items() if axis not in context.manual_axes)
+    return Program(devices, devices == 1 and not module.lowering_parameters.for_export)
 
 
 def _runs_here(module: Any) -> bool:

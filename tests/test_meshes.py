@@ -16,7 +16,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jaxcnn
 from experiments.scaling import count_collectives
 from jaxcnn import BatchNorm, Conv, Dense, Flatten, HiddenLayer
-from jaxcnn.kernels import correlate, input_grad, kernel_grad, per_example
+from jaxcnn.kernels import correlate, input_grad, kernel_grad, per_example, windows
+from tests import compilation
 from tests.cases import Case, compiled, row
 from tests.checks import assert_close, drawn, flat
 
@@ -153,6 +154,29 @@ def only_xla(monkeypatch):
 @pytest.mark.parametrize("case", OF_XLA, ids=str)
 def test_convolutions_of_xla(case, only_xla):
     split_in_turn(case, AxisType.Auto)
+
+
+@pytest.fixture
+def pools_of_tpu(monkeypatch):
+    """Run max pooling as on TPU for images that do not fit in its memory."""
+    monkeypatch.setattr(windows, "MAX_ON_CHIP", 0)
+    monkeypatch.setattr(windows, "LEAST_IMAGES", 0)
+    with compilation.lowered_for("tpu"):
+        yield
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        row("max_pool", (8, 16, 8, 8), window=3, stride=2, padding=1),
+        row("max_pool", (8, 16, 8, 8), window=2),
+        row("max_pool", (2, 8, 8, 8, 8), window=3, stride=2, padding=1),
+    ],
+    ids=str,
+)
+def test_max_pool_of_tpu(case, axis_type, pools_of_tpu):
+    split_in_turn(case, axis_type)
 
 
 @pytest.mark.parametrize("case", OF_XLA[1:], ids=str)

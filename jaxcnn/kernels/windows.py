@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from jaxcnn.geometry import Window
 from jaxcnn.kernels.dtypes import accumulator, to_accumulator
@@ -31,7 +32,7 @@ from jaxcnn.kernels.materialize import materialize
 from jaxcnn.kernels.reductions import largest
 from jaxcnn.kernels.shapes import expand_rank, known_at_most
 from jaxcnn.kernels.split import run_whole
-from jaxcnn.platforms import Fixed, platform_dependent
+from jaxcnn.platforms import Fixed, platform_dependent, program
 
 #: Windows of up to this many taps are written out tap by tap.
 MAX_UNROLLED_TAPS = 64
@@ -73,9 +74,9 @@ MAX_ON_CHIP = 1 << 22
 #: The same for sums of windows that do not overlap, by a reshape to tiles.
 MAX_TILES_ON_CHIP = 1 << 21
 
-#: The same for the maximum of 2-D windows that do not overlap. The step of a U-Net whose first pool has twice
-#: `MAX_ON_CHIP` elements takes 4 % longer if that pool copies its image.
-MAX_COMPARED_ON_CHIP = 1 << 24
+#: On TPU, "in_place" needs at least this many images per device, one per row of a vector register. With 4 images of
+#: 112 × 112 × 64, both passes of a convolution, batch norm, ReLU, pool and convolution take 2.4 times as long.
+LEAST_IMAGES = 8
 
 
 def winner_dtype(win: Window) -> np.dtype:
@@ -93,11 +94,8 @@ def nothing(win: Window) -> np.generic:
 # Choice of lowering
 
 
-def choose_max(win: Window, elements: int) -> dict[str, str]:
-    """Choose the lowering of `max_and_winner` per platform, a key of `MAX`.
-
-    ``elements`` is the number of elements of the batch of images.
-    """
+def choose_max(win: Window) -> dict[str, str]:
+    """Choose the lowering of `max_and_winner` per platform, a key of `MAX`."""
     if win.tiles and win.entries > MAX_UNROLLED_TILE:
         return _everywhere("tiles") | {"cpu": _max_on_cpu(win)}
     if win.entries > MAX_UNROLLED_TAPS:
@@ -106,19 +104,12 @@ def choose_max(win: Window, elements: int) -> dict[str, str]:
         # On TPU, "long" takes 5 to 30 times as long.
         tpu = "by_dim" if max(win.size) <= MAX_UNROLLED_TAPS else "long"
         return {"cpu": _max_on_cpu(win), "tpu": tpu, "cuda": gpu, "rocm": gpu}
-    tpu = _max_on_tpu(win, elements)
+    # On TPU, both passes of padded windows take up to 1.4 times as long with "spatial_first" if the stride is 1.
+    tpu = "by_dim" if win.padded and not win.strided else "spatial_first"
     # On GPU, XLA writes the test for NaN of every element of x to memory, which it would do for "compare" only if
     # windows overlap. On TPU, "fold" takes 1.5 times as long as "compare".
     gpu = "compare" if win.tiles else "fold"
     return {"cpu": _max_on_cpu(win), "tpu": tpu, "cuda": gpu, "rocm": gpu}
-
-
-def _max_on_tpu(win: Window, elements: int) -> str:
-    """Choose for windows of up to `MAX_UNROLLED_TAPS` taps."""
-    if win.padded and not win.strided:
-        return "by_dim"  # with "phases", both passes take up to 1.4 times as long
-    # XLA:TPU takes two to five times as long for strided slices, except for 2-D windows that do not overlap.
-    return "compare" if win.tiles and win.ndim == 2 and known_at_most(elements, MAX_COMPARED_ON_CHIP) else "phases"
 
 
 def _max_on_cpu(win: Window) -> str:
@@ -129,14 +120,20 @@ def _max_on_cpu(win: Window) -> str:
     return "tiles" if win.tiles else "long"
 
 
-def choose_scatter(win: Window) -> dict[str, str]:
-    """Choose the lowering of `scatter_to_winners` per platform, a key of `SCATTER`."""
+def choose_scatter(win: Window, batch: int, elements: int) -> dict[str, str]:
+    """Choose the lowering of `scatter_to_winners` per platform, a key of `SCATTER`.
+
+    ``elements`` is the number of elements of the batch of images.
+    """
+    few = known_at_most(batch, LEAST_IMAGES - 1) or known_at_most(elements, MAX_ON_CHIP)
+    in_place = win.ndim > 1 and win.strided and not few
     if win.tiles:
         # In 1-D, XLA:TPU is slower for a reshape to tiles.
         tpu = "phases" if win.ndim == 1 and win.entries <= MAX_UNROLLED_TILE else "tiles"
+        tpu = "in_place" if in_place and win.entries <= MAX_UNROLLED_TILE else tpu
         return _everywhere("tiles") | {"tpu": tpu}
     # XLA:TPU does not fuse padding between elements, which "taps" uses.
-    tpu = "slices" if win.padded else "phases"
+    tpu = "in_place" if in_place else "slices" if win.padded else "phases"
     if win.entries > MAX_UNROLLED_TAPS:
         # XLA:GPU computes divisions in a kernel of their own, and writes the quotients to memory.
         gpu, tpu = ("multiplied", tpu) if win.entries <= MAX_WHOLE_TAPS else ("long", "long")
@@ -145,7 +142,7 @@ def choose_scatter(win: Window) -> dict[str, str]:
 
 
 def choose_sum(win: Window, channels: int, elements: int) -> dict[str, str]:
-    """Choose the lowering of `window_sum` per platform, a key of `SUM`; ``elements`` as for `choose_max`."""
+    """Choose the lowering of `window_sum` per platform, a key of `SUM`; ``elements`` as for `choose_scatter`."""
     if win.tiles:
         tpu = "tiles" if _tiles_pay_on_tpu(win, elements, MAX_TILES_ON_CHIP) else "reduce_window"
     else:
@@ -248,23 +245,34 @@ def max_and_winner(win: Window, x: Array) -> tuple[Array, Array]:
 
     Ties go to the first in row-major order, NaN wins over numbers, and padding never wins.
     """
-    return _run_chosen(MAX, choose_max(win, x.size), win, x)
+    return _run_chosen(MAX, choose_max(win), win, x)
 
 
 def _max_by_comparison(win: Window, x: Array) -> tuple[Array, Array]:
     return _compared(win, list(tap_slices(win, x, -np.inf)))
 
 
-def _max_by_phases(win: Window, x: Array) -> tuple[Array, Array]:
-    """Compare slices without strides, of one image per remainder by the stride, in float32 for 16-bit images."""
-    y, winner = _compared(win, _phase_slices(win, to_accumulator(x), -np.inf))
-    return y.astype(x.dtype), winner
+def _max_spatial_first(win: Window, x: Array) -> tuple[Array, Array]:
+    """Compare slices of one image ``(*spatial, N, C)``, in which remainders by the stride are dims of their own.
+
+    XLA:TPU computes both results in one loop over this image, in float32 for 16-bit images. From strided slices, or
+    from one image per remainder, it would write copies to memory.
+    """
+    # Every tap would convert the image. With strides, it is too large to be stored in float32.
+    image = x if win.strided else lax.optimization_barrier(to_accumulator(x))
+    slices = map(to_accumulator, _spatial_first_slices(win, image, -np.inf))
+    y, winner = _compared(win, list(slices), trailing=2)
+    return _batch_first(win, y).astype(x.dtype), _batch_first(win, winner)
 
 
-def _compared(win: Window, entries: Sequence[Array]) -> tuple[Array, Array]:
-    """Return the largest of the entries, one per tap, and the number of the first entry that equals it."""
+def _compared(win: Window, entries: Sequence[Array], trailing: int = 1) -> tuple[Array, Array]:
+    """Return the largest of the entries, one per tap, and the number of the first entry that equals it.
+
+    ``trailing`` is the number of dims after the spatial ones.
+    """
     numbers = [np.asarray(number, winner_dtype(win)) for number in range(win.entries)]
-    return _first_of_largest(entries, numbers, [_inside(win, tap)[..., None] for tap in win.taps()])
+    inside = [_inside(win, tap).reshape(*win.out, *(1,) * trailing) for tap in win.taps()]
+    return _first_of_largest(entries, numbers, inside)
 
 
 def _first_of_largest(
@@ -382,7 +390,7 @@ def _max_whole(win: Window, x: Array) -> tuple[Array, Array]:
 
 MAX: dict[str, Callable[[Window, Array], tuple[Array, Array]]] = {
     "compare": _max_by_comparison,
-    "phases": _max_by_phases,
+    "spatial_first": _max_spatial_first,
     "fold": _max_by_fold,
     "tiles": _max_of_tiles,
     "by_dim": _max_by_dim,
@@ -406,7 +414,9 @@ def scatter_to_winners(win: Window, y: Array, winner: Array) -> Array:
 
     16-bit floats are summed in float32.
     """
-    return _run_chosen(SCATTER, choose_scatter(win), win, y, winner)
+    batch, channels = y.shape[0], y.shape[-1]
+    elements = batch * math.prod(win.shape) * channels
+    return _run_chosen(SCATTER, choose_scatter(win, batch, elements), win, y, winner)
 
 
 def _scatter_by_taps(win: Window, y: Array, winner: Array) -> Array:
@@ -421,8 +431,10 @@ def _scatter_by_phases(win: Window, y: Array, winner: Array) -> Array:
     """Compute one image per remainder by the stride: positions that share it receive the same taps."""
     # XLA:TPU would otherwise convert both once per tap.
     values, codes = lax.optimization_barrier((to_accumulator(y), winner.astype(np.int32)))
+    shape = (y.shape[0], *phase_shape(win), y.shape[-1])
     shifted = functools.partial(_shifted, win)
-    return _sum_of_phases(win, values, codes, shifted, win.entries > MAX_UNROLLED_TAPS).astype(y.dtype)
+    phases = _sums_of_phases(win, shape, values, codes, shifted, win.entries > MAX_UNROLLED_TAPS)
+    return interleaved(win, list(phases)).astype(y.dtype)
 
 
 def _scatter_by_slices(win: Window, y: Array, winner: Array) -> Array:
@@ -430,37 +442,69 @@ def _scatter_by_slices(win: Window, y: Array, winner: Array) -> Array:
 
     Each term reads a slice of both. For padded windows, XLA:TPU would otherwise write every term to memory.
     """
-    padding = phase_padding(win)
-    pads = [(0, 0, 0), *((before, after, 0) for before, after in padding), (0, 0, 0)]
+    phases = [_batch_first(win, phase) for phase in _phases_of_slices(win, y, winner)]
+    return interleaved(win, phases).astype(y.dtype)
+
+
+def _scatter_in_place(win: Window, y: Array, winner: Array) -> Array:
+    """Run `_scatter_by_slices`, with every remainder's image written to its place in the result.
+
+    Remainders by the stride are dims of their own, before batch and channels, so that XLA:TPU writes whole vector
+    registers, and writes the result once. To interleave the images afterwards, it writes and reads them twice.
+    """
+    images, channels = y.shape[0], y.shape[-1]
+    if known_at_most(images, LEAST_IMAGES * program().devices - 1):
+        return _scatter_by_slices(win, y, winner)
+    length = phase_shape(win)
+    x = lax.empty((*_pairs(length, win.stride), images, channels), y.dtype)
+    remainders = itertools.product(*map(range, win.stride))
+    for remainder, phase in zip(remainders, _phases_of_slices(win, y, winner), strict=True):
+        phase = phase.astype(y.dtype).reshape(*_pairs(length, (1,) * win.ndim), images, channels)
+        x = lax.dynamic_update_slice(x, phase, (*_pairs((0,) * win.ndim, remainder), 0, 0))
+    x = x.reshape(*map(operator.mul, length, win.stride), images, channels)
+    x = lax.slice(x, (0,) * x.ndim, (*win.shape, images, channels))
+    if program().accepts_layouts:
+        # XLA:TPU would otherwise change the layout before the last write, which then takes up to ten times as long.
+        x = with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    return _batch_first(win, x)
+
+
+def _phases_of_slices(win: Window, y: Array, winner: Array) -> Iterator[Array]:
+    """Yield one image ``(*spatial, N, C)`` per remainder by the stride, from slices of padded values and winners."""
+    padding, length = phase_padding(win), phase_shape(win)
+    pads = [*((before, after, 0) for before, after in padding), (0, 0, 0), (0, 0, 0)]
+
+    def padded(a: Array) -> Array:
+        return lax.pad(_spatial_first(win, a), np.zeros((), a.dtype), pads)
+
     # XLA:TPU would otherwise convert winners once per tap.
-    values, codes = (lax.pad(a, np.zeros((), a.dtype), pads) for a in (to_accumulator(y), winner.astype(np.int32)))
+    values, codes = padded(to_accumulator(y)), padded(winner.astype(np.int32))
     in_parts = win.entries > MAX_UNROLLED_TILE
     if in_parts or win.strided:
         values, codes = lax.optimization_barrier((values, codes))
-    length = phase_shape(win)
 
     def part(a: Array, shifts: Sequence[int]) -> Array:
-        starts = tuple(before + shift for (before, _), shift in zip(padding, shifts, strict=True))
-        return lax.slice(a, (0, *starts, 0), (a.shape[0], *map(operator.add, starts, length), a.shape[-1]))
+        starts = [before + shift for (before, _), shift in zip(padding, shifts, strict=True)]
+        return lax.slice(a, (*starts, 0, 0), (*map(operator.add, starts, length), *a.shape[-2:]))
 
-    return _sum_of_phases(win, values, codes, part, in_parts).astype(y.dtype)
+    return _sums_of_phases(win, (*length, *values.shape[-2:]), values, codes, part, in_parts)
 
 
-def _sum_of_phases(
+def _sums_of_phases(
     win: Window,
+    shape: tuple[int, ...],
     values: Array,
     codes: Array,
     shifted: Callable[[Array, Sequence[int]], Array | None],
     in_parts: bool,
-) -> Array:
-    """Sum the values at the winners' positions, one sum per remainder by the stride.
+) -> Iterator[Array]:
+    """Yield for each remainder by the stride the sum, of ``shape``, of the values at the winners' positions.
 
     ``shifted(a, shifts)`` returns for each position i of a phase the entry of ``a`` for window i + shift, or None if
     there are no such windows. Terms are added in parts of `ADDED_AT_ONCE` if ``in_parts``.
     """
-    phases = []
     for pairs in itertools.product(*(phase_taps(win, dim) for dim in range(win.ndim))):
-        x = jnp.zeros((values.shape[0], *phase_shape(win), values.shape[-1]), values.dtype)
+        x = jnp.zeros(shape, values.dtype)
         for term, taps in enumerate(itertools.product(*pairs), 1):
             numbers, shifts = zip(*taps, strict=True)
             value, code = (shifted(a, shifts) for a in (values, codes))
@@ -470,8 +514,7 @@ def _sum_of_phases(
             x += jnp.where(code == code.dtype.type(number), value, 0)
             if in_parts and term % ADDED_AT_ONCE == 0:
                 x, values, codes = lax.optimization_barrier((x, values, codes))
-        phases.append(x)
-    return interleaved(win, phases)
+        yield x
 
 
 def _scatter_to_tiles(win: Window, y: Array, winner: Array) -> Array:
@@ -501,6 +544,7 @@ SCATTER: dict[str, Callable[[Window, Array, Array], Array]] = {
     "taps": _scatter_by_taps,
     "phases": _scatter_by_phases,
     "slices": _scatter_by_slices,
+    "in_place": _scatter_in_place,
     "tiles": _scatter_to_tiles,
     "long": _scatter_to_winners_long,
     "multiplied": _scatter_by_multiplied,
@@ -781,26 +825,58 @@ def tap_slices(win: Window, x: Array, fill: float) -> Iterator[Array]:
         yield lax.slice(canvas, start, (x.shape[0], *ends, x.shape[-1]), steps)
 
 
-def _phase_slices(win: Window, x: Array, fill: float) -> list[Array]:
-    """Return the elements of `tap_slices`, from a copy of the image in which remainders by the stride are leading dims.
-
-    XLA:TPU takes long for strided slices.
-    """
-    parts = [[divmod(k * d, s) for k in range(n)] for n, s, d in zip(win.size, win.steps, win.dilation, strict=True)]
-    length = [taps[-1][0] + out for taps, out in zip(parts, win.out, strict=True)]
-    full = [n * s for n, s in zip(length, win.steps, strict=True)]
-    pads = [(lo, max(end - lo - n, 0), 0) for end, n, (lo, _) in zip(full, win.shape, win.padding, strict=True)]
-    canvas = lax.pad(x, np.asarray(fill, x.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
-    canvas = lax.slice(canvas, (0,) * x.ndim, (x.shape[0], *full, x.shape[-1]))
-    canvas = canvas.reshape(x.shape[0], *(n for pair in zip(length, win.steps, strict=True) for n in pair), x.shape[-1])
-    remainders = range(2, 2 * win.ndim + 1, 2)
-    images = lax.optimization_barrier(jnp.moveaxis(canvas, remainders, range(win.ndim)))
+def _spatial_first_slices(win: Window, x: Array, fill: float) -> list[Array]:
+    """Return the elements of `tap_slices` as ``(*out, N, C)``, slices of one padded image without strides."""
+    x = run_whole(lambda x: x, (x,), (slice(1, -1),), slice(1, -1))
+    taps = [[divmod(k * d, s) for k in range(n)] for n, s, d in zip(win.size, win.steps, win.dilation, strict=True)]
+    length = [of_dim[-1][0] + out for of_dim, out in zip(taps, win.out, strict=True)]
+    image = _pad_in_place(_spatial_first(win, x), tuple(map(operator.mul, length, win.steps)), win.padding, fill)
+    others = image.shape[-2:]
+    image = image.reshape(*_pairs(length, win.steps), *others)
     slices = []
-    for tap in itertools.product(*parts):
-        starts, phase = zip(*tap, strict=True)
-        stops = (start + out for start, out in zip(starts, win.out, strict=True))
-        slices.append(lax.slice(images[phase], (0, *starts, 0), (x.shape[0], *stops, x.shape[-1])))
+    for tap in itertools.product(*taps):
+        starts, remainders = zip(*tap, strict=True)
+        stops = (*map(operator.add, starts, win.out),)
+        ends = (*_pairs(stops, [r + 1 for r in remainders]), *others)
+        entries = lax.slice(image, (*_pairs(starts, remainders), 0, 0), ends)
+        slices.append(entries.reshape(*win.out, *others))
     return slices
+
+
+def _pad_in_place(x: Array, lengths: tuple[int, ...], padding: Sequence[tuple[int, int]], fill: float) -> Array:
+    """Pad, or cut, the leading dims of ``x`` to ``lengths``, each first by the first number of its ``padding``.
+
+    XLA:TPU computes ``x`` in its place between the padding. With `lax.pad` it would copy it.
+    """
+    before = [lo for lo, _ in padding]
+    inner = [min(n, length - lo) for n, length, lo in zip(x.shape, lengths, before, strict=False)]
+    others = x.shape[len(lengths) :]
+    x = lax.slice(x, (0,) * x.ndim, (*inner, *others))
+    if x.shape[: len(lengths)] == lengths:
+        return x
+    padded = lax.empty((*lengths, *others), x.dtype)
+    padded = lax.dynamic_update_slice(padded, x, (*before, *(0 for _ in others)))
+    for dim, (length, lo, n) in enumerate(zip(lengths, before, inner, strict=True)):
+        for start, end in ((0, lo), (lo + n, length)):
+            if start < end:
+                border = jnp.full((*padded.shape[:dim], end - start, *padded.shape[dim + 1 :]), fill, x.dtype)
+                padded = lax.dynamic_update_slice_in_dim(padded, border, start, dim)
+    return padded
+
+
+def _spatial_first(win: Window, x: Array) -> Array:
+    """Return ``(*spatial, N, C)`` from ``(N, *spatial, C)``."""
+    return jnp.moveaxis(x, 0, win.ndim)
+
+
+def _batch_first(win: Window, x: Array) -> Array:
+    """Return ``(N, *spatial, C)`` from ``(*spatial, N, C)``."""
+    return jnp.moveaxis(x, win.ndim, 0)
+
+
+def _pairs(first: Iterable[int], second: Iterable[int]) -> list[int]:
+    """Return the elements of two sequences in turn."""
+    return [n for pair in zip(first, second, strict=True) for n in pair]
 
 
 def at_tap(win: Window, tap: tuple[int, ...], y: Array) -> Array:

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 import re
+from unittest import mock
 
 import hypothesis.strategies as st
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxcnn
 from jaxcnn.geometry import Correlation, Window
@@ -1038,7 +1040,9 @@ def assert_scattered(name, drawn):
         arrays += [(y.astype(dtype), winner) for dtype in (np.float64, jnp.bfloat16)]
     wins = [win for win, *_ in drawn for _ in range(2)]
     calls = [(functools.partial(windows.SCATTER[name], win), *of_win) for win, of_win in zip(wins, arrays, strict=True)]
-    for win, (y, winner), found in zip(wins, arrays, results(calls), strict=True):
+    with mock.patch.object(windows, "LEAST_IMAGES", 1):  # with fewer images, "in_place" is "slices"
+        scattered = results(calls)
+    for win, (y, winner), found in zip(wins, arrays, scattered, strict=True):
         assert found.dtype == y.dtype
         with np.errstate(invalid="ignore"):  # inf − inf
             expected = oracles.scatter_to_winners(win, y.astype(np.float64), winner)
@@ -1046,14 +1050,14 @@ def assert_scattered(name, drawn):
 
 
 @pytest.mark.slow("compiles many geometries")
-@pytest.mark.parametrize("name", ["taps", "phases", "long", "multiplied"])
+@pytest.mark.parametrize("name", sorted(windows.SCATTER.keys() - {"tiles"}))
 @over_examples
 @given(several(st.tuples(drawn_windows(pads=(1, 0, 2)).filter(some_is_real), st.sampled_from(BATCHES), st.integers(0))))
 def test_scatter(name, drawn):
     assert_scattered(name, drawn)
 
 
-@pytest.mark.parametrize("name", ["phases", "slices"])
+@pytest.mark.parametrize("name", ["phases", "slices", "in_place"])
 @pytest.mark.parametrize(("size", "stride"), [((9, 9), 2), ((5, 14), 1), ((3, 5, 6), 2), ((70,), 3)])
 def test_scatter_in_parts(name, size, stride):
     """Windows of more than 64 taps, whose terms are added in parts."""
@@ -1130,14 +1134,16 @@ def test_sums_side_by_side(drawn):
 @pytest.mark.parametrize(
     ("size", "stride", "maximum", "scatter", "total", "adjoint"),
     [
-        ((3, 3), 2, {"tpu": "phases", "gpu": "fold", "cpu": "compare"}, {"tpu": "phases", "cpu": "taps"},
+        ((3, 3), 2, {"tpu": "spatial_first", "gpu": "fold", "cpu": "compare"}, {"tpu": "phases", "cpu": "taps"},
          {"cpu": "by_dim"}, {"tpu": "reduce_window", "cpu": "by_dim"}),
-        ((2, 2), 2, {"cpu": "compare"}, {"cpu": "tiles"}, {"tpu": "tiles", "cpu": "by_dim"}, {"cpu": "tiles"}),
-        ((4,), 4, {"tpu": "phases", "cpu": "compare"}, {"tpu": "phases", "cpu": "tiles"},
+        ((2, 2), 2, {"tpu": "spatial_first", "cpu": "compare"}, {"cpu": "tiles"}, {"tpu": "tiles", "cpu": "by_dim"},
+         {"cpu": "tiles"}),
+        ((4,), 4, {"tpu": "spatial_first", "cpu": "compare"}, {"tpu": "phases", "cpu": "tiles"},
          {"tpu": "reduce_window", "cpu": "by_dim"}, {"tpu": "reduce_window", "cpu": "tiles"}),
         ((5, 5), 5, {"tpu": "tiles", "gpu": "tiles", "cpu": "by_dim"}, {"cpu": "tiles"},
          {"tpu": "tiles", "cpu": "by_dim"}, {"cpu": "tiles"}),
-        ((5, 5), 2, {"tpu": "phases", "gpu": "fold", "cpu": "by_dim"}, {"tpu": "phases", "gpu": "taps", "cpu": "long"},
+        ((5, 5), 2, {"tpu": "spatial_first", "gpu": "fold", "cpu": "by_dim"},
+         {"tpu": "phases", "gpu": "taps", "cpu": "long"},
          {"cpu": "by_dim"}, {"tpu": "reduce_window", "cpu": "by_dim"}),
         ((9, 9), 2, {"tpu": "by_dim", "gpu": "whole", "cpu": "by_dim"},
          {"tpu": "phases", "gpu": "multiplied", "cpu": "long"},
@@ -1151,8 +1157,8 @@ def test_choice_for_windows(size, stride, maximum, scatter, total, adjoint):
     dims = len(size)
     win = Window((18,) * dims, size, (stride,) * dims, ((0, 0),) * dims, (1,) * dims)
     choices = (
-        (windows.choose_max(win, 1000), maximum),
-        (windows.choose_scatter(win), scatter),
+        (windows.choose_max(win), maximum),
+        (windows.choose_scatter(win, 8, 1000), scatter),
         (windows.choose_sum(win, 3, 1000), total),
         (windows.choose_sum_adjoint(win, 3, 1000), adjoint),
     )
@@ -1181,14 +1187,13 @@ def test_how_padded_windows_are_summed_on_cpu(dims, stride, padding, channels, c
     [
         (3, 1, 1, 1 << 22, ("by_dim", "slices", "by_dim", "by_dim")),
         (3, 1, 1, 1 << 23, ("by_dim", "slices", "by_dim", "by_dim")),
-        (3, 1, 0, 1 << 23, ("phases", "phases", "by_dim", "by_dim")),
-        (3, 2, 1, 1 << 22, ("phases", "slices", "by_dim", "reduce_window")),
-        (3, 2, 1, 1 << 23, ("phases", "slices", "reduce_window", "reduce_window")),
-        (3, 2, 0, 1 << 23, ("phases", "phases", "reduce_window", "reduce_window")),
-        (2, 2, 0, 1 << 21, ("compare", "tiles", "tiles", "tiles")),
-        (2, 2, 0, 1 << 22, ("compare", "tiles", "reduce_window", "tiles")),
-        (2, 2, 0, 1 << 24, ("compare", "tiles", "reduce_window", "reduce_window")),
-        (2, 2, 0, 1 << 25, ("phases", "tiles", "reduce_window", "reduce_window")),
+        (3, 1, 0, 1 << 23, ("spatial_first", "phases", "by_dim", "by_dim")),
+        (3, 2, 1, 1 << 22, ("spatial_first", "slices", "by_dim", "reduce_window")),
+        (3, 2, 1, 1 << 23, ("spatial_first", "in_place", "reduce_window", "reduce_window")),
+        (3, 2, 0, 1 << 23, ("spatial_first", "in_place", "reduce_window", "reduce_window")),
+        (2, 2, 0, 1 << 21, ("spatial_first", "tiles", "tiles", "tiles")),
+        (2, 2, 0, 1 << 22, ("spatial_first", "tiles", "reduce_window", "tiles")),
+        (2, 2, 0, 1 << 23, ("spatial_first", "in_place", "reduce_window", "reduce_window")),
         (9, 1, 4, 1 << 23, ("by_dim", "slices", "by_dim", "by_dim")),
         (18, 18, 0, 1 << 23, ("tiles", "tiles", "tiles", "tiles")),
     ],
@@ -1197,10 +1202,61 @@ def test_choice_for_images_in_and_out_of_the_memory_of_a_tpu(size, stride, paddi
     """The maximum, its adjoint, the sum and its adjoint."""
     win = Window((18, 18), (size,) * 2, (stride,) * 2, ((padding,) * 2,) * 2, (1, 1))
     chosen = (
-        windows.choose_max(win, elements), windows.choose_scatter(win), windows.choose_sum(win, 3, elements),
+        windows.choose_max(win), windows.choose_scatter(win, 8, elements), windows.choose_sum(win, 3, elements),
         windows.choose_sum_adjoint(win, 3, elements),
     )  # fmt: skip
     assert tuple(by_platform["tpu"] for by_platform in chosen) == tpu
+    few = windows.choose_scatter(win, 7, elements)["tpu"]
+    assert few == ("slices" if padding else "tiles" if size == stride else "phases")
+
+
+@pytest.fixture
+def pool_program():
+    """Return the function that lowers δ_x of a large `max_pool` for TPU, for some images on some devices."""
+
+    def delta_x(x):
+        return jax.grad(lambda x: jaxcnn.max_pool(x, 3, stride=2, padding=1).sum())(x)
+
+    def lower(images, devices=1, manual=False):
+        mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+        split = NamedSharding(mesh, PartitionSpec("data"))
+        f = delta_x
+        if manual:
+            f = jax.shard_map(delta_x, mesh=mesh, in_specs=split.spec, out_specs=split.spec)
+        x = jax.ShapeDtypeStruct((images, 256, 256, 64), np.float32)
+        return jax.jit(f, in_shardings=split).trace(x).lower(lowering_platforms=("tpu",)).as_text()
+
+    return lower
+
+
+@pytest.mark.parametrize(
+    ("images", "devices", "manual", "allocated", "prescribed"),
+    [
+        (8, 1, False, 2, 1),
+        (7, 1, False, 1, 0),
+        (8, 8, False, 1, 0),
+        (64, 8, False, 2, 0),
+        (64, 8, True, 2, 1),
+        (63 * 8, 8, True, 2, 1),
+        (7 * 8, 8, True, 1, 0),
+    ],
+)
+def test_large_pool_on_tpu_depends_on_images_per_device(images, devices, manual, allocated, prescribed, pool_program):
+    """The padded image is allocated; the result only for eight images per device, with a layout if it is whole."""
+    program = pool_program(images, devices, manual)
+    assert (program.count("AllocateBuffer"), program.count("LayoutConstraint")) == (allocated, prescribed)
+
+
+def test_large_pool_on_tpu_is_exported():
+    """Exported programs must not prescribe layouts."""
+    x = jax.ShapeDtypeStruct((8, 256, 256, 64), np.float32)
+    f = jax.jit(jax.grad(lambda x: jaxcnn.max_pool(x, 3, stride=2, padding=1).sum()))
+    for g, shape in ((f, x), (jax.jit(jax.vmap(f)), jax.ShapeDtypeStruct((2, *x.shape), x.dtype))):
+        exported = jax.export.export(g, platforms=["tpu"])(shape)
+        exported.serialize()
+        program = exported.mlir_module()
+        assert program.count("AllocateBuffer") == 2
+        assert "LayoutConstraint" not in program
 
 
 def test_programs_for_windows_by_platform():
