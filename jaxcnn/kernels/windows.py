@@ -94,8 +94,11 @@ def nothing(win: Window) -> np.generic:
 # Choice of lowering
 
 
-def choose_max(win: Window) -> dict[str, str]:
-    """Choose the lowering of `max_and_winner` per platform, a key of `MAX`."""
+def choose_max(win: Window, batch: int, elements: int) -> dict[str, str]:
+    """Choose the lowering of `max_and_winner` per platform, a key of `MAX`.
+
+    ``elements`` is the number of elements of the batch of images.
+    """
     if win.tiles and win.entries > MAX_UNROLLED_TILE:
         return _everywhere("tiles") | {"cpu": _max_on_cpu(win)}
     if win.entries > MAX_UNROLLED_TAPS:
@@ -104,12 +107,21 @@ def choose_max(win: Window) -> dict[str, str]:
         # On TPU, "long" takes 5 to 30 times as long.
         tpu = "by_dim" if max(win.size) <= MAX_UNROLLED_TAPS else "long"
         return {"cpu": _max_on_cpu(win), "tpu": tpu, "cuda": gpu, "rocm": gpu}
-    # On TPU, both passes of padded windows take up to 1.4 times as long with "spatial_first" if the stride is 1.
-    tpu = "by_dim" if win.padded and not win.strided else "spatial_first"
+    tpu = _max_on_tpu(win, batch, elements)
     # On GPU, XLA writes the test for NaN of every element of x to memory, which it would do for "compare" only if
     # windows overlap. On TPU, "fold" takes 1.5 times as long as "compare".
     gpu = "compare" if win.tiles else "fold"
     return {"cpu": _max_on_cpu(win), "tpu": tpu, "cuda": gpu, "rocm": gpu}
+
+
+def _max_on_tpu(win: Window, batch: int, elements: int) -> str:
+    """Choose for windows of up to `MAX_UNROLLED_TAPS` taps."""
+    if win.padded and not win.strided:
+        return "by_dim"  # with "spatial_first", both passes take up to 1.4 times as long
+    # XLA:TPU takes two to five times as long for strided slices, except for 2-D windows that do not overlap. The step
+    # of a VGG net takes 9 % longer if its pools, of 64 images of 32 × 32 × 64, are computed "spatial_first".
+    adjacent = win.tiles and win.ndim == 2 and not _in_place_pays_on_tpu(win, batch, elements)
+    return "compare" if adjacent else "spatial_first"
 
 
 def _max_on_cpu(win: Window) -> str:
@@ -121,16 +133,12 @@ def _max_on_cpu(win: Window) -> str:
 
 
 def choose_scatter(win: Window, batch: int, elements: int) -> dict[str, str]:
-    """Choose the lowering of `scatter_to_winners` per platform, a key of `SCATTER`.
-
-    ``elements`` is the number of elements of the batch of images.
-    """
-    few = known_at_most(batch, LEAST_IMAGES - 1) or known_at_most(elements, MAX_ON_CHIP)
-    in_place = win.ndim > 1 and win.strided and not few
+    """Choose the lowering of `scatter_to_winners` per platform, a key of `SCATTER`; arguments as for `choose_max`."""
+    in_place = _in_place_pays_on_tpu(win, batch, elements)
     if win.tiles:
-        # In 1-D, XLA:TPU is slower for a reshape to tiles.
-        tpu = "phases" if win.ndim == 1 and win.entries <= MAX_UNROLLED_TILE else "tiles"
-        tpu = "in_place" if in_place and win.entries <= MAX_UNROLLED_TILE else tpu
+        # With a reshape to tiles, the step of a ResNeXt net takes 13 % longer, and 1-D windows take longer, too.
+        few_dims = {1: "phases", 2: "slices"}.get(win.ndim, "tiles")
+        tpu = "tiles" if win.entries > MAX_UNROLLED_TILE else "in_place" if in_place else few_dims
         return _everywhere("tiles") | {"tpu": tpu}
     # XLA:TPU does not fuse padding between elements, which "taps" uses.
     tpu = "in_place" if in_place else "slices" if win.padded else "phases"
@@ -141,8 +149,14 @@ def choose_scatter(win: Window, batch: int, elements: int) -> dict[str, str]:
     return {"cpu": "taps" if win.entries <= MAX_ADDED_TAPS else "long", "tpu": tpu, "cuda": "taps", "rocm": "taps"}
 
 
+def _in_place_pays_on_tpu(win: Window, batch: int, elements: int) -> bool:
+    """Whether max pooling is to write both its padded input and δ_x in place."""
+    few = known_at_most(batch, LEAST_IMAGES - 1) or known_at_most(elements, MAX_ON_CHIP)
+    return win.ndim > 1 and win.strided and not few
+
+
 def choose_sum(win: Window, channels: int, elements: int) -> dict[str, str]:
-    """Choose the lowering of `window_sum` per platform, a key of `SUM`; ``elements`` as for `choose_scatter`."""
+    """Choose the lowering of `window_sum` per platform, a key of `SUM`; ``elements`` as for `choose_max`."""
     if win.tiles:
         tpu = "tiles" if _tiles_pay_on_tpu(win, elements, MAX_TILES_ON_CHIP) else "reduce_window"
     else:
@@ -245,7 +259,7 @@ def max_and_winner(win: Window, x: Array) -> tuple[Array, Array]:
 
     Ties go to the first in row-major order, NaN wins over numbers, and padding never wins.
     """
-    return _run_chosen(MAX, choose_max(win), win, x)
+    return _run_chosen(MAX, choose_max(win, x.shape[0], x.size), win, x)
 
 
 def _max_by_comparison(win: Window, x: Array) -> tuple[Array, Array]:

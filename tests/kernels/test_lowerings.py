@@ -1136,7 +1136,9 @@ def test_sums_side_by_side(drawn):
     [
         ((3, 3), 2, {"tpu": "spatial_first", "gpu": "fold", "cpu": "compare"}, {"tpu": "phases", "cpu": "taps"},
          {"cpu": "by_dim"}, {"tpu": "reduce_window", "cpu": "by_dim"}),
-        ((2, 2), 2, {"tpu": "spatial_first", "cpu": "compare"}, {"cpu": "tiles"}, {"tpu": "tiles", "cpu": "by_dim"},
+        ((2, 2), 2, {"cpu": "compare"}, {"tpu": "slices", "cpu": "tiles"}, {"tpu": "tiles", "cpu": "by_dim"},
+         {"cpu": "tiles"}),
+        ((2, 2, 2), 2, {"tpu": "spatial_first", "cpu": "compare"}, {"cpu": "tiles"}, {"tpu": "tiles", "cpu": "by_dim"},
          {"cpu": "tiles"}),
         ((4,), 4, {"tpu": "spatial_first", "cpu": "compare"}, {"tpu": "phases", "cpu": "tiles"},
          {"tpu": "reduce_window", "cpu": "by_dim"}, {"tpu": "reduce_window", "cpu": "tiles"}),
@@ -1157,7 +1159,7 @@ def test_choice_for_windows(size, stride, maximum, scatter, total, adjoint):
     dims = len(size)
     win = Window((18,) * dims, size, (stride,) * dims, ((0, 0),) * dims, (1,) * dims)
     choices = (
-        (windows.choose_max(win), maximum),
+        (windows.choose_max(win, 8, 1000), maximum),
         (windows.choose_scatter(win, 8, 1000), scatter),
         (windows.choose_sum(win, 3, 1000), total),
         (windows.choose_sum_adjoint(win, 3, 1000), adjoint),
@@ -1191,8 +1193,8 @@ def test_how_padded_windows_are_summed_on_cpu(dims, stride, padding, channels, c
         (3, 2, 1, 1 << 22, ("spatial_first", "slices", "by_dim", "reduce_window")),
         (3, 2, 1, 1 << 23, ("spatial_first", "in_place", "reduce_window", "reduce_window")),
         (3, 2, 0, 1 << 23, ("spatial_first", "in_place", "reduce_window", "reduce_window")),
-        (2, 2, 0, 1 << 21, ("spatial_first", "tiles", "tiles", "tiles")),
-        (2, 2, 0, 1 << 22, ("spatial_first", "tiles", "reduce_window", "tiles")),
+        (2, 2, 0, 1 << 21, ("compare", "slices", "tiles", "tiles")),
+        (2, 2, 0, 1 << 22, ("compare", "slices", "reduce_window", "tiles")),
         (2, 2, 0, 1 << 23, ("spatial_first", "in_place", "reduce_window", "reduce_window")),
         (9, 1, 4, 1 << 23, ("by_dim", "slices", "by_dim", "by_dim")),
         (18, 18, 0, 1 << 23, ("tiles", "tiles", "tiles", "tiles")),
@@ -1202,12 +1204,14 @@ def test_choice_for_images_in_and_out_of_the_memory_of_a_tpu(size, stride, paddi
     """The maximum, its adjoint, the sum and its adjoint."""
     win = Window((18, 18), (size,) * 2, (stride,) * 2, ((padding,) * 2,) * 2, (1, 1))
     chosen = (
-        windows.choose_max(win), windows.choose_scatter(win, 8, elements), windows.choose_sum(win, 3, elements),
-        windows.choose_sum_adjoint(win, 3, elements),
+        windows.choose_max(win, 8, elements), windows.choose_scatter(win, 8, elements),
+        windows.choose_sum(win, 3, elements), windows.choose_sum_adjoint(win, 3, elements),
     )  # fmt: skip
     assert tuple(by_platform["tpu"] for by_platform in chosen) == tpu
-    few = windows.choose_scatter(win, 7, elements)["tpu"]
-    assert few == ("slices" if padding else "tiles" if size == stride else "phases")
+    few = [choose(win, 7, elements)["tpu"] for choose in (windows.choose_max, windows.choose_scatter)]
+    small = [choose(win, 8, 1000)["tpu"] for choose in (windows.choose_max, windows.choose_scatter)]
+    assert few == small
+    assert "in_place" not in few
 
 
 @pytest.fixture
