@@ -269,13 +269,12 @@ def _max_by_comparison(win: Window, x: Array) -> tuple[Array, Array]:
 def _max_spatial_first(win: Window, x: Array) -> tuple[Array, Array]:
     """Compare slices of one image ``(*spatial, N, C)``, in which remainders by the stride are dims of their own.
 
-    XLA:TPU computes both results in one loop over this image, in float32 for 16-bit images. From strided slices, or
-    from one image per remainder, it would write copies to memory.
+    XLA:TPU computes both results in one loop over this image. From strided slices, or from one image per remainder, it
+    would write copies to memory.
     """
-    # Every tap would convert the image. With strides, it is too large to be stored in float32.
+    # Without strides, every tap would convert the image for its comparison; with strides, conversion takes longer.
     image = x if win.strided else lax.optimization_barrier(to_accumulator(x))
-    slices = map(to_accumulator, _spatial_first_slices(win, image, -np.inf))
-    y, winner = _compared(win, list(slices), trailing=2)
+    y, winner = _compared(win, _spatial_first_slices(win, image, -np.inf), trailing=2)
     return _batch_first(win, y).astype(x.dtype), _batch_first(win, winner)
 
 
