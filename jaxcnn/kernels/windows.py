@@ -137,8 +137,8 @@ def choose_scatter(win: Window, batch: int, elements: int) -> dict[str, str]:
     in_place = _in_place_pays_on_tpu(win, batch, elements)
     if win.tiles:
         # With a reshape to tiles, the step of a ResNeXt net takes 13 % longer, and 1-D windows take longer, too.
-        few_dims = {1: "phases", 2: "slices"}.get(win.ndim, "tiles")
-        tpu = "tiles" if win.entries > MAX_UNROLLED_TILE else "in_place" if in_place else few_dims
+        small = {1: "phases", 2: "slices"}.get(win.ndim, "tiles")
+        tpu = "tiles" if win.entries > MAX_UNROLLED_TILE else "in_place" if in_place else small
         return _everywhere("tiles") | {"tpu": tpu}
     # XLA:TPU does not fuse padding between elements, which "taps" uses.
     tpu = "in_place" if in_place else "slices" if win.padded else "phases"
