@@ -47,8 +47,12 @@ def test_winners_are_in_memory_on_gpu(op):
     f, residual = RESIDUALS[op]
     traced = jax.jit(jax.grad(lambda x: jnp.sum(f(x) ** 2))).trace(X)
     for platform in ("cuda", "rocm", "tpu"):
-        found = "optimization_barrier" in traced.lower(lowering_platforms=(platform,)).as_text()
-        assert found == (platform != "tpu" and residual.startswith("u8")), platform
+        barriers = re.findall("optimization_barrier.*", traced.lower(lowering_platforms=(platform,)).as_text())
+        if platform == "tpu":  # where δ and the winners as int32 are padded before they are read
+            barriers = [barrier for barrier in barriers if re.search("x(ui8|i1)>", barrier)]
+        assert bool(barriers) == (platform != "tpu" and residual.startswith("u8")), (platform, barriers)
+        if barriers:
+            assert any(re.search("xui8>", barrier) for barrier in barriers)
 
 
 def test_relu_does_not_keep_its_input_on_gpu():
