@@ -165,7 +165,7 @@ def pools_of_tpu(monkeypatch):
         yield
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@AXIS_TYPES
 @pytest.mark.parametrize(
     "case",
     [

@@ -237,6 +237,11 @@ def _reduce_max(win: Window, x: Array) -> Array:
     return reduce_windows(win, x, -np.inf, lax.max)
 
 
+def _with_whole_images(x: Array) -> Array:
+    """Return ``x``, not sharded along its spatial dims."""
+    return run_whole(lambda x: x, (x,), (slice(1, -1),), slice(1, -1))
+
+
 def reduce_windows(win: Window, x: Array, initial: float, operation: Callable[[Any, Any], Any]) -> Array:
     """Reduce every window by one `lax.reduce_window`, as stock JAX does."""
 
@@ -333,7 +338,7 @@ def _max_of_tiles(win: Window, x: Array) -> tuple[Array, Array]:
     within = tuple(range(2, 2 * win.ndim + 1, 2))
     y = largest(within, tiles)
     dtype = winner_dtype(win)
-    number = np.arange(win.entries, dtype=dtype).reshape(*(n for k in win.size for n in (1, k)), 1)
+    number = np.arange(win.entries, dtype=dtype).reshape(*_pairs((1,) * win.ndim, win.size), 1)
     winner = jnp.where((tiles == y) | (tiles != tiles), number, jnp.asarray(nothing(win))).min(within)
     return y.reshape(winner.shape), winner
 
@@ -373,7 +378,7 @@ def _max_long(win: Window, x: Array) -> tuple[Array, Array]:
 
 def _max_whole(win: Window, x: Array) -> tuple[Array, Array]:
     """Reduce pairs of an element and its position by one `lax.reduce_window`."""
-    x = run_whole(lambda x: x, (x,), (slice(1, -1),), slice(1, -1))
+    x = _with_whole_images(x)
     position = jnp.zeros(x.shape, np.int32)
     for dim, n in enumerate(win.shape):
         position = position * n + lax.broadcasted_iota(np.int32, x.shape, dim + 1)
@@ -514,7 +519,7 @@ def _sums_of_phases(
     """Yield for each remainder by the stride the sum, of ``shape``, of the values at the winners' positions.
 
     ``shifted(a, shifts)`` returns for each position i of a phase the entry of ``a`` for window i + shift, or None if
-    there are no such windows. Terms are added in parts of `ADDED_AT_ONCE` if ``in_parts``.
+    these windows are all outside. With ``in_parts``, `ADDED_AT_ONCE` terms are added at a time.
     """
     for pairs in itertools.product(*(phase_taps(win, dim) for dim in range(win.ndim))):
         x = jnp.zeros(shape, values.dtype)
@@ -532,7 +537,7 @@ def _sums_of_phases(
 
 def _scatter_to_tiles(win: Window, y: Array, winner: Array) -> Array:
     """Scatter to windows that do not overlap: up(y), masked to the elements whose number is the winner."""
-    number = np.arange(win.entries, dtype=winner.dtype).reshape(*(n for k in win.size for n in (1, k)), 1)
+    number = np.arange(win.entries, dtype=winner.dtype).reshape(*_pairs((1,) * win.ndim, win.size), 1)
     winner = _tile(win, winner)
     return untile(win, jnp.where(winner == expand_rank(number, winner), _tile(win, y), 0))
 
@@ -840,7 +845,7 @@ def tap_slices(win: Window, x: Array, fill: float) -> Iterator[Array]:
 
 def _spatial_first_slices(win: Window, x: Array, fill: float) -> list[Array]:
     """Return the elements of `tap_slices` as ``(*out, N, C)``, slices of one padded image without strides."""
-    x = run_whole(lambda x: x, (x,), (slice(1, -1),), slice(1, -1))
+    x = _with_whole_images(x)
     taps = [[divmod(k * d, s) for k in range(n)] for n, s, d in zip(win.size, win.steps, win.dilation, strict=True)]
     length = [of_dim[-1][0] + out for of_dim, out in zip(taps, win.out, strict=True)]
     image = _pad_in_place(_spatial_first(win, x), tuple(map(operator.mul, length, win.steps)), win.padding, fill)
@@ -968,7 +973,7 @@ def pad_axis(x: Array, axis: int, lo: int, hi: int, interior: int = 0) -> Array:
 
 def _tile(win: Window, y: Array) -> Array:
     """Repeat every value over its own window, ``(N, out₁, size₁, out₂, size₂, …, C)`` (a broadcast, not a copy)."""
-    pairs = [n for pair in zip(win.out, win.size, strict=True) for n in pair]
+    pairs = _pairs(win.out, win.size)
     dims_of_y = [0, *range(1, 2 * win.ndim + 1, 2), 2 * win.ndim + 1]
     return lax.broadcast_in_dim(y, (y.shape[0], *pairs, y.shape[-1]), dims_of_y)
 
@@ -977,7 +982,7 @@ def as_tiles(win: Window, x: Array) -> Array:
     """Reshape an image to ``(N, out₁, size₁, out₂, size₂, …, C)``, without elements beyond the last windows."""
     covered = [o * k for o, k in zip(win.out, win.size, strict=True)]
     x = lax.slice(x, (0,) * x.ndim, (x.shape[0], *covered, x.shape[-1]))
-    return x.reshape(x.shape[0], *(n for pair in zip(win.out, win.size, strict=True) for n in pair), x.shape[-1])
+    return x.reshape(x.shape[0], *_pairs(win.out, win.size), x.shape[-1])
 
 
 def untile(win: Window, tiles: Array) -> Array:
