@@ -87,6 +87,7 @@ smoke-benchmarks: $(VENV)/all
 	mkdir -p runs/smoke-benchmarks
 	$(PY) -m experiments.benchmarks.step --contenders "flax nnx" torch --rounds 1 --batch-size 8 --out runs/smoke-benchmarks/step.json
 	$(PY) -m experiments.benchmarks.ops --quick --only kron_up --out runs/smoke-benchmarks/ops.json
+	$(PY) -m experiments.benchmarks.lowerings --drawn 3 --rounds 1 --out runs/smoke-benchmarks/lowerings.json
 	$(PY) -m experiments.benchmarks.memory --nets lenet5 --batch-size 8 --out runs/smoke-benchmarks/memory.json
 	$(PY) -m experiments.benchmarks.compile --net lenet5 --libraries "flax nnx" --rounds 1 --out runs/smoke-benchmarks/compile.json
 	$(PY) -m experiments.benchmarks.growth --what channels --most 8 --rounds 1 --out runs/smoke-benchmarks/growth.json

@@ -1,5 +1,6 @@
 """Convolutions and pools that no table of `kernels/` is tuned on, drawn at random for `ops`."""
 
+import dataclasses
 import math
 import random
 from collections.abc import Iterator
@@ -18,7 +19,52 @@ KINDS = ("dense", "dense", "strided", "1×1", "dilated", "depthwise", "groups", 
 STRIDES = {"strided": (2, 2, 3), "transposed": (1, 2)}
 
 
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """A convolution, transposed convolution or pool, the same in all spatial dims."""
+
+    kind: str
+    #: Shape of the input, channels last.
+    shape: tuple[int, ...]
+    size: int
+    features: int
+    stride: int
+    padding: int
+    dilation: int
+    groups: int
+
+    @property
+    def row(self) -> Row:
+        """The row that `ops` times."""
+        batch, *sides, channels = self.shape
+        kernel_size = (self.size,) * len(sides)
+        words = [
+            "×".join(map(str, kernel_size)),
+            str(channels) if self.kind in POOLS else f"{channels}→{self.features}",
+        ]
+        words += [f"stride {self.stride}"] if self.stride > 1 else []
+        words += [f"padding {self.padding}"] if self.padding else []
+        words += [f"dilation {self.dilation}"] if self.dilation > 1 else []
+        words += [f"{self.groups} groups"] if self.groups > 1 else []
+        name = f"{' '.join(words)}, {'×'.join(map(str, (batch, *sides)))}"
+        if self.kind in POOLS:
+            return rows.pool(self.kind, name, self.shape, self.size, self.stride, self.padding)
+        if self.kind == "transposed":
+            padding = min(self.padding, self.size - 1)
+            return rows.conv_transpose(name, self.shape, kernel_size, self.features, self.stride, padding)
+        return rows.conv(
+            name, self.shape, kernel_size, self.features,
+            stride=self.stride, padding=self.padding, dilation=self.dilation, groups=self.groups,
+        )  # fmt: skip
+
+
 def drawn_rows(seed: int, count: int) -> Iterator[Row]:
+    """Yield convolutions and pools as rows for `ops`; see `drawn`."""
+    for one in drawn(seed, count):
+        yield one.row
+
+
+def drawn(seed: int, count: int) -> Iterator[Drawn]:
     """Yield convolutions and pools in 1-D, 2-D (most) and 3-D.
 
     The logarithms of channels and sides are distributed uniformly. The batch is halved while an array or a product is
@@ -29,18 +75,18 @@ def drawn_rows(seed: int, count: int) -> Iterator[Row]:
         count: Number of rows.
 
     Yields:
-        The rows.
+        The convolutions and pools.
     """
     for number in range(count):
         rng = random.Random(f"{seed} {number}")
-        row = None
-        while row is None:
-            row = _draw(rng, rng.choice(KINDS), rng.choice((1, 2, 2, 2, 2, 3)))
-        yield row
+        one = None
+        while one is None:
+            one = _draw(rng, rng.choice(KINDS), rng.choice((1, 2, 2, 2, 2, 3)))
+        yield one
 
 
-def _draw(rng: random.Random, kind: str, dims: int) -> Row | None:
-    """Draw one row; None if one image is too large, all images too small, or the kernel larger than the image."""
+def _draw(rng: random.Random, kind: str, dims: int) -> Drawn | None:
+    """Draw one; None if one image is too large, all images too small, or the kernel larger than the image."""
     sides = tuple(_between(rng, *SIDES) for _ in range(dims))
     size = 1 if kind == "1×1" else rng.choice([size for size in KERNEL_SIZES if dims < 3 or size <= 5])
     stride = rng.choice(STRIDES[kind]) if kind in STRIDES else 1
@@ -64,19 +110,7 @@ def _draw(rng: random.Random, kind: str, dims: int) -> Row | None:
         batch //= 2
     if batch * largest < ELEMENTS[0]:
         return None
-    x = (batch, *sides, channels)
-    kernel_size = (size,) * dims
-    words = ["×".join(map(str, kernel_size)), str(channels) if pools else f"{channels}→{features}"]
-    words += [f"stride {stride}"] if stride > 1 else []
-    words += [f"padding {padding}"] if padding else []
-    words += [f"dilation {dilation}"] if dilation > 1 else []
-    words += [f"{groups} groups"] if groups > 1 else []
-    name = f"{' '.join(words)}, {'×'.join(map(str, (batch, *sides)))}"
-    if pools:
-        return rows.pool(kind, name, x, size, stride, padding)
-    if kind == "transposed":
-        return rows.conv_transpose(name, x, kernel_size, features, stride, min(padding, size - 1))
-    return rows.conv(name, x, kernel_size, features, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    return Drawn(kind, (batch, *sides, channels), size, features, stride, padding, dilation, groups)
 
 
 def _channels(rng: random.Random, kind: str) -> tuple[int, int, int]:

@@ -14,28 +14,23 @@ from jax import Array, lax
 
 from jaxcnn.geometry import Correlation
 from jaxcnn.kernels import onednn, unrolled, winograd
+from jaxcnn.kernels.cost import cheapest, product
 from jaxcnn.kernels.dtypes import wider
 from jaxcnn.kernels.lowering import (
     Lowering,
-    all_threads_pay,
-    applies,
     by_group,
-    choose_grouped,
-    choose_pointwise,
     convolve,
     depth_slices,
     dot,
-    gemm_pays,
     is_small,
     one_loop_on_gpu,
     run_lowering,
-    unrolling_pays,
     unsharded_image_dims,
     unsharded_kernel_dims,
     winograd_pays,
     without_depth,
 )
-from jaxcnn.kernels.parallel import ONE_THREAD, on_all_threads
+from jaxcnn.kernels.parallel import on_all_threads
 from jaxcnn.kernels.split import run_whole
 from jaxcnn.kernels.windows import tap_slices
 
@@ -57,21 +52,9 @@ def choose_correlate(c: Correlation, x: Array, w: Array) -> str:
     inputs, outputs = x.shape[-1], w.shape[-1]
     if is_small(c, x.shape[0], inputs, outputs):
         return "xla"
-    if c.groups > 1:
-        return choose_grouped(c, inputs, outputs)
-    if applies("pointwise", c) and (chosen := choose_pointwise(c, inputs, outputs)):
-        return chosen
-    if unrolling_pays(c, inputs, outputs):
-        return "unrolled"
-    if gemm_pays(c, x.shape[0], c.window.shape, inputs, outputs):
-        return "patches"
-    if applies("by_depth", c):
-        return "by_depth"
     if winograd_pays(c, x, *w.shape[-2:], one_block=True):
         return "winograd"
-    if _spare_channel_pays(c, inputs, outputs):
-        return "spare_channel"
-    return "all_threads" if all_threads_pay(c, x, outputs, c.window.out) else "xla"
+    return cheapest(product("correlate", c, x.shape[0], inputs, outputs))
 
 
 def choose_correlate_on_gpu(c: Correlation, x: Array, w: Array) -> str:
@@ -82,11 +65,6 @@ def choose_correlate_on_gpu(c: Correlation, x: Array, w: Array) -> str:
 def run_chosen(c: Correlation, x: Array, w: Array) -> Array:
     """Run the lowering that `choose_correlate` picks, as part of another lowering."""
     return CORRELATE[choose_correlate(c, x, w)](c, x, w)
-
-
-def _spare_channel_pays(c: Correlation, inputs: int, outputs: int) -> bool:
-    """Whether jaxlib 0.10 is slow for these channels: an odd number of inputs, and 17 to 32 outputs."""
-    return ONE_THREAD and c.window.ndim == 2 and inputs >= 3 and inputs % 2 == 1 and 16 < outputs <= 32
 
 
 def _xla(c: Correlation, x: Array, w: Array) -> Array:

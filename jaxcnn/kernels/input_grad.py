@@ -15,41 +15,32 @@ from jax import Array, lax
 
 from jaxcnn.geometry import Correlation, Window
 from jaxcnn.kernels import correlate, onednn, unrolled, winograd
+from jaxcnn.kernels.cost import cheapest, product
 from jaxcnn.kernels.dtypes import wider
 from jaxcnn.kernels.lowering import (
-    DIVIDED_BY_XLA,
-    MAX_SLICES,
     Lowering,
-    all_threads_pay,
-    applies,
     by_group,
-    choose_grouped,
-    choose_pointwise,
     convolve,
     dot,
-    gemm_pays,
+    images_per_block,
     is_small,
     one_loop_on_gpu,
     run_lowering,
-    unrolling_pays,
     unsharded_image_dims,
     unsharded_kernel_dims,
     winograd_pays,
     without_depth,
 )
 from jaxcnn.kernels.parallel import on_all_threads
-from jaxcnn.kernels.shapes import known_at_most, largest_divisor
+from jaxcnn.kernels.shapes import known_at_most
 from jaxcnn.kernels.split import run_whole
-from jaxcnn.kernels.windows import at_tap, interleaved, pad_axis, phase_shape, phase_taps, untile
+from jaxcnn.kernels.windows import at_tap, interleaved, pad_axis, phase_shape, phase_taps, phase_window, untile
 
 #: A kernel is large, on GPU, if the image has up to this many times its elements.
 LARGE_KERNEL = 5
 
 #: Target size in bytes of a batch block's products ("products"): larger than any cache, but few page faults.
 PRODUCTS_BLOCK_BYTES = 1 << 23
-
-#: Up to this many outputs, 1 × 1 kernels are unrolled. Each element is then one sum over all of them.
-UNROLLED_SUM = 16
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
@@ -73,31 +64,9 @@ def choose_input_grad(c: Correlation, y: Array, w: Array) -> str:
     inputs, outputs = w.shape[-2] * c.groups, w.shape[-1]
     if is_small(c, y.shape[0], inputs, outputs):
         return "xla"
-    if c.groups > 1:
-        return choose_grouped(c, inputs, outputs)
-    if applies("pointwise", c) and (chosen := choose_pointwise(c, inputs, outputs)):
-        return chosen
-    if applies("pointwise", c) and outputs > UNROLLED_SUM:
-        return "pointwise"
-    if unrolling_pays(c, outputs, inputs):
-        return "unrolled"
-    if gemm_pays(c, y.shape[0], c.window.out, inputs, outputs) and _products_fit(c.window, inputs):
-        return "products"
-    if applies("by_depth", c) and not _partly_overlapping(c.window):
-        return "by_depth"
-    if 4 <= inputs <= 6 and not c.window.strided and all_threads_pay(c, y, inputs, c.window.shape):
-        return "all_threads"
-    if _products_pay(c.window, inputs, outputs):
-        return "products"
-    if applies("by_depth", c):
-        return "by_depth"
-    if _phases_pay(c.window, inputs, outputs):
-        return "phases"
     if winograd_pays(c, y, *w.shape[-2:], one_block=True):
         return "winograd"
-    if _mostly_padding(c.window) and _products_fit(c.window, inputs):
-        return "products"
-    return "all_threads" if all_threads_pay(c, y, inputs, c.window.shape) else "xla"
+    return cheapest(product("input_grad", c, y.shape[0], inputs, outputs))
 
 
 def choose_input_grad_on_gpu(c: Correlation, y: Array, w: Array) -> str:
@@ -116,42 +85,6 @@ def choose_input_grad_on_gpu(c: Correlation, y: Array, w: Array) -> str:
 def run_chosen(c: Correlation, y: Array, w: Array) -> Array:
     """Run the lowering that `choose_input_grad` picks, as part of another lowering."""
     return INPUT_GRAD[choose_input_grad(c, y, w)](c, y, w)
-
-
-def _products_pay(win: Window, inputs: int, outputs: int) -> bool:
-    """Whether "products" pays: each δ yields few products, or XLA's convolution is slow (3-D, or strided δ).
-
-    With a stride and many outputs, a GEMM takes half of the time of "phases", which has few columns per convolution.
-    It also pays for small kernels if δ of windows in the padding would have to be sliced off first, which is a copy.
-    """
-    if not _products_fit(win, inputs):
-        return False
-    if win.ndim == 3 or win.without_overlap:
-        return True
-    if win.strided:
-        return inputs <= 3 or win.entries * inputs <= 160 or (inputs <= 64 and outputs >= max(40, 3 * inputs))
-    cut = any(_reaching_outputs(win, dim)[:2] != (0, out) for dim, out in enumerate(win.out))
-    return inputs <= 6 or (cut and win.entries <= 3)
-
-
-def _products_fit(win: Window, inputs: int) -> bool:
-    """Whether the program stays short and the products of a single image's δ with the whole kernel fit in memory."""
-    return max(win.size) <= MAX_SLICES and math.prod(win.out) * win.entries * inputs <= PRODUCTS_BLOCK_BYTES
-
-
-def _mostly_padding(win: Window) -> bool:
-    """Whether XLA's convolution would multiply as many zeros around δ as elements of δ; "products" multiplies none."""
-    return win.ndim == 2 and not win.strided and math.prod(win.shape) >= 2 * math.prod(win.out)
-
-
-def _phases_pay(win: Window, inputs: int, outputs: int) -> bool:
-    """Whether there are zeros between the elements of δ, which cost XLA 10 to 80 % of the time."""
-    return win.ndim == 2 and win.strided and (inputs * outputs <= DIVIDED_BY_XLA or any(d > 1 for d in win.dilation))
-
-
-def _partly_overlapping(win: Window) -> bool:
-    """Whether windows overlap, but not in all of their taps."""
-    return any(1 < s < k for k, s in zip(win.size, win.stride, strict=True))
 
 
 def _xla(c: Correlation, y: Array, w: Array) -> Array:
@@ -247,7 +180,7 @@ def _products(c: Correlation, y: Array, w: Array) -> Array:
     """
     win = c.window
     example_bytes = math.prod(win.out) * win.entries * w.shape[-2] * y.dtype.itemsize
-    block = largest_divisor(y.shape[0], PRODUCTS_BLOCK_BYTES // max(example_bytes, 1))
+    block = images_per_block(y.shape[0], example_bytes, PRODUCTS_BLOCK_BYTES)
 
     def one_block(y: Array) -> Array:
         products = dot(y, w, y.ndim - 1, w.ndim - 1, c)  # (N, *out, *size, I)
@@ -294,23 +227,17 @@ def _phases(c: Correlation, y: Array, w: Array) -> Array:
 def _phase(c: Correlation, y: Array, w: Array, taps: Sequence[Sequence[tuple[int, int]]]) -> Array:
     """Compute the positions with one remainder by the stride; ``taps`` are, per dim, pairs of a tap and its shift."""
     win = c.window
-    length = phase_shape(win)
-    # The shift of δ decreases with the tap, so the kernel is flipped.
-    bounds = [(pairs[-1][1], pairs[0][1] + n) if pairs else (0, 0) for pairs, n in zip(taps, length, strict=True)]
-    starts = [max(low, 0) for low, _ in bounds]
-    ends = [min(high, out) for (_, high), out in zip(bounds, win.out, strict=True)]
-    if any(end <= start for start, end in zip(starts, ends, strict=True)):
-        return jnp.zeros((y.shape[0], *length, w.shape[-2]), y.dtype)
-    pads = tuple((max(-low, 0), max(high - out, 0)) for (low, high), out in zip(bounds, win.out, strict=True))
-    dilation = tuple(pairs[0][1] - pairs[1][1] if len(pairs) > 1 else 1 for pairs in taps)
+    found = phase_window(win, taps)
+    if found is None:
+        return jnp.zeros((y.shape[0], *phase_shape(win), w.shape[-2]), y.dtype)
+    starts, undilated = found
     steps = [pairs[1][0] - pairs[0][0] if len(pairs) > 1 else 1 for pairs in taps]
     first, last = ([pairs[i][0] for pairs in taps] for i in (0, -1))
     part = lax.slice(w, (*first, 0, 0), (*(k + 1 for k in last), *w.shape[-2:]), (*steps, 1, 1))
     flipped = jnp.swapaxes(lax.rev(part, range(win.ndim)), -1, -2)
+    ends = (start + n for start, n in zip(starts, undilated.shape, strict=True))
     y = lax.slice(y, (0, *starts, 0), (y.shape[0], *ends, y.shape[-1]))
-    sizes, ones = tuple(map(len, taps)), (1,) * win.ndim
-    undilated = dataclasses.replace(c, window=Window(y.shape[1:-1], sizes, ones, pads, dilation), dtype=y.dtype)
-    return correlate.run_chosen(undilated, y, flipped)
+    return correlate.run_chosen(dataclasses.replace(c, window=undilated, dtype=y.dtype), y, flipped)
 
 
 def _unrolled(c: Correlation, y: Array, w: Array) -> Array:

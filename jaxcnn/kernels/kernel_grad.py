@@ -15,6 +15,7 @@ from jax import Array, lax
 
 from jaxcnn.geometry import Correlation, Window
 from jaxcnn.kernels import onednn, unrolled, winograd
+from jaxcnn.kernels.cost import cheapest, product
 from jaxcnn.kernels.dtypes import wider
 from jaxcnn.kernels.lowering import (
     MAX_SLICES,
@@ -24,9 +25,9 @@ from jaxcnn.kernels.lowering import (
     convolve,
     depth_slices,
     dot,
-    has_few_positions,
+    images_per_block,
     is_small,
-    multiplications,
+    joined_groups,
     pad_to_span,
     run_lowering,
     unsharded_image_dims,
@@ -35,7 +36,6 @@ from jaxcnn.kernels.lowering import (
     without_depth,
 )
 from jaxcnn.kernels.materialize import materialize
-from jaxcnn.kernels.shapes import known_at_most, largest_divisor
 from jaxcnn.kernels.split import mesh_of, run_whole
 from jaxcnn.kernels.windows import as_tiles, tap_slices
 
@@ -48,34 +48,6 @@ PATCHES_BLOCK_BYTES = 1 << 22
 
 #: On GPU, a kernel may have up to this many times its taps, if the image is then not copied.
 MAX_LARGER = 4
-
-#: Groups are joined up to this many channels: one float32 vector, and few enough for jaxlib 0.10 to use all threads.
-JOINED_CHANNELS = 16
-
-#: Up to this many sums over all positions, and this many outputs, the kernel's gradient is unrolled for images with one
-#: channel. For more outputs than one vector has elements, XLA:CPU takes up to three times as long as its own form.
-UNROLLED_SUMS, UNROLLED_OUTPUTS = 160, 8
-
-#: The same for one output: 11 × 11 kernels take 3.4 ms instead of 1.7.
-UNROLLED_TAPS = 100
-
-#: The same in 3-D, for any channels: 16 images of 130 × 6 × 67 with two channels, 2 × 2 × 2 kernels and one output take
-#: 1.8 ms, and 17.6 slice by slice.
-UNROLLED_SUMS_IN_3D = 64
-
-#: Up to this many outputs per input, a depthwise kernel has lowerings of its own; they repeat the image for each.
-MAX_MULTIPLIER = 4
-
-#: The gradient of a depthwise kernel has one term per position if a block has at least this many, and if its partial
-#: sums, one per tap and image, have up to this many times the elements of δ.
-LEAST_POSITIONS, PARTIAL_SUMS = 4, 16
-
-#: The same for one channel, which the positions of a block replace as the elements of a vector.
-LEAST_OF_ONE_CHANNEL = 16
-
-#: Up to this many multiplications, XLA's own form is as fast as the others (0.8 and 1.2 ms for 8 images of
-#: 16 × 16 × 32), which take two to five times as long to compile.
-SHORT = 1 << 25
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
@@ -99,35 +71,9 @@ def choose_kernel_grad(c: Correlation, x: Array, y: Array) -> str:
     inputs, outputs = x.shape[-1], y.shape[-1]
     if is_small(c, x.shape[0], inputs, outputs):
         return "xla"
-    if c.groups == inputs > 1 and outputs <= MAX_MULTIPLIER * inputs:
-        return "by_position" if _positions_pay(c.window) else "unrolled"
-    if c.groups > 1:
-        return "joined" if joined_groups(c, inputs, outputs) >= 4 else "by_group"  # two do not pay
-    if applies("pointwise", c):
-        return "pointwise"
-    most = UNROLLED_SUMS if outputs > 1 else UNROLLED_TAPS
-    if inputs == 1 and outputs <= UNROLLED_OUTPUTS and c.window.entries * outputs <= most:
-        in_loop = c.window.entries > unrolled.LOOPED["sums"]
-        in_blocks = _positions_pay(c.window) and math.prod(unrolled.position_block(c.window)) >= LEAST_OF_ONE_CHANNEL
-        return "by_position" if outputs == 1 and in_loop and in_blocks else "unrolled"
-    if has_few_positions(c, x.shape[0], inputs, outputs):
-        return "patches"
-    if applies("by_depth", c):
-        return "unrolled" if c.window.entries * inputs * outputs <= UNROLLED_SUMS_IN_3D else "by_depth"
     if winograd_pays(c, x, inputs, outputs, one_block=False):
         return "winograd"
-    few_outputs = c.window.ndim == 2 and outputs <= 16  # too few for a GEMM
-    if c.window.ndim > 1 and c.window.strided and not (inputs == 1 and few_outputs):
-        return "patches"
-    short = known_at_most(multiplications(c, x.shape[0], c.window.out, inputs, outputs), SHORT)
-    return "transposed" if few_outputs or short or c.window.ndim == 1 else "rows"
-
-
-def _positions_pay(win: Window) -> bool:
-    """Whether one term per position, not per tap, pays for a depthwise kernel."""
-    positions, block = math.prod(win.out), math.prod(unrolled.position_block(win))
-    fit = win.entries <= PARTIAL_SUMS * positions
-    return fit and win.entries > 1 and block >= min(positions, LEAST_POSITIONS)
+    return cheapest(product("kernel_grad", c, x.shape[0], inputs, outputs))
 
 
 def choose_kernel_grad_on_gpu(c: Correlation) -> str:
@@ -220,12 +166,12 @@ def _rows(c: Correlation, x: Array, y: Array) -> Array:
     win, channels = c.window, x.shape[-1]
     *rows, width = win.size
     entries = width * channels * math.prod(win.span[:-1]) * win.out[-1] + math.prod(y.shape[1:])
-    block = largest_divisor(x.shape[0], ROWS_BLOCK_BYTES // max(entries * x.dtype.itemsize, 1))
+    block = images_per_block(x.shape[0], entries * x.dtype.itemsize, ROWS_BLOCK_BYTES)
 
     def one_block(x: Array, y: Array) -> Array:
         x = pad_to_span(win, x)  # block by block, so that the whole batch is never copied with padding
         x = jnp.moveaxis(jnp.moveaxis(x, 0, -2), -1, 0)  # (I, *span, N)
-        y = jnp.moveaxis(y, 0, -2).reshape(-1, y.shape[-1])  # (*out·N, O)
+        y = jnp.moveaxis(y, 0, -2)  # (*out, N, O)
         axis, s, d = win.ndim, win.steps[-1], win.dilation[-1]
         last = (win.out[-1] - 1) * s + 1
         patches = jnp.stack([lax.slice_in_dim(x, k * d, k * d + last, s, axis) for k in range(width)])
@@ -239,10 +185,12 @@ def _rows(c: Correlation, x: Array, y: Array) -> Array:
                 (*patches.shape[:2], *ends, *patches.shape[-2:]),
                 (1, 1, *win.steps[:-1], 1, 1),
             )
-            products.append(dot(row.reshape(width * channels, -1), y, 1, 0, c))
+            # Summed over (*out, N): XLA gathers a batch that is split over devices if these dims are one.
+            over = tuple(range(2, row.ndim)), tuple(range(y.ndim - 1))
+            products.append(lax.dot_general(row, y, (over, ((), ())), precision=c.precision))  # (width, I, O)
         return jnp.stack(products)
 
-    w = _sum_of_blocks(one_block, block, x, y, (math.prod(rows), width * channels, y.shape[-1]))
+    w = _sum_of_blocks(one_block, block, x, y, (math.prod(rows), width, channels, y.shape[-1]))
     return w.reshape(*win.size, channels, y.shape[-1])
 
 
@@ -253,7 +201,7 @@ def _patches(c: Correlation, x: Array, y: Array) -> Array:
     """
     win, channels = c.window, x.shape[-1]
     entries = math.prod(win.out) * win.entries * channels
-    block = largest_divisor(x.shape[0], PATCHES_BLOCK_BYTES // max(entries * x.dtype.itemsize, 1))
+    block = images_per_block(x.shape[0], entries * x.dtype.itemsize, PATCHES_BLOCK_BYTES)
 
     def one_block(x: Array, y: Array) -> Array:
         if win.tiles:
@@ -308,11 +256,6 @@ def _by_depth(c: Correlation, x: Array, y: Array) -> Array:
 
 def _by_group(c: Correlation, x: Array, y: Array) -> Array:
     return by_group(lambda c, x, y: run_chosen(c, materialize(x), materialize(y)), c, x, y)
-
-
-def joined_groups(c: Correlation, inputs: int, outputs: int) -> int:
-    """Return how many neighboring groups together have up to `JOINED_CHANNELS` channels."""
-    return max(largest_divisor(c.groups, JOINED_CHANNELS * c.groups // max(inputs, outputs, 1)), 1)
 
 
 def _joined(c: Correlation, x: Array, y: Array) -> Array:

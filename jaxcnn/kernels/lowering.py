@@ -16,45 +16,29 @@ import numpy as np
 from jax import Array, lax
 
 from jaxcnn.geometry import Correlation, Window
-from jaxcnn.kernels import unrolled, winograd
+from jaxcnn.kernels import winograd
 from jaxcnn.kernels.dtypes import accumulator, wider
-from jaxcnn.kernels.parallel import ONE_THREAD
-from jaxcnn.kernels.shapes import is_symbolic, known_at_most
+from jaxcnn.kernels.shapes import is_symbolic, known_at_most, largest_divisor
 from jaxcnn.kernels.windows import pad_axis
-from jaxcnn.platforms import Fixed, platform_dependent
+from jaxcnn.platforms import Fixed, platform_dependent, program
 
 Lowering = Callable[[Correlation, Array, Array], Array]
 
 #: Up to this many slices are written out; for more, the program would become long.
 MAX_SLICES = 64
 
-#: From this value of inputs · outputs, XLA:CPU divides a convolution between threads without help.
-DIVIDED_BY_XLA = 9000
-
 #: Up to this many multiplications, XLA's convolution is used: on two cores, other forms save less than a tenth of a
 #: millisecond per call, and take about three times as long to compile.
 SMALL = 1 << 17
 
-#: Up to this many multiplications, `gemm_pays` prefers XLA's convolution.
-GEMM_MULTIPLICATIONS = 1 << 21
-
-#: The same if there are few positions.
-FEW_POSITIONS_MULTIPLICATIONS = 1 << 24
-
 #: Precisions that request speed at the cost of accuracy; the strings are values of ``jax_default_matmul_precision``.
 FASTEST = (lax.Precision.DEFAULT, "default", "bfloat16")
-
-#: Up to this many channels per group, a grouped product is unrolled.
-UNROLLED_CHANNELS = 15
 
 #: Up to this many taps, reading them all from the cache of a GPU takes about as long as reading the image from memory.
 GPU_TAPS = 27
 
-#: Up to this many elements, a 1 × 1 kernel is unrolled: a GEMM takes up to six times as long.
-UNROLLED_MATRIX, UNROLLED_MATRIX_IN_3D = 64, 40
-
-#: Up to this many multiplications per position, a product with one group is unrolled.
-UNROLLED_MULTIPLICATIONS = 640
+#: Groups are joined up to this many channels: one float32 vector, and few enough for jaxlib 0.10 to use all threads.
+JOINED_CHANNELS = 16
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -139,64 +123,9 @@ def multiplications(c: Correlation, batch: int, positions: tuple[int, ...], inpu
     return batch * math.prod(positions) * c.window.entries * inputs * outputs
 
 
-def choose_pointwise(c: Correlation, inputs: int, outputs: int) -> str | None:
-    """Choose a lowering for 1 × 1 kernels, in `correlate` and `input_grad`; None for a few channels.
-
-    In 3-D, XLA's convolution takes 10 to 45 % less time than its GEMM.
-    """
-    if c.window.ndim == 3 and not c.window.strided:
-        return "xla" if inputs * outputs > UNROLLED_MATRIX_IN_3D else None
-    return "pointwise" if inputs * outputs > UNROLLED_MATRIX else None
-
-
 def one_loop_on_gpu(c: Correlation, inputs: int, outputs: int) -> bool:
     """Whether a depthwise product is computed as one loop on GPU: XLA fuses it with its neighbors, but not cuDNN's."""
     return c.groups == inputs == outputs and c.window.entries <= GPU_TAPS
-
-
-def choose_grouped(c: Correlation, inputs: int, outputs: int) -> str:
-    """Choose a lowering for more than one group, in `correlate` and `input_grad`."""
-    inputs, outputs = inputs // c.groups, outputs // c.groups
-    return "unrolled" if max(inputs, outputs) <= UNROLLED_CHANNELS else "by_group"
-
-
-def unrolling_pays(c: Correlation, inputs: int, outputs: int) -> bool:
-    """Whether to unroll for one group, in `correlate` and `input_grad`: few channels, and terms that fit one loop."""
-    terms = c.window.entries * inputs
-    return terms <= unrolled.TERMS and terms * outputs <= UNROLLED_MULTIPLICATIONS
-
-
-def gemm_pays(c: Correlation, batch: int, sizes: Sequence[int], inputs: int, outputs: int) -> bool:
-    """Whether one GEMM pays, and the kernel is larger than the images (of ``sizes``) that XLA's convolution would read.
-
-    jaxlib 0.10 then takes 5 to 40 times as long as for one GEMM of patches, or of products: 191 and 4.4 ms for 8 images
-    of 2 × 2 × 512, 3 × 3 kernels and 512 outputs. For few multiplications the GEMM does not pay for its compile time.
-    """
-    win = c.window
-    larger = all(extent > n for extent, n in zip(win.extent, sizes, strict=True))
-    work = multiplications(c, batch, win.out, inputs, outputs)
-    pays = larger or has_few_positions(c, batch, inputs, outputs)
-    return pays and win.entries <= MAX_SLICES and not known_at_most(work, GEMM_MULTIPLICATIONS)
-
-
-def has_one_column(win: Window) -> bool:
-    """Whether windows with several columns have one position along the last dim."""
-    return win.out[-1] == 1 < win.size[-1]
-
-
-def has_few_positions(c: Correlation, batch: int, inputs: int, outputs: int) -> bool:
-    """Whether there are few positions for the outputs, or only one along the last dim, the columns.
-
-    Convolutions divide columns into blocks, and read the whole kernel for each. 2 images of 13 × 10 × 136, 7 × 7
-    kernels and 492 outputs: 2.8 ms in oneDNN, 1.5 as one GEMM; 52 × 7 × 311, 3 × 3 kernels with dilation 3 and 124
-    outputs: 0.59 and 0.32 ms. The GEMM takes longer to compile, which does not pay for few multiplications.
-    """
-    win = c.window
-    if c.groups > 1 or win.entries == 1:
-        return False
-    if known_at_most(multiplications(c, batch, win.out, inputs, outputs), FEW_POSITIONS_MULTIPLICATIONS):
-        return False
-    return has_one_column(win) or known_at_most(4 * batch * math.prod(win.out), outputs)
 
 
 def winograd_pays(c: Correlation, a: Array, inputs: int, outputs: int, *, one_block: bool) -> bool:
@@ -230,20 +159,6 @@ def _speed_requested(c: Correlation) -> bool:
         precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     per_operand = precision if isinstance(precision, tuple) else (precision,)
     return all(p in FASTEST for p in per_operand)
-
-
-def all_threads_pay(c: Correlation, a: Array, outputs: int, positions: tuple[int, ...]) -> bool:
-    """Whether jaxlib 0.10 runs a long convolution of ``a``, to images of size ``positions``, on one thread.
-
-    Eigen runs convolutions that enlarge an image, and those of at most 16 channels, on all threads. With many channels
-    the other library divides the convolution without help.
-    """
-    batch, *spatial, inputs = a.shape
-    if not ONE_THREAD or c.window.ndim != 2 or any(out > n for out, n in zip(positions, spatial, strict=True)):
-        return False
-    if max(inputs, outputs) <= 16 or inputs * outputs > DIVIDED_BY_XLA:
-        return False
-    return not known_at_most(multiplications(c, batch, positions, inputs, outputs), (1 << 24) - 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -308,6 +223,19 @@ def depth_slices(win: Window, x: Array) -> list[Array]:
     s, last = win.steps[0], (win.out[0] - 1) * win.steps[0] + 1
     starts = [k * win.dilation[0] for k in range(win.size[0])]
     return [lax.collapse(lax.slice_in_dim(x, start, start + last, s, 1), 0, 2) for start in starts]
+
+
+def images_per_block(images: int, example_bytes: int, block_bytes: int) -> int:
+    """Return how many images a loop over blocks of a batch processes at once, for blocks of up to ``block_bytes``.
+
+    These are all images if several devices share the program: XLA gathers a batch that is split over them for a loop.
+    """
+    return images if program().devices > 1 else largest_divisor(images, block_bytes // max(example_bytes, 1))
+
+
+def joined_groups(c: Correlation, inputs: int, outputs: int) -> int:
+    """Return how many neighboring groups together have up to `JOINED_CHANNELS` channels."""
+    return max(largest_divisor(c.groups, JOINED_CHANNELS * c.groups // max(inputs, outputs, 1)), 1)
 
 
 def by_group(run: Lowering, c: Correlation, a: Array, b: Array) -> Array:

@@ -939,6 +939,29 @@ def phase_padding(win: Window) -> list[tuple[int, int]]:
     return padding
 
 
+def phase_window(win: Window, taps: Sequence[Sequence[tuple[int, int]]]) -> tuple[tuple[int, ...], Window] | None:
+    """Return how positions with one remainder by the stride read δ: windows over a part of δ, and where it starts.
+
+    Args:
+        win: Windows that read the image.
+        taps: For each dim, the taps that read these positions, as in `phase_taps`.
+
+    Returns:
+        None if no δ reaches these positions.
+    """
+    # The shift of δ decreases with the tap, so the kernel is flipped.
+    bounds = [
+        (pairs[-1][1], pairs[0][1] + n) if pairs else (0, 0) for pairs, n in zip(taps, phase_shape(win), strict=True)
+    ]
+    starts = tuple(max(low, 0) for low, _ in bounds)
+    shape = tuple(min(high, out) - start for (_, high), out, start in zip(bounds, win.out, starts, strict=True))
+    if min(shape) <= 0:
+        return None
+    pads = tuple((max(-low, 0), max(high - out, 0)) for (low, high), out in zip(bounds, win.out, strict=True))
+    dilation = tuple(pairs[0][1] - pairs[1][1] if len(pairs) > 1 else 1 for pairs in taps)
+    return starts, Window(shape, tuple(map(len, taps)), (1,) * win.ndim, pads, dilation)
+
+
 def _shifted(win: Window, a: Array, shifts: Sequence[int]) -> Array | None:
     """Return for each position i of a phase the value of window ``i + shift``, 0 outside; None if all are outside."""
     length = phase_shape(win)

@@ -18,6 +18,7 @@ from experiments.benchmarks import (
     drawn_nets,
     drawn_rows,
     growth,
+    lowerings,
     memory,
     ops,
     per_example,
@@ -32,6 +33,8 @@ from experiments.benchmarks.nets import NETS, Timed
 from experiments.benchmarks.timing import Times
 from experiments.errors import RunError
 from jaxcnn import Conv, Dense, Dropout, Flatten, MaxPool, Relu, serial
+from jaxcnn.kernels import cost
+from jaxcnn.kernels.measured import COSTS
 
 SMALL = Timed(
     serial(Conv(4, 3), Relu(), MaxPool(2), Conv(6, 3), Relu(), Flatten(), Dropout(0.5), Dense(10)), (12, 12, 2), 3
@@ -429,6 +432,74 @@ def test_a_result_compares_with_the_fastest_of_a_library():
     result = drawn.Result("a net", times, ready)
     assert (result.against("torch"), result.against("flax nnx"), result.against("keras")) == (2.0, 1.5, None)
     assert result.compile_ratio == 1.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# lowerings
+
+
+@pytest.fixture
+def costs():
+    """Restore the costs of lowerings after a fit."""
+    saved = {**COSTS}
+    yield saved
+    lowerings.use_costs(saved)
+
+
+def drawn_products(seed, count):
+    convolutions = (one for one in drawn_rows.drawn(seed, count) if one.kind not in drawn_rows.POOLS)
+    return [
+        lowerings.product_of(one, name) for one in convolutions for name in ("correlate", "input_grad", "kernel_grad")
+    ]
+
+
+def test_transposed_convolutions_have_the_image_of_their_result():
+    one = drawn_rows.Drawn("transposed", (2, 5, 6, 3), 4, 7, 2, 9, 1, 1)  # padding of at most 3, as in `ops`
+    p = lowerings.product_of(one, "input_grad")
+    assert (p.c.window.shape, p.c.window.out, p.inputs, p.outputs) == ((6, 8), (5, 6), 7, 3)
+    assert one.row.shapes["x"] == (2, 5, 6, 3)
+
+
+def test_fitted_costs_predict_times(costs):
+    """Costs are found from times that other costs give, with noise; the lowerings chosen are then the fastest."""
+    rng = np.random.default_rng(0)
+    table = []
+    for p in drawn_products(0, 150):
+        seconds = {name: cost.cost(p, name) * 1e-6 * rng.lognormal(sigma=0.02) for name in cost.candidates(p)}
+        table.append(lowerings.Measured(p, "", seconds, {}))
+    found = lowerings.fit(table)
+    assert all(len(of) <= lowerings.NUMBERS and min(of.values()) > 0 for of in found.values())
+    lowerings.use_costs(found)
+    spreads = {}
+    for one in table:
+        for name, seconds in one.seconds.items():
+            ratio = cost.cost(one.product, name) * 1e-6 / seconds
+            spreads.setdefault((one.product.name, cost.form(one.product, name)), []).append(math.log(ratio))
+    assert all(np.std(of) < 0.25 for of in spreads.values() if len(of) > 20), spreads
+    ratios = [ratio for one in table for ratio in lowerings.chosen(one).values()]
+    assert results.geometric_mean(ratios) < 1.03
+
+
+def test_times_of_lowerings_are_written_and_read_back(still, costs, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(drawn_rows, "MOST_FLOPS", 1e7)
+    path = tmp_path / "times.json"
+    assert lowerings.main(["--drawn", "4", "--rounds", "1", "--seed", "3", "--out", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    table = list(lowerings.read(path))
+    assert [lowerings.line(one) for one in table] == lines[-len(table) :]
+    assert [one.product for one in table] == drawn_products(3, 4)
+    assert all({*one.seconds} - {"onednn"} == {*cost.candidates(one.product)} for one in table)
+    assert lowerings.main([str(path)]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"# {len(table)} products")
+    assert "COSTS = {" in text
+
+
+def test_a_file_without_times(tmp_path, capsys):
+    path = tmp_path / "other.json"
+    path.write_text("{}")
+    assert lowerings.main([str(path)]) == 2
+    assert "FIT: must be files written with python -m experiments.benchmarks.lowerings --out" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -176,7 +176,7 @@ def test_onednn(product):
 
     equals_definition()
     assert kernels.total() > 100
-    assert sum(n for kernel, n in kernels.items() if not any(slow in kernel for slow in onednn.SLOW)) > 4, kernels
+    assert sum(n for kernel, n in kernels.items() if "ref" not in kernel and "gemm:" not in kernel) > 4, kernels
 
 
 def window(shape, size, stride, padding, dilation=None):
@@ -252,145 +252,6 @@ def test_when_x_and_delta_are_swapped(monkeypatch, changes, inputs, outputs, pay
     assert onednn.exchange_pays(c, (2, *win.shape, inputs), outputs) == pays
     monkeypatch.setattr(onednn, "implementation", lambda *_: "ref:any")
     assert not onednn.exchange_pays(c, (2, *win.shape, inputs), outputs)
-
-
-@pytest.mark.parametrize(
-    ("product", "size", "stride", "dilation", "groups", "inputs", "outputs", "narrow"),
-    [
-        ("input_grad", 3, 1, 1, 1, 1, 2, True),
-        ("input_grad", 3, 1, 1, 1, 2, 8, False),
-        ("input_grad", 3, 1, 1, 1, 3, 16, True),
-        ("input_grad", 3, 1, 1, 1, 8, 64, False),
-        ("input_grad", 1, 1, 1, 1, 5, 34, False),
-        ("input_grad", 2, 1, 1, 1, 65, 2, True),
-        ("input_grad", 2, 1, 1, 1, 64, 2, False),
-        ("input_grad", 3, 1, 1, 1, 65, 1, False),
-        ("input_grad", 3, 1, 1, 1, 129, 4, False),
-        ("input_grad", 3, 1, 1, 1, 129, 5, True),
-        ("input_grad", 3, 1, 1, 1, 128, 5, False),
-        ("input_grad", 3, 1, 1, 1, 129, 10, False),
-        ("input_grad", 3, 2, 1, 1, 8, 100, False),
-        ("input_grad", 3, 2, 1, 1, 8, 101, True),
-        ("input_grad", 3, 2, 1, 1, 15, 512, False),
-        ("input_grad", 3, 2, 1, 1, 1, 100, True),
-        ("input_grad", 3, 2, 1, 4, 8, 8, False),
-        ("correlate", 3, 1, 1, 1, 1, 16, False),
-        ("correlate", 3, 1, 2, 1, 1, 16, True),
-        ("correlate", 1, 2, 1, 1, 64, 64, True),
-        ("correlate", 1, 1, 1, 1, 4, 4, True),
-        ("correlate", 1, 1, 1, 1, 4, 5, False),
-        ("correlate", 1, 1, 1, 1, 8, 128, True),
-        ("correlate", 1, 1, 1, 1, 64, 1, True),
-        ("correlate", 1, 1, 1, 1, 64, 2, False),
-        ("correlate", 3, 1, 1, 8, 8, 8, True),
-        ("correlate", 3, 1, 1, 9, 9, 9, False),
-        ("correlate", 3, 1, 1, 16, 16, 16, False),
-        ("kernel_grad", 3, 1, 1, 1, 2, 1, True),
-        ("kernel_grad", 3, 1, 1, 1, 3, 1, False),
-        ("kernel_grad", 3, 1, 1, 1, 16, 1, False),
-        ("kernel_grad", 3, 1, 2, 1, 1, 16, True),
-        ("kernel_grad", 3, 1, 1, 2, 2, 2, False),
-    ],
-)
-def test_products_of_few_channels_are_not_computed_in_onednn(
-    product, size, stride, dilation, groups, inputs, outputs, narrow
-):
-    win = window((9, 9), (size, size), (stride, stride), ((0, 0), (0, 0)), (dilation, dilation))
-    c = Correlation(win, groups, np.dtype(np.float32))
-    assert onednn.is_narrow(product, c, (4096, *win.shape, inputs), outputs) == narrow
-
-
-def test_a_few_multiplications_in_onednn():
-    """A gradient with a stride takes as long as its call, and 1 × 1 kernels with many outputs store few numbers."""
-    strided = Correlation(window((9, 9), (3, 3), (2, 2), ((0, 0), (0, 0))), 1, np.dtype(np.float32))
-    assert [onednn.is_narrow("input_grad", strided, (batch, 9, 9, 16), 16) for batch in (28, 29)] == [True, False]
-    pointwise = Correlation(window((8, 8), (1, 1), (1, 1), ((0, 0), (0, 0))), 1, np.dtype(np.float32))
-    assert [onednn.is_narrow("correlate", pointwise, (batch, 8, 8, 2), 256) for batch in (32, 33)] == [False, True]
-    assert onednn.is_narrow("input_grad", pointwise, (32, 8, 8, 2), 256)
-    depthwise = Correlation(window((10, 10), (3, 3), (1, 1), ((0, 0), (0, 0))), 8, np.dtype(np.float32))
-    assert [onednn.is_narrow("correlate", depthwise, (batch, 10, 10, 8), 8) for batch in (227, 228)] == [False, True]
-
-
-def test_kernel_grads_in_3d_are_computed_in_onednn():
-    dilated = dataclasses.replace(window((9, 9, 9), (2, 2, 2), (1, 1, 1), ((0, 0),) * 3), dilation=(2, 2, 2))
-    assert not onednn.is_narrow("kernel_grad", Correlation(dilated, 1, np.dtype(np.float32)), (8, 9, 9, 9, 1), 1)
-
-
-def test_pointwise_kernels_in_3d_are_not_computed_in_onednn():
-    c = Correlation(window((9, 9, 9), (1, 1, 1), (1, 1, 1), ((0, 0),) * 3), 1, np.dtype(np.float32))
-    assert [onednn.is_narrow(product, c, (8, 9, 9, 9, 64), 64) for product in PRODUCTS] == [True, True, False]
-
-
-@pytest.mark.parametrize(
-    ("product", "kernels", "chosen"),
-    [
-        ("input_grad", {"correlate": "jit:avx512_core", "input_grad": "jit:avx2"}, None),
-        ("input_grad", {"correlate": "jit:avx512_core", "input_grad": "jit:avx512_core"}, "onednn"),
-        ("input_grad", {"correlate": "jit:avx2", "input_grad": "jit:avx2"}, "onednn"),
-        ("correlate", {"correlate": "jit:avx512_core", "input_grad": "jit:avx2"}, "onednn"),
-    ],
-)
-def test_vectors_of_half_the_length_in_onednn(monkeypatch, product, kernels, chosen):
-    monkeypatch.setattr(onednn.library, "is_enabled", lambda: True)
-    monkeypatch.setattr(onednn, "implementation", lambda product, *_: kernels[product])
-    c = Correlation(window((30, 30), (3, 3), (3, 3), ((0, 0), (0, 0))), 1, np.dtype(np.float32))
-    assert onednn.choose_native(product, "xla", c, (64, 30, 30, 32), 64, np.dtype(np.float32)) == chosen
-
-
-@pytest.mark.parametrize(
-    ("shape", "size", "batch", "outputs", "few"),
-    [
-        ((7, 4), (3, 3), 2, 80, True),
-        ((7, 4), (3, 3), 2, 79, False),
-        ((9, 3), (3, 3), 64, 8, True),
-        ((3, 9), (3, 3), 64, 8, False),
-        ((9, 1), (3, 1), 64, 8, False),
-        ((1, 1), (1, 1), 1, 512, False),
-    ],
-)
-def test_few_positions_are_one_gemm(monkeypatch, shape, size, batch, outputs, few):
-    c = Correlation(window(shape, size, (1, 1), ((0, 0), (0, 0))), 1, np.dtype(np.float32))
-    assert lowering.has_few_positions(c, batch, 1 << 12, outputs) == few
-    assert not lowering.has_few_positions(c, batch, 16, outputs)
-    assert not lowering.has_few_positions(dataclasses.replace(c, groups=2), batch, 1 << 12, outputs)
-    monkeypatch.setattr(onednn.library, "is_enabled", lambda: True)
-    monkeypatch.setattr(onednn, "implementation", lambda *_: "jit:avx512_core")
-    image = (batch, *shape, 1 << 12)
-    native = onednn.choose_native("correlate", "xla", c, image, outputs, np.dtype(np.float32))
-    assert native == (None if few else "onednn")
-    arrays = operands("correlate", image, (*size, image[-1], outputs), (batch, *c.window.out, outputs))
-    x, w = (jax.ShapeDtypeStruct(a, np.float32) for a in arrays)
-    y = jax.ShapeDtypeStruct((batch, *c.window.out, outputs), np.float32)
-    if few:
-        assert correlate.choose_correlate(c, x, w) == kernel_grad.choose_kernel_grad(c, x, y) == "patches"
-        assert input_grad.choose_input_grad(c, y, w) == "products"
-
-
-@pytest.mark.parametrize(
-    ("name", "product", "size", "groups", "outputs", "fast"),
-    [
-        ("", "correlate", 3, 1, 8, False),
-        ("ref:any", "correlate", 3, 1, 8, False),
-        ("x64:gemm:jit", "kernel_grad", 3, 1, 4, True),
-        ("x64:gemm:jit", "kernel_grad", 3, 1, 3, False),
-        ("x64:gemm:jit", "correlate", 3, 1, 4, False),
-        ("x64:gemm:jit", "kernel_grad", 3, 2, 8, False),
-        ("jit:avx512_core", "correlate", 3, 1, 8, True),
-        ("jit:avx512_core", "correlate", 3, 8, 16, False),
-        ("jit:avx512_core", "correlate", 3, 8, 24, False),
-        ("jit:avx512_core", "correlate", 3, 8, 32, True),
-        ("jit:avx512_core", "correlate", 9, 8, 16, True),
-        ("jit:avx512_core", "input_grad", 3, 8, 16, False),
-        ("jit:avx512_core", "input_grad", 5, 8, 32, True),
-        ("jit:avx512_core", "input_grad", 3, 1, 16, True),
-        ("jit:avx512_core", "kernel_grad", 3, 8, 16, True),
-        ("brgconv:avx512_core", "correlate", 3, 8, 16, True),
-    ],
-)
-def test_kernels_of_onednn_that_are_slower_than_xla(name, product, size, groups, outputs, fast):
-    c = Correlation(window((9, 9), (size, size), (1, 1), ((0, 0), (0, 0))), groups, np.dtype(np.float32))
-    assert onednn.is_fast(name, product, c, (4096, 9, 9, 8), outputs) == fast
-    assert onednn.is_fast(name, product, c, (1, 9, 9, 8), outputs) == (fast or (groups == 8 and "jit:a" in name))
 
 
 #: Few and large images, which are divided into parts of their first dim. In the last one, parts read padding only.
@@ -662,13 +523,11 @@ def test_weight_gradient_in_blocks_of_images(monkeypatch, name, target, images):
 
 @pytest.mark.parametrize(("joined", "groups_left"), [(2, 6), (4, 3), (6, 2), (12, 1)])
 def test_groups_are_joined_up_to_a_number_of_channels(monkeypatch, joined, groups_left):
-    """Six groups of 2 channels become three of 4, two of 6 or one of 12; joining is chosen if it leaves one group."""
-    monkeypatch.setattr(kernel_grad, "JOINED_CHANNELS", joined)
-    monkeypatch.setattr(lowering, "SMALL", 0)
+    """Six groups of 2 channels become three of 4, two of 6 or one of 12."""
+    monkeypatch.setattr(lowering, "JOINED_CHANNELS", joined)
     c = Correlation(Window((4, 5), (3, 2), (1, 2), ((1, 0), (0, 0)), (1, 1)), 6, np.dtype(np.float64))
     x, y = numbers((2, 4, 5, 12), (2, *c.window.out, 6))
-    assert 6 // kernel_grad.joined_groups(c, 12, 6) == groups_left
-    assert kernel_grad.choose_kernel_grad(c, x, y) == ("joined" if groups_left == 1 else "by_group")
+    assert 6 // lowering.joined_groups(c, 12, 6) == groups_left
     close(compiled(lambda x, y: kernel_grad.KERNEL_GRAD["joined"](c, x, y))(x, y), oracles.kernel_grad(c, x, y))
 
 
@@ -704,59 +563,6 @@ def test_positions_in_loops(monkeypatch, length, drawn):
     assert_lowering("kernel_grad", "by_position", drawn)
 
 
-@pytest.mark.parametrize(
-    ("product", "side", "inputs", "outputs", "groups", "dims", "chosen"),
-    [
-        ("correlate", 56, 1, 6, 1, 2, "unrolled"),  # a first layer
-        ("correlate", 28, 3, 64, 1, 2, "xla"),
-        ("correlate", 28, 16, 3, 1, 2, "xla"),  # more terms than a loop takes
-        ("input_grad", 28, 16, 3, 1, 2, "unrolled"),
-        ("input_grad", 28, 3, 16, 1, 2, "products"),
-        ("kernel_grad", 56, 1, 6, 1, 2, "unrolled"),
-        ("kernel_grad", 56, 1, 9, 1, 2, "transposed"),
-        ("kernel_grad", 28, 1, 9, 1, 3, "by_depth"),
-        ("kernel_grad", 28, 3, 6, 1, 2, "transposed"),
-        *(("correlate", 8, 64, 64, groups, 2, "unrolled") for groups in (64, 32, 8)),
-        *(("correlate", 8, 64, 64, groups, 2, "by_group") for groups in (4, 2)),
-        ("input_grad", 8, 64, 64, 8, 2, "unrolled"),
-        ("input_grad", 8, 64, 64, 4, 2, "by_group"),
-        ("kernel_grad", 79, 64, 64, 64, 2, "unrolled"),  # rows of a prime number of positions
-        *(("kernel_grad", side, 64, 64, 64, 2, "by_position") for side in (8, 58)),
-        ("kernel_grad", 3, 64, 64, 64, 2, "by_position"),
-        ("correlate", 2, 512, 512, 1, 2, "patches"),  # a kernel that is larger than the image
-        ("input_grad", 2, 512, 512, 1, 2, "products"),
-        *((product, 2, 64, 64, 1, 2, "xla") for product in ("correlate", "input_grad")),  # too few multiplications
-        ("kernel_grad", 8, 64, 64, 32, 2, "joined"),
-        ("kernel_grad", 8, 64, 64, 8, 2, "by_group"),
-        *((product, 8, 64, 64, 1, 3, "by_depth") for product in PRODUCTS),
-        ("kernel_grad", 60, 1, 2, 1, 3, "unrolled"),
-        ("kernel_grad", 60, 3, 1, 1, 3, "by_depth"),
-    ],
-)
-def test_few_channels_are_unrolled_and_depth_slices_are_summed(product, side, inputs, outputs, groups, dims, chosen):
-    c = Correlation(Window((side,) * dims, (3,) * dims, *((n,) * dims for n in (1, (1, 1), 1))), groups, np.dtype("f"))
-    shapes = (2, *c.window.shape, inputs), (*c.window.size, inputs // groups, outputs), (2, *c.window.out, outputs)
-    _, choose, *_ = PRODUCTS[product]
-    assert choose(c, *(jax.ShapeDtypeStruct(shape, c.dtype) for shape in operands(product, *shapes))) == chosen
-
-
-@pytest.mark.parametrize(
-    ("side", "stride", "inputs", "outputs", "chosen"),
-    [
-        (81, (1, 1), 64, 64, "rows"), (81, (2, 1), 64, 64, "patches"), (81, (1, 2), 64, 64, "patches"),
-        (81, (2,), 64, 64, "transposed"),
-        (9, (1, 1), 64, 64, "transposed"),  # a short sum: XLA's form compiles faster
-        (81, (2, 2), 1, 16, "transposed"), (81, (2, 2), 1, 17, "patches"), (81, (2, 2), 2, 16, "patches"),
-    ],
-)  # fmt: skip
-def test_strided_patches_are_copied_whole(side, stride, inputs, outputs, chosen):
-    dims = len(stride)
-    win = Window((side,) * dims, (3,) * dims, stride, ((0, 0),) * dims, (1,) * dims)
-    x, y = (2, *win.shape, inputs), (2, *win.out, outputs)
-    c = Correlation(win, 1, np.dtype("f"))
-    assert kernel_grad.choose_kernel_grad(c, *(jax.ShapeDtypeStruct(shape, c.dtype) for shape in (x, y))) == chosen
-
-
 @pytest.mark.parametrize(("name", "exchanged"), [("xla", True), ("transposed", False)])
 def test_image_and_delta_are_not_exchanged(name, exchanged):
     """XLA:CPU takes long if δ has more positions than the image and the padding is left to the convolution."""
@@ -765,18 +571,6 @@ def test_image_and_delta_are_not_exchanged(name, exchanged):
     run = functools.partial(kernel_grad.KERNEL_GRAD[name], Correlation(win, 1, np.dtype("f")))
     program = jax.jit(run).lower(x, y).compile().as_text()
     assert ("rhs_reversal" in program) is exchanged, program
-
-
-@pytest.mark.parametrize(
-    ("stride", "dilation", "inputs", "chosen"),
-    [(2, 1, 64, "phases"), (2, 1, 128, "xla"), (2, 2, 128, "phases"), (1, 2, 64, "xla"), (2, 1, 4, "products")],
-)
-def test_strided_delta_is_not_dilated(monkeypatch, stride, dilation, inputs, chosen):
-    monkeypatch.setattr(lowering, "ONE_THREAD", True)
-    win = Window((32, 32), (3, 3), (stride,) * 2, ((1, 1),) * 2, (dilation,) * 2)
-    y, w = (2, *win.out, 128), (3, 3, inputs, 128)
-    c = Correlation(win, 1, np.dtype("f"))
-    assert input_grad.choose_input_grad(c, *(jax.ShapeDtypeStruct(shape, c.dtype) for shape in (y, w))) == chosen
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Products on all threads are bitwise equal to the original products, and jaxlib 0.10 does parallelize them."""
 
+import functools
 import re
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxcnn.geometry import Correlation, Window
-from jaxcnn.kernels import correlate, input_grad, lowering
+from jaxcnn.kernels import correlate, input_grad
 from jaxcnn.kernels.parallel import MIN_MULTIPLICATIONS, ONE_THREAD, batched_product, on_all_threads
 from tests.cases import compiled, normal
 
@@ -91,10 +92,9 @@ def count_products(f, *arguments):
 @ONE_THREAD_ONLY
 def test_convolutions_share_a_computation_with_a_reduction():
     c, x, w = layer(64, 16, 32, 32)
-    assert correlate.choose_correlate(c, x, w) == input_grad.choose_input_grad(c, x, w) == "all_threads"
-    assert count_products(lambda x, w: correlate.correlate(c, x, w), x, w) == (1, 0)
-    assert count_products(lambda x, w: input_grad.input_grad(c, x, w), x, w) == (1, 0)
-    assert count_products(lambda x, w: correlate.CORRELATE["xla"](c, x, w), x, w) == (0, 1)
+    for table in (correlate.CORRELATE, input_grad.INPUT_GRAD):
+        assert count_products(functools.partial(table["all_threads"], c), x, w) == (1, 0)
+        assert count_products(functools.partial(table["xla"], c), x, w) == (0, 1)
 
 
 @ONE_THREAD_ONLY
@@ -118,12 +118,13 @@ def test_float32_divided_is_float64_rounded(stride, dilation):
 def test_each_product_has_its_own_reduction():
     """Two products of one input, and a loop with one kernel, are parallelized as well."""
     c, x, w = layer(64, 16, 32, 32)
+    run = functools.partial(correlate.CORRELATE["all_threads"], c)
 
     def two(x, v, w):
-        return correlate.correlate(c, x, v), correlate.correlate(c, x, w)
+        return run(x, v), run(x, w)
 
     def loop(many, w):
-        return jax.lax.map(lambda x: correlate.correlate(c, x, w), many)
+        return jax.lax.map(lambda x: run(x, w), many)
 
     assert count_products(two, x, w, w) == (2, 0)
     assert count_products(loop, jax.ShapeDtypeStruct((3, *x.shape), x.dtype), w) == (1, 0)
@@ -136,16 +137,3 @@ def test_batched_products_share_a_computation_with_a_reduction():
 
     assert count_products(f, A, B) == (1, 0)
     assert count_products(f, A[:, :8], B[:, :, :8]) == (0, 1)  # too small to divide
-
-
-@pytest.mark.parametrize(
-    ("layer_sizes", "why"),
-    [
-        ((64, 16, 16, 16), "Eigen's"),
-        ((64, 16, 128, 128), "divided by XLA"),
-        ((2, 8, 32, 32), "too little"),
-    ],
-)
-def test_other_convolutions_are_left_to_xla(layer_sizes, why):
-    c, x, w = layer(*layer_sizes)
-    assert not lowering.all_threads_pay(c, x, w.shape[-1], c.window.out), why

@@ -1,0 +1,235 @@
+"""Costs of the lowerings of the three products on CPU; the lowering with the smallest cost is chosen.
+
+A cost is a predicted time in microseconds, a sum over kinds of work: how much of it a lowering does (`work`), times
+the cost of a unit of it (`COSTS`). Lowerings that split a product cost as much as its parts (`parts`), and as the
+splitting. ``python -m experiments.benchmarks.lowerings`` times the lowerings of drawn products, and fits `COSTS`.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+
+from jaxcnn.geometry import Correlation
+from jaxcnn.kernels import unrolled
+from jaxcnn.kernels.lowering import MAX_SLICES, joined_groups, without_depth
+from jaxcnn.kernels.measured import COSTS
+from jaxcnn.kernels.parallel import ONE_THREAD
+from jaxcnn.kernels.shapes import is_symbolic
+from jaxcnn.kernels.windows import phase_taps, phase_window
+
+#: Number of float32 elements of a vector of AVX-512.
+VECTOR = 16
+
+#: Number of images that a batch of symbolic size is taken to have.
+SYMBOLIC_BATCH = 64
+
+#: Image patches of a whole batch may have this many times the elements of image and result, or this many elements.
+PATCHES, FEW_PATCHES = 2, 1 << 20
+
+#: Products of a single image's δ with the whole kernel may have up to this many elements ("products").
+MAX_PRODUCTS = 1 << 23
+
+#: Up to this many channels per group, a grouped product is unrolled.
+UNROLLED_CHANNELS = 15
+
+#: Up to this many multiplications per position, a product with one group is unrolled.
+UNROLLED_MULTIPLICATIONS = 640
+
+#: Up to this many groups of few channels have a product each; more would become a long program.
+MAX_GROUPS = 8
+
+#: Up to this many outputs per input, a depthwise kernel has lowerings of its own; they repeat the image for each.
+MAX_MULTIPLIER = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A product of images ``(batch, *c.window.shape, inputs)`` and results ``(batch, *c.window.out, outputs)``."""
+
+    #: "correlate", "input_grad" or "kernel_grad".
+    name: str
+    c: Correlation
+    batch: int
+    inputs: int
+    outputs: int
+
+    @property
+    def vector(self) -> int:
+        """Number of channels of a group that a vector can hold: those of the image for `input_grad`."""
+        return (self.inputs if self.name == "input_grad" else self.outputs) // self.c.groups
+
+    @property
+    def terms(self) -> int:
+        """Number of terms of a sum over taps and channels."""
+        summed = self.outputs if self.name == "input_grad" else self.inputs
+        return self.c.window.entries * summed // self.c.groups
+
+
+def product(name: str, c: Correlation, batch: int, inputs: int, outputs: int) -> Product:
+    """Return the product for a batch, whose size may be symbolic."""
+    return Product(name, c, SYMBOLIC_BATCH if is_symbolic(batch) else batch, inputs, outputs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Choice
+
+
+@functools.lru_cache(maxsize=4096)
+def cheapest(p: Product) -> str:
+    """Return the lowering of a product with the smallest cost, among those in XLA."""
+    return min(candidates(p), key=functools.partial(cost, p), default="xla")
+
+
+@functools.lru_cache(maxsize=4096)
+def cost(p: Product, lowering: str, kernel: str = "") -> float:
+    """Return the cost of a lowering in microseconds; for "onednn", of the kernel with this name."""
+    units = COSTS.get((p.name, form(p, lowering, kernel)))
+    if units is None:
+        return math.inf
+    amounts = work(p, lowering)
+    return sum(amounts[kind] * per_unit for kind, per_unit in units.items())
+
+
+def candidates(p: Product) -> list[str]:
+    """Return lowerings that support a product, and keep the program short and its memory small.
+
+    In 3-D, XLA's convolution takes up to a thousand times as long as other lowerings, and with a stride between the
+    elements of δ up to ten times.
+    """
+    win, groups = p.c.window, p.c.groups
+    of_taps = win.entries > 1 or win.padded
+    if groups > 1:
+        few = max(p.inputs, p.outputs) // groups <= UNROLLED_CHANNELS
+        names = ["unrolled"] if few else []
+        if p.name == "kernel_grad":
+            depthwise = groups == p.inputs and p.outputs <= MAX_MULTIPLIER * p.inputs
+            names = ["by_position", "unrolled"] if depthwise else []
+            names += ["joined"] if joined_groups(p.c, p.inputs, p.outputs) > 1 else []
+        few_groups = groups <= MAX_GROUPS and win.entries <= MAX_SLICES
+        return names + (["by_group"] if not names or few_groups else [])
+    names = []
+    if not of_taps:
+        names.append("pointwise")
+    elif p.name == "correlate":
+        patches = p.batch * math.prod(win.out) * win.entries * p.inputs
+        arrays = p.batch * (math.prod(win.shape) * p.inputs + math.prod(win.out) * p.outputs)
+        names += ["patches"] if win.entries <= MAX_SLICES and patches <= max(PATCHES * arrays, FEW_PATCHES) else []
+    elif p.name == "input_grad":
+        fit = max(win.size) <= MAX_SLICES and math.prod(win.out) * win.entries * p.inputs <= MAX_PRODUCTS
+        names += ["products"] if fit else []
+    else:
+        names += ["patches", "rows"]
+    if win.ndim == 3:
+        names += ["by_depth"] if of_taps else ["xla"] if p.name == "correlate" else []
+    elif p.name == "kernel_grad":
+        names.append("transposed")
+    elif p.name == "input_grad" and win.strided:
+        names.append("phases")
+    else:
+        names += ["xla", "all_threads"] if ONE_THREAD else ["xla"]
+        spare = p.name == "correlate" and ONE_THREAD and p.inputs % 2 == 1 and p.inputs > 1
+        names += ["spare_channel"] if spare else []
+    if p.terms <= unrolled.TERMS and p.terms * p.vector <= UNROLLED_MULTIPLICATIONS:
+        names.append("unrolled")
+    return names + (["by_position"] if p.name == "kernel_grad" and p.inputs == 1 else [])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Work
+
+
+def form(p: Product, lowering: str, kernel: str = "") -> str:
+    """Return which costs of `COSTS` a lowering has; they differ by oneDNN's kernel, and by what vectors run over."""
+    of_groups = " of groups" if p.c.groups > 1 else ""
+    if lowering == "onednn":
+        strided = ", strided" if p.name == "input_grad" and p.c.window.strided else ""
+        kinds = {
+            "ref": "none",
+            "dense:": "own",
+            "depthwise:": "depthwise",
+            "dw": "depthwise",
+            "gemm:": f"gemm{of_groups}",
+            "brg": f"brgemm{strided}{of_groups}",
+            "1x1": f"1x1{of_groups}",
+            "jit": f"jit{strided}{of_groups}",
+        }
+        return f"onednn {next((kind for part, kind in kinds.items() if part in kernel), 'none')}"
+    if lowering in {"unrolled", "by_position"}:
+        one = p.inputs == p.outputs == 1 if p.name == "kernel_grad" else p.vector == 1
+        if one:
+            return f"{lowering}, {'groups' if of_groups else 'columns'}"
+        return f"{lowering}, channels{of_groups}"
+    if lowering in {"patches", "products"} and p.c.window.entries == 1:
+        return "pointwise"
+    return lowering
+
+
+def work(p: Product, lowering: str = "") -> dict[str, float]:
+    """Return how much work of each kind a lowering of a product does; except for calls and parts, in millions.
+
+    - call: 1;
+    - image, result, kernel: their elements;
+    - patches: elements of all image patches, or products of δ with all taps;
+    - multiply: multiplications;
+    - channels, groups, columns: multiplications if vectors are filled with channels of a group, of all groups, columns;
+    - row: "channels" per column, as for the elements of a kernel that are read once per row;
+    - sums: vectors of sums, one per tap;
+    - depth: "channels" in 3-D;
+    - term: terms of a sum, which have their own code, and looped: multiplications if they are in a loop;
+    - partial: sums of each image;
+    - part: parts of a product, and parts: their costs without those of calls.
+    """
+    win, groups = p.c.window, p.c.groups
+    inputs, vector = p.inputs // groups, p.vector
+    image, result = (p.batch * math.prod(n) for n in (win.shape, win.out))
+    positions, columns = (image, win.shape[-1]) if p.name == "input_grad" else (result, win.out[-1])
+    multiply = result * win.entries * inputs * p.outputs / 1e6
+    channels = multiply * filled(vector)
+    looped = win.entries > unrolled.LOOPED["taps"] or p.terms > unrolled.LOOPED["terms"]
+    amounts: dict[str, float] = {
+        "call": 1,
+        "image": image * p.inputs / 1e6,
+        "result": result * p.outputs / 1e6,
+        "kernel": win.entries * inputs * p.outputs / 1e6,
+        "patches": result * win.entries * p.inputs / 1e6,
+        "multiply": multiply,
+        "channels": channels,
+        "groups": multiply * filled(vector * groups),
+        "columns": multiply * filled(columns),
+        "row": channels / columns,
+        "sums": positions * win.entries * vector * filled(vector) * groups / 1e6,
+        "depth": channels if win.ndim == 3 else 0,
+        "term": p.terms,
+        "looped": multiply if looped else 0,
+        "partial": p.batch * win.entries * p.outputs / 1e6,
+    }
+    of = parts(p, lowering)
+    calls = ((n, part, cheapest(part)) for part, n in of.items())
+    costs = (n * (cost(part, name) - COSTS[part.name, form(part, name)].get("call", 0)) for n, part, name in calls)
+    return amounts | {"part": sum(of.values()), "parts": sum(costs)}
+
+
+def filled(n: int) -> float:
+    """Return how many times ``n`` elements the vectors that hold them have."""
+    return -(-n // VECTOR) * VECTOR / n
+
+
+def parts(p: Product, lowering: str) -> dict[Product, int]:
+    """Return the products that a lowering splits a product into, and how many there are of each; none otherwise."""
+    c, win = p.c, p.c.window
+    if lowering == "by_depth":
+        return {dataclasses.replace(p, c=without_depth(c), batch=p.batch * win.out[0]): win.size[0]}
+    if lowering == "by_group":
+        one = dataclasses.replace(c, groups=1)
+        return {dataclasses.replace(p, c=one, inputs=p.inputs // c.groups, outputs=p.outputs // c.groups): c.groups}
+    if lowering == "joined":
+        fewer = dataclasses.replace(c, groups=c.groups // joined_groups(c, p.inputs, p.outputs))
+        return {dataclasses.replace(p, c=fewer): 1}
+    found: dict[Product, int] = {}
+    if lowering == "phases":
+        for taps in itertools.product(*(phase_taps(win, dim) for dim in range(win.ndim))):
+            if (phase := phase_window(win, taps)) is not None:
+                part = Product("correlate", dataclasses.replace(c, window=phase[1]), p.batch, p.outputs, p.inputs)
+                found[part] = found.get(part, 0) + 1
+    return found

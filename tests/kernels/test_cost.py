@@ -1,0 +1,226 @@
+"""Costs of lowerings: what is counted, and that lowerings chosen by cost are close to the fastest that were timed."""
+
+import dataclasses
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.benchmarks import lowerings
+from experiments.benchmarks.drawn_rows import POOLS, drawn
+from jaxcnn.geometry import Correlation, Window
+from jaxcnn.kernels import cost, measured, onednn
+from jaxcnn.kernels.correlate import CORRELATE
+from jaxcnn.kernels.cost import Product
+from jaxcnn.kernels.input_grad import INPUT_GRAD
+from jaxcnn.kernels.kernel_grad import KERNEL_GRAD
+
+TABLES = {"correlate": CORRELATE, "input_grad": INPUT_GRAD, "kernel_grad": KERNEL_GRAD}
+DRAWN = [lowerings.product_of(one, name) for one in drawn(7, 80) if one.kind not in POOLS for name in TABLES]
+#: Products that the costs were not fitted to, and the times of their lowerings.
+TIMED = list(lowerings.read(Path(__file__).with_name("timed.json")))
+
+
+def of_shape(shape, size, inputs, outputs, *, name="correlate", batch=2, stride=1, padding=0, groups=1):
+    n = len(shape)
+    win = Window(shape, (size,) * n, (stride,) * n, ((padding, padding),) * n, (1,) * n)
+    return Product(name, Correlation(win, groups, np.dtype(np.float32)), batch, inputs, outputs)
+
+
+def clear_caches():
+    cost.cheapest.cache_clear()
+    cost.cost.cache_clear()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Choice
+
+
+def test_every_candidate_is_a_lowering_with_a_cost():
+    for p in DRAWN:
+        names = cost.candidates(p)
+        assert cost.cheapest(p) in names, p
+        for name in names:
+            assert name in TABLES[p.name], p
+            assert 0 < cost.cost(p, name) < math.inf, (p, name)
+
+
+def test_more_images_cost_more():
+    for p in DRAWN:
+        more = dataclasses.replace(p, batch=2 * p.batch)
+        for name in set(cost.candidates(p)) & set(cost.candidates(more)):
+            assert cost.cost(p, name) < cost.cost(more, name) <= 2.01 * cost.cost(p, name), (p, name)
+
+
+def geometric_means():
+    """Return the time of the chosen lowering, in times of the fastest, with oneDNN and without."""
+    ratios = [lowerings.chosen(one) for one in TIMED]
+    return [
+        math.exp(np.mean([math.log(ratio) for of in ratios for what, ratio in of.items() if how in what]))
+        for how in ("with oneDNN", "without oneDNN")
+    ]
+
+
+def test_chosen_lowerings_are_close_to_the_fastest():
+    """These products were not fitted; the mean over all of their lowerings is several times that of the fastest."""
+    with_onednn, without = geometric_means()
+    assert with_onednn < 1.2
+    assert without < 1.4
+    all_of_them = [math.log(seconds / one.least) for one in TIMED for seconds in one.seconds.values()]
+    assert math.exp(np.mean(all_of_them)) > 2
+
+
+@pytest.mark.parametrize("kind", ["multiply", "channels", "patches", "parts"])
+def test_wrong_costs_choose_slow_lowerings(monkeypatch, kind):
+    """Every kind of work matters: without its costs, the chosen lowerings are slower."""
+    right = geometric_means()
+    for key, of in measured.COSTS.items():
+        monkeypatch.setitem(measured.COSTS, key, {k: n for k, n in of.items() if k != kind})
+    clear_caches()
+    try:
+        assert sum(geometric_means()) > sum(right) + 0.02
+    finally:
+        clear_caches()
+
+
+def test_symbolic_batches_count_as_a_number():
+    p = of_shape((8, 8), 3, 16, 32)
+    assert cost.product(p.name, p.c, object(), 16, 32) == dataclasses.replace(p, batch=cost.SYMBOLIC_BATCH)
+    assert cost.product(p.name, p.c, 2, 16, 32) == p
+
+
+@pytest.mark.parametrize(
+    ("kernel", "name", "stride", "groups", "form"),
+    [
+        ("", "correlate", 1, 1, "onednn none"),
+        ("ref:any", "correlate", 1, 1, "onednn none"),
+        ("jit:avx512_core", "correlate", 2, 1, "onednn jit"),
+        ("jit:avx512_core", "input_grad", 2, 1, "onednn jit, strided"),
+        ("jit:avx512_core", "input_grad", 1, 4, "onednn jit of groups"),
+        ("jit_1x1:avx512_core", "kernel_grad", 1, 1, "onednn 1x1"),
+        ("jit_dw:avx512_core", "input_grad", 2, 8, "onednn depthwise"),
+        ("brdgmm_dw:avx512_core", "correlate", 1, 8, "onednn depthwise"),
+        ("depthwise:avx512", "kernel_grad", 1, 8, "onednn depthwise"),
+        ("dense:avx512", "kernel_grad", 1, 1, "onednn own"),
+        ("x64:gemm:jit", "kernel_grad", 1, 1, "onednn gemm"),
+        ("x64:gemm:jit", "kernel_grad", 1, 2, "onednn gemm of groups"),
+        ("brg_fwd:avx512_core+brgconv_1x1:avx512_core", "input_grad", 1, 1, "onednn brgemm"),
+        ("brgconv_strided:avx512_core", "input_grad", 2, 1, "onednn brgemm, strided"),
+    ],
+)
+def test_kernels_of_onednn(kernel, name, stride, groups, form):
+    """A kernel without costs is not chosen: loops without vectors, and a GEMM for each image and group."""
+    p = of_shape((9, 9), 3, 8, 8, name=name, stride=stride, groups=groups)
+    assert cost.form(p, "onednn", kernel) == form
+    assert (cost.cost(p, "onednn", kernel) < math.inf) == (form not in {"onednn none", "onednn gemm of groups"})
+
+
+@pytest.mark.parametrize(
+    ("product", "kernels", "factor"),
+    [
+        ("input_grad", {"correlate": "jit:avx512_core", "input_grad": "jit:avx2"}, 2),
+        ("input_grad", {"correlate": "jit:avx512_core", "input_grad": "jit:avx512_core"}, 1),
+        ("input_grad", {"correlate": "jit:avx2", "input_grad": "jit:avx2"}, 1),
+        ("correlate", {"correlate": "jit:avx512_core", "input_grad": "jit:avx2"}, 1),
+    ],
+)
+def test_vectors_of_half_the_length_in_onednn(monkeypatch, product, kernels, factor):
+    monkeypatch.setattr(onednn, "implementation", lambda product, *_: kernels[product])
+    p = of_shape((30, 30), 3, 32, 64, name=product, stride=3)
+    found = onednn.native_cost(product, p.c, (p.batch, 30, 30, 32), 64)
+    assert found == factor * cost.cost(p, "onednn", kernels[product])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Work
+
+
+def test_work_is_counted_as_in_loops():
+    """Multiplications, patches and arrays are those of the definition, in millions."""
+    p = of_shape((5, 4), 3, 4, 6, stride=2, padding=1, groups=2)
+    multiplied = patches = 0
+    for _ in itertools.product(range(2), *map(range, p.c.window.out), p.c.window.taps()):
+        patches += 4
+        multiplied += 2 * 2 * 3  # groups, inputs and outputs of a group
+    work = {kind: n * 1e6 for kind, n in cost.work(p).items()}
+    counted = {
+        "multiply": multiplied, "patches": patches, "image": 2 * 5 * 4 * 4, "result": 2 * 3 * 2 * 6,
+        "kernel": 3 * 3 * 2 * 6, "partial": 2 * 3 * 3 * 6,
+    }  # fmt: skip
+    np.testing.assert_allclose([work[kind] for kind in counted], list(counted.values()))
+    # 3 outputs of a group use 3 of the 16 elements of a vector, 6 outputs of both groups 6, and 2 columns 2.
+    filled = {"channels": 16 / 3, "groups": 16 / 6, "columns": 16 / 2}
+    np.testing.assert_allclose([work[kind] for kind in filled], [multiplied * n for n in filled.values()])
+    np.testing.assert_allclose(work["row"], multiplied * 16 / 3 / 2)
+    np.testing.assert_allclose(work["sums"], 2 * 3 * 2 * 9 * 2 * 16)  # images, positions, taps, groups, a vector
+    assert cost.work(p)["call"] == 1
+    assert cost.work(p)["term"] == 9 * 2
+    assert work["depth"] == work["looped"] == 0
+
+
+def test_vectors_of_the_gradient_of_an_image_hold_its_channels():
+    p = of_shape((8, 8), 3, 17, 64, name="input_grad")
+    assert (p.vector, p.terms) == (17, 9 * 64)
+    work = cost.work(p)
+    np.testing.assert_allclose(work["channels"], work["multiply"] * 32 / 17)
+    np.testing.assert_allclose(work["row"], work["channels"] / 8)
+    assert work["looped"] == work["multiply"]
+
+
+def test_parts_of_a_strided_gradient():
+    """With stride 2, positions have 1, 2 or 4 of 3 × 3 taps, and one convolution for each remainder."""
+    p = of_shape((8, 8), 3, 5, 7, name="input_grad", stride=2, padding=1)
+    sizes = sorted(part.c.window.size for part in cost.parts(p, "phases"))
+    assert sizes == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    for part, n in cost.parts(p, "phases").items():
+        assert (n, part.name, part.batch, part.inputs, part.outputs) == (1, "correlate", 2, 7, 5)
+        assert part.c.window.out == (4, 4)
+
+
+def test_parts_of_other_lowerings():
+    p = of_shape((6, 5, 4), 3, 8, 4, groups=4)
+    ((flat, n),) = cost.parts(p, "by_depth").items()
+    assert (n, flat.batch, flat.c.window.shape) == (3, 2 * 4, (5, 4))
+    ((one, n),) = cost.parts(p, "by_group").items()
+    assert (n, one.c.groups, one.inputs, one.outputs) == (4, 1, 2, 1)
+    ((fewer, n),) = cost.parts(of_shape((6, 5), 3, 32, 32, name="kernel_grad", groups=8), "joined").items()
+    assert (n, fewer.c.groups, fewer.inputs, fewer.outputs) == (1, 2, 32, 32)
+    assert cost.parts(p, "unrolled") == {}
+
+
+def test_costs_of_parts_have_no_calls():
+    p = of_shape((6, 9, 9), 3, 8, 4, name="correlate")
+    ((flat, n),) = cost.parts(p, "by_depth").items()
+    name = cost.cheapest(flat)
+    call = measured.COSTS["correlate", cost.form(flat, name)].get("call", 0)
+    work = cost.work(p, "by_depth")
+    assert work["part"] == n == 3
+    np.testing.assert_allclose(work["parts"], 3 * (cost.cost(flat, name) - call))
+
+
+@pytest.mark.parametrize(
+    ("p", "expected"),
+    [
+        (of_shape((8, 8), 1, 64, 64), {"pointwise", "xla"}),
+        (of_shape((8, 8), 1, 64, 64, padding=1), {"patches", "xla"}),
+        (of_shape((8, 8, 8), 1, 64, 64), {"pointwise", "xla"}),
+        (of_shape((8, 8, 8), 1, 64, 64, name="input_grad"), {"pointwise"}),
+        (of_shape((8, 8, 8), 3, 64, 64), {"patches", "by_depth"}),
+        (of_shape((64, 64), 3, 64, 64, batch=16), {"xla"}),  # patches of the whole batch would be too large
+        (of_shape((64, 64), 3, 8, 8, name="input_grad"), {"products", "xla", "unrolled"}),
+        (of_shape((64, 64), 3, 64, 64, name="input_grad", stride=2), {"products", "phases"}),
+        (of_shape((512, 512), 3, 8, 64, name="input_grad"), {"xla"}),  # so would products of one image
+        (of_shape((64, 64), 3, 1, 8, name="kernel_grad"), {"patches", "rows", "transposed", "unrolled", "by_position"}),
+        (of_shape((8, 8), 3, 64, 64, groups=4), {"by_group"}),
+        (of_shape((8, 8), 3, 64, 64, groups=8), {"unrolled", "by_group"}),
+        (of_shape((8, 8), 3, 64, 64, groups=16), {"unrolled"}),
+        (of_shape((8, 8), 3, 64, 64, name="kernel_grad", groups=64), {"unrolled", "by_position", "joined"}),
+        (of_shape((8, 8), 3, 8, 40, name="kernel_grad", groups=8), {"joined", "by_group"}),
+        (of_shape((8, 8), 3, 64, 64, name="kernel_grad", groups=16), {"joined"}),
+        (of_shape((8, 8), 3, 64, 64, name="kernel_grad", groups=4), {"by_group"}),
+    ],
+)
+def test_candidates(p, expected):
+    assert set(cost.candidates(p)) - {"all_threads", "spare_channel"} == expected
