@@ -32,7 +32,7 @@ NUMBERS = 5
 """Largest number of costs of a lowering."""
 FOLDS = 4
 """Parts of the products for cross-validation: the lowerings of each are chosen by costs fitted to the others."""
-XLA_COST = 0.9
+XLA_COST = 0.8
 """Factor of XLA's convolution: where another lowering is hardly faster, the program is that of stock JAX."""
 OTHER_COST = 1.15
 """Factor of lowerings in XLA except its convolution: oneDNN's compile ten times as fast."""
@@ -260,7 +260,7 @@ def read(path: Path) -> Iterator[Measured]:
 Key = tuple[str, str]
 Table = dict[Key, dict[str, float]]
 
-MULTIPLICATIONS = ("multiply", "channels", "groups", "columns")
+MULTIPLICATIONS = ("multiply", "fours", "channels", "groups", "columns")
 SPLIT = {"by_depth": 0, "by_group": 1, "joined": 2, "phases": 3}
 """Lowerings that split a product, in the order in which they are fitted: the parts of one may be split by another."""
 
@@ -277,7 +277,9 @@ def kinds_of_work(form: str) -> tuple[str, ...]:
     if form.startswith(("unrolled", "by_position")):
         vectors = "columns" if "columns" in form else "groups" if "groups" in form else "channels"
         return (*arrays, "multiply", vectors, *(("term", "looped") if "unrolled" in form else ("partial",)))
-    return (*arrays, "kernel", "patches", "multiply", "channels")
+    if form.startswith(("patches", "products", "pointwise", "rows")):
+        return (*arrays, "kernel", "patches", "multiply", "fours", "channels")
+    return (*arrays, "kernel", "patches", "odd", "multiply", "fours", "channels")
 
 
 def fit(table: Sequence[Measured]) -> Table:
@@ -299,7 +301,7 @@ def fit(table: Sequence[Measured]) -> Table:
         work = np.array([[of[kind] for kind in names] for of in amounts])
         times, least = (np.array([row[i] for row in forms[key]]) * 1e6 for i in (2, 3))
         found, spread = least_squares(work, times, (least / times) ** 0.4, names)
-        factor = XLA_COST if key[1] == "xla" else 1 if key[1].startswith("onednn") else OTHER_COST
+        factor = XLA_COST if key[1].startswith("xla") else 1 if key[1].startswith("onednn") else OTHER_COST
         factor *= math.exp(SPREAD_COST * spread**2)
         costs[key] = {kind: float(f"{n * factor:.3g}") for kind, n in zip(names, found, strict=True) if n > 1e-3}
     return costs

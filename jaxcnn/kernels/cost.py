@@ -121,11 +121,11 @@ def candidates(p: Product) -> list[str]:
     else:
         names += ["patches", "rows"]
     if win.ndim == 3:
-        names += ["by_depth"] if of_taps else ["xla"] if p.name == "correlate" else []
+        names += ["by_depth"] if of_taps else [] if win.strided or p.name == "kernel_grad" else ["xla"]
     elif p.name == "kernel_grad":
         names.append("transposed")
     elif p.name == "input_grad" and win.strided:
-        names.append("phases")
+        names += ["phases", "xla"]
     else:
         names += ["xla", "all_threads"] if ONE_THREAD else ["xla"]
         spare = p.name == "correlate" and ONE_THREAD and p.inputs % 2 == 1 and p.inputs > 1
@@ -140,28 +140,42 @@ def candidates(p: Product) -> list[str]:
 
 
 def form(p: Product, lowering: str, kernel: str = "") -> str:
-    """Return which costs of `COSTS` a lowering has; they differ by oneDNN's kernel, and by what vectors run over."""
+    """Return which costs of `COSTS` a lowering has.
+
+    They differ by oneDNN's kernel, by what vectors run over, and where XLA or oneDNN use other code: for 1 × 1 kernels,
+    without padding, with a stride, for kernels with one or two elements per tap.
+    """
+    win, inputs, outputs = p.c.window, p.inputs, p.outputs
+    pointwise = "" if win.entries > 1 else ", 1x1x1" if win.ndim == 3 else ", 1x1"
     of_groups = " of groups" if p.c.groups > 1 else ""
     if lowering == "onednn":
-        strided = ", strided" if p.name == "input_grad" and p.c.window.strided else ""
+        strided = ", strided" if p.name == "input_grad" and win.strided else ""
+        few = ", few channels" if p.name == "kernel_grad" and inputs * outputs <= 2 else ""
         kinds = {
             "ref": "none",
-            "dense:": "own",
+            "dense:": f"own{few}",
             "depthwise:": "depthwise",
             "dw": "depthwise",
             "gemm:": f"gemm{of_groups}",
-            "brg": f"brgemm{strided}{of_groups}",
+            "brg": f"brgemm{strided}{of_groups}{pointwise}",
             "1x1": f"1x1{of_groups}",
             "jit": f"jit{strided}{of_groups}",
         }
         return f"onednn {next((kind for part, kind in kinds.items() if part in kernel), 'none')}"
     if lowering in {"unrolled", "by_position"}:
-        one = p.inputs == p.outputs == 1 if p.name == "kernel_grad" else p.vector == 1
+        one = inputs == outputs == 1 if p.name == "kernel_grad" else p.vector == 1
         if one:
             return f"{lowering}, {'groups' if of_groups else 'columns'}"
         return f"{lowering}, channels{of_groups}"
-    if lowering in {"patches", "products"} and p.c.window.entries == 1:
-        return "pointwise"
+    if lowering in {"patches", "products", "pointwise"}:
+        return f"pointwise{pointwise}" if pointwise else lowering
+    if lowering in {"xla", "all_threads", "spare_channel", "transposed"}:
+        if pointwise:
+            return f"{lowering}{pointwise}"
+        if p.name == "correlate" and win.padded:
+            return f"{lowering}, padded"
+        if p.name == "input_grad" and win.strided:
+            return f"{lowering}, strided"
     return lowering
 
 
@@ -171,8 +185,10 @@ def work(p: Product, lowering: str = "") -> dict[str, float]:
     - call: 1;
     - image, result, kernel: their elements;
     - patches: elements of all image patches, or products of δ with all taps;
+    - odd: patches if what XLA sums over first (channels, or images for `kernel_grad`) is not a multiple of 4;
     - multiply: multiplications;
-    - channels, groups, columns: multiplications if vectors are filled with channels of a group, of all groups, columns;
+    - channels, groups, columns: multiplications, if vectors hold channels of a group, of all groups, or columns;
+    - fours: the same for four channels of a group, which XLA's matrix products process together;
     - row: "channels" per column, as for the elements of a kernel that are read once per row;
     - sums: vectors of sums, one per tap;
     - depth: "channels" in 3-D;
@@ -186,14 +202,18 @@ def work(p: Product, lowering: str = "") -> dict[str, float]:
     positions, columns = (image, win.shape[-1]) if p.name == "input_grad" else (result, win.out[-1])
     multiply = result * win.entries * inputs * p.outputs / 1e6
     channels = multiply * filled(vector)
+    patches = result * win.entries * p.inputs / 1e6
+    summed_channels = {"correlate": p.inputs, "input_grad": p.outputs, "kernel_grad": p.batch}[p.name]
     looped = win.entries > unrolled.LOOPED["taps"] or p.terms > unrolled.LOOPED["terms"]
     amounts: dict[str, float] = {
         "call": 1,
         "image": image * p.inputs / 1e6,
         "result": result * p.outputs / 1e6,
         "kernel": win.entries * inputs * p.outputs / 1e6,
-        "patches": result * win.entries * p.inputs / 1e6,
+        "patches": patches,
+        "odd": patches if summed_channels % 4 else 0,
         "multiply": multiply,
+        "fours": multiply * filled(vector, 4),
         "channels": channels,
         "groups": multiply * filled(vector * groups),
         "columns": multiply * filled(columns),
@@ -210,9 +230,9 @@ def work(p: Product, lowering: str = "") -> dict[str, float]:
     return amounts | {"part": sum(of.values()), "parts": sum(costs)}
 
 
-def filled(n: int) -> float:
-    """Return how many times ``n`` elements the vectors that hold them have."""
-    return -(-n // VECTOR) * VECTOR / n
+def filled(n: int, length: int = VECTOR) -> float:
+    """Return how many times ``n`` elements the vectors of some length have that hold them."""
+    return -(-n // length) * length / n
 
 
 def parts(p: Product, lowering: str) -> dict[Product, int]:

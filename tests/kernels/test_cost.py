@@ -49,7 +49,7 @@ def test_every_candidate_is_a_lowering_with_a_cost():
 
 def test_more_images_cost_more():
     for p in DRAWN:
-        more = dataclasses.replace(p, batch=2 * p.batch)
+        p, more = (dataclasses.replace(p, batch=n * p.batch) for n in (4, 8))  # XLA is slower for other batches
         for name in set(cost.candidates(p)) & set(cost.candidates(more)):
             assert cost.cost(p, name) < cost.cost(more, name) <= 2.01 * cost.cost(p, name), (p, name)
 
@@ -106,6 +106,7 @@ def test_symbolic_batches_count_as_a_number():
         ("dense:avx512", "kernel_grad", 1, 1, "onednn own"),
         ("x64:gemm:jit", "kernel_grad", 1, 1, "onednn gemm"),
         ("x64:gemm:jit", "kernel_grad", 1, 2, "onednn gemm of groups"),
+        ("jit:avx512_core", "kernel_grad", 1, 8, "onednn jit of groups"),
         ("brg_fwd:avx512_core+brgconv_1x1:avx512_core", "input_grad", 1, 1, "onednn brgemm"),
         ("brgconv_strided:avx512_core", "input_grad", 2, 1, "onednn brgemm, strided"),
     ],
@@ -115,6 +116,29 @@ def test_kernels_of_onednn(kernel, name, stride, groups, form):
     p = of_shape((9, 9), 3, 8, 8, name=name, stride=stride, groups=groups)
     assert cost.form(p, "onednn", kernel) == form
     assert (cost.cost(p, "onednn", kernel) < math.inf) == (form not in {"onednn none", "onednn gemm of groups"})
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "inputs", "outputs", "stride", "padding", "lowering", "form"),
+    [
+        ("correlate", 1, 8, 8, 1, 0, "xla", "xla, 1x1"),
+        ("correlate", 3, 8, 8, 1, 0, "xla", "xla"),
+        ("correlate", 3, 8, 8, 1, 1, "xla", "xla, padded"),
+        ("input_grad", 3, 8, 8, 1, 1, "all_threads", "all_threads"),
+        ("input_grad", 3, 8, 8, 2, 1, "xla", "xla, strided"),
+        ("input_grad", 1, 8, 8, 1, 0, "products", "pointwise, 1x1"),
+        ("kernel_grad", 3, 8, 8, 1, 0, "patches", "patches"),
+        ("correlate", 3, 8, 1, 1, 0, "unrolled", "unrolled, columns"),
+        ("correlate", 3, 1, 8, 1, 0, "unrolled", "unrolled, channels"),
+        ("input_grad", 3, 1, 8, 1, 0, "unrolled", "unrolled, columns"),
+        ("kernel_grad", 3, 1, 8, 1, 0, "unrolled", "unrolled, channels"),
+        ("kernel_grad", 3, 1, 1, 1, 0, "by_position", "by_position, columns"),
+    ],
+)
+def test_forms_of_lowerings_in_xla(name, size, inputs, outputs, stride, padding, lowering, form):
+    p = of_shape((9, 9), size, inputs, outputs, name=name, stride=stride, padding=padding)
+    assert cost.form(p, lowering) == form
+    assert (name, form) in measured.COSTS
 
 
 @pytest.mark.parametrize(
@@ -206,11 +230,12 @@ def test_costs_of_parts_have_no_calls():
         (of_shape((8, 8), 1, 64, 64), {"pointwise", "xla"}),
         (of_shape((8, 8), 1, 64, 64, padding=1), {"patches", "xla"}),
         (of_shape((8, 8, 8), 1, 64, 64), {"pointwise", "xla"}),
-        (of_shape((8, 8, 8), 1, 64, 64, name="input_grad"), {"pointwise"}),
+        (of_shape((8, 8, 8), 1, 64, 64, name="input_grad"), {"pointwise", "xla"}),
+        (of_shape((8, 8, 8), 1, 64, 64, name="kernel_grad"), {"pointwise"}),
         (of_shape((8, 8, 8), 3, 64, 64), {"patches", "by_depth"}),
         (of_shape((64, 64), 3, 64, 64, batch=16), {"xla"}),  # patches of the whole batch would be too large
         (of_shape((64, 64), 3, 8, 8, name="input_grad"), {"products", "xla", "unrolled"}),
-        (of_shape((64, 64), 3, 64, 64, name="input_grad", stride=2), {"products", "phases"}),
+        (of_shape((64, 64), 3, 64, 64, name="input_grad", stride=2), {"products", "phases", "xla"}),
         (of_shape((512, 512), 3, 8, 64, name="input_grad"), {"xla"}),  # so would products of one image
         (of_shape((64, 64), 3, 1, 8, name="kernel_grad"), {"patches", "rows", "transposed", "unrolled", "by_position"}),
         (of_shape((8, 8), 3, 64, 64, groups=4), {"by_group"}),
