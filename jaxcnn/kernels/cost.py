@@ -142,8 +142,8 @@ def candidates(p: Product) -> list[str]:
 def form(p: Product, lowering: str, kernel: str = "") -> str:
     """Return which costs of `COSTS` a lowering has.
 
-    They differ by oneDNN's kernel, by what vectors run over, and where XLA or oneDNN use other code: for 1 × 1 kernels,
-    without padding, with a stride, for kernels with one or two elements per tap.
+    They differ by oneDNN's kernel, by what vectors run over, and where XLA or oneDNN run other code: for 1 × 1 kernels,
+    padding, a stride, few outputs, or few channels.
     """
     win, inputs, outputs = p.c.window, p.inputs, p.outputs
     pointwise = "" if win.entries > 1 else ", 1x1x1" if win.ndim == 3 else ", 1x1"
@@ -172,10 +172,12 @@ def form(p: Product, lowering: str, kernel: str = "") -> str:
     if lowering in {"xla", "all_threads", "spare_channel", "transposed"}:
         if pointwise:
             return f"{lowering}{pointwise}"
-        if p.name == "correlate" and win.padded:
-            return f"{lowering}, padded"
         if p.name == "input_grad" and win.strided:
             return f"{lowering}, strided"
+        if p.name != "kernel_grad" and outputs < 4:
+            return f"{lowering}, {'padded, ' if p.name == 'correlate' and win.padded else ''}few outputs"
+        if p.name == "correlate" and win.padded:
+            return f"{lowering}, padded"
     return lowering
 
 

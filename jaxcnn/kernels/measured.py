@@ -1,18 +1,26 @@
 """Costs of the lowerings' work on CPU, fitted by ``python -m experiments.benchmarks.lowerings``.
 
 They are fitted to the times of 1,921 products of drawn convolutions in float32, on 2 cores of an AMD EPYC with AVX-512,
-with jaxlib 0.10.2 and oneDNN. In cross-validation, the chosen lowerings take 1.09 (correlate), 1.11 (input_grad) and
-1.05 times (kernel_grad) as long as the fastest with oneDNN, and 1.14, 1.14 and 1.25 times without (geometric means).
+with jaxlib 0.10.2 and oneDNN. In cross-validation, the chosen lowerings take 1.10 (correlate), 1.11 (input_grad) and
+1.05 times (kernel_grad) as long as the fastest with oneDNN, and 1.14, 1.13 and 1.25 times without (geometric means).
 """
 
 #: For each product and form of a lowering (`cost.form`), the cost of a unit of each kind of work (`cost.work`): of a
 #: call, a term or a part in microseconds, of parts relative to their own cost, and otherwise in picoseconds.
 COSTS: dict[tuple[str, str], dict[str, float]] = {
-    ("correlate", "all_threads"): {"call": 43.0, "result": 92.2, "kernel": 731.0, "patches": 411.0, "channels": 5.78},
+    ("correlate", "all_threads"): {"call": 39.8, "result": 88.5, "kernel": 718.0, "patches": 382.0, "channels": 5.77},
     ("correlate", "all_threads, 1x1"): {"call": 37.7, "result": 146.0, "patches": 185.0, "channels": 5.38},
-    ("correlate", "all_threads, padded"): {"call": 72.1, "result": 134.0, "patches": 90.7, "odd": 124.0, "fours": 5.81},
-    ("correlate", "by_depth"): {"result": 230.0, "parts": 1.66},
-    ("correlate", "by_group"): {"image": 411.0, "result": 213.0, "kernel": 1630.0, "parts": 0.839, "part": 11.1},
+    ("correlate", "all_threads, few outputs"): {
+        "image": 947.0,
+        "result": 12200.0,
+        "patches": 72.1,
+        "odd": 209.0,
+        "multiply": 0.306,
+    },
+    ("correlate", "all_threads, padded"): {"call": 65.3, "image": 249.0, "result": 122.0, "odd": 152.0, "fours": 6.22},
+    ("correlate", "all_threads, padded, few outputs"): {"call": 59.6, "result": 20800.0, "odd": 164.0},
+    ("correlate", "by_depth"): {"result": 211.0, "kernel": 6940.0, "parts": 1.6},
+    ("correlate", "by_group"): {"image": 298.0, "result": 183.0, "parts": 1.04, "part": 11.9},
     ("correlate", "onednn brgemm"): {"call": 21.8, "image": 71.8, "channels": 3.74, "row": 13.7, "sums": 5.15},
     ("correlate", "onednn brgemm of groups"): {
         "call": 28.3,
@@ -30,14 +38,27 @@ COSTS: dict[tuple[str, str], dict[str, float]] = {
     ("correlate", "pointwise"): {"call": 30.8, "image": 87.8, "result": 61.2, "multiply": 5.87},
     ("correlate", "pointwise, 1x1"): {"call": 30.7, "result": 54.9, "patches": 75.3, "multiply": 5.97},
     ("correlate", "pointwise, 1x1x1"): {"call": 160.0, "result": 49.5, "patches": 217.0, "multiply": 3.29},
-    ("correlate", "spare_channel"): {"call": 44.9, "image": 178.0, "result": 147.0, "odd": 144.0, "multiply": 7.67},
+    ("correlate", "spare_channel"): {"call": 44.7, "result": 169.0, "kernel": 486.0, "odd": 188.0, "fours": 6.34},
     ("correlate", "spare_channel, 1x1"): {"call": 38.4, "result": 182.0, "odd": 261.0, "multiply": 4.67},
+    ("correlate", "spare_channel, few outputs"): {
+        "call": 15.6,
+        "image": 275.0,
+        "result": 16700.0,
+        "kernel": 11600.0,
+        "odd": 84.2,
+    },
     ("correlate", "spare_channel, padded"): {
-        "call": 72.3,
-        "image": 367.0,
-        "result": 202.0,
-        "patches": 80.1,
-        "fours": 6.92,
+        "call": 71.5,
+        "result": 289.0,
+        "kernel": 347.0,
+        "odd": 107.0,
+        "fours": 6.31,
+    },
+    ("correlate", "spare_channel, padded, few outputs"): {
+        "call": 60.7,
+        "image": 329.0,
+        "result": 15000.0,
+        "channels": 6.0,
     },
     ("correlate", "unrolled, channels"): {
         "call": 22.7,
@@ -49,14 +70,17 @@ COSTS: dict[tuple[str, str], dict[str, float]] = {
     ("correlate", "unrolled, channels of groups"): {"call": 14.5, "result": 239.0, "multiply": 28.7, "looped": 15.5},
     ("correlate", "unrolled, columns"): {"call": 18.4, "image": 78.0, "multiply": 35.8, "term": 0.197, "looped": 144.0},
     ("correlate", "unrolled, groups"): {"call": 32.8, "multiply": 37.8, "looped": 34.5},
-    ("correlate", "xla"): {"call": 21.6, "result": 37.8, "patches": 380.0, "fours": 6.3},
+    ("correlate", "xla"): {"call": 19.1, "result": 35.2, "patches": 419.0, "fours": 5.76},
     ("correlate", "xla, 1x1"): {"call": 10.8, "result": 54.6, "patches": 114.0, "odd": 66.7, "fours": 6.4},
     ("correlate", "xla, 1x1x1"): {"call": 38.1, "odd": 10.1, "channels": 3.72},
-    ("correlate", "xla, padded"): {"call": 28.8, "result": 92.4, "patches": 84.2, "odd": 107.0, "fours": 4.84},
-    ("input_grad", "all_threads"): {"call": 87.3, "result": 636.0, "kernel": 1420.0, "odd": 46.0, "channels": 7.76},
+    ("correlate", "xla, few outputs"): {"call": 8.0, "image": 532.0, "result": 6410.0, "odd": 141.0, "channels": 3.3},
+    ("correlate", "xla, padded"): {"call": 23.6, "image": 237.0, "result": 85.2, "odd": 142.0, "fours": 5.29},
+    ("correlate", "xla, padded, few outputs"): {"call": 39.5, "result": 12200.0, "odd": 104.0, "channels": 0.82},
+    ("input_grad", "all_threads"): {"call": 96.3, "result": 399.0, "kernel": 1440.0, "channels": 8.4},
     ("input_grad", "all_threads, 1x1"): {"call": 39.8, "result": 193.0, "patches": 127.0, "fours": 6.47},
-    ("input_grad", "by_depth"): {"image": 380.0, "parts": 1.41},
-    ("input_grad", "by_group"): {"parts": 1.51, "part": 12.2},
+    ("input_grad", "all_threads, few outputs"): {"call": 36.9, "result": 20100.0, "channels": 24.9},
+    ("input_grad", "by_depth"): {"image": 362.0, "parts": 1.41},
+    ("input_grad", "by_group"): {"image": 281.0, "result": 137.0, "parts": 1.2, "part": 11.1},
     ("input_grad", "onednn brgemm"): {"call": 22.0, "result": 177.0, "kernel": 641.0, "channels": 3.41, "sums": 11.6},
     ("input_grad", "onednn brgemm of groups"): {
         "call": 24.1,
@@ -97,7 +121,7 @@ COSTS: dict[tuple[str, str], dict[str, float]] = {
         "kernel": 566.0,
         "channels": 4.45,
     },
-    ("input_grad", "phases"): {"image": 244.0, "result": 284.0, "kernel": 635.0, "parts": 0.997, "part": 10.4},
+    ("input_grad", "phases"): {"image": 227.0, "result": 317.0, "kernel": 558.0, "parts": 1.07, "part": 10.4},
     ("input_grad", "pointwise"): {"call": 25.2, "image": 55.1, "result": 82.2, "multiply": 6.99},
     ("input_grad", "pointwise, 1x1"): {"call": 24.7, "image": 55.9, "result": 74.3, "multiply": 7.04},
     ("input_grad", "pointwise, 1x1x1"): {"call": 139.0, "result": 88.5, "channels": 5.57},
@@ -112,9 +136,10 @@ COSTS: dict[tuple[str, str], dict[str, float]] = {
     ("input_grad", "unrolled, channels of groups"): {"call": 50.4, "multiply": 27.0, "groups": 23.2, "looped": 47.5},
     ("input_grad", "unrolled, columns"): {"call": 17.1, "result": 42.6, "columns": 49.0, "term": 0.49},
     ("input_grad", "unrolled, groups"): {"result": 234.0, "multiply": 33.6, "term": 3.66, "looped": 46.6},
-    ("input_grad", "xla"): {"call": 48.2, "result": 430.0, "odd": 30.7, "channels": 6.66},
+    ("input_grad", "xla"): {"call": 49.3, "result": 335.0, "kernel": 745.0, "odd": 23.3, "channels": 5.97},
     ("input_grad", "xla, 1x1"): {"call": 10.6, "result": 151.0, "odd": 44.8, "multiply": 8.67},
     ("input_grad", "xla, 1x1x1"): {"image": 55.4, "result": 38.2, "kernel": 32100.0, "odd": 72.8, "channels": 0.834},
+    ("input_grad", "xla, few outputs"): {"call": 19.9, "result": 10100.0, "channels": 17.5},
     ("input_grad", "xla, strided"): {"call": 14.5, "kernel": 2350.0, "patches": 503.0, "channels": 1.3},
     ("kernel_grad", "by_depth"): {"kernel": 12200.0, "parts": 1.17},
     ("kernel_grad", "by_group"): {"result": 565.0, "kernel": 1550.0, "patches": 80.5, "parts": 0.563, "part": 2.37},

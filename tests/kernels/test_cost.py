@@ -124,6 +124,8 @@ def test_kernels_of_onednn(kernel, name, stride, groups, form):
         ("correlate", 1, 8, 8, 1, 0, "xla", "xla, 1x1"),
         ("correlate", 3, 8, 8, 1, 0, "xla", "xla"),
         ("correlate", 3, 8, 8, 1, 1, "xla", "xla, padded"),
+        ("correlate", 3, 8, 3, 1, 1, "xla", "xla, padded, few outputs"),
+        ("input_grad", 3, 8, 3, 1, 1, "xla", "xla, few outputs"),
         ("input_grad", 3, 8, 8, 1, 1, "all_threads", "all_threads"),
         ("input_grad", 3, 8, 8, 2, 1, "xla", "xla, strided"),
         ("input_grad", 1, 8, 8, 1, 0, "products", "pointwise, 1x1"),
@@ -179,6 +181,9 @@ def test_work_is_counted_as_in_loops():
     np.testing.assert_allclose([work[kind] for kind in filled], [multiplied * n for n in filled.values()])
     np.testing.assert_allclose(work["row"], multiplied * 16 / 3 / 2)
     np.testing.assert_allclose(work["sums"], 2 * 3 * 2 * 9 * 2 * 16)  # images, positions, taps, groups, a vector
+    np.testing.assert_allclose(work["fours"], multiplied * 4 / 3)
+    assert work["odd"] == 0
+    assert cost.work(dataclasses.replace(p, inputs=6))["odd"] == cost.work(dataclasses.replace(p, inputs=6))["patches"]
     assert cost.work(p)["call"] == 1
     assert cost.work(p)["term"] == 9 * 2
     assert work["depth"] == work["looped"] == 0
