@@ -32,10 +32,8 @@ NUMBERS = 5
 """Largest number of costs of a lowering."""
 FOLDS = 4
 """Parts of the products for cross-validation: the lowerings of each are chosen by costs fitted to the others."""
-XLA_COST = 0.8
-"""Factor of XLA's convolution: where another lowering is hardly faster, the program is that of stock JAX."""
-OTHER_COST = 1.15
-"""Factor of lowerings in XLA except its convolution: oneDNN's compile ten times as fast."""
+XLA_COST = 1.15
+"""Factor of lowerings in XLA: oneDNN's compile ten times as fast."""
 SPREAD_COST = 0.3
 """The cost of a lowering is multiplied by exp(this · σ²), where σ is the spread of the logarithms of its times."""
 
@@ -301,7 +299,7 @@ def fit(table: Sequence[Measured]) -> Table:
         work = np.array([[of[kind] for kind in names] for of in amounts])
         times, least = (np.array([row[i] for row in forms[key]]) * 1e6 for i in (2, 3))
         found, spread = least_squares(work, times, (least / times) ** 0.4, names)
-        factor = XLA_COST if key[1].startswith("xla") else 1 if key[1].startswith("onednn") else OTHER_COST
+        factor = 1 if key[1].startswith("onednn") else XLA_COST
         factor *= math.exp(SPREAD_COST * spread**2)
         costs[key] = {kind: float(f"{n * factor:.3g}") for kind, n in zip(names, found, strict=True) if n > 1e-3}
     return costs
