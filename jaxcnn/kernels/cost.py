@@ -39,6 +39,10 @@ UNROLLED_MULTIPLICATIONS = 640
 #: Up to this many groups of few channels have a product each; more would become a long program.
 MAX_GROUPS = 8
 
+#: At least this many groups are joined: devices sum all products of a batch that is split over them, including those
+#: that are dropped afterwards.
+LEAST_JOINED = 4
+
 #: Up to this many outputs per input, a depthwise kernel has lowerings of its own; they repeat the image for each.
 MAX_MULTIPLIER = 4
 
@@ -105,7 +109,7 @@ def candidates(p: Product) -> list[str]:
         if p.name == "kernel_grad":
             depthwise = groups == p.inputs and p.outputs <= MAX_MULTIPLIER * p.inputs
             names = ["by_position", "unrolled"] if depthwise else []
-            names += ["joined"] if joined_groups(p.c, p.inputs, p.outputs) > 1 else []
+            names += ["joined"] if joined_groups(p.c, p.inputs, p.outputs) >= LEAST_JOINED else []
         few_groups = groups <= MAX_GROUPS and win.entries <= MAX_SLICES
         return names + (["by_group"] if not names or few_groups else [])
     names = []

@@ -1,8 +1,9 @@
 """Costs of the lowerings' work on CPU, fitted by ``python -m experiments.benchmarks.lowerings``.
 
 They are fitted to the times of 2,428 products of drawn convolutions and nets in float32, on 2 cores of an AMD EPYC with
-AVX-512, with jaxlib 0.10.2 and oneDNN. In cross-validation, the chosen lowerings take 1.07 (correlate), 1.11 (input_grad) and
-1.04 times (kernel_grad) as long as the fastest with oneDNN, and 1.07, 1.08 and 1.22 times without (geometric means).
+AVX-512, with jaxlib 0.10.2 and oneDNN. In cross-validation, the chosen lowerings take 1.07 (correlate), 1.11
+(input_grad) and 1.04 times (kernel_grad) as long as the fastest with oneDNN, and 1.07, 1.08 and 1.22 times without
+(geometric means).
 """
 
 #: For each product and form of a lowering (`cost.form`), the cost of a unit of each kind of work (`cost.work`): of a
