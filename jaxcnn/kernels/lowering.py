@@ -1,9 +1,9 @@
 """Shared parts of the lowerings of the three products: dispatch by platform, and conditions for the choice.
 
 The products are in `correlate`, `input_grad` and `kernel_grad`. Each has several *lowerings*, functions with the same
-signature, in one table per file. The file's `choose_…` functions pick one per platform by static shape. Platforms
-without a choice run "xla": one `lax.conv_general_dilated`. Its padding is never negative, because XLA:CPU computes
-negative padding incorrectly (openxla/xla#48713).
+signature, in one table per file. The file's `choose_…` functions pick one per platform by static shape: on CPU the one
+with the smallest `cost`. Platforms without a choice run "xla": one `lax.conv_general_dilated`. Its padding is never
+negative, because XLA:CPU computes negative padding incorrectly (openxla/xla#48713).
 """
 
 import dataclasses
@@ -115,12 +115,12 @@ def is_small(c: Correlation, batch: int, inputs: int, outputs: int) -> bool:
 
     Grouped convolutions are excluded: XLA:CPU joins the groups, so a NaN or infinity in one reaches all of them.
     """
-    return c.groups == 1 and known_at_most(multiplications(c, batch, c.window.out, inputs, outputs), SMALL)
+    return c.groups == 1 and known_at_most(multiplications(c, batch, inputs, outputs), SMALL)
 
 
-def multiplications(c: Correlation, batch: int, positions: tuple[int, ...], inputs: int, outputs: int) -> int:
+def multiplications(c: Correlation, batch: int, inputs: int, outputs: int) -> int:
     """Return the number of multiplications of a product with one group."""
-    return batch * math.prod(positions) * c.window.entries * inputs * outputs
+    return batch * math.prod(c.window.out) * c.window.entries * inputs * outputs
 
 
 def one_loop_on_gpu(c: Correlation, inputs: int, outputs: int) -> bool:
@@ -144,7 +144,7 @@ def winograd_pays(c: Correlation, a: Array, inputs: int, outputs: int, *, one_bl
             return False
     elif c.window.size != (5, 5):
         return False
-    direct = multiplications(c, a.shape[0], c.window.out, inputs, outputs)
+    direct = multiplications(c, a.shape[0], inputs, outputs)
     return direct >= 2 * winograd.cost(c, a.shape[0], inputs, outputs)
 
 
