@@ -114,7 +114,9 @@ def candidates(p: Product) -> list[str]:
         return names + (["by_group"] if not names or few_groups else [])
     names = []
     if not of_taps:
-        names.append("pointwise")
+        # XLA's matrix products with up to three terms take up to twenty times as long as its convolution.
+        slow = p.name == "input_grad" and p.outputs < 4 and (win.ndim < 3 or not win.strided)
+        names += [] if slow else ["pointwise"]
     elif p.name == "correlate":
         patches = p.batch * math.prod(win.out) * win.entries * p.inputs
         arrays = p.batch * (math.prod(win.shape) * p.inputs + math.prod(win.out) * p.outputs)
@@ -170,7 +172,7 @@ def form(p: Product, lowering: str, kernel: str = "") -> str:
         one = inputs == outputs == 1 if p.name == "kernel_grad" else p.vector == 1
         if one:
             return f"{lowering}, {'groups' if of_groups else 'columns'}"
-        return f"{lowering}, channels{of_groups}"
+        return f"{lowering}, channels{of_groups}{pointwise}"
     if lowering in {"patches", "products", "pointwise"}:
         return f"pointwise{pointwise}" if pointwise else lowering
     if lowering in {"xla", "all_threads", "spare_channel", "transposed"}:

@@ -1,8 +1,8 @@
 """Costs of the lowerings' work on CPU, fitted by ``python -m experiments.benchmarks.lowerings``.
 
 They are fitted to the times of 2,428 products of drawn convolutions and nets in float32, on 2 cores of an AMD EPYC with
-AVX-512, with jaxlib 0.10.2 and oneDNN. In cross-validation, the chosen lowerings take 1.07 (correlate), 1.11
-(input_grad) and 1.04 times (kernel_grad) as long as the fastest with oneDNN, and 1.07, 1.08 and 1.22 times without
+AVX-512, with jaxlib 0.10.2 and oneDNN. In cross-validation, the chosen lowerings take 1.07 (correlate), 1.10
+(input_grad) and 1.05 times (kernel_grad) as long as the fastest with oneDNN, and 1.08, 1.08 and 1.22 times without
 (geometric means).
 """
 
@@ -20,8 +20,8 @@ COSTS: dict[tuple[str, str], dict[str, float]] = {
     },
     ("correlate", "all_threads, padded"): {"call": 66.0, "image": 218.0, "result": 124.0, "odd": 166.0, "fours": 6.15},
     ("correlate", "all_threads, padded, few outputs"): {"call": 59.6, "result": 20800.0, "odd": 164.0},
-    ("correlate", "by_depth"): {"result": 260.0, "parts": 1.55},
-    ("correlate", "by_group"): {"image": 673.0, "result": 245.0, "parts": 0.975, "part": 7.54},
+    ("correlate", "by_depth"): {"result": 215.0, "parts": 1.54},
+    ("correlate", "by_group"): {"image": 688.0, "result": 240.0, "parts": 0.962, "part": 7.78},
     ("correlate", "onednn brgemm"): {"call": 24.7, "image": 70.0, "channels": 3.63, "row": 11.9, "sums": 5.47},
     ("correlate", "onednn brgemm of groups"): {
         "call": 28.4,
@@ -67,7 +67,13 @@ COSTS: dict[tuple[str, str], dict[str, float]] = {
         "result": 15000.0,
         "channels": 6.0,
     },
-    ("correlate", "unrolled, channels"): {"call": 25.0, "result": 20.1, "multiply": 13.2, "channels": 4.65},
+    ("correlate", "unrolled, channels"): {
+        "call": 21.3,
+        "image": 51.5,
+        "multiply": 19.3,
+        "channels": 3.01,
+        "looped": 14.2,
+    },
     ("correlate", "unrolled, channels of groups"): {
         "call": 13.5,
         "image": 263.0,
@@ -75,6 +81,14 @@ COSTS: dict[tuple[str, str], dict[str, float]] = {
         "multiply": 24.4,
         "looped": 19.6,
     },
+    ("correlate", "unrolled, channels, 1x1"): {
+        "call": 23.6,
+        "image": 87.0,
+        "result": 37.4,
+        "multiply": 7.83,
+        "term": 0.691,
+    },
+    ("correlate", "unrolled, channels, 1x1x1"): {"call": 23.9, "result": 63.9, "multiply": 13.4},
     ("correlate", "unrolled, columns"): {"call": 18.4, "image": 78.0, "multiply": 35.8, "term": 0.197, "looped": 144.0},
     ("correlate", "unrolled, groups"): {"call": 35.8, "multiply": 27.0, "groups": 7.23, "looped": 13.7},
     ("correlate", "xla"): {"call": 29.1, "patches": 365.0, "odd": 168.0, "channels": 9.21},
@@ -86,8 +100,8 @@ COSTS: dict[tuple[str, str], dict[str, float]] = {
     ("input_grad", "all_threads"): {"call": 102.0, "result": 363.0, "kernel": 1670.0, "channels": 8.11},
     ("input_grad", "all_threads, 1x1"): {"call": 41.7, "result": 184.0, "patches": 129.0, "fours": 5.79},
     ("input_grad", "all_threads, few outputs"): {"call": 36.9, "result": 20100.0, "channels": 24.9},
-    ("input_grad", "by_depth"): {"image": 363.0, "parts": 1.29},
-    ("input_grad", "by_group"): {"image": 287.0, "result": 126.0, "parts": 1.21, "part": 10.8},
+    ("input_grad", "by_depth"): {"image": 184.0, "parts": 1.33},
+    ("input_grad", "by_group"): {"image": 242.0, "result": 125.0, "parts": 1.23, "part": 10.8},
     ("input_grad", "onednn brgemm"): {"call": 24.8, "result": 175.0, "kernel": 662.0, "channels": 3.46, "sums": 11.3},
     ("input_grad", "onednn brgemm of groups"): {
         "call": 23.6,
@@ -128,13 +142,21 @@ COSTS: dict[tuple[str, str], dict[str, float]] = {
         "kernel": 592.0,
         "channels": 4.34,
     },
-    ("input_grad", "phases"): {"image": 235.0, "result": 338.0, "kernel": 519.0, "parts": 0.958, "part": 10.4},
+    ("input_grad", "phases"): {"image": 230.0, "result": 327.0, "kernel": 516.0, "parts": 0.96, "part": 10.6},
     ("input_grad", "pointwise"): {"call": 25.2, "image": 55.1, "result": 82.2, "multiply": 6.99},
     ("input_grad", "pointwise, 1x1"): {"call": 24.5, "image": 57.7, "result": 72.8, "multiply": 6.1},
     ("input_grad", "pointwise, 1x1x1"): {"call": 139.0, "result": 88.5, "channels": 5.57},
     ("input_grad", "products"): {"call": 21.2, "result": 159.0, "kernel": 381.0, "patches": 295.0, "multiply": 5.77},
-    ("input_grad", "unrolled, channels"): {"call": 12.9, "multiply": 59.9, "term": 0.946},
+    ("input_grad", "unrolled, channels"): {"call": 9.62, "image": 143.0, "multiply": 54.4, "term": 0.764},
     ("input_grad", "unrolled, channels of groups"): {"call": 55.8, "multiply": 36.1, "groups": 17.2, "looped": 52.5},
+    ("input_grad", "unrolled, channels, 1x1"): {
+        "call": 7.42,
+        "image": 14.0,
+        "result": 99.4,
+        "multiply": 36.1,
+        "term": 1.4,
+    },
+    ("input_grad", "unrolled, channels, 1x1x1"): {"image": 29.5, "multiply": 20.7, "channels": 1.14, "term": 2.16},
     ("input_grad", "unrolled, columns"): {"call": 17.1, "result": 62.1, "columns": 48.2, "term": 0.469},
     ("input_grad", "unrolled, groups"): {"result": 150.0, "multiply": 35.5, "term": 4.08},
     ("input_grad", "xla"): {"call": 73.8, "result": 363.0, "kernel": 1010.0, "odd": 25.9, "channels": 9.25},
@@ -142,15 +164,16 @@ COSTS: dict[tuple[str, str], dict[str, float]] = {
     ("input_grad", "xla, 1x1x1"): {"image": 79.7, "result": 54.9, "kernel": 46100.0, "odd": 105.0, "channels": 1.2},
     ("input_grad", "xla, few outputs"): {"call": 28.6, "result": 14500.0, "channels": 25.2},
     ("input_grad", "xla, strided"): {"call": 23.9, "kernel": 4000.0, "patches": 670.0, "channels": 2.28},
-    ("kernel_grad", "by_depth"): {"image": 250.0, "parts": 1.2},
-    ("kernel_grad", "by_group"): {"result": 556.0, "kernel": 1390.0, "patches": 70.0, "parts": 0.613, "part": 2.25},
-    ("kernel_grad", "by_position, channels"): {"call": 30.0, "result": 423.0, "multiply": 99.8, "channels": 28.3},
+    ("kernel_grad", "by_depth"): {"image": 248.0, "parts": 1.19},
+    ("kernel_grad", "by_group"): {"result": 556.0, "kernel": 1390.0, "patches": 69.9, "parts": 0.613, "part": 2.25},
+    ("kernel_grad", "by_position, channels"): {"call": 28.0, "result": 799.0, "multiply": 75.3, "channels": 28.2},
     ("kernel_grad", "by_position, channels of groups"): {
         "result": 835.0,
         "multiply": 34.5,
         "groups": 41.6,
         "partial": 1140.0,
     },
+    ("kernel_grad", "by_position, channels, 1x1"): {"result": 229.0, "channels": 293.0, "partial": 9320.0},
     ("kernel_grad", "by_position, columns"): {"call": 32.7, "columns": 133.0},
     ("kernel_grad", "joined"): {"parts": 1.01},
     ("kernel_grad", "onednn 1x1"): {"call": 16.7, "image": 64.9, "kernel": 761.0, "channels": 4.36, "sums": 29.8},
@@ -179,13 +202,9 @@ COSTS: dict[tuple[str, str], dict[str, float]] = {
     ("kernel_grad", "rows"): {"call": 12.1, "image": 709.0, "result": 343.0, "patches": 300.0, "channels": 7.35},
     ("kernel_grad", "transposed"): {"image": 1020.0, "result": 432.0, "patches": 157.0, "odd": 373.0, "multiply": 11.2},
     ("kernel_grad", "transposed, 1x1"): {"call": 13.4, "result": 240.0, "channels": 50.0},
-    ("kernel_grad", "unrolled, channels"): {
-        "call": 17.8,
-        "image": 139.0,
-        "multiply": 62.1,
-        "channels": 13.8,
-        "term": 0.756,
-    },
+    ("kernel_grad", "unrolled, channels"): {"call": 11.0, "multiply": 66.2, "channels": 15.8, "term": 1.36},
     ("kernel_grad", "unrolled, channels of groups"): {"call": 20.1, "multiply": 115.0, "groups": 18.6},
+    ("kernel_grad", "unrolled, channels, 1x1"): {"call": 22.3, "image": 410.0, "multiply": 58.2},
+    ("kernel_grad", "unrolled, channels, 1x1x1"): {"multiply": 223.0},
     ("kernel_grad", "unrolled, columns"): {"call": 21.7, "image": 416.0, "columns": 86.2},
 }

@@ -132,6 +132,7 @@ def test_kernels_of_onednn(kernel, name, stride, groups, form):
         ("kernel_grad", 3, 8, 8, 1, 0, "patches", "patches"),
         ("correlate", 3, 8, 1, 1, 0, "unrolled", "unrolled, columns"),
         ("correlate", 3, 1, 8, 1, 0, "unrolled", "unrolled, channels"),
+        ("correlate", 1, 1, 8, 1, 0, "unrolled", "unrolled, channels, 1x1"),
         ("input_grad", 3, 1, 8, 1, 0, "unrolled", "unrolled, columns"),
         ("kernel_grad", 3, 1, 8, 1, 0, "unrolled", "unrolled, channels"),
         ("kernel_grad", 3, 1, 1, 1, 0, "by_position", "by_position, columns"),
@@ -234,6 +235,8 @@ def test_costs_of_parts_have_no_calls():
     [
         (of_shape((8, 8), 1, 64, 64), {"pointwise", "xla"}),
         (of_shape((8, 8), 1, 64, 64, padding=1), {"patches", "xla"}),
+        (of_shape((8, 8), 1, 64, 3, name="input_grad"), {"xla", "unrolled"}),
+        (of_shape((8, 8, 8), 1, 64, 3, name="input_grad", stride=2), {"pointwise", "unrolled"}),
         (of_shape((8, 8, 8), 1, 64, 64), {"pointwise", "xla"}),
         (of_shape((8, 8, 8), 1, 64, 64, name="input_grad"), {"pointwise", "xla"}),
         (of_shape((8, 8, 8), 1, 64, 64, name="kernel_grad"), {"pointwise"}),
