@@ -287,7 +287,10 @@ def fit(table: Sequence[Measured]) -> Table:
 
     forms: dict[Key, list[tuple[Product, str, float, float]]] = {}
     for one in table:
+        candidates = {"onednn", *cost.candidates(one.product)}
         for name, seconds in one.seconds.items():
+            if name not in candidates:  # it was one when the file was written
+                continue
             p = swapped(one.product) if name == "onednn" else one.product
             forms.setdefault((p.name, cost.form(p, name, one.kernel)), []).append((p, name, seconds, one.least))
     costs: Table = {**COSTS}

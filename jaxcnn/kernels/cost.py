@@ -138,7 +138,7 @@ def candidates(p: Product) -> list[str]:
         names += ["spare_channel"] if spare else []
     if p.terms <= unrolled.TERMS and p.terms * p.vector <= UNROLLED_MULTIPLICATIONS:
         names.append("unrolled")
-    return names + (["by_position"] if p.name == "kernel_grad" and p.inputs == 1 else [])
+    return names + (["by_position"] if p.name == "kernel_grad" and p.inputs == 1 < win.entries else [])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,22 +157,23 @@ def form(p: Product, lowering: str, kernel: str = "") -> str:
     if lowering == "onednn":
         strided = ", strided" if p.name == "input_grad" and win.strided else ""
         few = ", few channels" if p.name == "kernel_grad" and inputs * outputs <= 2 else ""
+        matrix = f"brgemm{strided or of_groups or pointwise}" if p.name != "kernel_grad" else f"jit{of_groups}"
         kinds = {
             "ref": "none",
             "dense:": f"own{few}",
             "depthwise:": "depthwise",
             "dw": "depthwise",
             "gemm:": f"gemm{of_groups}",
-            "brg": f"brgemm{strided}{of_groups}{pointwise}",
-            "1x1": f"1x1{of_groups}",
-            "jit": f"jit{strided}{of_groups}",
+            "1x1": "1x1" if p.name == "kernel_grad" and not of_groups else matrix,
+            "brg": matrix,
+            "jit": f"jit{strided or of_groups}",
         }
         return f"onednn {next((kind for part, kind in kinds.items() if part in kernel), 'none')}"
     if lowering in {"unrolled", "by_position"}:
         one = inputs == outputs == 1 if p.name == "kernel_grad" else p.vector == 1
         if one:
             return f"{lowering}, {'groups' if of_groups else 'columns'}"
-        return f"{lowering}, channels{of_groups}{pointwise}"
+        return f"{lowering}, channels{of_groups or pointwise}"
     if lowering in {"patches", "products", "pointwise"}:
         return f"pointwise{pointwise}" if pointwise else lowering
     if lowering in {"xla", "all_threads", "spare_channel", "transposed"}:

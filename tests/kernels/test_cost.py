@@ -47,6 +47,25 @@ def test_every_candidate_is_a_lowering_with_a_cost():
             assert 0 < cost.cost(p, name) < math.inf, (p, name)
 
 
+@pytest.mark.parametrize("name", TABLES)
+def test_every_geometry_has_candidates_with_a_cost(name):
+    """Also geometries that are not drawn, such as 1 × 1 kernels of groups, and kernels of oneDNN for other CPUs."""
+    kernels = [f"{kind}:{isa}" for kind in ("jit", "jit_1x1", "brgconv", "jit_dw") for isa in ("avx2", "avx512_core")]
+    sizes, strides, paddings = (1, 2, 11), (1, 2), (0, 4)
+    channels = [(1, 1, 1), (1, 1, 9), (1, 9, 1), (1, 64, 64), (2, 2, 2), (2, 64, 64), (8, 64, 64), (32, 32, 512)]
+    for ndim, size, stride, padding in itertools.product((1, 2, 3), sizes, strides, paddings):
+        for (groups, inputs, outputs), batch in itertools.product(channels, (1, 64)):
+            p = of_shape(
+                (24,) * ndim, size, inputs, outputs,
+                name=name, batch=batch, stride=stride, padding=padding, groups=groups,
+            )  # fmt: skip
+            costs = [cost.cost(p, lowering) for lowering in cost.candidates(p)]
+            costs += [cost.cost(p, "onednn", kernel) for kernel in kernels]
+            assert len(costs) > len(kernels), p
+            assert min(costs) > 0, p
+            assert max(costs) < math.inf, p
+
+
 def test_more_images_cost_more():
     for p in DRAWN:
         p, more = (dataclasses.replace(p, batch=n * p.batch) for n in (4, 8))  # XLA is slower for other batches
@@ -100,6 +119,9 @@ def test_symbolic_batches_count_as_a_number():
         ("jit:avx512_core", "input_grad", 2, 1, "onednn jit, strided"),
         ("jit:avx512_core", "input_grad", 1, 4, "onednn jit of groups"),
         ("jit_1x1:avx512_core", "kernel_grad", 1, 1, "onednn 1x1"),
+        ("jit_1x1:avx2", "correlate", 1, 1, "onednn brgemm"),
+        ("jit_1x1:avx2", "kernel_grad", 1, 2, "onednn jit of groups"),
+        ("brgconv:avx10_1_512_amx", "kernel_grad", 1, 1, "onednn jit"),
         ("jit_dw:avx512_core", "input_grad", 2, 8, "onednn depthwise"),
         ("brdgmm_dw:avx512_core", "correlate", 1, 8, "onednn depthwise"),
         ("depthwise:avx512", "kernel_grad", 1, 8, "onednn depthwise"),
