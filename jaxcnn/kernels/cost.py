@@ -96,49 +96,71 @@ def cost(p: Product, lowering: str, kernel: str = "") -> float:
 
 
 def candidates(p: Product) -> list[str]:
-    """Return lowerings that support a product, and keep the program short and its memory small.
+    """Return lowerings that support a product, and keep the program short and its memory small."""
+    return _of_groups(p) if p.c.groups > 1 else [*_matrix_products(p), *_convolutions(p), *_sums(p)]
 
-    In 3-D, XLA's convolution takes up to a thousand times as long as other lowerings, and with a stride between the
-    elements of δ up to ten times.
-    """
-    win, groups = p.c.window, p.c.groups
-    of_taps = win.entries > 1 or win.padded
-    if groups > 1:
-        few = max(p.inputs, p.outputs) // groups <= UNROLLED_CHANNELS
-        names = ["unrolled"] if few else []
-        if p.name == "kernel_grad":
-            depthwise = groups == p.inputs and p.outputs <= MAX_MULTIPLIER * p.inputs
-            names = ["by_position", "unrolled"] if depthwise else []
-            names += ["joined"] if joined_groups(p.c, p.inputs, p.outputs) >= LEAST_JOINED else []
-        few_groups = groups <= MAX_GROUPS and win.entries <= MAX_SLICES
-        return names + (["by_group"] if not names or few_groups else [])
-    names = []
-    if not of_taps:
+
+def _of_groups(p: Product) -> list[str]:
+    """Return the candidates for more than one group."""
+    groups = p.c.groups
+    if p.name == "kernel_grad":
+        depthwise = groups == p.inputs and p.outputs <= MAX_MULTIPLIER * p.inputs
+        names = ["by_position", "unrolled"] if depthwise else []
+        names += ["joined"] if joined_groups(p.c, p.inputs, p.outputs) >= LEAST_JOINED else []
+    else:
+        names = ["unrolled"] if max(p.inputs, p.outputs) // groups <= UNROLLED_CHANNELS else []
+    few = groups <= MAX_GROUPS and p.c.window.entries <= MAX_SLICES
+    return [*names, "by_group"] if few or not names else names
+
+
+def _matrix_products(p: Product) -> list[str]:
+    """Return the candidates for one group that are matrix products."""
+    win = p.c.window
+    if is_pointwise(p):
         # XLA's matrix products with up to three terms take up to twenty times as long as its convolution.
-        slow = p.name == "input_grad" and p.outputs < 4 and (win.ndim < 3 or not win.strided)
-        names += [] if slow else ["pointwise"]
-    elif p.name == "correlate":
-        patches = p.batch * math.prod(win.out) * win.entries * p.inputs
-        arrays = p.batch * (math.prod(win.shape) * p.inputs + math.prod(win.out) * p.outputs)
-        names += ["patches"] if win.entries <= MAX_SLICES and patches <= max(PATCHES * arrays, FEW_PATCHES) else []
-    elif p.name == "input_grad":
+        slow = p.name == "input_grad" and p.outputs < 4 and "xla" in _convolutions(p)
+        return [] if slow else ["pointwise"]
+    if p.name == "kernel_grad":
+        return ["patches", "rows"]
+    if p.name == "input_grad":
         fit = max(win.size) <= MAX_SLICES and math.prod(win.out) * win.entries * p.inputs <= MAX_PRODUCTS
-        names += ["products"] if fit else []
-    else:
-        names += ["patches", "rows"]
-    if win.ndim == 3:
-        names += ["by_depth"] if of_taps else [] if win.strided or p.name == "kernel_grad" else ["xla"]
-    elif p.name == "kernel_grad":
-        names.append("transposed")
-    elif p.name == "input_grad" and win.strided:
-        names += ["phases", "xla"]
-    else:
-        names += ["xla", "all_threads"] if ONE_THREAD else ["xla"]
-        spare = p.name == "correlate" and ONE_THREAD and p.inputs % 2 == 1 and p.inputs > 1
-        names += ["spare_channel"] if spare else []
-    if p.terms <= unrolled.TERMS and p.terms * p.vector <= UNROLLED_MULTIPLICATIONS:
-        names.append("unrolled")
-    return names + (["by_position"] if p.name == "kernel_grad" and p.inputs == 1 < win.entries else [])
+        return ["products"] if fit else []
+    patches = p.batch * math.prod(win.out) * win.entries * p.inputs
+    arrays = p.batch * (math.prod(win.shape) * p.inputs + math.prod(win.out) * p.outputs)
+    fit = win.entries <= MAX_SLICES and patches <= max(PATCHES * arrays, FEW_PATCHES)
+    return ["patches"] if fit else []
+
+
+def _convolutions(p: Product) -> list[str]:
+    """Return the candidates for one group that run XLA's convolution.
+
+    In 3-D, except for 1 × 1 × 1 kernels, it takes up to a thousand times as long as other lowerings.
+    """
+    strided = p.c.window.strided
+    if p.c.window.ndim == 3:
+        if not is_pointwise(p):
+            return ["by_depth"]
+        return [] if strided or p.name == "kernel_grad" else ["xla"]
+    if p.name == "kernel_grad":
+        return ["transposed"]
+    if p.name == "input_grad" and strided:
+        return ["phases", "xla"]
+    if not ONE_THREAD:
+        return ["xla"]
+    spare = p.name == "correlate" and p.inputs % 2 == 1 and p.inputs > 1
+    return ["xla", "all_threads", "spare_channel"] if spare else ["xla", "all_threads"]
+
+
+def _sums(p: Product) -> list[str]:
+    """Return the candidates for one group that are sums with a term per tap and channel, or per position."""
+    names = ["unrolled"] if p.terms <= unrolled.TERMS and p.terms * p.vector <= UNROLLED_MULTIPLICATIONS else []
+    one_channel = p.name == "kernel_grad" and p.inputs == 1 < p.c.window.entries
+    return [*names, "by_position"] if one_channel else names
+
+
+def is_pointwise(p: Product) -> bool:
+    """Whether the kernel has one tap, which reads the image only."""
+    return p.c.window.entries == 1 and not p.c.window.padded
 
 
 # ---------------------------------------------------------------------------------------------------------------------
