@@ -4,6 +4,7 @@ The unsplit result is the oracle. `tests/test_rules.py` compares it with PyTorch
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jaxcnn
 from experiments.scaling import count_collectives
 from jaxcnn import BatchNorm, Conv, Dense, Flatten, HiddenLayer
-from jaxcnn.kernels import correlate, input_grad, kernel_grad, per_example, windows
+from jaxcnn.geometry import Correlation, Window
+from jaxcnn.kernels import correlate, cost, input_grad, kernel_grad, lowering, per_example, windows
 from tests import compilation
 from tests.cases import Case, compiled, row
 from tests.checks import assert_close, drawn, flat
@@ -277,6 +279,42 @@ def test_a_step_communicates_the_gradient_only(name):
     assert not counts
     assert count <= 2 + norms * SUMS_OF_BATCH_NORM
     assert size == size_of(state.params) + 4 + 8 + norms * SUMS_OF_BATCH_NORM * 4 * 4
+
+
+#: Window, groups, inputs and outputs of products.
+PRODUCTS = {
+    "dense": (Window((12, 12), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1)), 1, 8, 8),
+    "strided": (Window((12, 12), (3, 3), (2, 2), ((0, 0), (0, 0)), (1, 1)), 1, 8, 8),
+    "3-D": (Window((6, 8, 8), (3, 3, 3), (1, 1, 1), ((1, 1),) * 3, (1, 1, 1)), 1, 4, 4),
+    "groups": (Window((12, 12), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1)), 2, 8, 8),
+    "depthwise": (Window((12, 12), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1)), 8, 8, 8),
+}
+
+
+@pytest.mark.slow("compiles programs for eight devices")
+@pytest.mark.parametrize("kind", PRODUCTS)
+def test_no_lowering_gathers_a_split_batch(monkeypatch, kind):
+    """Whatever lowering costs least, a loop over blocks of images, as for large batches, would gather them."""
+    for module, target in ((input_grad, "PRODUCTS"), (kernel_grad, "ROWS"), (kernel_grad, "PATCHES")):
+        monkeypatch.setattr(module, f"{target}_BLOCK_BYTES", 1)
+    win, groups, inputs, outputs = PRODUCTS[kind]
+    c = Correlation(win, groups, np.dtype(np.float32))
+    x, w, y = (16, *win.shape, inputs), (*win.size, inputs // groups, outputs), (16, *win.out, outputs)
+    tables = {
+        "correlate": (correlate.CORRELATE, x, w),
+        "input_grad": (input_grad.INPUT_GRAD, y, w),
+        "kernel_grad": (kernel_grad.KERNEL_GRAD, x, y),
+    }
+    for name, (table, *shapes) in tables.items():
+        specs = [PartitionSpec("batch") if shape[0] == 16 else PartitionSpec() for shape in shapes]
+        arrays = [
+            jax.ShapeDtypeStruct(shape, np.float32, sharding=NamedSharding(over_eight(), spec))
+            for shape, spec in zip(shapes, specs, strict=True)
+        ]
+        for cpu in cost.candidates(cost.Product(name, c, 16, inputs, outputs)):
+            run = functools.partial(lowering.run_lowering, table, cpu, c, dtype=np.dtype(np.float32))
+            text = jax.jit(run).lower(*arrays).compile().as_text()
+            assert {collective for collective, *_ in count_collectives(text)} <= {"all-reduce"}, (name, cpu)
 
 
 def test_gradients_inside_shard_map():
