@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from jaxcnn.kernels.cost import Product
 
 PROG = "python -m experiments.benchmarks.lowerings"
-EQUAL = 1e-4
-"""Relative L2 distance up to which results are equal."""
 SLOW = 8
 """Lowerings that take this many times as long as the fastest get no more than two turns."""
 NUMBERS = 5
@@ -113,17 +111,22 @@ def measure_or_fit(config: Config) -> int:
 def measure(config: Config) -> Iterator[Measured]:
     """Yield the times of the lowerings of each drawn convolution's products, which are compared first."""
     from experiments.benchmarks.drawn_rows import POOLS, drawn
+
+    for one in drawn(config.seed, config.drawn):
+        if one.kind not in POOLS:
+            for name, table in tables().items():
+                yield measure_product(product_of(one, name), table, config.rounds)
+
+
+def tables() -> dict[str, Mapping[str, Any]]:
+    """Return the lowerings of each product."""
     from jaxcnn.kernels import correlate, input_grad, kernel_grad
 
-    tables = {
+    return {
         "correlate": correlate.CORRELATE,
         "input_grad": input_grad.INPUT_GRAD,
         "kernel_grad": kernel_grad.KERNEL_GRAD,
     }
-    for one in drawn(config.seed, config.drawn):
-        if one.kind not in POOLS:
-            for name, table in tables.items():
-                yield measure_product(product_of(one, name), table, config.rounds)
 
 
 def product_of(one: "Drawn", name: str) -> "Product":
@@ -150,6 +153,8 @@ def measure_product(p: "Product", table: Mapping[str, Any], rounds: int) -> Meas
     import jax
 
     from experiments.benchmarks import timing
+    from experiments.benchmarks.ops import EQUAL, distance
+    from jaxcnn.kernels import onednn
     from jaxcnn.kernels.cost import candidates
     from jaxcnn.native import library
 
@@ -164,16 +169,16 @@ def measure_product(p: "Product", table: Mapping[str, Any], rounds: int) -> Meas
         jax.device_put(rng.standard_normal(shapes[array], np.float32))
         for array in {"correlate": "xw", "input_grad": "yw", "kernel_grad": "xy"}[p.name]
     ]
-    kernel = kernel_of(p) if library.is_enabled() else ""
+    kernel = onednn.kernel_of(onednn.computed(p)) if library.is_enabled() else ""
     compiled, calls, first = {}, {}, None
     for name in [*(["onednn"] if kernel else []), *candidates(p)]:
         start = time.process_time()
         program = jax.jit(functools.partial(table[name], c)).lower(*arrays).compile()
         compiled[name] = time.process_time() - start
         calls[name] = functools.partial(program, *arrays)
-        found = np.asarray(calls[name]())
+        found = calls[name]()
         first = found if first is None else first
-        if not np.linalg.norm(found - first) <= EQUAL * np.linalg.norm(first):
+        if not distance([found], [first]) <= EQUAL["cpu"]:
             raise RuntimeError(f"{p}: {name} differs from {next(iter(calls))}")
     # In the first calls, memory for the results is new, which may take ten times as long as the product.
     times = {name: times.minimum for name, times in timing.in_turns(calls, 2, most=0.03, calls=6).items()}
@@ -181,24 +186,6 @@ def measure_product(p: "Product", table: Mapping[str, Any], rounds: int) -> Meas
     for name, more in timing.in_turns(near, rounds, calls=10).items():
         times[name] = min(times[name], more.minimum)
     return Measured(p, kernel, times, compiled)
-
-
-def kernel_of(p: "Product") -> str:
-    """Return the name of oneDNN's kernel for a product."""
-    from jaxcnn.kernels import onednn
-
-    q = swapped(p)
-    return onednn.implementation(q.name, q.c, (q.batch, *q.c.window.shape, q.inputs), q.outputs)
-
-
-def swapped(p: "Product") -> "Product":
-    """Return the product that oneDNN computes, in which x and δ may be swapped."""
-    from jaxcnn.kernels import onednn
-    from jaxcnn.kernels.cost import Product
-
-    if p.name != "kernel_grad" or not onednn.exchange_pays(p.c, (p.batch, *p.c.window.shape, p.inputs), p.outputs):
-        return p
-    return Product(p.name, onednn.exchanged(p.c), p.batch, p.outputs, p.inputs)
 
 
 def line(measured: Measured) -> str:
@@ -282,7 +269,7 @@ def kinds_of_work(form: str) -> tuple[str, ...]:
 
 def fit(table: Sequence[Measured]) -> Table:
     """Return costs that predict times: a few for each form, none negative. Forms that were not timed keep theirs."""
-    from jaxcnn.kernels import cost
+    from jaxcnn.kernels import cost, onednn
     from jaxcnn.kernels.measured import COSTS
 
     forms: dict[Key, list[tuple[Product, str, float, float]]] = {}
@@ -291,7 +278,7 @@ def fit(table: Sequence[Measured]) -> Table:
         for name, seconds in one.seconds.items():
             if name not in candidates:  # it was one when the file was written
                 continue
-            p = swapped(one.product) if name == "onednn" else one.product
+            p = onednn.computed(one.product) if name == "onednn" else one.product
             forms.setdefault((p.name, cost.form(p, name, one.kernel)), []).append((p, name, seconds, one.least))
     costs: Table = {**COSTS}
     order = sorted(forms, key=lambda key: (SPLIT.get(key[1], -1), *key))
@@ -396,14 +383,14 @@ def use_costs(costs: Table) -> None:
 
 def chosen(one: Measured) -> dict[str, float]:
     """Return the time of the lowering with the smallest cost, in times of the fastest, with oneDNN and without."""
-    from jaxcnn.kernels import cost
+    from jaxcnn.kernels import cost, onednn
 
     p = one.product
     in_xla = {name: seconds for name, seconds in one.seconds.items() if name != "onednn"}
     name = min(in_xla, key=lambda name: cost.cost(p, name))
     found = {f"{p.name} without oneDNN": in_xla[name] / min(in_xla.values())}
     if "onednn" in one.seconds:
-        native = cost.cost(swapped(p), "onednn", one.kernel) < cost.cost(p, name)
+        native = cost.cost(onednn.computed(p), "onednn", one.kernel) < cost.cost(p, name)
         found[f"{p.name} with oneDNN"] = (one.seconds["onednn"] if native else in_xla[name]) / one.least
     return found
 

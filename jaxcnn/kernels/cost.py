@@ -12,7 +12,7 @@ import math
 
 from jaxcnn.geometry import Correlation
 from jaxcnn.kernels import unrolled
-from jaxcnn.kernels.lowering import MAX_SLICES, joined_groups, without_depth
+from jaxcnn.kernels.lowering import MAX_SLICES, applies, joined_groups, without_depth
 from jaxcnn.kernels.measured import COSTS
 from jaxcnn.kernels.parallel import ONE_THREAD
 from jaxcnn.kernels.shapes import is_symbolic
@@ -116,7 +116,7 @@ def _of_groups(p: Product) -> list[str]:
 def _matrix_products(p: Product) -> list[str]:
     """Return the candidates for one group that are matrix products."""
     win = p.c.window
-    if is_pointwise(p):
+    if applies("pointwise", p.c):
         # XLA's matrix products with up to three terms take up to twenty times as long as its convolution.
         slow = p.name == "input_grad" and p.outputs < 4 and "xla" in _convolutions(p)
         return [] if slow else ["pointwise"]
@@ -138,7 +138,7 @@ def _convolutions(p: Product) -> list[str]:
     """
     strided = p.c.window.strided
     if p.c.window.ndim == 3:
-        if not is_pointwise(p):
+        if not applies("pointwise", p.c):
             return ["by_depth"]
         return [] if strided or p.name == "kernel_grad" else ["xla"]
     if p.name == "kernel_grad":
@@ -156,11 +156,6 @@ def _sums(p: Product) -> list[str]:
     names = ["unrolled"] if p.terms <= unrolled.TERMS and p.terms * p.vector <= UNROLLED_MULTIPLICATIONS else []
     one_channel = p.name == "kernel_grad" and p.inputs == 1 < p.c.window.entries
     return [*names, "by_position"] if one_channel else names
-
-
-def is_pointwise(p: Product) -> bool:
-    """Whether the kernel has one tap, which reads the image only."""
-    return p.c.window.entries == 1 and not p.c.window.padded
 
 
 # ---------------------------------------------------------------------------------------------------------------------

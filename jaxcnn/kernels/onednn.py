@@ -27,27 +27,37 @@ def choose_native(
         return None
     if any(map(is_symbolic, image)) or is_small(c, image[0], image[-1], outputs):
         return None
-    in_xla = cost(Product(product, c, image[0], image[-1], outputs), cpu)
-    return "onednn" if native_cost(product, c, image, outputs) < in_xla else None
+    p = Product(product, c, image[0], image[-1], outputs)
+    return "onednn" if native_cost(p) < cost(p, cpu) else None
 
 
-def native_cost(product: str, c: Correlation, image: tuple[int, ...], outputs: int) -> float:
-    """Return the cost of a product in oneDNN in microseconds, for images of shape ``image``; inf without a kernel."""
-    if product == "kernel_grad" and exchange_pays(c, image, outputs):
-        return _cost(product, exchanged(c), (image[0], *c.window.out, outputs), image[-1])
-    return _cost(product, c, image, outputs)
-
-
-def _cost(product: str, c: Correlation, image: tuple[int, ...], outputs: int) -> float:
-    """Return the cost of oneDNN's kernel for a product.
+def native_cost(p: Product) -> float:
+    """Return the cost of a product in oneDNN in microseconds; inf without a kernel.
 
     `input_grad` has vectors of half the length where its kernel is for AVX2, and that of `correlate` for AVX-512, as
     for most strides of 3.
     """
-    kernel = implementation(product, c, image, outputs)
-    half = product == "input_grad" and "avx512" not in kernel
-    factor = 2 if half and "avx512" in implementation("correlate", c, image, outputs) else 1
-    return factor * cost(Product(product, c, image[0], image[-1], outputs), "onednn", kernel)
+    p = computed(p)
+    kernel = kernel_of(p)
+    half = p.name == "input_grad" and "avx512" not in kernel
+    factor = 2 if half and "avx512" in kernel_of(dataclasses.replace(p, name="correlate")) else 1
+    return factor * cost(p, "onednn", kernel)
+
+
+def computed(p: Product) -> Product:
+    """Return the product that oneDNN computes for ``p``: with x and δ swapped in `kernel_grad`, if that pays."""
+    if p.name != "kernel_grad" or not exchange_pays(p.c, _image(p), p.outputs):
+        return p
+    return Product(p.name, exchanged(p.c), p.batch, p.outputs, p.inputs)
+
+
+def kernel_of(p: Product) -> str:
+    """Return oneDNN's name of its kernel for a product; "" if it cannot compute it."""
+    return implementation(p.name, p.c, _image(p), p.outputs)
+
+
+def _image(p: Product) -> tuple[int, ...]:
+    return (p.batch, *p.c.window.shape, p.inputs)
 
 
 def implementation(product: str, c: Correlation, image: tuple[int, ...], outputs: int) -> str:

@@ -10,14 +10,12 @@ import pytest
 
 from experiments.benchmarks import lowerings
 from experiments.benchmarks.drawn_rows import POOLS, drawn
+from experiments.benchmarks.results import geometric_mean
 from jaxcnn.geometry import Correlation, Window
 from jaxcnn.kernels import cost, measured, onednn
-from jaxcnn.kernels.correlate import CORRELATE
 from jaxcnn.kernels.cost import Product
-from jaxcnn.kernels.input_grad import INPUT_GRAD
-from jaxcnn.kernels.kernel_grad import KERNEL_GRAD
 
-TABLES = {"correlate": CORRELATE, "input_grad": INPUT_GRAD, "kernel_grad": KERNEL_GRAD}
+TABLES = lowerings.tables()
 DRAWN = [lowerings.product_of(one, name) for one in drawn(7, 80) if one.kind not in POOLS for name in TABLES]
 #: Products that the costs were not fitted to, and the times of their lowerings.
 TIMED = list(lowerings.read(Path(__file__).with_name("timed.json")))
@@ -27,11 +25,6 @@ def of_shape(shape, size, inputs, outputs, *, name="correlate", batch=2, stride=
     n = len(shape)
     win = Window(shape, (size,) * n, (stride,) * n, ((padding, padding),) * n, (1,) * n)
     return Product(name, Correlation(win, groups, np.dtype(np.float32)), batch, inputs, outputs)
-
-
-def clear_caches():
-    cost.cheapest.cache_clear()
-    cost.cost.cache_clear()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,7 +70,7 @@ def geometric_means():
     """Return the time of the chosen lowering, in times of the fastest, with oneDNN and without."""
     ratios = [lowerings.chosen(one) for one in TIMED]
     return [
-        math.exp(np.mean([math.log(ratio) for of in ratios for what, ratio in of.items() if how in what]))
+        geometric_mean([ratio for of in ratios for what, ratio in of.items() if how in what])
         for how in ("with oneDNN", "without oneDNN")
     ]
 
@@ -87,21 +80,18 @@ def test_chosen_lowerings_are_close_to_the_fastest():
     with_onednn, without = geometric_means()
     assert with_onednn < 1.2
     assert without < 1.4
-    all_of_them = [math.log(seconds / one.least) for one in TIMED for seconds in one.seconds.values()]
-    assert math.exp(np.mean(all_of_them)) > 2
+    assert geometric_mean([seconds / one.least for one in TIMED for seconds in one.seconds.values()]) > 2
 
 
 @pytest.mark.parametrize("kind", ["multiply", "channels", "patches", "parts"])
-def test_wrong_costs_choose_slow_lowerings(monkeypatch, kind):
+def test_wrong_costs_choose_slow_lowerings(kind):
     """Every kind of work matters: without its costs, the chosen lowerings are slower."""
-    right = geometric_means()
-    for key, of in measured.COSTS.items():
-        monkeypatch.setitem(measured.COSTS, key, {k: n for k, n in of.items() if k != kind})
-    clear_caches()
+    right, costs = geometric_means(), {**measured.COSTS}
+    lowerings.use_costs({key: {k: n for k, n in of.items() if k != kind} for key, of in costs.items()})
     try:
         assert sum(geometric_means()) > sum(right) + 0.02
     finally:
-        clear_caches()
+        lowerings.use_costs(costs)
 
 
 def test_symbolic_batches_count_as_a_number():
@@ -178,7 +168,7 @@ def test_forms_of_lowerings_in_xla(name, size, inputs, outputs, stride, padding,
 def test_vectors_of_half_the_length_in_onednn(monkeypatch, product, kernels, factor):
     monkeypatch.setattr(onednn, "implementation", lambda product, *_: kernels[product])
     p = of_shape((30, 30), 3, 32, 64, name=product, stride=3)
-    found = onednn.native_cost(product, p.c, (p.batch, 30, 30, 32), 64)
+    found = onednn.native_cost(p)
     assert found == factor * cost.cost(p, "onednn", kernels[product])
 
 
