@@ -198,7 +198,7 @@ def test_summary_counts_slow_rows_and_omits_wrong_ones():
         measured(1.0, 100.0, name="bad", note="stock JAX differs by inf"),
     ]
     first, *rest = ops.summary(found)
-    assert "geometric mean over 2 rows 1.00×; 0 rows are the same program; the minimum of the others is" in first
+    assert "geometric mean over 2 rows 1.00×; 0 rows are the same program, 0 of them are below 0.95; the" in first
     assert "0.25× (slow, forward), and 1 of them are below 0.95" in first
     assert rest == ["bad, forward: stock JAX differs by inf"]
     assert "below 0.95" in ops.line(found[1])
@@ -206,14 +206,38 @@ def test_summary_counts_slow_rows_and_omits_wrong_ones():
     assert ops.to_json(found[2])["stock_ratio"] is None
 
 
-def test_the_same_program_is_not_reported_as_slow():
+def test_the_second_ratio_of_rows_below_the_bar_counts(monkeypatch, capsys, tmp_path, still):
+    """Two rows are below the bar, one of them only at first; the others are not timed again."""
+    ratios = {"slow": [0.5, 0.6], "noise": [0.9, 1.5], "edge": [0.951], "good": [2.0], "wrong": [0.1]}
+    left = {name: iter(of) for name, of in ratios.items()}
+
+    def measure(row, products, config):
+        note = "stock JAX differs by 1" if row.name == "wrong" else ""
+        for product in products:
+            yield dataclasses.replace(measured(1.0, next(left[row.name]), name=row.name, note=note), product=product)
+
+    monkeypatch.setattr(ops, "measure", measure)
+    table = [dataclasses.replace(row_called("kron_up"), name=name) for name in ratios]
+    monkeypatch.setattr(rows, "rows", lambda: table)
+    out = tmp_path / "ops.json"
+    assert ops.main(["--only", "forward", "--no-torch", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "the minimum of the others is 0.60× (slow, forward), and 1 of them are below 0.95 (2 before" in printed
+    found = {row["row"]: (row["stock_ratio"], row["first_stock_ratio"]) for row in json.loads(out.read_text())["rows"]}
+    assert found == {
+        "slow": (0.6, 0.5), "noise": (1.5, 0.9), "edge": (0.951, None), "good": (2.0, None), "wrong": (None, None)
+    }  # fmt: skip
+    assert [next(of, None) for of in left.values()] == [None] * 5
+
+
+def test_the_same_program_is_reported_apart():
     """XLA compiles two ways to write a sum to the same program, and a sum and a product to different ones."""
     x = jnp.ones((4, 3))
     texts = [ops.program(jax.jit(f), x) for f in (lambda x: x + x * 3, lambda y: jnp.add(y, 3 * y), lambda x: x * x)]
     assert texts[0] == texts[1] != texts[2]
-    slow = dataclasses.replace(measured(1.0, 0.25), same=True)
-    assert not slow.below
-    assert "below" not in ops.line(slow)
+    first, *_ = ops.summary([measured(1.0, 2.0), dataclasses.replace(measured(1.0, 0.25), same=True)])
+    assert "1 rows are the same program, 1 of them are below 0.95;" in first
+    assert "the minimum of the others is 2.00× (row, forward), and 0 of them are below 0.95" in first
     (row,) = ops.measure(row_called("relu "), ["forward"], ops.Config(quick=True, torch=False))
     assert row.same
     (row,) = ops.measure(row_called("kron_up"), ["δ_x"], ops.Config(quick=True, torch=False))
