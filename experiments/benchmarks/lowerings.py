@@ -14,20 +14,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-from tyro.conf import Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from experiments import cli
 from experiments.errors import UsageError, bad_value
 
 if TYPE_CHECKING:
     from experiments.benchmarks.drawn_rows import Drawn
+    from experiments.benchmarks.nets import Timed
     from jaxcnn.kernels.cost import Product
+    from jaxcnn.kernels.measured import Costs
 
 PROG = "python -m experiments.benchmarks.lowerings"
 SLOW = 8
 """Lowerings that take this many times as long as the fastest get no more than two turns."""
 NUMBERS = 5
 """Largest number of costs of a lowering."""
+KEEP = 4
+"""How much adapted costs are kept: they minimize this · Σ log² of their factors / 2, plus a loss per product."""
 FOLDS = 4
 """Parts of the products for cross-validation: the lowerings of each are chosen by costs fitted to the others."""
 XLA_COST = 1.15
@@ -48,8 +52,12 @@ class Config:
     """Files of times, written with `--out`. Without files, products are timed."""
     drawn: int = 150
     """Number of convolutions to draw; each has three products."""
+    nets: int = 0
+    """Number of nets to draw; the products of their convolutions are timed."""
     seed: int = 0
-    """Seed of the drawn convolutions."""
+    """Seed of the drawn convolutions and nets."""
+    adapt: FlagCreatePairsOff[bool] = False
+    """Fit factors of the costs with AVX-512, for which few times suffice, instead of costs."""
     rounds: int = 3
     """Number of rounds. In each round, every lowering has one turn."""
     out: Annotated[Path | None, arg(metavar="PATH")] = None
@@ -66,6 +74,8 @@ class Measured:
     seconds: Mapping[str, float]
     #: Seconds of compilation.
     compiled: Mapping[str, float]
+    #: Name of the processor's table of costs: "avx2" or "avx512".
+    processor: str
 
     @property
     def least(self) -> float:
@@ -80,7 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure_or_fit(config: Config) -> int:
     """Time the lowerings of drawn products, or fit costs to files. Return 0, or 130 after Ctrl-C."""
-    cli.check_count("--drawn", config.drawn)
+    for name in ("drawn", "nets"):
+        if getattr(config, name) < 0:
+            raise bad_value(UsageError, f"--{name}", "at least 0", getattr(config, name))
+    cli.check_count("--drawn and --nets together", config.drawn + config.nets)
     cli.check_count("--rounds", config.rounds)
     os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -88,12 +101,13 @@ def measure_or_fit(config: Config) -> int:
 
     results.check_out(config.out)
     if config.fit:
-        print(fitted([measured for path in config.fit for measured in read(path)]))
+        print(fitted(read_all(config.fit), config.adapt))
         return 0
     from experiments.benchmarks import timing
 
     machine = timing.machine(("jax", "jaxlib"))
-    results.heading(machine, f"{config.drawn} convolutions drawn from seed {config.seed}; microseconds")
+    drawn = f"{config.drawn} convolutions and {config.nets} nets drawn from seed {config.seed}"
+    results.heading(machine, f"{drawn}; microseconds")
     table: list[Measured] = []
     with results.until_stopped(lambda: table) as stopped:
         for measured in measure(config):
@@ -109,13 +123,41 @@ def measure_or_fit(config: Config) -> int:
 
 
 def measure(config: Config) -> Iterator[Measured]:
-    """Yield the times of the lowerings of each drawn convolution's products, which are compared first."""
-    from experiments.benchmarks.drawn_rows import POOLS, drawn
+    """Yield the times of the lowerings of each product, whose results are compared first."""
+    of_product = tables()
+    for p in products(config):
+        yield measure_product(p, of_product[p.name], config.rounds)
 
-    for one in drawn(config.seed, config.drawn):
-        if one.kind not in POOLS:
-            for name, table in tables().items():
-                yield measure_product(product_of(one, name), table, config.rounds)
+
+def products(config: Config) -> Iterator["Product"]:
+    """Yield the products of the drawn convolutions, then those of the nets."""
+    from experiments.benchmarks import drawn_nets, drawn_rows
+
+    for one in drawn_rows.drawn(config.seed, config.drawn):
+        if one.kind not in drawn_rows.POOLS:
+            for name in tables():
+                yield product_of(one, name)
+    for number in range(config.nets):
+        yield from products_of_net(drawn_nets.drawn(config.seed, number))
+
+
+def products_of_net(timed: "Timed") -> Iterator["Product"]:
+    """Yield the products of the convolutions of a net's training step."""
+    from experiments.benchmarks import nets
+    from jaxcnn import Conv, geometry
+    from jaxcnn.geometry import Correlation
+    from jaxcnn.kernels.cost import Product
+
+    first = True
+    for layer, (*shape, inputs) in nets.parts(timed.net, timed.shape):
+        if not isinstance(layer, Conv):
+            continue
+        window = geometry.window("conv", tuple(shape), layer.kernel_size, stride=layer.stride, padding=layer.padding)
+        c = Correlation(window, layer.groups, np.dtype(np.float32))
+        for name in tables():
+            if name != "input_grad" or not first:  # the gradient of the images is not computed
+                yield Product(name, c, timed.batch, inputs, layer.features)
+        first = False
 
 
 def tables() -> dict[str, Mapping[str, Any]]:
@@ -154,7 +196,7 @@ def measure_product(p: "Product", table: Mapping[str, Any], rounds: int) -> Meas
 
     from experiments.benchmarks import timing
     from experiments.benchmarks.ops import EQUAL, distance
-    from jaxcnn.kernels import onednn
+    from jaxcnn.kernels import measured, onednn
     from jaxcnn.kernels.cost import candidates
     from jaxcnn.native import library
 
@@ -185,7 +227,7 @@ def measure_product(p: "Product", table: Mapping[str, Any], rounds: int) -> Meas
     near = {name: call for name, call in calls.items() if times[name] <= SLOW * min(times.values())}
     for name, more in timing.in_turns(near, rounds, calls=10).items():
         times[name] = min(times[name], more.minimum)
-    return Measured(p, kernel, times, compiled)
+    return Measured(p, kernel, times, compiled, measured.processor())
 
 
 def line(measured: Measured) -> str:
@@ -218,6 +260,7 @@ def to_json(measured: Measured) -> dict[str, Any]:
         "kernel": measured.kernel,
         "seconds": dict(measured.seconds),
         "compiled": dict(measured.compiled),
+        "processor": measured.processor,
     }
 
 
@@ -236,14 +279,19 @@ def read(path: Path) -> Iterator[Measured]:
         window = Window(tuple(of["shape"]), tuple(of["size"]), tuple(of["stride"]), pads, tuple(of["dilation"]))
         c = Correlation(window, row["groups"], np.dtype(np.float32))
         p = Product(row["product"], c, row["batch"], row["inputs"], row["outputs"])
-        yield Measured(p, row["kernel"], row["seconds"], row["compiled"])
+        yield Measured(p, row["kernel"], row["seconds"], row["compiled"], row["processor"])
+
+
+def read_all(paths: Sequence[Path]) -> list[Measured]:
+    """Return the products of all files, which must be from processors that share a table of costs."""
+    table = [measured for path in paths for measured in read(path)]
+    if len(processors := {measured.processor for measured in table}) > 1:
+        raise bad_value(UsageError, "FIT", "times from one kind of processor", " and ".join(sorted(processors)))
+    return table
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Fit
-
-Key = tuple[str, str]
-Table = dict[Key, dict[str, float]]
 
 MULTIPLICATIONS = ("multiply", "fours", "channels", "groups", "columns")
 SPLIT = {"by_depth": 0, "by_group": 1, "joined": 2, "phases": 3}
@@ -267,32 +315,81 @@ def kinds_of_work(form: str) -> tuple[str, ...]:
     return (*arrays, "kernel", "patches", "odd", "multiply", "fours", "channels")
 
 
-def fit(table: Sequence[Measured]) -> Table:
-    """Return costs that predict times: a few for each form, none negative. Forms that were not timed keep theirs."""
-    from jaxcnn.kernels import cost, onednn
-    from jaxcnn.kernels.measured import COSTS
+def fit(table: Sequence[Measured], adapt: bool = False) -> "Costs":
+    """Return costs that predict times: a few for each form, none negative. Forms that were not timed keep theirs.
 
-    forms: dict[Key, list[tuple[Product, str, float, float]]] = {}
+    Args:
+        table: Products and the times of their lowerings.
+        adapt: Whether to keep the costs of `measured.AVX512` times factors, which differ as far as the times require
+            it. Costs of forms that were not timed are multiplied by the median of the other forms' factors. New forms
+            are fitted.
+
+    Returns:
+        The costs.
+    """
+    from jaxcnn.kernels import cost, measured, onednn
+
+    forms: dict[tuple[str, str], list[tuple[Product, str, float, float]]] = {}
     for one in table:
         candidates = {"onednn", *cost.candidates(one.product)}
         for name, seconds in one.seconds.items():
             if name not in candidates:  # it was one when the file was written
                 continue
             p = onednn.computed(one.product) if name == "onednn" else one.product
-            forms.setdefault((p.name, cost.form(p, name, one.kernel)), []).append((p, name, seconds, one.least))
-    costs: Table = {**COSTS}
-    order = sorted(forms, key=lambda key: (SPLIT.get(key[1], -1), *key))
-    for key in order:
-        names = kinds_of_work(key[1])
+            form = cost.form(p, name, one.kernel)
+            if form != "onednn none":
+                forms.setdefault((p.name, form), []).append((p, name, seconds, one.least))
+    costs = {**(measured.AVX512 if adapt else measured.COSTS)}
+    factors = []
+    for key in sorted(forms, key=lambda key: (SPLIT.get(key[1], -1), *key)):
         use_costs(costs)  # of parts
+        known = adapt and key in costs
+        names = [*costs[key]] if known else kinds_of_work(key[1])
         amounts = [cost.work(p, name) for p, name, *_ in forms[key]]
         work = np.array([[of[kind] for kind in names] for of in amounts])
         times, least = (np.array([row[i] for row in forms[key]]) * 1e6 for i in (2, 3))
-        found, spread = least_squares(work, times, (least / times) ** 0.4, names)
-        factor = 1 if key[1].startswith("onednn") else XLA_COST
-        factor *= math.exp(SPREAD_COST * spread**2)
-        costs[key] = {kind: float(f"{n * factor:.3g}") for kind, n in zip(names, found, strict=True) if n > 1e-3}
+        weights = (least / times) ** 0.4
+        if known:
+            before = np.array([*costs[key].values()])
+            found, spread = adapted(work, times, weights, before)
+        else:
+            found, spread = least_squares(work, times, weights, names)
+        found *= math.exp(SPREAD_COST * spread**2) * (1 if key[1].startswith("onednn") else XLA_COST)
+        if known:
+            factors.append(np.median(found / before))
+        costs[key] = rounded(dict(zip(names, found, strict=True)))
+    for key in costs.keys() - forms.keys() if adapt else ():
+        if key[1] not in SPLIT:  # whose costs are relative
+            costs[key] = rounded({kind: n * np.median(factors) for kind, n in costs[key].items()})
     return costs
+
+
+def rounded(costs: Mapping[str, float]) -> dict[str, float]:
+    """Return the costs that are not nearly 0, with three digits."""
+    return {kind: float(f"{n:.3g}") for kind, n in costs.items() if n > 1e-3}
+
+
+def adapted(work: np.ndarray, times: np.ndarray, weights: np.ndarray, before: np.ndarray) -> tuple[np.ndarray, float]:
+    """Return costs near others, apart from a common factor, and the spread of the logarithms of times.
+
+    The logarithms of times are fitted with the loss of `least_squares`, and those of the factors with squares.
+    """
+    from scipy import optimize
+
+    common = np.exp(np.median(np.log(times / np.maximum(work @ before, 1e-9))))
+
+    def distances(log_factors: np.ndarray) -> np.ndarray:
+        x = common * before * np.exp(log_factors)
+        return np.log(np.maximum(work @ x, 1e-9) / times)
+
+    def loss(log_factors: np.ndarray) -> np.ndarray:
+        distance = distances(log_factors) / 0.5
+        soft_l1 = np.sign(distance) * np.sqrt((np.sqrt(1 + weights * distance**2) - 1) / 2)
+        return np.concatenate([soft_l1, math.sqrt(KEEP) * log_factors])
+
+    found = optimize.least_squares(loss, np.zeros(len(before))).x
+    spread = math.sqrt(np.average(distances(found) ** 2, weights=weights))
+    return common * before * np.exp(found), spread
 
 
 def least_squares(
@@ -349,34 +446,38 @@ def least_squares(
     return costs, float(np.sqrt(np.average(errors**2, weights=weights)))
 
 
-def fitted(table: Sequence[Measured]) -> str:
+def fitted(table: Sequence[Measured], adapt: bool) -> str:
     """Return the source of the costs fitted to all products, and the results of cross-validation as comments."""
     from experiments.benchmarks.results import geometric_mean
+    from jaxcnn.kernels import measured
 
     numbers = list(range(len(table)))
     random.Random(0).shuffle(numbers)
     ratios: dict[str, list[float]] = {}
+    start = measured.COSTS
     for fold in range(FOLDS):
-        use_costs(fit([table[n] for i, n in enumerate(numbers) if i % FOLDS != fold]))
+        use_costs(start)
+        use_costs(fit([table[n] for i, n in enumerate(numbers) if i % FOLDS != fold], adapt))
         for one in (table[n] for i, n in enumerate(numbers) if i % FOLDS == fold):
             for what, ratio in chosen(one).items():
                 ratios.setdefault(what, []).append(ratio)
-    costs = fit(table)
+    use_costs(start)
+    costs = fit(table, adapt)
     spread = [
         f"# {what}: {geometric_mean(of):.3f}, 95 % of them at most {np.quantile(of, 0.95):.2f}"
         for what, of in sorted(ratios.items())
     ]
     lines = [f"    {key}: {of},".replace("'", '"') for key, of in sorted(costs.items())]
     about = f"# {len(table)} products; time of the chosen lowering / time of the fastest, geometric mean"
-    return "\n".join([about, *spread, "COSTS = {", *lines, "}"])
+    use_costs(start)
+    return "\n".join([about, *spread, f"{table[0].processor.upper()}: Costs = {{", *lines, "}"])
 
 
-def use_costs(costs: Table) -> None:
+def use_costs(costs: "Costs") -> None:
     """Choose lowerings by other costs."""
     from jaxcnn.kernels import cost, measured
 
-    measured.COSTS.clear()
-    measured.COSTS.update(costs)
+    measured.COSTS = costs
     cost.cheapest.cache_clear()
     cost.cost.cache_clear()
 

@@ -1,8 +1,9 @@
 """Costs of the lowerings of the three products on CPU; the lowering with the smallest cost is chosen.
 
 A cost is a predicted time in microseconds, a sum over kinds of work: how much of it a lowering does (`work`), times
-the cost of a unit of it (`COSTS`). Lowerings that split a product cost as much as its parts (`parts`), and as the
-splitting. ``python -m experiments.benchmarks.lowerings`` times the lowerings of drawn products, and fits `COSTS`.
+the cost of a unit of it on this processor (`measured.COSTS`). Lowerings that split a product cost as much as its parts
+(`parts`), and as the splitting. ``python -m experiments.benchmarks.lowerings`` times the lowerings of drawn products,
+and fits these costs.
 """
 
 import dataclasses
@@ -11,14 +12,13 @@ import itertools
 import math
 
 from jaxcnn.geometry import Correlation
-from jaxcnn.kernels import unrolled
+from jaxcnn.kernels import measured, unrolled
 from jaxcnn.kernels.lowering import MAX_SLICES, applies, joined_groups, without_depth
-from jaxcnn.kernels.measured import COSTS
 from jaxcnn.kernels.parallel import ONE_THREAD
 from jaxcnn.kernels.shapes import is_symbolic
 from jaxcnn.kernels.windows import phase_taps, phase_window
 
-#: Number of float32 elements of a vector of AVX-512.
+#: Number of float32 elements of a vector of AVX-512. With AVX2, libraries process as many in two vectors, mostly.
 VECTOR = 16
 
 #: Number of images that a batch of symbolic size is taken to have.
@@ -88,7 +88,7 @@ def cheapest(p: Product) -> str:
 @functools.lru_cache(maxsize=4096)
 def cost(p: Product, lowering: str, kernel: str = "") -> float:
     """Return the cost of a lowering in microseconds; for "onednn", of the kernel with this name."""
-    units = COSTS.get((p.name, form(p, lowering, kernel)))
+    units = measured.COSTS.get((p.name, form(p, lowering, kernel)))
     if units is None:
         return math.inf
     amounts = work(p, lowering)
@@ -163,7 +163,7 @@ def _sums(p: Product) -> list[str]:
 
 
 def form(p: Product, lowering: str, kernel: str = "") -> str:
-    """Return which costs of `COSTS` a lowering has.
+    """Return which costs of `measured.COSTS` a lowering has.
 
     They differ by oneDNN's kernel, by what vectors run over, and where XLA or oneDNN run other code: for 1 × 1 kernels,
     padding, a stride, few outputs, or few channels.
@@ -251,9 +251,11 @@ def work(p: Product, lowering: str = "") -> dict[str, float]:
         "partial": p.batch * win.entries * p.outputs / 1e6,
     }
     of = parts(p, lowering)
-    calls = ((n, part, cheapest(part)) for part, n in of.items())
-    costs = (n * (cost(part, name) - COSTS[part.name, form(part, name)].get("call", 0)) for n, part, name in calls)
-    return amounts | {"part": sum(of.values()), "parts": sum(costs)}
+    total = 0.0
+    for part, n in of.items():
+        name = cheapest(part)
+        total += n * (cost(part, name) - measured.COSTS[part.name, form(part, name)].get("call", 0))
+    return amounts | {"part": sum(of.values()), "parts": total}
 
 
 def filled(n: int, length: int = VECTOR) -> float:

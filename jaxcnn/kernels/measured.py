@@ -1,14 +1,29 @@
 """Costs of the lowerings' work on CPU, fitted by ``python -m experiments.benchmarks.lowerings``.
 
-They are fitted to the times of 2,731 products of drawn convolutions and nets in float32, on 2 cores of an AMD EPYC with
-AVX-512, with jaxlib 0.10.2 and oneDNN. In cross-validation, the chosen lowerings take 1.08 (correlate), 1.09
-(input_grad) and 1.04 times (kernel_grad) as long as the fastest with oneDNN, and 1.08, 1.07 and 1.21 times without
-(geometric means).
+There is a table for processors with AVX-512, and one for others; both are fitted to times of products of drawn
+convolutions and nets in float32, with jaxlib 0.10.2 and oneDNN, on two cores.
 """
+
+from pathlib import Path
 
 #: For each product and form of a lowering (`cost.form`), the cost of a unit of each kind of work (`cost.work`): of a
 #: call, a term or a part in microseconds, of parts relative to their own cost, and otherwise in picoseconds.
-COSTS: dict[tuple[str, str], dict[str, float]] = {
+Costs = dict[tuple[str, str], dict[str, float]]
+
+
+def processor() -> str:
+    """Return the table's name for this processor: "avx512" if Linux reports AVX-512, otherwise "avx2"."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return "avx2"
+    return "avx512" if "avx512f" in flags else "avx2"
+
+
+#: From the times of 2,731 products on an AMD EPYC with AVX-512. In cross-validation, the chosen lowerings take 1.08
+#: (correlate), 1.09 (input_grad) and 1.04 times (kernel_grad) as long as the fastest with oneDNN, and 1.08, 1.07 and
+#: 1.21 times without (geometric means).
+AVX512: Costs = {
     ("correlate", "all_threads"): {"call": 52.2, "kernel": 688.0, "patches": 140.0, "odd": 274.0, "channels": 6.35},
     ("correlate", "all_threads, 1x1"): {"call": 40.5, "image": 185.0, "result": 155.0, "channels": 4.56},
     ("correlate", "all_threads, few outputs"): {
@@ -205,3 +220,247 @@ COSTS: dict[tuple[str, str], dict[str, float]] = {
     ("kernel_grad", "unrolled, channels, 1x1x1"): {"multiply": 223.0},
     ("kernel_grad", "unrolled, columns"): {"call": 21.7, "image": 416.0, "columns": 86.2},
 }
+
+#: From the times of 1,047 products on an AMD EPYC without AVX-512: factors of the costs above. In cross-validation,
+#: the ratios are 1.09, 1.12 and 1.08 with oneDNN, and 1.09, 1.07 and 1.21 without.
+AVX2: Costs = {
+    ("correlate", "all_threads"): {"call": 190.0, "kernel": 2820.0, "patches": 431.0, "odd": 847.0, "channels": 25.1},
+    ("correlate", "all_threads, 1x1"): {"call": 134.0, "image": 590.0, "result": 516.0, "channels": 15.6},
+    ("correlate", "all_threads, few outputs"): {
+        "image": 5390.0,
+        "result": 65800.0,
+        "patches": 454.0,
+        "odd": 1250.0,
+        "multiply": 1.93,
+    },
+    ("correlate", "all_threads, padded"): {"call": 226.0, "image": 724.0, "result": 404.0, "odd": 490.0, "fours": 21.4},
+    ("correlate", "all_threads, padded, few outputs"): {"call": 237.0, "result": 91800.0, "odd": 543.0},
+    ("correlate", "by_depth"): {"result": 224.0, "parts": 1.58},
+    ("correlate", "by_group"): {"image": 744.0, "result": 360.0, "parts": 1.4, "part": 19.6},
+    ("correlate", "onednn brgemm"): {"call": 99.5, "image": 235.0, "channels": 12.1, "row": 40.3, "sums": 18.5},
+    ("correlate", "onednn brgemm of groups"): {
+        "call": 84.6,
+        "image": 755.0,
+        "channels": 6.78,
+        "sums": 146.0,
+        "depth": 1.98,
+    },
+    ("correlate", "onednn brgemm, 1x1"): {
+        "call": 96.2,
+        "image": 210.0,
+        "result": 293.0,
+        "kernel": 2170.0,
+        "channels": 14.9,
+    },
+    ("correlate", "onednn brgemm, 1x1x1"): {"call": 120.0, "result": 142.0, "channels": 25.4, "sums": 74.8},
+    ("correlate", "onednn depthwise"): {"call": 99.2, "image": 157.0, "groups": 38.6, "row": 9.12},
+    ("correlate", "onednn gemm"): {"image": 53400.0, "result": 151.0, "channels": 17.1},
+    ("correlate", "onednn gemm of groups"): {
+        "image": 4840.0,
+        "result": 236.0,
+        "channels": 4.7,
+        "row": 259.0,
+        "sums": 42.3,
+    },
+    ("correlate", "onednn jit"): {"call": 85.3, "image": 318.0, "result": 289.0, "channels": 14.3, "row": 55.9},
+    ("correlate", "onednn jit of groups"): {"call": 72.5, "image": 499.0, "channels": 10.4, "row": 73.0, "sums": 11.3},
+    ("correlate", "patches"): {"call": 74.6, "result": 282.0, "patches": 1310.0, "multiply": 19.4},
+    ("correlate", "pointwise, 1x1"): {"call": 102.0, "result": 272.0, "patches": 283.0, "multiply": 17.6},
+    ("correlate", "pointwise, 1x1x1"): {"call": 553.0, "result": 172.0, "patches": 755.0, "multiply": 11.4},
+    ("correlate", "spare_channel"): {"call": 145.0, "result": 400.0, "kernel": 1510.0, "patches": 492.0, "fours": 18.2},
+    ("correlate", "spare_channel, 1x1"): {"call": 129.0, "image": 877.0, "result": 612.0, "multiply": 15.2},
+    ("correlate", "spare_channel, few outputs"): {
+        "call": 40.1,
+        "image": 709.0,
+        "result": 41800.0,
+        "kernel": 29400.0,
+        "odd": 212.0,
+    },
+    ("correlate", "spare_channel, padded"): {
+        "call": 247.0,
+        "result": 862.0,
+        "kernel": 1150.0,
+        "odd": 399.0,
+        "fours": 20.1,
+    },
+    ("correlate", "spare_channel, padded, few outputs"): {
+        "call": 156.0,
+        "image": 803.0,
+        "result": 36800.0,
+        "channels": 13.3,
+    },
+    ("correlate", "unrolled, channels"): {
+        "call": 85.7,
+        "image": 198.0,
+        "multiply": 68.5,
+        "channels": 10.9,
+        "looped": 52.9,
+    },
+    ("correlate", "unrolled, channels of groups"): {
+        "call": 46.3,
+        "image": 781.0,
+        "result": 365.0,
+        "multiply": 73.2,
+        "looped": 36.7,
+    },
+    ("correlate", "unrolled, channels, 1x1"): {
+        "call": 74.3,
+        "image": 246.0,
+        "result": 122.0,
+        "multiply": 23.1,
+        "term": 1.96,
+    },
+    ("correlate", "unrolled, channels, 1x1x1"): {"call": 61.6, "result": 166.0, "multiply": 33.8},
+    ("correlate", "unrolled, columns"): {
+        "call": 68.5,
+        "image": 289.0,
+        "multiply": 124.0,
+        "term": 0.718,
+        "looped": 514.0,
+    },
+    ("correlate", "unrolled, groups"): {"call": 79.4, "image": 250.0, "multiply": 51.3, "groups": 22.2, "looped": 41.4},
+    ("correlate", "xla"): {"call": 107.0, "patches": 1070.0, "odd": 581.0, "channels": 39.2},
+    ("correlate", "xla, 1x1"): {"call": 61.4, "image": 542.0, "result": 418.0, "odd": 534.0, "fours": 36.3},
+    ("correlate", "xla, 1x1x1"): {"call": 398.0, "odd": 98.6, "channels": 33.6},
+    ("correlate", "xla, few outputs"): {
+        "call": 47.0,
+        "image": 2920.0,
+        "result": 35100.0,
+        "odd": 858.0,
+        "channels": 20.5,
+    },
+    ("correlate", "xla, padded"): {"call": 139.0, "result": 468.0, "patches": 397.0, "odd": 519.0, "fours": 25.1},
+    ("correlate", "xla, padded, few outputs"): {"call": 192.0, "result": 59700.0, "odd": 421.0, "channels": 4.38},
+    ("input_grad", "all_threads"): {"call": 312.0, "result": 1050.0, "kernel": 5290.0, "channels": 25.4},
+    ("input_grad", "all_threads, 1x1"): {"call": 137.0, "result": 618.0, "patches": 447.0, "fours": 18.6},
+    ("input_grad", "all_threads, few outputs"): {"call": 111.0, "result": 60300.0, "channels": 57.4},
+    ("input_grad", "by_depth"): {"image": 200.0, "parts": 1.49},
+    ("input_grad", "by_group"): {"parts": 1.41, "part": 18.2},
+    ("input_grad", "onednn brgemm"): {"call": 118.0, "result": 596.0, "kernel": 2640.0, "channels": 12.6, "sums": 45.1},
+    ("input_grad", "onednn brgemm of groups"): {
+        "call": 78.2,
+        "kernel": 2010.0,
+        "channels": 10.6,
+        "row": 36.2,
+        "sums": 110.0,
+    },
+    ("input_grad", "onednn brgemm, 1x1"): {
+        "call": 110.0,
+        "image": 120.0,
+        "result": 160.0,
+        "channels": 18.2,
+        "sums": 84.3,
+    },
+    ("input_grad", "onednn brgemm, 1x1x1"): {
+        "call": 53.0,
+        "result": 419.0,
+        "kernel": 56100.0,
+        "channels": 12.9,
+        "sums": 54.5,
+    },
+    ("input_grad", "onednn brgemm, strided"): {
+        "call": 133.0,
+        "result": 1010.0,
+        "channels": 8.83,
+        "row": 271.0,
+        "sums": 41.6,
+    },
+    ("input_grad", "onednn depthwise"): {"call": 129.0, "image": 243.0, "groups": 39.5},
+    ("input_grad", "onednn gemm"): {"sums": 304.0},
+    ("input_grad", "onednn jit"): {"call": 85.0, "image": 424.0, "result": 415.0, "channels": 12.3, "sums": 7.07},
+    ("input_grad", "onednn jit of groups"): {
+        "call": 86.1,
+        "image": 386.0,
+        "result": 589.0,
+        "channels": 12.8,
+        "row": 105.0,
+    },
+    ("input_grad", "onednn jit, strided"): {
+        "call": 121.0,
+        "image": 467.0,
+        "result": 654.0,
+        "kernel": 2890.0,
+        "channels": 18.4,
+    },
+    ("input_grad", "phases"): {"image": 287.0, "result": 381.0, "kernel": 618.0, "parts": 1.14, "part": 15.1},
+    ("input_grad", "pointwise, 1x1"): {"call": 89.3, "image": 314.0, "result": 290.0, "multiply": 21.0},
+    ("input_grad", "pointwise, 1x1x1"): {"call": 427.0, "result": 245.0, "channels": 14.4},
+    ("input_grad", "products"): {"call": 76.8, "result": 446.0, "kernel": 1420.0, "patches": 1010.0, "multiply": 19.7},
+    ("input_grad", "unrolled, channels"): {"call": 31.2, "image": 411.0, "multiply": 159.0, "term": 2.44},
+    ("input_grad", "unrolled, channels of groups"): {"call": 216.0, "multiply": 189.0},
+    ("input_grad", "unrolled, channels, 1x1"): {
+        "call": 30.9,
+        "image": 52.8,
+        "result": 328.0,
+        "multiply": 129.0,
+        "term": 5.58,
+    },
+    ("input_grad", "unrolled, channels, 1x1x1"): {"image": 261.0, "multiply": 183.0, "channels": 10.1, "term": 19.1},
+    ("input_grad", "unrolled, columns"): {"call": 46.5, "result": 167.0, "columns": 132.0, "term": 1.3},
+    ("input_grad", "unrolled, groups"): {
+        "image": 232.0,
+        "result": 478.0,
+        "multiply": 65.7,
+        "term": 10.5,
+        "looped": 116.0,
+    },
+    ("input_grad", "xla"): {"call": 251.0, "result": 1220.0, "kernel": 3610.0, "odd": 89.9, "channels": 31.0},
+    ("input_grad", "xla, 1x1"): {"call": 74.5, "result": 783.0, "odd": 303.0, "fours": 55.7},
+    ("input_grad", "xla, 1x1x1"): {"image": 325.0, "result": 231.0, "kernel": 187000.0, "odd": 424.0, "channels": 4.91},
+    ("input_grad", "xla, few outputs"): {"call": 96.1, "result": 47100.0, "channels": 70.9},
+    ("input_grad", "xla, strided"): {"call": 90.7, "kernel": 13300.0, "patches": 2760.0, "channels": 8.03},
+    ("kernel_grad", "by_depth"): {"image": 204.0, "parts": 1.0},
+    ("kernel_grad", "by_group"): {"result": 831.0, "kernel": 1960.0, "patches": 116.0, "parts": 0.819, "part": 4.78},
+    ("kernel_grad", "by_position, channels"): {"call": 67.2, "result": 1910.0, "multiply": 166.0, "channels": 63.5},
+    ("kernel_grad", "by_position, channels of groups"): {
+        "call": 39.7,
+        "image": 188.0,
+        "result": 1920.0,
+        "groups": 141.0,
+    },
+    ("kernel_grad", "by_position, columns"): {"call": 91.3, "columns": 371.0},
+    ("kernel_grad", "joined"): {"image": 499.0, "parts": 1.03, "part": 36.2},
+    ("kernel_grad", "onednn 1x1"): {"call": 95.1, "image": 295.0, "kernel": 3850.0, "channels": 20.8, "sums": 157.0},
+    ("kernel_grad", "onednn depthwise"): {"call": 62.5, "image": 164.0, "groups": 80.1, "depth": 4.28},
+    ("kernel_grad", "onednn gemm"): {"call": 19.7, "image": 5140.0, "kernel": 13300.0, "channels": 21.3, "sums": 32.4},
+    ("kernel_grad", "onednn gemm of groups"): {"kernel": 140000.0, "channels": 15.9, "row": 252.0, "sums": 6.41},
+    ("kernel_grad", "onednn jit"): {"call": 91.9, "result": 251.0, "channels": 21.3, "row": 54.9, "sums": 5.18},
+    ("kernel_grad", "onednn jit of groups"): {
+        "call": 77.8,
+        "image": 615.0,
+        "result": 280.0,
+        "kernel": 4910.0,
+        "channels": 16.8,
+    },
+    ("kernel_grad", "onednn own"): {"call": 69.2, "image": 317.0, "result": 574.0, "kernel": 1510.0, "channels": 15.2},
+    ("kernel_grad", "onednn own, few channels"): {"call": 51.2, "result": 5760.0, "channels": 12.3, "row": 78.7},
+    ("kernel_grad", "patches"): {"call": 95.9, "result": 361.0, "patches": 959.0, "channels": 24.4},
+    ("kernel_grad", "pointwise, 1x1"): {"call": 83.3, "result": 260.0, "patches": 698.0, "channels": 20.9},
+    ("kernel_grad", "pointwise, 1x1x1"): {
+        "call": 145.0,
+        "result": 560.0,
+        "kernel": 246000.0,
+        "patches": 752.0,
+        "multiply": 7.99,
+    },
+    ("kernel_grad", "rows"): {"call": 40.1, "image": 2210.0, "result": 843.0, "patches": 768.0, "channels": 21.2},
+    ("kernel_grad", "transposed"): {
+        "image": 3850.0,
+        "result": 2070.0,
+        "patches": 706.0,
+        "odd": 1300.0,
+        "multiply": 50.9,
+    },
+    ("kernel_grad", "transposed, 1x1"): {"call": 63.2, "result": 1100.0, "channels": 202.0},
+    ("kernel_grad", "unrolled, channels"): {"call": 34.8, "multiply": 197.0, "channels": 49.8, "term": 4.37},
+    ("kernel_grad", "unrolled, channels of groups"): {"call": 32.3, "multiply": 301.0, "groups": 49.9, "term": 3.81},
+    ("kernel_grad", "unrolled, channels, 1x1"): {"call": 82.4, "image": 1460.0, "multiply": 192.0},
+    ("kernel_grad", "unrolled, channels, 1x1x1"): {"multiply": 418.0},
+    ("kernel_grad", "unrolled, columns"): {"call": 31.8, "image": 609.0, "columns": 126.0},
+}
+
+#: The tables, by processor.
+TABLES = {"avx2": AVX2, "avx512": AVX512}
+
+#: The costs on this processor.
+COSTS = TABLES[processor()]

@@ -34,7 +34,7 @@ from experiments.benchmarks.timing import Times
 from experiments.errors import RunError
 from jaxcnn import Conv, Dense, Dropout, Flatten, MaxPool, Relu, serial
 from jaxcnn.kernels import cost
-from jaxcnn.kernels.measured import COSTS
+from jaxcnn.kernels import measured as kernels_measured
 
 SMALL = Timed(
     serial(Conv(4, 3), Relu(), MaxPool(2), Conv(6, 3), Relu(), Flatten(), Dropout(0.5), Dense(10)), (12, 12, 2), 3
@@ -465,8 +465,8 @@ def test_a_result_compares_with_the_fastest_of_a_library():
 @pytest.fixture
 def costs():
     """Restore the costs of lowerings after a fit."""
-    saved = {**COSTS}
-    yield saved
+    saved = kernels_measured.COSTS
+    yield
     lowerings.use_costs(saved)
 
 
@@ -490,7 +490,7 @@ def test_fitted_costs_predict_times(costs):
     table = []
     for p in drawn_products(0, 150):
         seconds = {name: cost.cost(p, name) * 1e-6 * rng.lognormal(sigma=0.02) for name in cost.candidates(p)}
-        table.append(lowerings.Measured(p, "", seconds, {}))
+        table.append(lowerings.Measured(p, "", seconds, {}, "avx2"))
     found = lowerings.fit(table)
     assert all(len(of) <= lowerings.NUMBERS and min(of.values()) > 0 for of in found.values())
     lowerings.use_costs(found)
@@ -502,6 +502,28 @@ def test_fitted_costs_predict_times(costs):
     assert all(np.std(of) < 0.25 for of in spreads.values() if len(of) > 20), spreads
     ratios = [ratio for one in table for ratio in lowerings.chosen(one).values()]
     assert results.geometric_mean(ratios) < 1.03
+
+
+@pytest.mark.usefixtures("costs")
+def test_adapted_costs():
+    """Few products show which lowerings are slower on another processor, and by how much."""
+    before = kernels_measured.AVX512
+    lowerings.use_costs(before)
+    table = []
+    for p in drawn_products(1, 40):
+        seconds = {name: cost.cost(p, name) * (8e-6 if name == "xla" else 2e-6) for name in cost.candidates(p)}
+        table.append(lowerings.Measured(p, "", seconds, {}, "avx2"))
+    found = lowerings.fit(table, adapt=True)
+    assert found.keys() == before.keys()
+    assert all(found[key].keys() == before[key].keys() for key in found)
+    factors = {key: np.median([found[key][kind] / before[key][kind] for kind in before[key]]) for key in found}
+    timed = {(one.product.name, cost.form(one.product, name)) for one in table for name in one.seconds}
+    for (name, form), factor in factors.items():
+        if form in lowerings.SPLIT:
+            continue
+        expected = 8 if form.split(",")[0] == "xla" and (name, form) in timed else 2
+        assert 0.9 * expected < factor / lowerings.XLA_COST < 1.1 * expected, (name, form)
+    assert ("correlate", "onednn jit") not in timed
 
 
 def test_times_of_lowerings_are_written_and_read_back(still, costs, monkeypatch, tmp_path, capsys):
@@ -516,7 +538,7 @@ def test_times_of_lowerings_are_written_and_read_back(still, costs, monkeypatch,
     assert lowerings.main([str(path)]) == 0
     text = capsys.readouterr().out
     assert text.startswith(f"# {len(table)} products")
-    assert "COSTS = {" in text
+    assert f"\n{kernels_measured.processor().upper()}: Costs = {{" in text
 
 
 def test_a_file_without_times(tmp_path, capsys):
