@@ -3,17 +3,21 @@
 `tests/kernels/test_lowerings.py` tests its results.
 """
 
+import functools
 import os
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 
+import jax
+import jax.export
 import numpy as np
 import pytest
 
 from jaxcnn.geometry import Correlation, Window
 from jaxcnn.kernels import onednn
+from jaxcnn.kernels.correlate import correlate
 from jaxcnn.native import __main__ as command
 from jaxcnn.native import library
 from tests import oracles
@@ -150,6 +154,27 @@ def kernel_grads():
 def write(path):
     names, gradients = kernel_grads()
     np.savez(path, *gradients, names=np.array(names))
+
+
+@needs_library
+@pytest.mark.parametrize(("rows", "asks"), [(9, False), (10, True)])
+def test_a_large_result_of_xla_has_large_pages(monkeypatch, rows, asks):
+    """The kernel is copied into the program's memory once; results, also of `jax.vmap`, are those without the copy."""
+    monkeypatch.setenv(library.OPTION, "1")
+    monkeypatch.setattr(onednn, "choose_native", lambda *_: None)
+    monkeypatch.setattr(onednn, "LARGE_RESULT", 4 * 10 * 11 * 3 * 5)
+    c = Correlation(Window((rows, 11), (1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1)), 1, np.dtype(np.float32))
+    rng = np.random.default_rng(0)
+    x, w = (rng.normal(size=shape).astype(np.float32) for shape in ((3, rows, 11, 2), (1, 1, 2, 5)))
+    lowered = jax.jit(functools.partial(correlate, c)).lower(x, w)
+    assert lowered.as_text().count(f"@{library.COPY_TARGET}(") == asks
+    assert library.TARGET not in lowered.as_text()
+    expected = np.einsum("nhwi,io->nhwo", x, w[0, 0])
+    np.testing.assert_allclose(lowered.compile()(x, w), expected, rtol=1e-5, atol=1e-5)
+    each = jax.vmap(functools.partial(correlate, c), (None, 0))(x, np.stack([w, 2 * w]))
+    np.testing.assert_allclose(each, np.stack([expected, 2 * expected]), rtol=1e-5, atol=1e-5)
+    exported = jax.export.export(jax.jit(functools.partial(correlate, c)))(x, w)
+    assert library.COPY_TARGET not in exported.mlir_module()
 
 
 @needs_library

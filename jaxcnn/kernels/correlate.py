@@ -42,6 +42,7 @@ def correlate(c: Correlation, x: Array, w: Array) -> Array:
         return jnp.zeros((x.shape[0], *c.window.out, w.shape[-1]), c.dtype)
     cpu, gpu = choose_correlate(c, x, w), choose_correlate_on_gpu(c, x, w)
     native = onednn.choose_native("correlate", cpu, c, x.shape, w.shape[-1], wider(x.dtype, w.dtype, c.dtype))
+    w = onednn.in_large_pages(c, x.shape[0], w) if native is None else w
     run = functools.partial(run_lowering, CORRELATE, cpu, c, dtype=c.dtype, native=native, cuda=gpu, rocm=gpu)
     image_dims = unsharded_image_dims(c)
     return run_whole(run, (x, w), (image_dims, unsharded_kernel_dims(c)), image_dims)

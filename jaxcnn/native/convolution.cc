@@ -509,6 +509,13 @@ ffi::Error run(ffi::ThreadPool pool, Array a, Array b, ffi::Result<Array> c, int
   return ffi::Error::Success();
 }
 
+// Copies an array, usually a kernel, to temporary memory, before XLA itself writes a large result there.
+ffi::Error copy_to_large_pages(Array from, ffi::Result<Array> to) {
+  use_large_pages(to->untyped_data(), to->size_bytes());
+  std::memcpy(to->untyped_data(), from.untyped_data(), from.size_bytes());
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 // Writes oneDNN's name of the kernel for a product, or an empty string if it has none.
@@ -548,3 +555,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcnn_convolution, run,
                                   .Attr<Span>("high")
                                   .Attr<Span>("dilation")
                                   .Attr<int64_t>("groups"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcnn_copy_to_large_pages, copy_to_large_pages,
+                              ffi::Ffi::Bind().Arg<Array>().Ret<Array>());

@@ -11,8 +11,8 @@ from pathlib import Path
 import jax
 import jaxlib.version
 
-#: Name of the custom call, and of its symbol in the library.
-TARGET = "jaxcnn_convolution"
+#: Names of the custom calls, and of their symbols in the library.
+TARGET, COPY_TARGET = "jaxcnn_convolution", "jaxcnn_copy_to_large_pages"
 
 #: Environment variable; "0" turns the library off.
 OPTION = "JAXCNN_NATIVE"
@@ -46,7 +46,7 @@ def is_enabled() -> bool:
 
 @functools.cache
 def load() -> ctypes.CDLL | None:
-    """Load the library and register its custom call; None without a library.
+    """Load the library and register its custom calls; None without a library.
 
     Warns if there is only one that was compiled from other sources.
     """
@@ -64,7 +64,8 @@ def load() -> ctypes.CDLL | None:
     except OSError as error:
         warnings.warn(f"jaxcnn.native: the library was built but cannot be loaded: {error}", stacklevel=2)
         return None
-    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.jaxcnn_convolution), platform="cpu")
+    for target in (TARGET, COPY_TARGET):
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
     return library
 
 
