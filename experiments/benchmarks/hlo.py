@@ -42,6 +42,8 @@ class Array:
     rank: int
     on_chip: bool
     """Whether the array is in a TPU's vector memory."""
+    minor: tuple[int, ...] = ()
+    """Its dims, those of neighboring elements first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Counts:
     """Counts of one program."""
 
     moved: int
-    """Bytes that the kernels read from and write to the device's memory: whole operands and results, no scalars."""
+    """Bytes that the kernels read from and write to the device's memory: operands and results, no scalars."""
     kernels: int
     calls: Mapping[str, int]
     """Number of calls per library function, such as those of cuDNN."""
@@ -194,7 +196,7 @@ def arrays(shape: str) -> Iterator[Array]:
             for i, n in enumerate(reversed([int(n) for n in tile[1].split(",")])):
                 if i < len(minor_first):
                     minor_first[i] = -(-minor_first[i] // n) * n
-        yield Array(BYTES[dtype] * math.prod(minor_first), len(sizes), "S(1)" in attributes)
+        yield Array(BYTES[dtype] * math.prod(minor_first), len(sizes), "S(1)" in attributes, tuple(order))
 
 
 def _moved(
@@ -238,8 +240,8 @@ def _slices(
 ) -> tuple[list[int | None], int | None]:
     """Return the bytes that an instruction reads from each operand and writes, None for whole arrays.
 
-    A dynamic slice reads its result's bytes. A dynamic update slice reads and writes those of the update: the array is
-    updated in place.
+    A slice reads its result's bytes, also of an array that is converted to another dtype before, unless it has a stride
+    along one of the two dims of neighboring elements. A dynamic update slice reads and writes those of the update: the array is updated in place.
     """
     body: Mapping[str, Instruction] = {instruction.name: instruction}
     names: Sequence[str] = instruction.operands
@@ -248,18 +250,29 @@ def _slices(
         by_number = {inside.literal: name for name, inside in body.items() if inside.op == "parameter"}
         names = [by_number.get(str(i), "") for i in range(len(instruction.operands))]
 
+    def parts(name: str) -> int | None:
+        return _total([part(user, name) for user in body.values() if name in user.operands])
+
     def part(user: Instruction, name: str) -> int | None:
         if name != user.operands[0] or name in user.operands[1:]:
             return None
-        if user.op == "dynamic-slice":
+        if user.op == "convert" and (converted := parts(user.name)) is not None:
+            return converted * body[name].arrays[0].size // user.arrays[0].size
+        if user.op == "dynamic-slice" or (user.op == "slice" and _in_runs(user)):
             return user.arrays[0].size
         return 0 if user.op == "dynamic-update-slice" else None
 
-    read = [_total([part(user, name) for user in body.values() if name in user.operands]) for name in names]
+    read = [parts(name) for name in names]
     last = list(body.values())[-1] if body else instruction
     if last.op != "dynamic-update-slice" or last.operands[1] not in body:
         return read, None
     return read, body[last.operands[1]].arrays[0].size
+
+
+def _in_runs(slice_: Instruction) -> bool:
+    """Whether a slice has no stride along the two dims of neighboring elements."""
+    strides = [stride or "1" for stride in re.findall(r"\[\d+:\d+(?::(\d+))?\]", slice_.attributes)]
+    return all(strides[dim] == "1" for dim in slice_.arrays[0].minor[:2])
 
 
 def _called(instruction: Instruction, key: str) -> list[str]:

@@ -152,6 +152,49 @@ def test_dynamic_slices_move_their_parts():
     assert result == 2 * 4 * row  # the array is updated in place
 
 
+STRIDED = """HloModule jit_run, is_scheduled=true
+
+%rows (p: bf16[8,64,32]) -> f32[8,4,32] {
+  %p = bf16[8,64,32]{2,1,0} parameter(0)
+  %wide = f32[8,64,32]{2,1,0} convert(%p)
+  ROOT %part = f32[8,4,32]{2,1,0} slice(%wide), slice={[0:8], [0:64:16], [0:32]}
+}
+
+%images (q: f32[8,64,32]) -> f32[2,64,32] {
+  %q = f32[8,64,32]{2,1,0} parameter(0)
+  ROOT %part.1 = f32[2,64,32]{2,1,0} slice(%q), slice={[0:8:4], [0:64], [0:32]}
+}
+
+%twice (r: f32[8,64,32]) -> f32[2,64,32] {
+  %r = f32[8,64,32]{2,1,0} parameter(0)
+  %first = f32[2,64,32]{2,1,0} slice(%r), slice={[0:2], [0:64], [0:32]}
+  %second = f32[2,64,32]{2,1,0} slice(%r), slice={[6:8], [0:64], [0:32]}
+  ROOT %sum = f32[2,64,32]{2,1,0} add(%first, %second)
+}
+
+ENTRY %main.1 (x: bf16[8,64,32], y: f32[8,64,32]) -> f32[2,64,32] {
+  %x = bf16[8,64,32]{2,1,0} parameter(0)
+  %y = f32[8,64,32]{2,1,0} parameter(1)
+  %of_rows = f32[8,4,32]{2,1,0} fusion(%x), kind=kLoop, calls=%rows
+  %of_images = f32[2,64,32]{2,1,0} fusion(%y), kind=kLoop, calls=%images
+  %of_first = f32[8,64,32]{2,1,0} slice(%y), slice={[0:8], [0:64], [0:32]}
+  %across = bf16[8,4,32]{0,1,2} slice(%x), slice={[0:8], [0:64:16], [0:32]}
+  ROOT %result = f32[2,64,32]{2,1,0} fusion(%y), kind=kLoop, calls=%twice
+}
+"""
+
+
+def test_slices_read_their_parts():
+    """If no stride is among the two dims of neighboring elements; otherwise whole arrays are read."""
+    row = 32 * 4
+    rows, images, whole, across, twice = (step.moved for step in hlo.executed(STRIDED))
+    assert rows == 8 * 64 * row // 2 + 8 * 4 * row  # a stride along the second dim
+    assert images == 2 * 2 * 64 * row
+    assert whole == 2 * 8 * 64 * row
+    assert across == (8 * 64 + 8 * 4) * row // 2
+    assert twice == (4 + 2) * 64 * row
+
+
 def test_bundles_of_nested_loops():
     assert hlo.executed_bundles(BUNDLES.splitlines()) == 2 + 9 * (3 + 4 * 2)
     assert hlo.dumped_instruction("1795-copy.2-01-final_bundles.txt") == "copy.2"
