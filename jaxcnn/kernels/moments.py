@@ -1,6 +1,6 @@
-"""Mean and sum of squared deviations of every window, without the cancellation of Σ x² − (Σ x)²/n.
+"""Means and squared deviations without the cancellation of Σ x² − (Σ x)²/n: of whole dims, and of every window.
 
-The moments of two disjoint sets of elements are merged (Chan et al. 1979):
+For windows, the moments of two disjoint sets of elements are merged (Chan et al. 1979):
 
     m = m₁ + d·n₂/(n₁ + n₂)        s = s₁ + s₂ + d²·n₁n₂/(n₁ + n₂)        d = m₂ − m₁
 
@@ -9,6 +9,7 @@ moments of 1, 2, 4, … adjacent elements are computed first, then those of the 
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,46 @@ from jax import Array, lax
 
 from jaxcnn.geometry import Window
 from jaxcnn.kernels.dtypes import to_accumulator
+from jaxcnn.platforms import Fixed, platform_dependent
+
+#: `in_one_pass` reads at least one of this many elements twice.
+SAMPLED = 16
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def mean_and_variance(over: tuple[int, ...], dim: int | None, x: Array) -> tuple[Array, Array]:
+    """Return mean and variance over dims, which stay with size 1.
+
+    On GPU, where arrays are larger than caches, x is read once, if ``dim`` is one of these dims and not None.
+    """
+    if dim is None or 0 in x.shape:
+        return in_two_passes(over, x)
+    once = Fixed(in_one_pass, (over, dim))
+    return platform_dependent(x, default=Fixed(in_two_passes, (over,)), cuda=once, rocm=once)
+
+
+def in_two_passes(over: tuple[int, ...], x: Array) -> tuple[Array, Array]:
+    """Return m = Σ x / n and Σ (x − m)² / n."""
+    m = _mean(over, x)
+    return m, _mean(over, jnp.square(x - m))
+
+
+def in_one_pass(over: tuple[int, ...], dim: int, x: Array) -> tuple[Array, Array]:
+    """Return m = c + Σ (x − c) / n and v = Σ (x − c)² / n − (m − c)², where c is the mean of a sample.
+
+    The sample is every `SAMPLED`-th slice along ``dim``, or the first one of fewer: a share p ≥ 1/16 of the elements.
+    The variance between the sample and the rest is at most v, and therefore (m − c)² ≤ v·(1 − p)/p: the difference
+    loses at most log₂(1/p) ≤ 4 of the 24 bits, whatever x is. c has no rounding error, because it is one number in
+    both sums.
+    """
+    sample = lax.slice_in_dim(x, 0, None, min(SAMPLED, x.shape[dim]), axis=dim)
+    c = _mean(over, sample)
+    d = _mean(over, x - c)
+    return c + d, jnp.maximum(_mean(over, jnp.square(x - c)) - jnp.square(d), 0)
+
+
+def _mean(over: tuple[int, ...], x: Array) -> Array:
+    return x.sum(over, keepdims=True) / max(math.prod(x.shape[dim] for dim in over), 1)
 
 
 class Moments(NamedTuple):

@@ -30,6 +30,7 @@ from jax.typing import ArrayLike
 from jaxcnn.arguments import array, arrays, bad_type, bad_value, static_float, static_int
 from jaxcnn.kernels.dtypes import accumulator, to_accumulator
 from jaxcnn.kernels.materialize import materialize, materialize_on_gpu
+from jaxcnn.kernels.moments import mean_and_variance
 from jaxcnn.kernels.reductions import sum_computed
 from jaxcnn.ops.rule import Rule, apply_rule, custom_vjp
 
@@ -216,6 +217,11 @@ class Normalization:
     #: Number of devices along these axes.
     devices: int = 1
 
+    @property
+    def sampled_dim(self) -> int | None:
+        """A spatial dim, if means are taken over the batch and spatial dims."""
+        return 1 if self.over[:2] == (0, 1) else None
+
     def view(self, x: Array) -> Array:
         """Return x in the dtype of the statistics, with its channels in groups."""
         wide = to_accumulator(x)
@@ -307,8 +313,12 @@ def moments(norm: Normalization, x: Array) -> tuple[Array, Array]:
 
     The dims that the means are taken over stay, with size 1.
     """
-    m = _mean(norm, x)
-    return m, lax.rsqrt(_mean(norm, jnp.square(x - m)) + norm.eps)
+    if norm.axis_names:
+        m = _mean(norm, x)
+        v = _mean(norm, jnp.square(x - m))
+    else:
+        m, v = mean_and_variance(norm.over, norm.sampled_dim, x)
+    return m, lax.rsqrt(v + norm.eps)
 
 
 def _moments_fwd(norm: Normalization, x: Array) -> Any:

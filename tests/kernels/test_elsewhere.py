@@ -1,4 +1,4 @@
-"""Activations, losses and `lp_pool` of the case table with the lowerings for TPU and GPU, computed on CPU."""
+"""Activations, losses, norms and `lp_pool` of the case table with the lowerings for TPU and GPU, computed on CPU."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from jaxcnn.ops.kinds import KINDS
 from tests import checks, compilation
 from tests.cases import CASES
 
-OPS = (*KINDS["activation"], *KINDS["loss"], "lp_pool")
+OPS = (*KINDS["activation"], *KINDS["loss"], *KINDS["norm"], "lp_pool")
 rows = pytest.mark.parametrize("case", [case for case in CASES if case.op in OPS], ids=str)
 
 
