@@ -241,7 +241,8 @@ def _slices(
     """Return the bytes that an instruction reads from each operand and writes, None for whole arrays.
 
     A slice reads its result's bytes, also of an array that is converted to another dtype before, unless it has a stride
-    along one of the two dims of neighboring elements. A dynamic update slice reads and writes those of the update: the array is updated in place.
+    along one of the two dims of neighboring elements. A dynamic update slice reads and writes those of the update: the
+    array is updated in place.
     """
     body: Mapping[str, Instruction] = {instruction.name: instruction}
     names: Sequence[str] = instruction.operands

@@ -305,6 +305,8 @@ def kinds_of_work(form: str) -> tuple[str, ...]:
     arrays = ("call", "image", "result")
     if form == "onednn depthwise":
         return (*arrays, "groups", "row", "depth")
+    if form.startswith("onednn gemm"):  # copies patches
+        return (*arrays, "kernel", "patches", "multiply", "fours", "channels")
     if form.startswith("onednn"):
         return (*arrays, "kernel", "channels", "row", "sums", "depth")
     if form.startswith(("unrolled", "by_position")):
@@ -321,8 +323,8 @@ def fit(table: Sequence[Measured], adapt: bool = False) -> "Costs":
     Args:
         table: Products and the times of their lowerings.
         adapt: Whether to keep the costs of `measured.AVX512` times factors, which differ as far as the times require
-            it. Costs of forms that were not timed are multiplied by the median of the other forms' factors. New forms
-            are fitted.
+            it. Costs of forms that were not timed are multiplied by the median of the other forms' factors. New forms,
+            and those with other kinds of work, are fitted.
 
     Returns:
         The costs.
@@ -343,7 +345,7 @@ def fit(table: Sequence[Measured], adapt: bool = False) -> "Costs":
     factors = []
     for key in sorted(forms, key=lambda key: (SPLIT.get(key[1], -1), *key)):
         use_costs(costs)  # of parts
-        known = adapt and key in costs
+        known = adapt and {*costs.get(key, {"new"})} <= {*kinds_of_work(key[1])}
         names = [*costs[key]] if known else kinds_of_work(key[1])
         amounts = [cost.work(p, name) for p, name, *_ in forms[key]]
         work = np.array([[of[kind] for kind in names] for of in amounts])
