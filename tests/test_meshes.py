@@ -15,6 +15,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxcnn
+from experiments.benchmarks import lowerings
 from experiments.scaling import count_collectives
 from jaxcnn import BatchNorm, Conv, Dense, Flatten, HiddenLayer
 from jaxcnn.geometry import Correlation, Window
@@ -299,19 +300,15 @@ def test_no_lowering_gathers_a_split_batch(monkeypatch, kind):
         monkeypatch.setattr(module, f"{target}_BLOCK_BYTES", 1)
     win, groups, inputs, outputs = PRODUCTS[kind]
     c = Correlation(win, groups, np.dtype(np.float32))
-    x, w, y = (16, *win.shape, inputs), (*win.size, inputs // groups, outputs), (16, *win.out, outputs)
-    tables = {
-        "correlate": (correlate.CORRELATE, x, w),
-        "input_grad": (input_grad.INPUT_GRAD, y, w),
-        "kernel_grad": (kernel_grad.KERNEL_GRAD, x, y),
-    }
-    for name, (table, *shapes) in tables.items():
+    for name, table in lowerings.tables().items():
+        p = cost.Product(name, c, 16, inputs, outputs)
+        shapes = lowerings.operands(p)
         specs = [PartitionSpec("batch") if shape[0] == 16 else PartitionSpec() for shape in shapes]
         arrays = [
             jax.ShapeDtypeStruct(shape, np.float32, sharding=NamedSharding(over_eight(), spec))
             for shape, spec in zip(shapes, specs, strict=True)
         ]
-        for cpu in cost.candidates(cost.Product(name, c, 16, inputs, outputs)):
+        for cpu in cost.candidates(p):
             run = functools.partial(lowering.run_lowering, table, cpu, c, dtype=np.dtype(np.float32))
             text = jax.jit(run).lower(*arrays).compile().as_text()
             assert {collective for collective, *_ in count_collectives(text)} <= {"all-reduce"}, (name, cpu)

@@ -34,6 +34,8 @@ KEEP = 4
 """How much adapted costs are kept: they minimize this · Σ log² of their factors / 2, plus a loss per product."""
 FOLDS = 4
 """Parts of the products for cross-validation: the lowerings of each are chosen by costs fitted to the others."""
+OUTLIER = 0.5
+"""Distance of logarithms of times from which the loss grows linearly instead of quadratically."""
 XLA_COST = 1.15
 """Factor of lowerings in XLA: oneDNN's compile ten times as fast."""
 SPREAD_COST = 0.3
@@ -188,6 +190,17 @@ def product_of(one: "Drawn", name: str) -> "Product":
     return Product(name, Correlation(window, one.groups, np.dtype(np.float32)), batch, inputs, outputs)
 
 
+def operands(p: "Product") -> list[tuple[int, ...]]:
+    """Return the shapes of the two arrays that a product takes."""
+    win = p.c.window
+    shapes = {
+        "x": (p.batch, *win.shape, p.inputs),
+        "w": (*win.size, p.inputs // p.c.groups, p.outputs),
+        "y": (p.batch, *win.out, p.outputs),
+    }
+    return [shapes[array] for array in {"correlate": "xw", "input_grad": "yw", "kernel_grad": "xy"}[p.name]]
+
+
 def measure_product(p: "Product", table: Mapping[str, Any], rounds: int) -> Measured:
     """Time the lowerings of a product. Raise an error if their results differ."""
     import time
@@ -200,22 +213,13 @@ def measure_product(p: "Product", table: Mapping[str, Any], rounds: int) -> Meas
     from jaxcnn.kernels.cost import candidates
     from jaxcnn.native import library
 
-    c, win = p.c, p.c.window
-    shapes = {
-        "x": (p.batch, *win.shape, p.inputs),
-        "w": (*win.size, p.inputs // c.groups, p.outputs),
-        "y": (p.batch, *win.out, p.outputs),
-    }
     rng = np.random.default_rng(0)
-    arrays = [
-        jax.device_put(rng.standard_normal(shapes[array], np.float32))
-        for array in {"correlate": "xw", "input_grad": "yw", "kernel_grad": "xy"}[p.name]
-    ]
+    arrays = [jax.device_put(rng.standard_normal(shape, np.float32)) for shape in operands(p)]
     kernel = onednn.kernel_of(onednn.computed(p)) if library.is_enabled() else ""
     compiled, calls, first = {}, {}, None
     for name in [*(["onednn"] if kernel else []), *candidates(p)]:
         start = time.process_time()
-        program = jax.jit(functools.partial(table[name], c)).lower(*arrays).compile()
+        program = jax.jit(functools.partial(table[name], p.c)).lower(*arrays).compile()
         compiled[name] = time.process_time() - start
         calls[name] = functools.partial(program, *arrays)
         found = calls[name]()
@@ -385,8 +389,8 @@ def adapted(work: np.ndarray, times: np.ndarray, weights: np.ndarray, before: np
         return np.log(np.maximum(work @ x, 1e-9) / times)
 
     def loss(log_factors: np.ndarray) -> np.ndarray:
-        distance = distances(log_factors) / 0.5
-        soft_l1 = np.sign(distance) * np.sqrt((np.sqrt(1 + weights * distance**2) - 1) / 2)
+        distance = distances(log_factors) / OUTLIER
+        soft_l1 = np.sign(distance) * OUTLIER * np.sqrt(2 * (np.sqrt(1 + weights * distance**2) - 1))
         return np.concatenate([soft_l1, math.sqrt(KEEP) * log_factors])
 
     found = optimize.least_squares(loss, np.zeros(len(before))).x
@@ -419,7 +423,13 @@ def least_squares(
             return a / np.maximum(a @ x, 1e-9)[:, None] * roots[:, None]
 
         found = optimize.least_squares(
-            distances, np.maximum(start, 1e-3), slopes, bounds=(0, np.inf), loss="soft_l1", f_scale=0.5, max_nfev=100
+            distances,
+            np.maximum(start, 1e-3),
+            slopes,
+            bounds=(0, np.inf),
+            loss="soft_l1",
+            f_scale=OUTLIER,
+            max_nfev=100,
         )
         return found.cost, found.x
 

@@ -541,6 +541,20 @@ def test_times_of_lowerings_are_written_and_read_back(still, costs, monkeypatch,
     assert f"\n{kernels_measured.processor().upper()}: Costs = {{" in text
 
 
+def test_files_from_different_processors(tmp_path, capsys):
+    paths = [tmp_path / f"{processor}.json" for processor in kernels_measured.TABLES]
+    p, *_ = drawn_products(3, 4)
+    for path in paths:
+        results.write(
+            path,
+            {},
+            lowerings.Config(),
+            rows=[lowerings.to_json(lowerings.Measured(p, "", {"xla": 1.0}, {}, path.stem))],
+        )
+    assert lowerings.main([str(path) for path in paths]) == 2
+    assert "FIT: must be times from one kind of processor, got avx2 and avx512" in capsys.readouterr().err
+
+
 def test_a_file_without_times(tmp_path, capsys):
     path = tmp_path / "other.json"
     path.write_text("{}")

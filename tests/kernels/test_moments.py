@@ -6,7 +6,7 @@ import pytest
 
 from jaxcnn.kernels import moments
 
-#: Rounding errors of float32, with room for those of the sums of some thousand elements.
+#: Several rounding errors of float32, because sums of thousands of elements have more than one.
 TOLERANCE = 16 * 2.0**-24
 
 
