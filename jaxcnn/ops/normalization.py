@@ -222,13 +222,26 @@ class Normalization:
         """A spatial dim, if means are taken over the batch and spatial dims."""
         return 1 if self.over[:2] == (0, 1) else None
 
+    @property
+    def common(self) -> tuple[int, ...]:
+        """The dims that means are taken over, except those of scale and bias; in x they have the same numbers."""
+        return tuple(dim for dim in self.over if dim not in self.along)
+
     def view(self, x: Array) -> Array:
         """Return x in the dtype of the statistics, with its channels in groups."""
         wide = to_accumulator(x)
         return wide if self.groups is None else wide.reshape(*x.shape[:-1], self.groups, x.shape[-1] // self.groups)
 
+    def per_channel(self, a: Array, x: Array) -> Array:
+        """Return a statistic ``a``, one number per group, with a shape that broadcasts against x."""
+        if self.groups is None:
+            return a
+        # Materialized, because XLA:CPU's loops would not run along channels.
+        groups = jnp.broadcast_to(a, (*a.shape[:-1], x.shape[-1] // self.groups))
+        return materialize(groups.reshape(*a.shape[:-2], x.shape[-1]))
+
     def expand(self, a: Array, x: Array) -> Array:
-        """Return scale or bias ``a`` with a shape that broadcasts against a view x, in its dtype."""
+        """Return scale or bias ``a`` with a shape that broadcasts against x, in its dtype."""
         shape = tuple(n if dim in self.along else 1 for dim, n in enumerate(x.shape))
         return a.astype(x.dtype).reshape(shape)
 
@@ -237,7 +250,7 @@ class Normalization:
         return x.sum(self.other_dims(x)).reshape(a.shape).astype(a.dtype)
 
     def other_dims(self, x: Array) -> tuple[int, ...]:
-        """Return the dims of a view x that scale and bias do not have."""
+        """Return the dims of x that scale and bias do not have."""
         return tuple(dim for dim in range(x.ndim) if dim not in self.along)
 
 
@@ -247,44 +260,42 @@ class Normalization:
 
 @custom_vjp
 def _normalize(norm: Normalization, x: Array, scale: Array | None, bias: Array | None) -> Array:
-    view = norm.view(x)
-    m, r = moments(norm, view)
-    return _scale_and_shift(norm, (view - m) * r, scale, bias).reshape(x.shape).astype(x.dtype)
+    m, r = moments(norm, norm.view(x))
+    return _normalized(norm, x, m, r, scale, bias)
+
+
+def _normalized(norm: Normalization, x: Array, m: Array, r: Array, scale: Array | None, bias: Array | None) -> Array:
+    """Return d·(r·γ) + β with d = x − m, so that x̂ = r·d."""
+    d = norm.view(x) - m
+    y = d * (r if scale is None else r * norm.expand(scale, d))
+    return (y if bias is None else y + norm.expand(bias, y)).reshape(x.shape).astype(x.dtype)
 
 
 def _normalize_fwd(norm: Normalization, x: Array, scale: Array | None, bias: Array | None) -> Any:
     # XLA:GPU would recompute m and r in each fusion that reads them, and store x̂·δ for the sum over the batch.
     m, r = map(materialize_on_gpu, moments(norm, norm.view(x)))
-    return _normalize(norm, x, scale, bias), (x, m, r, scale, bias)
+    return _normalized(norm, x, m, r, scale, bias), (x, m, r, scale, bias)
 
 
 def _normalize_bwd(norm: Normalization, saved: Any, delta: Array) -> Any:
-    """δ_x = r(g − mean(g) − x̂·mean(g·x̂)) with g = δ·γ; ∂E/∂γ = Σ δ·x̂; ∂E/∂β = Σ δ."""
+    """δ_x = r(g − mean(g) − x̂·mean(g·x̂)) with g = δ·γ; ∂E/∂γ = Σ δ·x̂; ∂E/∂β = Σ δ.
+
+    x̂ = r·d with d = x − m. Over the dims that all these sums have in common, δ and δ·x̂ are summed once.
+    """
     x, m, r, scale, bias = saved
-    delta = norm.view(delta)
-    x_hat = (norm.view(x) - m) * r
-    g = delta if scale is None else delta * norm.expand(scale, delta)
-    delta_x = r * (g - _mean(norm, g) - x_hat * _mean(norm, g * x_hat))
-    grad_scale = None if scale is None else _inner_x_hat(norm, delta, x, m, r).reshape(scale.shape).astype(scale.dtype)
-    grad_bias = None if bias is None else norm.reduce(delta, bias)
-    return delta_x.reshape(x.shape).astype(x.dtype), grad_scale, grad_bias
+    m, r, n = norm.per_channel(m, x), norm.per_channel(r, x), _count(norm, norm.view(x))
+    d, delta = to_accumulator(x) - m, to_accumulator(delta)
+    gamma = 1 if scale is None else norm.expand(scale, d)
+    s = delta.sum(norm.common, keepdims=True)
+    t = r * jnp.expand_dims(inner(norm.common, delta, d), norm.common)  # Σ δ·x̂
+    mean_g, mean_g_x_hat = (norm.per_channel(_sum(norm, norm.view(gamma * a)) / n, x) for a in (s, t))
+    delta_x = r * gamma * delta - d * (r * (r * mean_g_x_hat)) - r * mean_g
+    grad_scale = None if scale is None else sum_computed(norm.other_dims(x), t).reshape(scale.shape).astype(scale.dtype)
+    grad_bias = None if bias is None else norm.reduce(s, bias)
+    return delta_x.astype(x.dtype), grad_scale, grad_bias
 
 
 _normalize.defvjp(_normalize_fwd, _normalize_bwd)
-
-
-def _inner_x_hat(norm: Normalization, delta: Array, x: Array, m: Array, r: Array) -> Array:
-    """Return Σ δ·x̂ over the dims that scale does not have.
-
-    With groups, the sum is per channel and m and r are broadcast to channels, so that XLA:CPU's loops run along them.
-    """
-    if norm.groups is None:
-        return inner(norm.other_dims(delta), delta, (norm.view(x) - m) * r)
-    channels = (delta.shape[0], *(1,) * (x.ndim - 2), x.shape[-1])
-    group = (*m.shape[:-1], delta.shape[-1])
-    m, r = (materialize(jnp.broadcast_to(a, group).reshape(channels)) for a in (m, r))
-    x = x.astype(delta.dtype)
-    return inner(tuple(range(x.ndim - 1)), delta.reshape(x.shape), (x - m) * r)
 
 
 @custom_vjp
@@ -338,7 +349,12 @@ moments.defvjp(_moments_fwd, _moments_bwd)
 
 
 def _mean(norm: Normalization, x: Array) -> Array:
-    return _sum_devices(norm, x.sum(norm.over, keepdims=True)) / _count(norm, x)
+    return _sum(norm, x) / _count(norm, x)
+
+
+def _sum(norm: Normalization, x: Array) -> Array:
+    """Return Σ x over the elements that share a mean, on all devices."""
+    return _sum_devices(norm, x.sum(norm.over, keepdims=True))
 
 
 def _sum_devices(norm: Normalization, x: Array) -> Array:
@@ -386,18 +402,21 @@ def _normalize_by_statistics_fwd(
 
 
 def _normalize_by_statistics_bwd(norm: Normalization, saved: Any, delta: Array) -> Any:
-    """With g = δ·γ, r = 1/√(var + ε): δ_x = g·r; ∂E/∂mean = −Σ g·r; ∂E/∂var = −½ Σ g·x̂·r²."""
+    """With g = δ·γ, r = 1/√(var + ε): δ_x = g·r; ∂E/∂mean = −Σ g·r; ∂E/∂var = −½ Σ g·x̂·r²; ∂E/∂γ and ∂E/∂β as above.
+
+    γ and r have one number per channel, so that all sums follow from Σ δ and Σ δ·x̂.
+    """
     x, scale, bias, mean, var = saved
     delta = norm.view(delta)
+    d = norm.view(x) - norm.expand(mean, delta)
     r = lax.rsqrt(norm.expand(var, delta) + norm.eps)
-    x_hat = (norm.view(x) - norm.expand(mean, delta)) * r
-    g = delta if scale is None else delta * norm.expand(scale, delta)
-    delta_x = g * r
-    grad_scale = None if scale is None else norm.reduce(delta * x_hat, scale)
-    grad_bias = None if bias is None else norm.reduce(delta, bias)
-    grad_mean = -norm.reduce(delta_x, mean)
-    grad_var = -norm.reduce(delta_x * x_hat * r, var) / 2
-    return delta_x.astype(x.dtype), grad_scale, grad_bias, grad_mean, grad_var
+    r_gamma = r if scale is None else r * norm.expand(scale, delta)
+    s = delta.sum(norm.common, keepdims=True)
+    t = r * jnp.expand_dims(inner(norm.common, delta, d), norm.common)  # Σ δ·x̂
+    grad_scale = None if scale is None else norm.reduce(t, scale)
+    grad_bias = None if bias is None else norm.reduce(s, bias)
+    grad_mean, grad_var = norm.reduce(-r_gamma * s, mean), norm.reduce(-r_gamma * r * t / 2, var)
+    return (r_gamma * delta).astype(x.dtype), grad_scale, grad_bias, grad_mean, grad_var
 
 
 _normalize_by_statistics.defvjp(_normalize_by_statistics_fwd, _normalize_by_statistics_bwd)
