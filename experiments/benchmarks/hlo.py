@@ -131,8 +131,8 @@ def count(text: str, bundles: Mapping[str, int] | None = None, bytes_per_cycle: 
 def executed(text: str) -> Iterator[Step]:
     """Yield the operations that the program executes, excluding free ones.
 
-    Bodies of loops count as often as they run, if the program says how often that is, or once. All branches of a
-    conditional count.
+    Bodies of loops count as often as they run, if the program says how often that is, or once. Of a conditional, the
+    branch that moves the fewest bytes counts.
     """
     computations, entry = parse(text)
 
@@ -144,13 +144,18 @@ def executed(text: str) -> Iterator[Step]:
             elif instruction.op == "call":
                 yield from walk(_called(instruction, "to_apply")[0], times)
             elif instruction.op == "conditional":
-                for key in ("branch_computations", "true_computation", "false_computation"):
-                    for branch in _called(instruction, key):
-                        yield from walk(branch, times)
+                keys = ("branch_computations", "true_computation", "false_computation")
+                branches = [list(walk(branch, times)) for key in keys for branch in _called(instruction, key)]
+                yield from min(branches, key=_cost)
             elif not instruction.free:
                 yield Step(instruction, times, _moved(instruction, instructions, computations))
 
     yield from walk(entry, 1)
+
+
+def _cost(steps: Sequence[Step]) -> tuple[int, int]:
+    """Return the bytes that steps move, and their number."""
+    return sum(step.times * step.moved for step in steps), len(steps)
 
 
 def _trips(loop: Instruction, computations: Mapping[str, Mapping[str, Instruction]]) -> int:

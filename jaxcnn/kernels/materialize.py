@@ -34,6 +34,12 @@ def materialize_on_gpu(a: Array) -> Array:
 
 
 @functools.partial(jax.jit, inline=True)
+def together_on_tpu(a: Array, b: Array) -> tuple[Array, Array]:
+    """Return both arrays, for computations that XLA:TPU starts once both are known; a no-op on other platforms."""
+    return platform_dependent(a, b, default=Fixed(_both, ()), tpu=Fixed(_both_behind_barrier, ()))
+
+
+@functools.partial(jax.jit, inline=True)
 def materialize_next_bits(y: Array) -> Array:
     """Return y, in float32, with the first 16 bits of its significand on XLA:GPU; a no-op on other platforms.
 
@@ -65,6 +71,14 @@ def _call_not_inlined(a: Array) -> Array:
 @jax.jit
 def _identity(a: Array) -> Array:
     return lax.optimization_barrier(a)  # JAX would drop a call that does nothing
+
+
+def _both(a: Array, b: Array) -> tuple[Array, Array]:
+    return a, b
+
+
+def _both_behind_barrier(a: Array, b: Array) -> tuple[Array, Array]:
+    return lax.optimization_barrier((a, b))
 
 
 def in_three_bytes(y: Array) -> Array:

@@ -18,28 +18,34 @@ from jax import Array, lax
 
 from jaxcnn.geometry import Window
 from jaxcnn.kernels.dtypes import to_accumulator
+from jaxcnn.kernels.shapes import known_at_most
 from jaxcnn.platforms import Fixed, platform_dependent
 
-#: `in_one_pass` reads at least one of this many elements twice.
+#: `in_one_pass` reads at least one of this many elements twice, and `in_one_pass_if_precise` reads all elements twice
+#: if their squared mean is at least this many times their variance.
 SAMPLED = 16
+
+#: On TPU, arrays of up to this many elements are read twice, which takes as long as deciding whether to.
+MOST_READ_TWICE = 1 << 22
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def mean_and_variance(over: tuple[int, ...], dim: int | None, x: Array) -> tuple[Array, Array]:
-    """Return mean and variance over dims, which stay with size 1.
+    """Return mean and variance over dims, which stay with size 1, in the dtype of sums.
 
-    On GPU, where arrays are larger than caches, x is read once, if ``dim`` is one of these dims and not None.
+    On GPU and TPU, large arrays are read once, if ``dim`` is one of these dims and not None.
     """
     if dim is None or 0 in x.shape:
         return in_two_passes(over, x)
-    once = Fixed(in_one_pass, (over, dim))
-    return platform_dependent(x, default=Fixed(in_two_passes, (over,)), cuda=once, rocm=once)
+    twice, once = Fixed(in_two_passes, (over,)), Fixed(in_one_pass, (over, dim))
+    tpu = twice if known_at_most(x.size, MOST_READ_TWICE) else Fixed(in_one_pass_if_precise, (over,))
+    return platform_dependent(x, default=twice, tpu=tpu, cuda=once, rocm=once)
 
 
 def in_two_passes(over: tuple[int, ...], x: Array) -> tuple[Array, Array]:
     """Return m = Σ x / n and Σ (x − m)² / n."""
     m = _mean(over, x)
-    return m, _mean(over, jnp.square(x - m))
+    return m, _variance(over, x, m)
 
 
 def in_one_pass(over: tuple[int, ...], dim: int, x: Array) -> tuple[Array, Array]:
@@ -52,12 +58,30 @@ def in_one_pass(over: tuple[int, ...], dim: int, x: Array) -> tuple[Array, Array
     """
     sample = lax.slice_in_dim(x, 0, None, min(SAMPLED, x.shape[dim]), axis=dim)
     c = _mean(over, sample)
-    d = _mean(over, x - c)
-    return c + d, jnp.maximum(_mean(over, jnp.square(x - c)) - jnp.square(d), 0)
+    d = _mean(over, to_accumulator(x) - c)
+    return c + d, jnp.maximum(_variance(over, x, c) - jnp.square(d), 0)
+
+
+def in_one_pass_if_precise(over: tuple[int, ...], x: Array) -> tuple[Array, Array]:
+    """Return m = Σ x / n and v = Σ x² / n − m², or `in_two_passes` if m² ≥ 16·v for one of the means.
+
+    Otherwise Σ x² / n < 17·v: the difference loses hardly more than 4 of the 24 bits. XLA:TPU computes both sums in the
+    kernel that computes x, for example in a convolution. A sample's mean, as in `in_one_pass`, would be known too late.
+    The branch takes x in its own dtype, because XLA writes its operands to memory.
+    """
+    m = _mean(over, x)
+    v = _mean(over, jnp.square(to_accumulator(x))) - jnp.square(m)
+    precise = ((jnp.square(m) < SAMPLED * v) | (m == 0)) & (v < jnp.inf)
+    return m, lax.cond(precise.all(), lambda: v, lambda: _variance(over, x, m))
+
+
+def _variance(over: tuple[int, ...], x: Array, m: Array) -> Array:
+    """Return Σ (x − m)² / n."""
+    return _mean(over, jnp.square(to_accumulator(x) - m))
 
 
 def _mean(over: tuple[int, ...], x: Array) -> Array:
-    return x.sum(over, keepdims=True) / max(math.prod(x.shape[dim] for dim in over), 1)
+    return to_accumulator(x).sum(over, keepdims=True) / max(math.prod(x.shape[dim] for dim in over), 1)
 
 
 class Moments(NamedTuple):

@@ -29,7 +29,7 @@ from jax.typing import ArrayLike
 
 from jaxcnn.arguments import array, arrays, bad_type, bad_value, static_float, static_int
 from jaxcnn.kernels.dtypes import accumulator, to_accumulator
-from jaxcnn.kernels.materialize import materialize, materialize_on_gpu
+from jaxcnn.kernels.materialize import materialize, materialize_on_gpu, together_on_tpu
 from jaxcnn.kernels.moments import mean_and_variance
 from jaxcnn.kernels.reductions import sum_computed
 from jaxcnn.ops.rule import Rule, apply_rule, custom_vjp
@@ -228,9 +228,8 @@ class Normalization:
         return tuple(dim for dim in self.over if dim not in self.along)
 
     def view(self, x: Array) -> Array:
-        """Return x in the dtype of the statistics, with its channels in groups."""
-        wide = to_accumulator(x)
-        return wide if self.groups is None else wide.reshape(*x.shape[:-1], self.groups, x.shape[-1] // self.groups)
+        """Return x with its channels in groups."""
+        return x if self.groups is None else x.reshape(*x.shape[:-1], self.groups, x.shape[-1] // self.groups)
 
     def per_channel(self, a: Array, x: Array) -> Array:
         """Return a statistic ``a``, one number per group, with a shape that broadcasts against x."""
@@ -266,7 +265,7 @@ def _normalize(norm: Normalization, x: Array, scale: Array | None, bias: Array |
 
 def _normalized(norm: Normalization, x: Array, m: Array, r: Array, scale: Array | None, bias: Array | None) -> Array:
     """Return d·(r·γ) + β with d = x − m, so that x̂ = r·d."""
-    d = norm.view(x) - m
+    d = to_accumulator(norm.view(x)) - m
     y = d * (r if scale is None else r * norm.expand(scale, d))
     return (y if bias is None else y + norm.expand(bias, y)).reshape(x.shape).astype(x.dtype)
 
@@ -274,7 +273,11 @@ def _normalized(norm: Normalization, x: Array, m: Array, r: Array, scale: Array 
 def _normalize_fwd(norm: Normalization, x: Array, scale: Array | None, bias: Array | None) -> Any:
     # XLA:GPU would recompute m and r in each fusion that reads them, and store x̂·δ for the sum over the batch.
     m, r = map(materialize_on_gpu, moments(norm, norm.view(x)))
-    return _normalized(norm, x, m, r, scale, bias), (x, m, r, scale, bias)
+    y = _normalized(norm, x, m, r, scale, bias)
+    if norm.common:
+        # If δ is an argument of the program, XLA:TPU would sum δ·d together with d². It would not have read δ by then.
+        m, r = together_on_tpu(m, r)
+    return y, (x, m, r, scale, bias)
 
 
 def _normalize_bwd(norm: Normalization, saved: Any, delta: Array) -> Any:
@@ -322,9 +325,10 @@ inner.defvjp(_inner_fwd, _inner_bwd)
 def moments(norm: Normalization, x: Array) -> tuple[Array, Array]:
     """Return the mean m over each group of elements of a view x, and r = 1/√(mean((x − m)²) + ε).
 
-    The dims that the means are taken over stay, with size 1.
+    The dims that the means are taken over stay, with size 1. Both are in the dtype of sums.
     """
     if norm.axis_names:
+        x = to_accumulator(x)
         m = _mean(norm, x)
         v = _mean(norm, jnp.square(x - m))
     else:
@@ -341,8 +345,8 @@ def _moments_bwd(norm: Normalization, saved: Any, deltas: Any) -> Any:
     """With δ_m and δ_r, summed over the devices that share m and r: δ_x = (δ_m − δ_r·r²·x̂)/n."""
     x, m, r = saved
     delta_m, delta_r = (_sum_devices(norm, delta) for delta in deltas)
-    x_hat = (x - m) * r
-    return ((delta_m - delta_r * r**2 * x_hat) / _count(norm, x),)
+    x_hat = (to_accumulator(x) - m) * r
+    return (((delta_m - delta_r * r**2 * x_hat) / _count(norm, x)).astype(x.dtype),)
 
 
 moments.defvjp(_moments_fwd, _moments_bwd)
@@ -376,7 +380,7 @@ def _scale_and_shift(norm: Normalization, x_hat: Array, scale: Array | None, bia
 
 
 def _normalize_reference(norm: Normalization, x: Array, scale: Array | None, bias: Array | None) -> Array:
-    view = norm.view(x)
+    view = to_accumulator(norm.view(x))
     m, v = jnp.mean(view, norm.over, keepdims=True), jnp.var(view, norm.over, keepdims=True)
     if norm.axis_names:
         m = lax.pmean(m, norm.axis_names)
@@ -407,8 +411,8 @@ def _normalize_by_statistics_bwd(norm: Normalization, saved: Any, delta: Array) 
     γ and r have one number per channel, so that all sums follow from Σ δ and Σ δ·x̂.
     """
     x, scale, bias, mean, var = saved
-    delta = norm.view(delta)
-    d = norm.view(x) - norm.expand(mean, delta)
+    delta = to_accumulator(delta)
+    d = to_accumulator(x) - norm.expand(mean, delta)
     r = lax.rsqrt(norm.expand(var, delta) + norm.eps)
     r_gamma = r if scale is None else r * norm.expand(scale, delta)
     s = delta.sum(norm.common, keepdims=True)
@@ -425,7 +429,7 @@ _normalize_by_statistics.defvjp(_normalize_by_statistics_fwd, _normalize_by_stat
 def _normalize_by_statistics_reference(
     norm: Normalization, x: Array, scale: Array | None, bias: Array | None, mean: Array, var: Array
 ) -> Array:
-    view = norm.view(x)
+    view = to_accumulator(x)
     x_hat = (view - norm.expand(mean, view)) * lax.rsqrt(norm.expand(var, view) + norm.eps)
     return _scale_and_shift(norm, x_hat, scale, bias).astype(x.dtype)
 

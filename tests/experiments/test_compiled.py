@@ -144,6 +144,35 @@ ENTRY %main.1 (x: f32[64,32], i: s32[]) -> f32[64,32] {
 """
 
 
+CONDITIONAL = """HloModule conditional
+
+%again (p.1: (f32[64,32], f32[32])) -> f32[32] {
+  %p.1 = (f32[64,32]{1,0}, f32[32]{0}) parameter(0)
+  %x.1 = f32[64,32]{1,0} get-tuple-element(%p.1), index=0
+  ROOT %reduced = f32[32]{0} fusion(%x.1), kind=kLoop, calls=%fused
+}
+
+%known (p.2: (f32[64,32], f32[32])) -> f32[32] {
+  %p.2 = (f32[64,32]{1,0}, f32[32]{0}) parameter(0)
+  %v.2 = f32[32]{0} get-tuple-element(%p.2), index=1
+  ROOT %copied = f32[32]{0} copy(%v.2)
+}
+
+ENTRY %main (x: f32[64,32], v: f32[32], i: s32[]) -> f32[32] {
+  %x = f32[64,32]{1,0} parameter(0)
+  %v = f32[32]{0} parameter(1)
+  %i = s32[] parameter(2)
+  %both = (f32[64,32]{1,0}, f32[32]{0}) tuple(%x, %v)
+  ROOT %result = f32[32]{0} conditional(%i, %both, %both), branch_computations={%again, %known}
+}
+"""
+
+
+def test_the_branch_of_a_conditional_that_moves_least_counts():
+    (step,) = hlo.executed(CONDITIONAL)
+    assert (step.instruction.name, step.moved) == ("copied", 2 * 32 * 4)
+
+
 def test_dynamic_slices_move_their_parts():
     row = 32 * 4
     taken, other, total, result = (step.moved for step in hlo.executed(SLICES))

@@ -1,8 +1,10 @@
 """Mean and variance in one pass have nearly the digits of those in two, whatever the elements are."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxcnn.kernels import moments
 
@@ -56,6 +58,39 @@ def test_moments_in_one_pass(of, height, over):
     assert of_variance < TOLERANCE * moments.SAMPLED
 
 
+@pytest.mark.parametrize("of", IMAGES)
+@pytest.mark.parametrize("over", [(0, 1, 2), (1, 2)])
+def test_moments_in_one_pass_if_precise(of, over):
+    """The mean is that of two passes, and the variance has nearly their digits."""
+    x = jnp.asarray(IMAGES[of](np.random.default_rng(0), (4, 40, 24, 3)), jnp.float32)
+    (m, v), (expected_m, expected_v) = moments.in_one_pass_if_precise(over, x), moments.in_two_passes(over, x)
+    np.testing.assert_array_equal(np.asarray(m), np.asarray(expected_m))
+    np.testing.assert_allclose(v, expected_v, rtol=TOLERANCE * moments.SAMPLED)
+    precise = np.square(np.asarray(m, np.float64)) < moments.SAMPLED * np.asarray(v, np.float64)
+    assert precise.all() == (of in ("normal", "small", "shifted sample") or (of == "shifted images" and 0 in over))
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e18])
+def test_squares_out_of_range_are_not_used(scale):
+    """Σ x² overflows, but Σ (x − m)² does not; or x² underflows, as (x − m)² does."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(scale * (1 + 1e-3 * rng.normal(size=(8, 20, 20, 2))), jnp.float32)
+    over = (0, 1, 2)
+    for found, expected in zip(moments.in_one_pass_if_precise(over, x), moments.in_two_passes(over, x), strict=True):
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+        assert np.isfinite(found).all()
+
+
+def test_moments_in_one_pass_if_precise_of_images_split_over_devices():
+    """All devices take the same branch, for a mean near 0 and for a large one."""
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
+    run = jax.jit(moments.in_one_pass_if_precise, static_argnums=0)
+    for of in ("normal", "large mean"):
+        x = IMAGES[of](np.random.default_rng(0), (4, 10, 12, 3)).astype(np.float32)
+        _, v = run((0, 1, 2), jax.device_put(x, NamedSharding(mesh, PartitionSpec("batch"))))
+        np.testing.assert_allclose(v, np.var(x.astype(np.float64), (0, 1, 2), keepdims=True), rtol=1e-6)
+
+
 def test_sums_of_squares_would_lose_all_digits():
     """The formula without a shift exceeds the tolerance for a large mean."""
     x = jnp.asarray(IMAGES["large mean"](np.random.default_rng(0), (4, 40, 24, 3)), jnp.float32)
@@ -70,5 +105,7 @@ def test_numbers_that_are_not_finite_reach_the_variance(bad):
     x = np.random.default_rng(0).normal(size=(2, 20, 8, 3)).astype(np.float32)
     x[1, 2, 3, 1] = bad
     x = jnp.asarray(x)
-    for found in (moments.in_one_pass((0, 1, 2), 1, x), moments.in_two_passes((0, 1, 2), x)):
+    over = (0, 1, 2)
+    each = moments.in_one_pass(over, 1, x), moments.in_two_passes(over, x), moments.in_one_pass_if_precise(over, x)
+    for found in each:
         np.testing.assert_array_equal(np.isfinite(found[1]).ravel(), [True, False, True])
