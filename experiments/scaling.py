@@ -29,8 +29,8 @@ POD = 256
 """Chips of a pod, a torus of 16×16. In a smaller slice a corner has two links, and LINKS is half."""
 NETWORK = 6.4e12 / 8 / POD
 """Bytes per second that a chip sends to other pods: its share of the pod's 6.4 Tb/s."""
-PER_NORM = 3
-"""All-reduces of a batch norm: of the mean, of the variance, and one of two sums in the backward pass."""
+PER_NORM = 2
+"""All-reduces of a batch norm of a large array on TPU: of Σ x and Σ x², and of ∂E/∂γ and ∂E/∂β."""
 
 BATCH = {"lecture": 128, "resnet50": 64}
 """Images per chip and step."""
@@ -82,7 +82,7 @@ def scale(config: Config) -> int:
     parameters, batch = sum(row.parameters for row in rows), config.batch_size or BATCH[config.net]
     channels = [row.output_shape[-1] for row in rows if row.op == "BatchNorm" and not config.local_statistics]
     operations = sum(row.flops for row in rows)
-    size, count = 4 * parameters + 4 * 4 * sum(channels), 1 + PER_NORM * len(channels)
+    size, count = 4 * parameters + 2 * 4 * sum(channels), 1 + PER_NORM * len(channels)
     print(f"{config.net}: {parameters:,} parameters, {operations:,} operations per image forward, 3 times per step")
     print(f"{count} all-reduces per step, {size:,} bytes; {len(channels)} batch norms over all chips")
     print(f"TPU v5e at {config.utilization:.0%} of its peak, {batch} images per chip")
