@@ -58,7 +58,7 @@ def _sum(dims: tuple[int, ...], x: Array) -> Array:
 
 def sum_by_halves(dims: tuple[int, ...], x: Array) -> Array:
     """Return Σ x over ``dims``: add halves while a size is even, then sum the rest. The batch, dim 0, comes last."""
-    for dim in (*dims[1:], *dims[:1]):
+    for dim in sorted(dims, key=lambda dim: dim == 0):
         while x.shape[dim] and x.shape[dim] % 2 == 0:
             first, second = lax.split(x, (x.shape[dim] // 2,) * 2, axis=dim)
             x = first + second

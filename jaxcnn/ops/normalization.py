@@ -286,13 +286,19 @@ def _normalize_bwd(norm: Normalization, saved: Any, delta: Array) -> Any:
     x̂ = r·d with d = x − m. Over the dims that all these sums have in common, δ and δ·x̂ are summed once.
     """
     x, m, r, scale, bias = saved
-    m, r, n = norm.per_channel(m, x), norm.per_channel(r, x), _count(norm, norm.view(x))
+    m, r = norm.per_channel(m, x), norm.per_channel(r, x)
     d, delta = to_accumulator(x) - m, to_accumulator(delta)
     gamma = 1 if scale is None else norm.expand(scale, d)
-    s = delta.sum(norm.common, keepdims=True)
-    t = r * jnp.expand_dims(inner(norm.common, delta, d), norm.common)  # Σ δ·x̂
-    mean_g, mean_g_x_hat = (norm.per_channel(_sum(norm, norm.view(gamma * a)) / n, x) for a in (s, t))
-    delta_x = r * gamma * delta - d * (r * (r * mean_g_x_hat)) - r * mean_g
+    if norm.common or norm.groups is not None:
+        s = delta.sum(norm.common, keepdims=True)
+        t = r * jnp.expand_dims(inner(norm.common, delta, d), norm.common)  # Σ δ·x̂
+        n = _count(norm, norm.view(x))
+        mean_g, mean_g_x_hat = (norm.per_channel(_sum(norm, norm.view(gamma * a)) / n, x) for a in (s, t))
+        delta_x = r * gamma * delta - d * (r * (r * mean_g_x_hat)) - r * mean_g
+    else:
+        g, x_hat = delta * gamma, d * r
+        s, t = delta, delta * x_hat
+        delta_x = r * (g - _mean(norm, g) - x_hat * _mean(norm, g * x_hat))
     grad_scale = None if scale is None else sum_computed(norm.other_dims(x), t).reshape(scale.shape).astype(scale.dtype)
     grad_bias = None if bias is None else norm.reduce(s, bias)
     return delta_x.astype(x.dtype), grad_scale, grad_bias
