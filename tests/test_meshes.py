@@ -226,8 +226,8 @@ EVERY_LAYER = {
     ]),
     "batch norm": ((4, 4, 2), [Conv(4, 3), BatchNorm(), jaxcnn.Relu(), Flatten()]),
 }  # fmt: skip
-#: Sums over the batch in a batch norm that are no gradients: of x and of (x − m)². The backward pass needs ∂E/∂γ and
-#: ∂E/∂β, which therefore have an all-reduce of their own.
+#: Sums over the batch in a batch norm, except for gradients: of x and of (x − m)². The backward pass needs ∂E/∂γ and
+#: ∂E/∂β, which are therefore summed separately.
 SUMS_OF_BATCH_NORM = 2
 
 

@@ -290,8 +290,7 @@ def _normalize_bwd(norm: Normalization, saved: Any, delta: Array) -> Any:
     d, delta = to_accumulator(x) - m, to_accumulator(delta)
     gamma = 1 if scale is None else norm.expand(scale, d)
     if norm.common or norm.groups is not None:
-        s = delta.sum(norm.common, keepdims=True)
-        t = r * jnp.expand_dims(inner(norm.common, delta, d), norm.common)  # Σ δ·x̂
+        s, t = _sums(norm, delta, d, r)
         n = _count(norm, norm.view(x))
         mean_g, mean_g_x_hat = (norm.per_channel(_sum(norm, norm.view(gamma * a)) / n, x) for a in (s, t))
         delta_x = r * gamma * delta - d * (r * (r * mean_g_x_hat)) - r * mean_g
@@ -305,6 +304,12 @@ def _normalize_bwd(norm: Normalization, saved: Any, delta: Array) -> Any:
 
 
 _normalize.defvjp(_normalize_fwd, _normalize_bwd)
+
+
+def _sums(norm: Normalization, delta: Array, d: Array, r: Array) -> tuple[Array, Array]:
+    """Return Σ δ and Σ δ·x̂ over the common dims, which stay with size 1, with x̂ = r·d."""
+    s = delta.sum(norm.common, keepdims=True)
+    return s, r * jnp.expand_dims(inner(norm.common, delta, d), norm.common)
 
 
 @custom_vjp
@@ -421,8 +426,7 @@ def _normalize_by_statistics_bwd(norm: Normalization, saved: Any, delta: Array) 
     d = to_accumulator(x) - norm.expand(mean, delta)
     r = lax.rsqrt(norm.expand(var, delta) + norm.eps)
     r_gamma = r if scale is None else r * norm.expand(scale, delta)
-    s = delta.sum(norm.common, keepdims=True)
-    t = r * jnp.expand_dims(inner(norm.common, delta, d), norm.common)  # Σ δ·x̂
+    s, t = _sums(norm, delta, d, r)
     grad_scale = None if scale is None else norm.reduce(t, scale)
     grad_bias = None if bias is None else norm.reduce(s, bias)
     grad_mean, grad_var = norm.reduce(-r_gamma * s, mean), norm.reduce(-r_gamma * r * t / 2, var)
