@@ -1,7 +1,8 @@
 """Write tests/costs.json, the durations that the quick run samples by: python -m tools.costs full.xml quick.xml.
 
 The reports are those of `make test-full ARGS=--junitxml=full.xml` and of quick runs. In the whole suite a case may find
-programs that another test has compiled; in a quick run it compiles its own. The larger mean counts.
+programs that another test has compiled; in a quick run it compiles its own. The larger mean counts. With --keep, a
+quick run is enough, in which tests that the file lacks ran whole: they are added, and the other entries stay.
 """
 
 import argparse
@@ -46,7 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (None: the process's own) and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tools.costs", description=__doc__.partition(": python")[0])
     parser.add_argument("reports", type=Path, nargs="+", help="JUnit XML of the whole suite, then of quick runs")
-    found = costs([durations(report) for report in parser.parse_args(argv).reports])
+    parser.add_argument("--keep", action="store_true", help="add tests that are not in the file, change no others")
+    arguments = parser.parse_args(argv)
+    found = costs([durations(report) for report in arguments.reports])
+    if arguments.keep:
+        found = dict(sorted({**found, **json.loads(COSTS.read_text(encoding="utf-8"))}.items()))
     COSTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"{len(found)} tests are sampled")
     return 0
