@@ -17,11 +17,13 @@ from experiments.errors import RunError, explain
 
 PAUSE = 0.3
 """Seconds before each turn, in which the threads of the previous contender stop spinning."""
+WARMUP = 4
+"""Number of steps before the first turn that are not timed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Ready:
-    """The message of a contender whose step is built and warmed up."""
+    """The message of a contender whose step is built."""
 
     compile_seconds: float | None
     temporary_bytes: int | None
@@ -50,14 +52,14 @@ class Contender:
         )
 
     def ready(self) -> Ready:
-        """Wait until the step is built and warmed up; raise RunError if that fails."""
-        answer = self._answer()
-        if "error" in answer:
-            raise RunError(f"{self.name}: {answer['error']}")
-        return Ready(**answer)
+        """Wait until the step is built; raise RunError if that fails."""
+        return Ready(**self._answer())
 
     def turn(self, steps: int) -> list[float]:
-        """Return the seconds of each of `steps` steps, after one step that is not timed."""
+        """Return the seconds of each of `steps` steps, after one step that is not timed, or `WARMUP` the first time.
+
+        Raise RunError if a step fails.
+        """
         time.sleep(PAUSE)
         assert self._process.stdin is not None  # it is a pipe
         self._process.stdin.write(f"{steps}\n")
@@ -74,7 +76,10 @@ class Contender:
         line = self._process.stdout.readline()
         if not line:
             raise RunError(f"{self.name}: its process ended with status {self._process.wait()}")
-        return json.loads(line)
+        answer = json.loads(line)
+        if "error" in answer:
+            raise RunError(f"{self.name}: {answer['error']}")
+        return answer
 
 
 def main(name: str, net: str, sizes: str) -> None:
@@ -93,21 +98,21 @@ def main(name: str, net: str, sizes: str) -> None:
     timed = dataclasses.replace(find(net), **fields)
     try:
         step = CONTENDERS[name](timed)
-        for _ in range(3):
-            step.run()
+        send(compile_seconds=step.compile_seconds, temporary_bytes=step.temporary_bytes)
+        warmup = WARMUP
+        for line in sys.stdin:
+            for _ in range(warmup):
+                step.run()
+            warmup, seconds = 1, []
+            for _ in range(int(line)):
+                began = time.perf_counter()
+                step.run()
+                seconds.append((time.perf_counter() - began) / (timed.scan or 1))
+            send(seconds=seconds)
     except Exception as error:
         if (line := explain(error)) is None:
             raise
         send(error=line)
-        return
-    send(compile_seconds=step.compile_seconds, temporary_bytes=step.temporary_bytes)
-    for line in sys.stdin:
-        seconds = []
-        for _ in range(int(line) + 1):
-            began = time.perf_counter()
-            step.run()
-            seconds.append((time.perf_counter() - began) / (timed.scan or 1))
-        send(seconds=seconds[1:])
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from experiments.benchmarks import (
     rows,
     step,
     timing,
-    worker,
 )
 from experiments.benchmarks.contenders import equinox_net, flax_net, load_equinox, load_flax, load_torch, torch_net
 from experiments.benchmarks.nets import NETS, Timed
@@ -452,8 +451,7 @@ def test_drawn_rows_compute_the_same_in_all_libraries():
 def test_a_result_compares_with_the_fastest_of_a_library():
     seconds = {"jaxcnn": 2.0, "flax nnx": 3.0, "torch": 5.0, "torch channels-last": 4.0}
     times = {name: timing.Times((s, 9.0)) for name, s in seconds.items()}
-    ready = {"jaxcnn": worker.Ready(3.0, None), "flax nnx": worker.Ready(2.0, None), "torch": worker.Ready(None, None)}
-    result = drawn.Result("a net", times, ready)
+    result = drawn.Result("a net", times, {"jaxcnn": [5.0, 3.0], "flax nnx": [2.0, 4.0]}, dict.fromkeys(seconds))
     assert (result.against("torch"), result.against("flax nnx"), result.against("keras")) == (2.0, 1.5, None)
     assert result.compile_ratio == 1.5
 
