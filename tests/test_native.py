@@ -72,6 +72,17 @@ def test_without_a_library_nothing_changes(monkeypatch, tmp_path):
     assert chosen() is None
 
 
+@pytest.mark.parametrize(
+    ("cpu", "ratio", "expected"),
+    [("xla", 0.9, "onednn"), ("xla", 1.1, None), ("unrolled", 1.1, "onednn"), ("unrolled", 1.4, None)],
+)
+def test_a_sum_with_written_out_terms_must_be_faster_than_a_call(monkeypatch, cpu, ratio, expected):
+    monkeypatch.setattr(library, "is_enabled", lambda: True)
+    monkeypatch.setattr(onednn, "cost", lambda p, lowering: 100.0)
+    monkeypatch.setattr(onednn, "native_cost", lambda p: 100.0 * ratio)
+    assert chosen(cpu) == expected
+
+
 def test_a_library_that_cannot_be_loaded_is_reported(monkeypatch, tmp_path):
     path = tmp_path / "library.so"
     path.write_text("not a library")

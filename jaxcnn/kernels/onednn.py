@@ -16,6 +16,9 @@ from jaxcnn.kernels.shapes import is_symbolic
 from jaxcnn.native import library
 from jaxcnn.platforms import UNCHANGED, Fixed, platform_dependent
 
+#: Times the cost of a sum with written-out terms that oneDNN may take. XLA compiles such a sum longer than a call.
+SHORT_PROGRAM = 1.25
+
 #: Least bytes of a result for which `in_large_pages` asks.
 LARGE_RESULT = 1 << 22
 
@@ -32,7 +35,8 @@ def choose_native(
     if any(map(is_symbolic, image)) or is_small(c, image[0], image[-1], outputs):
         return None
     p = Product(product, c, image[0], image[-1], outputs)
-    return "onednn" if native_cost(p) < cost(p, cpu) else None
+    most = cost(p, cpu) * (SHORT_PROGRAM if cpu in {"unrolled", "by_position"} else 1)
+    return "onednn" if native_cost(p) < most else None
 
 
 def native_cost(p: Product) -> float:
