@@ -26,7 +26,6 @@ import jaxcnn
 from experiments.lecture import __main__ as everything
 from experiments.lecture import page, statement
 from jaxcnn.ops import signal
-from tests.compilation import with_optimizations
 
 SCRIPTS = {name: importlib.import_module(f"experiments.lecture.{name}") for name in everything.SCRIPTS}
 STATEMENTS = [script.STATEMENT for script in SCRIPTS.values()]
@@ -42,7 +41,7 @@ def whole(tmp_path_factory):
         return found[made.name]
 
     printed = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed), with_optimizations():
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(everything, "run", record)
         status = everything.main(["--out", str(out)])
     text = (out / "lecture.html").read_text("utf-8")
