@@ -52,11 +52,11 @@ def program() -> Program:
     return _PROGRAM.get()
 
 
-def _unchanged(a: Array) -> Array:
-    return a
+def _unchanged(*arrays: Array) -> Any:
+    return arrays[0] if len(arrays) == 1 else arrays
 
 
-#: The identity.
+#: The identity, of one array or of several.
 UNCHANGED = Fixed(_unchanged, ())
 
 

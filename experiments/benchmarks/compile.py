@@ -42,7 +42,7 @@ def compare(config: Config) -> int:
     """Compile, and print the times. Return 0, or 130 after Ctrl-C."""
     from experiments.benchmarks import results, timing
     from experiments.benchmarks.nets import NETS
-    from experiments.benchmarks.worker import Contender
+    from experiments.benchmarks.worker import compile_once
 
     for flag, number in (("--batch-size", config.batch_size), ("--rounds", config.rounds)):
         cli.check_count(flag, number)
@@ -58,12 +58,7 @@ def compare(config: Config) -> int:
     machine = timing.machine(("jax", "jaxlib"), others=("flax", "equinox"))
     with results.until_stopped(lambda: all(seconds.values())) as stopped:
         for name in timing.in_rounds(names, config.rounds):
-            contender = Contender(name, config.net, environment, batch=config.batch_size)
-            try:
-                ready = contender.ready()
-            finally:
-                contender.stop()
-            seconds[name].append(ready.compile_seconds or 0.0)
+            seconds[name].append(compile_once(name, config.net, environment, batch=config.batch_size))
     times = {name: timing.Times(tuple(s)) for name, s in seconds.items()}
     title = f"{config.net}: trace, lower and compile a training step, {config.rounds} new processes each"
     results.report(config.out, machine, config, title, times, "jaxcnn", "jaxcnn")

@@ -110,7 +110,7 @@ def timed(name: str, config: Config) -> Result:
     """Build the net in each library, and time the steps in turns."""
     from experiments.benchmarks import timing
     from experiments.benchmarks.drawn_nets import described, find
-    from experiments.benchmarks.worker import Contender
+    from experiments.benchmarks.worker import Contender, compile_once
 
     libraries = ["jaxcnn", *dict.fromkeys(config.contenders)]
     environment = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
@@ -119,24 +119,15 @@ def timed(name: str, config: Config) -> Result:
     seconds: dict[str, list[float]] = {library: [] for library in libraries}
     compile_seconds: dict[str, list[float]] = {}
     temporary_bytes = {}
-
-    def build(library: str) -> Contender:
-        contender = Contender(library, name, environment)
-        try:
-            ready = contender.ready()
-        except BaseException:
-            contender.stop()
-            raise
-        temporary_bytes[library] = ready.temporary_bytes
-        if ready.compile_seconds is not None:
-            compile_seconds.setdefault(library, []).append(ready.compile_seconds)
-        return contender
-
     try:
         for library in libraries:  # one after another, because compile times are reported as well
-            contenders[library] = build(library)
+            contenders[library] = Contender(library, name, environment)
+            ready = contenders[library].ready()
+            temporary_bytes[library] = ready.temporary_bytes
+            if ready.compile_seconds is not None:
+                compile_seconds[library] = [ready.compile_seconds]
         for library in [*compile_seconds] * (config.compilations - 1):
-            build(library).stop()
+            compile_seconds[library].append(compile_once(library, name, environment))
         for library in timing.in_rounds(libraries, config.rounds):
             seconds[library] += contenders[library].turn(config.steps)
     finally:

@@ -82,6 +82,20 @@ class Contender:
         return answer
 
 
+def compile_once(name: str, net: str, environment: Mapping[str, str], **sizes: int | None) -> float:
+    """Return the seconds in which a new process traces and compiles the step, in a library for JAX.
+
+    The arguments are those of `Contender`.
+    """
+    contender = Contender(name, net, environment, **sizes)
+    try:
+        seconds = contender.ready().compile_seconds
+    finally:
+        contender.stop()
+    assert seconds is not None  # only PyTorch's contenders measure none
+    return seconds
+
+
 def main(name: str, net: str, sizes: str) -> None:
     """Build the step, then answer each line of stdin, a number of steps, with their seconds."""
     answers = os.fdopen(os.dup(1), "w")

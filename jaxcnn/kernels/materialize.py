@@ -6,6 +6,7 @@ one byte per window, but not for masks, which have one byte per element: they ar
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ def materialize_on_gpu(a: Array) -> Array:
 @functools.partial(jax.jit, inline=True)
 def together_on_tpu(a: Array, b: Array) -> tuple[Array, Array]:
     """Return both arrays, for computations that XLA:TPU starts once both are known; a no-op on other platforms."""
-    return platform_dependent(a, b, default=Fixed(_both, ()), tpu=Fixed(_both_behind_barrier, ()))
+    return platform_dependent(a, b, default=UNCHANGED, tpu=_BARRIER)
 
 
 @functools.partial(jax.jit, inline=True)
@@ -73,12 +74,8 @@ def _identity(a: Array) -> Array:
     return lax.optimization_barrier(a)  # JAX would drop a call that does nothing
 
 
-def _both(a: Array, b: Array) -> tuple[Array, Array]:
-    return a, b
-
-
-def _both_behind_barrier(a: Array, b: Array) -> tuple[Array, Array]:
-    return lax.optimization_barrier((a, b))
+def _barrier(*arrays: Array) -> Any:
+    return lax.optimization_barrier(UNCHANGED(*arrays))
 
 
 def in_three_bytes(y: Array) -> Array:
@@ -104,6 +101,6 @@ def above_minus_zero(y: Array) -> Array:
     return y > -0.0
 
 
-_CALL, _BARRIER = Fixed(_call_not_inlined, ()), Fixed(lax.optimization_barrier, ())
+_CALL, _BARRIER = Fixed(_call_not_inlined, ()), Fixed(_barrier, ())
 _IN_THREE_BYTES = Fixed(in_three_bytes, ())
 _ABOVE_ZERO, _ABOVE_MINUS_ZERO = (Fixed(f, ()) for f in (above_zero, above_minus_zero))

@@ -16,7 +16,7 @@ from jaxcnn.kernels.shapes import is_symbolic
 from jaxcnn.native import library
 from jaxcnn.platforms import UNCHANGED, Fixed, platform_dependent
 
-#: Times the cost of a sum with written-out terms that oneDNN may take. XLA compiles such a sum longer than a call.
+#: oneDNN may cost this many times as much as a sum with written-out terms, which XLA compiles longer than a call.
 SHORT_PROGRAM = 1.25
 
 #: Least bytes of a result for which `in_large_pages` asks.
